@@ -1,0 +1,35 @@
+//! How much of anything a file may claim, with the reason for each limit.
+//!
+//! A limit is checked before memory is taken or a loop begins.
+
+/// Longest RAM block name, in bytes. QEMU's `idstr` has room for 256 with its terminator.
+pub const BLOCK_NAME_LEN_MAX: usize = 255;
+
+/// Most RAM blocks in one VM. A `pc` has eight; 4096 leaves room for a board full of DIMMs and
+/// devices with option ROMs.
+pub const BLOCKS_MAX: usize = 4096;
+
+/// Largest RAM block, in bytes: 64 TiB, above every host that exists, and far enough from the end
+/// of `u64` that sums of [`BLOCKS_MAX`] of them cannot overflow.
+pub const BLOCK_LEN_MAX: u64 = 1 << 46;
+
+/// Longest machine type name, in bytes. QEMU reads it into a buffer of its own size; real names
+/// stay under 40.
+pub const MACHINE_NAME_LEN_MAX: u32 = 256;
+
+/// Most capability names in the configuration section. QEMU 10.2 knows two.
+pub const CAPABILITIES_MAX: u32 = 64;
+
+/// Largest device state, in bytes, with everything that follows the RAM section up to QEMU's last
+/// byte. A virtual machine with dozens of devices has a few MiB.
+pub const DEVICE_STATE_LEN_MAX: u64 = 256 << 20;
+
+/// Most device sections in one device state.
+pub const DEVICE_SECTIONS_MAX: usize = 16 << 10;
+
+/// Largest manifest, in bytes, page hashes not counted: the command line and the list of RAM blocks
+/// make it a few KiB.
+pub const MANIFEST_LEN_MAX: u64 = 16 << 20;
+
+/// Last byte that a file may have, exclusive: the kernel's `loff_t` is signed.
+pub const FILE_LEN_MAX: u64 = i64::MAX as u64;

@@ -1,0 +1,157 @@
+//! The last 64 bytes of a vmfile: they find the manifest.
+//!
+//! ```text
+//! offset  size  field            meaning
+//!      0     8  magic            "vmfile\r\n"
+//!      8     4  version          1
+//!     12     4  footer_len       64
+//!     16     8  stream_end       file offset one past QEMU's last byte
+//!     24     8  metadata_offset  file offset of the metadata
+//!     32     8  metadata_len     its length; the footer follows it
+//!     40    16  metadata_hash    XXH3-128 of the metadata
+//!     56     8  footer_hash      upper half of the XXH3-128 of bytes 0 to 55
+//! ```
+//!
+//! All fields are big-endian, as QEMU's are.
+
+use alloc::vec::Vec;
+
+use crate::checksum;
+use crate::cursor::Cursor;
+use crate::error::{FormatError, FormatErrorKind};
+use crate::limits::MANIFEST_LEN_MAX;
+
+/// The carriage return and line feed show a file that was copied as text.
+const MAGIC: &[u8; 8] = b"vmfile\r\n";
+
+/// The newest version that this crate reads, and the one it writes.
+const VERSION: u32 = 1;
+
+/// The footer's length, in bytes.
+pub const FOOTER_LEN: u64 = 64;
+
+/// Where the manifest lies.
+///
+/// A value of this type has passed every check that needs the footer and the file's length alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Footer {
+    /// File offset one past QEMU's last byte.
+    pub stream_end: u64,
+    /// File offset of the metadata.
+    pub metadata_offset: u64,
+    /// Length of the metadata, in bytes.
+    pub metadata_len: u64,
+    /// XXH3-128 of the metadata.
+    pub metadata_hash: u128,
+}
+
+impl Footer {
+    /// Decodes the last bytes of a file of `file_len` bytes, or `None` if they are no footer at
+    /// all: the file is not a vmfile, or has lost its end.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`FormatError`] if they are a footer that is damaged or of a newer version.
+    pub fn decode(bytes: &[u8], file_len: u64) -> Result<Option<Footer>, FormatError> {
+        let Some(start) = file_len.checked_sub(FOOTER_LEN) else { return Ok(None) };
+        if bytes.len() as u64 != FOOTER_LEN || !bytes.starts_with(MAGIC) {
+            return Ok(None);
+        }
+        let mut cursor = Cursor::new(bytes, start);
+        cursor.bytes("footer magic", MAGIC.len())?;
+        let version = cursor.be32("footer version")?;
+        let covered = bytes.get(..56).unwrap_or_default();
+        if version > VERSION {
+            let (field, found, max) = ("footer version", version.into(), VERSION.into());
+            let kind = FormatErrorKind::TooLarge { field, found, max };
+            return Err(FormatError::new(start.saturating_add(8), kind));
+        }
+        cursor.expect_be32("footer length", 64)?;
+        let footer = Footer {
+            stream_end: cursor.be64("stream end")?,
+            metadata_offset: cursor.be64("metadata offset")?,
+            metadata_len: cursor.be64("metadata length")?,
+            metadata_hash: cursor.be128("metadata hash")?,
+        };
+        if cursor.be64("footer hash")? != upper_half(checksum(covered)) {
+            return Err(FormatError::new(start, FormatErrorKind::Checksum { field: "footer" }));
+        }
+        footer.check(start)?;
+        Ok(Some(footer))
+    }
+
+    fn check(&self, footer_offset: u64) -> Result<(), FormatError> {
+        if self.metadata_len > MANIFEST_LEN_MAX {
+            let (field, found) = ("metadata length", self.metadata_len);
+            let kind = FormatErrorKind::TooLarge { field, found, max: MANIFEST_LEN_MAX };
+            return Err(FormatError::new(footer_offset, kind));
+        }
+        let end = self.metadata_offset.saturating_add(self.metadata_len);
+        if end != footer_offset {
+            let (field, limit) = ("metadata", footer_offset);
+            let kind = FormatErrorKind::Outside { field, end, limit };
+            return Err(FormatError::new(footer_offset, kind));
+        }
+        if self.stream_end > self.metadata_offset {
+            let (field, end, limit) = ("stream", self.stream_end, self.metadata_offset);
+            let kind = FormatErrorKind::Outside { field, end, limit };
+            return Err(FormatError::new(footer_offset, kind));
+        }
+        Ok(())
+    }
+
+    /// Encodes the footer.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        let mut bytes = Vec::from(*MAGIC);
+        bytes.extend_from_slice(&VERSION.to_be_bytes());
+        bytes.extend_from_slice(&64_u32.to_be_bytes());
+        bytes.extend_from_slice(&self.stream_end.to_be_bytes());
+        bytes.extend_from_slice(&self.metadata_offset.to_be_bytes());
+        bytes.extend_from_slice(&self.metadata_len.to_be_bytes());
+        bytes.extend_from_slice(&self.metadata_hash.to_be_bytes());
+        let hash = upper_half(checksum(&bytes));
+        bytes.extend_from_slice(&hash.to_be_bytes());
+        bytes
+    }
+}
+
+fn upper_half(hash: u128) -> u64 {
+    u64::try_from(hash >> 64).expect("64 bits are left")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FOOTER: Footer = Footer {
+        stream_end: 0x1000,
+        metadata_offset: 0x3000,
+        metadata_len: 0x100,
+        metadata_hash: 0x0123_4567_89ab_cdef_0123_4567_89ab_cdef,
+    };
+
+    #[test]
+    fn survives_its_encoding() {
+        let bytes = FOOTER.encode();
+        assert_eq!(bytes.len() as u64, FOOTER_LEN);
+        assert_eq!(Footer::decode(&bytes, 0x3140), Ok(Some(FOOTER)));
+    }
+
+    #[test]
+    fn any_changed_byte_is_noticed() {
+        for index in 0..64 {
+            let mut bytes = FOOTER.encode();
+            bytes[index] ^= 0x40;
+            assert_ne!(Footer::decode(&bytes, 0x3140), Ok(Some(FOOTER)), "byte {index}");
+        }
+    }
+
+    #[test]
+    fn a_footer_of_a_longer_or_shorter_file_is_refused() {
+        let bytes = FOOTER.encode();
+        assert!(Footer::decode(&bytes, 0x3141).is_err());
+        assert!(Footer::decode(&bytes, 0x313f).is_err());
+        assert_eq!(Footer::decode(&bytes[..63], 63), Ok(None));
+    }
+}

@@ -1,0 +1,23 @@
+//! What vmfile appends after QEMU's last byte, which QEMU ignores.
+//!
+//! ```text
+//! … QEMU's last byte
+//! zeros to a multiple of 4096
+//! page hashes of block 0      16 bytes for each page, zeros for a zero page
+//! page hashes of block 1 …    each table begins at a multiple of 4096
+//! metadata                    JSON
+//! footer                      the last 64 bytes of the file
+//! ```
+//!
+//! The hash of page `i` lies at a fixed place, `hashes_offset + 16 * i`, as the page does: many
+//! writers need no order, and one page is checked without reading about the others.
+
+mod footer;
+mod meta;
+mod page_hashes;
+
+pub use footer::{FOOTER_LEN, Footer};
+pub use meta::{BlockMeta, DiskMeta, ExtentMeta, Meta, VmMeta};
+pub use page_hashes::{
+    HASH_LEN, TABLE_ALIGNMENT, decode_hash, encode_hash, place_tables, table_len,
+};

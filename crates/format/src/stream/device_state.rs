@@ -1,0 +1,369 @@
+//! Everything saved that is not RAM: one FULL section after another, up to EOF.
+//!
+//! ```text
+//! 04  be32 id  u8-counted name  be32 instance  be32 version  payload…  7e be32 id
+//! …
+//! 00  [06 be32 len JSON]
+//! ```
+//!
+//! A payload has no length, so the sections are found by their footers: the bytes `7e id` end a
+//! section where a plausible header, or the end, follows, and the chain must come out exactly at
+//! EOF. A chance match needs nine right bytes in a row; where one leads astray, the search goes
+//! back and on.
+
+use alloc::string::String;
+use alloc::vec::Vec;
+
+use super::{ram_flag, section};
+use crate::cursor::Cursor;
+use crate::error::{FormatError, FormatErrorKind};
+use crate::limits::{BLOCK_NAME_LEN_MAX, DEVICE_SECTIONS_MAX};
+
+/// How often the search may go back: far above any real file, and an end for a hostile one.
+const RETRIES_MAX: usize = 10_000;
+
+/// One device's section.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceSection {
+    /// The device's name, such as `0000:00:02.0/vga` or `timer`.
+    pub name: String,
+    /// Tells devices of one name apart.
+    pub instance: u32,
+    /// The version of the device's format.
+    pub version: u32,
+    /// The section's id, unique in its stream.
+    pub id: u32,
+    /// File offset of the section's first byte.
+    pub offset: u64,
+    /// Length from the first byte to the end of the footer, in bytes.
+    pub len: u64,
+    /// Length of what stands before the payload, in bytes.
+    header_len: u64,
+}
+
+impl DeviceSection {
+    /// Returns the payload's offset from the section's first byte and its length, in bytes.
+    fn payload(&self) -> (u64, u64) {
+        (self.header_len, self.len.saturating_sub(self.header_len).saturating_sub(5))
+    }
+}
+
+/// What follows the "ram" section's START: device sections, EOF and the description.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceState {
+    /// The sections, in the order of the stream.
+    pub sections: Vec<DeviceSection>,
+    /// File offset of the first FULL section.
+    pub start: u64,
+    /// File offset one past EOF.
+    pub end: u64,
+    /// File offset and length in bytes of the description's JSON, where there is one.
+    pub vm_description: Option<(u64, u64)>,
+    /// File offset one past QEMU's last byte.
+    pub stream_end: u64,
+}
+
+impl DeviceState {
+    /// Locates the device sections in `bytes`, which lie at `offset` in the file and begin right
+    /// after a footer of the "ram" section; `ram_id` is that section's id.
+    ///
+    /// Empty parts of the "ram" section and commands that stand before the first device are
+    /// skipped. Bytes after QEMU's last are not looked at.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`FormatError`] if another section with parts begins, or if the sections do not
+    /// follow one another to EOF.
+    pub fn locate(bytes: &[u8], offset: u64, ram_id: u32) -> Result<DeviceState, FormatError> {
+        let mut cursor = Cursor::new(bytes, offset);
+        loop {
+            match cursor.peek() {
+                Some(section::PART | section::END) => {
+                    cursor.u8("section type")?;
+                    cursor.expect_be32("section id", ram_id)?;
+                    let at = cursor.offset();
+                    let found = cursor.be64("RAM word")?;
+                    if found != ram_flag::EOS {
+                        let field = "RAM word after the block list";
+                        let expected = ram_flag::EOS;
+                        let kind = FormatErrorKind::Differs { field, found, expected };
+                        return Err(FormatError::new(at, kind));
+                    }
+                    cursor.expect_u8("footer", section::FOOTER)?;
+                    cursor.expect_be32("section id in the footer", ram_id)?;
+                }
+                Some(section::COMMAND) => {
+                    cursor.u8("section type")?;
+                    cursor.be16("command")?;
+                    let len = cursor.be16("length of a command")?;
+                    cursor.bytes("command", usize::from(len))?;
+                }
+                Some(section::START) => {
+                    let at = cursor.offset();
+                    cursor.u8("section type")?;
+                    cursor.be32("section id")?;
+                    let name = cursor.counted_text("section name")?;
+                    let what = "section with parts";
+                    return Err(FormatError::new(at, FormatErrorKind::Unsupported { what, name }));
+                }
+                _ => break,
+            }
+        }
+        let start = cursor.offset();
+        let skipped = usize::try_from(start.saturating_sub(offset)).unwrap_or(usize::MAX);
+        let rest = bytes.get(skipped..).unwrap_or_default();
+        let (sections, eof) = follow(rest, start)
+            .ok_or_else(|| FormatError::new(start, FormatErrorKind::BrokenSections))?;
+        let end = start.saturating_add(eof as u64).saturating_add(1);
+        let tail = rest.get(eof.saturating_add(1)..).unwrap_or_default();
+        let (vm_description, stream_end) = describe(tail, end)?;
+        Ok(DeviceState { sections, start, end, vm_description, stream_end })
+    }
+
+    /// Returns an id that no section has.
+    #[must_use]
+    pub fn unused_id(&self) -> u32 {
+        (1..).find(|id| self.sections.iter().all(|section| section.id != *id)).unwrap_or(u32::MAX)
+    }
+
+    /// Writes `state` into the section `globalstate`, which decides whether the restored VM runs:
+    /// `running` or `paused`. `bytes` are those from [`DeviceState::start`] on.
+    ///
+    /// Returns whether there is such a section; every QEMU since 2.4 writes one.
+    #[must_use]
+    pub fn set_run_state(&self, bytes: &mut [u8], state: &str) -> bool {
+        // be32 size, then the state's name in 32 bytes, NUL-padded.
+        const NAME_OFFSET: u64 = 4;
+        const NAME_LEN: u64 = 32;
+        let Some(section) = self.sections.iter().find(|section| section.name == "globalstate")
+        else {
+            return false;
+        };
+        let (payload, len) = section.payload();
+        if len < NAME_OFFSET.saturating_add(NAME_LEN) || state.len() as u64 >= NAME_LEN {
+            return false;
+        }
+        let first = section.offset.saturating_sub(self.start).saturating_add(payload);
+        let first = usize::try_from(first.saturating_add(NAME_OFFSET)).unwrap_or(usize::MAX);
+        let last = first.saturating_add(32);
+        let Some(field) = bytes.get_mut(first..last) else { return false };
+        field.fill(0);
+        for (target, source) in field.iter_mut().zip(state.bytes()) {
+            *target = source;
+        }
+        true
+    }
+}
+
+/// Follows the sections from the first byte of `bytes`; returns them and the index of EOF.
+fn follow(bytes: &[u8], offset: u64) -> Option<(Vec<DeviceSection>, usize)> {
+    let mut sections: Vec<DeviceSection> = Vec::new();
+    // Where in `bytes` the search for each section's footer goes on, should it have to.
+    let mut resume: Vec<usize> = Vec::new();
+    let mut start = 0;
+    let mut retries = 0_usize;
+    loop {
+        if bytes.get(start) == Some(&section::EOF) && ends_well(bytes.get(start..)?) {
+            return Some((sections, start));
+        }
+        let candidate = (sections.len() < DEVICE_SECTIONS_MAX)
+            .then(|| header(bytes, start, offset))
+            .flatten()
+            .and_then(|section| {
+                let from = start.checked_add(usize::try_from(section.header_len).ok()?)?;
+                Some((section, from))
+            });
+        let mut next = candidate.and_then(|(section, from)| extend(bytes, start, section, from));
+        while next.is_none() {
+            // A dead end: the footer before this one was none.
+            retries = retries.checked_add(1).filter(|&retries| retries <= RETRIES_MAX)?;
+            let section = sections.pop()?;
+            let from = resume.pop()?;
+            start = usize::try_from(section.offset.checked_sub(offset)?).ok()?;
+            next = extend(bytes, start, section, from);
+        }
+        let (section, end) = next?;
+        sections.push(section);
+        resume.push(end.checked_sub(4)?);
+        start = end;
+    }
+}
+
+/// Whether EOF may be here: the description follows, or vmfile's padding, or nothing.
+fn ends_well(bytes: &[u8]) -> bool {
+    match bytes.get(1) {
+        None | Some(&0) => true,
+        Some(&section::VM_DESCRIPTION) => bytes.get(6) == Some(&b'{'),
+        Some(_) => false,
+    }
+}
+
+/// Reads the header of a FULL section at `start`, its length still unknown.
+fn header(bytes: &[u8], start: usize, offset: u64) -> Option<DeviceSection> {
+    let at = offset.checked_add(start as u64)?;
+    let mut cursor = Cursor::new(bytes.get(start..)?, at);
+    cursor.expect_u8("section type", section::FULL).ok()?;
+    let id = cursor.be32("section id").ok()?;
+    let name = cursor.counted_text("section name").ok()?;
+    let printable = !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_graphic());
+    if !printable || name.len() > BLOCK_NAME_LEN_MAX {
+        return None;
+    }
+    let instance = cursor.be32("instance").ok()?;
+    let version = cursor.be32("version").ok()?;
+    let header_len = cursor.offset().checked_sub(at)?;
+    Some(DeviceSection { name, instance, version, id, offset: at, len: 0, header_len })
+}
+
+/// Looks for the footer of `section` from index `from` on; returns the section with its length and
+/// the index after it.
+fn extend(
+    bytes: &[u8],
+    start: usize,
+    mut section: DeviceSection,
+    from: usize,
+) -> Option<(DeviceSection, usize)> {
+    let id = section.id.to_be_bytes();
+    let mut at = from;
+    loop {
+        let rest = bytes.get(at..)?;
+        at = at.checked_add(rest.iter().position(|&byte| byte == section::FOOTER)?)?;
+        let end = at.checked_add(5)?;
+        if bytes.get(at.checked_add(1)?..end)? == id {
+            let plausible = match bytes.get(end) {
+                Some(&section::EOF) => ends_well(bytes.get(end..)?),
+                Some(&section::FULL) => header(bytes, end, 0).is_some(),
+                _ => false,
+            };
+            if plausible {
+                section.len = end.checked_sub(start)? as u64;
+                return Some((section, end));
+            }
+        }
+        at = at.checked_add(1)?;
+    }
+}
+
+/// Reads the description that may follow EOF; returns its place and QEMU's end.
+fn describe(tail: &[u8], end: u64) -> Result<(Option<(u64, u64)>, u64), FormatError> {
+    if tail.first() != Some(&section::VM_DESCRIPTION) {
+        return Ok((None, end));
+    }
+    let mut cursor = Cursor::new(tail, end);
+    cursor.u8("section type")?;
+    let len = cursor.be32("length of the VM description")?;
+    let place = (cursor.offset(), u64::from(len));
+    cursor.bytes("VM description", usize::try_from(len).unwrap_or(usize::MAX))?;
+    Ok((Some(place), cursor.offset()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::string::ToString;
+
+    use super::super::encoder;
+    use super::*;
+
+    fn full(bytes: &mut Vec<u8>, id: u32, name: &str, payload: &[u8]) {
+        bytes.push(section::FULL);
+        bytes.extend_from_slice(&id.to_be_bytes());
+        encoder::counted_text(bytes, name);
+        bytes.extend_from_slice(&[0, 0, 0, 0, 0, 0, 0, 1]);
+        bytes.extend_from_slice(payload);
+        bytes.push(section::FOOTER);
+        bytes.extend_from_slice(&id.to_be_bytes());
+    }
+
+    fn names(state: &DeviceState) -> Vec<&str> {
+        state.sections.iter().map(|section| section.name.as_str()).collect()
+    }
+
+    fn sample() -> Vec<u8> {
+        let mut bytes = Vec::new();
+        full(&mut bytes, 0, "timer", &[1, 2, 3]);
+        full(&mut bytes, 9, "globalstate", &[0x55; 106]);
+        bytes.push(section::EOF);
+        bytes
+    }
+
+    #[test]
+    fn finds_the_sections_and_the_end() {
+        let mut bytes = sample();
+        encoder::vm_description(&mut bytes);
+        let end = bytes.len() as u64;
+        bytes.extend_from_slice(b"whatever QEMU ignores");
+        let state = DeviceState::locate(&bytes, 0x1000, 1).unwrap();
+        assert_eq!(names(&state), ["timer", "globalstate"]);
+        assert_eq!(state.stream_end, 0x1000 + end);
+        assert_eq!(state.unused_id(), 1);
+    }
+
+    #[test]
+    fn a_footer_inside_a_payload_does_not_end_the_section() {
+        let mut lure = Vec::new();
+        // The payload holds a footer of its own id and a header that looks right but leads nowhere.
+        lure.extend_from_slice(&[0x7e, 0, 0, 0, 3, section::FULL, 0, 0, 0, 4, 2]);
+        lure.extend_from_slice(b"ab\0\0\0\0\0\0\0\0");
+        let mut bytes = Vec::new();
+        full(&mut bytes, 3, "lured", &lure);
+        full(&mut bytes, 5, "after", &[7; 40]);
+        bytes.push(section::EOF);
+        let state = DeviceState::locate(&bytes, 0, 1).unwrap();
+        assert_eq!(names(&state), ["lured", "after"]);
+    }
+
+    #[test]
+    fn empty_ram_parts_and_commands_before_the_devices_are_skipped() {
+        let mut bytes = Vec::new();
+        bytes.extend_from_slice(&[2, 0, 0, 0, 1]);
+        encoder::end_part(&mut bytes, 1);
+        bytes.extend_from_slice(&[8, 0, 0x0b, 0, 0]);
+        bytes.extend_from_slice(&[3, 0, 0, 0, 1]);
+        encoder::end_part(&mut bytes, 1);
+        let start = bytes.len() as u64;
+        bytes.extend_from_slice(&sample());
+        let state = DeviceState::locate(&bytes, 0, 1).unwrap();
+        assert_eq!(state.start, start);
+        assert_eq!(names(&state), ["timer", "globalstate"]);
+    }
+
+    #[test]
+    fn cut_sections_are_broken() {
+        let bytes = sample();
+        for len in 0..bytes.len() {
+            let error = DeviceState::locate(&bytes[..len], 0, 1).unwrap_err();
+            assert_eq!(error.kind, FormatErrorKind::BrokenSections, "{len}");
+        }
+    }
+
+    #[test]
+    fn another_section_with_parts_is_refused_by_name() {
+        let bytes = b"\x01\0\0\0\x05\x0cdirty-bitmap";
+        let error = DeviceState::locate(bytes, 0x10, 1).unwrap_err();
+        let text = "at offset 0x10: section with parts \"dirty-bitmap\" is not supported";
+        assert_eq!(error.to_string(), text);
+    }
+
+    #[test]
+    fn the_run_state_is_written_where_qemu_reads_it() {
+        let mut bytes = sample();
+        let state = DeviceState::locate(&bytes, 0x40, 1).unwrap();
+        assert!(state.set_run_state(&mut bytes, "paused"));
+        let section = &state.sections[1];
+        let payload = usize::try_from(section.offset - 0x40 + section.header_len).unwrap();
+        assert_eq!(&bytes[payload + 4..payload + 11], b"paused\0");
+        assert_eq!(bytes[payload + 36], 0x55);
+    }
+
+    #[test]
+    fn hostile_footers_end_the_search() {
+        // Every section could end at every place: the search must give up, not go on for ever.
+        let mut bytes = Vec::new();
+        for _ in 0..3000 {
+            bytes.extend_from_slice(b"\x04\0\0\0\x03\x01a\0\0\0\0\0\0\0\0\x7e\0\0\0\x03");
+        }
+        bytes.push(0x55);
+        let error = DeviceState::locate(&bytes, 0, 1).unwrap_err();
+        assert_eq!(error.kind, FormatErrorKind::BrokenSections);
+    }
+}

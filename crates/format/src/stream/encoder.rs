@@ -1,0 +1,125 @@
+//! Writes the parts of a stream that vmfile makes itself.
+
+use alloc::vec::Vec;
+
+use super::{RAM_SECTION_VERSION, ram_flag, section};
+use crate::page::PageIndex;
+use crate::ram_block::{RamBlock, RamLayout};
+
+/// Appends a text after one byte with its length.
+///
+/// # Panics
+///
+/// Panics if the text is longer than 255 bytes.
+pub fn counted_text(bytes: &mut Vec<u8>, text: &str) {
+    bytes.push(u8::try_from(text.len()).expect("names in a stream have at most 255 bytes"));
+    bytes.extend_from_slice(text.as_bytes());
+}
+
+/// Appends the header of the "ram" section and the word that announces the block list.
+pub fn start_ram(bytes: &mut Vec<u8>, section_id: u32, layout: &RamLayout) {
+    bytes.push(section::START);
+    bytes.extend_from_slice(&section_id.to_be_bytes());
+    counted_text(bytes, "ram");
+    bytes.extend_from_slice(&0_u32.to_be_bytes());
+    bytes.extend_from_slice(&RAM_SECTION_VERSION.to_be_bytes());
+    word(bytes, layout.total_length() | ram_flag::MEM_SIZE);
+}
+
+/// Appends one block's name and length.
+pub fn block_record(bytes: &mut Vec<u8>, block: &RamBlock) {
+    counted_text(bytes, block.name());
+    bytes.extend_from_slice(&block.used_length().to_be_bytes());
+}
+
+/// Appends a word of the "ram" section.
+pub fn word(bytes: &mut Vec<u8>, word: u64) {
+    bytes.extend_from_slice(&word.to_be_bytes());
+}
+
+/// Appends the end of a part of the "ram" section: the word EOS and the footer.
+pub fn end_part(bytes: &mut Vec<u8>, section_id: u32) {
+    word(bytes, ram_flag::EOS);
+    bytes.push(section::FOOTER);
+    bytes.extend_from_slice(&section_id.to_be_bytes());
+}
+
+/// Writes the "ram" section of a stream for a destination that has most of its RAM already.
+///
+/// The block list names every block; only the pages that are given are sent. QEMU does not insist
+/// on receiving every page (tried on 8.2 and 10.0).
+#[derive(Debug)]
+pub struct RamSection {
+    section_id: u32,
+    named: Option<usize>,
+}
+
+impl RamSection {
+    /// Begins the section: START with the block list, then a PART that takes pages.
+    pub fn begin(bytes: &mut Vec<u8>, section_id: u32, layout: &RamLayout) -> RamSection {
+        start_ram(bytes, section_id, layout);
+        for block in layout.blocks() {
+            block_record(bytes, block);
+        }
+        end_part(bytes, section_id);
+        bytes.push(section::PART);
+        bytes.extend_from_slice(&section_id.to_be_bytes());
+        RamSection { section_id, named: None }
+    }
+
+    /// Appends a page with its data, which has the length of one page.
+    pub fn page(
+        &mut self,
+        bytes: &mut Vec<u8>,
+        block: (usize, &RamBlock),
+        page: PageIndex,
+        data: &[u8],
+    ) {
+        self.page_word(bytes, block, page, ram_flag::PAGE);
+        bytes.extend_from_slice(data);
+    }
+
+    /// Appends a page of zeros.
+    pub fn zero_page(&mut self, bytes: &mut Vec<u8>, block: (usize, &RamBlock), page: PageIndex) {
+        self.page_word(bytes, block, page, ram_flag::ZERO);
+        bytes.push(0);
+    }
+
+    /// Ends the section.
+    pub fn finish(self, bytes: &mut Vec<u8>) {
+        end_part(bytes, self.section_id);
+        bytes.push(section::END);
+        bytes.extend_from_slice(&self.section_id.to_be_bytes());
+        end_part(bytes, self.section_id);
+    }
+
+    /// `block` is the block and its place in the layout; the name is sent when it changes.
+    fn page_word(
+        &mut self,
+        bytes: &mut Vec<u8>,
+        (index, block): (usize, &RamBlock),
+        page: PageIndex,
+        flag: u64,
+    ) {
+        let offset = page.block_offset(block.page_size()).expect("a page of the block");
+        if self.named == Some(index) {
+            word(bytes, offset | flag | ram_flag::CONTINUE);
+        } else {
+            word(bytes, offset | flag);
+            counted_text(bytes, block.name());
+            self.named = Some(index);
+        }
+    }
+}
+
+/// Appends a VM description without devices. QEMU warns where there is none.
+///
+/// The member `vmfile` says who wrote the file: a file of ours that has lost its end is told from
+/// one that QEMU wrote.
+pub fn vm_description(bytes: &mut Vec<u8>) {
+    let json = br#"{"configuration":{},"page_size":4096,"devices":[],"vmfile":1}"#;
+    bytes.push(section::VM_DESCRIPTION);
+    let len = u32::try_from(json.len()).expect("a short constant");
+    bytes.extend_from_slice(&len.to_be_bytes());
+    bytes.extend_from_slice(json);
+}
