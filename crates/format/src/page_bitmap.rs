@@ -126,14 +126,15 @@ impl PageBitmap {
         let mut page = from;
         while page < end {
             let (index, _) = position(PageIndex(page));
+            let word_start = page & !63;
             let word = self.words.get(index).copied()?;
             let word = if value { word } else { !word };
             let candidates = word & !low_bits(page % 64);
             if candidates != 0 {
-                let first = (page - page % 64).checked_add(candidates.trailing_zeros().into())?;
+                let first = word_start.checked_add(candidates.trailing_zeros().into())?;
                 return (first < end).then_some(first);
             }
-            page = (page - page % 64).checked_add(64)?;
+            page = word_start.checked_add(64)?;
         }
         None
     }

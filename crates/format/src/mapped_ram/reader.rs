@@ -271,7 +271,8 @@ mod tests {
     #[test]
     fn blocks_that_do_not_add_up_are_refused() {
         let mut file = sample();
-        file[0x60] = 0x50;
+        let mem_size = usize::try_from(read(&file).unwrap().head_end).unwrap() - 8;
+        file[mem_size + 6] = 0x50;
         let text = "at offset 0x203000: RAM blocks add up to 24576 bytes, expected 20480";
         assert_eq!(read(&file).unwrap_err().to_string(), text);
     }
