@@ -1,1 +1,42 @@
-//! Placeholder.
+//! Bytes to the kernel and back: direct I/O, `io_uring`, and the memory of other processes.
+//!
+//! Everything here is counted in bytes, as `u64` or `usize`, and every range is half-open. The
+//! crate knows files, mappings, processes and errors of the kernel; what the bytes mean is for
+//! those who call it. It never prints, never exits and never reads the environment.
+//!
+//! A write goes this way: fill a [`PooledBuffer`] or take a [`Region`], wrap it in a [`Transfer`],
+//! submit it to a [`Storage`], reap its [`Completion`] and with it the memory. [`Unpublished`] gives
+//! the finished file its name.
+//!
+//! **Invariant:** memory handed to the kernel belongs to the storage until its completion is
+//! reaped. **Invariant:** memory that another process may write is never a `&[u8]`.
+
+pub mod buffer;
+pub mod direct_io;
+pub mod extents;
+pub mod hash;
+mod maps;
+pub mod probe;
+pub mod process_memory;
+pub mod publish;
+pub mod region;
+pub mod residency;
+mod ring;
+pub mod storage;
+mod threads;
+pub mod transfer;
+pub mod zero;
+
+pub use buffer::{AlignedBuffer, BufferPool, PooledBuffer, SharedBuffer};
+pub use direct_io::{DataFile, DirectIo, DirectIoInUse};
+pub use extents::{FileSystem, data_ranges, file_system, hugetlb_allocated_bytes, punch_hole};
+pub use hash::{PageHasher, page_hash};
+pub use maps::{Device, Mapping, Permissions};
+pub use probe::{KernelProbe, Support};
+pub use process_memory::{Backing, BackingError, BackingFile, Fault, ProcessMemory};
+pub use publish::{Existing, PublishError, Unpublished, available_space};
+pub use region::{Access, Region};
+pub use residency::{drop_cached, resident_bytes};
+pub use storage::{Backend, BackendInUse, OpenStorage, Storage, open_storage};
+pub use transfer::{Completion, Direction, Memory, Transfer};
+pub use zero::is_zero;

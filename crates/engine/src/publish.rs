@@ -1,0 +1,450 @@
+//! Giving a finished file its name, so that a name never means part of a file.
+//!
+//! The file is written without a name (`O_TMPFILE`) or, where the file system cannot do that,
+//! under the name `.NAME.XXXXXX.partial` beside its place. [`Unpublished::publish`] makes it
+//! durable, names it, and makes the name durable.
+
+use std::error::Error;
+use std::ffi::{OsStr, OsString};
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, RenameFlags};
+use rustix::io::Errno;
+use rustix::rand::GetRandomFlags;
+
+/// Only the owner reads and writes: the file holds everything that was in memory.
+const MODE: Mode = Mode::RUSR.union(Mode::WUSR);
+
+/// The longest file name Linux accepts, in bytes.
+const NAME_LEN_MAX: usize = 255;
+
+/// Temporary names that are tried; with 2^36 of them the second try already does not happen.
+const ATTEMPTS_MAX: usize = 16;
+
+/// What to do if the name is taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Existing {
+    /// Refuse, both at the start and at the moment of naming.
+    Refuse,
+    /// Replace it, if it is a regular file or a symbolic link (the link itself, not its target).
+    Replace,
+}
+
+/// A file that has no name yet, or only a temporary one.
+///
+/// Dropping it leaves no file behind. Killing the process leaves none either where the file system
+/// has `O_TMPFILE` (ext4, XFS, btrfs and tmpfs do).
+#[derive(Debug)]
+pub struct Unpublished {
+    file: File,
+    directory: OwnedFd,
+    path: PathBuf,
+    name: OsString,
+    existing: Existing,
+    /// The name to remove if it does not come to publishing.
+    temporary: Option<OsString>,
+}
+
+impl Unpublished {
+    /// Creates an empty file, mode 0600, that will be named `path`.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`PublishError`] if the directory is missing or none, if the name is taken and must
+    /// not or cannot be replaced, or if the kernel refuses.
+    pub fn create_beside(path: &Path, existing: Existing) -> Result<Unpublished, PublishError> {
+        Unpublished::create(path, existing, Way::NamelessIfPossible)
+    }
+
+    fn create(path: &Path, existing: Existing, way: Way) -> Result<Unpublished, PublishError> {
+        let failed = |step| move |errno: Errno| PublishError::io(path, step, errno.into());
+        let name = path.file_name().ok_or_else(|| PublishError::NoName { path: path.into() })?;
+        if path.as_os_str().as_bytes().ends_with(b"/") {
+            return Err(PublishError::NoName { path: path.into() });
+        }
+        let directory = open_directory(path)?;
+        refuse_if_taken(&directory, path, name, existing)?;
+        let nameless = match way {
+            Way::NamelessIfPossible => create_nameless(&directory).map_err(failed("create"))?,
+            #[cfg(test)]
+            Way::Named => None,
+        };
+        let (file, temporary) = match nameless {
+            Some(file) => (file, None),
+            None => {
+                let (file, temporary) = create_named(&directory, name).map_err(failed("create"))?;
+                (file, Some(temporary))
+            }
+        };
+        let file = Unpublished {
+            file: file.into(),
+            directory,
+            path: path.into(),
+            name: name.into(),
+            existing,
+            temporary,
+        };
+        // The umask may have taken bits away.
+        rustix::fs::fchmod(&file.file, MODE).map_err(failed("set the mode of"))?;
+        Ok(file)
+    }
+
+    /// Makes the file durable, gives it its name, makes the name durable, and returns the file.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`PublishError`], and no name appears, if the file cannot be made durable or named.
+    /// Only if the directory cannot be made durable after that, the name is there, the file whole,
+    /// and the error says that a power failure may still take the name away.
+    pub fn publish(mut self) -> Result<File, PublishError> {
+        self.file.sync_all().map_err(|error| PublishError::io(&self.path, "sync", error))?;
+        match self.existing {
+            Existing::Refuse => self.name_if_free(),
+            Existing::Replace => self.name_or_replace(),
+        }
+        .map_err(|errno| match errno {
+            Errno::EXIST => PublishError::Exists { path: self.path.clone() },
+            errno => PublishError::io(&self.path, "name", errno.into()),
+        })?;
+        rustix::fs::fsync(&self.directory).map_err(|errno| {
+            PublishError::io(&self.path, "sync the directory of the finished", errno.into())
+        })?;
+        self.file.try_clone().map_err(|error| PublishError::io(&self.path, "duplicate", error))
+    }
+
+    /// Returns the file, open for reading and writing.
+    #[must_use]
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Returns the name that the file will have.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn name_if_free(&mut self) -> Result<(), Errno> {
+        let Some(temporary) = &self.temporary else {
+            return link_nameless(&self.file, &self.directory, &self.name);
+        };
+        let directory = &self.directory;
+        let flags = RenameFlags::NOREPLACE;
+        match rustix::fs::renameat_with(directory, temporary, directory, &self.name, flags) {
+            Ok(()) => self.temporary = None,
+            // The file system does not know the flag (NFS, for one). A link never replaces either;
+            // the temporary name is then removed by `drop`.
+            Err(Errno::INVAL | Errno::NOSYS) => {
+                let flags = AtFlags::empty();
+                rustix::fs::linkat(directory, temporary, directory, &self.name, flags)?;
+            }
+            Err(errno) => return Err(errno),
+        }
+        Ok(())
+    }
+
+    fn name_or_replace(&mut self) -> Result<(), Errno> {
+        if self.temporary.is_none() {
+            // A nameless file can only be linked, and a link does not replace.
+            let (directory, file) = (&self.directory, &self.file);
+            let temporary = with_temporary_name(&self.name, |temporary| {
+                link_nameless(file, directory, temporary)
+            });
+            self.temporary = Some(temporary?.1);
+        }
+        let temporary = self.temporary.as_ref().expect("set above");
+        rustix::fs::renameat(&self.directory, temporary, &self.directory, &self.name)?;
+        self.temporary = None;
+        Ok(())
+    }
+}
+
+impl AsFd for Unpublished {
+    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+impl Drop for Unpublished {
+    fn drop(&mut self) {
+        if let Some(temporary) = &self.temporary {
+            // Nobody is left to tell; the name says what the file is.
+            let _ = rustix::fs::unlinkat(&self.directory, temporary, AtFlags::empty());
+        }
+    }
+}
+
+/// How the file is kept until it is published.
+#[derive(Clone, Copy, Debug)]
+enum Way {
+    NamelessIfPossible,
+    /// Tests go this way where the file system would not make us.
+    #[cfg(test)]
+    Named,
+}
+
+fn open_directory(path: &Path) -> Result<OwnedFd, PublishError> {
+    let directory = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    rustix::fs::open(directory, flags, Mode::empty()).map_err(|errno| match errno {
+        Errno::NOENT => PublishError::NoDirectory { directory: directory.into() },
+        Errno::NOTDIR => PublishError::NotADirectory { directory: directory.into() },
+        errno => PublishError::io(path, "open the directory of", errno.into()),
+    })
+}
+
+fn refuse_if_taken(
+    directory: &OwnedFd,
+    path: &Path,
+    name: &OsStr,
+    existing: Existing,
+) -> Result<(), PublishError> {
+    let stat = match rustix::fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW) {
+        Ok(stat) => stat,
+        Err(Errno::NOENT) => return Ok(()),
+        Err(errno) => return Err(PublishError::io(path, "look for", errno.into())),
+    };
+    match (existing, FileType::from_raw_mode(stat.st_mode)) {
+        (Existing::Refuse, _) => Err(PublishError::Exists { path: path.into() }),
+        (Existing::Replace, FileType::RegularFile | FileType::Symlink) => Ok(()),
+        // A rename would put a file in the place of, say, /dev/null.
+        (Existing::Replace, _) => Err(PublishError::NotAFile { path: path.into() }),
+    }
+}
+
+/// Creates a file without a name, or returns `None` where the file system has none.
+fn create_nameless(directory: &OwnedFd) -> Result<Option<OwnedFd>, Errno> {
+    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+    match rustix::fs::openat(directory, ".", flags, MODE) {
+        Ok(file) => Ok(Some(file)),
+        // EOPNOTSUPP is the file system's no. A kernel before 3.11 sees only a directory opened
+        // for writing, and says EISDIR.
+        Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL) => Ok(None),
+        Err(errno) => Err(errno),
+    }
+}
+
+fn create_named(directory: &OwnedFd, name: &OsStr) -> Result<(OwnedFd, OsString), Errno> {
+    let flags = OFlags::CREATE | OFlags::EXCL | OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    with_temporary_name(name, |temporary| rustix::fs::openat(directory, temporary, flags, MODE))
+}
+
+/// Links a file without a name to `name`, which must be free.
+fn link_nameless(file: &File, directory: &OwnedFd, name: &OsStr) -> Result<(), Errno> {
+    // Linking by descriptor alone (AT_EMPTY_PATH) takes a capability before Linux 6.10; the way
+    // through /proc, which open(2) describes, takes none.
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    match rustix::fs::linkat(CWD, path, directory, name, AtFlags::SYMLINK_FOLLOW) {
+        // No /proc here.
+        Err(Errno::NOENT) => rustix::fs::linkat(file, "", directory, name, AtFlags::EMPTY_PATH),
+        result => result,
+    }
+}
+
+/// Calls `make` with fresh temporary names until one is free.
+fn with_temporary_name<T>(
+    name: &OsStr,
+    mut make: impl FnMut(&OsStr) -> Result<T, Errno>,
+) -> Result<(T, OsString), Errno> {
+    for _ in 0..ATTEMPTS_MAX {
+        let temporary = temporary_name(name)?;
+        match make(&temporary) {
+            Ok(made) => return Ok((made, temporary)),
+            Err(Errno::EXIST) => {}
+            Err(errno) => return Err(errno),
+        }
+    }
+    Err(Errno::EXIST)
+}
+
+/// Returns `.NAME.XXXXXX.partial` with six random characters, shortened to fit a file name.
+fn temporary_name(name: &OsStr) -> Result<OsString, Errno> {
+    const LETTERS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
+    const SUFFIX: &[u8] = b".partial";
+    let mut random = [0_u8; 6];
+    rustix::rand::getrandom(&mut random, GetRandomFlags::empty())?;
+    let name_len = name.len().min(NAME_LEN_MAX - 2 - random.len() - SUFFIX.len());
+    let mut temporary = vec![b'.'];
+    temporary.extend_from_slice(&name.as_bytes()[..name_len]);
+    temporary.push(b'.');
+    temporary.extend(random.iter().map(|byte| LETTERS[usize::from(byte % 64)]));
+    temporary.extend_from_slice(SUFFIX);
+    Ok(OsStr::from_bytes(&temporary).to_owned())
+}
+
+/// Why a file could not be created or published.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum PublishError {
+    /// The path does not end in a file name.
+    NoName {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The directory of the file does not exist.
+    NoDirectory {
+        /// The directory.
+        directory: PathBuf,
+    },
+    /// The directory of the file is something else.
+    NotADirectory {
+        /// What should be one.
+        directory: PathBuf,
+    },
+    /// The name is taken and must not be replaced.
+    Exists {
+        /// The name.
+        path: PathBuf,
+    },
+    /// The name is taken by something that is not a file.
+    NotAFile {
+        /// The name.
+        path: PathBuf,
+    },
+    /// The kernel refused a step.
+    Io {
+        /// The name that the file has or would have.
+        path: PathBuf,
+        /// What was to be done to it.
+        step: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+impl PublishError {
+    fn io(path: &Path, step: &'static str, source: io::Error) -> PublishError {
+        PublishError::Io { path: path.into(), step, source }
+    }
+}
+
+impl fmt::Display for PublishError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            PublishError::NoName { path } => write!(f, "{} names no file", path.display()),
+            PublishError::NoDirectory { directory } => {
+                write!(f, "no directory {}", directory.display())
+            }
+            PublishError::NotADirectory { directory } => {
+                write!(f, "{} is not a directory", directory.display())
+            }
+            PublishError::Exists { path } => write!(f, "{} exists", path.display()),
+            PublishError::NotAFile { path } => {
+                write!(f, "{} exists and is not a regular file", path.display())
+            }
+            PublishError::Io { path, step, .. } => write!(f, "cannot {step} {}", path.display()),
+        }
+    }
+}
+
+impl Error for PublishError {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        match self {
+            PublishError::Io { source, .. } => Some(source),
+            _ => None,
+        }
+    }
+}
+
+/// Returns how many bytes this process may still write to the file system of `file`.
+///
+/// # Errors
+///
+/// Returns the kernel's error.
+pub fn available_space(file: impl AsFd) -> io::Result<u64> {
+    let stat = rustix::fs::fstatvfs(file)?;
+    Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::io::Write;
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    fn names_in(directory: &Path) -> Vec<OsString> {
+        fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().file_name()).collect()
+    }
+
+    #[test]
+    fn a_temporary_name_is_hidden_and_says_what_it_is() {
+        let name = temporary_name(OsStr::new("vm.vmf")).unwrap().into_string().unwrap();
+        assert!(name.starts_with(".vm.vmf."), "{name}");
+        assert!(name.ends_with(".partial"), "{name}");
+        assert_eq!(name.len(), ".vm.vmf.XXXXXX.partial".len());
+    }
+
+    #[test]
+    fn a_temporary_name_of_the_longest_name_is_a_name() {
+        let name = temporary_name(OsStr::new(&"n".repeat(NAME_LEN_MAX))).unwrap();
+        assert_eq!(name.len(), NAME_LEN_MAX);
+    }
+
+    #[test]
+    fn a_named_temporary_becomes_the_file() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("file");
+        let file = Unpublished::create(&path, Existing::Refuse, Way::Named).unwrap();
+        file.file().write_all(b"whole").unwrap();
+        assert!(!path.exists());
+        let mode = file.file().metadata().unwrap().permissions().mode();
+        assert_eq!(mode & 0o7777, 0o600);
+
+        file.publish().unwrap();
+
+        assert_eq!(names_in(directory.path()), ["file"]);
+        assert_eq!(fs::read(&path).unwrap(), b"whole");
+    }
+
+    #[test]
+    fn a_named_temporary_is_removed_when_it_is_dropped() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("file");
+        let file = Unpublished::create(&path, Existing::Refuse, Way::Named).unwrap();
+        assert_eq!(names_in(directory.path()).len(), 1);
+
+        drop(file);
+
+        assert!(names_in(directory.path()).is_empty());
+    }
+
+    #[test]
+    fn a_named_temporary_never_replaces_what_appeared_meanwhile() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("file");
+        let file = Unpublished::create(&path, Existing::Refuse, Way::Named).unwrap();
+        fs::write(&path, "theirs").unwrap();
+
+        let error = file.publish().unwrap_err();
+
+        assert!(matches!(error, PublishError::Exists { .. }), "{error}");
+        assert_eq!(names_in(directory.path()), ["file"]);
+        assert_eq!(fs::read(&path).unwrap(), b"theirs");
+    }
+
+    #[test]
+    fn every_refusal_reads_well() {
+        let path = PathBuf::from("a/b");
+        let source = io::Error::from_raw_os_error(libc::EIO);
+        for (error, words) in [
+            (PublishError::NoName { path: path.clone() }, "a/b names no file"),
+            (PublishError::NoDirectory { directory: path.clone() }, "no directory a/b"),
+            (PublishError::NotADirectory { directory: path.clone() }, "a/b is not a directory"),
+            (PublishError::Exists { path: path.clone() }, "a/b exists"),
+            (PublishError::NotAFile { path: path.clone() }, "a/b exists and is not a regular file"),
+            (PublishError::Io { path, step: "sync", source }, "cannot sync a/b"),
+        ] {
+            assert_eq!(error.to_string(), words);
+        }
+    }
+}
