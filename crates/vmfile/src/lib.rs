@@ -1,1 +1,25 @@
-//! Placeholder.
+//! Saves a running QEMU virtual machine to a file and brings it back.
+//!
+//! One verb, one module. The library never prints, never exits and never reads the environment: it
+//! returns numbers and typed errors.
+
+#![forbid(unsafe_code)]
+
+pub mod check;
+mod control;
+pub mod error;
+pub mod info;
+mod jobs;
+mod lane;
+mod plan;
+mod ram_writer;
+mod ranges;
+pub mod save;
+mod snapshot;
+mod source;
+
+pub use control::{Control, Progress};
+pub use jobs::Jobs;
+pub use snapshot::{Manifest, Snapshot, SnapshotError};
+pub use source::process::ProcessRamError;
+pub use vmfile_engine::{Backend, DirectIo, Existing, PublishError};

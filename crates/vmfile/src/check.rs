@@ -1,0 +1,543 @@
+//! `vmfile check`: structure, then every byte.
+//!
+//! Every byte of a vmfile is accounted for: a page has its hash, everything else that QEMU or
+//! vmfile wrote has a checksum, and what is left must be zero. Damage is data: it is collected, and
+//! only the inability to look is an error.
+
+use std::io;
+use std::ops::Range;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::thread;
+
+use serde::Serialize;
+use vmfile_engine::{
+    Backend, DataFile, DirectIo, DirectIoInUse, Direction, Memory, Transfer, data_ranges, is_zero,
+    page_hash, resident_bytes,
+};
+use vmfile_format::manifest::{FOOTER_LEN, HASH_LEN, encode_hash, table_len};
+use vmfile_format::mapped_ram::PlacedBlock;
+use vmfile_format::{PageBitmap, PageIndex};
+
+use crate::control::{Control, Progress};
+use crate::jobs::Jobs;
+use crate::lane::Lane;
+use crate::plan::{UNIT_LEN, Unit, WINDOW_LEN, pieces, total_len, units};
+use crate::ranges;
+use crate::snapshot::{Manifest, Snapshot, SnapshotError};
+
+/// How many findings are listed; all are counted.
+const FINDINGS_MAX: usize = 1000;
+
+/// How a file is checked.
+#[derive(Clone, Debug)]
+pub struct CheckOptions {
+    /// Whether pages are read past the page cache. `Preferred` decides by what the cache holds.
+    pub direct_io: DirectIo,
+    /// Who moves the bytes.
+    pub io: Backend,
+    /// How many threads hash.
+    pub jobs: Jobs,
+}
+
+impl Default for CheckOptions {
+    fn default() -> CheckOptions {
+        CheckOptions { direct_io: DirectIo::Preferred, io: Backend::Auto, jobs: Jobs::default() }
+    }
+}
+
+/// What a check found.
+#[derive(Clone, Debug, Serialize)]
+pub struct CheckReport {
+    /// `vmfile`, or `mapped-ram` for a file that QEMU wrote, whose pages have no hashes.
+    pub format: &'static str,
+    /// What is wrong, in the order of the file; at most 1000 are listed.
+    pub findings: Vec<Finding>,
+    /// How many there are.
+    pub findings_total: u64,
+    /// Pages whose bytes were compared with their hash.
+    pub pages_checked: u64,
+    /// Whether direct I/O was used; if not, why.
+    pub direct_io: String,
+    /// The back end that was used.
+    pub io: String,
+    /// How long it took, in seconds.
+    pub total_seconds: f64,
+}
+
+/// One thing that is wrong.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Finding {
+    /// What it is.
+    pub kind: FindingKind,
+    /// The RAM block, where it concerns one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub block: Option<String>,
+    /// The page's number in its block, where it concerns one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub page: Option<u64>,
+    /// The part of the file, where it concerns one that is no page.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub section: Option<String>,
+    /// File offset of the first byte concerned.
+    pub offset: u64,
+}
+
+/// What kind of thing is wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum FindingKind {
+    /// A page, or its recorded hash, is not what was written.
+    PageHash,
+    /// A zero page's place holds other bytes.
+    StalePage,
+    /// A zero page has a hash.
+    StrayHash,
+    /// A part with a checksum is not what was written.
+    Checksum,
+    /// Bytes that belong to nothing are not zero.
+    Padding,
+    /// Bytes follow the last byte of the stream that QEMU wrote.
+    TrailingBytes,
+    /// The manifest counts other pages than the bitmap.
+    PageCount,
+    /// The disk does not give the bytes.
+    Unreadable,
+}
+
+/// Why a file could not be checked.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CheckError {
+    /// The file's structure could not be read.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    /// The file could not be looked at.
+    #[error("look at {what}")]
+    Io {
+        /// What was to be done.
+        what: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The caller stopped it.
+    #[error("stopped")]
+    Stopped,
+}
+
+fn io(what: &'static str) -> impl Fn(io::Error) -> CheckError {
+    move |source| CheckError::Io { what, source }
+}
+
+/// Checks every byte of `snapshot`.
+///
+/// # Errors
+///
+/// Returns [`CheckError`] if the file cannot be looked at; damage is no error but a finding.
+pub fn check(
+    snapshot: &Snapshot,
+    options: &CheckOptions,
+    control: &Control<'_>,
+) -> Result<CheckReport, CheckError> {
+    let start = std::time::Instant::now();
+    let mut findings = Findings::default();
+    let mut report = CheckReport {
+        format: "mapped-ram",
+        findings: Vec::new(),
+        findings_total: 0,
+        pages_checked: 0,
+        direct_io: "no: no page was read".to_owned(),
+        io: "none".to_owned(),
+        total_seconds: 0.0,
+    };
+    match snapshot.manifest() {
+        None => trailing_bytes(snapshot, &mut findings),
+        Some(manifest) => {
+            report.format = "vmfile";
+            check_extents(snapshot, manifest, &mut findings)?;
+            check_padding(snapshot, manifest, &mut findings)?;
+            let pages = PageCheck::new(snapshot, manifest, options, control, &mut findings)?;
+            report.direct_io = pages.direct_io.clone();
+            (report.pages_checked, report.io) = pages.run(&mut findings)?;
+        }
+    }
+    findings.list.sort_by_key(|finding| finding.offset);
+    report.findings_total = findings.total;
+    report.findings = findings.list;
+    report.total_seconds = start.elapsed().as_secs_f64();
+    Ok(report)
+}
+
+/// Findings, of which only the first are kept.
+#[derive(Debug, Default)]
+struct Findings {
+    list: Vec<Finding>,
+    total: u64,
+}
+
+impl Findings {
+    fn push(&mut self, finding: Finding) {
+        self.total += 1;
+        if self.list.len() < FINDINGS_MAX {
+            self.list.push(finding);
+        }
+    }
+
+    fn section(&mut self, kind: FindingKind, section: &str, offset: u64) {
+        let section = Some(section.to_owned());
+        self.push(Finding { kind, block: None, page: None, section, offset });
+    }
+
+    fn page(&mut self, kind: FindingKind, block: &PlacedBlock, page: u64) {
+        let offset = block.page_offset(PageIndex(page)).unwrap_or(u64::MAX);
+        let block = Some(block.block.name().to_owned());
+        self.push(Finding { kind, block, page: Some(page), section: None, offset });
+    }
+
+    fn append(&mut self, other: Findings) {
+        self.total += other.total;
+        let room = FINDINGS_MAX.saturating_sub(self.list.len());
+        self.list.extend(other.list.into_iter().take(room));
+    }
+}
+
+fn trailing_bytes(snapshot: &Snapshot, findings: &mut Findings) {
+    let end = snapshot.structure().device_state.stream_end;
+    if snapshot.file_len() > end {
+        findings.section(FindingKind::TrailingBytes, "after the stream", end);
+    }
+}
+
+fn check_extents(
+    snapshot: &Snapshot,
+    manifest: &Manifest,
+    findings: &mut Findings,
+) -> Result<(), CheckError> {
+    for extent in &manifest.meta.extents {
+        let bytes = snapshot.read(extent.offset, extent.bytes)?;
+        if !extent.matches(&bytes) {
+            findings.section(FindingKind::Checksum, &extent.what, extent.offset);
+        }
+    }
+    Ok(())
+}
+
+/// Looks at the bytes that belong to nothing: before pages, after tables, between parts.
+fn check_padding(
+    snapshot: &Snapshot,
+    manifest: &Manifest,
+    findings: &mut Findings,
+) -> Result<(), CheckError> {
+    let mut known: Vec<Range<u64>> = Vec::new();
+    for extent in &manifest.meta.extents {
+        known.push(extent.offset..extent.offset + extent.bytes);
+    }
+    for (placed, meta) in snapshot.structure().blocks.iter().zip(&manifest.meta.blocks) {
+        known.push(placed.pages_offset..placed.pages_end());
+        known.push(meta.hashes_offset..meta.hashes_offset + table_len(placed.block.page_count()));
+    }
+    let metadata_end = snapshot.file_len().saturating_sub(FOOTER_LEN);
+    known.push(manifest.footer.metadata_offset..metadata_end);
+    known.push(metadata_end..snapshot.file_len());
+    known.sort_by_key(|range| range.start);
+    let mut end = 0;
+    for range in known {
+        if range.start > end {
+            check_zeros(snapshot, end..range.start, findings)?;
+        }
+        end = end.max(range.end);
+    }
+    Ok(())
+}
+
+fn check_zeros(
+    snapshot: &Snapshot,
+    range: Range<u64>,
+    findings: &mut Findings,
+) -> Result<(), CheckError> {
+    let data = data_ranges(snapshot.file().as_fd(), range).map_err(io("the holes of the file"))?;
+    for piece in data.into_iter().flat_map(|range| pieces(range, WINDOW_LEN)) {
+        let bytes = snapshot.read(piece.start, piece.end - piece.start)?;
+        if let Some(index) = bytes.iter().position(|&byte| byte != 0) {
+            findings.section(FindingKind::Padding, "padding", piece.start + index as u64);
+        }
+    }
+    Ok(())
+}
+
+/// The check of all pages.
+#[derive(Debug)]
+struct PageCheck<'a> {
+    snapshot: &'a Snapshot,
+    manifest: &'a Manifest,
+    bitmaps: Vec<PageBitmap>,
+    windows: Vec<Window>,
+    file: DataFile,
+    direct_io: String,
+    options: &'a CheckOptions,
+    control: &'a Control<'a>,
+    next: AtomicUsize,
+    done: AtomicU64,
+    total_bytes: u64,
+}
+
+/// A piece of one block that is read at once.
+#[derive(Clone, Debug)]
+struct Window {
+    block: usize,
+    range: Range<u64>,
+}
+
+impl<'a> PageCheck<'a> {
+    fn new(
+        snapshot: &'a Snapshot,
+        manifest: &'a Manifest,
+        options: &'a CheckOptions,
+        control: &'a Control<'a>,
+        findings: &mut Findings,
+    ) -> Result<PageCheck<'a>, CheckError> {
+        let mut bitmaps = Vec::new();
+        let mut places = Vec::new();
+        for (placed, meta) in snapshot.structure().blocks.iter().zip(&manifest.meta.blocks) {
+            let bitmap = snapshot.bitmap(placed)?;
+            if bitmap.data_count().0 != meta.pages_data {
+                findings.section(FindingKind::PageCount, placed.block.name(), placed.bitmap_offset);
+            }
+            places.push(places_to_look(snapshot, placed, meta.hashes_offset, &bitmap)?);
+            bitmaps.push(bitmap);
+        }
+        let total_bytes = total_len(&places);
+        let units: Vec<Unit> = units(&places);
+        let windows = units.iter().flat_map(|unit| {
+            let window = |range| Window { block: unit.block, range };
+            unit.ranges.iter().flat_map(|range| pieces(range.clone(), WINDOW_LEN)).map(window)
+        });
+        let (file, direct_io) = open_for_reading(snapshot, options.direct_io)?;
+        Ok(PageCheck {
+            snapshot,
+            manifest,
+            bitmaps,
+            windows: windows.collect(),
+            file,
+            direct_io,
+            options,
+            control,
+            next: AtomicUsize::new(0),
+            done: AtomicU64::new(0),
+            total_bytes,
+        })
+    }
+
+    /// Checks all pages in parallel; returns how many, and the back end.
+    fn run(&self, findings: &mut Findings) -> Result<(u64, String), CheckError> {
+        let jobs = self.options.jobs.count();
+        let window = usize::try_from(WINDOW_LEN).expect("1 MiB");
+        let mut backend = String::new();
+        let mut lanes = Vec::new();
+        for _ in 0..jobs {
+            let (lane, in_use) = Lane::open(&self.file, self.options.io, jobs, window)
+                .map_err(io("the file, with the back end that was asked for"))?;
+            backend = in_use.to_string();
+            lanes.push(lane);
+        }
+        let results = thread::scope(|scope| {
+            let workers: Vec<_> =
+                lanes.into_iter().map(|lane| scope.spawn(|| self.worker(lane))).collect();
+            let join = |worker: thread::ScopedJoinHandle<'_, _>| worker.join().expect("no panic");
+            workers.into_iter().map(join).collect::<Vec<_>>()
+        });
+        let mut pages = 0;
+        for result in results {
+            let (checked, found) = result?;
+            pages += checked;
+            findings.append(found);
+        }
+        Ok((pages, backend))
+    }
+
+    fn worker(&self, mut lane: Lane) -> Result<(u64, Findings), CheckError> {
+        let mut found = Findings::default();
+        let mut checked = 0;
+        let mut hashes = Hashes::default();
+        loop {
+            while lane.has_room() && self.submit_next(&mut lane)? {}
+            let Some(completion) = lane.next_read().map_err(io("the pages"))? else { break };
+            let index = usize::try_from(completion.transfer.tag).expect("an index");
+            let window = &self.windows[index];
+            match (completion.result, completion.transfer.memory) {
+                (Ok(()), Memory::Owned(buffer, range)) => {
+                    checked += self.verify(window, &buffer[range], &mut hashes, &mut found)?;
+                }
+                _ => self.verify_one_by_one(window, &mut hashes, &mut found, &mut checked)?,
+            }
+            let len = window.range.end - window.range.start;
+            let done_bytes = self.done.fetch_add(len, Ordering::Relaxed) + len;
+            self.control.report(Progress { done_bytes, total_bytes: self.total_bytes });
+        }
+        Ok((checked, found))
+    }
+
+    /// Submits the read of the next window; `false` when there is none, or no buffer for it.
+    fn submit_next(&self, lane: &mut Lane) -> Result<bool, CheckError> {
+        if self.control.is_stopped() {
+            return Err(CheckError::Stopped);
+        }
+        let Some(buffer) = lane.free_buffer() else { return Ok(false) };
+        let index = self.next.fetch_add(1, Ordering::Relaxed);
+        let Some(window) = self.windows.get(index) else { return Ok(false) };
+        let placed = &self.snapshot.structure().blocks[window.block];
+        let len = usize::try_from(window.range.end - window.range.start).expect("1 MiB");
+        let transfer = Transfer {
+            direction: Direction::Read,
+            file_offset: placed.pages_offset + window.range.start,
+            memory: Memory::Owned(buffer, 0..len),
+            tag: index as u64,
+        };
+        lane.submit(transfer).map_err(io("the pages"))?;
+        Ok(true)
+    }
+
+    /// Compares the pages of a window with their hashes; returns how many had one.
+    fn verify(
+        &self,
+        window: &Window,
+        bytes: &[u8],
+        hashes: &mut Hashes,
+        found: &mut Findings,
+    ) -> Result<u64, CheckError> {
+        let placed = &self.snapshot.structure().blocks[window.block];
+        let bitmap = &self.bitmaps[window.block];
+        let page_len = usize::try_from(placed.block.page_size().bytes()).expect("64 KiB at most");
+        let first = window.range.start / page_len as u64;
+        let mut checked = 0;
+        for (page, bytes) in (first..).zip(bytes.chunks(page_len)) {
+            let recorded = hashes.of(self, window.block, page)?;
+            if bitmap.contains(PageIndex(page)) {
+                checked += 1;
+                if encode_hash(page_hash(bytes)) != recorded {
+                    found.page(FindingKind::PageHash, placed, page);
+                }
+            } else {
+                if !is_zero(bytes) {
+                    found.page(FindingKind::StalePage, placed, page);
+                }
+                if recorded != [0; 16] {
+                    found.page(FindingKind::StrayHash, placed, page);
+                }
+            }
+        }
+        Ok(checked)
+    }
+
+    /// A window of which some bytes cannot be read: finds out which pages.
+    fn verify_one_by_one(
+        &self,
+        window: &Window,
+        hashes: &mut Hashes,
+        found: &mut Findings,
+        checked: &mut u64,
+    ) -> Result<(), CheckError> {
+        let placed = &self.snapshot.structure().blocks[window.block];
+        let page_len = placed.block.page_size().bytes();
+        let mut bytes = vec![0; usize::try_from(page_len).expect("64 KiB at most")];
+        for page in pieces(window.range.clone(), page_len) {
+            let offset = placed.pages_offset + page.start;
+            if self.snapshot.file().read_exact_at(&mut bytes, offset).is_err() {
+                found.page(FindingKind::Unreadable, placed, page.start / page_len);
+                continue;
+            }
+            let window = Window { block: window.block, range: page };
+            *checked += self.verify(&window, &bytes, hashes, found)?;
+        }
+        Ok(())
+    }
+}
+
+/// The hashes of the unit that a worker looks at.
+#[derive(Debug, Default)]
+struct Hashes {
+    unit: Option<(usize, u64)>,
+    bytes: Arc<Vec<u8>>,
+}
+
+impl Hashes {
+    /// Returns the recorded hash of a page; reads the table of its unit when it is the first.
+    fn of(
+        &mut self,
+        check: &PageCheck<'_>,
+        block: usize,
+        page: u64,
+    ) -> Result<[u8; 16], CheckError> {
+        let placed = &check.snapshot.structure().blocks[block];
+        let pages_in_unit = UNIT_LEN / placed.block.page_size().bytes();
+        let unit = page / pages_in_unit;
+        if self.unit != Some((block, unit)) {
+            let first = unit * pages_in_unit;
+            let pages = pages_in_unit.min(placed.block.page_count().0 - first);
+            let offset = check.manifest.meta.blocks[block].hashes_offset + first * HASH_LEN;
+            self.bytes = Arc::new(check.snapshot.read(offset, pages * HASH_LEN)?);
+            self.unit = Some((block, unit));
+        }
+        let index = usize::try_from((page % pages_in_unit) * HASH_LEN).expect("64 KiB");
+        Ok(<[u8; 16]>::try_from(&self.bytes[index..index + 16]).expect("16 bytes"))
+    }
+}
+
+/// Returns the ranges of a block to look at: pages with data, pages whose place holds bytes in the
+/// file, and pages with a hash. All others are holes with a hash of zeros: zero pages.
+fn places_to_look(
+    snapshot: &Snapshot,
+    placed: &PlacedBlock,
+    hashes_offset: u64,
+    bitmap: &PageBitmap,
+) -> Result<Vec<Range<u64>>, CheckError> {
+    let page_len = placed.block.page_size().bytes();
+    let len = placed.block.used_length();
+    let file = snapshot.file().as_fd();
+    let mut places: Vec<Range<u64>> =
+        bitmap.data_runs().map(|run| run.start.0 * page_len..run.end.0 * page_len).collect();
+    let pages = placed.pages_offset..placed.pages_end();
+    for range in data_ranges(file, pages).map_err(io("the holes of the file"))? {
+        places.push(range.start - placed.pages_offset..range.end - placed.pages_offset);
+    }
+    let table = hashes_offset..hashes_offset + table_len(placed.block.page_count());
+    for range in data_ranges(file, table).map_err(io("the holes of the file"))? {
+        let page = |offset: u64| (offset - hashes_offset).div_ceil(HASH_LEN);
+        places.push((page(range.start) * page_len).min(len)..(page(range.end) * page_len).min(len));
+    }
+    Ok(ranges::merge(places, page_len, len))
+}
+
+/// Opens the file for reading its pages, past the page cache unless that holds most of it.
+fn open_for_reading(
+    snapshot: &Snapshot,
+    direct_io: DirectIo,
+) -> Result<(DataFile, String), CheckError> {
+    let what = "the file once more";
+    let file = snapshot.file();
+    let mut cached = None;
+    if direct_io == DirectIo::Preferred {
+        let resident = resident_bytes(file.as_fd(), 0..snapshot.file_len()).map_err(io(what))?;
+        let data = file.metadata().map_err(io(what))?;
+        let allocated = std::os::unix::fs::MetadataExt::blocks(&data) * 512;
+        if resident.saturating_mul(2) > allocated {
+            cached = Some("no: most of the file is in the page cache".to_owned());
+        }
+    }
+    let wanted = if cached.is_some() { DirectIo::Off } else { direct_io };
+    let file = file.try_clone().map_err(io(what))?;
+    let file = DataFile::new(file, wanted).map_err(io(what))?;
+    let said = cached.unwrap_or_else(|| describe(file.direct()));
+    Ok((file, said))
+}
+
+/// Says whether direct I/O is used, in the words of a report.
+pub(crate) fn describe(direct: &DirectIoInUse) -> String {
+    match direct {
+        DirectIoInUse::Yes { offset_align, .. } => format!("yes, {offset_align}-byte alignment"),
+        DirectIoInUse::No { reason } => format!("no: {reason}"),
+    }
+}

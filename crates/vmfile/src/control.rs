@@ -1,0 +1,48 @@
+//! What a caller holds while a verb works: it may stop it, and it hears how far it is.
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// How far the long part of a verb is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// Bytes that are done.
+    pub done_bytes: u64,
+    /// Bytes to do, as far as is known.
+    pub total_bytes: u64,
+}
+
+/// A caller's hold on a verb at work.
+pub struct Control<'a> {
+    stop: &'a AtomicBool,
+    progress: &'a (dyn Fn(Progress) + Sync),
+}
+
+impl<'a> Control<'a> {
+    /// Returns a control by which setting `stop` ends the verb at its next step, with everything
+    /// as it was before; `progress` is called now and then, from several threads.
+    pub fn new(stop: &'a AtomicBool, progress: &'a (dyn Fn(Progress) + Sync)) -> Control<'a> {
+        Control { stop, progress }
+    }
+
+    /// Returns a control that never stops and hears nothing.
+    #[must_use]
+    pub fn none() -> Control<'static> {
+        static NEVER: AtomicBool = AtomicBool::new(false);
+        Control { stop: &NEVER, progress: &|_| {} }
+    }
+
+    pub(crate) fn is_stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn report(&self, progress: Progress) {
+        (self.progress)(progress);
+    }
+}
+
+impl fmt::Debug for Control<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Control").field("stop", self.stop).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,123 @@
+//! Why a verb did not do what it was asked for.
+
+use std::io;
+use std::path::PathBuf;
+
+use vmfile_engine::PublishError;
+use vmfile_format::FormatError;
+use vmfile_qemu::VmError;
+
+use crate::ram_writer::RamError;
+use crate::source::process::ProcessRamError;
+
+/// Why a VM was not saved.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SaveError {
+    /// The file cannot be made or given its name.
+    #[error(transparent)]
+    Publish(#[from] PublishError),
+    /// QEMU refused, or could not be asked.
+    #[error(transparent)]
+    Vm(#[from] VmError),
+    /// The VM is in a state in which it cannot be saved.
+    #[error("the VM is in run state {found:?}, expected running or paused")]
+    RunState {
+        /// QEMU's name for the state.
+        found: String,
+    },
+    /// Something in the VM forbids it.
+    #[error("this VM cannot be saved: {}", reasons.join("; "))]
+    Blocked {
+        /// Each with what to do about it.
+        reasons: Vec<String>,
+    },
+    /// QEMU does not say where a block lies.
+    #[error("QEMU prints no address of RAM block {block:?}")]
+    NoAddress {
+        /// The block.
+        block: String,
+    },
+    /// A RAM block is not what a file can hold.
+    #[error("RAM block {block:?}: {reason}")]
+    Block {
+        /// The block.
+        block: String,
+        /// Why.
+        reason: String,
+    },
+    /// The RAM of the process cannot be reached.
+    #[error(transparent)]
+    Process(#[from] ProcessRamError),
+    /// The file system has not enough room.
+    #[error("the file needs {needed_bytes} bytes, the file system has {available_bytes} free")]
+    NoSpace {
+        /// Bytes that the file may need.
+        needed_bytes: u64,
+        /// Bytes that are free.
+        available_bytes: u64,
+    },
+    /// What QEMU wrote as device state is not understood.
+    #[error("the device state that QEMU wrote")]
+    DeviceState(#[source] FormatError),
+    /// The device state does not say whether the VM runs.
+    #[error("the device state has no section \"globalstate\" to say that the VM is paused")]
+    NoRunState,
+    /// The file cannot be laid out.
+    #[error("the layout of the file")]
+    Layout(#[source] FormatError),
+    /// The file would be longer than the kernel allows.
+    #[error("the file would end past 2^63 bytes")]
+    TooLong,
+    /// The kernel refused to write.
+    #[error("write {what}")]
+    Write {
+        /// What was to be written.
+        what: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The kernel refused to read guest RAM.
+    #[error("read {len} bytes of guest RAM at {block_offset:#x} of RAM block {block:?}")]
+    Read {
+        /// The block.
+        block: String,
+        /// Offset in the block, in bytes.
+        block_offset: u64,
+        /// How much, in bytes.
+        len: usize,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The caller stopped it.
+    #[error("stopped")]
+    Stopped,
+    /// The save failed, and the VM could not be resumed.
+    #[error("{cause}; and the VM is left paused")]
+    LeftPaused {
+        /// Why the save failed.
+        cause: Box<SaveError>,
+        /// Why the VM could not be resumed.
+        source: VmError,
+    },
+    /// The file is whole, but the VM could not be told to go on or to end.
+    #[error("{file} is whole, but the VM is left paused", file = file.display())]
+    Release {
+        /// The file.
+        file: PathBuf,
+        /// Why.
+        source: VmError,
+    },
+}
+
+impl From<RamError> for SaveError {
+    fn from(error: RamError) -> SaveError {
+        match error {
+            RamError::Read { block, block_offset, len, source } => {
+                SaveError::Read { block, block_offset, len, source }
+            }
+            RamError::Write { source } => SaveError::Write { what: "guest RAM", source },
+            RamError::Stopped => SaveError::Stopped,
+        }
+    }
+}

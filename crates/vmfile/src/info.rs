@@ -1,0 +1,139 @@
+//! `vmfile info`: what is in a file, without reading a page.
+
+use serde::Serialize;
+use vmfile_format::manifest::DiskMeta;
+
+use crate::snapshot::{Snapshot, SnapshotError};
+
+/// What is in a file.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Info {
+    /// `vmfile`, or `mapped-ram` for a file that QEMU wrote.
+    pub format: &'static str,
+    /// The VM, where the file names it: `None` in a file that QEMU wrote.
+    pub vm: Option<VmInfo>,
+    /// The versioned machine type.
+    pub machine: String,
+    /// The version of the QEMU that ran the VM, where the file says it.
+    pub qemu_version: Option<String>,
+    /// When the VM was saved, in seconds since 1970-01-01 UTC, where the file says it.
+    pub saved_at_unix_seconds: Option<u64>,
+    /// How RAM was taken, where the file says it.
+    pub route: Option<String>,
+    /// How long the guest stood still, in seconds, where the file says it.
+    pub pause_seconds: Option<f64>,
+    /// The file's length, in bytes; holes count.
+    pub file_bytes: u64,
+    /// The RAM blocks, in the order of the file.
+    pub blocks: Vec<BlockInfo>,
+    /// The devices' sections, in the order of the file.
+    pub device_sections: Vec<SectionInfo>,
+    /// Length of all device sections, in bytes.
+    pub device_state_bytes: u64,
+    /// The disks that must be kept as they were; empty in a file that QEMU wrote.
+    pub disks: Vec<DiskMeta>,
+}
+
+/// The VM that was saved.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct VmInfo {
+    /// Its name, where it has one.
+    pub name: Option<String>,
+    /// Its uuid, where it has one.
+    pub uuid: Option<String>,
+    /// `running` or `paused`: how a restore leaves it.
+    pub run_state: String,
+    /// The command line it ran with. It may hold secrets.
+    pub command_line: Vec<String>,
+    /// Where it was started.
+    pub working_directory: String,
+}
+
+/// A RAM block.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct BlockInfo {
+    /// Its name.
+    pub name: String,
+    /// Its length, in bytes.
+    pub bytes: u64,
+    /// File offset of its first page.
+    pub pages_offset: u64,
+    /// How many pages have their data in the file.
+    pub pages_data: u64,
+    /// How many pages are zero.
+    pub pages_zero: u64,
+}
+
+/// A device's section.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct SectionInfo {
+    /// The device's name.
+    pub name: String,
+    /// Tells devices of one name apart.
+    pub instance: u32,
+    /// The version of the device's format.
+    pub version: u32,
+    /// File offset of its first byte.
+    pub offset: u64,
+    /// Its length, in bytes.
+    pub bytes: u64,
+}
+
+/// Returns what is in `snapshot`.
+///
+/// Reads no page. The page bitmaps are read only where no manifest counts their bits.
+///
+/// # Errors
+///
+/// Returns [`SnapshotError::Read`] if the kernel refuses to read a bitmap.
+pub fn info(snapshot: &Snapshot) -> Result<Info, SnapshotError> {
+    let structure = snapshot.structure();
+    let meta = snapshot.manifest().map(|manifest| &manifest.meta);
+    let state = &structure.device_state;
+    let device_sections = state.sections.iter().map(|section| SectionInfo {
+        name: section.name.clone(),
+        instance: section.instance,
+        version: section.version,
+        offset: section.offset,
+        bytes: section.len,
+    });
+    Ok(Info {
+        format: if meta.is_some() { "vmfile" } else { "mapped-ram" },
+        vm: meta.map(|meta| VmInfo {
+            name: meta.vm.name.clone(),
+            uuid: meta.vm.uuid.clone(),
+            run_state: meta.vm.run_state.clone(),
+            command_line: meta.vm.command_line.clone(),
+            working_directory: meta.vm.working_directory.clone(),
+        }),
+        machine: structure.configuration.machine.clone(),
+        qemu_version: meta.map(|meta| meta.vm.qemu_version.clone()),
+        saved_at_unix_seconds: meta.map(|meta| meta.saved_at_unix_seconds),
+        route: meta.map(|meta| meta.route.clone()),
+        pause_seconds: meta.map(|meta| meta.pause_seconds),
+        file_bytes: snapshot.file_len(),
+        blocks: blocks(snapshot)?,
+        device_sections: device_sections.collect(),
+        device_state_bytes: state.end - state.start,
+        disks: meta.map(|meta| meta.vm.disks.clone()).unwrap_or_default(),
+    })
+}
+
+fn blocks(snapshot: &Snapshot) -> Result<Vec<BlockInfo>, SnapshotError> {
+    let mut blocks = Vec::new();
+    for (index, placed) in snapshot.structure().blocks.iter().enumerate() {
+        let counted = snapshot.manifest().map(|manifest| manifest.meta.blocks[index].pages_data);
+        let pages_data = match counted {
+            Some(pages) => pages,
+            None => snapshot.bitmap(placed)?.data_count().0,
+        };
+        blocks.push(BlockInfo {
+            name: placed.block.name().to_owned(),
+            bytes: placed.block.used_length(),
+            pages_offset: placed.pages_offset,
+            pages_data,
+            pages_zero: placed.block.page_count().0.saturating_sub(pages_data),
+        });
+    }
+    Ok(blocks)
+}

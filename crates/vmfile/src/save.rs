@@ -1,0 +1,424 @@
+//! `vmfile save`: a running VM into a file.
+//!
+//! ```text
+//! begin ─ pause ─ device_state ─ ram ─ metadata ─ publish ─ release
+//! ```
+//!
+//! Everything that can be refused is refused in `begin`, while the VM runs. From `pause` on, every
+//! exit but the last resumes the VM as it ran and leaves no file.
+
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use serde::Serialize;
+use vmfile_engine::{
+    Access, Backend, DataFile, DirectIo, DirectIoInUse, Existing, Unpublished, available_space,
+    drop_cached,
+};
+use vmfile_format::manifest::{BlockMeta, DiskMeta, ExtentMeta, Meta, VmMeta, place_tables};
+use vmfile_format::mapped_ram::MappedRamLayout;
+use vmfile_format::stream::device_state::DeviceState;
+use vmfile_format::stream::encoder;
+use vmfile_format::{PageSize, RamBlock, RamLayout};
+use vmfile_qemu::{RamBlockInfo, RunState, Vm};
+
+use crate::check::describe;
+use crate::control::Control;
+use crate::error::SaveError;
+use crate::jobs::Jobs;
+use crate::plan::{total_len, units};
+use crate::ram_writer::{PAGE_LEN, Reader, Target, Written, write_ram};
+use crate::source::process::{BlockAt, ProcessRam};
+
+/// What becomes of the VM once the file is durable.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum After {
+    /// QEMU ends, as after `virsh save`.
+    #[default]
+    Quit,
+    /// The guest runs on, if it ran before.
+    Resume,
+    /// The guest stays paused.
+    Pause,
+}
+
+/// How a VM is saved.
+#[derive(Clone, Debug)]
+pub struct SaveOptions {
+    /// What becomes of the VM.
+    pub after: After,
+    /// Whether pages are written past the page cache.
+    pub direct_io: DirectIo,
+    /// Who moves the bytes.
+    pub io: Backend,
+    /// How many threads read, hash and write.
+    pub jobs: Jobs,
+    /// Whether a file of that name may be replaced.
+    pub existing: Existing,
+}
+
+impl Default for SaveOptions {
+    fn default() -> SaveOptions {
+        SaveOptions {
+            after: After::default(),
+            direct_io: DirectIo::Preferred,
+            io: Backend::Auto,
+            jobs: Jobs::default(),
+            existing: Existing::Refuse,
+        }
+    }
+}
+
+/// What a save did.
+#[derive(Clone, Debug, Serialize)]
+pub struct SaveReport {
+    /// The file.
+    pub file: PathBuf,
+    /// How RAM was taken: `direct`.
+    pub route: &'static str,
+    /// Whether the guest ran meanwhile.
+    pub live: bool,
+    /// Whether direct I/O was used; if not, why.
+    pub direct_io: String,
+    /// The back end that was used.
+    pub io: String,
+    /// Pages of all RAM blocks.
+    pub pages_total: u64,
+    /// Pages that are zero and take no room.
+    pub pages_zero: u64,
+    /// Bytes of pages that were written.
+    pub bytes_written: u64,
+    /// How long the guest stood still, in seconds: to the end of the save, where it did not run on.
+    pub pause_seconds: f64,
+    /// How long it all took, in seconds.
+    pub total_seconds: f64,
+}
+
+/// Saves `vm` to a new file at `destination`.
+///
+/// The guest is paused, its RAM written from where it lies, the file made durable and given its
+/// name; then comes what [`SaveOptions::after`] says.
+///
+/// # Errors
+///
+/// Returns [`SaveError`]. Whatever it is, the VM runs on as it did and no file is left under the
+/// name, but for [`SaveError::LeftPaused`] and [`SaveError::Release`], which say so.
+pub fn save(
+    vm: &mut Vm,
+    destination: &Path,
+    options: &SaveOptions,
+    control: &Control<'_>,
+) -> Result<SaveReport, SaveError> {
+    let mut save = Save::begin(vm, destination, options, control)?;
+    match save.write() {
+        Ok(()) => {}
+        Err(error) => return Err(save.give_up(error)),
+    }
+    save.release()?;
+    Ok(save.report())
+}
+
+/// A save at work.
+struct Save<'a> {
+    vm: &'a mut Vm,
+    options: &'a SaveOptions,
+    control: &'a Control<'a>,
+    path: PathBuf,
+    started: Instant,
+    was_running: bool,
+    paused_at: Option<Instant>,
+    pause_seconds: f64,
+    unpublished: Option<Unpublished>,
+    file: DataFile,
+    meta: VmMeta,
+    ram: RamLayout,
+    process: ProcessRam,
+    pages_data: u64,
+    io: String,
+}
+
+impl Drop for Save<'_> {
+    /// Nobody returns early with the VM paused: `give_up` resumes it and says so. This is for a
+    /// panic.
+    fn drop(&mut self) {
+        if self.paused_at.is_some() && self.was_running {
+            let _ = self.vm.cont();
+        }
+    }
+}
+
+impl<'a> Save<'a> {
+    /// Refuses what can be refused while the VM runs.
+    fn begin(
+        vm: &'a mut Vm,
+        destination: &Path,
+        options: &'a SaveOptions,
+        control: &'a Control<'a>,
+    ) -> Result<Save<'a>, SaveError> {
+        let started = Instant::now();
+        let unpublished = Unpublished::create_beside(destination, options.existing)?;
+        let state = vm.run_state()?;
+        let was_running = match state {
+            RunState::Running => true,
+            RunState::Paused => false,
+            other => return Err(SaveError::RunState { found: other.to_string() }),
+        };
+        let blockers = vm.why_not_saved()?;
+        if !blockers.is_empty() {
+            let reasons = blockers.iter().map(ToString::to_string).collect();
+            return Err(SaveError::Blocked { reasons });
+        }
+        let (ram, blocks) = ram_layout(&vm.ram_blocks()?)?;
+        let meta = describe_vm(vm, was_running)?;
+        let process = ProcessRam::open(vm.pid()?, &blocks, Access::Read)?;
+        let file = unpublished.file().try_clone().map_err(|source| SaveError::Write {
+            what: "the new file",
+            source,
+        })?;
+        let file = DataFile::new(file, options.direct_io)
+            .map_err(|source| SaveError::Write { what: "the new file", source })?;
+        check_space(&process, &file)?;
+        Ok(Save {
+            vm,
+            options,
+            control,
+            path: destination.to_path_buf(),
+            started,
+            was_running,
+            paused_at: None,
+            pause_seconds: 0.0,
+            unpublished: Some(unpublished),
+            file,
+            meta,
+            ram,
+            process,
+            pages_data: 0,
+            io: String::new(),
+        })
+    }
+
+    /// From the pause to the durable file.
+    fn write(&mut self) -> Result<(), SaveError> {
+        self.pause()?;
+        let device_state = self.device_state()?;
+        self.file_contents(&device_state)?;
+        if self.control.is_stopped() {
+            return Err(SaveError::Stopped);
+        }
+        self.publish()
+    }
+
+    fn pause(&mut self) -> Result<(), SaveError> {
+        self.paused_at = Some(Instant::now());
+        if self.was_running {
+            self.vm.stop()?;
+        }
+        Ok(())
+    }
+
+    /// Takes everything that is not RAM; returns the sections from the first to EOF.
+    fn device_state(&mut self) -> Result<Vec<u8>, SaveError> {
+        // QEMU writes magic and version, then the sections.
+        const HEADER_LEN: usize = 8;
+        let bytes = self.vm.save_device_state()?;
+        let mut sections = bytes.get(HEADER_LEN..).unwrap_or_default().to_vec();
+        let state = DeviceState::locate(&sections, 0, 0).map_err(SaveError::DeviceState)?;
+        // QEMU writes "running" whatever the VM does: a paused VM is to come back paused.
+        if !self.was_running && !state.set_run_state(&mut sections, "paused") {
+            return Err(SaveError::NoRunState);
+        }
+        sections.truncate(usize::try_from(state.end).expect("inside the bytes"));
+        Ok(sections)
+    }
+
+    /// Places everything, writes RAM, and then what belongs around it.
+    fn file_contents(&mut self, device_state: &[u8]) -> Result<(), SaveError> {
+        let state = DeviceState::locate(device_state, 0, 0).map_err(SaveError::DeviceState)?;
+        let layout = MappedRamLayout::new(&self.meta.machine, self.ram.clone(), state.unused_id())
+            .map_err(SaveError::Layout)?;
+        let mut tail = layout.encode_end().1;
+        tail.extend_from_slice(device_state);
+        let state_end = tail.len();
+        encoder::vm_description(&mut tail);
+        let tail_offset = layout.encode_end().0;
+        let stream_end = tail_offset + tail.len() as u64;
+        let pages: Vec<_> = self.ram.blocks().iter().map(RamBlock::page_count).collect();
+        let (hashes, tables_end) = place_tables(stream_end, &pages).ok_or(SaveError::TooLong)?;
+        // Writes that extend a file wait for one another (ext4, XFS): give it its length first.
+        self.file
+            .buffered()
+            .set_len(tables_end)
+            .map_err(|source| SaveError::Write { what: "the length of the file", source })?;
+
+        let written = self.ram(&layout, &hashes)?;
+        self.pages_data = written.bitmaps.iter().map(|bitmap| bitmap.data_count().0).sum();
+        self.io = written.backend.to_string();
+
+        let mut extents = Vec::new();
+        let mut put = |what: &'static str, offset: u64, bytes: &[u8]| {
+            extents.push(ExtentMeta::of(what, offset, bytes));
+            self.put(what, offset, bytes)
+        };
+        put("head", 0, &layout.encode_head())?;
+        for (placed, bitmap) in layout.blocks().iter().zip(&written.bitmaps) {
+            put("record", placed.record_offset, &placed.encode_record())?;
+            put("bitmap", placed.bitmap_offset, &bitmap.encode())?;
+        }
+        put("device_state", tail_offset, &tail[..state_end])?;
+        put("vm_description", tail_offset + state_end as u64, &tail[state_end..])?;
+        let meta = self.manifest(&written, &hashes, extents);
+        self.put("manifest", tables_end, &meta.encode(stream_end, tables_end))
+    }
+
+    fn ram(&mut self, layout: &MappedRamLayout, hashes: &[u64]) -> Result<Written, SaveError> {
+        let scanned = self.process.scan()?;
+        let (found, readers): (Vec<_>, Vec<Reader>) = scanned.into_iter().unzip();
+        let target = |((placed, &hashes_offset), reader): ((&_, _), _)| Target {
+            placed: Clone::clone(placed),
+            hashes_offset,
+            reader,
+        };
+        let targets: Vec<Target> =
+            layout.blocks().iter().zip(hashes).zip(readers).map(target).collect();
+        let width = (self.options.io, self.options.jobs.count());
+        Ok(write_ram(&self.file, &targets, &units(&found), width, self.control)?)
+    }
+
+    fn manifest(&self, written: &Written, hashes: &[u64], extents: Vec<ExtentMeta>) -> Meta {
+        let blocks = self.ram.blocks().iter().zip(&written.bitmaps).zip(hashes);
+        let block = |((block, bitmap), &hashes_offset): ((&RamBlock, _), _)| BlockMeta {
+            name: block.name().to_owned(),
+            bytes: block.used_length(),
+            pages_data: vmfile_format::PageBitmap::data_count(bitmap).0,
+            hashes_offset,
+        };
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        Meta {
+            vmfile_version: env!("CARGO_PKG_VERSION").to_owned(),
+            saved_at_unix_seconds: now.as_secs(),
+            route: "direct".to_owned(),
+            live: false,
+            pause_seconds: self.paused_at.map_or(0.0, |at| at.elapsed().as_secs_f64()),
+            vm: self.meta.clone(),
+            blocks: blocks.map(block).collect(),
+            extents,
+        }
+    }
+
+    fn put(&self, what: &'static str, offset: u64, bytes: &[u8]) -> Result<(), SaveError> {
+        self.file
+            .buffered()
+            .write_all_at(bytes, offset)
+            .map_err(|source| SaveError::Write { what, source })
+    }
+
+    fn publish(&mut self) -> Result<(), SaveError> {
+        let unpublished = self.unpublished.take().expect("published once");
+        let file = unpublished.publish()?;
+        if matches!(self.file.direct(), DirectIoInUse::Yes { .. }) {
+            // The page cache is left as it was found; if the kernel will not, nothing is lost.
+            let _ = drop_cached(file.as_fd(), 0..u64::MAX);
+        }
+        Ok(())
+    }
+
+    /// The file is whole: does with the VM what was asked for.
+    fn release(&mut self) -> Result<(), SaveError> {
+        let released = match self.options.after {
+            After::Quit => self.vm.quit(),
+            After::Resume if self.was_running => self.vm.cont(),
+            After::Resume | After::Pause => Ok(()),
+        };
+        if let Some(at) = self.paused_at.take() {
+            self.pause_seconds = at.elapsed().as_secs_f64();
+        }
+        released.map_err(|source| SaveError::Release { file: self.path.clone(), source })
+    }
+
+    /// Resumes the VM if it ran, drops the file, and returns the error to report.
+    fn give_up(&mut self, error: SaveError) -> SaveError {
+        self.unpublished = None;
+        if self.paused_at.take().is_none() || !self.was_running {
+            return error;
+        }
+        match self.vm.cont() {
+            Ok(()) => error,
+            Err(source) => SaveError::LeftPaused { cause: Box::new(error), source },
+        }
+    }
+
+    fn report(&self) -> SaveReport {
+        let pages_total: u64 = self.ram.blocks().iter().map(|block| block.page_count().0).sum();
+        SaveReport {
+            file: self.path.clone(),
+            route: "direct",
+            live: false,
+            direct_io: describe(self.file.direct()),
+            io: self.io.clone(),
+            pages_total,
+            pages_zero: pages_total - self.pages_data,
+            bytes_written: self.pages_data * PAGE_LEN,
+            pause_seconds: self.pause_seconds,
+            total_seconds: self.started.elapsed().as_secs_f64(),
+        }
+    }
+}
+
+fn describe_vm(vm: &mut Vm, was_running: bool) -> Result<VmMeta, SaveError> {
+    let process = vm.process()?;
+    let disks = vm.disks()?.into_iter().map(|disk| DiskMeta {
+        device: disk.device,
+        path: disk.file,
+        format: disk.format,
+        read_only: disk.read_only,
+    });
+    Ok(VmMeta {
+        disks: disks.collect(),
+        name: vm.name()?,
+        uuid: vm.uuid()?,
+        machine: vm.machine_type()?,
+        qemu_version: vm.version().to_string(),
+        run_state: if was_running { "running" } else { "paused" }.to_owned(),
+        executable: process.executable.to_string_lossy().into_owned(),
+        command_line: process.arguments,
+        working_directory: process.working_directory.to_string_lossy().into_owned(),
+    })
+}
+
+/// Returns the migratable blocks as the file names them, and where they lie in the process.
+fn ram_layout(found: &[RamBlockInfo]) -> Result<(RamLayout, Vec<BlockAt>), SaveError> {
+    let mut blocks = Vec::new();
+    let mut places = Vec::new();
+    for info in found {
+        let block = RamBlock::new(info.name.clone(), info.used_length, PageSize::KIB_4)
+            .map_err(|kind| SaveError::Block { block: info.name.clone(), reason: kind.to_string() })?;
+        let Some(address) = info.host_address else {
+            return Err(SaveError::NoAddress { block: info.name.clone() });
+        };
+        places.push(BlockAt { name: info.name.clone(), address, len: info.used_length });
+        blocks.push(block);
+    }
+    let ram = RamLayout::new(blocks)
+        .map_err(|kind| SaveError::Block { block: String::new(), reason: kind.to_string() })?;
+    Ok((ram, places))
+}
+
+/// Refuses while the VM runs what would end in a full disk. Pages that the guest touched and that
+/// are zero again count here and not in the end: the check errs towards refusing only where a
+/// guest has filled much of its RAM with zeros and the disk is nearly full.
+fn check_space(process: &ProcessRam, file: &DataFile) -> Result<(), SaveError> {
+    // Bitmaps, hashes, device state and the file system's own needs.
+    const OVERHEAD_PERCENT: u64 = 1;
+    const OVERHEAD: u64 = 16 << 20;
+    let found: Vec<_> = process.scan()?.into_iter().map(|(ranges, _)| ranges).collect();
+    let data = total_len(&found);
+    let needed_bytes = data + data / 100 * OVERHEAD_PERCENT + OVERHEAD;
+    let available_bytes = available_space(file.buffered())
+        .map_err(|source| SaveError::Write { what: "the file system's free space", source })?;
+    if needed_bytes > available_bytes {
+        return Err(SaveError::NoSpace { needed_bytes, available_bytes });
+    }
+    Ok(())
+}

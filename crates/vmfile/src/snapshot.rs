@@ -1,0 +1,222 @@
+//! A saved VM as a file: opened once, its structure checked, its pages not yet read.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use vmfile_format::limits::FILE_LEN_MAX;
+use vmfile_format::manifest::{FOOTER_LEN, Footer, Meta};
+use vmfile_format::mapped_ram::{MappedRamFile, PlacedBlock};
+use vmfile_format::{FormatError, PageBitmap, ReadError};
+
+/// A file that holds a saved VM: a vmfile, or a mapped-ram file that QEMU wrote.
+///
+/// A value of this type has a structure that was checked from end to end; its pages were not read.
+#[derive(Debug)]
+pub struct Snapshot {
+    path: PathBuf,
+    file: File,
+    len: u64,
+    structure: MappedRamFile,
+    manifest: Option<Manifest>,
+}
+
+/// What vmfile appended to the file.
+#[derive(Debug)]
+pub struct Manifest {
+    /// Where it lies.
+    pub footer: Footer,
+    /// What it says.
+    pub meta: Meta,
+}
+
+/// Why a file could not be opened as a saved VM.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SnapshotError {
+    /// The operating system refused to open it.
+    #[error("open {path}", path = path.display())]
+    Open {
+        /// The file.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// It is a directory, a pipe or a device.
+    #[error("{path} is not a regular file", path = path.display())]
+    NotAFile {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The operating system refused to read it.
+    #[error("read {len} bytes at {offset:#x} of {path}", path = path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// File offset, in bytes.
+        offset: u64,
+        /// How much was asked for, in bytes.
+        len: usize,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// Its bytes are not what they should be.
+    #[error("{path} is damaged, or no saved VM", path = path.display())]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, and where.
+        source: FormatError,
+    },
+    /// vmfile wrote it, and its last bytes are missing or damaged.
+    #[error(
+        "{path} has lost its end: its last {FOOTER_LEN} bytes, from offset {offset:#x}, are no footer",
+        path = path.display()
+    )]
+    LostEnd {
+        /// The file.
+        path: PathBuf,
+        /// Where the footer should begin.
+        offset: u64,
+    },
+}
+
+impl Snapshot {
+    /// Opens the file at `path`, whose stream begins at `start`: QEMU's `offset=`, 0 for a vmfile.
+    ///
+    /// Reads the structure and the manifest's metadata, no page and no page hash.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`SnapshotError`] if the file cannot be read, is no saved VM, or is cut or damaged
+    /// in any part that says where something lies.
+    pub fn open(path: &Path, start: u64) -> Result<Snapshot, SnapshotError> {
+        let open = |source| SnapshotError::Open { path: path.to_path_buf(), source };
+        // Asked before the file is opened: opening a pipe would wait for its other end.
+        if !path.metadata().map_err(open)?.is_file() {
+            return Err(SnapshotError::NotAFile { path: path.to_path_buf() });
+        }
+        let file = File::open(path).map_err(open)?;
+        let len = file.metadata().map_err(open)?.len().min(FILE_LEN_MAX);
+        let structure = read_structure(path, &file, len, start)?;
+        let manifest = read_manifest(path, &file, len, &structure)?;
+        Ok(Snapshot { path: path.to_path_buf(), file, len, structure, manifest })
+    }
+
+    /// Reads which pages of `block` are in the file.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`SnapshotError::Read`] if the kernel refuses.
+    pub fn bitmap(&self, block: &PlacedBlock) -> Result<PageBitmap, SnapshotError> {
+        let bytes = self.read(block.bitmap_offset, block.bitmap_len())?;
+        let bitmap = PageBitmap::decode(&bytes, block.block.page_count());
+        Ok(bitmap.expect("as many bytes as the bitmap has"))
+    }
+
+    /// Reads the device sections from the first to EOF.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`SnapshotError::Read`] if the kernel refuses.
+    pub fn device_state(&self) -> Result<Vec<u8>, SnapshotError> {
+        let state = &self.structure.device_state;
+        self.read(state.start, state.end - state.start)
+    }
+
+    /// Returns the file's path as it was given.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Returns the open file.
+    #[must_use]
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Returns the file's length when it was opened, in bytes.
+    #[must_use]
+    pub fn file_len(&self) -> u64 {
+        self.len
+    }
+
+    /// Returns what QEMU reads of the file, without the pages.
+    #[must_use]
+    pub fn structure(&self) -> &MappedRamFile {
+        &self.structure
+    }
+
+    /// Returns what vmfile appended, or `None` if QEMU wrote the file.
+    #[must_use]
+    pub fn manifest(&self) -> Option<&Manifest> {
+        self.manifest.as_ref()
+    }
+
+    /// Reads `len` bytes at `offset`; both come from a structure that was checked.
+    pub(crate) fn read(&self, offset: u64, len: u64) -> Result<Vec<u8>, SnapshotError> {
+        let len = usize::try_from(len).expect("the structure's limits fit into memory");
+        read_at(&self.path, &self.file, offset, len)
+    }
+}
+
+fn read_at(path: &Path, file: &File, offset: u64, len: usize) -> Result<Vec<u8>, SnapshotError> {
+    let mut bytes = vec![0; len];
+    file.read_exact_at(&mut bytes, offset).map_err(|source| SnapshotError::Read {
+        path: path.to_path_buf(),
+        offset,
+        len,
+        source,
+    })?;
+    Ok(bytes)
+}
+
+fn read_structure(
+    path: &Path,
+    file: &File,
+    len: u64,
+    start: u64,
+) -> Result<MappedRamFile, SnapshotError> {
+    let read = |offset, len| read_at(path, file, offset, len);
+    MappedRamFile::read(start, len, read).map_err(|error| match error {
+        ReadError::Format(source) => SnapshotError::Format { path: path.to_path_buf(), source },
+        ReadError::Source(error) => error,
+    })
+}
+
+fn read_manifest(
+    path: &Path,
+    file: &File,
+    len: u64,
+    structure: &MappedRamFile,
+) -> Result<Option<Manifest>, SnapshotError> {
+    let format = |source| SnapshotError::Format { path: path.to_path_buf(), source };
+    let footer_offset = len.saturating_sub(FOOTER_LEN);
+    let footer_len = usize::try_from(len - footer_offset).expect("at most FOOTER_LEN");
+    let footer = read_at(path, file, footer_offset, footer_len)?;
+    let Some(footer) = Footer::decode(&footer, len).map_err(format)? else {
+        if is_ours(path, file, structure)? {
+            return Err(SnapshotError::LostEnd { path: path.to_path_buf(), offset: footer_offset });
+        }
+        return Ok(None);
+    };
+    let metadata_len = usize::try_from(footer.metadata_len).expect("at most MANIFEST_LEN_MAX");
+    let bytes = read_at(path, file, footer.metadata_offset, metadata_len)?;
+    let meta = Meta::decode(&bytes, &footer).map_err(format)?;
+    meta.check(structure, &footer).map_err(format)?;
+    Ok(Some(Manifest { footer, meta }))
+}
+
+/// Whether the VM description carries vmfile's mark: then a footer must be there.
+fn is_ours(path: &Path, file: &File, structure: &MappedRamFile) -> Result<bool, SnapshotError> {
+    // vmfile's own description is this short; one that QEMU writes has tens of KiB.
+    const OURS_LEN_MAX: u64 = 4096;
+    let Some((offset, len)) = structure.device_state.vm_description else { return Ok(false) };
+    if len > OURS_LEN_MAX {
+        return Ok(false);
+    }
+    let json = read_at(path, file, offset, usize::try_from(len).expect("at most OURS_LEN_MAX"))?;
+    Ok(json.windows(8).any(|bytes| bytes == b"\"vmfile\""))
+}
