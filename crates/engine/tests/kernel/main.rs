@@ -1,0 +1,18 @@
+//! The engine against the real kernel.
+//!
+//! Nothing here is played: files lie on the file system of the target directory, on tmpfs and on
+//! ext4 in a loop device; the other process is another process. What this machine does not allow
+//! is skipped, and says `skipped: ` and why (`cargo test -- --nocapture` shows it).
+
+#![expect(unsafe_code, reason = "maps memory to look at, in this process and in children")]
+#![expect(clippy::print_stdout, reason = "a skipped test says why")]
+#![expect(clippy::single_range_in_vec_init, reason = "the answers are lists of ranges")]
+#![expect(clippy::unwrap_used, reason = "a test may panic, and so may what only tests call")]
+
+mod child;
+mod direct_io;
+mod extents;
+mod host;
+mod process_memory;
+mod publish;
+mod storage;
