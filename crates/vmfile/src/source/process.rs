@@ -11,6 +11,7 @@ use vmfile_engine::{
     hugetlb_allocated_bytes,
 };
 
+use crate::ram_loader::Writer;
 use crate::ram_writer::{PAGE_LEN, Reader};
 use crate::ranges;
 
@@ -115,6 +116,28 @@ impl ProcessRam {
     /// Returns [`ProcessRamError`] if the kernel cannot be asked.
     pub(crate) fn scan(&self) -> Result<Vec<(Vec<Range<u64>>, Reader)>, ProcessRamError> {
         self.blocks.iter().map(|block| self.scan_block(block)).collect()
+    }
+
+    /// Returns, for each block, the byte ranges that may hold data already, and how the block is
+    /// best written.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`ProcessRamError`] if the kernel cannot be asked.
+    pub(crate) fn scan_for_writing(
+        &self,
+    ) -> Result<Vec<(Vec<Range<u64>>, Writer)>, ProcessRamError> {
+        let scan = |block: &BlockRam| {
+            let (found, _) = self.scan_block(block)?;
+            let writer = match &block.backing {
+                RamBacking::Private { .. } => {
+                    Writer::Process(Arc::clone(&self.memory), block.at.address)
+                }
+                RamBacking::Shared { region, .. } => Writer::Region(Arc::clone(region)),
+            };
+            Ok((found, writer))
+        };
+        self.blocks.iter().map(scan).collect()
     }
 
     fn scan_block(&self, block: &BlockRam) -> Result<(Vec<Range<u64>>, Reader), ProcessRamError> {

@@ -1,0 +1,224 @@
+//! Pages of a file into the RAM of another process.
+//!
+//! The destination has not run yet. Its memory is zero where nothing touched it; where the file has
+//! a zero page and the destination has bytes (firmware it loaded itself, a file that was used
+//! before), zeros are written.
+
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::thread;
+
+use vmfile_engine::{
+    Backend, BackendInUse, DataFile, Direction, Memory, PooledBuffer, ProcessMemory, Region,
+    Transfer,
+};
+use vmfile_format::PageBitmap;
+use vmfile_format::mapped_ram::PlacedBlock;
+
+use crate::control::{Control, Progress};
+use crate::lane::Lane;
+use crate::plan::{Unit, WINDOW_LEN, pieces, units};
+use crate::ranges;
+
+/// Where the bytes of one block go.
+#[derive(Clone, Debug)]
+pub(crate) enum Writer {
+    /// The block's memory is mapped here as well: read into where it lies.
+    Region(Arc<Region>),
+    /// The block lies in another process, from this address on: copied.
+    Process(Arc<ProcessMemory>, u64),
+}
+
+/// One block to load.
+#[derive(Debug)]
+pub(crate) struct LoadTarget {
+    pub(crate) placed: PlacedBlock,
+    pub(crate) bitmap: PageBitmap,
+    pub(crate) writer: Writer,
+    /// Byte ranges of the destination's block that may not be zero.
+    pub(crate) touched: Vec<Range<u64>>,
+}
+
+/// Why RAM could not be loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// The file could not be read.
+    #[error("read guest RAM from the file")]
+    Read(#[source] io::Error),
+    /// The destination's memory could not be written.
+    #[error("write {len} bytes of guest RAM at {block_offset:#x} of RAM block {block:?}")]
+    Write {
+        /// The block.
+        block: String,
+        /// Offset in the block, in bytes.
+        block_offset: u64,
+        /// How much, in bytes.
+        len: usize,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The caller stopped it.
+    #[error("stopped")]
+    Stopped,
+}
+
+/// Loads all pages with data, and zeros over what must be zero; returns the bytes that were read
+/// and the back end.
+///
+/// # Errors
+///
+/// Returns the first [`LoadError`] that any worker met.
+pub(crate) fn load_ram(
+    file: &DataFile,
+    targets: &[LoadTarget],
+    (backend, jobs): (Backend, usize),
+    control: &Control<'_>,
+) -> Result<(u64, BackendInUse), LoadError> {
+    let data: Vec<_> = targets.iter().map(data_ranges).collect();
+    let units = units(&data);
+    let total_bytes = crate::plan::total_len(&data);
+    let loader = Loader {
+        targets,
+        units: &units,
+        next: AtomicUsize::new(0),
+        done: AtomicU64::new(0),
+        failed: AtomicBool::new(false),
+        total_bytes,
+        control,
+    };
+    for target in targets {
+        loader.clear_stale(target)?;
+    }
+    let window = usize::try_from(WINDOW_LEN).expect("1 MiB");
+    let mut lanes = Vec::new();
+    let mut in_use = None;
+    for _ in 0..jobs {
+        let (lane, backend) =
+            Lane::open(file, backend, jobs, window).map_err(LoadError::Read)?;
+        lanes.push(lane);
+        in_use = Some(backend);
+    }
+    let results = thread::scope(|scope| {
+        let workers: Vec<_> =
+            lanes.into_iter().map(|lane| scope.spawn(|| loader.work(lane))).collect();
+        let join = |worker: thread::ScopedJoinHandle<'_, _>| worker.join().expect("no panic");
+        workers.into_iter().map(join).collect::<Vec<Result<(), LoadError>>>()
+    });
+    results.into_iter().collect::<Result<(), LoadError>>()?;
+    Ok((total_bytes, in_use.expect("there is at least one job")))
+}
+
+/// Returns the byte ranges of the block whose pages are in the file.
+fn data_ranges(target: &LoadTarget) -> Vec<Range<u64>> {
+    let page = target.placed.block.page_size().bytes();
+    target.bitmap.data_runs().map(|run| run.start.0 * page..run.end.0 * page).collect()
+}
+
+struct Loader<'a> {
+    targets: &'a [LoadTarget],
+    units: &'a [Unit],
+    next: AtomicUsize,
+    done: AtomicU64,
+    failed: AtomicBool,
+    total_bytes: u64,
+    control: &'a Control<'a>,
+}
+
+impl Loader<'_> {
+    fn work(&self, lane: Lane) -> Result<(), LoadError> {
+        let result = self.units(lane);
+        if result.is_err() {
+            self.failed.store(true, Ordering::Relaxed);
+        }
+        result
+    }
+
+    fn units(&self, mut lane: Lane) -> Result<(), LoadError> {
+        while !self.failed.load(Ordering::Relaxed) {
+            if self.control.is_stopped() {
+                return Err(LoadError::Stopped);
+            }
+            let index = self.next.fetch_add(1, Ordering::Relaxed);
+            let Some(unit) = self.units.get(index) else { break };
+            let windows = unit.ranges.iter().flat_map(|range| pieces(range.clone(), WINDOW_LEN));
+            for window in windows {
+                self.submit(&mut lane, unit.block, window)?;
+            }
+            let len: u64 = unit.ranges.iter().map(|range| range.end - range.start).sum();
+            let done_bytes = self.done.fetch_add(len, Ordering::Relaxed) + len;
+            self.control.report(Progress { done_bytes, total_bytes: self.total_bytes });
+        }
+        while self.complete_one(&mut lane)?.is_some() {}
+        Ok(())
+    }
+
+    fn submit(&self, lane: &mut Lane, block: usize, window: Range<u64>) -> Result<(), LoadError> {
+        while !lane.has_room() {
+            self.complete_one(lane)?;
+        }
+        let target = &self.targets[block];
+        let len = usize::try_from(window.end - window.start).expect("1 MiB");
+        let memory = match &target.writer {
+            Writer::Region(region) => Memory::Region(Arc::clone(region), window.clone()),
+            Writer::Process(..) => Memory::Owned(self.buffer(lane)?, 0..len),
+        };
+        let file_offset = target.placed.pages_offset + window.start;
+        let direction = Direction::Read;
+        // The completion says which block: its offset says the rest.
+        let transfer = Transfer { direction, file_offset, memory, tag: block as u64 };
+        lane.submit(transfer).map_err(LoadError::Read)
+    }
+
+    /// Returns a free buffer, after completing reads that hold all of them.
+    fn buffer(&self, lane: &mut Lane) -> Result<PooledBuffer, LoadError> {
+        loop {
+            if let Some(buffer) = lane.free_buffer() {
+                return Ok(buffer);
+            }
+            let completed = self.complete_one(lane)?;
+            assert!(completed.is_some(), "a buffer is free or in flight");
+        }
+    }
+
+    /// Waits for one read and hands its bytes on; `None` if nothing is in flight.
+    fn complete_one(&self, lane: &mut Lane) -> Result<Option<()>, LoadError> {
+        let Some(completion) = lane.next_read().map_err(LoadError::Read)? else { return Ok(None) };
+        completion.result.map_err(LoadError::Read)?;
+        let transfer = completion.transfer;
+        let target = &self.targets[usize::try_from(transfer.tag).expect("a block's number")];
+        if let (Memory::Owned(buffer, range), Writer::Process(process, address)) =
+            (transfer.memory, &target.writer)
+        {
+            let block_offset = transfer.file_offset - target.placed.pages_offset;
+            let bytes = &buffer[range];
+            process
+                .write(address + block_offset, bytes)
+                .map_err(|source| write_error(target, block_offset, bytes.len(), source))?;
+        }
+        Ok(Some(()))
+    }
+
+    /// Writes zeros where the destination has bytes and the file has a zero page.
+    fn clear_stale(&self, target: &LoadTarget) -> Result<(), LoadError> {
+        let zeros = vec![0; usize::try_from(WINDOW_LEN).expect("1 MiB")];
+        for stale in ranges::subtract(&target.touched, &data_ranges(target)) {
+            for piece in pieces(stale, WINDOW_LEN) {
+                let len = usize::try_from(piece.end - piece.start).expect("1 MiB");
+                match &target.writer {
+                    Writer::Region(region) => region.store(piece.start, &zeros[..len]),
+                    Writer::Process(process, address) => process
+                        .write(address + piece.start, &zeros[..len])
+                        .map_err(|source| write_error(target, piece.start, len, source))?,
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn write_error(target: &LoadTarget, block_offset: u64, len: usize, source: io::Error) -> LoadError {
+    let block = target.placed.block.name().to_owned();
+    LoadError::Write { block, block_offset, len, source }
+}

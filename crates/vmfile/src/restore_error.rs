@@ -1,0 +1,102 @@
+//! Why a VM was not restored.
+
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+
+use vmfile_qemu::{CommandLineError, LaunchError, VmError};
+
+use crate::ram_loader::LoadError;
+use crate::snapshot::SnapshotError;
+use crate::source::process::ProcessRamError;
+
+/// Why a VM was not restored.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RestoreError {
+    /// The file could not be read.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    /// The file could not be opened once more.
+    #[error("open the file once more")]
+    File(#[source] io::Error),
+    /// QEMU refused, or could not be asked.
+    #[error(transparent)]
+    Vm(#[from] VmError),
+    /// The command line cannot be used.
+    #[error(transparent)]
+    CommandLine(#[from] CommandLineError),
+    /// QEMU did not start.
+    #[error(transparent)]
+    Launch(#[from] LaunchError),
+    /// The command line after `--` is empty.
+    #[error("the command line of QEMU is empty")]
+    NoCommand,
+    /// QEMU wrote the file, and wrote no command line into it.
+    #[error("the file holds no command line: QEMU wrote it, not vmfile")]
+    NoSavedCommand,
+    /// The saved command line has parts that belonged to whoever started the VM.
+    #[error("the saved command line cannot be started again: {}", what.join("; "))]
+    CannotRecreate {
+        /// The options at fault.
+        what: Vec<String>,
+    },
+    /// A socket that the new QEMU would take over is in use.
+    #[error("socket {socket} of the command line is in use", socket = socket.display())]
+    SocketInUse {
+        /// The socket.
+        socket: PathBuf,
+    },
+    /// RAM was to be mapped and cannot be.
+    #[error("RAM cannot be mapped from the file: {reason}")]
+    CannotMap {
+        /// Why.
+        reason: String,
+    },
+    /// The QEMU that was given does not wait for a VM.
+    #[error("QEMU is in run state {found:?}, expected inmigrate")]
+    NotWaiting {
+        /// QEMU's name for the state.
+        found: String,
+    },
+    /// The file is of another VM than the one that QEMU has made ready.
+    #[error("the file does not fit the VM: {}", list(differ))]
+    Incompatible {
+        /// Everything that differs.
+        differ: Vec<Mismatch>,
+    },
+    /// The RAM of the new process cannot be reached.
+    #[error(transparent)]
+    Process(#[from] ProcessRamError),
+    /// RAM could not be loaded.
+    #[error(transparent)]
+    Load(LoadError),
+    /// The stream to QEMU broke.
+    #[error("send the device state to QEMU")]
+    Stream(#[source] io::Error),
+    /// The caller stopped it.
+    #[error("stopped")]
+    Stopped,
+}
+
+/// Something that differs between the file and the VM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mismatch {
+    /// What it is.
+    pub what: String,
+    /// What the file says.
+    pub file: String,
+    /// What the VM has.
+    pub vm: String,
+}
+
+impl fmt::Display for Mismatch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {} in the file, {} in this VM", self.what, self.file, self.vm)
+    }
+}
+
+fn list(differ: &[Mismatch]) -> String {
+    let texts: Vec<String> = differ.iter().map(ToString::to_string).collect();
+    texts.join("; ")
+}
