@@ -110,10 +110,10 @@ pub fn data_ranges(file: BorrowedFd<'_>, range: Range<u64>) -> io::Result<Vec<Ra
 pub fn hugetlb_allocated_bytes(file: BorrowedFd<'_>) -> io::Result<u64> {
     /// `st_blocks` counts in these units on every file system.
     const UNIT: u64 = 512;
-    let blocks = rustix::fs::fstat(file)?.st_blocks;
-    u64::try_from(blocks)
+    let units = rustix::fs::fstat(file)?.st_blocks;
+    u64::try_from(units)
         .ok()
-        .and_then(|blocks| blocks.checked_mul(UNIT))
+        .and_then(|units| units.checked_mul(UNIT))
         .ok_or_else(|| io::Error::other("st_blocks is out of range"))
 }
 

@@ -16,6 +16,7 @@ pub mod direct_io;
 pub mod extents;
 pub mod hash;
 mod maps;
+mod pagemap;
 pub mod probe;
 pub mod process_memory;
 pub mod publish;

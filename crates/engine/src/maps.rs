@@ -140,7 +140,7 @@ mod tests {
     #[test]
     fn a_shared_memfd_is_parsed_field_by_field() {
         let line = b"7f5c40000000-7f5c80000000 rw-s 40000000 00:01 1033                       \
-            /memfd:guest ram (deleted)\n";
+            /memfd:the ram (deleted)\n";
         let mappings = parse(line).unwrap();
         assert_eq!(
             mappings,
@@ -151,7 +151,7 @@ mod tests {
                 file_offset: 0x4000_0000,
                 device: Device { major: 0, minor: 1 },
                 inode: 1033,
-                name: "/memfd:guest ram (deleted)".into(),
+                name: "/memfd:the ram (deleted)".into(),
             }]
         );
     }

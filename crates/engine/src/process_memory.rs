@@ -1,15 +1,13 @@
 //! The memory of another process: what it has mapped, what backs it, and the bytes.
 
-#![expect(unsafe_code, reason = "process_vm_readv, process_vm_writev and PAGEMAP_SCAN are raw")]
+#![expect(unsafe_code, reason = "process_vm_readv and process_vm_writev have no safe wrapper")]
 
 use std::error::Error;
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Read};
 use std::ops::Range;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -19,6 +17,7 @@ use rustix::process::{Pid, PidfdFlags};
 
 use crate::extents::{FileSystem, file_system};
 use crate::maps::{self, Mapping};
+use crate::pagemap;
 use crate::region::Access;
 
 /// The memory of a process, which stays that process: a pid used again is noticed.
@@ -199,16 +198,7 @@ impl ProcessMemory {
     ///
     /// Returns the kernel's error.
     pub fn touched(&self, range: Range<u64>) -> io::Result<Vec<Range<u64>>> {
-        if range.is_empty() {
-            return Ok(Vec::new());
-        }
-        match touched_by_scan(&self.pagemap, &range) {
-            // The kernel is older than the ioctl.
-            Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => {
-                touched_by_entries(&self.pagemap, &range)
-            }
-            result => result,
-        }
+        pagemap::touched(&self.pagemap, &range)
     }
 
     fn pid_raw(&self) -> libc::pid_t {
@@ -366,154 +356,6 @@ fn covering<'a>(
     Ok(found)
 }
 
-/// `struct pm_scan_arg` of Linux's `include/uapi/linux/fs.h`.
-#[repr(C)]
-#[derive(Default)]
-struct ScanArguments {
-    size: u64,
-    flags: u64,
-    start: u64,
-    end: u64,
-    walk_end: u64,
-    vec: u64,
-    vec_len: u64,
-    max_pages: u64,
-    category_inverted: u64,
-    category_mask: u64,
-    category_anyof_mask: u64,
-    return_mask: u64,
-}
-
-/// `struct page_region`, in the same file.
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
-struct PageRegion {
-    start: u64,
-    end: u64,
-    categories: u64,
-}
-
-const _: () = assert!(size_of::<ScanArguments>() == 96);
-const _: () = assert!(size_of::<PageRegion>() == 24);
-
-/// `_IOWR('f', 16, struct pm_scan_arg)`, with the bits as all but four architectures lay them out.
-const PAGEMAP_SCAN: u64 = (3 << 30) | (96 << 16) | (0x66 << 8) | 16;
-
-const PAGE_IS_PRESENT: u64 = 1 << 3;
-const PAGE_IS_SWAPPED: u64 = 1 << 4;
-const PAGE_IS_PFNZERO: u64 = 1 << 5;
-
-/// Regions that the kernel fills in per call: 96 KiB of answers.
-const REGIONS_PER_SCAN: usize = 4096;
-
-fn touched_by_scan(pagemap: &File, range: &Range<u64>) -> io::Result<Vec<Range<u64>>> {
-    let (mut at, end) = whole_pages(range);
-    let mut regions = vec![PageRegion::default(); REGIONS_PER_SCAN];
-    let mut found = Vec::new();
-    while at < end {
-        let (count, walk_end) = scan(pagemap, at..end, &mut regions)?;
-        for region in &regions[..count] {
-            push_merged(&mut found, clip(region.start..region.end, range));
-        }
-        if walk_end <= at {
-            return Err(io::Error::other("PAGEMAP_SCAN did not advance"));
-        }
-        at = walk_end;
-    }
-    Ok(found)
-}
-
-/// Scans once; returns how many of `regions` were filled in and how far the kernel came.
-fn scan(pagemap: &File, range: Range<u64>, regions: &mut [PageRegion]) -> io::Result<(usize, u64)> {
-    let mut arguments = ScanArguments {
-        size: size_of::<ScanArguments>() as u64,
-        start: range.start,
-        end: range.end,
-        vec: regions.as_mut_ptr().expose_provenance() as u64,
-        vec_len: regions.len() as u64,
-        // Not the zero page, and present or swapped.
-        category_inverted: PAGE_IS_PFNZERO,
-        category_mask: PAGE_IS_PFNZERO,
-        category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
-        return_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
-        ..ScanArguments::default()
-    };
-    // The request's type is `c_int` with some C libraries and `c_ulong` with others.
-    let request = PAGEMAP_SCAN as libc::Ioctl;
-    // SAFETY:
-    // - `arguments` has the kernel's layout, sizes asserted above, and says its own size.
-    // - `vec` and `vec_len` are those of `regions`, which is borrowed for writing and outlives
-    //   the call; the kernel keeps neither.
-    let result =
-        unsafe { libc::ioctl(pagemap.as_raw_fd(), request, ptr::from_mut(&mut arguments)) };
-    match usize::try_from(result) {
-        Ok(count) => Ok((count.min(regions.len()), arguments.walk_end)),
-        Err(_) => Err(io::Error::last_os_error()),
-    }
-}
-
-/// Entries of `/proc/PID/pagemap` that are read at a time: 512 KiB, for 256 MiB of memory.
-const ENTRIES_PER_READ: usize = 1 << 16;
-
-/// Bits of an entry, from Linux's `Documentation/admin-guide/mm/pagemap.rst`.
-const ENTRY_PRESENT_OR_SWAPPED: u64 = 0b11 << 62;
-
-fn touched_by_entries(pagemap: &File, range: &Range<u64>) -> io::Result<Vec<Range<u64>>> {
-    const ENTRY: usize = size_of::<u64>();
-    let page_size = page_size();
-    let (mut at, end) = whole_pages(range);
-    let mut bytes = vec![0; ENTRIES_PER_READ * ENTRY];
-    let mut found = Vec::new();
-    while at < end {
-        let pages = usize::try_from((end - at) / page_size).unwrap_or(usize::MAX);
-        let len = pages.min(ENTRIES_PER_READ) * ENTRY;
-        let len = pagemap.read_at(&mut bytes[..len], at / page_size * ENTRY as u64)?;
-        if len < ENTRY {
-            // Past the last address a process can have.
-            break;
-        }
-        for entry in bytes[..len].chunks_exact(ENTRY) {
-            let entry = u64::from_ne_bytes(entry.try_into().expect("eight bytes"));
-            if entry & ENTRY_PRESENT_OR_SWAPPED != 0 {
-                push_merged(&mut found, clip(at..at + page_size, range));
-            }
-            at += page_size;
-        }
-    }
-    Ok(found)
-}
-
-/// Says whether the ioctl is there, on our own memory.
-pub(crate) fn probe_pagemap_scan() -> io::Result<()> {
-    let pagemap = File::open(Path::new("/proc/self/pagemap"))?;
-    let mut regions = [PageRegion::default()];
-    scan(&pagemap, 0..page_size(), &mut regions).map(|_| ())
-}
-
-fn push_merged(found: &mut Vec<Range<u64>>, next: Range<u64>) {
-    match found.last_mut() {
-        _ if next.is_empty() => {}
-        Some(last) if last.end == next.start => last.end = next.end,
-        _ => found.push(next),
-    }
-}
-
-fn clip(found: Range<u64>, asked: &Range<u64>) -> Range<u64> {
-    found.start.max(asked.start)..found.end.min(asked.end)
-}
-
-/// Rounds outwards to whole pages; the end saturates at the last page of the address space.
-fn whole_pages(range: &Range<u64>) -> (u64, u64) {
-    let page_size = page_size();
-    let start = range.start - range.start % page_size;
-    let end = range.end.checked_next_multiple_of(page_size);
-    (start, end.unwrap_or(u64::MAX - (page_size - 1)))
-}
-
-fn page_size() -> u64 {
-    rustix::param::page_size() as u64
-}
-
 fn open_in(
     directory: &OwnedFd,
     path: impl rustix::path::Arg,
@@ -640,40 +482,5 @@ mod tests {
     fn anonymous_neighbors_need_no_common_place() {
         let mappings = mappings("1000-2000 rw-p 0 00:00 0\n2000-3000 r--p 0 00:00 0 [heap]\n");
         assert_eq!(covering(&mappings, &(0x1000..0x3000)).unwrap().len(), 2);
-    }
-
-    #[test]
-    fn touching_pieces_are_merged_and_clipped() {
-        let mut found = Vec::new();
-        for piece in [0x0000..0x2000, 0x2000..0x3000, 0x5000..0x6000, 0x9000..0xa000] {
-            push_merged(&mut found, clip(piece, &(0x1800..0x5100)));
-        }
-        assert_eq!(found, [0x1800..0x3000, 0x5000..0x5100]);
-    }
-
-    #[test]
-    fn pages_are_rounded_outwards_up_to_the_last_one() {
-        let page_size = page_size();
-        assert_eq!(whole_pages(&(1..page_size + 1)), (0, 2 * page_size));
-        assert_eq!(whole_pages(&(0..u64::MAX)).1, u64::MAX - (page_size - 1));
-    }
-
-    #[test]
-    fn both_ways_of_asking_find_the_same_pages() {
-        let memory = rustix::param::page_size() * 64;
-        let mut bytes = vec![0_u8; memory];
-        for page in [3, 4, 9, 63] {
-            bytes[page * rustix::param::page_size()] = 1;
-        }
-        let pagemap = File::open("/proc/self/pagemap").unwrap();
-        let start = bytes.as_ptr().addr() as u64;
-        let range = start..start + memory as u64;
-        let by_entries = touched_by_entries(&pagemap, &range).unwrap();
-        match touched_by_scan(&pagemap, &range) {
-            Ok(by_scan) => assert_eq!(by_scan, by_entries),
-            Err(error) => println!("skipped: PAGEMAP_SCAN: {error}"),
-        }
-        assert!(!by_entries.is_empty());
-        drop(bytes);
     }
 }

@@ -102,7 +102,10 @@ impl Unpublished {
     /// Only if the directory cannot be made durable after that, the name is there, the file whole,
     /// and the error says that a power failure may still take the name away.
     pub fn publish(mut self) -> Result<File, PublishError> {
-        self.file.sync_all().map_err(|error| PublishError::io(&self.path, "sync", error))?;
+        let io_error = |step, error| PublishError::io(&self.path, step, error);
+        // Everything that can fail and is not naming comes before it.
+        let file = self.file.try_clone().map_err(|error| io_error("duplicate", error))?;
+        file.sync_all().map_err(|error| io_error("sync", error))?;
         match self.existing {
             Existing::Refuse => self.name_if_free(),
             Existing::Replace => self.name_or_replace(),
@@ -114,7 +117,7 @@ impl Unpublished {
         rustix::fs::fsync(&self.directory).map_err(|errno| {
             PublishError::io(&self.path, "sync the directory of the finished", errno.into())
         })?;
-        self.file.try_clone().map_err(|error| PublishError::io(&self.path, "duplicate", error))
+        Ok(file)
     }
 
     /// Returns the file, open for reading and writing.
