@@ -1,0 +1,280 @@
+//! The command line of vmfile itself.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Saves a running QEMU virtual machine to a file and brings it back.
+#[derive(Debug, Parser)]
+#[command(name = "vmfile", version, max_term_width = 100, arg_required_else_help = true)]
+pub(crate) struct Arguments {
+    /// Print one JSON object instead of text; sizes in bytes, times in seconds
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// Print nothing but errors
+    #[arg(long, short, global = true, conflicts_with = "json")]
+    pub(crate) quiet: bool,
+    /// Print more
+    #[arg(long, short, global = true)]
+    pub(crate) verbose: bool,
+    /// How to show progress, on stderr
+    #[arg(long, global = true, value_name = "HOW", default_value = "auto")]
+    pub(crate) progress: ProgressMode,
+    #[command(subcommand)]
+    pub(crate) verb: Verb,
+}
+
+/// How progress is shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ProgressMode {
+    /// A bar on a terminal, nothing elsewhere
+    Auto,
+    /// A bar
+    Bar,
+    /// One JSON object a line
+    Json,
+    /// Nothing
+    Off,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Verb {
+    /// Save a running VM to a file
+    ///
+    /// The guest is paused, its memory written and made durable, and the file given its name; then
+    /// QEMU quits, unless --after says otherwise. If anything fails the VM runs on as it did and
+    /// there is no file. The disks are not in the file: keep them as they are.
+    #[command(after_help = "Examples:
+  vmfile save /run/vm.sock vm.vmf
+  vmfile save web1 web1.vmf --after resume
+  vmfile save 4711 vm.vmf --json")]
+    Save(SaveArguments),
+    /// Start a QEMU from a file and let the guest run on
+    ///
+    /// Without a command line after --, the saved one is used. RAM is mapped from the file where
+    /// that can be (QEMU 8.2 and later), so that the guest runs within milliseconds; the file must
+    /// then stay as it is while the VM lives.
+    #[command(after_help = "Examples:
+  vmfile restore vm.vmf
+  vmfile restore vm.vmf -- qemu-system-x86_64 -m 4G -qmp unix:/run/two.sock,server=on,wait=off
+  vmfile restore vm.vmf --qmp /run/waiting.sock")]
+    Restore(RestoreArguments),
+    /// Say what is in a file, without reading a page
+    Info(InfoArguments),
+    /// Check a file: its structure, then every byte
+    Check(CheckArguments),
+    /// List the VMs that run on this host and how each could be saved
+    List,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct SaveArguments {
+    /// The VM: a QMP socket, a process id, or a name that `vmfile list` prints
+    pub(crate) vm: String,
+    /// The file to write
+    pub(crate) file: PathBuf,
+    /// What becomes of the VM once the file is durable
+    #[arg(long, value_name = "WHAT", default_value = "quit")]
+    pub(crate) after: AfterMode,
+    /// How RAM is taken
+    #[arg(long, value_name = "ROUTE", default_value = "auto")]
+    pub(crate) route: Route,
+    /// Replace an existing file
+    #[arg(long)]
+    pub(crate) force: bool,
+    #[command(flatten)]
+    pub(crate) engine: EngineArguments,
+}
+
+/// What becomes of the VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum AfterMode {
+    /// QEMU ends
+    Quit,
+    /// The guest runs on
+    Resume,
+    /// The guest stays paused
+    Pause,
+}
+
+/// How RAM is taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Route {
+    /// The best that this VM allows
+    Auto,
+    /// From the process's memory
+    Direct,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RestoreArguments {
+    /// The file: PATH, file:PATH or file:PATH,offset=N
+    pub(crate) file: String,
+    /// How RAM comes back
+    #[arg(long, default_value = "auto")]
+    pub(crate) mode: RestoreMode,
+    /// Restore into a QEMU that waits with -incoming defer, at this QMP socket
+    #[arg(long, value_name = "SOCK", conflicts_with = "command")]
+    pub(crate) qmp: Option<PathBuf>,
+    /// Leave the guest paused
+    #[arg(long)]
+    pub(crate) paused: bool,
+    /// Stay with QEMU and end with its status
+    #[arg(long, conflicts_with = "qmp")]
+    pub(crate) foreground: bool,
+    #[command(flatten)]
+    pub(crate) engine: EngineArguments,
+    /// QEMU's command line; without it, the saved one
+    #[arg(last = true, value_name = "QEMU")]
+    pub(crate) command: Vec<String>,
+}
+
+/// How RAM comes back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum RestoreMode {
+    /// Mapped where that can be, else loaded
+    Auto,
+    /// Mapped from the file, copy-on-write
+    Map,
+    /// Read into the new process
+    Load,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct InfoArguments {
+    /// The file: PATH, file:PATH or file:PATH,offset=N
+    pub(crate) file: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CheckArguments {
+    /// The file: PATH, file:PATH or file:PATH,offset=N
+    pub(crate) file: String,
+    #[command(flatten)]
+    pub(crate) engine: EngineArguments,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct EngineArguments {
+    /// Whether pages go past the page cache
+    #[arg(long, value_name = "WHEN", default_value = "preferred")]
+    pub(crate) direct_io: DirectIoMode,
+    /// Who moves the bytes
+    #[arg(long, value_name = "BACKEND", default_value = "auto")]
+    pub(crate) io: IoMode,
+    /// Threads that work at once, 1 to 16 [default: one per processor, at most 4]
+    #[arg(long, value_name = "N", value_parser = jobs)]
+    pub(crate) jobs: Option<vmfile::Jobs>,
+}
+
+/// Whether pages go past the page cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DirectIoMode {
+    /// Direct I/O or an error
+    Required,
+    /// Direct I/O where it can be had and helps
+    Preferred,
+    /// Through the page cache
+    Off,
+}
+
+/// Who moves the bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum IoMode {
+    /// io_uring where the kernel has it, else threads
+    Auto,
+    /// io_uring or an error
+    IoUring,
+    /// pread and pwrite in threads
+    Threads,
+}
+
+fn jobs(text: &str) -> Result<vmfile::Jobs, String> {
+    let range = format!("expected a number from 1 to {}", vmfile::Jobs::MAX);
+    text.parse().ok().and_then(vmfile::Jobs::new).ok_or(range)
+}
+
+impl EngineArguments {
+    pub(crate) fn direct_io(&self) -> vmfile::DirectIo {
+        match self.direct_io {
+            DirectIoMode::Required => vmfile::DirectIo::Required,
+            DirectIoMode::Preferred => vmfile::DirectIo::Preferred,
+            DirectIoMode::Off => vmfile::DirectIo::Off,
+        }
+    }
+
+    pub(crate) fn io(&self) -> vmfile::Backend {
+        match self.io {
+            IoMode::Auto => vmfile::Backend::Auto,
+            IoMode::IoUring => vmfile::Backend::IoUring,
+            IoMode::Threads => vmfile::Backend::Threads,
+        }
+    }
+
+    pub(crate) fn jobs(&self) -> vmfile::Jobs {
+        self.jobs.unwrap_or_default()
+    }
+}
+
+/// A file as the user names it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct FileName {
+    pub(crate) path: PathBuf,
+    pub(crate) offset: u64,
+}
+
+impl FileName {
+    /// Parses `PATH`, `file:PATH` and `file:PATH,offset=N`, as QEMU writes them.
+    pub(crate) fn parse(text: &str) -> Result<FileName, String> {
+        let Some(rest) = text.strip_prefix("file:") else {
+            return Ok(FileName { path: text.into(), offset: 0 });
+        };
+        let Some((path, offset)) = rest.split_once(",offset=") else {
+            return Ok(FileName { path: rest.into(), offset: 0 });
+        };
+        let offset = size(offset)
+            .ok_or_else(|| format!("offset {offset:?} is no size such as 4096, 0x1000 or 1M"))?;
+        Ok(FileName { path: path.into(), offset })
+    }
+}
+
+/// Parses a size as QEMU does: decimal or hexadecimal, with a suffix that counts in 1024.
+fn size(text: &str) -> Option<u64> {
+    if let Some(hex) = text.strip_prefix("0x") {
+        return u64::from_str_radix(hex, 16).ok();
+    }
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let shift = match &text[digits.len()..] {
+        "" | "B" | "b" => 0,
+        "K" | "k" => 10,
+        "M" | "m" => 20,
+        "G" | "g" => 30,
+        "T" | "t" => 40,
+        _ => return None,
+    };
+    digits.parse::<u64>().ok()?.checked_mul(1 << shift)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn a_file_is_named_as_qemu_names_it() {
+        let name = |path: &str, offset| Ok(FileName { path: path.into(), offset });
+        assert_eq!(FileName::parse("vm.vmf"), name("vm.vmf", 0));
+        assert_eq!(FileName::parse("file:/a/b"), name("/a/b", 0));
+        assert_eq!(FileName::parse("file:/a,offset=0x1000"), name("/a", 4096));
+        assert_eq!(FileName::parse("file:/a,offset=5M"), name("/a", 5 << 20));
+        assert!(FileName::parse("file:/a,offset=five").is_err());
+        assert!(FileName::parse("file:/a,offset=").is_err());
+        assert!(FileName::parse("file:/a,offset=99999999999T").is_err());
+    }
+}

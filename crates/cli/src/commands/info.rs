@@ -1,0 +1,25 @@
+//! `vmfile info`.
+
+use std::process::ExitCode;
+
+use serde::Serialize;
+
+use crate::args::InfoArguments;
+use crate::failure::Failure;
+use crate::output::{Voice, human};
+
+/// The library's value, with the time as people and programs read it.
+#[derive(Serialize)]
+struct Answer {
+    saved_at: Option<String>,
+    #[serde(flatten)]
+    info: vmfile::info::Info,
+}
+
+pub(crate) fn run(arguments: &InfoArguments, voice: &Voice) -> Result<ExitCode, Failure> {
+    let snapshot = super::open(&arguments.file)?;
+    let info = vmfile::info::info(&snapshot).map_err(|error| Failure::from(&error))?;
+    let answer = Answer { saved_at: info.saved_at_unix_seconds.map(human::time), info };
+    voice.answer(&answer, |answer| human::info(&answer.info, voice.verbose))?;
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,57 @@
+//! `vmfile save`.
+
+use std::process::ExitCode;
+
+use vmfile::error::SaveError;
+use vmfile::save::{After, SaveOptions};
+use vmfile::{Control, Existing, Vm, VmAddress};
+
+use crate::args::{AfterMode, Route, SaveArguments};
+use crate::exit_code::Code;
+use crate::failure::Failure;
+use crate::output::progress::Meter;
+use crate::output::{Voice, human};
+use crate::signals::Signals;
+
+pub(crate) fn run(arguments: &SaveArguments, voice: &Voice) -> Result<ExitCode, Failure> {
+    let signals = Signals::listen().map_err(|error| Failure::system("signals", &error))?;
+    // There is one route so far: `auto` takes it, or says why it cannot.
+    match arguments.route {
+        Route::Auto | Route::Direct => {}
+    }
+    let mut vm = connect(&arguments.vm)?;
+    let options = SaveOptions {
+        after: match arguments.after {
+            AfterMode::Quit => After::Quit,
+            AfterMode::Resume => After::Resume,
+            AfterMode::Pause => After::Pause,
+        },
+        direct_io: arguments.engine.direct_io(),
+        io: arguments.engine.io(),
+        jobs: arguments.engine.jobs(),
+        existing: if arguments.force { Existing::Replace } else { Existing::Refuse },
+    };
+    let meter = Meter::new("save", voice.progress, &signals.asked);
+    let show = |progress| meter.show(progress);
+    let control = Control::new(&signals.stop, &show);
+    let result = vmfile::save::save(&mut vm, &arguments.file, &options, &control);
+    drop(meter);
+    let report = result.map_err(|error| match error {
+        SaveError::Stopped => Failure { code: signals.code(), ..Failure::from(&error) }
+            .hint("the VM is as it was, and there is no file"),
+        error => Failure::from(&error),
+    })?;
+    voice.answer(&report, human::save)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Connects to the VM that the user named.
+pub(crate) fn connect(name: &str) -> Result<Vm, Failure> {
+    let socket = VmAddress::parse(name)
+        .resolve()
+        .map_err(|error| Failure::new(Code::Vm, "no_such_vm", &error))?;
+    Vm::connect(&socket).map_err(|error| {
+        Failure::new(Code::Vm, "vm", &error)
+            .hint("the VM is named by its QMP socket, its process id, or a name from `vmfile list`")
+    })
+}

@@ -1,0 +1,174 @@
+//! Reports as text for people.
+
+use std::fmt::Write;
+
+use vmfile::check::{CheckReport, Finding};
+use vmfile::info::Info;
+use vmfile::restore::RestoreReport;
+use vmfile::save::SaveReport;
+
+use super::size;
+
+pub(crate) fn save(report: &SaveReport) -> String {
+    let mut text = String::new();
+    line(&mut text, "saved", &report.file.display());
+    let percent_zero = if report.pages_total == 0 {
+        0
+    } else {
+        report.pages_zero * 100 / report.pages_total
+    };
+    let written = format!(
+        "{} of data, {percent_zero} % of {} pages are zero",
+        size::bytes(report.bytes_written),
+        report.pages_total
+    );
+    line(&mut text, "memory", &written);
+    let took = format!(
+        "{} at {}, guest paused {}",
+        size::seconds(report.total_seconds),
+        size::rate(report.bytes_written, report.total_seconds),
+        size::seconds(report.pause_seconds)
+    );
+    line(&mut text, "took", &took);
+    line(&mut text, "route", &report.route);
+    line(&mut text, "engine", &format!("{}, direct I/O: {}", report.io, report.direct_io));
+    text
+}
+
+pub(crate) fn restore(report: &RestoreReport) -> String {
+    let mut text = String::new();
+    let state = if report.running { "running" } else { "paused" };
+    line(&mut text, "restored", &format!("{state}, pid {}", report.pid));
+    if let Some(qmp) = &report.qmp {
+        line(&mut text, "qmp", &qmp.display());
+    }
+    line(&mut text, "mode", &format!("{} ({})", report.mode, report.mode_reason));
+    if report.bytes_read > 0 {
+        let direct_io = report.direct_io.as_deref().unwrap_or("no");
+        let read = format!("{}, direct I/O: {direct_io}", size::bytes(report.bytes_read));
+        line(&mut text, "read", &read);
+    }
+    let took = format!(
+        "QEMU started in {}, guest resumed {} later",
+        size::seconds(report.qemu_start_seconds),
+        size::seconds(report.resume_seconds)
+    );
+    line(&mut text, "took", &took);
+    text
+}
+
+pub(crate) fn check(report: &CheckReport) -> String {
+    let mut text = String::new();
+    for finding in &report.findings {
+        let _ = writeln!(text, "{}", describe(finding));
+    }
+    let listed = report.findings.len() as u64;
+    if report.findings_total > listed {
+        let _ = writeln!(text, "and {} more", report.findings_total - listed);
+    }
+    if report.format == "vmfile" {
+        let result = if report.findings_total == 0 { "ok" } else { "damaged" };
+        let checked = format!(
+            "{result}: {} pages, {} findings, {}",
+            report.pages_checked,
+            report.findings_total,
+            size::seconds(report.total_seconds)
+        );
+        line(&mut text, "checked", &checked);
+        line(&mut text, "engine", &format!("{}, direct I/O: {}", report.io, report.direct_io));
+    } else {
+        line(&mut text, "checked", &"structure only: QEMU writes no checksums");
+    }
+    text
+}
+
+fn describe(finding: &Finding) -> String {
+    let kind = serde_json::to_value(finding.kind).ok();
+    let kind = kind.as_ref().and_then(|kind| kind.as_str()).unwrap_or("damage").to_owned();
+    let mut text = kind.replace('_', " ");
+    if let Some(block) = &finding.block {
+        let _ = write!(text, ": RAM block {block:?}");
+    }
+    if let Some(page) = finding.page {
+        let _ = write!(text, ", page {page}");
+    }
+    if let Some(section) = &finding.section {
+        let _ = write!(text, ": {section}");
+    }
+    let _ = write!(text, ", file offset {:#x}", finding.offset);
+    text
+}
+
+pub(crate) fn info(info: &Info, verbose: bool) -> String {
+    let mut text = String::new();
+    line(&mut text, "format", &info.format);
+    if let Some(vm) = &info.vm {
+        line(&mut text, "VM", &vm.name.as_deref().unwrap_or("(no name)"));
+        if let Some(uuid) = &vm.uuid {
+            line(&mut text, "uuid", uuid);
+        }
+        line(&mut text, "run state", &vm.run_state);
+    }
+    line(&mut text, "machine", &info.machine);
+    if let Some(version) = &info.qemu_version {
+        line(&mut text, "QEMU", version);
+    }
+    if let Some(seconds) = info.saved_at_unix_seconds {
+        line(&mut text, "saved at", &time(seconds));
+    }
+    if let (Some(route), Some(pause)) = (&info.route, info.pause_seconds) {
+        line(&mut text, "route", &format!("{route}, guest paused {}", size::seconds(pause)));
+    }
+    line(&mut text, "file", &size::bytes(info.file_bytes));
+    let devices =
+        format!("{} sections, {}", info.device_sections.len(), size::bytes(info.device_state_bytes));
+    line(&mut text, "devices", &devices);
+    let _ = writeln!(text, "\nRAM blocks");
+    for block in &info.blocks {
+        let _ = writeln!(
+            text,
+            "  {:<28} {:>9}  {:>9} data pages  {:>9} zero  at {:#x}",
+            block.name,
+            size::bytes(block.bytes),
+            block.pages_data,
+            block.pages_zero,
+            block.pages_offset
+        );
+    }
+    if !info.disks.is_empty() {
+        let _ = writeln!(text, "\ndisks, not in the file");
+        for disk in &info.disks {
+            let access = if disk.read_only { "read-only" } else { "writable" };
+            let _ = writeln!(text, "  {}: {} ({}, {access})", disk.device, disk.path, disk.format);
+        }
+    }
+    if verbose {
+        let _ = writeln!(text, "\ndevice sections");
+        for section in &info.device_sections {
+            let _ = writeln!(
+                text,
+                "  {:<40} instance {:<3} version {:<3} {:>9}  at {:#x}",
+                section.name,
+                section.instance,
+                section.version,
+                size::bytes(section.bytes),
+                section.offset
+            );
+        }
+        if let Some(vm) = &info.vm {
+            let _ = writeln!(text, "\ncommand line\n  {}", vm.command_line.join(" "));
+        }
+    }
+    text
+}
+
+/// Returns a point in time as RFC 3339, UTC.
+pub(crate) fn time(unix_seconds: u64) -> String {
+    let seconds = i64::try_from(unix_seconds).unwrap_or(i64::MAX);
+    jiff::Timestamp::from_second(seconds)
+        .map_or_else(|_| format!("{unix_seconds} s after 1970"), |time| time.to_string())
+}
+
+pub(crate) fn line(text: &mut String, label: &str, value: &dyn std::fmt::Display) {
+    let _ = writeln!(text, "{label:<9} {value}");
+}
