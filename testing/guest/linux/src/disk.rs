@@ -1,0 +1,54 @@
+//! The disk under test: one block written in every pass, the last ones read back.
+
+use std::io;
+
+use rustix::fs::{Mode, OFlags, open};
+use rustix::io::{pread, pwrite};
+
+use crate::pattern::{PAGE_WORDS, mix};
+
+const BLOCK_SIZE: usize = 4096;
+
+/// Blocks that are written in turn.
+const BLOCK_COUNT: u64 = 64;
+
+/// Earlier blocks that each pass reads back.
+const READ_BACK: u64 = 8;
+
+/// A disk opened for direct I/O.
+#[derive(Debug)]
+pub(crate) struct Disk {
+    file: rustix::fd::OwnedFd,
+    /// Two blocks, so that one lies at an aligned address.
+    buffer: Vec<u8>,
+}
+
+impl Disk {
+    pub(crate) fn open(path: &str) -> io::Result<Disk> {
+        let file = open(path, OFlags::RDWR | OFlags::DIRECT | OFlags::DSYNC, Mode::empty())?;
+        Ok(Disk { file, buffer: vec![0; 2 * BLOCK_SIZE] })
+    }
+
+    /// Reads what the last passes wrote, writes this pass' block, and says `ok` or what is wrong.
+    pub(crate) fn check_and_write(&mut self, pass: u64) -> io::Result<String> {
+        let start = self.buffer.as_ptr().align_offset(BLOCK_SIZE);
+        let block = &mut self.buffer[start..start + BLOCK_SIZE];
+        for earlier in pass.saturating_sub(READ_BACK).max(1)..pass {
+            pread(&self.file, &mut *block, file_offset(earlier))?;
+            if block != contents(earlier) {
+                return Ok(format!("CORRUPT: block of pass {earlier}"));
+            }
+        }
+        block.copy_from_slice(&contents(pass));
+        pwrite(&self.file, &*block, file_offset(pass))?;
+        Ok("ok".to_owned())
+    }
+}
+
+fn file_offset(pass: u64) -> u64 {
+    (pass % BLOCK_COUNT) * 4096
+}
+
+fn contents(pass: u64) -> Vec<u8> {
+    (0_u64..).take(PAGE_WORDS).flat_map(|word| mix(pass ^ mix(word)).to_le_bytes()).collect()
+}

@@ -1,0 +1,59 @@
+//! What the kernel's command line asks of this guest.
+
+use std::error::Error;
+use std::fs;
+
+/// The `vmfile.` parameters of the kernel's command line.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Options {
+    pub(crate) seed: u64,
+    pub(crate) fill_mib: usize,
+    pub(crate) data_share: u64,
+    pub(crate) busy: bool,
+    pub(crate) disk: bool,
+}
+
+impl Options {
+    pub(crate) fn of_this_kernel() -> Result<Options, Box<dyn Error>> {
+        Options::parse(&fs::read_to_string("/proc/cmdline")?)
+    }
+
+    /// Parses a command line. A parameter that begins with `vmfile.` and is not known is an error:
+    /// a typing mistake in a test must not quietly test something else.
+    fn parse(command_line: &str) -> Result<Options, Box<dyn Error>> {
+        let mut options =
+            Options { seed: 1, fill_mib: 16, data_share: 128, busy: false, disk: false };
+        for word in command_line.split_ascii_whitespace() {
+            let Some(parameter) = word.strip_prefix("vmfile.") else { continue };
+            let (name, value) = parameter.split_once('=').unwrap_or((parameter, "1"));
+            match name {
+                "seed" => options.seed = value.parse()?,
+                "fill" => options.fill_mib = value.parse()?,
+                "data" => options.data_share = value.parse()?,
+                "busy" => options.busy = value == "1",
+                "disk" => options.disk = value == "1",
+                _ => return Err(format!("unknown parameter {word}").into()),
+            }
+        }
+        Ok(options)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parameters_of_others_are_left_alone() {
+        let options = Options::parse("console=ttyS0 vmfile.fill=700 quiet vmfile.busy=1").unwrap();
+        assert_eq!(
+            options,
+            Options { seed: 1, fill_mib: 700, data_share: 128, busy: true, disk: false }
+        );
+    }
+
+    #[test]
+    fn a_misspelled_parameter_is_refused() {
+        assert!(Options::parse("vmfile.fil=700").is_err());
+    }
+}
