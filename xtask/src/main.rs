@@ -1,32 +1,53 @@
-//! Chores of this workspace: `cargo xtask` lists them.
+//! Chores of this workspace: `cargo xtask VERB`.
 
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "a program, not a library")]
+
+mod command;
+mod guest;
+mod setup;
 mod test;
+mod tidy;
+mod workspace;
 
+use std::env;
+use std::error::Error;
 use std::process::ExitCode;
 
-const HELP: &str = "\
-Usage: cargo xtask VERB
+use crate::workspace::Workspace;
 
-  test     run every check and every test, as continuous integration does
+const HELP: &str = "\
+usage: cargo xtask VERB
+
+  setup            install QEMU and what else the tests need; make the guests
+  test [STEP ...]  run everything that must pass, or only the steps named
+  tidy             check what no compiler checks: walls, words, links
 ";
 
 fn main() -> ExitCode {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
-    match arguments.first().map(String::as_str) {
-        Some("test") => test::run(),
-        None | Some("help" | "--help" | "-h") => {
-            say(HELP);
-            ExitCode::SUCCESS
-        }
-        Some(verb) => {
-            say(&format!("unknown verb {verb:?}\n\n{HELP}"));
-            ExitCode::from(2)
+    let arguments: Vec<String> = env::args().skip(1).collect();
+    let Some((verb, rest)) = arguments.split_first() else {
+        print!("{HELP}\nsteps of test: {}\n", test::step_names());
+        return ExitCode::SUCCESS;
+    };
+    match run(verb, rest) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask {verb}: {error}");
+            ExitCode::FAILURE
         }
     }
 }
 
-/// The one place where this program speaks.
-#[expect(clippy::print_stderr, reason = "a program for people")]
-fn say(text: &str) {
-    eprintln!("{text}");
+fn run(verb: &str, rest: &[String]) -> Result<(), Box<dyn Error>> {
+    let workspace = Workspace::find();
+    match verb {
+        "setup" => setup::run(&workspace),
+        "test" => test::run(&workspace, rest),
+        "tidy" => tidy::run(&workspace),
+        "help" | "-h" | "--help" => {
+            print!("{HELP}\nsteps of test: {}\n", test::step_names());
+            Ok(())
+        }
+        _ => Err("no such verb; `cargo xtask` lists them".into()),
+    }
 }

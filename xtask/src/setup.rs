@@ -1,0 +1,272 @@
+//! `cargo xtask setup`: installs what the tests need and makes the guests.
+//!
+//! What is there already is used as it is, whichever distribution it came from. What is missing is
+//! installed with apt-get; QEMU from backports where Debian's own is older than the tests need.
+
+use std::env;
+use std::error::Error;
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use crate::command::{output, say, shown};
+use crate::guest;
+use crate::workspace::Workspace;
+
+/// The oldest QEMU that the tests use: mapped RAM came with 9.0.
+const QEMU_MAJOR_MIN: u32 = 9;
+
+const BACKPORTS_LIST: &str = "/etc/apt/sources.list.d/vmfile-backports.list";
+const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+
+/// A package, what of it must be there, and what it is for.
+#[derive(Debug)]
+struct Package {
+    name: &'static str,
+    /// A program in `PATH`, or a file if it begins with `/`.
+    provides: &'static str,
+    why: &'static str,
+    suite: Suite,
+}
+
+/// Where a package comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Suite {
+    /// The distribution itself.
+    Own,
+    /// Backports, where the distribution's own QEMU is too old.
+    QemuBackports,
+}
+
+const PACKAGES: [Package; 9] = [
+    Package {
+        name: "qemu-system-x86",
+        provides: "qemu-system-x86_64",
+        why: "the VMs that the tests save and restore",
+        suite: Suite::QemuBackports,
+    },
+    Package {
+        name: "qemu-utils",
+        provides: "qemu-img",
+        why: "disk images for the guests",
+        suite: Suite::QemuBackports,
+    },
+    Package {
+        name: "ovmf",
+        provides: "/usr/share/OVMF/OVMF_CODE_4M.fd",
+        why: "UEFI firmware, whose flash is RAM too",
+        suite: Suite::Own,
+    },
+    Package {
+        name: "binutils",
+        provides: "as",
+        why: "assembles the boot-sector guest",
+        suite: Suite::Own,
+    },
+    Package {
+        name: "e2fsprogs",
+        provides: "mkfs.ext4",
+        why: "file systems to save to",
+        suite: Suite::Own,
+    },
+    Package {
+        name: "xfsprogs",
+        provides: "mkfs.xfs",
+        why: "file systems to save to",
+        suite: Suite::Own,
+    },
+    Package {
+        name: "strace",
+        provides: "strace",
+        why: "makes system calls fail on purpose",
+        suite: Suite::Own,
+    },
+    Package {
+        name: "fio",
+        provides: "fio",
+        why: "what the disk can do, to compare with",
+        suite: Suite::Own,
+    },
+    Package { name: "xz-utils", provides: "xz", why: "unpacks kernel modules", suite: Suite::Own },
+];
+
+/// Installs what is missing and makes the guests.
+pub(crate) fn run(workspace: &Workspace) -> Result<(), Box<dyn Error>> {
+    let qemu_is_old = qemu_major().is_none_or(|major| major < QEMU_MAJOR_MIN);
+    let missing: Vec<&Package> = PACKAGES
+        .iter()
+        .filter(|package| {
+            let too_old = package.name == "qemu-system-x86" && qemu_is_old;
+            too_old || !is_present(package.provides)
+        })
+        .collect();
+    if !missing.is_empty() {
+        install(&missing)?;
+    }
+    guest::make(workspace)
+}
+
+fn install(missing: &[&Package]) -> Result<(), Box<dyn Error>> {
+    for package in missing {
+        say(&format!("install {}: {}", package.name, package.why));
+    }
+    if find_in_path("apt-get").is_none() {
+        return Err("no apt-get here: install these by other means, QEMU 9.0 or later".into());
+    }
+    apt_get(&["update", "-qq"])?;
+    let backports = if missing.iter().any(|package| package.suite == Suite::QemuBackports) {
+        backports_if_needed()?
+    } else {
+        None
+    };
+    for suite in [Suite::QemuBackports, Suite::Own] {
+        let names: Vec<&str> = missing
+            .iter()
+            .filter(|package| package.suite == suite)
+            .map(|package| package.name)
+            .collect();
+        if names.is_empty() {
+            continue;
+        }
+        let mut arguments = vec!["install", "-y", "-qq", "--no-install-recommends"];
+        if let (Suite::QemuBackports, Some(release)) = (suite, &backports) {
+            arguments.extend(["-t", release]);
+        }
+        arguments.extend(names);
+        apt_get(&arguments)?;
+    }
+    match qemu_major() {
+        Some(major) if major >= QEMU_MAJOR_MIN => Ok(()),
+        found => Err(format!("QEMU {found:?} found, {QEMU_MAJOR_MIN} or later needed").into()),
+    }
+}
+
+/// Returns the backports release to take QEMU from, if the distribution's own is too old, after
+/// adding it to apt's sources where it is missing.
+fn backports_if_needed() -> Result<Option<String>, Box<dyn Error>> {
+    let policy = output(Command::new("apt-cache").args(["policy", "qemu-system-x86"]))?;
+    if candidate_major(&policy).is_some_and(|major| major >= QEMU_MAJOR_MIN) {
+        return Ok(None);
+    }
+    let codename = codename(&fs::read_to_string("/etc/os-release")?)
+        .ok_or("/etc/os-release has no VERSION_CODENAME")?;
+    let release = format!("{codename}-backports");
+    let targets = output(
+        Command::new("apt-get")
+            .args(["indextargets", "--format", "$(REPO_URI) $(CODENAME) $(COMPONENT)"])
+            .arg("Created-By: Packages"),
+    )?;
+    if mirror_of(&targets, &release).is_none() {
+        let mirror = mirror_of(&targets, &codename)
+            .ok_or_else(|| format!("apt has no source for {codename} main to find backports by"))?;
+        say(&format!("add {BACKPORTS_LIST}: {codename} has QEMU older than {QEMU_MAJOR_MIN}"));
+        let entry = format!("deb [signed-by={KEYRING}] {mirror} {release} main\n");
+        write_as_root(BACKPORTS_LIST, &entry)?;
+        apt_get(&["update", "-qq"])?;
+    }
+    Ok(Some(release))
+}
+
+/// Finds the mirror that serves component `main` of `codename` among apt's index targets.
+fn mirror_of(index_targets: &str, codename: &str) -> Option<String> {
+    index_targets.lines().find_map(|line| match *line.split(' ').collect::<Vec<_>>() {
+        [uri, name, "main"] if name == codename => Some(uri.to_owned()),
+        _ => None,
+    })
+}
+
+fn codename(os_release: &str) -> Option<String> {
+    let value = os_release.lines().find_map(|line| line.strip_prefix("VERSION_CODENAME="))?;
+    Some(value.trim_matches('"').to_owned())
+}
+
+/// Reads the major version of the candidate from what `apt-cache policy` prints.
+fn candidate_major(policy: &str) -> Option<u32> {
+    let version = policy.lines().find_map(|line| line.trim().strip_prefix("Candidate: "))?;
+    let upstream = version.split_once(':').map_or(version, |(_epoch, upstream)| upstream);
+    upstream.split('.').next()?.parse().ok()
+}
+
+/// Returns the major version of the QEMU that is installed.
+fn qemu_major() -> Option<u32> {
+    let program = env::var("VMFILE_QEMU").unwrap_or_else(|_| "qemu-system-x86_64".to_owned());
+    let text = output(Command::new(program).arg("--version")).ok()?;
+    text.strip_prefix("QEMU emulator version ")?.split('.').next()?.parse().ok()
+}
+
+fn is_present(what: &str) -> bool {
+    if what.starts_with('/') { Path::new(what).exists() } else { find_in_path(what).is_some() }
+}
+
+/// Finds a program as the shell does, and in the administrator's directories too.
+fn find_in_path(program: &str) -> Option<std::path::PathBuf> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    env::split_paths(&path)
+        .chain(["/usr/sbin".into(), "/sbin".into()])
+        .map(|directory| directory.join(program))
+        .find(|candidate| candidate.is_file())
+}
+
+/// Runs apt-get as root, or says what to run.
+fn apt_get(arguments: &[&str]) -> Result<(), Box<dyn Error>> {
+    let mut command = as_root("apt-get");
+    command.args(arguments).env("DEBIAN_FRONTEND", "noninteractive");
+    run_as_root(&mut command)
+}
+
+fn write_as_root(path: &str, text: &str) -> Result<(), Box<dyn Error>> {
+    if is_root() {
+        return Ok(fs::write(path, text)?);
+    }
+    let mut command = as_root("sh");
+    command.args(["-c", "printf %s \"$1\" > \"$2\"", "sh", text, path]);
+    run_as_root(&mut command)
+}
+
+fn run_as_root(command: &mut Command) -> Result<(), Box<dyn Error>> {
+    if !is_root() && find_in_path("sudo").is_none() {
+        return Err(format!("needs root; run this and try again:\n  {}", shown(command)).into());
+    }
+    crate::command::run(command)
+}
+
+fn as_root(program: &str) -> Command {
+    if is_root() || find_in_path("sudo").is_none() {
+        return Command::new(program);
+    }
+    let mut command = Command::new("sudo");
+    command.arg(program);
+    command
+}
+
+fn is_root() -> bool {
+    output(Command::new("id").arg("-u")).is_ok_and(|id| id.trim() == "0")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TARGETS: &str = "\
+http://mirror.example/security bookworm-security main
+http://mirror.example/debian bookworm main
+http://mirror.example/debian bookworm-updates main";
+
+    #[test]
+    fn the_mirror_of_backports_is_the_one_of_the_release() {
+        assert_eq!(mirror_of(TARGETS, "bookworm").unwrap(), "http://mirror.example/debian");
+        assert_eq!(mirror_of(TARGETS, "bookworm-backports"), None);
+    }
+
+    #[test]
+    fn the_candidate_has_an_epoch_before_its_version() {
+        let policy = "qemu-system-x86:\n  Installed: (none)\n  Candidate: 1:7.2+dfsg-7\n";
+        assert_eq!(candidate_major(policy), Some(7));
+        assert_eq!(candidate_major("  Candidate: (none)\n"), None);
+    }
+
+    #[test]
+    fn the_codename_may_be_quoted() {
+        assert_eq!(codename("ID=debian\nVERSION_CODENAME=\"trixie\"\n").unwrap(), "trixie");
+    }
+}
