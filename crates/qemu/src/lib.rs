@@ -1,1 +1,36 @@
-//! Placeholder.
+//! Speaks to QEMU: commands to a running VM and back.
+//!
+//! | module | subject |
+//! |---|---|
+//! | [`qmp`] | the monitor's protocol: one command, one answer, events aside |
+//! | [`vm`] | a running QEMU: its state, RAM blocks, disks, device state, and what forbids a save |
+//! | [`migration`] | a waiting QEMU that loads a stream |
+//! | [`command_line`] | a QEMU command line, understood enough to start the VM again |
+//! | [`launch`] | a QEMU of our own, killed unless it is kept |
+//! | [`discover`] | the VMs that run on this host |
+//! | [`version`] | what each QEMU version can do |
+//!
+//! This crate never reads guest RAM nor a snapshot: it passes descriptors. It prints nothing.
+//! Command lines may hold secrets, so errors name the option at fault and not its value.
+
+#![forbid(unsafe_code)]
+
+pub mod command_line;
+pub mod discover;
+pub mod launch;
+pub mod migration;
+mod pass_fd;
+mod proc;
+pub mod qmp;
+pub mod version;
+pub mod vm;
+
+pub use command_line::{CommandLine, CommandLineError, MappedBlock};
+pub use discover::{DiscoverError, Found, VmAddress, list, resolve};
+pub use launch::{Launch, LaunchError, LaunchedQemu, find_program};
+pub use migration::LoadError;
+pub use qmp::{Event, Qmp, QmpError};
+pub use version::{Feature, QemuVersion};
+pub use vm::{
+    Blocker, BlockerKind, Disk, MemoryBackend, ProcessInfo, RamBlockInfo, RunState, Vm, VmError,
+};

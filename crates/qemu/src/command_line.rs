@@ -1,0 +1,462 @@
+//! A QEMU command line, understood enough to start the VM again.
+//!
+//! QEMU has no way to say how it was started but its own arguments. They are kept word for word;
+//! only what must change for a restore is taken apart.
+
+mod incoming;
+mod keys;
+mod sockets;
+
+use std::ffi::{OsStr, OsString};
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use keys::Keys;
+
+/// The id of the monitor that [`Launch`](crate::Launch) adds for us.
+pub(crate) const CONTROL_ID: &str = "vmfile-control";
+
+/// A command line is not one that can be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CommandLineError {
+    /// An argument is not UTF-8.
+    #[error("argument {index} is not UTF-8")]
+    NotText {
+        /// Which, counted from 1.
+        index: usize,
+    },
+    /// The last option takes a value and has none.
+    #[error("option {option} has no value")]
+    MissingValue {
+        /// The option as written.
+        option: String,
+    },
+    /// An option's value cannot be taken apart.
+    #[error("the value of {option} is not JSON")]
+    NotJson {
+        /// The option as written.
+        option: String,
+        /// What the parser said.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// A RAM block is to be mapped that no option defines, e.g. a DIMM that was plugged in later.
+    #[error("RAM block {block:?} is defined by no option of the command line")]
+    NotDefined {
+        /// The block.
+        block: String,
+    },
+    /// A RAM block is to be mapped whose memory means more than its bytes.
+    #[error("RAM block {block:?} cannot be mapped: it belongs to a {device} device")]
+    NotMappable {
+        /// The block.
+        block: String,
+        /// The device's model.
+        device: String,
+    },
+    /// A RAM block has another size on the command line.
+    #[error("RAM block {block:?} has {found} bytes in the file, {expected} on the command line")]
+    SizeDiffers {
+        /// The block.
+        block: String,
+        /// Bytes in the file.
+        found: u64,
+        /// Bytes on the command line.
+        expected: u64,
+    },
+    /// A file that is to be mapped has a path that QEMU cannot be given.
+    #[error("the path of RAM block {block:?} is not UTF-8")]
+    PathNotText {
+        /// The block.
+        block: String,
+    },
+    /// The sockets in use could not be listed.
+    #[error("list the listening sockets")]
+    Sockets {
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl CommandLineError {
+    /// Returns what the user could try, where we know it.
+    #[must_use]
+    pub fn hint(&self) -> Option<&'static str> {
+        match self {
+            CommandLineError::NotDefined { .. } => {
+                Some("give a command line that defines it, after --")
+            }
+            CommandLineError::NotMappable { .. } => Some("restore with --mode load or stream"),
+            CommandLineError::SizeDiffers { .. } => {
+                Some("give the VM the RAM that it had when it was saved")
+            }
+            _ => None,
+        }
+    }
+}
+
+/// A RAM block that lies in a file and shall be mapped from there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MappedBlock {
+    /// QEMU's name of the block, e.g. `pc.ram`.
+    pub block_name: String,
+    /// Its length in bytes.
+    pub size: u64,
+    /// The file; `/proc/self/fd/N` for a descriptor that QEMU inherits.
+    pub path: PathBuf,
+    /// Where the block starts in the file, in bytes.
+    pub offset: u64,
+}
+
+/// The arguments of a QEMU, without the program's own name.
+///
+/// They may hold secrets: `Debug` shows the options only.
+#[derive(Clone, PartialEq, Eq)]
+pub struct CommandLine {
+    arguments: Vec<Argument>,
+}
+
+/// One option with its value, or a disk image without an option.
+#[derive(Clone, PartialEq, Eq)]
+struct Argument {
+    /// The option as written, with its dashes; or the image.
+    written: String,
+    value: Option<String>,
+}
+
+/// The options that take no value, in QEMU up to 10.0 for any architecture, without dashes.
+///
+/// Everything else takes one. Removed options stay: an old QEMU's command line may be read.
+const OPTIONS_WITHOUT_VALUE: [&str; 51] = [
+    "S",
+    "alt-grab",
+    "async-teardown",
+    "ctrl-grab",
+    "curses",
+    "daemonize",
+    "enable-fips",
+    "enable-kvm",
+    "enable-sync-profile",
+    "full-screen",
+    "h",
+    "help",
+    "localtime",
+    "mem-prealloc",
+    "no-acpi",
+    "no-fd-bootchk",
+    "no-frame",
+    "no-hpet",
+    "no-kqemu",
+    "no-kvm",
+    "no-kvm-irqchip",
+    "no-kvm-pit",
+    "no-kvm-pit-reinjection",
+    "no-quit",
+    "no-reboot",
+    "no-shutdown",
+    "no-user-config",
+    "nodefaults",
+    "nodefconfig",
+    "nographic",
+    "nouserconfig",
+    "old-param",
+    "only-migratable",
+    "perfmap",
+    "jitdump",
+    "portrait",
+    "preconfig",
+    "rtc-td-hack",
+    "s",
+    "sdl",
+    "semihosting",
+    "show-cursor",
+    "singlestep",
+    "snapshot",
+    "tdf",
+    "usb",
+    "version",
+    "win2k-hack",
+    "xen-attach",
+    "xen-create",
+    "xen-domid-restrict",
+];
+
+impl CommandLine {
+    /// Reads arguments, the program's own name not among them.
+    ///
+    /// # Errors
+    ///
+    /// [`CommandLineError::MissingValue`] when the last option takes a value and has none.
+    pub fn new<I>(arguments: I) -> Result<CommandLine, CommandLineError>
+    where
+        I: IntoIterator,
+        I::Item: Into<String>,
+    {
+        let mut words = arguments.into_iter().map(Into::into);
+        let mut arguments = Vec::new();
+        while let Some(written) = words.next() {
+            let mut argument = Argument { written, value: None };
+            if argument.takes_value() {
+                let value = words.next();
+                let option = || argument.written.clone();
+                let value =
+                    value.ok_or_else(|| CommandLineError::MissingValue { option: option() })?;
+                argument.value = Some(value);
+            }
+            arguments.push(argument);
+        }
+        Ok(CommandLine { arguments })
+    }
+
+    /// Reads the arguments of a process, its own name first, as
+    /// [`ProcessInfo`](crate::ProcessInfo) has them.
+    ///
+    /// # Errors
+    ///
+    /// [`CommandLineError::NotText`] when one is not UTF-8; otherwise as for [`CommandLine::new`].
+    pub fn from_process(arguments: &[OsString]) -> Result<CommandLine, CommandLineError> {
+        let mut words = Vec::new();
+        for (index, argument) in arguments.iter().enumerate().skip(1) {
+            let word = argument.to_str().ok_or(CommandLineError::NotText { index: index + 1 })?;
+            words.push(word.to_owned());
+        }
+        CommandLine::new(words)
+    }
+
+    /// Adds an option and its value at the end, where QEMU lets the last one win.
+    pub fn push(&mut self, option: &str, value: Option<&str>) {
+        let argument = Argument { written: option.to_owned(), value: value.map(str::to_owned) };
+        assert!(
+            argument.takes_value() == argument.value.is_some(),
+            "{option} is an option, with a value where it takes one"
+        );
+        self.arguments.push(argument);
+    }
+
+    /// Returns the arguments as the operating system takes them.
+    #[must_use]
+    pub fn to_arguments(&self) -> Vec<String> {
+        let words = |argument: &Argument| {
+            std::iter::once(argument.written.clone()).chain(argument.value.clone())
+        };
+        self.arguments.iter().flat_map(words).collect()
+    }
+
+    /// Returns the arguments quoted for a POSIX shell. They may hold secrets.
+    #[must_use]
+    pub fn to_shell(&self) -> String {
+        let words: Vec<String> = self.to_arguments().iter().map(|word| quote(word)).collect();
+        words.join(" ")
+    }
+
+    /// Returns the VM's name from `-name`.
+    #[must_use]
+    pub fn name(&self) -> Option<String> {
+        let value = self.values_of(&["name"]).last()?;
+        Some(Keys::parse(value, "guest").get("guest")?.to_owned()).filter(|name| !name.is_empty())
+    }
+
+    /// Returns the paths of the Unix sockets on which this QEMU serves QMP, as written.
+    #[must_use]
+    pub fn qmp_sockets(&self) -> Vec<PathBuf> {
+        sockets::qmp_sockets(self)
+    }
+
+    /// Returns the numbers of the inherited listening sockets on which this QEMU serves QMP, as
+    /// libvirt arranges it.
+    #[must_use]
+    pub fn qmp_descriptors(&self) -> Vec<u32> {
+        sockets::qmp_descriptors(self)
+    }
+
+    /// Returns those sockets of this command line that somebody already listens on.
+    ///
+    /// A QEMU that was started with them would take the paths away from the VM that has them.
+    /// `directory` is what relative paths refer to.
+    ///
+    /// # Errors
+    ///
+    /// [`CommandLineError::Sockets`] when `/proc` cannot be read.
+    pub fn sockets_in_use(&self, directory: &Path) -> Result<Vec<PathBuf>, CommandLineError> {
+        sockets::in_use(self, directory)
+    }
+
+    /// Returns the command line for a QEMU that waits for a stream, with the RAM blocks `ram`
+    /// mapped from their files, copy on write.
+    ///
+    /// RAM blocks that are not mapped keep what they had.
+    ///
+    /// # Errors
+    ///
+    /// [`CommandLineError::NotDefined`] for a block that no option defines,
+    /// [`CommandLineError::NotMappable`], and [`CommandLineError::SizeDiffers`].
+    pub fn for_incoming(&self, ram: &[MappedBlock]) -> Result<CommandLine, CommandLineError> {
+        incoming::for_incoming(self, ram)
+    }
+
+    /// Checks that a block of this name can be mapped from a file.
+    ///
+    /// # Errors
+    ///
+    /// As for [`CommandLine::for_incoming`].
+    pub fn check_mappable(&self, block_name: &str) -> Result<(), CommandLineError> {
+        incoming::check_mappable(self, block_name)
+    }
+
+    /// Tells whether another process shares the guest's RAM, as vhost-user back ends do.
+    ///
+    /// Such RAM must not be mapped copy on write: the other process would see other bytes.
+    #[must_use]
+    pub fn needs_shared_ram(&self) -> bool {
+        let starts = |value: &str, key| {
+            Keys::parse(value, key).get(key).is_some_and(|model| model.starts_with("vhost-user"))
+        };
+        self.values_of(&["device"]).any(|value| starts(value, "driver"))
+            || self.values_of(&["netdev", "nic", "net"]).any(|value| starts(value, "type"))
+    }
+
+    /// Returns what of this command line depends on things that are gone with the process that
+    /// used it, one sentence each, without values.
+    #[must_use]
+    pub fn what_cannot_be_recreated(&self) -> Vec<String> {
+        incoming::what_cannot_be_recreated(self)
+    }
+
+    /// Returns the values of the options of these names, in order.
+    fn values_of<'a>(&'a self, names: &'a [&str]) -> impl Iterator<Item = &'a str> {
+        self.arguments
+            .iter()
+            .filter(|argument| argument.name().is_some_and(|name| names.contains(&name)))
+            .filter_map(|argument| argument.value.as_deref())
+    }
+}
+
+impl fmt::Debug for CommandLine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let shown = |argument: &Argument| argument.name().map(|name| format!("-{name}"));
+        f.debug_list().entries(self.arguments.iter().filter_map(shown)).finish()
+    }
+}
+
+impl Argument {
+    /// Returns the option's name without its dashes; `None` for a bare disk image.
+    ///
+    /// QEMU takes one dash or two for every option.
+    fn name(&self) -> Option<&str> {
+        let name = self.written.strip_prefix('-')?;
+        Some(name.strip_prefix('-').unwrap_or(name))
+    }
+
+    fn takes_value(&self) -> bool {
+        self.name().is_some_and(|name| !OPTIONS_WITHOUT_VALUE.contains(&name))
+    }
+}
+
+/// Reads a value as JSON if that is the form it has.
+fn parse_json(option: &str, value: &str) -> Result<Option<Value>, CommandLineError> {
+    if !value.trim_start().starts_with('{') {
+        return Ok(None);
+    }
+    let not_json = |source| CommandLineError::NotJson { option: option.to_owned(), source };
+    serde_json::from_str(value).map(Some).map_err(not_json)
+}
+
+/// Quotes a word for a POSIX shell where it needs it.
+fn quote(word: &str) -> String {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_./=,:+@%".contains(&byte);
+    if !word.is_empty() && word.bytes().all(plain) {
+        word.to_owned()
+    } else {
+        format!("'{}'", word.replace('\'', r"'\''"))
+    }
+}
+
+/// Tells whether an argument is the name of a program that we take for QEMU.
+pub(crate) fn is_program(argument: &OsStr) -> bool {
+    Path::new(argument).file_name().is_some_and(crate::proc::is_qemu_name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(words: &[&str]) -> CommandLine {
+        CommandLine::new(words.iter().copied()).unwrap()
+    }
+
+    #[test]
+    fn words_come_back_as_they_were() {
+        let words = [
+            "disk.img",
+            "--nodefaults",
+            "-m",
+            "64M",
+            "-S",
+            "-append",
+            "",
+            "-name",
+            "a,,b",
+            "-drive",
+            "file=x y.img",
+        ];
+        assert_eq!(parse(&words).to_arguments(), words);
+    }
+
+    #[test]
+    fn a_value_that_looks_like_an_option_stays_a_value() {
+        let line = parse(&["-append", "-S", "-m", "64M"]);
+        assert_eq!(line.arguments.len(), 2);
+    }
+
+    #[test]
+    fn an_option_without_its_value_is_refused_by_name() {
+        let error = CommandLine::new(["-S", "-qmp"]).unwrap_err();
+        assert_eq!(error.to_string(), "option -qmp has no value");
+    }
+
+    #[test]
+    fn a_process_without_text_is_refused_by_position() {
+        use std::os::unix::ffi::OsStringExt;
+        let bad = OsString::from_vec(vec![0xff]);
+        let error = CommandLine::from_process(&["qemu".into(), "-S".into(), bad]).unwrap_err();
+        assert_eq!(error.to_string(), "argument 3 is not UTF-8");
+    }
+
+    #[test]
+    fn the_name_is_read_in_both_forms_and_the_last_one_counts() {
+        assert_eq!(parse(&["-name", "db1"]).name().as_deref(), Some("db1"));
+        assert_eq!(parse(&["-name", "a,,b"]).name().as_deref(), Some("a,b"));
+        let line = parse(&["-name", "old", "-name", "guest=db2,debug-threads=on"]);
+        assert_eq!(line.name().as_deref(), Some("db2"));
+        assert_eq!(parse(&["-S"]).name(), None);
+    }
+
+    #[test]
+    fn debug_shows_no_value() {
+        let line = parse(&["-object", "secret,id=s0,data=hunter2", "-S"]);
+        assert_eq!(format!("{line:?}"), r#"["-object", "-S"]"#);
+    }
+
+    #[test]
+    fn shell_words_are_quoted_where_they_must_be() {
+        let line = parse(&["-append", "root=/dev/vda it's", "-m", "64M", "-name", ""]);
+        assert_eq!(line.to_shell(), r"-append 'root=/dev/vda it'\''s' -m 64M -name ''");
+    }
+
+    #[test]
+    fn vhost_user_needs_shared_ram() {
+        for words in [
+            ["-netdev", "vhost-user,id=n0,chardev=c0"],
+            ["-device", "vhost-user-fs-pci,tag=x,chardev=c0"],
+            ["-device", r#"{"driver":"vhost-user-blk-pci","chardev":"c0"}"#],
+        ] {
+            assert!(parse(&words).needs_shared_ram(), "{words:?}");
+        }
+        assert!(!parse(&["-netdev", "user,id=vhost-user"]).needs_shared_ram());
+    }
+}

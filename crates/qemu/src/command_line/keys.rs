@@ -1,0 +1,203 @@
+//! `key=value` lists, QEMU's way to write what belongs to one option; and the same in JSON.
+
+use serde_json::Value;
+
+/// The keys of one option's value, in order. A key may occur more than once.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Keys(Vec<(String, String)>);
+
+impl Keys {
+    /// Reads a list; `implied` is the key of a first value that stands alone.
+    ///
+    /// A comma within a value is written twice. A key without a value is a switch: `server` means
+    /// `server=on`, `noserver` or `nowait` means off. JSON is read too: its scalars by their keys,
+    /// those of nested objects by keys joined with dots.
+    pub(super) fn parse(text: &str, implied: &str) -> Keys {
+        if text.trim_start().starts_with('{') {
+            let mut keys = Vec::new();
+            if let Ok(value) = serde_json::from_str(text) {
+                flatten(&value, "", &mut keys);
+            }
+            return Keys(keys);
+        }
+        let mut keys = Vec::new();
+        let mut rest = text;
+        let mut first = true;
+        while !rest.is_empty() {
+            let end_of_key = rest.find([',', '=']);
+            let (key, value, after) = match end_of_key {
+                Some(at) if rest[at..].starts_with('=') => {
+                    let (value, after) = take_value(&rest[at + 1..]);
+                    (rest[..at].to_owned(), value, after)
+                }
+                _ => {
+                    let (word, after) = take_value(rest);
+                    let (key, value) =
+                        if first { (implied.to_owned(), word) } else { switch(&word) };
+                    (key, value, after)
+                }
+            };
+            keys.push((key, value));
+            rest = after;
+            first = false;
+        }
+        Keys(keys)
+    }
+
+    /// Returns the value of `key`; the last one, as QEMU does.
+    pub(super) fn get(&self, key: &str) -> Option<&str> {
+        self.0.iter().rev().find(|(name, _)| name == key).map(|(_, value)| value.as_str())
+    }
+
+    pub(super) fn is_on(&self, key: &str) -> bool {
+        matches!(self.get(key), Some("on" | "yes" | "true" | "y"))
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.0.iter().map(|(key, value)| (key.as_str(), value.as_str()))
+    }
+}
+
+/// Writes one `key=value`, with the commas doubled.
+pub(super) fn write(key: &str, value: &str) -> String {
+    format!("{key}={}", value.replace(',', ",,"))
+}
+
+/// Reads a number of bytes as QEMU does: `64M`, `0x1000`; `None` for a form that we leave to QEMU.
+pub(super) fn parse_size(text: &str) -> Option<u64> {
+    if let Some(digits) = text.strip_prefix("0x") {
+        return u64::from_str_radix(digits, 16).ok();
+    }
+    let digits_end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (digits, unit) = text.split_at(digits_end);
+    let shift = match unit {
+        "" | "b" | "B" => 0,
+        "k" | "K" => 10,
+        "m" | "M" => 20,
+        "g" | "G" => 30,
+        "t" | "T" => 40,
+        _ => return None,
+    };
+    digits.parse::<u64>().ok()?.checked_mul(1 << shift)
+}
+
+/// Takes a value up to a single comma; a doubled comma stands for one.
+fn take_value(text: &str) -> (String, &str) {
+    let mut value = String::new();
+    let mut rest = text;
+    loop {
+        let Some((before, after)) = rest.split_once(',') else {
+            value.push_str(rest);
+            return (value, "");
+        };
+        value.push_str(before);
+        match after.strip_prefix(',') {
+            Some(after) => {
+                value.push(',');
+                rest = after;
+            }
+            None => return (value, after),
+        }
+    }
+}
+
+fn switch(word: &str) -> (String, String) {
+    match word.strip_prefix("no") {
+        Some(name) if !name.is_empty() => (name.to_owned(), "off".to_owned()),
+        _ => (word.to_owned(), "on".to_owned()),
+    }
+}
+
+fn flatten(value: &Value, key: &str, keys: &mut Vec<(String, String)>) {
+    let joined =
+        |name: &str| if key.is_empty() { name.to_owned() } else { format!("{key}.{name}") };
+    match value {
+        Value::Null => {}
+        Value::Bool(on) => keys.push((key.to_owned(), if *on { "on" } else { "off" }.to_owned())),
+        Value::Number(number) => keys.push((key.to_owned(), number.to_string())),
+        Value::String(text) => keys.push((key.to_owned(), text.clone())),
+        Value::Array(values) => {
+            for (index, value) in values.iter().enumerate() {
+                flatten(value, &joined(&index.to_string()), keys);
+            }
+        }
+        Value::Object(values) => {
+            for (name, value) in values {
+                flatten(value, &joined(name), keys);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pairs(text: &str) -> Vec<(String, String)> {
+        Keys::parse(text, "type").0
+    }
+
+    fn owned(expected: &[(&str, &str)]) -> Vec<(String, String)> {
+        expected.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
+    }
+
+    #[test]
+    fn a_first_word_gets_the_implied_key() {
+        assert_eq!(pairs("q35,smm=on"), owned(&[("type", "q35"), ("smm", "on")]));
+        assert_eq!(pairs("type=q35"), owned(&[("type", "q35")]));
+    }
+
+    #[test]
+    fn doubled_commas_are_one() {
+        assert_eq!(
+            pairs("file,path=/a,,b,,,c=d"),
+            owned(&[("type", "file"), ("path", "/a,b,"), ("c", "d")])
+        );
+        assert_eq!(pairs("a,,b"), owned(&[("type", "a,b")]));
+    }
+
+    #[test]
+    fn switches_are_on_or_off() {
+        assert_eq!(
+            pairs("socket,server,nowait"),
+            owned(&[("type", "socket"), ("server", "on"), ("wait", "off")])
+        );
+    }
+
+    #[test]
+    fn a_value_may_hold_an_equals_sign() {
+        assert_eq!(pairs("x,a=b=c"), owned(&[("type", "x"), ("a", "b=c")]));
+    }
+
+    #[test]
+    fn json_is_read_by_its_keys() {
+        let keys = Keys::parse(r#"{"qom-type":"t","size":64,"share":true,"f":{"a":[1]}}"#, "type");
+        assert_eq!(keys.get("qom-type"), Some("t"));
+        assert_eq!(keys.get("size"), Some("64"));
+        assert!(keys.is_on("share"));
+        assert_eq!(keys.get("f.a.0"), Some("1"));
+    }
+
+    #[test]
+    fn odd_texts_do_not_hang_or_panic() {
+        for text in ["", ",", ",,", "=", "a=", "=,=", ",,,", "a,", "{", "\u{e9}=\u{e9},\u{e9}"] {
+            let _ = Keys::parse(text, "type");
+        }
+    }
+
+    #[test]
+    fn what_is_written_is_read_back() {
+        let text = ["file".to_owned(), write("path", "/a,b,,c"), write("x", "1")].join(",");
+        assert_eq!(Keys::parse(&text, "type").get("path"), Some("/a,b,,c"));
+    }
+
+    #[test]
+    fn sizes_are_read_as_qemu_reads_them() {
+        assert_eq!(parse_size("64M"), Some(64 << 20));
+        assert_eq!(parse_size("1g"), Some(1 << 30));
+        assert_eq!(parse_size("0x1000"), Some(4096));
+        assert_eq!(parse_size("4096"), Some(4096));
+        assert_eq!(parse_size("1.5G"), None);
+        assert_eq!(parse_size("99999999999T"), None);
+    }
+}

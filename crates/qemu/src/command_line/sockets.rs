@@ -1,0 +1,178 @@
+//! The Unix sockets of a command line.
+
+use std::collections::HashSet;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+
+use super::keys::Keys;
+use super::{CommandLine, CommandLineError};
+use crate::proc;
+
+/// Options whose value is a character device in the short form, e.g. `unix:PATH,server=on`.
+const SHORT_FORM_OPTIONS: [&str; 8] =
+    ["qmp", "qmp-pretty", "monitor", "serial", "parallel", "debugcon", "gdb", "virtioconsole"];
+
+pub(super) fn qmp_sockets(line: &CommandLine) -> Vec<PathBuf> {
+    control_monitors(line)
+        .iter()
+        .filter(|keys| is_server(keys))
+        .filter_map(|keys| keys.get("path").map(PathBuf::from))
+        .collect()
+}
+
+pub(super) fn qmp_descriptors(line: &CommandLine) -> Vec<u32> {
+    control_monitors(line)
+        .iter()
+        .filter(|keys| is_server(keys))
+        .filter_map(|keys| keys.get("fd")?.parse().ok())
+        .collect()
+}
+
+pub(super) fn in_use(
+    line: &CommandLine,
+    directory: &Path,
+) -> Result<Vec<PathBuf>, CommandLineError> {
+    let listening =
+        proc::listening_paths().map_err(|source| CommandLineError::Sockets { source })?;
+    let mut paths: Vec<PathBuf> = server_paths(line)
+        .into_iter()
+        .map(|path| directory.join(path))
+        .filter(|path| is_in_use(path, &listening))
+        .collect();
+    paths.dedup();
+    Ok(paths)
+}
+
+/// Tells whether somebody listens at `path`.
+///
+/// The kernel's table answers without disturbing the listener, a serial console perhaps. It shows
+/// paths as they were bound, and this network namespace only, so that the rest is tried; a socket
+/// file that nobody listens on refuses the connection.
+fn is_in_use(path: &Path, listening: &HashSet<PathBuf>) -> bool {
+    listening.contains(path) || UnixStream::connect(path).is_ok()
+}
+
+/// Returns the keys of the character devices that serve QMP.
+fn control_monitors(line: &CommandLine) -> Vec<Keys> {
+    let mut monitors: Vec<Keys> = line
+        .values_of(&["qmp", "qmp-pretty"])
+        .filter_map(|value| short_form(line, value))
+        .collect();
+    for value in line.values_of(&["mon"]) {
+        let keys = Keys::parse(value, "chardev");
+        if keys.get("mode") == Some("control") {
+            monitors.extend(keys.get("chardev").and_then(|id| character_device(line, id)));
+        }
+    }
+    monitors
+}
+
+/// Returns the paths of all sockets that QEMU listens on, monitors or not.
+fn server_paths(line: &CommandLine) -> Vec<PathBuf> {
+    let short = line.values_of(&SHORT_FORM_OPTIONS).filter_map(|value| short_form(line, value));
+    let long = line.values_of(&["chardev"]).map(|value| Keys::parse(value, "backend"));
+    let vnc = line.values_of(&["vnc"]).filter_map(|value| {
+        let display = Keys::parse(value, "vnc").get("vnc")?.to_owned();
+        display.strip_prefix("unix:").map(PathBuf::from)
+    });
+    long.chain(short)
+        .filter(is_server)
+        .filter_map(|keys| keys.get("path").map(PathBuf::from))
+        .chain(vnc)
+        .collect()
+}
+
+/// Reads the short form of a character device: `unix:PATH,server=on,wait=off` or `chardev:ID`.
+fn short_form(line: &CommandLine, value: &str) -> Option<Keys> {
+    if let Some(id) = value.strip_prefix("chardev:") {
+        return character_device(line, id);
+    }
+    let value = value.strip_prefix("mon:").unwrap_or(value);
+    let keys = Keys::parse(value.strip_prefix("unix:")?, "path");
+    Some(keys)
+}
+
+fn character_device(line: &CommandLine, id: &str) -> Option<Keys> {
+    line.values_of(&["chardev"])
+        .map(|value| Keys::parse(value, "backend"))
+        .find(|keys| keys.get("id") == Some(id))
+}
+
+fn is_server(keys: &Keys) -> bool {
+    // An abstract socket has a name and no file.
+    keys.is_on("server") && !keys.is_on("abstract")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    fn qmp(words: &[&str]) -> Vec<PathBuf> {
+        CommandLine::new(words.iter().copied()).unwrap().qmp_sockets()
+    }
+
+    #[test]
+    fn every_way_to_write_a_qmp_socket_is_found() {
+        for words in [
+            &["-qmp", "unix:/run/a,,b,server=on,wait=off"][..],
+            &["--qmp", "unix:/run/a,,b,server,nowait"],
+            &["-qmp-pretty", "unix:path=/run/a,,b,server=on"],
+            &["-chardev", "socket,id=c,path=/run/a,,b,server=on", "-mon", "c,mode=control"],
+            &["-mon", "chardev=c,mode=control", "-chardev", "socket,path=/run/a,,b,id=c,server"],
+            &["-chardev", "socket,id=c,path=/run/a,,b,server=on", "-qmp", "chardev:c"],
+        ] {
+            assert_eq!(qmp(words), [PathBuf::from("/run/a,b")], "{words:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_qmp_server_on_a_path_is_not_found() {
+        for words in [
+            &["-monitor", "unix:/run/hmp,server=on"][..],
+            &["-qmp", "unix:/run/client"],
+            &["-qmp", "tcp:localhost:4444,server=on"],
+            &["-qmp", "stdio"],
+            &["-chardev", "socket,id=c,path=/run/x,server=on", "-mon", "c,mode=readline"],
+            &["-chardev", "socket,id=c,path=/run/x,server=on", "-mon", "c"],
+            &["-chardev", "socket,id=c,path=x,server=on,abstract=on", "-mon", "c,mode=control"],
+        ] {
+            assert!(qmp(words).is_empty(), "{words:?}");
+        }
+    }
+
+    #[test]
+    fn a_monitor_on_an_inherited_socket_is_found_by_its_number() {
+        // As libvirt writes it.
+        let words = [
+            "-chardev",
+            "socket,id=charmonitor,fd=24,server=on,wait=off",
+            "-mon",
+            "chardev=charmonitor,id=monitor,mode=control",
+        ];
+        let line = CommandLine::new(words).unwrap();
+        assert_eq!(line.qmp_descriptors(), [24]);
+        assert!(line.qmp_sockets().is_empty());
+    }
+
+    #[test]
+    fn a_socket_is_in_use_only_while_somebody_listens() {
+        let directory = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(directory.path().join("used.sock")).unwrap();
+        drop(UnixListener::bind(directory.path().join("stale.sock")).unwrap());
+        let line = CommandLine::new([
+            "-qmp",
+            "unix:used.sock,server=on,wait=off",
+            "-monitor",
+            "unix:stale.sock,server=on,wait=off",
+            "-serial",
+            "unix:absent.sock,server=on,wait=off",
+        ])
+        .unwrap();
+        let expected = [directory.path().join("used.sock")];
+        assert_eq!(line.sockets_in_use(directory.path()).unwrap(), expected);
+        drop(listener);
+        assert!(line.sockets_in_use(directory.path()).unwrap().is_empty());
+    }
+}

@@ -1,0 +1,453 @@
+//! A QEMU of our own: started, watched while it starts, and killed unless it is kept.
+
+use std::ffi::OsString;
+use std::fmt;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::io::{FdFlags, fcntl_getfd, fcntl_setfd};
+use rustix::pipe::{PipeFlags, pipe_with};
+
+use crate::command_line::{CONTROL_ID, CommandLine};
+use crate::qmp::{Qmp, QmpError};
+use crate::vm::Vm;
+
+/// Most bytes of QEMU's standard error kept, the last ones.
+///
+/// A refused device state makes a dozen lines; a QEMU that logs without end must not fill us.
+const STDERR_LEN_MAX: usize = 16 << 10;
+
+/// How long a QEMU that has closed its monitor may take to be gone.
+const EXIT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long the last words may take to arrive once QEMU is gone.
+///
+/// They are in the pipe by then, unless a child of QEMU's holds it open.
+const LAST_WORDS_TIMEOUT: Duration = Duration::from_millis(500);
+
+/// One start at a time: between two of them descriptors are inheritable that only one shall have.
+static SPAWNING: Mutex<()> = Mutex::new(());
+
+/// QEMU was not started.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LaunchError {
+    /// The program could not be run.
+    #[error("run {program:?}")]
+    Spawn {
+        /// The program.
+        program: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// A socket, a pipe or a descriptor could not be made ready.
+    #[error("{what}")]
+    System {
+        /// What was done to what.
+        what: &'static str,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// QEMU ended before it answered.
+    #[error("QEMU ended with {status} before it answered{}", quoted(.stderr))]
+    Ended {
+        /// How it ended.
+        status: ExitStatus,
+        /// The end of its standard error; empty when it went to our own.
+        stderr: String,
+    },
+    /// QEMU runs and its monitor cannot be used.
+    #[error("QEMU's monitor does not answer{}", quoted(.stderr))]
+    Monitor {
+        /// What went wrong.
+        #[source]
+        source: QmpError,
+        /// The end of its standard error; empty when it went to our own.
+        stderr: String,
+    },
+}
+
+fn quoted(stderr: &str) -> String {
+    let words = stderr.trim();
+    if words.is_empty() { String::new() } else { format!("; it said: {words}") }
+}
+
+/// A QEMU to be started.
+#[derive(Debug)]
+pub struct Launch {
+    program: PathBuf,
+    line: CommandLine,
+    working_directory: Option<PathBuf>,
+    inherited: Vec<OwnedFd>,
+    foreground: bool,
+}
+
+impl Launch {
+    /// Prepares to start `program` with the options `line`.
+    pub fn new(program: impl Into<PathBuf>, line: CommandLine) -> Launch {
+        Launch {
+            program: program.into(),
+            line,
+            working_directory: None,
+            inherited: Vec::new(),
+            foreground: false,
+        }
+    }
+
+    /// Sets the directory that relative paths in the options refer to.
+    #[must_use]
+    pub fn working_directory(mut self, directory: impl Into<PathBuf>) -> Launch {
+        self.working_directory = Some(directory.into());
+        self
+    }
+
+    /// Lets QEMU have `fd` under the number that it has here, `fd.as_raw_fd()`.
+    ///
+    /// That number goes into the options, as `/proc/self/fd/N` or `fd=N`. Our own copy is closed
+    /// once QEMU runs.
+    #[must_use]
+    pub fn inherit(mut self, fd: OwnedFd) -> Launch {
+        self.inherited.push(fd);
+        self
+    }
+
+    /// Chooses between a QEMU that shares our terminal and one that lives by itself.
+    ///
+    /// In the foreground QEMU has our standard input, output and error, and signals from the
+    /// terminal reach it. Otherwise it has a process group of its own, reads and writes nothing, and
+    /// its standard error is kept for [`LaunchedQemu::stderr`].
+    #[must_use]
+    pub fn foreground(mut self, foreground: bool) -> Launch {
+        self.foreground = foreground;
+        self
+    }
+
+    /// Starts QEMU and waits at most `timeout` until its monitor answers.
+    ///
+    /// The monitor is a pair of sockets between QEMU and us, beside those in the options.
+    ///
+    /// # Errors
+    ///
+    /// [`LaunchError::Ended`] with QEMU's own words when it does not like its options.
+    pub fn spawn(self, timeout: Duration) -> Result<LaunchedQemu, LaunchError> {
+        let system = |what| move |source| LaunchError::System { what, source };
+        let (ours, theirs) =
+            UnixStream::pair().map_err(system("make the monitor's pair of sockets"))?;
+        let stderr = StderrTail::default();
+        let mut command = self.command(theirs.as_raw_fd());
+        let pipe = if self.foreground {
+            None
+        } else {
+            let (read, write) = pipe_with(PipeFlags::CLOEXEC)
+                .map_err(|errno| system("make a pipe for QEMU's errors")(errno.into()))?;
+            command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(write).process_group(0);
+            Some(File::from(read))
+        };
+        let mut shared: Vec<BorrowedFd<'_>> = self.inherited.iter().map(AsFd::as_fd).collect();
+        shared.push(theirs.as_fd());
+        let child = spawn_with(&mut command, &shared, &self.program)?;
+        // With it goes our copy of the pipe's end; else QEMU's end would not be seen.
+        drop(command);
+        drop(theirs);
+        let mut running = Running { child: Some(child), stderr: stderr.clone() };
+        if let Some(pipe) = pipe {
+            thread::spawn(move || stderr.keep_reading(pipe));
+        } else {
+            stderr.finish();
+        }
+        match Qmp::from_stream(ours, timeout) {
+            Ok(qmp) => {
+                let vm = Vm::from_qmp(qmp, Some(running.pid()));
+                Ok(LaunchedQemu { vm: Some(vm), running })
+            }
+            Err(error) => Err(running.why_silent(error)),
+        }
+    }
+
+    fn command(&self, control_fd: i32) -> Command {
+        let mut command = Command::new(&self.program);
+        command.args(self.line.to_arguments());
+        command.arg("-chardev").arg(format!("socket,id={CONTROL_ID},fd={control_fd}"));
+        command.arg("-mon").arg(format!("chardev={CONTROL_ID},mode=control"));
+        if let Some(directory) = &self.working_directory {
+            command.current_dir(directory);
+        }
+        command
+    }
+}
+
+/// Spawns `command` so that it has the descriptors `shared` under their numbers.
+///
+/// They are inheritable only for this moment, and only one such moment exists at a time. A program
+/// that starts another process by other means in the same moment shares them with that one too.
+fn spawn_with(
+    command: &mut Command,
+    shared: &[BorrowedFd<'_>],
+    program: &Path,
+) -> Result<Child, LaunchError> {
+    let _one_at_a_time = SPAWNING.lock().unwrap_or_else(PoisonError::into_inner);
+    let system = |source: rustix::io::Errno| LaunchError::System {
+        what: "share a descriptor with QEMU",
+        source: source.into(),
+    };
+    let mut inheritable = Inheritable(Vec::new());
+    for &fd in shared {
+        let flags = fcntl_getfd(fd).map_err(system)?;
+        fcntl_setfd(fd, flags.difference(FdFlags::CLOEXEC)).map_err(system)?;
+        inheritable.0.push((fd, flags));
+    }
+    command.spawn().map_err(|source| LaunchError::Spawn { program: program.to_owned(), source })
+}
+
+/// Descriptors that are inheritable until this is dropped.
+struct Inheritable<'a>(Vec<(BorrowedFd<'a>, FdFlags)>);
+
+impl Drop for Inheritable<'_> {
+    fn drop(&mut self) {
+        for &(fd, flags) in &self.0 {
+            // The call that set the flags cannot fail when it restores them.
+            let _ = fcntl_setfd(fd, flags);
+        }
+    }
+}
+
+/// A QEMU that we started. Dropping it kills QEMU, until [`LaunchedQemu::detach`].
+#[derive(Debug)]
+pub struct LaunchedQemu {
+    /// `None` only once it was handed out by `detach`.
+    vm: Option<Vm>,
+    running: Running,
+}
+
+impl LaunchedQemu {
+    /// Returns the VM.
+    ///
+    /// # Panics
+    ///
+    /// Never: the VM leaves only with `self`.
+    pub fn vm(&mut self) -> &mut Vm {
+        self.vm.as_mut().expect("the VM leaves only with self")
+    }
+
+    /// Returns the number of QEMU's process.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.running.pid()
+    }
+
+    /// Returns the end of what QEMU wrote to its standard error; empty in the foreground.
+    #[must_use]
+    pub fn stderr(&self) -> String {
+        self.running.stderr.text()
+    }
+
+    /// Returns how QEMU ended, if it has, and its last words with it.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says about the child.
+    pub fn ended(&mut self) -> io::Result<Option<(ExitStatus, String)>> {
+        let Some(child) = self.running.child.as_mut() else { return Ok(None) };
+        let status = child.try_wait()?;
+        Ok(status.map(|status| (status, self.running.stderr.last_words())))
+    }
+
+    /// Waits for QEMU to end, as the foreground does.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says about the child.
+    pub fn wait(mut self) -> io::Result<ExitStatus> {
+        let child = self.running.child.take();
+        child.expect("the child leaves only with self").wait()
+    }
+
+    /// Lets QEMU live on by itself and returns its VM.
+    ///
+    /// Its standard error is still read while this process lives, and goes nowhere afterwards.
+    ///
+    /// # Panics
+    ///
+    /// Never: the VM leaves only with `self`.
+    #[must_use]
+    pub fn detach(mut self) -> Vm {
+        if let Some(mut child) = self.running.child.take() {
+            // Somebody must take its exit status, or it stays in the process table while we live.
+            thread::spawn(move || child.wait());
+        }
+        self.vm.take().expect("the VM leaves only with self")
+    }
+}
+
+/// The child process, killed on drop.
+#[derive(Debug)]
+struct Running {
+    child: Option<Child>,
+    stderr: StderrTail,
+}
+
+impl Running {
+    fn pid(&self) -> u32 {
+        self.child.as_ref().expect("the child leaves only with self").id()
+    }
+
+    /// Finds out why a QEMU that was just started does not answer.
+    fn why_silent(&mut self, error: QmpError) -> LaunchError {
+        let deadline = Instant::now() + EXIT_TIMEOUT;
+        let mut status = None;
+        while error.is_closed() && status.is_none() && Instant::now() < deadline {
+            status = self.child.as_mut().and_then(|child| child.try_wait().ok().flatten());
+            thread::sleep(Duration::from_millis(2));
+        }
+        match status {
+            Some(status) => LaunchError::Ended { status, stderr: self.stderr.last_words() },
+            None => LaunchError::Monitor { source: error, stderr: self.stderr.text() },
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Some(child) = self.child.as_mut() {
+            // Both fail only when the child is gone already.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// The end of a QEMU's standard error, filled by a thread while QEMU writes.
+#[derive(Clone, Default)]
+struct StderrTail(Arc<Mutex<Tail>>);
+
+#[derive(Default)]
+struct Tail {
+    bytes: Vec<u8>,
+    finished: bool,
+}
+
+impl StderrTail {
+    /// Returns what is there so far, from the start of a line.
+    fn text(&self) -> String {
+        String::from_utf8_lossy(&self.lock().bytes).into_owned()
+    }
+
+    /// Returns the text once all of it has arrived, or after a short while.
+    fn last_words(&self) -> String {
+        let deadline = Instant::now() + LAST_WORDS_TIMEOUT;
+        while !self.lock().finished && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(2));
+        }
+        self.text()
+    }
+
+    fn keep_reading(&self, mut pipe: impl Read) {
+        let mut piece = [0_u8; 4096];
+        loop {
+            match pipe.read(&mut piece) {
+                Ok(0) => break,
+                Ok(len) => self.push(piece.get(..len).unwrap_or_default()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => break,
+            }
+        }
+        self.finish();
+    }
+
+    fn push(&self, piece: &[u8]) {
+        let mut tail = self.lock();
+        tail.bytes.extend_from_slice(piece);
+        let excess = tail.bytes.len().saturating_sub(STDERR_LEN_MAX);
+        if excess > 0 {
+            // Whole lines only, where there are lines.
+            let rest = tail.bytes.get(excess..).unwrap_or_default();
+            let line = rest.iter().position(|&byte| byte == b'\n').map_or(0, |end| end + 1);
+            tail.bytes.drain(..excess + line);
+        }
+    }
+
+    fn finish(&self) {
+        self.lock().finished = true;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Tail> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for StderrTail {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("StderrTail").finish_non_exhaustive()
+    }
+}
+
+/// Returns the program to start for a saved VM: `saved` if it is there, or the one of that name on
+/// the search path `search` (the value of `PATH`).
+#[must_use]
+pub fn find_program(saved: &Path, search: Option<&OsString>) -> Option<PathBuf> {
+    if saved.is_file() {
+        return Some(saved.to_owned());
+    }
+    let name = saved.file_name()?;
+    let directories = search.map(std::env::split_paths).into_iter().flatten();
+    directories.map(|directory| directory.join(name)).find(|path| path.is_file())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_end_of_a_long_log_is_kept_from_the_start_of_a_line() {
+        let tail = StderrTail::default();
+        for number in 0..10_000 {
+            tail.push(format!("line {number}\n").as_bytes());
+        }
+        let text = tail.text();
+        assert!(text.len() <= STDERR_LEN_MAX);
+        assert!(text.starts_with("line "), "{:?}", text.lines().next());
+        assert!(text.ends_with("line 9999\n"));
+    }
+
+    #[test]
+    fn a_log_without_lines_is_bounded_too() {
+        let tail = StderrTail::default();
+        tail.keep_reading(&[b'x'; STDERR_LEN_MAX * 3][..]);
+        assert_eq!(tail.last_words().len(), STDERR_LEN_MAX);
+    }
+
+    #[test]
+    fn a_program_that_is_not_there_is_named() {
+        let line = CommandLine::new(["-S"]).unwrap();
+        let error = Launch::new("/nowhere/qemu", line).spawn(Duration::from_secs(1)).unwrap_err();
+        assert_eq!(error.to_string(), "run \"/nowhere/qemu\"");
+    }
+
+    #[test]
+    fn a_program_that_ends_is_quoted_with_its_status() {
+        let line = CommandLine::new(Vec::<String>::new()).unwrap();
+        // Not a QEMU: it does not know its first option and says so.
+        let error = Launch::new("cat", line).spawn(Duration::from_secs(5)).unwrap_err();
+        let text = error.to_string();
+        assert!(matches!(error, LaunchError::Ended { .. }), "{text}");
+        assert!(text.contains("exit status: 1") && text.contains("it said: "), "{text}");
+    }
+
+    #[test]
+    fn a_program_is_searched_by_its_name() {
+        let search = OsString::from("/nowhere:/bin");
+        let found = find_program(Path::new("/gone/sh"), Some(&search));
+        assert_eq!(found, Some(PathBuf::from("/bin/sh")));
+        assert_eq!(find_program(Path::new("/gone/sh"), None), None);
+    }
+}

@@ -1,0 +1,120 @@
+//! Descriptors that travel to QEMU over the monitor's socket.
+//!
+//! QEMU keeps them in two ways: under a name (`getfd`), for the commands that take `fd:NAME`; and in
+//! numbered sets (`add-fd`), which stand for a file as `/dev/fdset/N`. Neither needs QEMU to have
+//! any right in the file system.
+
+use std::io::{self, IoSlice};
+use std::mem::MaybeUninit;
+use std::os::fd::BorrowedFd;
+
+use rustix::io::Errno;
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use serde_json::{Value, json};
+
+use crate::qmp::{Qmp, QmpError, unexpected};
+
+/// Sends all of `bytes`, and `fd` along with the first of them.
+pub(crate) fn send(
+    socket: BorrowedFd<'_>,
+    bytes: &[u8],
+    fd: Option<BorrowedFd<'_>>,
+) -> io::Result<()> {
+    let mut rest = bytes;
+    let mut fd = fd;
+    while !rest.is_empty() {
+        match send_some(socket, rest, fd) {
+            Ok(sent) => {
+                rest = rest.get(sent..).unwrap_or_default();
+                fd = None;
+            }
+            Err(Errno::INTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+    Ok(())
+}
+
+fn send_some(
+    socket: BorrowedFd<'_>,
+    bytes: &[u8],
+    fd: Option<BorrowedFd<'_>>,
+) -> Result<usize, Errno> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let fds: Vec<BorrowedFd<'_>> = fd.into_iter().collect();
+    if !fds.is_empty() {
+        let fits = control.push(SendAncillaryMessage::ScmRights(&fds));
+        assert!(fits, "the buffer was made for one descriptor");
+    }
+    // No SIGPIPE: a library cannot know what its program does with that signal.
+    sendmsg(socket, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL)
+}
+
+/// Gives QEMU `fd` under `name`, replacing one of that name.
+pub(crate) fn getfd(qmp: &mut Qmp, name: &str, fd: BorrowedFd<'_>) -> Result<(), QmpError> {
+    qmp.execute_with_fd("getfd", json!({"fdname": name}), fd).map(drop)
+}
+
+/// Closes the descriptor that QEMU keeps under `name`.
+pub(crate) fn closefd(qmp: &mut Qmp, name: &str) -> Result<(), QmpError> {
+    qmp.execute("closefd", json!({"fdname": name})).map(drop)
+}
+
+/// Gives QEMU `fd` in a new set of its own and returns the set's number.
+pub(crate) fn add_fd(qmp: &mut Qmp, fd: BorrowedFd<'_>) -> Result<u64, QmpError> {
+    let answer = qmp.execute_with_fd("add-fd", Value::Null, fd)?;
+    answer.get("fdset-id").and_then(Value::as_u64).ok_or_else(|| unexpected("add-fd", "fdset-id"))
+}
+
+/// Drops a set; QEMU closes its descriptors once nothing uses them.
+pub(crate) fn remove_fd(qmp: &mut Qmp, fdset: u64) -> Result<(), QmpError> {
+    qmp.execute("remove-fd", json!({"fdset-id": fdset})).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::mem::MaybeUninit;
+    use std::os::fd::AsFd;
+    use std::os::unix::net::UnixStream;
+
+    use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+
+    use super::*;
+
+    #[test]
+    fn a_descriptor_arrives_once_with_all_the_bytes() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let (carried, mut other_end) = UnixStream::pair().unwrap();
+        send(ours.as_fd(), b"line\n", Some(carried.as_fd())).unwrap();
+        drop((ours, carried));
+
+        let mut bytes = [0_u8; 16];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let message = recvmsg(
+            &theirs,
+            &mut [io::IoSliceMut::new(&mut bytes)],
+            &mut control,
+            RecvFlags::empty(),
+        )
+        .unwrap();
+        let fds: Vec<_> = control
+            .drain()
+            .filter_map(|message| match message {
+                RecvAncillaryMessage::ScmRights(fds) => Some(fds),
+                _ => None,
+            })
+            .flatten()
+            .collect();
+
+        assert_eq!(bytes.get(..message.bytes), Some(&b"line\n"[..]));
+        assert_eq!(fds.len(), 1);
+        UnixStream::from(fds.into_iter().next().unwrap()).write_all(b"x").unwrap();
+        let mut byte = [0_u8; 1];
+        other_end.read_exact(&mut byte).unwrap();
+        assert_eq!(&byte, b"x");
+        assert_eq!(theirs.read(&mut byte).unwrap(), 0);
+    }
+}

@@ -1,0 +1,184 @@
+//! What `/proc` tells about processes and their sockets.
+
+use std::collections::{HashMap, HashSet};
+use std::ffi::{OsStr, OsString};
+use std::fs;
+use std::io::{self, Read};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+/// Longest command line read, in bytes: the most that Linux lets a process be started with is
+/// three quarters of an 8 MiB stack.
+const COMMAND_LINE_LEN_MAX: u64 = 6 << 20;
+
+/// Returns the numbers of all processes that we can see.
+pub(crate) fn pids() -> io::Result<Vec<u32>> {
+    let mut pids = Vec::new();
+    for entry in fs::read_dir("/proc")? {
+        pids.extend(entry?.file_name().to_str().and_then(|name| name.parse::<u32>().ok()));
+    }
+    pids.sort_unstable();
+    Ok(pids)
+}
+
+/// Returns the command line of a process, its own name first.
+pub(crate) fn arguments(pid: u32) -> io::Result<Vec<OsString>> {
+    let mut bytes = Vec::new();
+    let file = fs::File::open(format!("/proc/{pid}/cmdline"))?;
+    file.take(COMMAND_LINE_LEN_MAX).read_to_end(&mut bytes)?;
+    Ok(split_arguments(&bytes))
+}
+
+/// Returns the program that a process runs, also after the file was replaced by a newer one.
+pub(crate) fn executable(pid: u32) -> io::Result<PathBuf> {
+    let path = fs::read_link(format!("/proc/{pid}/exe"))?.into_os_string().into_vec();
+    let stripped = path.strip_suffix(b" (deleted)").unwrap_or(&path);
+    Ok(PathBuf::from(OsStr::from_bytes(stripped)))
+}
+
+pub(crate) fn working_directory(pid: u32) -> io::Result<PathBuf> {
+    fs::read_link(format!("/proc/{pid}/cwd"))
+}
+
+/// Tells whether a process runs QEMU, by the name of its program.
+///
+/// Another user's process does not show its program, but it does show its command line.
+pub(crate) fn is_qemu(pid: u32) -> bool {
+    let program = executable(pid).ok().or_else(|| {
+        let arguments = arguments(pid).ok()?;
+        arguments.first().map(PathBuf::from)
+    });
+    program.as_deref().and_then(Path::file_name).is_some_and(is_qemu_name)
+}
+
+/// Tells whether a program of this name emulates a whole machine.
+///
+/// Distributions call it `qemu-system-ARCH`, `qemu-kvm` or `kvm`; a wrapped one starts with a dot.
+/// `qemu-img`, `qemu-nbd` and `qemu-storage-daemon` are none.
+pub(crate) fn is_qemu_name(name: &OsStr) -> bool {
+    let name = name.as_bytes();
+    let name = name.strip_prefix(b".").unwrap_or(name);
+    name.starts_with(b"qemu-system-") || matches!(name, b"qemu-kvm" | b"kvm" | b"qemu")
+}
+
+/// Returns the paths of the listening Unix sockets that `pid` holds, by descriptor number.
+pub(crate) fn listening_sockets(pid: u32) -> io::Result<HashMap<u32, PathBuf>> {
+    let listening = parse_listening(&fs::read_to_string(format!("/proc/{pid}/net/unix"))?);
+    let mut sockets = HashMap::new();
+    for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
+        let entry = entry?;
+        let number = entry.file_name().to_str().and_then(|name| name.parse().ok());
+        // A descriptor may be closed while we look.
+        let Ok(target) = fs::read_link(entry.path()) else { continue };
+        let path = socket_inode(&target).and_then(|inode| listening.get(&inode));
+        if let (Some(number), Some(path)) = (number, path) {
+            sockets.insert(number, path.clone());
+        }
+    }
+    Ok(sockets)
+}
+
+/// Returns the absolute paths of all Unix sockets that somebody listens on in our network
+/// namespace.
+pub(crate) fn listening_paths() -> io::Result<HashSet<PathBuf>> {
+    Ok(parse_listening(&fs::read_to_string("/proc/self/net/unix")?).into_values().collect())
+}
+
+/// Tells whether `bound`, as process `pid` sees it, is the file `path` as we see it.
+pub(crate) fn is_same_socket(pid: u32, bound: &Path, path: &Path) -> bool {
+    let base = if bound.is_absolute() { "root" } else { "cwd" };
+    let relative = bound.strip_prefix("/").unwrap_or(bound);
+    let theirs = fs::metadata(Path::new(&format!("/proc/{pid}/{base}")).join(relative));
+    match (theirs, fs::metadata(path)) {
+        (Ok(theirs), Ok(ours)) => theirs.dev() == ours.dev() && theirs.ino() == ours.ino(),
+        _ => false,
+    }
+}
+
+fn split_arguments(bytes: &[u8]) -> Vec<OsString> {
+    let bytes = bytes.strip_suffix(b"\0").unwrap_or(bytes);
+    if bytes.is_empty() {
+        return Vec::new();
+    }
+    bytes.split(|&byte| byte == 0).map(|argument| OsString::from_vec(argument.to_vec())).collect()
+}
+
+fn socket_inode(link: &Path) -> Option<u64> {
+    link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
+}
+
+/// Reads the table of Unix sockets: number, reference count, protocol, flags, type, state, inode,
+/// path. Flag 0x10000 means that somebody listens (`__SO_ACCEPTCON`).
+fn parse_listening(table: &str) -> HashMap<u64, PathBuf> {
+    const FLAG_LISTENS: u32 = 0x1_0000;
+    let mut sockets = HashMap::new();
+    for line in table.lines().skip(1) {
+        // The path is the rest of the line and may hold spaces; before it, columns are padded.
+        let mut rest = line;
+        let mut next = || {
+            let (word, after) =
+                rest.trim_start().split_once(' ').unwrap_or((rest.trim_start(), ""));
+            rest = after;
+            word
+        };
+        let columns: [&str; 7] = std::array::from_fn(|_| next());
+        let [_, _, _, flags, _, _, inode] = columns;
+        let listens = u32::from_str_radix(flags, 16).is_ok_and(|flags| flags & FLAG_LISTENS != 0);
+        // A name that starts with @ is in no file system.
+        if let (true, Ok(inode), false) = (listens, inode.parse(), rest.starts_with('@')) {
+            if !rest.is_empty() {
+                sockets.insert(inode, PathBuf::from(rest));
+            }
+        }
+    }
+    sockets
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn listening_sockets_are_told_from_connected_ones() {
+        let table = "\
+Num       RefCount Protocol Flags    Type St Inode Path
+ffff8c1d: 00000002 00000000 00010000 0001 01 12345 /run/vm.sock
+ffff8c1e: 00000003 00000000 00000000 0001 03   777 /run/vm.sock
+ffff8c1f: 00000002 00000000 00010000 0001 01    99 /run/a dir/vm.sock
+ffff8c20: 00000002 00000000 00010000 0001 01   100 @abstract
+ffff8c21: 00000003 00000000 00000000 0001 03   101
+";
+        let sockets = parse_listening(table);
+        assert_eq!(sockets.len(), 2);
+        assert_eq!(sockets.get(&12345), Some(&PathBuf::from("/run/vm.sock")));
+        assert_eq!(sockets.get(&99), Some(&PathBuf::from("/run/a dir/vm.sock")));
+    }
+
+    #[test]
+    fn empty_arguments_are_kept() {
+        assert_eq!(split_arguments(b"qemu\0-append\0\0-S\0"), ["qemu", "-append", "", "-S"]);
+        assert!(split_arguments(b"").is_empty());
+    }
+
+    #[test]
+    fn only_system_emulators_are_qemu() {
+        for name in ["qemu-system-x86_64", "qemu-kvm", "kvm", ".qemu-system-aarch64-wrapped"] {
+            assert!(is_qemu_name(OsStr::new(name)), "{name}");
+        }
+        for name in ["qemu-img", "qemu-nbd", "qemu-storage-daemon", "qemu-x86_64", "bash"] {
+            assert!(!is_qemu_name(OsStr::new(name)), "{name}");
+        }
+    }
+
+    #[test]
+    fn this_process_shows_its_own_listening_socket() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("own.sock");
+        let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let sockets = listening_sockets(std::process::id()).unwrap();
+        assert!(sockets.values().any(|bound| is_same_socket(std::process::id(), bound, &path)));
+        assert!(listening_paths().unwrap().contains(&path));
+        drop(listener);
+    }
+}

@@ -1,0 +1,163 @@
+//! What can go wrong on a QMP connection.
+
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// An error on a QMP connection, or QEMU's refusal of a command.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum QmpError {
+    /// Nothing listens there, or the path may not be used.
+    #[error("connect to the QMP socket {path:?}")]
+    Connect {
+        /// The path as given.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// The socket accepted us and then said nothing.
+    ///
+    /// QEMU's monitor serves one client at a time: a second one is accepted by the kernel and waits.
+    #[error("no QMP greeting within {after:?}")]
+    NoGreeting {
+        /// How long was waited.
+        after: Duration,
+    },
+    /// Whatever listens there does not speak QMP.
+    #[error("not a QMP monitor: {reason}")]
+    NotQmp {
+        /// What was wrong with its first words.
+        reason: &'static str,
+    },
+    /// The connection ended, usually because QEMU did.
+    #[error("QEMU closed the QMP connection during {during}")]
+    Closed {
+        /// The command that was waiting, or `greeting`, or `events`.
+        during: String,
+    },
+    /// The kernel refused to send or receive.
+    #[error("QMP connection during {during}")]
+    Io {
+        /// The command that was waiting, or `greeting`, or `events`.
+        during: String,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// QEMU did not answer in time; the connection is still usable.
+    #[error("no answer to {command} within {after:?}")]
+    Timeout {
+        /// The command without its arguments.
+        command: String,
+        /// How long was waited.
+        after: Duration,
+    },
+    /// QEMU answered with an error.
+    #[error("QEMU refused {command}: {desc}")]
+    Refused {
+        /// The command without its arguments.
+        command: String,
+        /// QEMU's error class, e.g. `GenericError` or `CommandNotFound`.
+        class: String,
+        /// QEMU's own words.
+        desc: String,
+    },
+    /// A line from QEMU is longer than we read.
+    #[error("a QMP line of more than {limit} bytes during {during}")]
+    LineTooLong {
+        /// The limit in bytes.
+        limit: usize,
+        /// The command that was waiting, or `greeting`, or `events`.
+        during: String,
+    },
+    /// A line from QEMU is not a JSON object.
+    #[error("a QMP line during {during} is not a JSON object")]
+    NotJson {
+        /// The command that was waiting, or `events`.
+        during: String,
+        /// What the parser said.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// An answer lacks what the command promises.
+    #[error("the answer to {command} has no {expected}")]
+    Unexpected {
+        /// The command without its arguments.
+        command: String,
+        /// What was looked for.
+        expected: &'static str,
+    },
+}
+
+impl QmpError {
+    /// Returns what the user could try, where we know it.
+    #[must_use]
+    pub fn hint(&self) -> Option<&'static str> {
+        match self {
+            QmpError::Connect { source, .. } => match source.kind() {
+                io::ErrorKind::ConnectionRefused => {
+                    Some("the socket file is left over from a QEMU that is gone")
+                }
+                io::ErrorKind::PermissionDenied => {
+                    Some("run as the user who owns the VM, or as root")
+                }
+                _ => None,
+            },
+            QmpError::NoGreeting { .. } => Some(
+                "another client may hold this monitor; give QEMU a second one with \
+                 -qmp unix:PATH,server=on,wait=off",
+            ),
+            QmpError::NotQmp { .. } => {
+                Some("name a QMP socket (-qmp), not a console or a human monitor (-monitor)")
+            }
+            _ => None,
+        }
+    }
+
+    /// Tells whether the peer is gone, as it is when QEMU has exited.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        match self {
+            QmpError::Closed { .. } => true,
+            QmpError::Io { source, .. } => matches!(
+                source.kind(),
+                io::ErrorKind::BrokenPipe
+                    | io::ErrorKind::ConnectionReset
+                    | io::ErrorKind::ConnectionAborted
+            ),
+            _ => false,
+        }
+    }
+}
+
+/// Makes the error for an answer of another shape than the command promises.
+pub(crate) fn unexpected(command: &str, expected: &'static str) -> QmpError {
+    QmpError::Unexpected { command: command.to_owned(), expected }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_silent_monitor_hints_at_another_client() {
+        let error = QmpError::NoGreeting { after: Duration::from_secs(5) };
+        assert_eq!(error.to_string(), "no QMP greeting within 5s");
+        assert!(error.hint().is_some_and(|hint| hint.contains("another client")));
+    }
+
+    #[test]
+    fn a_refusal_quotes_qemu_and_not_the_arguments() {
+        let error = QmpError::Refused {
+            command: "getfd".to_owned(),
+            class: "GenericError".to_owned(),
+            desc: "No file descriptor supplied via SCM_RIGHTS".to_owned(),
+        };
+        assert_eq!(
+            error.to_string(),
+            "QEMU refused getfd: No file descriptor supplied via SCM_RIGHTS"
+        );
+    }
+}

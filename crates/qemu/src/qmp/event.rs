@@ -1,0 +1,109 @@
+//! Events: what QEMU says without being asked.
+
+use std::collections::VecDeque;
+
+use serde_json::Value;
+
+/// Most events kept for the caller; older ones are dropped and counted.
+///
+/// A guest can cause events (a balloon or a clock change each time it likes), so the queue must not
+/// grow with the guest's wishes.
+pub const EVENT_COUNT_MAX: usize = 256;
+
+/// One event, as QEMU sent it.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct Event {
+    /// The event's name, e.g. `STOP`.
+    pub name: String,
+    /// Its data, `Null` when it has none.
+    pub data: Value,
+}
+
+impl Event {
+    /// Reads a received object as an event, or gives the object back.
+    pub(super) fn from_message(mut message: Value) -> Result<Event, Value> {
+        let Some(name) = message.get("event").and_then(Value::as_str).map(str::to_owned) else {
+            return Err(message);
+        };
+        let data = message.get_mut("data").map_or(Value::Null, Value::take);
+        Ok(Event { name, data })
+    }
+}
+
+/// The events not yet asked for, oldest first.
+#[derive(Debug, Default)]
+pub(super) struct EventQueue {
+    events: VecDeque<Event>,
+    dropped: u64,
+}
+
+impl EventQueue {
+    pub(super) fn push(&mut self, event: Event) {
+        if self.events.len() == EVENT_COUNT_MAX {
+            self.events.pop_front();
+            self.dropped = self.dropped.saturating_add(1);
+        }
+        self.events.push_back(event);
+    }
+
+    /// Removes the oldest event that has one of `names`.
+    pub(super) fn take_named(&mut self, names: &[&str]) -> Option<Event> {
+        let index = self.events.iter().position(|event| names.contains(&event.name.as_str()))?;
+        self.events.remove(index)
+    }
+
+    pub(super) fn take_all(&mut self) -> Vec<Event> {
+        self.events.drain(..).collect()
+    }
+
+    pub(super) fn dropped(&self) -> u64 {
+        self.dropped
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn event(name: &str) -> Event {
+        Event { name: name.to_owned(), data: Value::Null }
+    }
+
+    #[test]
+    fn an_event_of_a_future_qemu_is_kept() {
+        let message = json!({"event": "FROM_THE_FUTURE", "data": {"new": [1]}, "extra": true});
+        let event = Event::from_message(message).unwrap();
+        assert_eq!(event.name, "FROM_THE_FUTURE");
+        assert_eq!(event.data, json!({"new": [1]}));
+    }
+
+    #[test]
+    fn an_answer_is_not_an_event() {
+        let message = json!({"return": {}, "id": 1});
+        assert_eq!(Event::from_message(message.clone()), Err(message));
+    }
+
+    #[test]
+    fn a_full_queue_drops_the_oldest_and_counts_it() {
+        let mut queue = EventQueue::default();
+        queue.push(event("FIRST"));
+        for _ in 0..EVENT_COUNT_MAX {
+            queue.push(event("LATER"));
+        }
+        assert_eq!(queue.dropped(), 1);
+        assert_eq!(queue.take_named(&["FIRST"]), None);
+        assert_eq!(queue.take_all().len(), EVENT_COUNT_MAX);
+    }
+
+    #[test]
+    fn an_event_is_taken_by_name_and_the_others_stay() {
+        let mut queue = EventQueue::default();
+        queue.push(event("STOP"));
+        queue.push(event("RESUME"));
+        assert_eq!(queue.take_named(&["RESUME", "SHUTDOWN"]), Some(event("RESUME")));
+        assert_eq!(queue.take_all(), [event("STOP")]);
+    }
+}

@@ -1,0 +1,460 @@
+//! A running QEMU and its guest, seen through its monitor.
+
+mod blockers;
+mod device_state;
+mod disks;
+mod memory_backends;
+mod process;
+mod ram;
+
+use std::fmt;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use serde_json::{Value, json};
+
+pub use blockers::{Blocker, BlockerKind};
+pub use device_state::DEVICE_STATE_LEN_MAX;
+pub use disks::Disk;
+pub use memory_backends::MemoryBackend;
+pub use process::ProcessInfo;
+pub use ram::RamBlockInfo;
+
+use crate::qmp::{COMMAND_TIMEOUT, Qmp, QmpError, is_missing_command, unexpected};
+use crate::version::QemuVersion;
+
+/// How long a monitor may take to greet us.
+///
+/// A free monitor greets at once. One that another client holds stays silent, and the user should
+/// learn that before wondering.
+const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// An error of a running VM: the monitor's, its process's, or an answer that makes no sense.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum VmError {
+    /// The monitor.
+    #[error(transparent)]
+    Qmp(#[from] QmpError),
+    /// A file of `/proc` or a descriptor of ours could not be used.
+    #[error("{what}")]
+    System {
+        /// What was done to what.
+        what: String,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// No process was found that answers on the monitor.
+    #[error("cannot tell which process answers on the monitor: {reason}")]
+    ProcessUnknown {
+        /// What was looked at, and what was there.
+        reason: String,
+    },
+    /// `x-query-ramblock` printed a line that we do not understand.
+    #[error("line {line} of x-query-ramblock: {reason}")]
+    RamBlocks {
+        /// The line, from 1.
+        line: usize,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+    /// The VM runs, or is in another state that the call does not allow.
+    #[error("the VM is {found}, expected {expected}")]
+    WrongState {
+        /// The state QEMU reports.
+        found: RunState,
+        /// The states allowed.
+        expected: &'static str,
+    },
+    /// QEMU's device state is not what we know how to keep.
+    #[error("the device state from QEMU: {reason}")]
+    DeviceState {
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// QEMU took the order to quit and did not go.
+    #[error("QEMU still runs {after:?} after it was told to quit")]
+    StillRunning {
+        /// How long was waited.
+        after: Duration,
+    },
+}
+
+impl VmError {
+    /// Returns what the user could try, where we know it.
+    #[must_use]
+    pub fn hint(&self) -> Option<&'static str> {
+        match self {
+            VmError::Qmp(error) => error.hint(),
+            VmError::System { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
+                Some("run as the user who owns the VM, or as root")
+            }
+            VmError::ProcessUnknown { .. } => Some("name the VM by its process id"),
+            _ => None,
+        }
+    }
+
+    /// Makes an error of a failed system call.
+    pub(crate) fn system(what: impl Into<String>, source: impl Into<io::Error>) -> VmError {
+        VmError::System { what: what.into(), source: source.into() }
+    }
+}
+
+/// What QEMU says that its guest is doing.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum RunState {
+    /// The guest runs.
+    Running,
+    /// Stopped by a command.
+    Paused,
+    /// Started with `-S`, has not run yet.
+    Prelaunch,
+    /// Waits for, or is reading, an incoming migration.
+    InMigrate,
+    /// Stopped because its migration is done; its disks are released.
+    PostMigrate,
+    /// Stopped for the last part of a migration.
+    FinishMigrate,
+    /// The guest sleeps (ACPI S3).
+    Suspended,
+    /// The guest has shut down and QEMU stays (`-no-shutdown`).
+    Shutdown,
+    /// Stopped because a disk failed.
+    IoError,
+    /// Stopped because QEMU itself failed.
+    InternalError,
+    /// The guest reported a panic.
+    GuestPanicked,
+    /// Stopped by the watchdog device.
+    Watchdog,
+    /// Stopped by a debugger.
+    Debug,
+    /// Stopped while a snapshot is written into a disk image.
+    SaveVm,
+    /// Stopped while a snapshot is read from a disk image.
+    RestoreVm,
+    /// A state that this program does not know.
+    Other(String),
+}
+
+/// The states that we know, with QEMU's names.
+const RUN_STATES: [(RunState, &str); 15] = [
+    (RunState::Running, "running"),
+    (RunState::Paused, "paused"),
+    (RunState::Prelaunch, "prelaunch"),
+    (RunState::InMigrate, "inmigrate"),
+    (RunState::PostMigrate, "postmigrate"),
+    (RunState::FinishMigrate, "finish-migrate"),
+    (RunState::Suspended, "suspended"),
+    (RunState::Shutdown, "shutdown"),
+    (RunState::IoError, "io-error"),
+    (RunState::InternalError, "internal-error"),
+    (RunState::GuestPanicked, "guest-panicked"),
+    (RunState::Watchdog, "watchdog"),
+    (RunState::Debug, "debug"),
+    (RunState::SaveVm, "save-vm"),
+    (RunState::RestoreVm, "restore-vm"),
+];
+
+impl RunState {
+    /// Reads QEMU's name of a state.
+    #[must_use]
+    pub fn from_name(name: &str) -> RunState {
+        let known = RUN_STATES.iter().find(|(_, known)| *known == name);
+        known.map_or_else(|| RunState::Other(name.to_owned()), |(state, _)| state.clone())
+    }
+
+    /// Returns QEMU's name of this state.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        if let RunState::Other(name) = self {
+            return name;
+        }
+        let row = RUN_STATES.iter().find(|(state, _)| state == self);
+        row.expect("the table has a row for every known state").1
+    }
+}
+
+impl fmt::Display for RunState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// A running QEMU, connected through its monitor.
+///
+/// Nothing is cached that the guest or another client of QEMU can change. Dropping it leaves QEMU
+/// as it is.
+#[derive(Debug)]
+pub struct Vm {
+    pub(crate) qmp: Qmp,
+    socket: Option<PathBuf>,
+    /// Known when we started this QEMU, or found by [`Vm::pid`].
+    pid: Option<u32>,
+}
+
+impl Vm {
+    /// Connects to the VM whose QMP socket is at `socket`.
+    ///
+    /// # Errors
+    ///
+    /// See [`Qmp::connect`].
+    pub fn connect(socket: &Path) -> Result<Vm, VmError> {
+        let stream = UnixStream::connect(socket)
+            .map_err(|source| QmpError::Connect { path: socket.to_owned(), source })?;
+        let mut vm = Vm::greet(stream, None)?;
+        vm.socket = Some(socket.to_owned());
+        Ok(vm)
+    }
+
+    /// Takes over a connected monitor; `pid` when the caller knows the process.
+    ///
+    /// # Errors
+    ///
+    /// See [`Qmp::from_stream`].
+    pub fn from_stream(stream: UnixStream, pid: Option<u32>) -> Result<Vm, VmError> {
+        Vm::greet(stream, pid)
+    }
+
+    /// Makes a VM of a monitor that has greeted already.
+    #[must_use]
+    pub fn from_qmp(qmp: Qmp, pid: Option<u32>) -> Vm {
+        Vm { qmp, socket: None, pid }
+    }
+
+    fn greet(stream: UnixStream, pid: Option<u32>) -> Result<Vm, VmError> {
+        let silent = |source| QmpError::Io { during: "greeting".to_owned(), source };
+        // A silent monitor is found out soon, without shortening every later command.
+        if !readable_within(&stream, GREETING_TIMEOUT).map_err(silent)? {
+            return Err(QmpError::NoGreeting { after: GREETING_TIMEOUT }.into());
+        }
+        Ok(Vm { qmp: Qmp::from_stream(stream, COMMAND_TIMEOUT)?, socket: None, pid })
+    }
+
+    /// Stops the guest; it can be continued. Disks are drained and flushed when this returns.
+    ///
+    /// # Errors
+    ///
+    /// See [`Qmp::execute`].
+    pub fn stop(&mut self) -> Result<(), VmError> {
+        Ok(self.execute("stop", Value::Null).map(drop)?)
+    }
+
+    /// Lets the guest run on.
+    ///
+    /// # Errors
+    ///
+    /// See [`Qmp::execute`].
+    pub fn cont(&mut self) -> Result<(), VmError> {
+        Ok(self.execute("cont", Value::Null).map(drop)?)
+    }
+
+    /// Ends QEMU and waits at most `timeout` for its process to be gone.
+    ///
+    /// Its disks are flushed and unlocked once this returns.
+    ///
+    /// # Errors
+    ///
+    /// [`VmError::StillRunning`] when it does not go in time.
+    pub fn quit(&mut self, timeout: Duration) -> Result<(), VmError> {
+        let deadline = Instant::now() + timeout;
+        let process = self.pid().ok().and_then(|pid| open_process(pid).ok());
+        match self.execute("quit", Value::Null) {
+            Ok(_) => {}
+            // QEMU may be gone before its answer is on the wire.
+            Err(error) if error.is_closed() => {}
+            Err(error) => return Err(error.into()),
+        }
+        match process {
+            Some(process) => {
+                let left = deadline.saturating_duration_since(Instant::now());
+                let gone = readable_within(&process, left)
+                    .map_err(|source| VmError::system("wait for QEMU's process", source))?;
+                if gone { Ok(()) } else { Err(VmError::StillRunning { after: timeout }) }
+            }
+            None => self.wait_for_end_of_monitor(deadline, timeout),
+        }
+    }
+
+    /// Runs a command that has no method of its own.
+    ///
+    /// # Errors
+    ///
+    /// See [`Qmp::execute`].
+    pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, QmpError> {
+        self.qmp.execute(command, arguments)
+    }
+
+    /// Returns the monitor, for events and for commands with descriptors.
+    pub fn qmp(&mut self) -> &mut Qmp {
+        &mut self.qmp
+    }
+
+    /// Returns the state that QEMU reports.
+    ///
+    /// # Errors
+    ///
+    /// See [`Qmp::execute`].
+    pub fn run_state(&mut self) -> Result<RunState, VmError> {
+        let answer = self.execute("query-status", Value::Null)?;
+        let name = answer.get("status").and_then(Value::as_str);
+        Ok(RunState::from_name(name.ok_or_else(|| unexpected("query-status", "status"))?))
+    }
+
+    /// Tells whether the guest's CPUs run.
+    ///
+    /// # Errors
+    ///
+    /// See [`Qmp::execute`].
+    pub fn is_running(&mut self) -> Result<bool, VmError> {
+        let answer = self.execute("query-status", Value::Null)?;
+        let running = answer.get("running").and_then(Value::as_bool);
+        Ok(running.ok_or_else(|| unexpected("query-status", "running"))?)
+    }
+
+    /// Returns the version from QEMU's greeting.
+    ///
+    /// # Errors
+    ///
+    /// [`QmpError::Unexpected`] when the greeting holds none.
+    pub fn version(&self) -> Result<QemuVersion, VmError> {
+        let version = self.qmp.greeting().get("version").and_then(|version| version.get("qemu"));
+        let version = version.and_then(QemuVersion::from_json);
+        Ok(version.ok_or_else(|| unexpected("qmp_capabilities", "version"))?)
+    }
+
+    /// Returns the distributor's name of this QEMU build, empty when it has none.
+    #[must_use]
+    pub fn package(&self) -> &str {
+        let version = self.qmp.greeting().get("version");
+        version.and_then(|version| version.get("package")).and_then(Value::as_str).unwrap_or("")
+    }
+
+    /// Returns the versioned machine type, e.g. `pc-i440fx-10.0`, as a migration stream names it.
+    ///
+    /// # Errors
+    ///
+    /// See [`Qmp::execute`].
+    pub fn machine_type(&mut self) -> Result<String, VmError> {
+        let class = self.machine_property("type")?.unwrap_or_default();
+        // The QOM type of every machine is its name with this suffix.
+        let name = class.strip_suffix("-machine");
+        Ok(name.map(str::to_owned).ok_or_else(|| unexpected("qom-get", "machine type"))?)
+    }
+
+    /// Returns the name given with `-name`.
+    ///
+    /// # Errors
+    ///
+    /// See [`Qmp::execute`].
+    pub fn name(&mut self) -> Result<Option<String>, VmError> {
+        let answer = self.execute("query-name", Value::Null)?;
+        Ok(answer.get("name").and_then(Value::as_str).map(str::to_owned))
+    }
+
+    /// Returns the UUID given with `-uuid` in its usual text form; `None` when none was given.
+    ///
+    /// # Errors
+    ///
+    /// See [`Qmp::execute`].
+    pub fn uuid(&mut self) -> Result<Option<String>, VmError> {
+        let answer = self.execute("query-uuid", Value::Null)?;
+        let uuid = answer.get("UUID").and_then(Value::as_str).unwrap_or_default();
+        // QEMU answers zeros when it was given none.
+        let given = uuid.bytes().any(|byte| byte != b'0' && byte != b'-');
+        Ok(given.then(|| uuid.to_owned()))
+    }
+
+    /// Returns the path of the monitor's socket, where this VM was connected by one.
+    #[must_use]
+    pub fn socket(&self) -> Option<&Path> {
+        self.socket.as_deref()
+    }
+
+    /// Runs a query that not every QEMU has; `None` when this one does not.
+    fn query_if_known(&mut self, command: &str) -> Result<Option<Value>, VmError> {
+        match self.execute(command, Value::Null) {
+            Ok(answer) => Ok(Some(answer)),
+            Err(error) if is_missing_command(&error) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Returns a textual property of the machine; `None` when this machine has no such property.
+    fn machine_property(&mut self, property: &str) -> Result<Option<String>, VmError> {
+        Ok(self.qom_get("/machine", property)?.and_then(|value| text_of(&value)))
+    }
+
+    /// Returns a property of a QOM object; `None` when QEMU refuses it.
+    fn qom_get(&mut self, path: &str, property: &str) -> Result<Option<Value>, VmError> {
+        match self.execute("qom-get", json!({"path": path, "property": property})) {
+            Ok(value) => Ok(Some(value)),
+            Err(QmpError::Refused { .. }) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn wait_for_end_of_monitor(
+        &mut self,
+        deadline: Instant,
+        timeout: Duration,
+    ) -> Result<(), VmError> {
+        match self.qmp.wait_for_event(&[], deadline) {
+            Ok(_) => Err(VmError::StillRunning { after: timeout }),
+            Err(error) if error.is_closed() => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+fn text_of(value: &Value) -> Option<String> {
+    value.as_str().filter(|text| !text.is_empty()).map(str::to_owned)
+}
+
+/// Opens a process so that its end can be waited for, even if its number is used again.
+fn open_process(pid: u32) -> Result<OwnedFd, io::Error> {
+    let pid = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw);
+    let pid = pid.ok_or(io::ErrorKind::InvalidInput)?;
+    Ok(rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())?)
+}
+
+/// Waits until `fd` has something to read or has ended.
+fn readable_within(fd: &impl std::os::fd::AsFd, timeout: Duration) -> Result<bool, io::Error> {
+    let deadline = Instant::now() + timeout;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let left = Timespec::try_from(left).map_err(|_| io::ErrorKind::InvalidInput)?;
+        match poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&left)) {
+            Ok(0) => return Ok(false),
+            Ok(_) => return Ok(true),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_known_state_has_one_name() {
+        for (state, name) in &RUN_STATES {
+            assert_eq!(RunState::from_name(name), *state);
+            assert_eq!(state.name(), *name);
+        }
+    }
+
+    #[test]
+    fn a_state_of_a_future_qemu_keeps_its_name() {
+        let state = RunState::from_name("hibernating");
+        assert_eq!(state, RunState::Other("hibernating".to_owned()));
+        assert_eq!(state.to_string(), "hibernating");
+    }
+}

@@ -1,0 +1,97 @@
+//! The process behind a monitor.
+
+use std::ffi::OsString;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+
+use super::{Vm, VmError};
+use crate::proc;
+
+/// The process of a running VM.
+///
+/// Its arguments may hold secrets; do not log them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ProcessInfo {
+    /// Its number.
+    pub pid: u32,
+    /// The program it runs. The file may have been replaced since it was started.
+    pub executable: PathBuf,
+    /// Its command line; the first is the name it was started under.
+    pub arguments: Vec<OsString>,
+    /// The directory that relative paths in its arguments refer to, unless it has moved since.
+    pub working_directory: PathBuf,
+}
+
+impl Vm {
+    /// Returns the number of QEMU's process.
+    ///
+    /// The kernel names the process that listens on the socket. Where a manager such as libvirt made
+    /// the socket and passed it on, that is the manager; QEMU is then the one that holds the
+    /// listening socket.
+    ///
+    /// # Errors
+    ///
+    /// [`VmError::ProcessUnknown`] when no QEMU, or more than one, holds it.
+    pub fn pid(&mut self) -> Result<u32, VmError> {
+        if let Some(pid) = self.pid {
+            return Ok(pid);
+        }
+        let peer = rustix::net::sockopt::socket_peercred(self.qmp.as_fd())
+            .map_err(|errno| VmError::system("ask who answers on the monitor", errno))?;
+        let peer = peer.pid.as_raw_pid().unsigned_abs();
+        let pid = match self.socket() {
+            Some(socket) => owner_of(socket, peer)?,
+            None if proc::is_qemu(peer) => peer,
+            None => {
+                let reason = format!("process {peer} is not QEMU");
+                return Err(VmError::ProcessUnknown { reason });
+            }
+        };
+        self.pid = Some(pid);
+        Ok(pid)
+    }
+
+    /// Returns what `/proc` says about QEMU's process.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Vm::pid`], and [`VmError::System`] when `/proc` may not be read.
+    pub fn process(&mut self) -> Result<ProcessInfo, VmError> {
+        let pid = self.pid()?;
+        let system = |what: &str| {
+            let what = format!("read the {what} of process {pid}");
+            move |source| VmError::System { what, source }
+        };
+        Ok(ProcessInfo {
+            pid,
+            executable: proc::executable(pid).map_err(system("program"))?,
+            arguments: proc::arguments(pid).map_err(system("command line"))?,
+            working_directory: proc::working_directory(pid).map_err(system("directory"))?,
+        })
+    }
+}
+
+/// Finds the QEMU that holds the socket at `socket`, given the process that the kernel names.
+fn owner_of(socket: &Path, peer: u32) -> Result<u32, VmError> {
+    if proc::is_qemu(peer) {
+        return Ok(peer);
+    }
+    let pids = proc::pids().map_err(|source| VmError::system("list the processes", source))?;
+    let owners: Vec<u32> =
+        pids.into_iter().filter(|&pid| proc::is_qemu(pid) && holds(pid, socket)).collect();
+    match *owners.as_slice() {
+        [owner] => Ok(owner),
+        [] => {
+            let reason = format!("process {peer} is not QEMU, and no QEMU holds the socket");
+            Err(VmError::ProcessUnknown { reason })
+        }
+        _ => Err(VmError::ProcessUnknown { reason: format!("{owners:?} all hold the socket") }),
+    }
+}
+
+fn holds(pid: u32, socket: &Path) -> bool {
+    // A process whose descriptors we may not see cannot be told apart from one that has none.
+    proc::listening_sockets(pid)
+        .is_ok_and(|held| held.values().any(|bound| proc::is_same_socket(pid, bound, socket)))
+}
