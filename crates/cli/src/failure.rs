@@ -84,8 +84,11 @@ impl From<&SaveError> for Failure {
                 .hint("free some space, or save to another file system"),
             SaveError::LeftPaused { cause, .. } => {
                 let failure = Failure::from(cause.as_ref());
-                Failure { message: Failure::new(failure.code, "left_paused", error).message, ..failure }
-                    .hint("`cont` on the VM's monitor makes it run again")
+                Failure {
+                    message: Failure::new(failure.code, "left_paused", error).message,
+                    ..failure
+                }
+                .hint("`cont` on the VM's monitor makes it run again")
             }
             SaveError::Release { .. } => Failure::new(Code::LeftPaused, "left_paused", error),
             SaveError::Stopped => Failure::new(Code::Interrupted, "stopped", error),

@@ -63,6 +63,9 @@ pub enum SaveError {
     /// The device state does not say whether the VM runs.
     #[error("the device state has no section \"globalstate\" to say that the VM is paused")]
     NoRunState,
+    /// The command line cannot be written into the manifest.
+    #[error("the VM's command line is not UTF-8")]
+    CommandLine,
     /// The file cannot be laid out.
     #[error("the layout of the file")]
     Layout(#[source] FormatError),

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use serde::Serialize;
-use vmfile_qemu::{Found, RunState, Vm};
+use vmfile_qemu::{DiscoverError, Found, RunState, Vm};
 
 /// A VM that runs on this host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -28,9 +28,12 @@ pub struct ListedVm {
 ///
 /// Each QEMU is asked over its QMP socket; one whose socket is held by somebody else is listed with
 /// the reason.
-#[must_use]
-pub fn list() -> Vec<ListedVm> {
-    vmfile_qemu::list().into_iter().map(look_at).collect()
+///
+/// # Errors
+///
+/// Returns [`DiscoverError`] if the host's processes cannot be listed.
+pub fn list() -> Result<Vec<ListedVm>, DiscoverError> {
+    Ok(vmfile_qemu::list()?.into_iter().map(look_at).collect())
 }
 
 fn look_at(found: Found) -> ListedVm {

@@ -95,8 +95,7 @@ pub(crate) fn load_ram(
     let mut lanes = Vec::new();
     let mut in_use = None;
     for _ in 0..jobs {
-        let (lane, backend) =
-            Lane::open(file, backend, jobs, window).map_err(LoadError::Read)?;
+        let (lane, backend) = Lane::open(file, backend, jobs, window).map_err(LoadError::Read)?;
         lanes.push(lane);
         in_use = Some(backend);
     }

@@ -12,7 +12,7 @@
 use std::io::Write;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -23,8 +23,8 @@ use vmfile_format::stream::configuration::Configuration;
 use vmfile_format::stream::encoder::{self, RamSection};
 use vmfile_format::{PageIndex, RamLayout};
 use vmfile_qemu::{
-    CommandLine, Feature, LaunchedQemu, Launch, MappedBlock, QemuVersion, RamBlockInfo, RunState,
-    Vm, executable_version,
+    CommandLine, Feature, Launch, LaunchedQemu, MappedBlock, QemuVersion, RamBlockInfo, RunState,
+    Vm, program_version,
 };
 
 use crate::check::describe;
@@ -40,6 +40,9 @@ const LOAD_LEN_MIN: u64 = 4 << 20;
 
 /// How long QEMU may take for the device state: it is milliseconds of work.
 const LOAD_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// How long QEMU may take to answer: it opens disks and makes RAM meanwhile.
+const START_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How RAM comes back.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -214,13 +217,13 @@ fn prepare(
                 return Err(RestoreError::NoCommand);
             }
             let executable = PathBuf::from(words.remove(0));
-            (executable, CommandLine::new(words), None)
+            (executable, CommandLine::new(words)?, None)
         }
         Destination::Saved => {
             let meta = snapshot.manifest().map(|manifest| &manifest.meta.vm);
             let meta = meta.ok_or(RestoreError::NoSavedCommand)?;
             let words = meta.command_line.get(1..).unwrap_or_default().to_vec();
-            let command_line = CommandLine::new(words);
+            let command_line = CommandLine::new(words)?;
             let lost = command_line.what_cannot_be_recreated();
             if !lost.is_empty() {
                 return Err(RestoreError::CannotRecreate { what: lost });
@@ -229,10 +232,11 @@ fn prepare(
             (PathBuf::from(&meta.executable), command_line, Some(directory))
         }
     };
-    if let Some(socket) = command_line.sockets_in_use(directory.as_deref()).into_iter().next() {
+    let here = directory.as_deref().unwrap_or(Path::new("."));
+    if let Some(socket) = command_line.sockets_in_use(here)?.into_iter().next() {
         return Err(RestoreError::SocketInUse { socket });
     }
-    let version = executable_version(&executable)?;
+    let version = program_version(&executable)?;
     let (mapped, mode, reason) = choose(snapshot, &command_line, version, options.mode)?;
     let file = snapshot.file().try_clone().map_err(RestoreError::File)?;
     let inherited = OwnedFd::from(file);
@@ -256,7 +260,7 @@ fn prepare(
     if let Some(directory) = directory {
         launch = launch.working_directory(directory);
     }
-    let qemu = launch.spawn()?;
+    let qemu = launch.spawn(START_TIMEOUT)?;
     let start_seconds = start.elapsed().as_secs_f64();
     Ok(Prepared { qemu: Qemu::Launched(qemu), mode, reason, mapped: names, qmp, start_seconds })
 }
@@ -289,13 +293,15 @@ fn choose<'a>(
     let blocks = &snapshot.structure().blocks;
     let mappable: Vec<&PlacedBlock> = blocks
         .iter()
-        .filter(|placed| command_line.can_map(placed.block.name(), placed.block.used_length()))
+        .filter(|placed| command_line.check_mappable(placed.block.name()).is_ok())
         .collect();
     let obstacle = if snapshot.manifest().is_none() {
         Some("QEMU wrote the file: there may be stale bytes at the places of zero pages".to_owned())
-    } else if !version.has(Feature::MapReadOnlyFile) {
-        let first = Feature::MapReadOnlyFile.first_version();
+    } else if !version.has(Feature::BackendRom) {
+        let first = Feature::BackendRom.since();
         Some(format!("QEMU {version} cannot map a read-only file as RAM, {first} can"))
+    } else if command_line.needs_shared_ram() {
+        Some("another process shares the guest's RAM, as vhost-user does".to_owned())
     } else if mappable.is_empty() {
         Some("the command line defines no RAM that the file has".to_owned())
     } else {
@@ -331,7 +337,9 @@ fn compare(snapshot: &Snapshot, machine: &str, found: &[RamBlockInfo]) -> Result
                 vm: "none of that name".to_owned(),
             }),
             // Blocks that can be resized take the length that the stream says.
-            Some(info) if length == info.used_length || length <= info.total_length && info.total_length > info.used_length => {}
+            Some(info)
+                if length == info.used_length
+                    || length <= info.total_length && info.total_length > info.used_length => {}
             Some(info) => differ.push(Mismatch {
                 what,
                 file: format!("{length} bytes"),
@@ -419,10 +427,7 @@ fn load_direct(
 }
 
 /// Makes the stream for a destination that has the RAM of the blocks that are skipped.
-fn short_stream(
-    snapshot: &Snapshot,
-    skip: impl Fn(&str) -> bool,
-) -> Result<Vec<u8>, RestoreError> {
+fn short_stream(snapshot: &Snapshot, skip: impl Fn(&str) -> bool) -> Result<Vec<u8>, RestoreError> {
     let structure = snapshot.structure();
     let ram: RamLayout = structure.ram();
     let state = &structure.device_state;
@@ -459,7 +464,7 @@ fn send(vm: &mut Vm, stream: Vec<u8>, control: &Control<'_>) -> Result<(), Resto
     let (mut ours, theirs) = UnixStream::pair().map_err(RestoreError::Stream)?;
     vm.load_stream(theirs.into())?;
     let writer = thread::spawn(move || ours.write_all(&stream));
-    let loaded = vm.wait_loaded(LOAD_TIMEOUT, &|| control.is_stopped());
+    let loaded = vm.wait_loaded(Instant::now() + LOAD_TIMEOUT, &|| control.is_stopped());
     // QEMU has what it wanted, or has closed its end: the writer does not wait for long.
     let written = writer.join().expect("the writer does not panic");
     loaded?;
@@ -473,9 +478,8 @@ fn run(
     vm: &mut Vm,
     options: &RestoreOptions,
 ) -> Result<bool, RestoreError> {
-    let was_paused = snapshot
-        .manifest()
-        .is_some_and(|manifest| manifest.meta.vm.run_state == "paused");
+    let was_paused =
+        snapshot.manifest().is_some_and(|manifest| manifest.meta.vm.run_state == "paused");
     if options.paused || was_paused {
         if vm.run_state()? == RunState::Running {
             vm.stop()?;

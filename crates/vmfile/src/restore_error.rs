@@ -23,6 +23,9 @@ pub enum RestoreError {
     /// QEMU refused, or could not be asked.
     #[error(transparent)]
     Vm(#[from] VmError),
+    /// QEMU did not take the device state.
+    #[error(transparent)]
+    DeviceState(#[from] vmfile_qemu::LoadError),
     /// The command line cannot be used.
     #[error(transparent)]
     CommandLine(#[from] CommandLineError),

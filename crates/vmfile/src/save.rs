@@ -7,10 +7,11 @@
 //! Everything that can be refused is refused in `begin`, while the VM runs. From `pause` on, every
 //! exit but the last resumes the VM as it ran and leaves no file.
 
+use std::ffi::OsString;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 use vmfile_engine::{
@@ -31,6 +32,9 @@ use crate::jobs::Jobs;
 use crate::plan::{total_len, units};
 use crate::ram_writer::{PAGE_LEN, Reader, Target, Written, write_ram};
 use crate::source::process::{BlockAt, ProcessRam};
+
+/// How long QEMU may take to flush its disks and end.
+const QUIT_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// What becomes of the VM once the file is durable.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -173,10 +177,10 @@ impl<'a> Save<'a> {
         let (ram, blocks) = ram_layout(&vm.ram_blocks()?)?;
         let meta = describe_vm(vm, was_running)?;
         let process = ProcessRam::open(vm.pid()?, &blocks, Access::Read)?;
-        let file = unpublished.file().try_clone().map_err(|source| SaveError::Write {
-            what: "the new file",
-            source,
-        })?;
+        let file = unpublished
+            .file()
+            .try_clone()
+            .map_err(|source| SaveError::Write { what: "the new file", source })?;
         let file = DataFile::new(file, options.direct_io)
             .map_err(|source| SaveError::Write { what: "the new file", source })?;
         check_space(&process, &file)?;
@@ -327,7 +331,7 @@ impl<'a> Save<'a> {
     /// The file is whole: does with the VM what was asked for.
     fn release(&mut self) -> Result<(), SaveError> {
         let released = match self.options.after {
-            After::Quit => self.vm.quit(),
+            After::Quit => self.vm.quit(QUIT_TIMEOUT),
             After::Resume if self.was_running => self.vm.cont(),
             After::Resume | After::Pause => Ok(()),
         };
@@ -379,12 +383,18 @@ fn describe_vm(vm: &mut Vm, was_running: bool) -> Result<VmMeta, SaveError> {
         name: vm.name()?,
         uuid: vm.uuid()?,
         machine: vm.machine_type()?,
-        qemu_version: vm.version().to_string(),
+        qemu_version: vm.version()?.to_string(),
         run_state: if was_running { "running" } else { "paused" }.to_owned(),
         executable: process.executable.to_string_lossy().into_owned(),
-        command_line: process.arguments,
+        command_line: texts(&process.arguments)?,
         working_directory: process.working_directory.to_string_lossy().into_owned(),
     })
+}
+
+/// Returns the command line as the manifest holds it.
+fn texts(arguments: &[OsString]) -> Result<Vec<String>, SaveError> {
+    let text = |argument: &OsString| argument.to_str().map(str::to_owned);
+    arguments.iter().map(text).collect::<Option<_>>().ok_or(SaveError::CommandLine)
 }
 
 /// Returns the migratable blocks as the file names them, and where they lie in the process.
@@ -392,8 +402,9 @@ fn ram_layout(found: &[RamBlockInfo]) -> Result<(RamLayout, Vec<BlockAt>), SaveE
     let mut blocks = Vec::new();
     let mut places = Vec::new();
     for info in found {
-        let block = RamBlock::new(info.name.clone(), info.used_length, PageSize::KIB_4)
-            .map_err(|kind| SaveError::Block { block: info.name.clone(), reason: kind.to_string() })?;
+        let block = RamBlock::new(info.name.clone(), info.used_length, PageSize::KIB_4).map_err(
+            |kind| SaveError::Block { block: info.name.clone(), reason: kind.to_string() },
+        )?;
         let Some(address) = info.host_address else {
             return Err(SaveError::NoAddress { block: info.name.clone() });
         };

@@ -48,15 +48,14 @@ pub(crate) fn run(arguments: &RestoreArguments, voice: &Voice) -> Result<ExitCod
     voice.answer(&restored.report, human::restore)?;
     match restored.qemu {
         Some(qemu) if arguments.foreground => {
-            let status = qemu.wait(&|| signals.stop.load(std::sync::atomic::Ordering::Relaxed));
-            let status = status.map_err(|error| Failure::new(Code::Vm, "vm", &error))?;
-            Ok(status.code().and_then(|code| u8::try_from(code).ok()).map_or(
-                ExitCode::FAILURE,
-                ExitCode::from,
-            ))
+            let status = qemu.wait().map_err(|error| Failure::system("wait for QEMU", &error))?;
+            Ok(status
+                .code()
+                .and_then(|code| u8::try_from(code).ok())
+                .map_or(ExitCode::FAILURE, ExitCode::from))
         }
         Some(qemu) => {
-            qemu.detach();
+            drop(qemu.detach());
             Ok(ExitCode::SUCCESS)
         }
         None => Ok(ExitCode::SUCCESS),

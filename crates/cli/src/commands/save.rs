@@ -47,9 +47,9 @@ pub(crate) fn run(arguments: &SaveArguments, voice: &Voice) -> Result<ExitCode, 
 
 /// Connects to the VM that the user named.
 pub(crate) fn connect(name: &str) -> Result<Vm, Failure> {
-    let socket = VmAddress::parse(name)
-        .resolve()
-        .map_err(|error| Failure::new(Code::Vm, "no_such_vm", &error))?;
+    let address: VmAddress = name.parse().unwrap_or_else(|never| match never {});
+    let socket =
+        vmfile::resolve(&address).map_err(|error| Failure::new(Code::Vm, "no_such_vm", &error))?;
     Vm::connect(&socket).map_err(|error| {
         Failure::new(Code::Vm, "vm", &error)
             .hint("the VM is named by its QMP socket, its process id, or a name from `vmfile list`")

@@ -12,11 +12,8 @@ use super::size;
 pub(crate) fn save(report: &SaveReport) -> String {
     let mut text = String::new();
     line(&mut text, "saved", &report.file.display());
-    let percent_zero = if report.pages_total == 0 {
-        0
-    } else {
-        report.pages_zero * 100 / report.pages_total
-    };
+    let percent_zero =
+        if report.pages_total == 0 { 0 } else { report.pages_zero * 100 / report.pages_total };
     let written = format!(
         "{} of data, {percent_zero} % of {} pages are zero",
         size::bytes(report.bytes_written),
@@ -120,8 +117,11 @@ pub(crate) fn info(info: &Info, verbose: bool) -> String {
         line(&mut text, "route", &format!("{route}, guest paused {}", size::seconds(pause)));
     }
     line(&mut text, "file", &size::bytes(info.file_bytes));
-    let devices =
-        format!("{} sections, {}", info.device_sections.len(), size::bytes(info.device_state_bytes));
+    let devices = format!(
+        "{} sections, {}",
+        info.device_sections.len(),
+        size::bytes(info.device_state_bytes)
+    );
     line(&mut text, "devices", &devices);
     let _ = writeln!(text, "\nRAM blocks");
     for block in &info.blocks {

@@ -99,9 +99,10 @@ impl ProcessRam {
             memory.read(block.address, &mut [0; 8]).map_err(process)?;
         }
         let open = |at: &BlockAt| {
-            let backing = memory
-                .backing(at.address..at.address + at.len, access)
-                .map_err(|source| ProcessRamError::Backing { pid, block: at.name.clone(), source })?;
+            let backing =
+                memory.backing(at.address..at.address + at.len, access).map_err(|source| {
+                    ProcessRamError::Backing { pid, block: at.name.clone(), source }
+                })?;
             Ok(BlockRam { at: at.clone(), backing: RamBacking::open(backing, at, access)? })
         };
         let blocks = blocks.iter().map(open).collect::<Result<Vec<_>, ProcessRamError>>()?;
