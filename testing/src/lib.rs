@@ -1,1 +1,43 @@
-//! Placeholder.
+//! Guests, QEMU and oracles for vmfile's tests.
+//!
+//! A test asks for what it needs, boots a guest and waits for what the guest says about its RAM:
+//!
+//! ```no_run
+//! use vmfile_testing::{Guest, Ram, TestResult, requires};
+//!
+//! fn a_guest_counts() -> TestResult {
+//!     let qemu = requires!(qemu >= "9.0");
+//!     let guest = Guest::boot_sector(Ram::private(64)).seed(7).boot(&qemu)?;
+//!     guest.wait_for_count(3)?;
+//!     Ok(())
+//! }
+//! ```
+//!
+//! A test that cannot run here prints `skipped: ` and the reason on a line of its own, and passes.
+//! `cargo xtask test` counts and lists those lines. With `CI=true` it fails instead, so that nothing
+//! is skipped there unnoticed.
+
+mod fixture;
+mod guest;
+mod lock;
+mod qemu;
+mod qmp;
+mod require;
+
+pub use fixture::{HugePages, Mount};
+pub use guest::boot_sector::BootSector;
+pub use guest::config::{Firmware, GuestConfig, Machine, Prepared};
+pub use guest::count::Count;
+pub use guest::ram::{Ram, RamKind};
+pub use guest::running::Guest;
+pub use qemu::{Qemu, Version};
+pub use qmp::Monitor;
+pub use require::{Missing, root};
+
+use std::error::Error;
+
+/// What goes wrong in a test: any error, with its words.
+pub type TestError = Box<dyn Error + Send + Sync>;
+
+/// What a test returns.
+pub type TestResult<T = ()> = Result<T, TestError>;

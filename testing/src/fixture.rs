@@ -1,0 +1,149 @@
+//! Pieces of the machine that a test changes and puts back: mounts and huge pages.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+use tempfile::TempDir;
+
+use crate::require::{Missing, root};
+use crate::{TestError, TestResult};
+
+const HUGE_PAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
+
+/// A file system of its own for one test; dropping it unmounts it.
+#[derive(Debug)]
+pub struct Mount {
+    directory: TempDir,
+    /// The image of a file system on a loop device.
+    _image: Option<TempDir>,
+}
+
+impl Mount {
+    /// Mounts a tmpfs of at most `size_mib`.
+    ///
+    /// # Errors
+    ///
+    /// Says what is missing: root, or the file system.
+    pub fn tmpfs(size_mib: u64) -> Result<Mount, Missing> {
+        Mount::virtual_file_system("tmpfs", &format!("size={size_mib}m"))
+    }
+
+    /// Mounts a hugetlbfs of 2 MiB pages; [`HugePages`] must supply them.
+    ///
+    /// # Errors
+    ///
+    /// Says what is missing: root, or the file system.
+    pub fn hugetlbfs() -> Result<Mount, Missing> {
+        Mount::virtual_file_system("hugetlbfs", "pagesize=2M")
+    }
+
+    /// Makes an ext4 of `size_mib` in a file and mounts it.
+    ///
+    /// # Errors
+    ///
+    /// Says what is missing: root, a loop device, or the file system.
+    pub fn ext4(size_mib: u64) -> Result<Mount, Missing> {
+        Mount::on_loop_device(&["mkfs.ext4", "-q", "-F"], size_mib)
+    }
+
+    /// Makes an xfs of `size_mib`, at least 300, in a file and mounts it.
+    ///
+    /// # Errors
+    ///
+    /// Says what is missing: root, a loop device, or the file system.
+    pub fn xfs(size_mib: u64) -> Result<Mount, Missing> {
+        Mount::on_loop_device(&["mkfs.xfs", "-q"], size_mib)
+    }
+
+    /// Returns where the file system is mounted.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        self.directory.path()
+    }
+
+    fn virtual_file_system(kind: &str, options: &str) -> Result<Mount, Missing> {
+        root()?;
+        let missing =
+            |error: &dyn std::fmt::Display| Missing::beyond_setup(format!("no {kind}: {error}"));
+        let directory = mount_point().map_err(|error| missing(&error))?;
+        let data = std::ffi::CString::new(options).map_err(|error| missing(&error))?;
+        mount(kind, directory.path(), kind, MountFlags::empty(), Some(data.as_c_str()))
+            .map_err(|error| missing(&error))?;
+        Ok(Mount { directory, _image: None })
+    }
+
+    fn on_loop_device(make: &[&str], size_mib: u64) -> Result<Mount, Missing> {
+        root()?;
+        let attempt = || -> TestResult<Mount> {
+            let image_directory = mount_point()?;
+            let image = image_directory.path().join("image");
+            let file = fs::File::options().create_new(true).write(true).open(&image)?;
+            file.set_len(size_mib << 20)?;
+            let (program, arguments) = make.split_first().ok_or("no program")?;
+            run(Command::new(program).args(arguments).arg(&image))?;
+            let directory = mount_point()?;
+            run(Command::new("mount").args(["-o", "loop"]).args([&image, directory.path()]))?;
+            Ok(Mount { directory, _image: Some(image_directory) })
+        };
+        attempt().map_err(|error| {
+            Missing::beyond_setup(format!("no file system on a loop device: {error}"))
+        })
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        // Detached: a QEMU that is being killed may still hold its RAM here.
+        let _ = unmount(self.directory.path(), UnmountFlags::DETACH);
+    }
+}
+
+/// 2 MiB huge pages in the host's pool; dropping it gives them back.
+#[derive(Debug)]
+pub struct HugePages {
+    count_before: u64,
+}
+
+impl HugePages {
+    /// Adds `size_mib` of huge pages to the pool.
+    ///
+    /// # Errors
+    ///
+    /// Says what is missing: root, huge pages in this kernel, or enough free memory in one piece.
+    pub fn reserve(size_mib: u64) -> Result<HugePages, Missing> {
+        root()?;
+        let read = || -> Option<u64> { fs::read_to_string(HUGE_PAGES).ok()?.trim().parse().ok() };
+        let count_before =
+            read().ok_or_else(|| Missing::beyond_setup("this kernel has no 2 MiB huge pages"))?;
+        let guard = HugePages { count_before };
+        let wanted = count_before + size_mib.div_ceil(2);
+        fs::write(HUGE_PAGES, wanted.to_string())
+            .map_err(|error| Missing::beyond_setup(format!("{HUGE_PAGES}: {error}")))?;
+        if read() < Some(wanted) {
+            return Err(Missing::beyond_setup(format!("no {size_mib} MiB of huge pages")));
+        }
+        Ok(guard)
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        let _ = fs::write(HUGE_PAGES, self.count_before.to_string());
+    }
+}
+
+fn mount_point() -> std::io::Result<TempDir> {
+    tempfile::Builder::new().prefix("vmf-mnt-").tempdir()
+}
+
+fn run(command: &mut Command) -> TestResult {
+    let output = command.output()?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let program = PathBuf::from(command.get_program());
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    Err(TestError::from(format!("{}: {}", program.display(), said.trim())))
+}

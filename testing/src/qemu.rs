@@ -1,0 +1,157 @@
+//! The QEMU that the tests run, and the parts of the guests.
+
+use std::env;
+use std::fmt;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+
+use crate::lock::VmLock;
+use crate::require::Missing;
+
+/// A QEMU program; while it lives, no other test runs VMs.
+#[derive(Debug, Clone)]
+pub struct Qemu {
+    program: PathBuf,
+    version: Version,
+    parts: GuestParts,
+    _lock: Arc<VmLock>,
+}
+
+/// A version of QEMU, such as 10.0.2.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Version {
+    /// The first number.
+    pub major: u32,
+    /// The second number.
+    pub minor: u32,
+    /// The third number.
+    pub micro: u32,
+}
+
+/// The files that `cargo xtask setup` makes.
+#[derive(Debug, Clone)]
+pub(crate) struct GuestParts {
+    pub(crate) boot_sector: PathBuf,
+    pub(crate) kernel: PathBuf,
+    pub(crate) initramfs: PathBuf,
+}
+
+impl Qemu {
+    /// Finds the QEMU named by `VMFILE_QEMU`, or `qemu-system-x86_64` in `PATH`, and waits until no
+    /// other test uses it.
+    ///
+    /// # Errors
+    ///
+    /// Says what is missing: QEMU, or a part of the guests.
+    pub fn find() -> Result<Qemu, Missing> {
+        let program = env::var_os("VMFILE_QEMU").unwrap_or_else(|| "qemu-system-x86_64".into());
+        let program = PathBuf::from(program);
+        let version = version_of(&program)
+            .ok_or_else(|| Missing::new(format!("no QEMU runs as {}", program.display())))?;
+        let parts = GuestParts::find()?;
+        let lock = VmLock::acquire()
+            .map_err(|error| Missing::new(format!("the lock of the VM tests: {error}")))?;
+        Ok(Qemu { program, version, parts, _lock: lock })
+    }
+
+    /// As [`Qemu::find`], but asks for the version `minimum`, such as `"9.0"`, or later.
+    ///
+    /// # Errors
+    ///
+    /// Says what is missing, or which version was found.
+    pub fn at_least(minimum: &str) -> Result<Qemu, Missing> {
+        let wanted = Version::parse(minimum)
+            .ok_or_else(|| Missing::new(format!("{minimum:?} is no version")))?;
+        let qemu = Qemu::find()?;
+        if qemu.version < wanted {
+            let found = qemu.version;
+            return Err(Missing::new(format!("needs QEMU {wanted} or later, found {found}")));
+        }
+        Ok(qemu)
+    }
+
+    /// Returns the program's path, or its name in `PATH`.
+    #[must_use]
+    pub fn program(&self) -> &Path {
+        &self.program
+    }
+
+    /// Returns the version of the program.
+    #[must_use]
+    pub fn version(&self) -> Version {
+        self.version
+    }
+
+    pub(crate) fn parts(&self) -> &GuestParts {
+        &self.parts
+    }
+}
+
+impl Version {
+    /// Parses `10.0.2` or `9.0`.
+    fn parse(text: &str) -> Option<Version> {
+        let mut numbers = text.split('.').map(str::parse);
+        let major = numbers.next()?.ok()?;
+        let minor = numbers.next()?.ok()?;
+        let micro = numbers.next().unwrap_or(Ok(0)).ok()?;
+        Some(Version { major, minor, micro })
+    }
+}
+
+impl fmt::Display for Version {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}.{}", self.major, self.minor, self.micro)
+    }
+}
+
+impl GuestParts {
+    fn find() -> Result<GuestParts, Missing> {
+        let directory = target_directory().join("guest");
+        let boot = directory.join("kernel/boot");
+        let kernel = fs::read_dir(&boot).ok().and_then(|entries| {
+            let mut paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
+            paths.find(|path| path.to_string_lossy().contains("/vmlinuz-"))
+        });
+        let parts = GuestParts {
+            boot_sector: directory.join("boot_sector.bin"),
+            kernel: kernel.unwrap_or_else(|| boot.join("vmlinuz")),
+            initramfs: directory.join("initramfs.cpio"),
+        };
+        for part in [&parts.boot_sector, &parts.kernel, &parts.initramfs] {
+            if !part.exists() {
+                let part = part.display();
+                return Err(Missing::new(format!("no {part}: run `cargo xtask setup`")));
+            }
+        }
+        Ok(parts)
+    }
+}
+
+/// Returns cargo's build directory, where setup puts the guests.
+pub(crate) fn target_directory() -> PathBuf {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    root.join(env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| "target".into()))
+}
+
+fn version_of(program: &Path) -> Option<Version> {
+    let output = Command::new(program).arg("--version").output().ok()?;
+    let text = String::from_utf8(output.stdout).ok()?;
+    let rest = text.strip_prefix("QEMU emulator version ")?;
+    let end = rest.find(|c: char| c != '.' && !c.is_ascii_digit()).unwrap_or(rest.len());
+    Version::parse(rest.get(..end)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_compared_number_by_number() {
+        let version = |text| Version::parse(text).unwrap();
+        assert!(version("10.0") > version("9.2.4"));
+        assert!(version("9.0") <= version("9.0.0"));
+        assert_eq!(Version::parse("nine"), None);
+    }
+}

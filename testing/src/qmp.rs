@@ -1,0 +1,84 @@
+//! A monitor of the tests' own.
+//!
+//! It knows as little as possible, and nothing of `vmfile-qemu`: an oracle that shares code with
+//! what it judges shares its mistakes.
+
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::{TestError, TestResult};
+
+/// How long QEMU may take to answer one command.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// A connection to QEMU's machine protocol.
+#[derive(Debug)]
+pub struct Monitor {
+    stream: BufReader<UnixStream>,
+    events: Vec<Value>,
+}
+
+impl Monitor {
+    /// Connects to the socket at `path` when QEMU has made it, and leaves negotiation.
+    ///
+    /// # Errors
+    ///
+    /// When QEMU does not answer within `timeout`.
+    pub fn connect(path: &Path, timeout: Duration) -> TestResult<Monitor> {
+        let deadline = Instant::now() + timeout;
+        let stream = loop {
+            match UnixStream::connect(path) {
+                Ok(stream) => break stream,
+                Err(error) if Instant::now() > deadline => {
+                    return Err(format!("connect to {}: {error}", path.display()).into());
+                }
+                Err(_) => thread::sleep(Duration::from_millis(10)),
+            }
+        };
+        stream.set_read_timeout(Some(ANSWER_TIMEOUT))?;
+        let mut monitor = Monitor { stream: BufReader::new(stream), events: Vec::new() };
+        monitor.read_message()?; // the greeting
+        monitor.execute("qmp_capabilities", json!({}))?;
+        Ok(monitor)
+    }
+
+    /// Executes a command and returns what QEMU returns.
+    ///
+    /// # Errors
+    ///
+    /// With QEMU's words when it refuses.
+    pub fn execute(&mut self, command: &str, arguments: Value) -> TestResult<Value> {
+        let request = json!({ "execute": command, "arguments": arguments });
+        let stream = self.stream.get_mut();
+        stream.write_all(format!("{request}\n").as_bytes())?;
+        loop {
+            let mut message = self.read_message()?;
+            if message.get("event").is_some() {
+                self.events.push(message);
+            } else if let Some(error) = message.get("error") {
+                return Err(format!("{command}: {}", error["desc"]).into());
+            } else {
+                return Ok(message["return"].take());
+            }
+        }
+    }
+
+    /// Returns the events that have come so far with the answers to commands.
+    #[must_use]
+    pub fn events(&self) -> &[Value] {
+        &self.events
+    }
+
+    fn read_message(&mut self) -> TestResult<Value> {
+        let mut line = String::new();
+        if self.stream.read_line(&mut line)? == 0 {
+            return Err(TestError::from("QEMU closed its monitor"));
+        }
+        Ok(serde_json::from_str(&line)?)
+    }
+}

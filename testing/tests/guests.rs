@@ -1,0 +1,171 @@
+//! Do the guests say the truth about their RAM?
+//!
+//! Everything else that is tested with a VM rests on this: that a guest counts on when its memory is
+//! as it left it, and says so when a single page is not.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt as _;
+use std::time::Duration;
+
+use vmfile_testing::{Firmware, Guest, HugePages, Machine, Mount, Ram, TestResult, requires};
+
+const TIMEOUT: Duration = Duration::from_secs(60);
+
+#[test]
+fn the_boot_sector_guest_prints_the_sums_of_its_oracle_on_pc() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    let guest = Guest::boot_sector(Ram::private(64)).seed(7).boot(&qemu)?;
+    guest.wait_for_count(3)?;
+    guest.judge_counts()
+}
+
+#[test]
+fn the_boot_sector_guest_prints_the_sums_of_its_oracle_on_q35() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    let guest = Guest::boot_sector(Ram::private(64)).machine(Machine::Q35).busy().boot(&qemu)?;
+    guest.wait_for_count(12)?; // every page has been rewritten once
+    guest.judge_counts()
+}
+
+#[test]
+fn the_boot_sector_guest_fills_a_part_of_more_ram_than_the_host_has() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    let ram = Ram::private(256 << 10).without_reserve();
+    let guest = Guest::boot_sector(ram).fill_mib(32).boot(&qemu)?;
+    guest.wait_for_count(3)?;
+    guest.judge_counts()
+}
+
+#[test]
+fn qemu_sees_the_pages_that_the_oracle_predicts() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    let mut guest = Guest::boot_sector(Ram::private(16)).seed(3).boot(&qemu)?;
+    guest.wait_for_count(1)?;
+    guest.stop()?;
+    let oracle = guest.config().boot_sector_oracle().ok_or("a boot-sector guest")?;
+
+    let saved = fs::read(guest.pmemsave(0x10_0000, 64 * 4096)?)?;
+
+    let last_pass = guest.counts().last().ok_or("a count")?.number;
+    for (page, bytes) in (0_u32..).zip(saved.chunks_exact(4096)) {
+        // It may have been stopped before or after it rewrote this page.
+        let before = oracle.page_bytes(page, last_pass);
+        let after = oracle.page_bytes(page, last_pass + 1);
+        assert!(bytes == before || bytes == after, "page {page} after pass {last_pass}");
+    }
+    Ok(())
+}
+
+#[test]
+fn one_wrong_bit_changes_the_sum_of_the_boot_sector_guest() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    let mut guest = Guest::boot_sector(Ram::tmpfs(64)).boot(&qemu)?;
+    guest.wait_for_count(1)?;
+    guest.stop()?;
+
+    // The guest is between passes or in one. Two neighboring pages, so that one of them is not just
+    // about to be rewritten.
+    flip_a_bit(&guest, 0x180_0123)?;
+    flip_a_bit(&guest, 0x180_1123)?;
+    guest.resume()?;
+
+    let error = guest.wait_for_passes(2).unwrap_err().to_string();
+    assert!(error.contains("the sum must be"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn the_linux_guest_counts_on_pc_with_all_its_devices() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    let guest = Guest::linux(Ram::memfd(256)).vcpus(2).virtio().disk(16).boot(&qemu)?;
+    let count = guest.wait_for_count(3)?;
+    assert_eq!(count.online_cpus(), Some(2));
+    for device in ["virtio_blk", "virtio_net", "virtio_rng", "virtio_balloon"] {
+        guest.wait_for_line(|line| line == format!("device {device} present"), TIMEOUT)?;
+    }
+    guest.wait_for_line(|line| line == "hwrng 16 bytes", TIMEOUT)?;
+    guest.judge_counts()
+}
+
+#[test]
+fn the_linux_guest_counts_on_q35_under_uefi() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    let config = Guest::linux(Ram::private(256)).machine(Machine::Q35).firmware(Firmware::Ovmf);
+    let guest = config.boot(&qemu)?;
+    guest.wait_for_count(3)?;
+    guest.judge_counts()
+}
+
+#[test]
+fn the_linux_guest_uses_all_nodes_and_memory_modules() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    let config = Guest::linux(Ram::memfd(256)).numa_nodes(&[128, 128]).vcpus(2).dimm(128);
+    // More than both nodes have free.
+    let guest = config.fill_mib(220).boot(&qemu)?;
+    guest.wait_for_count(3)?;
+    guest.wait_for_line(|line| line == "nodes 2", TIMEOUT)?;
+    guest.judge_counts()
+}
+
+#[test]
+fn the_linux_guest_names_a_page_with_one_wrong_bit() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    let config = Guest::linux(Ram::tmpfs(256)).fill_mib(64);
+    let mut guest = config.boot(&qemu)?;
+    guest.wait_for_count(1)?;
+    guest.stop()?;
+
+    // Wherever the kernel put the memory under test, a repeated page of it is found by its bytes.
+    let ram = fs::read(guest.ram_file("pc.ram").ok_or("RAM in a file")?)?;
+    let is_repeated = |page: &[u8]| {
+        page[..8] != [0; 8] && page[..8] != [0xff; 8] && page.chunks(8).all(|w| w == &page[..8])
+    };
+    let mut damaged = 0;
+    for (page, bytes) in (0_u64..).zip(ram.chunks_exact(4096)) {
+        if is_repeated(bytes) && damaged < 8 {
+            flip_a_bit(&guest, page * 4096 + 99)?;
+            damaged += 1;
+        }
+    }
+    assert_eq!(damaged, 8);
+    guest.resume()?;
+
+    let error = guest.wait_for_passes(2).unwrap_err().to_string();
+    assert!(error.contains("CORRUPT page"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn ram_of_huge_pages_works_from_a_mount_and_without() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    let _pages = requires!(HugePages::reserve(64));
+    let mount = requires!(Mount::hugetlbfs());
+    for ram in [Ram::file(32, mount.path()), Ram::hugetlb_memfd(32)] {
+        let guest = Guest::boot_sector(ram).boot(&qemu)?;
+        guest.wait_for_count(2)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn file_systems_can_be_made_for_a_test() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    let mounts =
+        [requires!(Mount::tmpfs(64)), requires!(Mount::ext4(64)), requires!(Mount::xfs(320))];
+    for mount in mounts {
+        let guest = Guest::boot_sector(Ram::file(16, mount.path())).boot(&qemu)?;
+        guest.wait_for_count(1)?;
+        assert!(guest.ram_file("pc.ram").is_some_and(|file| file.starts_with(mount.path())));
+    }
+    Ok(())
+}
+
+/// Changes one bit of guest memory behind the guest's back; RAM is one file, below the hole.
+fn flip_a_bit(guest: &Guest, address: u64) -> TestResult {
+    let path = guest.ram_file("pc.ram").ok_or("RAM in a file")?;
+    let file = File::options().read(true).write(true).open(path)?;
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, address)?;
+    byte[0] ^= 0x10;
+    Ok(file.write_all_at(&byte, address)?)
+}
