@@ -261,6 +261,18 @@ impl CommandLine {
         Some(Keys::parse(value, "guest").get("guest")?.to_owned()).filter(|name| !name.is_empty())
     }
 
+    /// Returns the length of the machine's RAM from `-m`, in bytes, where it says one.
+    #[must_use]
+    pub fn memory_size(&self) -> Option<u64> {
+        let value = self.values_of(&["m"]).last()?;
+        let size = Keys::parse(value, "size").get("size")?.to_owned();
+        // A bare number counts in MiB.
+        match size.parse::<u64>() {
+            Ok(mebibytes) => mebibytes.checked_mul(1 << 20),
+            Err(_) => keys::parse_size(&size),
+        }
+    }
+
     /// Returns the paths of the Unix sockets on which this QEMU serves QMP, as written.
     #[must_use]
     pub fn qmp_sockets(&self) -> Vec<PathBuf> {

@@ -17,7 +17,7 @@ use rustix::io::{FdFlags, fcntl_getfd, fcntl_setfd};
 use rustix::pipe::{PipeFlags, pipe_with};
 
 use crate::command_line::{CONTROL_ID, CommandLine};
-use crate::qmp::{Qmp, QmpError};
+use crate::qmp::{COMMAND_TIMEOUT, Qmp, QmpError};
 use crate::vm::Vm;
 
 /// Most bytes of QEMU's standard error kept, the last ones.
@@ -40,6 +40,12 @@ static SPAWNING: Mutex<()> = Mutex::new(());
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum LaunchError {
+    /// A program does not say which version of QEMU it is.
+    #[error("{program} does not print a version of QEMU", program = program.display())]
+    NoVersion {
+        /// The program.
+        program: PathBuf,
+    },
     /// The program could not be run.
     #[error("run {program:?}")]
     Spawn {
@@ -166,7 +172,9 @@ impl Launch {
             stderr.finish();
         }
         match Qmp::from_stream(ours, timeout) {
-            Ok(qmp) => {
+            Ok(mut qmp) => {
+                // The start may take longer than a command, or less.
+                qmp.set_timeout(COMMAND_TIMEOUT);
                 let vm = Vm::from_qmp(qmp, Some(running.pid()));
                 Ok(LaunchedQemu { vm: Some(vm), running })
             }

@@ -21,6 +21,7 @@ pub mod launch;
 pub mod migration;
 mod pass_fd;
 mod proc;
+pub mod program;
 pub mod qmp;
 pub mod version;
 pub mod vm;
@@ -29,6 +30,7 @@ pub use command_line::{CommandLine, CommandLineError, MappedBlock};
 pub use discover::{DiscoverError, Found, VmAddress, list, resolve};
 pub use launch::{Launch, LaunchError, LaunchedQemu, find_program};
 pub use migration::LoadError;
+pub use program::program_version;
 pub use qmp::{Event, Qmp, QmpError};
 pub use version::{Feature, QemuVersion};
 pub use vm::{

@@ -234,7 +234,7 @@ impl Vm {
         if !readable_within(&stream, GREETING_TIMEOUT).map_err(silent)? {
             return Err(QmpError::NoGreeting { after: GREETING_TIMEOUT }.into());
         }
-        Ok(Vm { qmp: Qmp::from_stream(stream, COMMAND_TIMEOUT)?, socket: None, pid })
+        Ok(Vm::from_qmp(Qmp::from_stream(stream, COMMAND_TIMEOUT)?, pid))
     }
 
     /// Stops the guest; it can be continued. Disks are drained and flushed when this returns.

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::error::QmpError;
 
-/// How long a command may take unless [`timeout_for`] knows better.
+/// How long a command may take unless it is one that waits for disks.
 ///
 /// QEMU answers a query in microseconds; half a minute forgives a host that is swapping.
 pub const COMMAND_TIMEOUT: Duration = Duration::from_secs(30);

@@ -71,6 +71,11 @@ impl Qmp {
         Ok(qmp)
     }
 
+    /// Sets the ordinary timeout of the commands that follow.
+    pub fn set_timeout(&mut self, timeout: Duration) {
+        self.timeout = timeout;
+    }
+
     /// Runs a command and returns its answer. `arguments` is an object, or `Null` for none.
     ///
     /// # Errors

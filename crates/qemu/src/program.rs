@@ -1,0 +1,27 @@
+//! The QEMU program on disk: which version would it be?
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use crate::launch::LaunchError;
+use crate::version::QemuVersion;
+
+/// Returns the version that `program --version` prints: "QEMU emulator version 10.0.2 (...)".
+///
+/// # Errors
+///
+/// [`LaunchError::System`] if the program does not start, [`LaunchError::NoVersion`] if it prints
+/// something else.
+pub fn program_version(program: &Path) -> Result<QemuVersion, LaunchError> {
+    let output = Command::new(program)
+        .arg("--version")
+        .stdin(Stdio::null())
+        .stderr(Stdio::null())
+        .output()
+        .map_err(|source| LaunchError::System { what: "ask QEMU for its version", source })?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let no_version = || LaunchError::NoVersion { program: program.to_owned() };
+    let (_, rest) = text.split_once("version ").ok_or_else(no_version)?;
+    let number = rest.split([' ', '\n', '(']).next().unwrap_or_default();
+    number.parse().map_err(|_| no_version())
+}
