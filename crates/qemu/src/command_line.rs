@@ -449,6 +449,19 @@ mod tests {
     }
 
     #[test]
+    fn the_size_of_the_machine_s_ram_is_read_in_every_form() {
+        for (value, expected) in [
+            ("64", Some(64 << 20)),
+            ("64M", Some(64 << 20)),
+            ("size=4G,slots=2,maxmem=8G", Some(4 << 30)),
+            ("0.5G", None),
+        ] {
+            assert_eq!(parse(&["-m", value]).memory_size(), expected, "{value}");
+        }
+        assert_eq!(parse(&["-S"]).memory_size(), None);
+    }
+
+    #[test]
     fn debug_shows_no_value() {
         let line = parse(&["-object", "secret,id=s0,data=hunter2", "-S"]);
         assert_eq!(format!("{line:?}"), r#"["-object", "-S"]"#);

@@ -7,6 +7,7 @@
 //! | [`migration`] | a waiting QEMU that loads a stream |
 //! | [`command_line`] | a QEMU command line, understood enough to start the VM again |
 //! | [`launch`] | a QEMU of our own, killed unless it is kept |
+//! | [`program`] | a QEMU on disk: its version |
 //! | [`discover`] | the VMs that run on this host |
 //! | [`version`] | what each QEMU version can do |
 //!

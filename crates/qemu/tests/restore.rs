@@ -279,6 +279,15 @@ fn a_command_line_taken_from_a_process_starts_the_same_vm_twice_over() {
 }
 
 #[test]
+fn a_program_on_disk_tells_the_version_that_it_has_when_it_runs() {
+    let mut qemu = launch(line(&[])).unwrap();
+    let running = qemu.vm().version().unwrap();
+    assert_eq!(vmfile_qemu::program_version(&program()).unwrap(), running);
+    let error = vmfile_qemu::program_version(Path::new("/bin/echo")).unwrap_err();
+    assert!(matches!(error, LaunchError::NoVersion { .. }), "{error}");
+}
+
+#[test]
 fn qemu_s_own_words_are_in_the_error() {
     let error = launch(line(&["-device", "no-such-device"])).unwrap_err();
     assert!(matches!(error, LaunchError::Ended { .. }), "{error}");

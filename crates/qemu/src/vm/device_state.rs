@@ -60,10 +60,11 @@ impl Vm {
 
     fn save_device_state_into(&mut self, fdset: u64) -> Result<(), VmError> {
         // `live` decides about the disks, not about the guest. With `true` and a stopped VM QEMU
-        // releases the disks (block devices turn inactive), as Xen's tools want before the domain is
-        // destroyed; whoever then wants the VM to run on depends on `cont` to take them back. With
-        // `false` the disks stay active and locked, and a VM that was stopped stays stopped. Both
-        // write the same bytes (10.0.2). Whatever fails from here on, the VM is only paused.
+        // releases the disks, as Xen's tools want before the domain is destroyed: another QEMU may
+        // then open them for writing, and whoever wants the VM to run on depends on `cont` to take
+        // them back. With `false` the disks stay active and locked, and a VM that was stopped stays
+        // stopped. Both write the same bytes. (All tried on 10.0.2.) So whatever fails from here on,
+        // the VM is only paused.
         let arguments = json!({"filename": format!("/dev/fdset/{fdset}"), "live": false});
         Ok(self.execute("xen-save-devices-state", arguments).map(drop)?)
     }
