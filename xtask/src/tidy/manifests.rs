@@ -1,0 +1,77 @@
+//! The walls between the crates, as their manifests have them.
+
+use super::{Finding, numbered};
+
+/// The crates that must not know each other, by directory and name.
+const LEAVES: [(&str, &str); 3] = [
+    ("crates/format/", "vmfile-format"),
+    ("crates/engine/", "vmfile-engine"),
+    ("crates/qemu/", "vmfile-qemu"),
+];
+
+/// Who may depend on the library that has all leaves.
+const ABOVE_THE_LIBRARY: [&str; 4] = ["crates/cli/", "testing/Cargo.toml", "xtask/", "fuzz/"];
+
+/// The leaves do not name each other, and nobody below the library names the library.
+pub(super) fn walls(path: &str, text: &str, findings: &mut Vec<Finding>) {
+    if path == "Cargo.toml" || !path.ends_with("/Cargo.toml") {
+        return;
+    }
+    let leaf = LEAVES.iter().find(|(directory, _name)| path.starts_with(directory));
+    let is_above = ABOVE_THE_LIBRARY.iter().any(|start| path.starts_with(start));
+    for (number, line) in numbered(text) {
+        let Some(dependency) = dependency(line) else { continue };
+        if let Some((_, own_name)) = leaf {
+            let is_other_leaf = LEAVES.iter().any(|(_, name)| *name == dependency);
+            if is_other_leaf && dependency != *own_name {
+                let reason = format!("{own_name} must not know {dependency}");
+                findings.push(Finding::new(path, number, reason));
+            }
+        }
+        if dependency == "vmfile" && !is_above {
+            findings.push(Finding::new(path, number, "only what is above it may know vmfile"));
+        }
+    }
+}
+
+/// Returns the name that a line such as `vmfile-qemu.workspace = true` or `[dependencies.vmfile]`
+/// begins with.
+fn dependency(line: &str) -> Option<&str> {
+    let line = line.trim();
+    let key = match line.strip_prefix('[') {
+        Some(table) => table.trim_end_matches(']').rsplit_once("dependencies.")?.1,
+        None => line.split_once('=')?.0.trim(),
+    };
+    key.split('.').next()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tidy::findings_of;
+
+    #[test]
+    fn a_leaf_that_knows_another_is_found() {
+        let manifest =
+            "[package]\nname = \"vmfile-qemu\"\n[dependencies]\nvmfile-format.workspace = true\n";
+        assert_eq!(
+            findings_of(walls, "crates/qemu/Cargo.toml", manifest),
+            ["crates/qemu/Cargo.toml:4: vmfile-qemu must not know vmfile-format"]
+        );
+        assert!(findings_of(walls, "crates/vmfile/Cargo.toml", manifest).is_empty());
+        assert_eq!(
+            findings_of(walls, "crates/format/Cargo.toml", "[dev-dependencies.vmfile-engine]")
+                .len(),
+            1
+        );
+    }
+
+    #[test]
+    fn only_what_is_above_the_library_may_know_it() {
+        let manifest = "[dependencies]\nvmfile = { workspace = true }\n";
+        assert_eq!(findings_of(walls, "crates/engine/Cargo.toml", manifest).len(), 1);
+        assert_eq!(findings_of(walls, "testing/guest/linux/Cargo.toml", manifest).len(), 1);
+        assert!(findings_of(walls, "crates/cli/Cargo.toml", manifest).is_empty());
+        assert!(findings_of(walls, "testing/Cargo.toml", manifest).is_empty());
+    }
+}
