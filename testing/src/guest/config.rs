@@ -220,6 +220,15 @@ impl GuestConfig {
         }
     }
 
+    /// Returns the word that fills every repeated page of this guest, in memory's order of bytes.
+    #[must_use]
+    pub fn repeated_word(&self) -> Vec<u8> {
+        match &self.program {
+            Program::BootSector(program) => (program.seed | 1).to_le_bytes().to_vec(),
+            Program::Linux(program) => (spread(program.seed.into()) | 1).to_le_bytes().to_vec(),
+        }
+    }
+
     /// Returns the boot-sector guest's oracle, if this is one.
     #[must_use]
     pub fn boot_sector_oracle(&self) -> Option<BootSector> {
@@ -349,6 +358,14 @@ impl Prepared {
     pub(crate) fn serial_path(&self) -> PathBuf {
         self.directory.path().join("serial")
     }
+}
+
+/// Spreads the bits of `x`, as `mix` in the Linux guest's `pattern.rs` does.
+fn spread(x: u64) -> u64 {
+    let x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let x = (x ^ (x >> 32)).wrapping_mul(0xd6e8_feb8_6659_fd93);
+    let x = (x ^ (x >> 32)).wrapping_mul(0xd6e8_feb8_6659_fd93);
+    x ^ (x >> 32)
 }
 
 /// Makes a file of `len` bytes that takes no space yet.
