@@ -1,9 +1,120 @@
-//! stub
-use crate::workspace::Workspace;
+//! `cargo xtask test`: everything that must pass, step by step.
+//!
+//! The first step that fails ends the run. The last line of a run that passed is
+//! `N passed, N failed`, with `, N skipped` where tests could not run; those are listed with their
+//! reasons before it.
+
+mod outcome;
+mod programs;
+
 use std::error::Error;
-pub(crate) fn step_names() -> String {
-    String::new()
+use std::process::Command;
+use std::time::Instant;
+
+use self::outcome::Outcome;
+use self::programs::{Kind, TestPrograms};
+use crate::command::{run as run_command, say};
+use crate::workspace::Workspace;
+use crate::{setup, tidy};
+
+type StepResult = Result<(), Box<dyn Error>>;
+
+/// One step: its name on the command line, what it shows, and how it is done.
+struct Step {
+    name: &'static str,
+    shows: &'static str,
+    run: fn(&Workspace, &mut Outcome) -> StepResult,
 }
-pub(crate) fn run(_: &Workspace, _: &[String]) -> Result<(), Box<dyn Error>> {
+
+const STEPS: [Step; 8] = [
+    Step {
+        name: "setup",
+        shows: "what the tests need is here",
+        run: |workspace, _| setup::run(workspace),
+    },
+    Step { name: "fmt", shows: "rustfmt would change nothing", run: fmt },
+    Step { name: "tidy", shows: "walls, words and links hold", run: |w, _| tidy::run(w) },
+    Step { name: "clippy", shows: "no warning", run: clippy },
+    Step { name: "doc", shows: "the documentation builds without a warning", run: doc },
+    Step {
+        name: "unit",
+        shows: "every test that needs no VM",
+        run: |workspace, outcome| test_programs(workspace, Kind::Other, outcome),
+    },
+    Step { name: "doctest", shows: "the examples in the documentation", run: doctest },
+    // The fuzzers' smoke run belongs here, once there are fuzzers: a minute each, before the VMs.
+    Step { name: "vm", shows: "guests find their RAM as they left it", run: vm },
+];
+
+/// Returns the names of all steps.
+pub(crate) fn step_names() -> String {
+    STEPS.map(|step| step.name).join(" ")
+}
+
+/// Runs the steps named, or all.
+pub(crate) fn run(workspace: &Workspace, names: &[String]) -> StepResult {
+    if let Some(unknown) = names.iter().find(|name| STEPS.iter().all(|step| step.name != **name)) {
+        return Err(format!("no step {unknown}; there are: {}", step_names()).into());
+    }
+    let mut outcome = Outcome::default();
+    let start = Instant::now();
+    for step in &STEPS {
+        if !names.is_empty() && !names.iter().any(|name| name == step.name) {
+            continue;
+        }
+        say(&format!("{}: {}", step.name, step.shows));
+        let step_start = Instant::now();
+        let result = (step.run)(workspace, &mut outcome);
+        say(&format!("{}: {:.1} s", step.name, step_start.elapsed().as_secs_f64()));
+        if let Err(error) = result {
+            outcome.print_skipped();
+            return Err(format!("step {} failed: {error}", step.name).into());
+        }
+    }
+    say(&format!("all steps: {:.1} s", start.elapsed().as_secs_f64()));
+    outcome.print_skipped();
+    println!("{outcome}");
     Ok(())
+}
+
+fn fmt(workspace: &Workspace, _: &mut Outcome) -> StepResult {
+    run_command(cargo(workspace).args(["fmt", "--all", "--check"]))
+}
+
+fn clippy(workspace: &Workspace, _: &mut Outcome) -> StepResult {
+    let arguments = ["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"];
+    run_command(cargo(workspace).args(arguments))
+}
+
+fn doc(workspace: &Workspace, _: &mut Outcome) -> StepResult {
+    // The program and the library have the same name, and rustdoc one directory for each name.
+    let arguments = ["doc", "--quiet", "--workspace", "--no-deps", "--lib"];
+    run_command(cargo(workspace).args(arguments).env("RUSTDOCFLAGS", "-D warnings"))
+}
+
+fn doctest(workspace: &Workspace, outcome: &mut Outcome) -> StepResult {
+    outcome.run("doctests", cargo(workspace).args(["test", "--quiet", "--workspace", "--doc"]))
+}
+
+fn vm(workspace: &Workspace, outcome: &mut Outcome) -> StepResult {
+    // The guests must be those of the sources, also when this step is run alone.
+    setup::run(workspace)?;
+    test_programs(workspace, Kind::Vm, outcome)
+}
+
+/// Runs all test programs of one kind, and fails after the last if one has failed.
+fn test_programs(workspace: &Workspace, kind: Kind, outcome: &mut Outcome) -> StepResult {
+    let mut failed = Vec::new();
+    for program in TestPrograms::build(workspace)?.of_kind(kind) {
+        if outcome.run(&program.name, &mut program.command()).is_err() {
+            failed.push(program.name.clone());
+        }
+    }
+    if failed.is_empty() { Ok(()) } else { Err(failed.join(", ").into()) }
+}
+
+fn cargo(workspace: &Workspace) -> Command {
+    let mut command = Command::new(env!("CARGO"));
+    command.current_dir(workspace.root());
+    command
 }

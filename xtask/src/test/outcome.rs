@@ -1,0 +1,170 @@
+//! What the test programs say, summed.
+//!
+//! A test that cannot run passes and prints `skipped: ` and the reason on a line of its own. The
+//! programs run with `--show-output`, which repeats what passing tests printed after the last of
+//! them: the lines of skipped tests are taken from there, and the rest of it is not shown.
+
+use std::error::Error;
+use std::fmt;
+use std::io::{BufRead as _, BufReader};
+use std::process::{Command, Stdio};
+
+use crate::command::say;
+
+/// The results of all tests so far.
+#[derive(Debug, Default)]
+pub(crate) struct Outcome {
+    passed: usize,
+    failed: usize,
+    skipped: Vec<Skipped>,
+}
+
+/// A test that could not run.
+#[derive(Debug, PartialEq, Eq)]
+struct Skipped {
+    program: String,
+    test: String,
+    reason: String,
+}
+
+/// Where in a program's output the reader is.
+#[derive(Debug, Default)]
+struct Reader {
+    in_successes: bool,
+    test: String,
+}
+
+impl Outcome {
+    /// Runs a test program, shows what it prints and counts its tests.
+    pub(crate) fn run(
+        &mut self,
+        program: &str,
+        command: &mut Command,
+    ) -> Result<(), Box<dyn Error>> {
+        say(&format!("run {program}"));
+        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
+        let mut reader = Reader::default();
+        if let Some(stdout) = child.stdout.take() {
+            for line in BufReader::new(stdout).split(b'\n') {
+                let line = String::from_utf8_lossy(&line?).into_owned();
+                if self.read_line(program, &mut reader, &line) {
+                    println!("{line}");
+                }
+            }
+        }
+        let status = child.wait()?;
+        if status.success() { Ok(()) } else { Err(format!("{program}: {status}").into()) }
+    }
+
+    /// Lists the tests that could not run.
+    pub(crate) fn print_skipped(&self) {
+        for Skipped { program, test, reason } in &self.skipped {
+            println!("skipped {program} {test}: {reason}");
+        }
+    }
+
+    /// Takes one line of a program's output; returns whether to show it.
+    fn read_line(&mut self, program: &str, reader: &mut Reader, line: &str) -> bool {
+        if let Some(summary) = line.strip_prefix("test result: ") {
+            reader.in_successes = false;
+            self.passed += number_before(summary, " passed");
+            self.failed += number_before(summary, " failed");
+            return true;
+        }
+        match line {
+            "successes:" => reader.in_successes = true,
+            "failures:" => reader.in_successes = false,
+            _ => {}
+        }
+        if !reader.in_successes {
+            return true;
+        }
+        let name = line.strip_prefix("---- ").and_then(|rest| rest.strip_suffix(" stdout ----"));
+        if let Some(name) = name {
+            name.clone_into(&mut reader.test);
+        }
+        if let Some(reason) = line.strip_prefix("skipped: ") {
+            let (program, test) = (program.to_owned(), reader.test.clone());
+            let is_same = |last: &Skipped| last.program == program && last.test == test;
+            if !self.skipped.last().is_some_and(is_same) {
+                self.skipped.push(Skipped { program, test, reason: reason.to_owned() });
+            }
+        }
+        false
+    }
+}
+
+/// The closing line.
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let skipped = self.skipped.len();
+        write!(f, "{} passed, {} failed", self.passed.saturating_sub(skipped), self.failed)?;
+        if skipped > 0 {
+            write!(f, ", {skipped} skipped")?;
+        }
+        Ok(())
+    }
+}
+
+/// Reads the number that stands before `what`, as in `ok. 12 passed; 0 failed`.
+fn number_before(summary: &str, what: &str) -> usize {
+    let before = summary.split(what).next().unwrap_or_default();
+    before.rsplit(' ').next().and_then(|number| number.parse().ok()).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OUTPUT: &str = "
+running 3 tests
+test a ... ok
+test b ... ok
+test c ... FAILED
+
+successes:
+
+---- b stdout ----
+some words
+skipped: needs QEMU 99
+
+
+successes:
+    a
+    b
+
+failures:
+
+---- c stdout ----
+skipped: not this one, it failed
+
+test result: FAILED. 2 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out
+";
+
+    #[test]
+    fn a_skipped_test_is_counted_once_and_not_as_passed() {
+        let (mut outcome, mut reader) = (Outcome::default(), Reader::default());
+        for line in OUTPUT.lines() {
+            outcome.read_line("p", &mut reader, line);
+        }
+        assert_eq!(outcome.to_string(), "1 passed, 1 failed, 1 skipped");
+        assert_eq!(outcome.skipped[0].test, "b");
+        assert_eq!(outcome.skipped[0].reason, "needs QEMU 99");
+    }
+
+    #[test]
+    fn what_passing_tests_printed_is_not_shown() {
+        let (mut outcome, mut reader) = (Outcome::default(), Reader::default());
+        let shown: Vec<&str> =
+            OUTPUT.lines().filter(|line| outcome.read_line("p", &mut reader, line)).collect();
+        assert!(!shown.contains(&"some words"));
+        assert!(shown.contains(&"test a ... ok"));
+        assert!(shown.contains(&"---- c stdout ----"));
+    }
+
+    #[test]
+    fn nothing_skipped_is_not_told() {
+        let outcome = Outcome { passed: 3, ..Outcome::default() };
+        assert_eq!(outcome.to_string(), "3 passed, 0 failed");
+    }
+}
