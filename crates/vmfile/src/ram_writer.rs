@@ -57,7 +57,6 @@ pub(crate) struct Target {
 #[derive(Debug)]
 pub(crate) struct Written {
     pub(crate) bitmaps: Vec<PageBitmap>,
-    pub(crate) bytes: u64,
     pub(crate) backend: BackendInUse,
 }
 
@@ -112,7 +111,6 @@ pub(crate) fn write_ram(
     });
     let mut bitmaps: Vec<PageBitmap> =
         targets.iter().map(|target| PageBitmap::new(target.placed.block.page_count())).collect();
-    let mut bytes = 0;
     for result in results {
         for unit in result? {
             let words = unit.words();
@@ -121,10 +119,9 @@ pub(crate) fn write_ram(
             let room = bitmap.page_count().0.saturating_sub(first).div_ceil(64);
             let words = &words[..words.len().min(usize::try_from(room).unwrap_or(usize::MAX))];
             bitmap.replace_words(PageIndex(first), words);
-            bytes += unit.bytes;
         }
     }
-    Ok(Written { bitmaps, bytes, backend: in_use.expect("there is at least one job") })
+    Ok(Written { bitmaps, backend: in_use.expect("there is at least one job") })
 }
 
 /// What all workers see.
@@ -145,7 +142,6 @@ struct UnitDone {
     block: usize,
     start: u64,
     words: Box<[u64; UNIT_PAGES / 64]>,
-    bytes: u64,
 }
 
 impl UnitDone {
@@ -203,10 +199,10 @@ impl<'a> Worker<'a> {
             };
             runs?;
         }
-        if scan.bytes > 0 {
+        if scan.has_data {
             self.hashes(target, &scan)?;
         }
-        Ok(UnitDone { block: unit.block, start: unit.start, words: scan.words, bytes: scan.bytes })
+        Ok(UnitDone { block: unit.block, start: unit.start, words: scan.words })
     }
 
     /// Looks at a window that is mapped here and writes its data from where it lies.
@@ -299,7 +295,7 @@ struct Scan {
     start: u64,
     words: Box<[u64; UNIT_PAGES / 64]>,
     hashes: Box<[u8; UNIT_HASHES]>,
-    bytes: u64,
+    has_data: bool,
 }
 
 impl Scan {
@@ -308,7 +304,7 @@ impl Scan {
             start,
             words: Box::new([0; UNIT_PAGES / 64]),
             hashes: Box::new([0; UNIT_HASHES]),
-            bytes: 0,
+            has_data: false,
         }
     }
 
@@ -342,7 +338,7 @@ impl Scan {
         self.words[index / 64] |= 1 << (index % 64);
         let hash = encode_hash(page_hash(page));
         self.hashes[index * hash.len()..(index + 1) * hash.len()].copy_from_slice(&hash);
-        self.bytes += PAGE_LEN;
+        self.has_data = true;
         true
     }
 }

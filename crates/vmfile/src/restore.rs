@@ -154,8 +154,9 @@ pub fn restore(
     let found = vm.ram_blocks()?;
     compare(snapshot, &vm.machine_type()?, &found)?;
     let mapped: &[String] = &prepared.mapped.clone();
-    let loaded = load(snapshot, prepared.vm(), &found, mapped, options, control)?;
-    let running = run(snapshot, &loaded, prepared.vm(), options)?;
+    let loaded = load(snapshot, prepared.vm(), &found, mapped, options, control);
+    let loaded = loaded.map_err(|error| prepared.explain(error))?;
+    let running = run(snapshot, prepared.vm(), options)?;
     let report = RestoreReport {
         pid: prepared.vm().pid()?,
         qmp,
@@ -197,6 +198,16 @@ impl Qemu {
 }
 
 impl Prepared {
+    /// Adds what QEMU wrote to its standard error, which says more than its answer.
+    fn explain(&self, error: RestoreError) -> RestoreError {
+        match (error, &self.qemu) {
+            (RestoreError::DeviceState { source, .. }, Qemu::Launched(qemu)) => {
+                RestoreError::DeviceState { source, stderr: qemu.stderr().trim().to_owned() }
+            }
+            (error, _) => error,
+        }
+    }
+
     fn vm(&mut self) -> &mut Vm {
         match &mut self.qemu {
             Qemu::Launched(qemu) => qemu.vm(),
@@ -237,6 +248,7 @@ fn prepare(
         return Err(RestoreError::SocketInUse { socket });
     }
     let version = program_version(&executable)?;
+    compare_memory_size(snapshot, &command_line)?;
     let (mapped, mode, reason) = choose(snapshot, &command_line, version, options.mode)?;
     let file = snapshot.file().try_clone().map_err(RestoreError::File)?;
     let inherited = OwnedFd::from(file);
@@ -278,6 +290,25 @@ fn prepare_waiting(mut vm: Vm, options: &RestoreOptions) -> Result<Prepared, Res
     let qemu = Qemu::Waiting(vm);
     let (mapped, qmp) = (Vec::new(), None);
     Ok(Prepared { qemu, mode: "load", reason, mapped, qmp, start_seconds: 0.0 })
+}
+
+/// Compares `-m` with the machine's RAM in the file: QEMU would refuse to start with a mapped file
+/// of another size, and not say which two sizes differ.
+fn compare_memory_size(
+    snapshot: &Snapshot,
+    command_line: &CommandLine,
+) -> Result<(), RestoreError> {
+    let ram = snapshot.structure().block("pc.ram").map(|placed| placed.block.used_length());
+    match (ram, command_line.memory_size()) {
+        (Some(file), Some(vm)) if file != vm => Err(RestoreError::Incompatible {
+            differ: vec![Mismatch {
+                what: "memory (-m)".to_owned(),
+                file: format!("{file} bytes"),
+                vm: format!("{vm} bytes"),
+            }],
+        }),
+        _ => Ok(()),
+    }
 }
 
 /// Decides which blocks are mapped, and says the mode and why.
@@ -454,7 +485,12 @@ fn short_stream(snapshot: &Snapshot, skip: impl Fn(&str) -> bool) -> Result<Vec<
         }
     }
     section.finish(&mut bytes);
-    bytes.extend_from_slice(&snapshot.device_state()?);
+    // Whatever the guest did, it waits for `cont`, even in a QEMU that was started without -S.
+    let mut devices = snapshot.device_state()?;
+    if !state.set_run_state(&mut devices, "paused") {
+        return Err(RestoreError::NoRunState);
+    }
+    bytes.extend_from_slice(&devices);
     encoder::vm_description(&mut bytes);
     Ok(bytes)
 }
@@ -462,22 +498,21 @@ fn short_stream(snapshot: &Snapshot, skip: impl Fn(&str) -> bool) -> Result<Vec<
 /// Sends the stream to QEMU and waits until QEMU has loaded it.
 fn send(vm: &mut Vm, stream: Vec<u8>, control: &Control<'_>) -> Result<(), RestoreError> {
     let (mut ours, theirs) = UnixStream::pair().map_err(RestoreError::Stream)?;
-    vm.load_stream(theirs.into())?;
+    vm.load_stream(theirs.into())
+        .map_err(|source| RestoreError::DeviceState { source, stderr: String::new() })?;
     let writer = thread::spawn(move || ours.write_all(&stream));
     let loaded = vm.wait_loaded(Instant::now() + LOAD_TIMEOUT, &|| control.is_stopped());
     // QEMU has what it wanted, or has closed its end: the writer does not wait for long.
     let written = writer.join().expect("the writer does not panic");
-    loaded?;
+    loaded.map_err(|error| match error {
+        vmfile_qemu::LoadError::Cancelled => RestoreError::Stopped,
+        source => RestoreError::DeviceState { source, stderr: String::new() },
+    })?;
     written.map_err(RestoreError::Stream)
 }
 
 /// Lets the guest run if it is to; returns whether it does.
-fn run(
-    snapshot: &Snapshot,
-    _loaded: &Loaded,
-    vm: &mut Vm,
-    options: &RestoreOptions,
-) -> Result<bool, RestoreError> {
+fn run(snapshot: &Snapshot, vm: &mut Vm, options: &RestoreOptions) -> Result<bool, RestoreError> {
     let was_paused =
         snapshot.manifest().is_some_and(|manifest| manifest.meta.vm.run_state == "paused");
     if options.paused || was_paused {

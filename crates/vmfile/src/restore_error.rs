@@ -24,8 +24,16 @@ pub enum RestoreError {
     #[error(transparent)]
     Vm(#[from] VmError),
     /// QEMU did not take the device state.
-    #[error(transparent)]
-    DeviceState(#[from] vmfile_qemu::LoadError),
+    #[error("load the device state{}", said(stderr))]
+    DeviceState {
+        /// What QEMU answered.
+        source: vmfile_qemu::LoadError,
+        /// The end of its standard error.
+        stderr: String,
+    },
+    /// The device state does not say whether the VM runs.
+    #[error("the file's device state has no section \"globalstate\"")]
+    NoRunState,
     /// The command line cannot be used.
     #[error(transparent)]
     CommandLine(#[from] CommandLineError),
@@ -97,6 +105,10 @@ impl fmt::Display for Mismatch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {} in the file, {} in this VM", self.what, self.file, self.vm)
     }
+}
+
+fn said(stderr: &str) -> String {
+    if stderr.is_empty() { String::new() } else { format!("; QEMU said: {stderr}") }
 }
 
 fn list(differ: &[Mismatch]) -> String {

@@ -13,6 +13,7 @@
 
 use alloc::string::String;
 use alloc::vec::Vec;
+use core::ops::Range;
 
 use super::{ram_flag, section};
 use crate::cursor::Cursor;
@@ -126,32 +127,44 @@ impl DeviceState {
         (1..).find(|id| self.sections.iter().all(|section| section.id != *id)).unwrap_or(u32::MAX)
     }
 
-    /// Writes `state` into the section `globalstate`, which decides whether the restored VM runs:
-    /// `running` or `paused`. `bytes` are those from [`DeviceState::start`] on.
+    /// Returns the run state in the section `globalstate`, which decides whether the restored VM
+    /// runs: `running`, `paused`, ... `bytes` are those from [`DeviceState::start`] on.
     ///
-    /// Returns whether there is such a section; every QEMU since 2.4 writes one.
+    /// `None` if there is no such section; every QEMU since 2.4 writes one.
+    #[must_use]
+    pub fn run_state<'a>(&self, bytes: &'a [u8]) -> Option<&'a str> {
+        let name = bytes.get(self.run_state_range()?)?;
+        let len = name.iter().position(|&byte| byte == 0)?;
+        core::str::from_utf8(name.get(..len)?).ok()
+    }
+
+    /// Writes `state` where [`DeviceState::run_state`] reads it; returns whether there is room.
     #[must_use]
     pub fn set_run_state(&self, bytes: &mut [u8], state: &str) -> bool {
-        // be32 size, then the state's name in 32 bytes, NUL-padded.
-        const NAME_OFFSET: u64 = 4;
-        const NAME_LEN: u64 = 32;
-        let Some(section) = self.sections.iter().find(|section| section.name == "globalstate")
-        else {
+        let Some(range) = self.run_state_range() else { return false };
+        let Some(field) = bytes.get_mut(range).filter(|field| state.len() < field.len()) else {
             return false;
         };
-        let (payload, len) = section.payload();
-        if len < NAME_OFFSET.saturating_add(NAME_LEN) || state.len() as u64 >= NAME_LEN {
-            return false;
-        }
-        let first = section.offset.saturating_sub(self.start).saturating_add(payload);
-        let first = usize::try_from(first.saturating_add(NAME_OFFSET)).unwrap_or(usize::MAX);
-        let last = first.saturating_add(32);
-        let Some(field) = bytes.get_mut(first..last) else { return false };
         field.fill(0);
         for (target, source) in field.iter_mut().zip(state.bytes()) {
             *target = source;
         }
         true
+    }
+
+    /// Returns where the name of the run state lies, counted from [`DeviceState::start`].
+    fn run_state_range(&self) -> Option<Range<usize>> {
+        // be32 size, then the name in 32 bytes, NUL-padded.
+        const NAME_OFFSET: u64 = 4;
+        const NAME_LEN: u64 = 32;
+        let section = self.sections.iter().find(|section| section.name == "globalstate")?;
+        let (payload, len) = section.payload();
+        if len < NAME_OFFSET.saturating_add(NAME_LEN) {
+            return None;
+        }
+        let first = section.offset.checked_sub(self.start)?.checked_add(payload)?;
+        let first = usize::try_from(first.checked_add(NAME_OFFSET)?).ok()?;
+        Some(first..first.checked_add(32)?)
     }
 }
 
@@ -349,6 +362,8 @@ mod tests {
         let mut bytes = sample();
         let state = DeviceState::locate(&bytes, 0x40, 1).unwrap();
         assert!(state.set_run_state(&mut bytes, "paused"));
+        assert_eq!(state.run_state(&bytes), Some("paused"));
+        assert!(!state.set_run_state(&mut bytes, &"p".repeat(32)));
         let section = &state.sections[1];
         let payload = usize::try_from(section.offset - 0x40 + section.header_len).unwrap();
         assert_eq!(&bytes[payload + 4..payload + 11], b"paused\0");

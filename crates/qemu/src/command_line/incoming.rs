@@ -192,7 +192,9 @@ fn check_size(written: &str, block: &MappedBlock) -> Result<(), CommandLineError
 /// Returns the value of an `-object` that maps the block's file, in the form of the one `written`.
 ///
 /// Private and read-only: the guest's writes stay in memory, and no balloon punches holes into the
-/// file. `rom=off` lets the guest write although the file is open for reading only.
+/// file. `rom=off` lets the guest write although the file is open for reading only. `reserve=off`:
+/// memory is taken as the guest writes, so that many clones, or a guest larger than the host whose
+/// RAM is mostly untouched, start where the kernel's heuristic would refuse the whole mapping.
 fn file_backend(
     option: &str,
     written: &str,
@@ -211,13 +213,14 @@ fn file_backend(
         properties.insert("share".to_owned(), json!(false));
         properties.insert("readonly".to_owned(), json!(true));
         properties.insert("rom".to_owned(), json!("off"));
+        properties.insert("reserve".to_owned(), json!(false));
         return Ok(Value::Object(properties).to_string());
     }
     let mut words = vec!["memory-backend-file".to_owned(), write("id", id)];
     words.push(write("size", &block.size.to_string()));
     words.push(write("mem-path", &path));
     words.push(write("offset", &block.offset.to_string()));
-    words.extend(["share=off", "readonly=on", "rom=off"].map(str::to_owned));
+    words.extend(["share=off", "readonly=on", "rom=off", "reserve=off"].map(str::to_owned));
     words.extend(kept_words(written));
     Ok(words.join(","))
 }
@@ -300,7 +303,7 @@ mod tests {
     }
 
     const PC_RAM_FILE: &str = "memory-backend-file,id=pc.ram,size=67108864,\
-        mem-path=/proc/self/fd/7,offset=1048576,share=off,readonly=on,rom=off";
+        mem-path=/proc/self/fd/7,offset=1048576,share=off,readonly=on,rom=off,reserve=off";
 
     #[test]
     fn how_the_old_qemu_was_started_is_dropped() {
@@ -355,7 +358,7 @@ mod tests {
         assert_eq!(
             arguments.get(1).unwrap(),
             "memory-backend-file,id=ram0,size=67108864,mem-path=/proc/self/fd/7,offset=1048576,\
-             share=off,readonly=on,rom=off,host-nodes=0,policy=bind"
+             share=off,readonly=on,rom=off,reserve=off,host-nodes=0,policy=bind"
         );
         assert_eq!(arguments.get(3).unwrap(), "q35,memory-backend=ram0");
     }
@@ -371,7 +374,7 @@ mod tests {
         let expected = json!({
             "qom-type": "memory-backend-file", "id": "ram0", "size": 67_108_864,
             "mem-path": "/proc/self/fd/7", "offset": 1_048_576, "share": false, "readonly": true,
-            "rom": "off", "host-nodes": [0, 1],
+            "rom": "off", "reserve": false, "host-nodes": [0, 1],
         });
         assert_eq!(object, expected);
     }

@@ -36,16 +36,15 @@ impl BlockerKind {
     pub fn remedy(self) -> &'static str {
         match self {
             BlockerKind::QemuForbids => "remove the named device or option from the VM",
-            BlockerKind::VirtioMem | BlockerKind::Vfio => {
-                "use --route stream, or remove the device from the VM"
-            }
+            BlockerKind::VirtioMem | BlockerKind::Vfio => "remove the device from the VM",
             BlockerKind::EncryptedGuest => "no remedy: only the guest's owner can read its RAM",
             BlockerKind::TemporaryDisk => {
                 "start the VM without -snapshot, or commit the disk into its image first"
             }
             BlockerKind::Migration => "wait for the migration to end, or cancel it",
             BlockerKind::Replay => "start the VM without record and replay",
-            BlockerKind::Architecture | BlockerKind::NoAddresses => "use --route stream",
+            BlockerKind::Architecture => "save it by QEMU's own migration to a file",
+            BlockerKind::NoAddresses => "use QEMU 8.0 or later",
         }
     }
 }

@@ -1,0 +1,75 @@
+//! What the tests of saved VMs share: the verbs as a user of the library calls them.
+
+#![allow(dead_code, reason = "each test program uses a part of it")]
+
+use std::os::unix::fs::FileExt as _;
+use std::path::Path;
+
+use vmfile::check::CheckOptions;
+use vmfile::restore::{Destination, Mode, RestoreOptions};
+use vmfile::save::{SaveOptions, SaveReport};
+use vmfile::{Control, Snapshot, Vm};
+use vmfile_testing::{Guest, GuestConfig, Qemu, TestResult};
+
+/// Saves the guest and ends its QEMU.
+pub(crate) fn save(guest: &Guest, file: &Path) -> TestResult<SaveReport> {
+    save_with(guest, file, &SaveOptions::default())
+}
+
+/// Saves the guest.
+pub(crate) fn save_with(
+    guest: &Guest,
+    file: &Path,
+    options: &SaveOptions,
+) -> TestResult<SaveReport> {
+    let mut vm = Vm::connect(&guest.qmp_path())?;
+    Ok(vmfile::save::save(&mut vm, file, options, &Control::none())?)
+}
+
+/// Checks every byte and expects no finding.
+pub(crate) fn check_is_clean(file: &Path) -> TestResult {
+    let snapshot = Snapshot::open(file, 0)?;
+    let report = vmfile::check::check(&snapshot, &CheckOptions::default(), &Control::none())?;
+    assert_eq!(report.findings, []);
+    assert!(report.pages_checked > 0, "pages have hashes");
+    Ok(())
+}
+
+/// Restores by mapping the file.
+pub(crate) fn map(qemu: &Qemu, config: &GuestConfig, file: &Path) -> TestResult<Guest> {
+    restore(qemu, config, file, Mode::Map)
+}
+
+/// Restores by reading the file.
+pub(crate) fn load(qemu: &Qemu, config: &GuestConfig, file: &Path) -> TestResult<Guest> {
+    restore(qemu, config, file, Mode::Load)
+}
+
+/// Restores into a QEMU of the same configuration.
+pub(crate) fn restore(
+    qemu: &Qemu,
+    config: &GuestConfig,
+    file: &Path,
+    mode: Mode,
+) -> TestResult<Guest> {
+    let prepared = config.prepare(qemu)?;
+    let words = prepared.command_line();
+    let words = words.into_iter().map(|word| word.into_string().expect("UTF-8")).collect();
+    let snapshot = Snapshot::open(file, 0)?;
+    let options = RestoreOptions { mode, ..RestoreOptions::default() };
+    let destination = Destination::Command(words);
+    let restored = vmfile::restore::restore(&snapshot, destination, &options, &Control::none())?;
+    let expected = if mode == Mode::Map { "map" } else { "load" };
+    assert_eq!(restored.report.mode, expected);
+    drop(restored.qemu.expect("a QEMU was started").detach());
+    prepared.attach()
+}
+
+/// Reads all pages of a RAM block as they lie in the file, holes and all.
+pub(crate) fn pages(file: &Path, block: &str) -> TestResult<Vec<u8>> {
+    let snapshot = Snapshot::open(file, 0)?;
+    let placed = snapshot.structure().block(block).ok_or("no such block")?;
+    let mut bytes = vec![0; usize::try_from(placed.block.used_length())?];
+    snapshot.file().read_exact_at(&mut bytes, placed.pages_offset)?;
+    Ok(bytes)
+}
