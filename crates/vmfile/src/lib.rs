@@ -29,4 +29,6 @@ pub use restore_error::{Mismatch, RestoreError};
 pub use snapshot::{Manifest, Snapshot, SnapshotError};
 pub use source::process::ProcessRamError;
 pub use vmfile_engine::{Backend, DirectIo, Existing, PublishError};
-pub use vmfile_qemu::{DiscoverError, LaunchedQemu, Vm, VmAddress, VmError, resolve};
+pub use vmfile_qemu::{
+    CommandLineError, DiscoverError, LaunchedQemu, Vm, VmAddress, VmError, resolve,
+};
