@@ -23,6 +23,7 @@ mod lock;
 mod qemu;
 mod qmp;
 mod require;
+pub mod verbs;
 
 pub use fixture::{HugePages, Mount};
 pub use guest::boot_sector::BootSector;

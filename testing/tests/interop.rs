@@ -1,16 +1,14 @@
 //! QEMU reads what vmfile writes, and vmfile reads what QEMU writes.
 
-mod common;
-
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{check_is_clean, load, save};
 use serde_json::{Value, json};
 use vmfile::check::CheckOptions;
 use vmfile::restore::{Destination, Mode, RestoreOptions};
 use vmfile::{Control, RestoreError, Snapshot, Vm};
+use vmfile_testing::verbs::{self, check_is_clean, load, save};
 use vmfile_testing::{Guest, GuestConfig, Machine, Qemu, Ram, TestResult, requires};
 
 /// How QEMU is told to write or read a mapped-ram file.
@@ -176,7 +174,7 @@ fn a_file_that_qemu_wrote_is_never_mapped() -> TestResult {
     wait_for_migration(&mut guest)?;
     drop(guest);
 
-    let error = common::restore(&qemu, &config, &file, Mode::Map).unwrap_err();
+    let error = verbs::restore(&qemu, &config, &file, Mode::Map).unwrap_err();
     let error = error.downcast::<RestoreError>()?;
     assert!(matches!(*error, RestoreError::CannotMap { .. }), "{error}");
     let guest = load(&qemu, &config, &file)?;
@@ -210,6 +208,6 @@ fn reused_ram_files_are_cleared_where_the_file_has_zero_pages() -> TestResult {
     let options = RestoreOptions { paused: true, ..RestoreOptions::default() };
     vmfile::restore::restore(&snapshot, Destination::Waiting(vm), &options, &Control::none())?;
     let found = std::fs::read(&ram)?;
-    assert!(found == common::pages(&file, "pc.ram")?, "RAM is what the file says, byte for byte");
+    assert!(found == verbs::pages(&file, "pc.ram")?, "RAM is what the file says, byte for byte");
     Ok(())
 }

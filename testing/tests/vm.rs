@@ -1,10 +1,8 @@
 //! A guest is saved and restored, and finds its memory as it left it.
 
-mod common;
-
-use common::{check_is_clean, load, map, save, save_with};
 use vmfile::save::{After, SaveOptions};
 use vmfile::{Backend, DirectIo};
+use vmfile_testing::verbs::{self, check_is_clean, load, map, save, save_with};
 use vmfile_testing::{
     Firmware, Guest, GuestConfig, HugePages, Machine, Mount, Qemu, Ram, TestResult, requires,
 };
@@ -137,7 +135,7 @@ fn every_back_end_and_both_kinds_of_io_write_the_same_pages() -> TestResult {
         let after = After::Pause;
         save_with(&guest, &file, &SaveOptions { io, direct_io, after, ..SaveOptions::default() })?;
         check_is_clean(&file)?;
-        pages.push(common::pages(&file, "pc.ram")?);
+        pages.push(verbs::pages(&file, "pc.ram")?);
     }
     assert!(pages.windows(2).all(|pair| pair[0] == pair[1]), "all four are the same");
     Ok(())
@@ -155,7 +153,7 @@ fn the_file_holds_the_bytes_that_qemu_sees() -> TestResult {
         let directory = tempfile::tempdir()?;
         let file = directory.path().join("vm.vmf");
         save(&guest, &file)?;
-        let pages = common::pages(&file, "pc.ram")?;
+        let pages = verbs::pages(&file, "pc.ram")?;
         assert!(pages[1 << 20..] == seen[..], "every byte is the same");
     }
     Ok(())

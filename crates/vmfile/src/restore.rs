@@ -1,7 +1,7 @@
 //! `vmfile restore`: a file into a running VM.
 //!
 //! ```text
-//! prepare ─ start QEMU ─ compare ─ RAM (map or load) ─ device state ─ run
+//! prepare - start QEMU - compare - RAM (map or load) - device state - run
 //! ```
 //!
 //! `map`: the file's pages *are* the RAM, copy-on-write; QEMU is started with them and nothing is
@@ -33,7 +33,7 @@ use crate::jobs::Jobs;
 use crate::ram_loader::{LoadError, LoadTarget, load_ram};
 use crate::restore_error::{Mismatch, RestoreError};
 use crate::snapshot::Snapshot;
-use crate::source::process::{BlockAt, ProcessRam};
+use crate::source::process::{BlockAt, ProcessRam, Writable};
 
 /// Blocks below this length go through the stream, as do blocks whose length QEMU may change.
 const LOAD_LEN_MIN: u64 = 4 << 20;
@@ -445,7 +445,9 @@ fn load_direct(
     let places: Vec<BlockAt> = blocks.iter().map(at).collect();
     let process = ProcessRam::open(pid, &places, Access::ReadWrite)?;
     let mut targets = Vec::new();
-    for ((placed, _), (touched, writer)) in blocks.iter().zip(process.scan_for_writing()?) {
+    for ((placed, _), Writable { touched, writer }) in
+        blocks.iter().zip(process.scan_for_writing()?)
+    {
         let bitmap = snapshot.bitmap(placed)?;
         targets.push(LoadTarget { placed: (*placed).clone(), bitmap, writer, touched });
     }
@@ -513,12 +515,9 @@ fn send(vm: &mut Vm, stream: Vec<u8>, control: &Control<'_>) -> Result<(), Resto
 
 /// Lets the guest run if it is to; returns whether it does.
 fn run(snapshot: &Snapshot, vm: &mut Vm, options: &RestoreOptions) -> Result<bool, RestoreError> {
-    let was_paused =
-        snapshot.manifest().is_some_and(|manifest| manifest.meta.vm.run_state == "paused");
-    if options.paused || was_paused {
-        if vm.run_state()? == RunState::Running {
-            vm.stop()?;
-        }
+    let state = &snapshot.structure().device_state;
+    let was_running = state.run_state(&snapshot.device_state()?) == Some("running");
+    if options.paused || !was_running {
         return Ok(false);
     }
     vm.cont()?;

@@ -1,7 +1,7 @@
 //! `vmfile save`: a running VM into a file.
 //!
 //! ```text
-//! begin ─ pause ─ device_state ─ ram ─ metadata ─ publish ─ release
+//! begin - pause - device_state - ram - metadata - publish - release
 //! ```
 //!
 //! Everything that can be refused is refused in `begin`, while the VM runs. From `pause` on, every
@@ -278,7 +278,8 @@ impl<'a> Save<'a> {
 
     fn ram(&mut self, layout: &MappedRamLayout, hashes: &[u64]) -> Result<Written, SaveError> {
         let scanned = self.process.scan()?;
-        let (found, readers): (Vec<_>, Vec<Reader>) = scanned.into_iter().unzip();
+        let (found, readers): (Vec<_>, Vec<Reader>) =
+            scanned.into_iter().map(|block| (block.ranges, block.reader)).unzip();
         let target = |((placed, &hashes_offset), reader): ((&_, _), _)| Target {
             placed: Clone::clone(placed),
             hashes_offset,
@@ -423,7 +424,7 @@ fn check_space(process: &ProcessRam, file: &DataFile) -> Result<(), SaveError> {
     // Bitmaps, hashes, device state and the file system's own needs.
     const OVERHEAD_PERCENT: u64 = 1;
     const OVERHEAD: u64 = 16 << 20;
-    let found: Vec<_> = process.scan()?.into_iter().map(|(ranges, _)| ranges).collect();
+    let found: Vec<_> = process.scan()?.into_iter().map(|block| block.ranges).collect();
     let data = total_len(&found);
     let needed_bytes = data + data / 100 * OVERHEAD_PERCENT + OVERHEAD;
     let available_bytes = available_space(file.buffered())

@@ -1,10 +1,10 @@
 //! What vmfile appends after QEMU's last byte, which QEMU ignores.
 //!
 //! ```text
-//! … QEMU's last byte
+//! ... QEMU's last byte
 //! zeros to a multiple of 4096
 //! page hashes of block 0      16 bytes for each page, zeros for a zero page
-//! page hashes of block 1 …    each table begins at a multiple of 4096
+//! page hashes of block 1 ...    each table begins at a multiple of 4096
 //! metadata                    JSON
 //! footer                      the last 64 bytes of the file
 //! ```

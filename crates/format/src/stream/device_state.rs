@@ -1,8 +1,8 @@
 //! Everything saved that is not RAM: one FULL section after another, up to EOF.
 //!
 //! ```text
-//! 04  be32 id  u8-counted name  be32 instance  be32 version  payload…  7e be32 id
-//! …
+//! 04  be32 id  u8-counted name  be32 instance  be32 version  payload...  7e be32 id
+//! ...
 //! 00  [06 be32 len JSON]
 //! ```
 //!

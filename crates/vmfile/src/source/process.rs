@@ -47,6 +47,24 @@ enum RamBacking {
     Shared { region: Arc<Region>, file: Arc<File>, offset: u64, file_system: FileSystem },
 }
 
+/// A block as it is read.
+#[derive(Debug)]
+pub(crate) struct Readable {
+    /// Byte ranges of the block that may hold data.
+    pub(crate) ranges: Vec<Range<u64>>,
+    /// How they are best read.
+    pub(crate) reader: Reader,
+}
+
+/// A block as it is written.
+#[derive(Debug)]
+pub(crate) struct Writable {
+    /// Byte ranges of the block that may hold data already.
+    pub(crate) touched: Vec<Range<u64>>,
+    /// How the block is best written.
+    pub(crate) writer: Writer,
+}
+
 /// Why the RAM of a process cannot be reached.
 #[derive(Debug, thiserror::Error)]
 pub enum ProcessRamError {
@@ -115,7 +133,7 @@ impl ProcessRam {
     /// # Errors
     ///
     /// Returns [`ProcessRamError`] if the kernel cannot be asked.
-    pub(crate) fn scan(&self) -> Result<Vec<(Vec<Range<u64>>, Reader)>, ProcessRamError> {
+    pub(crate) fn scan(&self) -> Result<Vec<Readable>, ProcessRamError> {
         self.blocks.iter().map(|block| self.scan_block(block)).collect()
     }
 
@@ -125,23 +143,21 @@ impl ProcessRam {
     /// # Errors
     ///
     /// Returns [`ProcessRamError`] if the kernel cannot be asked.
-    pub(crate) fn scan_for_writing(
-        &self,
-    ) -> Result<Vec<(Vec<Range<u64>>, Writer)>, ProcessRamError> {
+    pub(crate) fn scan_for_writing(&self) -> Result<Vec<Writable>, ProcessRamError> {
         let scan = |block: &BlockRam| {
-            let (found, _) = self.scan_block(block)?;
+            let touched = self.scan_block(block)?.ranges;
             let writer = match &block.backing {
                 RamBacking::Private { .. } => {
                     Writer::Process(Arc::clone(&self.memory), block.at.address)
                 }
                 RamBacking::Shared { region, .. } => Writer::Region(Arc::clone(region)),
             };
-            Ok((found, writer))
+            Ok(Writable { touched, writer })
         };
         self.blocks.iter().map(scan).collect()
     }
 
-    fn scan_block(&self, block: &BlockRam) -> Result<(Vec<Range<u64>>, Reader), ProcessRamError> {
+    fn scan_block(&self, block: &BlockRam) -> Result<Readable, ProcessRamError> {
         let at = &block.at;
         let (found, reader) = match &block.backing {
             RamBacking::Private { file } => {
@@ -161,7 +177,7 @@ impl ProcessRam {
                 }
             },
         };
-        Ok((ranges::merge(found, PAGE_LEN, at.len), reader))
+        Ok(Readable { ranges: ranges::merge(found, PAGE_LEN, at.len), reader })
     }
 
     /// hugetlbfs cannot say where its holes are (Linux 6.18), and touching one through a mapping
@@ -181,7 +197,8 @@ impl ProcessRam {
         if touched_bytes >= allocated {
             Ok((touched, Reader::Region(Arc::clone(region))))
         } else {
-            Ok((vec![0..at.len], Reader::File(Arc::clone(file), offset)))
+            let whole = 0..at.len;
+            Ok((Vec::from([whole]), Reader::File(Arc::clone(file), offset)))
         }
     }
 

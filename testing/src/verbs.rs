@@ -1,6 +1,4 @@
-//! What the tests of saved VMs share: the verbs as a user of the library calls them.
-
-#![allow(dead_code, reason = "each test program uses a part of it")]
+//! The verbs as a user of the library calls them, and what every test expects of them.
 
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
@@ -9,25 +7,38 @@ use vmfile::check::CheckOptions;
 use vmfile::restore::{Destination, Mode, RestoreOptions};
 use vmfile::save::{SaveOptions, SaveReport};
 use vmfile::{Control, Snapshot, Vm};
-use vmfile_testing::{Guest, GuestConfig, Qemu, TestResult};
+
+use crate::{Guest, GuestConfig, Qemu, TestResult};
 
 /// Saves the guest and ends its QEMU.
-pub(crate) fn save(guest: &Guest, file: &Path) -> TestResult<SaveReport> {
+///
+/// # Errors
+///
+/// Whatever the library says.
+pub fn save(guest: &Guest, file: &Path) -> TestResult<SaveReport> {
     save_with(guest, file, &SaveOptions::default())
 }
 
 /// Saves the guest.
-pub(crate) fn save_with(
-    guest: &Guest,
-    file: &Path,
-    options: &SaveOptions,
-) -> TestResult<SaveReport> {
+///
+/// # Errors
+///
+/// Whatever the library says.
+pub fn save_with(guest: &Guest, file: &Path, options: &SaveOptions) -> TestResult<SaveReport> {
     let mut vm = Vm::connect(&guest.qmp_path())?;
     Ok(vmfile::save::save(&mut vm, file, options, &Control::none())?)
 }
 
 /// Checks every byte and expects no finding.
-pub(crate) fn check_is_clean(file: &Path) -> TestResult {
+///
+/// # Errors
+///
+/// Whatever the library says.
+///
+/// # Panics
+///
+/// If there is a finding.
+pub fn check_is_clean(file: &Path) -> TestResult {
     let snapshot = Snapshot::open(file, 0)?;
     let report = vmfile::check::check(&snapshot, &CheckOptions::default(), &Control::none())?;
     assert_eq!(report.findings, []);
@@ -36,22 +47,33 @@ pub(crate) fn check_is_clean(file: &Path) -> TestResult {
 }
 
 /// Restores by mapping the file.
-pub(crate) fn map(qemu: &Qemu, config: &GuestConfig, file: &Path) -> TestResult<Guest> {
+///
+/// # Errors
+///
+/// Whatever the library says.
+pub fn map(qemu: &Qemu, config: &GuestConfig, file: &Path) -> TestResult<Guest> {
     restore(qemu, config, file, Mode::Map)
 }
 
 /// Restores by reading the file.
-pub(crate) fn load(qemu: &Qemu, config: &GuestConfig, file: &Path) -> TestResult<Guest> {
+///
+/// # Errors
+///
+/// Whatever the library says.
+pub fn load(qemu: &Qemu, config: &GuestConfig, file: &Path) -> TestResult<Guest> {
     restore(qemu, config, file, Mode::Load)
 }
 
 /// Restores into a QEMU of the same configuration.
-pub(crate) fn restore(
-    qemu: &Qemu,
-    config: &GuestConfig,
-    file: &Path,
-    mode: Mode,
-) -> TestResult<Guest> {
+///
+/// # Errors
+///
+/// Whatever the library says.
+///
+/// # Panics
+///
+/// If another mode was taken.
+pub fn restore(qemu: &Qemu, config: &GuestConfig, file: &Path, mode: Mode) -> TestResult<Guest> {
     let prepared = config.prepare(qemu)?;
     let words = prepared.command_line();
     let words = words.into_iter().map(|word| word.into_string().expect("UTF-8")).collect();
@@ -66,7 +88,11 @@ pub(crate) fn restore(
 }
 
 /// Reads all pages of a RAM block as they lie in the file, holes and all.
-pub(crate) fn pages(file: &Path, block: &str) -> TestResult<Vec<u8>> {
+///
+/// # Errors
+///
+/// Whatever the library says.
+pub fn pages(file: &Path, block: &str) -> TestResult<Vec<u8>> {
     let snapshot = Snapshot::open(file, 0)?;
     let placed = snapshot.structure().block(block).ok_or("no such block")?;
     let mut bytes = vec![0; usize::try_from(placed.block.used_length())?];

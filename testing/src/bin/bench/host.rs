@@ -1,0 +1,71 @@
+//! The machine, in the words that its kernel and its programs use.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use vmfile_testing::{Qemu, TestResult};
+
+use crate::tools::Tools;
+
+/// Returns what a reader must know to judge the figures: a name and a value each.
+pub(crate) fn describe(tools: &Tools, qemu: &Qemu) -> TestResult<Vec<(&'static str, String)>> {
+    let cpu_info = fs::read_to_string("/proc/cpuinfo")?;
+    let cpu = cpu_info.lines().find_map(|line| line.strip_prefix("model name"));
+    let cpu = cpu.and_then(|line| line.split_once(": ")).map_or("unknown", |(_, name)| name);
+    let processors = cpu_info.lines().filter(|line| line.starts_with("processor")).count();
+    let commit = said(Command::new("git").args(["rev-parse", "--short=12", "HEAD"]));
+    let changed = said(Command::new("git").args(["status", "--porcelain", "--", "crates"]));
+    let changed = if changed.is_empty() { "" } else { ", with changes in crates/" };
+    Ok(vec![
+        ("CPU", format!("{processors} x {cpu}")),
+        ("memory", format!("{} MiB", memory_kib("MemTotal")? >> 10)),
+        ("kernel", fs::read_to_string("/proc/sys/kernel/osrelease")?.trim().to_owned()),
+        ("file system", file_system(tools.directory())?),
+        ("QEMU", format!("{}, emulation (no KVM)", qemu.version())),
+        ("fio", said(Command::new("fio").arg("--version"))),
+        ("vmfile", format!("{}, commit {commit}{changed}", said(tools.vmfile().arg("--version")))),
+        ("date", said(Command::new("date").args(["-u", "+%Y-%m-%d %H:%M UTC"]))),
+        ("load before", fs::read_to_string("/proc/loadavg")?.trim().to_owned()),
+    ])
+}
+
+/// Reads a line of `/proc/meminfo`.
+pub(crate) fn memory_kib(name: &str) -> TestResult<u64> {
+    number_of(&fs::read_to_string("/proc/meminfo")?, name)
+}
+
+/// Returns the page cache without shared memory, in KiB: guest RAM counts as shared memory.
+pub(crate) fn page_cache_kib() -> TestResult<u64> {
+    Ok(memory_kib("Cached")?.saturating_sub(memory_kib("Shmem")?))
+}
+
+/// Reads `NAME:  N kB` from one of the kernel's lists.
+pub(crate) fn number_of(list: &str, name: &str) -> TestResult<u64> {
+    let line = list.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+    let number = line.and_then(|rest| rest.trim().trim_end_matches(" kB").parse().ok());
+    number.ok_or_else(|| format!("the kernel names no {name}").into())
+}
+
+fn file_system(directory: &Path) -> TestResult<String> {
+    let columns = ["-n", "-o", "FSTYPE,OPTIONS", "--target"];
+    let mount = said(Command::new("findmnt").args(columns).arg(directory));
+    let (kind, options) = mount.split_once(' ').ok_or("findmnt names no file system")?;
+    // Where it is mounted is nobody's business.
+    let queue = "/sys/dev/block";
+    let device = said(Command::new("findmnt").args(["-n", "-o", "MAJ:MIN", "--target"]).arg(directory));
+    let device = fs::canonicalize(Path::new(queue).join(device.trim()));
+    let device = device.ok().and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned()));
+    let device = device.unwrap_or_else(|| "unknown device".to_owned());
+    Ok(format!("{kind} ({}) on {device}", options.trim()))
+}
+
+/// Returns what a program prints, or "unknown".
+fn said(command: &mut Command) -> String {
+    match command.output() {
+        Ok(output) if output.status.success() => {
+            String::from_utf8_lossy(&output.stdout).trim().to_owned()
+        }
+        _ => "unknown".to_owned(),
+    }
+}
