@@ -14,6 +14,7 @@ use std::time::SystemTime;
 
 use self::cpio::CpioWriter;
 use crate::command::{output, run, say};
+use crate::setup;
 use crate::workspace::Workspace;
 
 /// Debian's metapackage of the kernel for virtual machines: small, and with virtio.
@@ -51,21 +52,37 @@ fn make_kernel(directory: &Path) -> Result<PathBuf, Box<dyn Error>> {
     if let Some(modules) = modules_directory(&kernel) {
         return Ok(modules);
     }
-    let package = kernel_package()?;
-    say(&format!("unpack {package}: the Linux guest's kernel, not installed here"));
     let aside = directory.join("kernel.part");
     let _ = fs::remove_dir_all(&aside);
     let _ = fs::remove_dir_all(&kernel);
     fs::create_dir_all(&aside)?;
-    run(Command::new("apt-get").args(["download", "-qq", &package]).current_dir(&aside))?;
+    let package = match download_kernel(&aside) {
+        Ok(package) => package,
+        Err(_) => {
+            // apt's lists are missing, or older than the mirror.
+            setup::apt_get(&["update", "-qq"])?;
+            download_kernel(&aside)?
+        }
+    };
+    say(&format!("unpack {package}: the Linux guest's kernel, not installed here"));
     let archive = fs::read_dir(&aside)?
         .filter_map(|entry| Some(entry.ok()?.path()))
         .find(|path| path.extension().is_some_and(|extension| extension == "deb"))
-        .ok_or_else(|| format!("apt-get download {package} left no package"))?;
+        .ok_or_else(|| format!("apt-get download left no {package}"))?;
     run(Command::new("dpkg-deb").arg("-x").args([&archive, &aside]))?;
     fs::remove_file(&archive)?;
     fs::rename(&aside, &kernel)?;
     modules_directory(&kernel).ok_or_else(|| format!("{package} has no modules").into())
+}
+
+/// Downloads the kernel's package into `directory` and returns its name.
+fn download_kernel(directory: &Path) -> Result<String, Box<dyn Error>> {
+    let package = kernel_package()?;
+    let mut command = Command::new("apt-get");
+    // The directory may be closed to the user that apt otherwise downloads as.
+    command.args(["download", "-qq", "-o", "APT::Sandbox::User=root", &package]);
+    run(command.current_dir(directory))?;
+    Ok(package)
 }
 
 /// Finds the package that the metapackage stands for.

@@ -114,11 +114,7 @@ fn install(missing: &[&Package]) -> Result<(), Box<dyn Error>> {
         return Err("no apt-get here: install these by other means, QEMU 9.0 or later".into());
     }
     apt_get(&["update", "-qq"])?;
-    let backports = if missing.iter().any(|package| package.suite == Suite::QemuBackports) {
-        backports_if_needed()?
-    } else {
-        None
-    };
+    let backports = backports_if_needed(missing)?;
     for suite in [Suite::QemuBackports, Suite::Own] {
         let names: Vec<&str> = missing
             .iter()
@@ -141,11 +137,15 @@ fn install(missing: &[&Package]) -> Result<(), Box<dyn Error>> {
     }
 }
 
-/// Returns the backports release to take QEMU from, if the distribution's own is too old, after
-/// adding it to apt's sources where it is missing.
-fn backports_if_needed() -> Result<Option<String>, Box<dyn Error>> {
-    let policy = output(Command::new("apt-cache").args(["policy", "qemu-system-x86"]))?;
-    if candidate_major(&policy).is_some_and(|major| major >= QEMU_MAJOR_MIN) {
+/// Returns the backports release to take QEMU from, if something of it is missing and what the
+/// distribution has is too old, after adding it to apt's sources where it is not yet there.
+fn backports_if_needed(missing: &[&Package]) -> Result<Option<String>, Box<dyn Error>> {
+    let mut is_needed = false;
+    for package in missing.iter().filter(|package| package.suite == Suite::QemuBackports) {
+        let policy = output(Command::new("apt-cache").args(["policy", package.name]))?;
+        is_needed |= candidate_major(&policy).is_none_or(|major| major < QEMU_MAJOR_MIN);
+    }
+    if !is_needed {
         return Ok(None);
     }
     let codename = codename(&fs::read_to_string("/etc/os-release")?)
@@ -208,7 +208,7 @@ fn find_in_path(program: &str) -> Option<std::path::PathBuf> {
 }
 
 /// Runs apt-get as root, or says what to run.
-fn apt_get(arguments: &[&str]) -> Result<(), Box<dyn Error>> {
+pub(crate) fn apt_get(arguments: &[&str]) -> Result<(), Box<dyn Error>> {
     let mut command = as_root("apt-get");
     command.args(arguments).env("DEBIAN_FRONTEND", "noninteractive");
     run_as_root(&mut command)

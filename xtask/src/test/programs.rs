@@ -8,6 +8,9 @@ use serde_json::Value;
 
 use crate::workspace::Workspace;
 
+/// The directories of the packages whose integration tests run VMs.
+const PACKAGES_WITH_VMS: [&str; 2] = ["testing", "qemu"];
+
 /// How a test program is run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
@@ -68,10 +71,8 @@ impl TestProgram {
         let package_directory = Path::new(message.get("manifest_path")?.as_str()?).parent()?;
         let package = package_directory.file_name()?.to_string_lossy();
         let target = message.pointer("/target/name")?.as_str()?;
-        // The harness' package, and tests of other packages that say by their name that they run
-        // VMs.
-        let is_test = message.pointer("/target/kind/0")?.as_str()? == "test";
-        let is_vm = is_test && (package == "testing" || target.starts_with("vm"));
+        let is_integration_test = message.pointer("/target/kind/0")?.as_str()? == "test";
+        let is_vm = is_integration_test && PACKAGES_WITH_VMS.contains(&&*package);
         Some(TestProgram {
             name: format!("{package} {target}"),
             kind: if is_vm { Kind::Vm } else { Kind::Other },
