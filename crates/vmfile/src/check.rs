@@ -237,7 +237,9 @@ fn check_padding(
     }
     for (placed, meta) in snapshot.structure().blocks.iter().zip(&manifest.meta.blocks) {
         known.push(placed.pages_offset..placed.pages_end());
-        known.push(meta.hashes_offset..meta.hashes_offset + table_len(placed.block.page_count()));
+        // Up to the last hash: what follows it in the table is zero, like all padding.
+        let hashes_len = placed.block.page_count().0 * HASH_LEN;
+        known.push(meta.hashes_offset..meta.hashes_offset + hashes_len);
     }
     let metadata_end = snapshot.file_len().saturating_sub(FOOTER_LEN);
     known.push(manifest.footer.metadata_offset..metadata_end);

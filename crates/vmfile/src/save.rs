@@ -19,7 +19,7 @@ use vmfile_engine::{
     drop_cached,
 };
 use vmfile_format::manifest::{BlockMeta, DiskMeta, ExtentMeta, Meta, VmMeta, place_tables};
-use vmfile_format::mapped_ram::MappedRamLayout;
+use vmfile_format::mapped_ram::{MARK, MappedRamLayout, PlacedBlock};
 use vmfile_format::stream::device_state::DeviceState;
 use vmfile_format::stream::encoder;
 use vmfile_format::{PageSize, RamBlock, RamLayout};
@@ -266,6 +266,9 @@ impl<'a> Save<'a> {
             self.put(what, offset, bytes)
         };
         put("head", 0, &layout.encode_head())?;
+        if let Some(offset) = layout.blocks().first().and_then(PlacedBlock::mark_offset) {
+            put("mark", offset, MARK)?;
+        }
         for (placed, bitmap) in layout.blocks().iter().zip(&written.bitmaps) {
             put("record", placed.record_offset, &placed.encode_record())?;
             put("bitmap", placed.bitmap_offset, &bitmap.encode())?;

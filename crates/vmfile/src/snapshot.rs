@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use vmfile_format::limits::FILE_LEN_MAX;
 use vmfile_format::manifest::{FOOTER_LEN, Footer, Meta};
-use vmfile_format::mapped_ram::{MappedRamFile, PlacedBlock};
+use vmfile_format::mapped_ram::{MARK, MappedRamFile, PlacedBlock};
 use vmfile_format::{FormatError, PageBitmap, ReadError};
 
 /// A file that holds a saved VM: a vmfile, or a mapped-ram file that QEMU wrote.
@@ -209,14 +209,10 @@ fn read_manifest(
     Ok(Some(Manifest { footer, meta }))
 }
 
-/// Whether the VM description carries vmfile's mark: then a footer must be there.
+/// Whether vmfile wrote the file: then a footer must be there.
 fn is_ours(path: &Path, file: &File, structure: &MappedRamFile) -> Result<bool, SnapshotError> {
-    // vmfile's own description is this short; one that QEMU writes has tens of KiB.
-    const OURS_LEN_MAX: u64 = 4096;
-    let Some((offset, len)) = structure.device_state.vm_description else { return Ok(false) };
-    if len > OURS_LEN_MAX {
+    let Some(offset) = structure.blocks.first().and_then(PlacedBlock::mark_offset) else {
         return Ok(false);
-    }
-    let json = read_at(path, file, offset, usize::try_from(len).expect("at most OURS_LEN_MAX"))?;
-    Ok(json.windows(8).any(|bytes| bytes == b"\"vmfile\""))
+    };
+    Ok(read_at(path, file, offset, MARK.len())? == MARK)
 }

@@ -15,6 +15,10 @@ use crate::stream::encoder;
 /// possible. QEMU writes 1 MiB and accepts any multiple of the page size.
 pub const PAGES_ALIGNMENT: u64 = 2 << 20;
 
+/// The mark of a file that vmfile wrote: the last bytes before the first block's pages, where QEMU
+/// reads nothing. A file that bears it and has no footer has lost its end.
+pub const MARK: &[u8; 8] = b"vmfile\r\n";
+
 /// A RAM block and where its parts lie in the file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PlacedBlock {
@@ -40,6 +44,18 @@ impl PlacedBlock {
     pub fn pages_end(&self) -> u64 {
         // Checked against FILE_LEN_MAX when the block was placed.
         self.pages_offset.saturating_add(self.block.used_length())
+    }
+
+    /// Returns the file offset of [`MARK`], if this is the first block of a file that has one;
+    /// `None` if the record or the bitmap leaves no room for it.
+    #[must_use]
+    pub fn mark_offset(&self) -> Option<u64> {
+        let offset = self.pages_offset.checked_sub(MARK.len() as u64)?;
+        let record_end = self.record_offset.saturating_add(self.encode_record().len() as u64);
+        let bitmap = self.bitmap_offset..self.bitmap_offset.saturating_add(self.bitmap_len());
+        let free =
+            record_end <= offset && (bitmap.end <= offset || bitmap.start >= self.pages_offset);
+        free.then_some(offset)
     }
 
     /// Returns the length of the page bitmap, in bytes.
@@ -143,7 +159,8 @@ fn place(block: &RamBlock, record_offset: u64) -> Option<PlacedBlock> {
     let record_len = block.name().len().checked_add(1 + 8 + HEADER_LEN)?;
     let bitmap_offset = record_offset.checked_add(record_len as u64)?;
     let bitmap_end = bitmap_offset.checked_add(page_bitmap::encoded_len(block.page_count()))?;
-    let pages_offset = bitmap_end.checked_next_multiple_of(PAGES_ALIGNMENT)?;
+    let mark_end = bitmap_end.checked_add(MARK.len() as u64)?;
+    let pages_offset = mark_end.checked_next_multiple_of(PAGES_ALIGNMENT)?;
     pages_offset.checked_add(block.used_length()).filter(|&end| end <= FILE_LEN_MAX)?;
     Some(PlacedBlock { block: block.clone(), record_offset, bitmap_offset, pages_offset })
 }
@@ -195,6 +212,7 @@ mod tests {
                 let record_end = end + placed.encode_record().len() as u64;
                 prop_assert!(placed.bitmap_offset >= record_end);
                 prop_assert!(placed.pages_offset >= placed.bitmap_offset + placed.bitmap_len());
+                prop_assert_eq!(placed.mark_offset(), Some(placed.pages_offset - 8));
                 prop_assert_eq!(placed.pages_offset % PAGES_ALIGNMENT, 0);
                 end = placed.pages_end();
             }

@@ -19,5 +19,5 @@ mod layout;
 mod reader;
 
 pub use header::{HEADER_LEN, MappedRamHeader};
-pub use layout::{MappedRamLayout, PAGES_ALIGNMENT, PlacedBlock};
+pub use layout::{MARK, MappedRamLayout, PAGES_ALIGNMENT, PlacedBlock};
 pub use reader::MappedRamFile;

@@ -114,8 +114,7 @@ impl RamSection {
 
 /// Appends a VM description without devices. QEMU warns where there is none.
 ///
-/// The member `vmfile` says who wrote the file: a file of ours that has lost its end is told from
-/// one that QEMU wrote.
+/// The member `vmfile` says who wrote it.
 pub fn vm_description(bytes: &mut Vec<u8>) {
     let json = br#"{"configuration":{},"page_size":4096,"devices":[],"vmfile":1}"#;
     bytes.push(section::VM_DESCRIPTION);

@@ -1,0 +1,202 @@
+//! Whatever fails, the VM runs on and no file is left; whatever is damaged is found.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt as _;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+use vmfile::check::CheckOptions;
+use vmfile::error::SaveError;
+use vmfile::save::{After, SaveOptions};
+use vmfile::{Backend, Control, DirectIo, Jobs, Progress, Snapshot, SnapshotError, Vm};
+use vmfile_testing::verbs::{check_is_clean, save};
+use vmfile_testing::{Guest, Mount, Qemu, Ram, TestResult, requires};
+
+fn boot(qemu: &Qemu) -> TestResult<Guest> {
+    let guest = Guest::boot_sector(Ram::private(128)).seed(41).boot(qemu)?;
+    guest.wait_for_count(1)?;
+    Ok(guest)
+}
+
+/// The guest runs, counts on, and nothing lies in `directory`.
+fn nothing_happened(guest: &mut Guest, directory: &Path) -> TestResult {
+    assert_eq!(guest.status()?, "running");
+    guest.wait_for_passes(2)?;
+    guest.judge_counts()?;
+    let left: Vec<_> = fs::read_dir(directory)?.collect::<Result<_, _>>()?;
+    assert!(left.is_empty(), "{left:?}");
+    Ok(())
+}
+
+fn slow_options() -> SaveOptions {
+    let jobs = Jobs::new(1).expect("1 is a number of jobs");
+    SaveOptions { jobs, io: Backend::Threads, ..SaveOptions::default() }
+}
+
+/// Saves, and calls `meddle` when the first pages have been written.
+fn save_with_meddling(
+    guest: &Guest,
+    file: &Path,
+    options: &SaveOptions,
+    meddle: impl Fn(&AtomicBool) + Sync,
+) -> TestResult<SaveError> {
+    let mut vm = Vm::connect(&guest.qmp_path())?;
+    let stop = AtomicBool::new(false);
+    let calls = AtomicU32::new(0);
+    let progress = |_: Progress| {
+        if calls.fetch_add(1, Ordering::Relaxed) == 0 {
+            meddle(&stop);
+        }
+    };
+    let result = vmfile::save::save(&mut vm, file, options, &Control::new(&stop, &progress));
+    assert!(calls.into_inner() > 0, "the save came as far as its pages");
+    Ok(result.expect_err("the save failed"))
+}
+
+#[test]
+fn a_save_that_is_stopped_in_the_middle_harms_nobody() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    let mut guest = boot(&qemu)?;
+    let directory = tempfile::tempdir()?;
+    let file = directory.path().join("vm.vmf");
+    let stop = |stop: &AtomicBool| stop.store(true, Ordering::Relaxed);
+    let error = save_with_meddling(&guest, &file, &slow_options(), stop)?;
+    assert!(matches!(error, SaveError::Stopped), "{error}");
+    nothing_happened(&mut guest, directory.path())
+}
+
+#[test]
+fn a_disk_that_fills_up_in_the_middle_harms_nobody() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    let mut guest = boot(&qemu)?;
+    let mount = requires!(Mount::ext4(600));
+    let (inside, other) = (mount.path().join("dir"), mount.path().join("other"));
+    fs::create_dir(&inside)?;
+    for direct_io in [DirectIo::Required, DirectIo::Off] {
+        let options = SaveOptions { direct_io, ..slow_options() };
+        let fill_the_disk = |_: &AtomicBool| {
+            let filler = File::options().create_new(true).write(true).open(&other);
+            let filler = filler.expect("a file on the mount");
+            let mib = vec![1; 1 << 20];
+            let full = (0..).find_map(|i| filler.write_all_at(&mib, i << 20).err());
+            assert_eq!(full.map(|error| error.kind()), Some(std::io::ErrorKind::StorageFull));
+        };
+        let file = inside.join("vm.vmf");
+        let error = save_with_meddling(&guest, &file, &options, fill_the_disk)?;
+        assert!(matches!(error, SaveError::Write { .. } | SaveError::Publish(_)), "{error}");
+        nothing_happened(&mut guest, &inside)?;
+        fs::remove_file(&other)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_disk_that_is_too_small_is_refused_before_the_vm_is_paused() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    let mut guest = boot(&qemu)?;
+    let mount = requires!(Mount::tmpfs(20));
+    let mut vm = Vm::connect(&guest.qmp_path())?;
+    let file = mount.path().join("vm.vmf");
+    let error = vmfile::save::save(&mut vm, &file, &SaveOptions::default(), &Control::none());
+    let error = error.expect_err("no room");
+    assert!(matches!(error, SaveError::NoSpace { .. }), "{error}");
+    let stopped = guest.qmp("query-status", serde_json::json!({}))?;
+    assert_eq!(stopped["status"], "running");
+    nothing_happened(&mut guest, mount.path())
+}
+
+#[test]
+fn a_file_that_appears_meanwhile_is_not_replaced() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    let mut guest = boot(&qemu)?;
+    let directory = tempfile::tempdir()?;
+    let file = directory.path().join("vm.vmf");
+    let appear = |_: &AtomicBool| fs::write(&file, "somebody else's").expect("a file");
+    let error = save_with_meddling(&guest, &file, &slow_options(), appear)?;
+    assert!(matches!(error, SaveError::Publish(_)), "{error}");
+    assert_eq!(fs::read_to_string(&file)?, "somebody else's");
+    fs::remove_file(&file)?;
+    nothing_happened(&mut guest, directory.path())
+}
+
+#[test]
+fn a_qemu_that_dies_in_the_middle_leaves_no_file() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    let guest = boot(&qemu)?;
+    let directory = tempfile::tempdir()?;
+    let pid = i32::try_from(guest.pid()?)?;
+    let pid = rustix::process::Pid::from_raw(pid).ok_or("a process")?;
+    let kill = |_: &AtomicBool| {
+        rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("our own child");
+    };
+    let options = SaveOptions { after: After::Resume, ..slow_options() };
+    let error = save_with_meddling(&guest, &directory.path().join("vm.vmf"), &options, kill);
+    // Where the kernel had all pages already, the file is whole and only the VM is gone.
+    let error = error?;
+    if !matches!(error, SaveError::Release { .. }) {
+        assert_eq!(fs::read_dir(directory.path())?.count(), 0, "{error}");
+    }
+    Ok(())
+}
+
+#[test]
+fn every_changed_byte_is_found() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    let guest = Guest::boot_sector(Ram::private(16)).seed(42).boot(&qemu)?;
+    guest.wait_for_count(1)?;
+    let directory = tempfile::tempdir()?;
+    let path = directory.path().join("vm.vmf");
+    save(&guest, &path)?;
+    drop(guest);
+    let file = File::options().read(true).write(true).open(&path)?;
+    let len = file.metadata()?.len();
+    let structure = Snapshot::open(&path, 0)?;
+    let end = structure.structure().device_state.stream_end;
+    // Every part: the head, places of pages, padding, the device state, hashes, JSON, footer.
+    let everywhere = (0..len).step_by(usize::try_from(len / 150)?);
+    let places = (0..64).map(|i| i * 7).chain(everywhere).chain((end - 40..end).step_by(5));
+    let places = places.chain((len - 64..len).step_by(3)).chain((len - 900..len - 64).step_by(97));
+    drop(structure);
+    for offset in places {
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, offset)?;
+        file.write_all_at(&[byte[0] ^ 0x10], offset)?;
+        match Snapshot::open(&path, 0) {
+            Err(SnapshotError::Format { .. } | SnapshotError::LostEnd { .. }) => {}
+            Err(error) => return Err(format!("offset {offset:#x}: {error}").into()),
+            Ok(snapshot) => {
+                let options = CheckOptions::default();
+                let report = vmfile::check::check(&snapshot, &options, &Control::none())?;
+                assert_ne!(report.findings, [], "offset {offset:#x}");
+            }
+        }
+        file.write_all_at(&byte, offset)?;
+    }
+    check_is_clean(&path)
+}
+
+#[test]
+fn a_file_that_is_cut_anywhere_is_refused() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    let guest = Guest::boot_sector(Ram::private(16)).seed(43).boot(&qemu)?;
+    guest.wait_for_count(1)?;
+    let directory = tempfile::tempdir()?;
+    let path = directory.path().join("vm.vmf");
+    save(&guest, &path)?;
+    drop(guest);
+    let len = fs::metadata(&path)?.len();
+    let end = Snapshot::open(&path, 0)?.structure().device_state.stream_end;
+    let file = File::options().write(true).open(&path)?;
+    let mut lengths: Vec<u64> = (0..200).map(|i| i * (len / 200)).collect();
+    lengths.extend(len - 70..len);
+    lengths.extend(end - 70..end + 70);
+    lengths.sort_unstable();
+    // From the longest to the shortest: each cut makes the file shorter.
+    for &length in lengths.iter().rev() {
+        file.set_len(length)?;
+        let error = Snapshot::open(&path, 0).expect_err("a cut file");
+        let refused = matches!(error, SnapshotError::Format { .. } | SnapshotError::LostEnd { .. });
+        assert!(refused, "{length} of {len} bytes: {error}");
+    }
+    Ok(())
+}
