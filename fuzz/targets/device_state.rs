@@ -1,10 +1,10 @@
-//! `DeviceState::locate`, `unused_id` and `set_run_state`.
+//! `DeviceState::locate`, `unused_id`, `run_state` and `set_run_state`.
 //!
 //! The first byte of the input is the id of the section "ram".
 //!
 //! Contract: no panic; ends, however many false footers there are; the sections that were found
-//! follow one another without a gap up to EOF; writing a run state changes 32 bytes at most, all
-//! inside one section, and the sections are found again as they were.
+//! follow one another without a gap up to EOF; a run state that was written is
+//! read again, and changes 32 bytes at most, all inside one section.
 
 #![no_main]
 
@@ -45,7 +45,9 @@ fuzz_target!(|input: &[u8]| {
 
     let mut changed = bytes[at(state.start)..].to_vec();
     let before = changed.clone();
+    let _ = state.run_state(&changed);
     if state.set_run_state(&mut changed, "paused") {
+        assert_eq!(state.run_state(&changed), Some("paused"));
         let section = state.sections.iter().find(|section| section.name == "globalstate");
         let section = section.expect("it was found");
         let first = changed.iter().zip(&before).position(|(a, b)| a != b);
@@ -58,6 +60,7 @@ fuzz_target!(|input: &[u8]| {
         assert_eq!(changed, before);
     }
     // Bytes that do not begin with the first section are refused, not indexed.
-    let _ = state.set_run_state(&mut [], "paused");
-    let _ = state.set_run_state(&mut changed, "a name that does not fit into 32 bytes");
+    assert_eq!(state.run_state(&[]), None);
+    assert!(!state.set_run_state(&mut [], "paused"));
+    assert!(!state.set_run_state(&mut changed, "a name that does not fit into 32 bytes"));
 });

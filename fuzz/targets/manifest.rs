@@ -1,18 +1,32 @@
-//! `Footer::decode`, `Meta::decode`, and their encoders.
+//! `Footer::decode`, `Meta::decode`, `Meta::check`, and the encoders.
 //!
 //! The input is the metadata and the footer, as they end a file; its first byte says how much file
 //! lies before them. Checksums would stop a fuzzer at the door, so the metadata goes in a second
 //! time, under a footer that fits it.
 //!
 //! Contract: no panic; what was decoded lies inside the file and below the limits, and survives its
-//! encoding.
+//! encoding; of metadata that passed its check against a file, tables and extents lie where they may.
 
 #![no_main]
+
+use std::convert::Infallible;
+use std::sync::LazyLock;
 
 use libfuzzer_sys::fuzz_target;
 use vmfile_format::checksum;
 use vmfile_format::limits::MANIFEST_LEN_MAX;
-use vmfile_format::manifest::{FOOTER_LEN, Footer, Meta};
+use vmfile_format::manifest::{FOOTER_LEN, Footer, Meta, table_len};
+use vmfile_format::mapped_ram::MappedRamFile;
+
+/// The file that metadata is checked against, after two bytes that belong to its own target.
+const FILE: &[u8] = include_bytes!("../seeds/mapped_ram_file/pages_of_512_bytes");
+
+static STRUCTURE: LazyLock<MappedRamFile> = LazyLock::new(|| {
+    let file = &FILE[2..];
+    let read =
+        |offset, len| Ok::<_, Infallible>(file[offset as usize..offset as usize + len].to_vec());
+    MappedRamFile::read(0, file.len() as u64, read).expect("a seed that is a whole file")
+});
 
 fuzz_target!(|input: &[u8]| {
     let Some((&before, bytes)) = input.split_first() else { return };
@@ -49,10 +63,31 @@ fuzz_target!(|input: &[u8]| {
     for extent in &meta.extents {
         let _ = extent.matches(json);
     }
+    check(&meta);
     let encoded = meta.encode(before, before);
     let (json, footer) = encoded.split_at(encoded.len() - FOOTER_LEN as usize);
     let footer = Footer::decode(footer, before + encoded.len() as u64);
     let footer = footer.expect("our own footer").expect("one");
-    let again = Meta::decode(json, &footer).expect("our own metadata");
+    let mut again = Meta::decode(json, &footer).expect("our own metadata");
+    // The JSON parser rounds some numbers to a neighbor of the nearest one.
+    let difference = (again.pause_seconds - meta.pause_seconds).abs();
+    assert!(difference <= meta.pause_seconds.abs() * 1e-15 + f64::MIN_POSITIVE);
+    again.pause_seconds = meta.pause_seconds;
     assert_eq!(again, meta);
 });
+
+fn check(meta: &Meta) {
+    let stream_end = STRUCTURE.device_state.stream_end;
+    let footer = Footer { stream_end, metadata_offset: 1 << 20, metadata_len: 0, metadata_hash: 0 };
+    if meta.check(&STRUCTURE, &footer).is_err() {
+        return;
+    }
+    let mut free = stream_end;
+    for (block, placed) in meta.blocks.iter().zip(&STRUCTURE.blocks) {
+        assert_eq!(block.name, placed.block.name());
+        assert!(block.hashes_offset >= free);
+        free = block.hashes_offset + table_len(placed.block.page_count());
+    }
+    assert!(free <= footer.metadata_offset);
+    assert!(meta.extents.iter().all(|extent| extent.offset + extent.bytes <= stream_end));
+}
