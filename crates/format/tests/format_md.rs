@@ -8,7 +8,9 @@ use serde_json::Value;
 use vmfile_format::manifest::{
     FOOTER_LEN, Footer, HASH_LEN, Meta, decode_hash, place_tables, table_len,
 };
-use vmfile_format::mapped_ram::{HEADER_LEN, MappedRamFile, MappedRamLayout, PAGES_ALIGNMENT};
+use vmfile_format::mapped_ram::{
+    HEADER_LEN, MARK, MappedRamFile, MappedRamLayout, PAGES_ALIGNMENT,
+};
 use vmfile_format::stream::encoder;
 use vmfile_format::{PageBitmap, PageIndex, PageRange, RamBlock, checksum, limits};
 
@@ -123,8 +125,8 @@ fn manifest(file: &[u8]) -> (Footer, Meta) {
 #[test]
 fn the_worked_example_says_what_the_text_says() {
     let file = example();
-    assert!(FORMAT_MD.contains("A whole vmfile of 4,212,279 bytes."));
-    assert_eq!(file.len(), 4_212_279);
+    assert!(FORMAT_MD.contains("A whole vmfile of 4,212,385 bytes."));
+    assert_eq!(file.len(), 4_212_385);
 
     let structure = structure(&file);
     assert_eq!(structure.configuration.machine, "pc-i440fx-10.0");
@@ -153,6 +155,10 @@ fn the_worked_example_says_what_the_text_says() {
     assert_eq!((footer.stream_end, footer.metadata_offset), (0x40_1106, 0x40_4000));
     assert_eq!(meta.check(&structure, &footer), Ok(()));
     assert_eq!(meta.vm.name.as_deref(), Some("tiny"));
+    let parts: Vec<&str> = meta.extents.iter().map(|extent| extent.what.as_str()).collect();
+    let expected =
+        ["head", "mark", "record", "bitmap", "record", "bitmap", "device_state", "vm_description"];
+    assert_eq!(parts, expected);
     let tables: Vec<u64> = meta.blocks.iter().map(|block| block.hashes_offset).collect();
     assert_eq!(tables, [0x40_2000, 0x40_3000]);
 }
@@ -196,6 +202,9 @@ fn the_encoders_write_the_worked_example() {
     assert_eq!(layout.device_state_offset(), structure.device_state.start);
     let (end_offset, end) = layout.encode_end();
     let mut parts = vec![(0, layout.encode_head()), (end_offset, end)];
+    let mark_offset = layout.blocks()[0].mark_offset().unwrap();
+    assert_eq!(mark_offset + MARK.len() as u64, layout.blocks()[0].pages_offset);
+    parts.push((mark_offset, MARK.to_vec()));
     parts.extend(layout.blocks().iter().map(|block| (block.record_offset, block.encode_record())));
     let mut description = Vec::new();
     encoder::vm_description(&mut description);
