@@ -10,7 +10,7 @@
 
 use libfuzzer_sys::fuzz_target;
 use vmfile_format::limits::{BLOCK_LEN_MAX, BLOCKS_MAX, DEVICE_STATE_LEN_MAX};
-use vmfile_format::mapped_ram::MappedRamFile;
+use vmfile_format::mapped_ram::{MARK, MappedRamFile};
 use vmfile_format::{PageBitmap, ReadError};
 
 /// Blocks at multiples of 2 MiB need a file of MiB, and an input has KiB. So the file has holes:
@@ -95,6 +95,10 @@ fuzz_target!(|input: &[u8]| {
         assert!(placed.pages_end() <= file.len);
         assert!(placed.bitmap_offset + placed.bitmap_len() <= file.len);
         assert_eq!(structure.block(placed.block.name()), Some(placed));
+        if let Some(mark) = placed.mark_offset() {
+            assert_eq!(mark + MARK.len() as u64, placed.pages_offset);
+            assert!(mark >= record);
+        }
         let len = placed.bitmap_len() as usize;
         let bitmap = file.read(placed.bitmap_offset, len);
         let bitmap = PageBitmap::decode(&bitmap, placed.block.page_count()).expect("its length");
