@@ -2,7 +2,9 @@
 
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a program, not a library")]
 
+mod bench;
 mod command;
+mod demo;
 mod guest;
 mod setup;
 mod test;
@@ -20,6 +22,8 @@ usage: cargo xtask VERB
 
   setup            install QEMU and what else the tests need; make the guests
   test [STEP ...]  run everything that must pass, or only the steps named
+  demo             save a guest that counts, restore it, and see it count on
+  bench [--quick]  measure vmfile beside the disk's limit and QEMU's own ways
   tidy             check what no compiler checks: walls, words, links
 ";
 
@@ -43,6 +47,8 @@ fn run(verb: &str, rest: &[String]) -> Result<(), Box<dyn Error>> {
     match verb {
         "setup" => setup::run(&workspace),
         "test" => test::run(&workspace, rest),
+        "demo" => demo::run(&workspace),
+        "bench" => bench::run(&workspace, rest),
         "tidy" => tidy::run(&workspace),
         "help" | "-h" | "--help" => {
             print!("{HELP}\nsteps of test: {}\n", test::step_names());

@@ -53,9 +53,11 @@ fn file_system(directory: &Path) -> TestResult<String> {
     let (kind, options) = mount.split_once(' ').ok_or("findmnt names no file system")?;
     // Where it is mounted is nobody's business.
     let queue = "/sys/dev/block";
-    let device = said(Command::new("findmnt").args(["-n", "-o", "MAJ:MIN", "--target"]).arg(directory));
+    let device =
+        said(Command::new("findmnt").args(["-n", "-o", "MAJ:MIN", "--target"]).arg(directory));
     let device = fs::canonicalize(Path::new(queue).join(device.trim()));
-    let device = device.ok().and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned()));
+    let device =
+        device.ok().and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned()));
     let device = device.unwrap_or_else(|| "unknown device".to_owned());
     Ok(format!("{kind} ({}) on {device}", options.trim()))
 }

@@ -18,10 +18,11 @@ mod sizes;
 mod tools;
 
 use std::env;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use vmfile_testing::{Qemu, TestError, TestResult};
+use vmfile_testing::{GuestConfig, Qemu, TestResult};
 
 use crate::report::Report;
 use crate::tools::Tools;
@@ -43,7 +44,23 @@ pub(crate) struct Scale {
     fill_mib: u32,
     /// Numbers of multifd channels to try.
     channels: &'static [u32],
-    is_quick: bool,
+}
+
+/// What every part works with.
+#[derive(Debug)]
+pub(crate) struct Bench {
+    tools: Tools,
+    qemu: Qemu,
+    scale: Scale,
+}
+
+/// The guest that everybody saved, as a file.
+#[derive(Debug)]
+pub(crate) struct Saved {
+    config: GuestConfig,
+    file: PathBuf,
+    /// Bytes of pages in it.
+    bytes: u64,
 }
 
 fn main() -> ExitCode {
@@ -68,29 +85,24 @@ fn main() -> ExitCode {
 fn run(is_quick: bool) -> TestResult {
     let started = Instant::now();
     let qemu = Qemu::at_least("9.1").map_err(|missing| format!("{missing:?}"))?;
-    let tools = Tools::find()?;
-    let scale = scale(is_quick)?;
-    let mut report = Report::new(host::describe(&tools, &qemu)?, scale);
-    let parts: [(&str, Part); 4] = [
-        ("save: the disk's limit, vmfile, QEMU", saving::measure),
-        ("RAM that is not data", sizes::measure),
-        ("restore by map", restoring::measure),
-        ("reading: check, restore by load, info", reading::measure),
-    ];
-    for (what, part) in parts {
-        println!("# {what}");
-        part(&tools, &qemu, scale, &mut report)?;
-    }
+    let begin = |part| println!("# {part} ({:.0} s)", started.elapsed().as_secs_f64());
+    let bench = Bench { tools: Tools::find()?, qemu, scale: scale(is_quick)? };
+    let mut report = Report::new(host::describe(&bench.tools, &bench.qemu)?, bench.scale);
+    begin("save: the disk's limit, vmfile, QEMU");
+    let saved = saving::measure(&bench, &mut report)?;
+    begin("RAM that is not data");
+    sizes::measure(&bench, &mut report)?;
+    begin("restore by map");
+    restoring::measure(&bench, &saved, &mut report)?;
+    begin("reading: check, restore by load, info");
+    reading::measure(&bench, &saved, &mut report)?;
     report.took_seconds = started.elapsed().as_secs_f64();
     println!("\n{}", report.summary());
     if !is_quick {
-        let path = report.write()?;
-        println!("wrote {}", path.display());
+        println!("wrote {}", report.write()?.display());
     }
     Ok(())
 }
-
-type Part = fn(&Tools, &Qemu, Scale, &mut Report) -> TestResult;
 
 /// Chooses sizes that fit: two guests' RAM, a file in the page cache, and room for the rest.
 fn scale(is_quick: bool) -> TestResult<Scale> {
@@ -100,13 +112,9 @@ fn scale(is_quick: bool) -> TestResult<Scale> {
         ram_mib: 2048,
         fill_mib: 1500,
         channels: if is_quick { &[2, 4] } else { &[1, 2, 4, 8] },
-        is_quick,
     };
     match available_mib {
-        0..7_000 => {
-            let found = TestError::from(format!("needs 7 GiB of free memory: {available_mib} MiB"));
-            Err(found)
-        }
+        0..7_000 => Err(format!("needs 7 GiB of free memory, found {available_mib} MiB").into()),
         7_000..14_000 => Ok(small),
         _ if is_quick => Ok(small),
         _ => Ok(Scale { ram_mib: 4096, fill_mib: 3000, ..small }),

@@ -52,7 +52,10 @@ impl Tools {
             return Err(format!("no {}: run `cargo xtask bench`", program.display()).into());
         }
         let directory = tempfile::Builder::new().prefix("bench-").tempdir_in(build)?;
-        Ok(Tools { program, directory })
+        // A copy, so that a cargo that builds meanwhile does not change what is measured.
+        let copy = directory.path().join("vmfile");
+        fs::copy(&program, &copy)?;
+        Ok(Tools { program: copy, directory })
     }
 
     pub(crate) fn directory(&self) -> &Path {

@@ -1,0 +1,188 @@
+//! What was measured, as a page of the documentation and as a summary.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use vmfile_testing::TestResult;
+
+use crate::Scale;
+use crate::series::Series;
+
+/// The page.
+const PAGE: &str = "docs/benchmarks.md";
+
+/// Everything that was measured.
+#[derive(Debug)]
+pub(crate) struct Report {
+    facts: Vec<(&'static str, String)>,
+    scale: Scale,
+    /// Bytes of pages that a save of the large guest writes.
+    pub(crate) data_bytes: u64,
+    pub(crate) took_seconds: f64,
+    saves: Vec<SaveRow>,
+    rows: Vec<Series>,
+    targets: Vec<Target>,
+    notes: Vec<String>,
+}
+
+/// A writer, and its ratio to the disk's limit.
+#[derive(Debug)]
+struct SaveRow {
+    series: Series,
+    ratio: f64,
+}
+
+/// A promise, and what became of it.
+#[derive(Debug)]
+struct Target {
+    what: String,
+    wanted: String,
+    measured: String,
+    verdict: &'static str,
+}
+
+impl Report {
+    pub(crate) fn new(facts: Vec<(&'static str, String)>, scale: Scale) -> Report {
+        Report {
+            facts,
+            scale,
+            data_bytes: 0,
+            took_seconds: 0.0,
+            saves: Vec::new(),
+            rows: Vec::new(),
+            targets: Vec::new(),
+            notes: Vec::new(),
+        }
+    }
+
+    /// Adds a way of writing the guest, beside the disk's limit.
+    pub(crate) fn save_row(&mut self, series: &Series, disk: &Series) {
+        println!("{:<52} {:>8.3} s", series.name, series.median());
+        self.saves.push(SaveRow { series: series.clone(), ratio: series.ratio(disk) });
+    }
+
+    /// Adds another measurement.
+    pub(crate) fn row(&mut self, series: &Series) {
+        println!("{:<52} {:>8.4} s", series.name, series.median());
+        self.rows.push(series.clone());
+    }
+
+    /// Adds a target that is met by `value` up to `limit`.
+    pub(crate) fn at_most(&mut self, what: &str, value: f64, limit: f64, unit: &str) {
+        self.target(what, format!("<= {limit} {unit}"), value, unit, value <= limit);
+    }
+
+    /// Adds a target that is met by `value` from `limit` on.
+    pub(crate) fn at_least(&mut self, what: &str, value: f64, limit: f64, unit: &str) {
+        self.target(what, format!(">= {limit} {unit}"), value, unit, value >= limit);
+    }
+
+    /// Adds a target that this run says nothing about.
+    pub(crate) fn not_measured(&mut self, what: &str, reason: &str) {
+        println!("{what}: not measured: {reason}");
+        self.targets.push(Target {
+            what: what.to_owned(),
+            wanted: String::new(),
+            measured: format!("not measured: {reason}"),
+            verdict: "",
+        });
+    }
+
+    /// Adds a sentence below the tables.
+    pub(crate) fn note(&mut self, sentence: String) {
+        self.notes.push(sentence);
+    }
+
+    fn target(&mut self, what: &str, wanted: String, value: f64, unit: &str, is_met: bool) {
+        let measured = format!("{value:.2} {unit}");
+        let verdict = if is_met { "met" } else { "missed" };
+        println!("{what}: {measured}, wanted {wanted}: {verdict}");
+        self.targets.push(Target { what: what.to_owned(), wanted, measured, verdict });
+    }
+
+    /// Returns how many targets are met, and those that are missed.
+    pub(crate) fn summary(&self) -> String {
+        let count = |verdict| self.targets.iter().filter(|t| t.verdict == verdict).count();
+        let (met, missed) = (count("met"), count("missed"));
+        let mut text = format!("{met} targets met, {missed} missed, {:.0} s", self.took_seconds);
+        for target in self.targets.iter().filter(|target| target.verdict == "missed") {
+            let Target { what, wanted, measured, .. } = target;
+            let _ = write!(text, "\n  missed: {what}: {measured}, wanted {wanted}");
+        }
+        text
+    }
+
+    /// Writes the page and returns its path.
+    pub(crate) fn write(&self) -> TestResult<PathBuf> {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(PAGE);
+        fs::write(&path, self.page())?;
+        Ok(path)
+    }
+
+    fn page(&self) -> String {
+        let mut page = String::from(HEAD);
+        page += "\n## Machine\n\n| | |\n|---|---|\n";
+        for (name, value) in &self.facts {
+            let _ = writeln!(page, "| {name} | {value} |");
+        }
+        let _ = writeln!(page, "| command | `cargo xtask bench`, {:.0} s |", self.took_seconds);
+        self.saves_table(&mut page);
+        page += "\n## The rest\n\n| what | median s | min | max |\n|---|---|---|---|\n";
+        for series in &self.rows {
+            let (median, min, max) = (series.median(), series.min(), series.max());
+            let _ = writeln!(page, "| {} | {median:.4} | {min:.4} | {max:.4} |", series.name);
+        }
+        page += "\n## Targets\n\n| what | target | measured | |\n|---|---|---|---|\n";
+        for Target { what, wanted, measured, verdict } in &self.targets {
+            let _ = writeln!(page, "| {what} | {wanted} | {measured} | {verdict} |");
+        }
+        page + TAIL
+    }
+
+    fn saves_table(&self, page: &mut String) {
+        let Scale { rounds, ram_mib, .. } = self.scale;
+        let data_mib = self.data_bytes >> 20;
+        let _ = write!(
+            page,
+            "\n## Saving one stopped guest\n\n\
+             A Linux guest of {ram_mib} MiB with {data_mib} MiB of pages that are not zero; {rounds} \
+             rounds after a warm-up. Every time ends when the file is durable.\n\n\
+             | way | median s | min | max | MiB/s | x fio |\n|---|---|---|---|---|---|\n"
+        );
+        for SaveRow { series, ratio } in &self.saves {
+            let (median, min, max) = (series.median(), series.min(), series.max());
+            let rate = data_mib as f64 / median;
+            let _ = writeln!(
+                page,
+                "| {} | {median:.3} | {min:.3} | {max:.3} | {rate:.0} | {ratio:.2} |",
+                series.name
+            );
+        }
+        for note in &self.notes {
+            let _ = write!(page, "\n{note}\n");
+        }
+    }
+}
+
+const HEAD: &str = "\
+# Benchmarks
+
+Made by `cargo xtask bench`; do not edit. The disk of a virtual machine is shared and changes its
+speed within seconds, so everything is measured in rounds, one of each beside the others, and a
+ratio is the median of the rounds' ratios. Only ratios carry over to another machine.
+
+vmfile is measured as a user runs it, from the start of the process to its end. fio writes and reads
+the same number of bytes in pieces of 1 MiB, direct, 16 in flight, with one fsync at the end. QEMU's
+own ways run with `max-bandwidth` 0, from private RAM, which suits them better than shared RAM, and
+end with an fsync.
+";
+
+const TAIL: &str = "
+## What this does not show
+
+- KVM: the guests are emulated. They stand still while they are saved, so this changes nothing
+  there; guests that were restored run slower than they would.
+- Disks of your own: where the disk is faster, the processor decides, and hashing every page costs.
+- Guests whose data lies in small pieces: here most of it lies together.
+";
