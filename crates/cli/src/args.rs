@@ -4,21 +4,48 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+const EVERY_VERB: &str = "Options of every verb";
+
+const EXIT_STATUS: &str = "\
+Exit status:
+    0  done
+    1  check found something
+    2  wrong usage
+    3  no such VM, or the VM or QEMU refused
+    4  the file is damaged or not one of ours
+    5  the operating system refused: space, permission, I/O
+    6  the file and the VM do not fit: machine type, RAM size, QEMU version
+    7  the file is whole, but the VM was left paused
+  129, 130, 143  stopped by SIGHUP, SIGINT, SIGTERM
+An unknown status means failure.";
+
 /// Saves a running QEMU virtual machine to a file and brings it back.
 #[derive(Debug, Parser)]
-#[command(name = "vmfile", version, max_term_width = 100, arg_required_else_help = true)]
+#[command(
+    name = "vmfile",
+    version,
+    max_term_width = 100,
+    arg_required_else_help = true,
+    after_long_help = EXIT_STATUS
+)]
 pub(crate) struct Arguments {
-    /// Print one JSON object instead of text; sizes in bytes, times in seconds
-    #[arg(long, global = true)]
+    /// Print JSON instead of text: sizes in bytes, times in seconds; errors as JSON on stderr
+    #[arg(long, global = true, help_heading = EVERY_VERB)]
     pub(crate) json: bool,
     /// Print nothing but errors
-    #[arg(long, short, global = true, conflicts_with = "json")]
+    #[arg(long, short, global = true, conflicts_with = "json", help_heading = EVERY_VERB)]
     pub(crate) quiet: bool,
-    /// Print more
-    #[arg(long, short, global = true)]
+    /// Print more: `info` also lists device sections and the command line
+    #[arg(long, short, global = true, help_heading = EVERY_VERB)]
     pub(crate) verbose: bool,
-    /// How to show progress, on stderr
-    #[arg(long, global = true, value_name = "HOW", default_value = "auto")]
+    /// How to show progress, on stderr; SIGUSR1 prints one line
+    #[arg(
+        long,
+        global = true,
+        value_name = "HOW",
+        default_value = "auto",
+        help_heading = EVERY_VERB
+    )]
     pub(crate) progress: ProgressMode,
     #[command(subcommand)]
     pub(crate) verb: Verb,
@@ -60,10 +87,24 @@ pub(crate) enum Verb {
   vmfile restore vm.vmf --qmp /run/waiting.sock")]
     Restore(RestoreArguments),
     /// Say what is in a file, without reading a page
+    #[command(after_help = "Examples:
+  vmfile info vm.vmf
+  vmfile info vm.vmf --verbose
+  vmfile info file:saved-by-qemu.img,offset=1M --json")]
     Info(InfoArguments),
     /// Check a file: its structure, then every byte
+    ///
+    /// What is damaged is listed: which page of which RAM block, or which part of the file, and at
+    /// which offset. The status is 1 if there is anything, and 4 if the damage hides where things
+    /// lie. A file that QEMU wrote has no checksums: only its structure is checked.
+    #[command(after_help = "Examples:
+  vmfile check vm.vmf
+  vmfile check vm.vmf --json")]
     Check(CheckArguments),
     /// List the VMs that run on this host and how each could be saved
+    #[command(after_help = "Examples:
+  vmfile list
+  vmfile list --json")]
     List,
 }
 
@@ -71,7 +112,7 @@ pub(crate) enum Verb {
 pub(crate) struct SaveArguments {
     /// The VM: a QMP socket, a process id, or a name that `vmfile list` prints
     pub(crate) vm: String,
-    /// The file to write
+    /// The file to write, readable by its owner only
     pub(crate) file: PathBuf,
     /// What becomes of the VM once the file is durable
     #[arg(long, value_name = "WHAT", default_value = "quit")]
@@ -111,7 +152,7 @@ pub(crate) struct RestoreArguments {
     /// The file: PATH, file:PATH or file:PATH,offset=N
     pub(crate) file: String,
     /// How RAM comes back
-    #[arg(long, default_value = "auto")]
+    #[arg(long, value_name = "HOW", default_value = "auto")]
     pub(crate) mode: RestoreMode,
     /// Restore into a QEMU that waits with -incoming defer, at this QMP socket
     #[arg(long, value_name = "SOCK", conflicts_with = "command")]
@@ -119,7 +160,7 @@ pub(crate) struct RestoreArguments {
     /// Leave the guest paused
     #[arg(long)]
     pub(crate) paused: bool,
-    /// Stay with QEMU and end with its status
+    /// Stay with QEMU and end with its status; SIGTERM is passed on to it
     #[arg(long, conflicts_with = "qmp")]
     pub(crate) foreground: bool,
     #[command(flatten)]

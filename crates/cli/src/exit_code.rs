@@ -20,6 +20,8 @@ pub(crate) enum Code {
     Incompatible = 6,
     /// The file is whole, but the VM was left paused.
     LeftPaused = 7,
+    /// Stopped by SIGHUP.
+    HungUp = 129,
     /// Stopped by SIGINT.
     Interrupted = 130,
     /// Stopped by SIGTERM.

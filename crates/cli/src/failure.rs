@@ -4,7 +4,7 @@ use std::error::Error;
 
 use vmfile::check::CheckError;
 use vmfile::error::SaveError;
-use vmfile::{PublishError, RestoreError, SnapshotError};
+use vmfile::{CommandLineError, DiscoverError, PublishError, RestoreError, SnapshotError, VmError};
 
 use crate::exit_code::Code;
 
@@ -33,9 +33,25 @@ impl Failure {
         Failure { code: Code::Usage, kind: "usage", message, hint: None }
     }
 
+    /// What clap says about wrong usage, in one line.
+    pub(crate) fn of_usage(error: &clap::Error) -> Failure {
+        let text = error.render().to_string();
+        let what = text.split("\n\nUsage:").next().unwrap_or_default();
+        let what = what.split("\n\nFor more information").next().unwrap_or_default();
+        let words: Vec<&str> = what.trim_start_matches("error: ").split_whitespace().collect();
+        Failure::usage(words.join(" ")).hint("--help says more")
+    }
+
     pub(crate) fn hint(mut self, hint: &str) -> Failure {
         self.hint = Some(hint.to_owned());
         self
+    }
+
+    fn hint_if(self, hint: Option<&str>) -> Failure {
+        match hint {
+            Some(hint) => self.hint(hint),
+            None => self,
+        }
     }
 
     pub(crate) fn system(what: &str, error: &std::io::Error) -> Failure {
@@ -44,10 +60,27 @@ impl Failure {
     }
 }
 
+impl From<&DiscoverError> for Failure {
+    fn from(error: &DiscoverError) -> Failure {
+        let failure = match error {
+            DiscoverError::Processes { .. } => Failure::new(Code::System, "processes", error),
+            _ => Failure::new(Code::Vm, "no_such_vm", error),
+        };
+        failure.hint_if(error.hint())
+    }
+}
+
+impl From<&VmError> for Failure {
+    fn from(error: &VmError) -> Failure {
+        Failure::new(Code::Vm, "vm", error).hint_if(error.hint())
+    }
+}
+
 impl From<&SnapshotError> for Failure {
     fn from(error: &SnapshotError) -> Failure {
         match error {
-            SnapshotError::Format { .. } => Failure::new(Code::File, "damaged", error),
+            SnapshotError::Format { .. } => Failure::new(Code::File, "damaged", error)
+                .hint("expected a file of `vmfile save`, or of QEMU's migration with mapped-ram"),
             SnapshotError::LostEnd { .. } => Failure::new(Code::File, "truncated", error)
                 .hint("the file was cut, or is still being copied"),
             SnapshotError::NotAFile { .. } => Failure::new(Code::File, "not_a_file", error),
@@ -56,16 +89,36 @@ impl From<&SnapshotError> for Failure {
     }
 }
 
+impl From<&PublishError> for Failure {
+    fn from(error: &PublishError) -> Failure {
+        match error {
+            PublishError::Exists { path } => {
+                let hint = if path.is_dir() {
+                    "it is a directory: name a file in it"
+                } else {
+                    "--force replaces it"
+                };
+                Failure::new(Code::System, "exists", error).hint(hint)
+            }
+            PublishError::NotAFile { .. } => {
+                Failure::new(Code::System, "not_a_file", error).hint("choose another name")
+            }
+            PublishError::NoName { .. } => {
+                Failure::new(Code::Usage, "usage", error).hint("name a file, not a directory")
+            }
+            PublishError::NoDirectory { .. } => {
+                Failure::new(Code::System, "no_directory", error).hint("create the directory first")
+            }
+            _ => Failure::new(Code::System, "publish", error),
+        }
+    }
+}
+
 impl From<&SaveError> for Failure {
     fn from(error: &SaveError) -> Failure {
         match error {
-            SaveError::Publish(PublishError::Exists { .. }) => {
-                Failure::new(Code::System, "exists", error).hint("--force replaces it")
-            }
-            SaveError::Publish(PublishError::NoDirectory { .. }) => {
-                Failure::new(Code::System, "no_directory", error).hint("create the directory first")
-            }
-            SaveError::Vm(_) => Failure::new(Code::Vm, "vm", error),
+            SaveError::Publish(error) => Failure::from(error),
+            SaveError::Vm(error) => Failure::from(error),
             SaveError::RunState { .. } => Failure::new(Code::Vm, "run_state", error).hint(
                 "a VM that QEMU has already migrated or that has ended cannot be saved; \
                  after a migration, `cont` makes it run again",
@@ -73,26 +126,27 @@ impl From<&SaveError> for Failure {
             SaveError::Blocked { .. } => Failure::new(Code::Vm, "blocked", error),
             SaveError::NoAddress { .. } => Failure::new(Code::Vm, "no_address", error)
                 .hint("the route `direct` needs a QEMU that prints addresses: 8.0 or later"),
-            SaveError::DeviceState(_) | SaveError::NoRunState => {
-                Failure::new(Code::Vm, "device_state", error)
+            SaveError::DeviceState(_)
+            | SaveError::NoRunState
+            | SaveError::Block { .. }
+            | SaveError::CommandLine => Failure::new(Code::Vm, "device_state", error),
+            SaveError::Process(_) | SaveError::Read { .. } => {
+                Failure::new(Code::System, "process", error).hint(
+                    "reading another process's memory needs its user and the right to trace it, \
+                     or root",
+                )
             }
-            SaveError::Process(_) => Failure::new(Code::System, "process", error).hint(
-                "reading another process's memory needs its user and the right to trace it, \
-                 or root",
-            ),
             SaveError::NoSpace { .. } => Failure::new(Code::System, "no_space", error)
                 .hint("free some space, or save to another file system"),
             SaveError::LeftPaused { cause, .. } => {
                 let failure = Failure::from(cause.as_ref());
-                Failure {
-                    message: Failure::new(failure.code, "left_paused", error).message,
-                    ..failure
-                }
-                .hint("`cont` on the VM's monitor makes it run again")
+                let message = Failure::new(failure.code, "left_paused", error).message;
+                Failure { message, kind: "left_paused", ..failure }
+                    .hint("`cont` on the VM's monitor makes it run again")
             }
-            SaveError::Release { .. } => Failure::new(Code::LeftPaused, "left_paused", error),
+            SaveError::Release { .. } => Failure::new(Code::LeftPaused, "left_paused", error)
+                .hint("`cont` on the VM's monitor makes it run again, `quit` ends it"),
             SaveError::Stopped => Failure::new(Code::Interrupted, "stopped", error),
-            SaveError::Publish(_) => Failure::new(Code::System, "publish", error),
             _ => Failure::new(Code::System, "io", error),
         }
     }
@@ -102,19 +156,36 @@ impl From<&RestoreError> for Failure {
     fn from(error: &RestoreError) -> Failure {
         match error {
             RestoreError::Snapshot(error) => Failure::from(error),
-            RestoreError::Incompatible { .. } => Failure::new(Code::Incompatible, "incompatible", error)
-                .hint("start QEMU with the machine type and the memory that the file names: see `vmfile info`"),
+            RestoreError::Vm(error) => Failure::from(error),
+            RestoreError::Incompatible { .. } => {
+                Failure::new(Code::Incompatible, "incompatible", error).hint(
+                    "start QEMU with the machine type and the memory that the file names: \
+                     see `vmfile info`",
+                )
+            }
             RestoreError::CannotMap { .. } => Failure::new(Code::Incompatible, "cannot_map", error)
                 .hint("--mode load works with every file and every QEMU since 8.0"),
             RestoreError::NoSavedCommand => Failure::new(Code::Usage, "no_command", error)
                 .hint("give QEMU's command line after `--`"),
-            RestoreError::CannotRecreate { .. } => Failure::new(Code::Usage, "cannot_recreate", error)
-                .hint("give a whole command line after `--`"),
-            RestoreError::CommandLine(_) | RestoreError::NoCommand => {
-                Failure::new(Code::Usage, "command_line", error)
+            RestoreError::CannotRecreate { .. } => {
+                Failure::new(Code::Usage, "cannot_recreate", error)
+                    .hint("give a whole command line after `--`")
             }
+            RestoreError::CommandLine(error @ CommandLineError::SizeDiffers { .. }) => {
+                Failure::new(Code::Incompatible, "incompatible", error).hint_if(error.hint())
+            }
+            RestoreError::CommandLine(error) => {
+                Failure::new(Code::Usage, "command_line", error).hint_if(error.hint())
+            }
+            RestoreError::NoCommand => Failure::new(Code::Usage, "command_line", error),
             RestoreError::SocketInUse { .. } => Failure::new(Code::Vm, "socket_in_use", error)
                 .hint("the VM that was saved may still run; give other sockets after `--`"),
+            RestoreError::NotWaiting { .. } => Failure::new(Code::Vm, "run_state", error)
+                .hint("start that QEMU with -incoming defer"),
+            RestoreError::Launch(_) => Failure::new(Code::Vm, "launch", error)
+                .hint("the command line after `--` begins with QEMU's program"),
+            RestoreError::DeviceState { .. } => Failure::new(Code::Vm, "device_state", error)
+                .hint("QEMU needs the devices that the VM had when it was saved"),
             RestoreError::File(_) | RestoreError::Process(_) | RestoreError::Load(_) => {
                 Failure::new(Code::System, "io", error)
             }

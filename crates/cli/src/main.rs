@@ -16,9 +16,13 @@ use std::process::ExitCode;
 use clap::Parser;
 
 use crate::args::{Arguments, Verb};
+use crate::failure::Failure;
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => return wrong_usage(&error),
+    };
     let voice = output::Voice::new(&arguments);
     let result = match &arguments.verb {
         Verb::Save(save) => commands::save::run(save, &voice),
@@ -34,4 +38,18 @@ fn main() -> ExitCode {
             failure.code.into()
         }
     }
+}
+
+/// Prints what clap says: help, the version, or what is wrong; as JSON if that was asked for.
+fn wrong_usage(error: &clap::Error) -> ExitCode {
+    let options = std::env::args_os().take_while(|argument| argument != "--");
+    let is_json = options.skip(1).any(|argument| argument == "--json");
+    if !error.use_stderr() || !is_json {
+        // Whoever reads may have read enough.
+        let _ = error.print();
+        return u8::try_from(error.exit_code()).map_or(ExitCode::FAILURE, ExitCode::from);
+    }
+    let failure = Failure::of_usage(error);
+    output::Voice::json().failure(&failure);
+    failure.code.into()
 }

@@ -2,13 +2,11 @@
 
 use std::process::ExitCode;
 
-use crate::exit_code::Code;
 use crate::failure::Failure;
 use crate::output::{Voice, size};
 
 pub(crate) fn run(voice: &Voice) -> Result<ExitCode, Failure> {
-    let vms =
-        vmfile::list::list().map_err(|error| Failure::new(Code::System, "processes", &error))?;
+    let vms = vmfile::list::list().map_err(|error| Failure::from(&error))?;
     voice.answer(&vms, |vms| {
         if vms.is_empty() {
             return "no VM runs on this host\n".to_owned();

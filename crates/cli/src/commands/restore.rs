@@ -1,12 +1,17 @@
 //! `vmfile restore`.
 
+use std::os::unix::process::ExitStatusExt as _;
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
 
+use rustix::process::{Pid, Signal, kill_process};
 use vmfile::restore::{Destination, Mode, RestoreOptions};
-use vmfile::{Control, RestoreError};
+use vmfile::{Control, LaunchedQemu, RestoreError};
 
 use crate::args::{RestoreArguments, RestoreMode};
-use crate::exit_code::Code;
 use crate::failure::Failure;
 use crate::output::progress::Meter;
 use crate::output::{Voice, human};
@@ -17,8 +22,7 @@ pub(crate) fn run(arguments: &RestoreArguments, voice: &Voice) -> Result<ExitCod
     let snapshot = super::open(&arguments.file)?;
     let destination = match &arguments.qmp {
         Some(socket) => {
-            let vm = vmfile::Vm::connect(socket);
-            let vm = vm.map_err(|error| Failure::new(Code::Vm, "no_such_vm", &error))?;
+            let vm = vmfile::Vm::connect(socket).map_err(|error| Failure::from(&error))?;
             Destination::Waiting(vm)
         }
         None if arguments.command.is_empty() => Destination::Saved,
@@ -41,18 +45,12 @@ pub(crate) fn run(arguments: &RestoreArguments, voice: &Voice) -> Result<ExitCod
     let control = Control::new(&signals.stop, &show);
     let result = vmfile::restore::restore(&snapshot, destination, &options, &control);
     drop(meter);
-    let restored = result.map_err(|error| match error {
-        RestoreError::Stopped => Failure { code: signals.code(), ..Failure::from(&error) },
-        error => Failure::from(&error),
-    })?;
+    let restored = result.map_err(|error| failure(&error, &signals))?;
     voice.answer(&restored.report, human::restore)?;
     match restored.qemu {
         Some(qemu) if arguments.foreground => {
-            let status = qemu.wait().map_err(|error| Failure::system("wait for QEMU", &error))?;
-            Ok(status
-                .code()
-                .and_then(|code| u8::try_from(code).ok())
-                .map_or(ExitCode::FAILURE, ExitCode::from))
+            let status = wait(qemu, &signals)?;
+            Ok(ExitCode::from(status))
         }
         Some(qemu) => {
             drop(qemu.detach());
@@ -60,4 +58,38 @@ pub(crate) fn run(arguments: &RestoreArguments, voice: &Voice) -> Result<ExitCod
         }
         None => Ok(ExitCode::SUCCESS),
     }
+}
+
+/// A signal from the terminal also reaches a QEMU in the foreground: whatever then goes wrong, the
+/// signal was the reason.
+fn failure(error: &RestoreError, signals: &Signals) -> Failure {
+    if signals.are_set() {
+        let failure = Failure::from(&RestoreError::Stopped);
+        return Failure { code: signals.code(), ..failure }
+            .hint("no QEMU was left running; one that waited may have to be started again");
+    }
+    Failure::from(error)
+}
+
+/// Waits for QEMU and returns its exit status as a shell does; passes a signal to end on to it.
+fn wait(qemu: LaunchedQemu, signals: &Signals) -> Result<u8, Failure> {
+    let pid = i32::try_from(qemu.pid()).ok().and_then(Pid::from_raw);
+    let stop = Arc::clone(&signals.stop);
+    let over = Arc::new(AtomicBool::new(false));
+    let is_over = Arc::clone(&over);
+    thread::spawn(move || {
+        while !is_over.load(Ordering::Relaxed) {
+            if stop.load(Ordering::Relaxed) {
+                // It may have ended by itself.
+                let _ = pid.map(|pid| kill_process(pid, Signal::TERM));
+                return;
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+    });
+    let status = qemu.wait();
+    over.store(true, Ordering::Relaxed);
+    let status = status.map_err(|error| Failure::system("wait for QEMU", &error))?;
+    let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal));
+    Ok(code.and_then(|code| u8::try_from(code).ok()).unwrap_or(1))
 }

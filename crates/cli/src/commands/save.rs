@@ -7,7 +7,6 @@ use vmfile::save::{After, SaveOptions};
 use vmfile::{Control, Existing, Vm, VmAddress};
 
 use crate::args::{AfterMode, Route, SaveArguments};
-use crate::exit_code::Code;
 use crate::failure::Failure;
 use crate::output::progress::Meter;
 use crate::output::{Voice, human};
@@ -48,10 +47,12 @@ pub(crate) fn run(arguments: &SaveArguments, voice: &Voice) -> Result<ExitCode, 
 /// Connects to the VM that the user named.
 pub(crate) fn connect(name: &str) -> Result<Vm, Failure> {
     let address: VmAddress = name.parse().unwrap_or_else(|never| match never {});
-    let socket =
-        vmfile::resolve(&address).map_err(|error| Failure::new(Code::Vm, "no_such_vm", &error))?;
+    let socket = vmfile::resolve(&address).map_err(|error| Failure::from(&error))?;
     Vm::connect(&socket).map_err(|error| {
-        Failure::new(Code::Vm, "vm", &error)
-            .hint("the VM is named by its QMP socket, its process id, or a name from `vmfile list`")
+        let failure = Failure::from(&error);
+        if failure.hint.is_some() {
+            return failure;
+        }
+        failure.hint("name a QMP socket, a process id, or a name that `vmfile list` prints")
     })
 }

@@ -12,8 +12,7 @@ use super::size;
 pub(crate) fn save(report: &SaveReport) -> String {
     let mut text = String::new();
     line(&mut text, "saved", &report.file.display());
-    let percent_zero =
-        if report.pages_total == 0 { 0 } else { report.pages_zero * 100 / report.pages_total };
+    let percent_zero = (report.pages_zero * 100).checked_div(report.pages_total).unwrap_or(0);
     let written = format!(
         "{} of data, {percent_zero} % of {} pages are zero",
         size::bytes(report.bytes_written),

@@ -31,6 +31,11 @@ impl Voice {
         }
     }
 
+    /// JSON, for what goes wrong before there are arguments.
+    pub(crate) fn json() -> Voice {
+        Voice { json: true, quiet: false, verbose: false, progress: ProgressMode::Off }
+    }
+
     /// Prints the answer: `value` as JSON, or `text`.
     pub(crate) fn answer<T: Serialize>(
         &self,
@@ -45,7 +50,7 @@ impl Voice {
         } else if self.quiet {
             return Ok(());
         } else {
-            text(value)
+            printable(&text(value))
         };
         match io::stdout().lock().write_all(text.as_bytes()) {
             // Whoever reads has read enough, as `head` does.
@@ -58,6 +63,7 @@ impl Voice {
     pub(crate) fn failure(&self, failure: &Failure) {
         let text = if self.json {
             let object = json!({
+                "type": "error",
                 "code": failure.code as u8,
                 "kind": failure.kind,
                 "message": failure.message,
@@ -69,9 +75,32 @@ impl Voice {
             if let Some(hint) = &failure.hint {
                 text.push_str(&format!("hint: {hint}\n"));
             }
-            text
+            printable(&text)
         };
         // There is nobody left to tell.
         let _ = io::stderr().lock().write_all(text.as_bytes());
+    }
+}
+
+/// Escapes what a terminal would obey: names in a file may come from anybody.
+fn printable(text: &str) -> String {
+    let mut printable = String::with_capacity(text.len());
+    for character in text.chars() {
+        if character.is_control() && character != '\n' {
+            printable.extend(character.escape_default());
+        } else {
+            printable.push(character);
+        }
+    }
+    printable
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_terminal_is_not_told_what_to_do() {
+        assert_eq!(printable("a\u{1b}[2Jb\r\n"), "a\\u{1b}[2Jb\\r\n");
     }
 }

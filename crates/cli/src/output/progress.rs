@@ -20,7 +20,8 @@ pub(crate) struct Meter<'a> {
     verb: &'static str,
     started: Instant,
     bar: Option<ProgressBar>,
-    lines: Option<Mutex<Instant>>,
+    /// The last JSON line: when, and how many bytes were done.
+    lines: Option<Mutex<Option<(Instant, u64)>>>,
     asked: &'a AtomicBool,
 }
 
@@ -31,7 +32,7 @@ impl<'a> Meter<'a> {
             ProgressMode::Auto => io::stderr().is_terminal(),
             ProgressMode::Json | ProgressMode::Off => false,
         };
-        let lines = (mode == ProgressMode::Json).then(|| Mutex::new(Instant::now()));
+        let lines = (mode == ProgressMode::Json).then(|| Mutex::new(None));
         let bar = bar.then(|| {
             let template = "{prefix} {wide_bar} {bytes}/{total_bytes} {binary_bytes_per_sec} {eta}";
             let style = ProgressStyle::with_template(template).expect("a constant template");
@@ -49,20 +50,10 @@ impl<'a> Meter<'a> {
             bar.set_length(progress.total_bytes);
             bar.set_position(bar.position().max(progress.done_bytes));
         }
+        let asked = self.asked.swap(false, Ordering::Relaxed);
         if let Some(last) = &self.lines {
-            let mut last = last.lock().expect("nobody panics while holding it");
-            if last.elapsed() >= LINES_EVERY || progress.done_bytes == progress.total_bytes {
-                *last = Instant::now();
-                self.line(&serde_json::json!({
-                    "type": "progress",
-                    "verb": self.verb,
-                    "done_bytes": progress.done_bytes,
-                    "total_bytes": progress.total_bytes,
-                    "elapsed_seconds": self.started.elapsed().as_secs_f64(),
-                }));
-            }
-        }
-        if self.asked.swap(false, Ordering::Relaxed) {
+            self.json_line(progress, asked, &mut last.lock().expect("nobody panics holding it"));
+        } else if asked {
             let elapsed = self.started.elapsed().as_secs_f64();
             self.line(&format_args!(
                 "vmfile {}: {} of {}, {}",
@@ -72,6 +63,26 @@ impl<'a> Meter<'a> {
                 size::rate(progress.done_bytes, elapsed),
             ));
         }
+    }
+
+    fn json_line(&self, progress: Progress, asked: bool, last: &mut Option<(Instant, u64)>) {
+        let is_last = progress.done_bytes == progress.total_bytes;
+        let (is_due, done_before) = match last {
+            Some((at, done)) => (at.elapsed() >= LINES_EVERY, *done),
+            None => (true, 0),
+        };
+        // Several threads tell how far they are, not always in order.
+        if progress.done_bytes < done_before || !(is_due || is_last || asked) {
+            return;
+        }
+        *last = Some((Instant::now(), progress.done_bytes));
+        self.line(&serde_json::json!({
+            "type": "progress",
+            "verb": self.verb,
+            "done_bytes": progress.done_bytes,
+            "total_bytes": progress.total_bytes,
+            "elapsed_seconds": self.started.elapsed().as_secs_f64(),
+        }));
     }
 
     fn line(&self, line: &dyn std::fmt::Display) {
