@@ -1,0 +1,240 @@
+//! Whatever goes wrong in the middle of a save, the VM runs on and there is no file.
+
+use std::fs;
+use std::io::{BufRead as _, BufReader};
+use std::path::Path;
+use std::process::{Child, ChildStderr, Command, Stdio};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
+use vmfile_testing::{Guest, Missing, Mount, Qemu, Ram, TestResult, requires};
+
+use crate::guests::directory;
+use crate::run::{Said, command, names_in, program, vmfile};
+use crate::words;
+
+/// A guest whose save takes long enough to be met in the middle.
+fn large(qemu: &Qemu) -> TestResult<Guest> {
+    let ram = Ram::private(1200);
+    let guest = Guest::boot_sector(ram).seed(51).data_share(200).boot(qemu)?;
+    guest.wait_for_count(1)?;
+    Ok(guest)
+}
+
+/// A save of `guest` that runs and has begun to write, and what it says on stderr.
+fn begin_to_save(guest: &Guest, file: &Path) -> TestResult<(Child, BufReader<ChildStderr>)> {
+    let arguments = words![
+        "save",
+        guest.qmp_path(),
+        file,
+        "--jobs",
+        "1",
+        "--io",
+        "threads",
+        "--after",
+        "resume",
+        "--direct-io",
+        "required",
+        "--progress",
+        "json",
+    ];
+    let mut child =
+        command().args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    let mut stderr = BufReader::new(child.stderr.take().ok_or("piped")?);
+    let mut line = String::new();
+    stderr.read_line(&mut line)?;
+    let progress: Value = serde_json::from_str(&line)?;
+    assert_eq!(progress["type"], "progress");
+    assert!(progress["done_bytes"].as_u64() < progress["total_bytes"].as_u64(), "{progress}");
+    Ok((child, stderr))
+}
+
+fn pid_of(child: &Child) -> Pid {
+    Pid::from_raw(i32::try_from(child.id()).expect("a pid")).expect("a pid")
+}
+
+#[test]
+fn a_signal_in_the_middle_of_a_save_leaves_the_vm_running_and_no_file() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    let mut guest = large(&qemu)?;
+    let directory = directory()?;
+    let file = directory.path().join("vm.vmf");
+    for (signal, status) in [(Signal::INT, 130), (Signal::TERM, 143), (Signal::HUP, 129)] {
+        let (mut child, stderr) = begin_to_save(&guest, &file)?;
+        kill_process(pid_of(&child), signal)?;
+        let lines: Vec<String> = stderr.lines().collect::<Result<_, _>>()?;
+        assert_eq!(child.wait()?.code(), Some(status), "{lines:?}");
+        let words = lines.join("\n");
+        assert!(words.contains("vmfile: stopped"), "{words}");
+        assert!(words.contains("hint: the VM is as it was, and there is no file"), "{words}");
+        assert_eq!(guest.status()?, "running");
+        assert_eq!(names_in(directory.path()), [""; 0]);
+    }
+    guest.wait_for_passes(1)?;
+    guest.judge_counts()
+}
+
+#[test]
+fn progress_is_told_in_lines_and_when_sigusr1_asks() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    let guest = large(&qemu)?;
+    let directory = directory()?;
+    let (mut child, stderr) = begin_to_save(&guest, &directory.path().join("json.vmf"))?;
+    let lines: Vec<String> = stderr.lines().collect::<Result<_, _>>()?;
+    assert_eq!(child.wait()?.code(), Some(0), "{lines:?}");
+    let progress: Vec<Value> =
+        lines.iter().map(|line| serde_json::from_str(line)).collect::<Result<_, _>>()?;
+    let done: Vec<u64> = progress.iter().filter_map(|line| line["done_bytes"].as_u64()).collect();
+    assert!(done.is_sorted(), "{done:?}");
+    assert_eq!(done.last().copied(), progress.last().and_then(|p| p["total_bytes"].as_u64()));
+
+    let arguments =
+        words!["check", directory.path().join("json.vmf"), "--jobs", "1", "--io", "threads"];
+    let child = command().args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    // Not before the program listens: the signal would end it.
+    let status = format!("/proc/{}/status", child.id());
+    crate::run::wait_until("SIGUSR1 is caught", || catches(&status, Signal::USR1))?;
+    kill_process(pid_of(&child), Signal::USR1)?;
+    let said = Said::from(child.wait_with_output()?);
+    said.assert(0, &["vmfile check: ", " GiB/s"]);
+    assert_eq!(said.stderr.lines().count(), 1, "{said:?}");
+    Ok(())
+}
+
+/// Whether the process of this status file catches `signal`.
+fn catches(status: &str, signal: Signal) -> bool {
+    let text = fs::read_to_string(status).unwrap_or_default();
+    let caught = text.lines().find_map(|line| line.strip_prefix("SigCgt:"));
+    let caught = caught.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    caught.unwrap_or(0) & (1 << (signal.as_raw() - 1)) != 0
+}
+
+#[test]
+fn a_qemu_that_ends_in_the_middle_of_a_save_is_an_error_and_no_file() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    let guest = large(&qemu)?;
+    let directory = directory()?;
+    let (child, stderr) = begin_to_save(&guest, &directory.path().join("vm.vmf"))?;
+    drop(guest);
+    let lines: Vec<String> = stderr.lines().collect::<Result<_, _>>()?;
+    let said = Said::from(child.wait_with_output()?);
+    assert!(matches!(said.code, Some(3 | 5)), "{said:?} {lines:?}");
+    assert!(!lines.join("\n").contains("panicked"), "{lines:?}");
+    assert_eq!(names_in(directory.path()), [""; 0]);
+    Ok(())
+}
+
+/// A small guest, and what must still be true after a save of it has failed.
+fn fails(
+    qemu: &Qemu,
+    directory: &Path,
+    save: impl FnOnce(&Path, &Path) -> TestResult<Said>,
+) -> TestResult<Said> {
+    let mut guest = Guest::boot_sector(Ram::private(64)).seed(52).data_share(200).boot(qemu)?;
+    guest.wait_for_count(1)?;
+    let said = save(&guest.qmp_path(), &directory.join("vm.vmf"))?;
+    assert_eq!(guest.status()?, "running", "{said:?}");
+    assert_eq!(names_in(directory), [""; 0]);
+    guest.wait_for_passes(1)?;
+    guest.judge_counts()?;
+    // And it is saved where nothing fails.
+    let elsewhere = guest.directory().join("vm.vmf");
+    vmfile(words!["save", guest.qmp_path(), elsewhere]).assert(0, &["saved"]);
+    Ok(said)
+}
+
+#[test]
+fn too_small_a_disk_is_refused_before_the_vm_stops() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    let mount = requires!(Mount::tmpfs(8));
+    let said =
+        fails(&qemu, mount.path(), |qmp, file| Ok(vmfile(words!["save", "--json", qmp, file])))?;
+    said.assert(5, &["\"kind\":\"no_space\"", "free some space"]);
+    Ok(())
+}
+
+#[test]
+fn a_limit_on_file_sizes_leaves_the_vm_running() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    let directory = directory()?;
+    let said = fails(&qemu, directory.path(), |qmp, file| {
+        let script = "ulimit -f 2048; exec \"$@\"";
+        let arguments = words!["-c", script, "sh", program(), "save", qmp, file];
+        Ok(Command::new("sh").args(arguments).output()?.into())
+    })?;
+    said.assert(5, &["File too large"]);
+    Ok(())
+}
+
+/// Runs a save of which the kernel refuses every call of `call` with `error`.
+fn with_fault(qmp: &Path, file: &Path, call: &str, error: &str) -> TestResult<Said> {
+    let arguments = words![
+        "-f",
+        "-qq",
+        "-o",
+        "/dev/null",
+        "-e",
+        format!("trace={call}"),
+        "-e",
+        format!("inject={call}:error={error}"),
+        program(),
+        "save",
+        qmp,
+        file,
+    ];
+    Ok(Command::new("strace").args(arguments).output()?.into())
+}
+
+fn strace() -> Result<(), Missing> {
+    let output = Command::new("strace").args(["-qq", "-o", "/dev/null", "true"]).output();
+    match output {
+        Ok(output) if output.status.success() => Ok(()),
+        _ => Err(Missing::beyond_setup("no strace, or it may not trace")),
+    }
+}
+
+#[test]
+fn a_disk_that_fails_to_sync_leaves_the_vm_running_and_no_file() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    requires!(strace());
+    let directory = directory()?;
+    let path = directory.path();
+    let said = fails(&qemu, path, |qmp, file| with_fault(qmp, file, "fsync", "EIO"))?;
+    said.assert(5, &["sync", "Input/output error"]);
+    Ok(())
+}
+
+#[test]
+fn a_disk_that_fills_up_meanwhile_leaves_the_vm_running_and_no_file() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    requires!(strace());
+    let directory = directory()?;
+    let path = directory.path();
+    let said = fails(&qemu, path, |qmp, file| with_fault(qmp, file, "ftruncate", "ENOSPC"))?;
+    said.assert(5, &["the length of the file", "No space left on device"]);
+    Ok(())
+}
+
+#[test]
+fn a_name_that_is_taken_meanwhile_is_not_replaced() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    requires!(strace());
+    let directory = directory()?;
+    let path = directory.path();
+    let said = fails(&qemu, path, |qmp, file| with_fault(qmp, file, "linkat", "EEXIST"))?;
+    said.assert(5, &["exists", "--force replaces it"]);
+    Ok(())
+}
+
+#[test]
+fn a_vm_that_another_client_holds_is_not_touched() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    let mut guest = Guest::boot_sector(Ram::private(16)).seed(53).boot(&qemu)?;
+    let timeout = std::time::Duration::from_secs(10);
+    let mut other = vmfile_testing::Monitor::connect(&guest.qmp_path(), timeout)?;
+    let said = vmfile(words!["save", guest.qmp_path(), guest.directory().join("vm.vmf")]);
+    said.assert(3, &["no QMP greeting", "another client may hold this monitor"]);
+    other.execute("query-status", json!({}))?;
+    assert_eq!(guest.status()?, "running");
+    Ok(())
+}

@@ -1,0 +1,9 @@
+//! The program as its users meet it: words in, words and a status out.
+
+mod damage;
+mod guests;
+mod hard_times;
+mod help;
+mod run;
+mod verbs;
+mod wrong_input;
