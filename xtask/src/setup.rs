@@ -38,7 +38,7 @@ enum Suite {
     QemuBackports,
 }
 
-const PACKAGES: [Package; 9] = [
+const PACKAGES: [Package; 10] = [
     Package {
         name: "qemu-system-x86",
         provides: "qemu-system-x86_64",
@@ -75,6 +75,7 @@ const PACKAGES: [Package; 9] = [
         why: "file systems to save to",
         suite: Suite::Own,
     },
+    Package { name: "g++", provides: "c++", why: "builds the fuzzers' runtime", suite: Suite::Own },
     Package {
         name: "strace",
         provides: "strace",

@@ -4,6 +4,7 @@
 //! `N passed, N failed`, with `, N skipped` where tests could not run; those are listed with their
 //! reasons before it.
 
+mod fuzz;
 mod outcome;
 mod programs;
 
@@ -26,7 +27,7 @@ struct Step {
     run: fn(&Workspace, &mut Outcome) -> StepResult,
 }
 
-const STEPS: [Step; 8] = [
+const STEPS: [Step; 9] = [
     Step {
         name: "setup",
         shows: "what the tests need is here",
@@ -42,7 +43,7 @@ const STEPS: [Step; 8] = [
         run: |workspace, outcome| test_programs(workspace, Kind::Other, outcome),
     },
     Step { name: "doctest", shows: "the examples in the documentation", run: doctest },
-    // The fuzzers' smoke run belongs here, once there are fuzzers: a minute each, before the VMs.
+    Step { name: "fuzz", shows: "no decoder breaks its contract", run: |w, _| fuzz::run(w) },
     Step { name: "vm", shows: "guests find their RAM as they left it", run: vm },
 ];
 

@@ -9,7 +9,7 @@ use serde_json::Value;
 use crate::workspace::Workspace;
 
 /// The directories of the packages whose integration tests run VMs.
-const PACKAGES_WITH_VMS: [&str; 2] = ["testing", "qemu"];
+const PACKAGES_WITH_VMS: [&str; 3] = ["cli", "testing", "qemu"];
 
 /// How a test program is run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,0 +1,111 @@
+//! Files that real QEMU wrote, without their pages: see `testing/src/bin/fixtures.rs`.
+
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::fs;
+use std::path::Path;
+
+use vmfile_format::mapped_ram::MappedRamFile;
+use vmfile_format::{PageBitmap, ReadError};
+
+/// A file of which only some pieces are known; the rest reads as zeros.
+struct Sparse {
+    pieces: BTreeMap<u64, Vec<u8>>,
+}
+
+impl Sparse {
+    fn load(name: &str) -> Sparse {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
+        let bytes = fs::read(&path).expect("a golden file");
+        let mut rest = bytes.as_slice();
+        let mut pieces = BTreeMap::new();
+        while let Some((head, after)) = rest.split_first_chunk::<16>() {
+            let (offset, len) = head.split_at(8);
+            let offset = u64::from_be_bytes(offset.try_into().unwrap());
+            let len = u64::from_be_bytes(len.try_into().unwrap());
+            let (piece, after) = after.split_at(usize::try_from(len).unwrap());
+            rest = after;
+            if offset != u64::MAX {
+                pieces.insert(offset, piece.to_vec());
+            }
+        }
+        Sparse { pieces }
+    }
+
+    fn len(&self) -> u64 {
+        let (offset, last) = self.pieces.last_key_value().expect("pieces");
+        offset + last.len() as u64
+    }
+
+    fn read(&self, offset: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        let end = offset + len as u64;
+        for (&start, piece) in self.pieces.range(..end) {
+            for (at, &byte) in (start..).zip(piece) {
+                if (offset..end).contains(&at) {
+                    bytes[usize::try_from(at - offset).unwrap()] = byte;
+                }
+            }
+        }
+        bytes
+    }
+
+    fn structure(&self) -> MappedRamFile {
+        let read = |offset, len| Ok::<_, Infallible>(self.read(offset, len));
+        MappedRamFile::read(0, self.len(), read).unwrap_or_else(|error| match error {
+            ReadError::Format(error) => panic!("{error}"),
+            ReadError::Source(never) => match never {},
+        })
+    }
+}
+
+fn assert_is_read(name: &str, machine: &str) {
+    let file = Sparse::load(name);
+    let structure = file.structure();
+    assert_eq!(structure.configuration.machine, machine);
+    assert_eq!(structure.configuration.capabilities, ["mapped-ram"]);
+    let ram = structure.block("pc.ram").expect("the main RAM");
+    assert_eq!(ram.block.used_length(), 16 << 20);
+    assert_eq!(ram.pages_offset % (1 << 20), 0);
+    let bitmap = file.read(ram.bitmap_offset, usize::try_from(ram.bitmap_len()).unwrap());
+    let bitmap = PageBitmap::decode(&bitmap, ram.block.page_count()).unwrap();
+    let pages = bitmap.data_count().0;
+    assert!((1000..=4096).contains(&pages), "{pages} pages hold data");
+
+    let state = &structure.device_state;
+    let names: Vec<&str> = state.sections.iter().map(|section| section.name.as_str()).collect();
+    assert_eq!(names.first(), Some(&"timer"));
+    assert_eq!(names.last(), Some(&"globalstate"));
+    for device in ["cpu", "apic", "i8259", "serial"] {
+        assert!(names.contains(&device), "{device} is among {names:?}");
+    }
+    assert_eq!(state.stream_end, file.len(), "QEMU's last byte is the file's");
+    let (offset, len) = state.vm_description.expect("QEMU describes the devices");
+    let description = file.read(offset, usize::try_from(len).unwrap());
+    let description: serde_json::Value = serde_json::from_slice(&description).unwrap();
+    let devices = description["devices"].as_array().unwrap();
+    assert_eq!(names.len(), devices.len(), "as many sections as QEMU says");
+    for (name, device) in names.iter().zip(devices) {
+        assert_eq!(*name, device["name"]);
+    }
+}
+
+#[test]
+fn a_file_of_a_pc_is_read() {
+    assert_is_read("qemu-10.0.2-pc-plain.pieces", "pc-i440fx-10.0");
+}
+
+#[test]
+fn a_file_of_a_pc_that_was_written_with_multifd_is_read() {
+    assert_is_read("qemu-10.0.2-pc-multifd.pieces", "pc-i440fx-10.0");
+}
+
+#[test]
+fn a_file_of_a_q35_is_read() {
+    assert_is_read("qemu-10.0.2-q35-plain.pieces", "pc-q35-10.0");
+}
+
+#[test]
+fn a_file_of_a_q35_that_was_written_with_multifd_is_read() {
+    assert_is_read("qemu-10.0.2-q35-multifd.pieces", "pc-q35-10.0");
+}

@@ -1,0 +1,43 @@
+//! The fuzzers' smoke run: each decoder for a few seconds, from its seeds.
+
+use std::error::Error;
+use std::fs;
+use std::process::Command;
+
+use crate::command::{output, run as run_command, say};
+use crate::workspace::Workspace;
+
+/// One target per decoder; `fuzz/README.md` says what each is.
+const TARGETS: [&str; 4] = ["mapped_ram_file", "device_state", "manifest", "page_bitmap"];
+
+/// How long each runs. Enough to see that the contracts hold from every seed; hours are for nights.
+const SECONDS: u32 = 5;
+
+/// Coverage without a nightly compiler or cargo-fuzz: what `fuzz/README.md` explains.
+const RUSTFLAGS: &str = "-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
+    -Cllvm-args=-sanitizer-coverage-inline-8bit-counters \
+    -Cllvm-args=-sanitizer-coverage-pc-table -Ccodegen-units=1 --cfg fuzzing";
+
+const TRIPLE: &str = "x86_64-unknown-linux-gnu";
+
+/// Builds the fuzzers and runs each for [`SECONDS`].
+pub(crate) fn run(workspace: &Workspace) -> Result<(), Box<dyn Error>> {
+    let target = workspace.target().join("fuzz");
+    let manifest = workspace.root().join("fuzz/Cargo.toml");
+    let mut build = Command::new(env!("CARGO"));
+    build.args(["build", "--quiet", "--release", "--target", TRIPLE, "--manifest-path"]);
+    run_command(build.arg(manifest).env("RUSTFLAGS", RUSTFLAGS).env("CARGO_TARGET_DIR", &target))?;
+    for name in TARGETS {
+        let corpus = target.join("corpus").join(name);
+        fs::create_dir_all(&corpus)?;
+        let mut fuzzer = Command::new(target.join(TRIPLE).join("release").join(name));
+        fuzzer.arg(format!("-max_total_time={SECONDS}"));
+        fuzzer.args(["-rss_limit_mb=512", "-timeout=10", "-verbosity=0"]);
+        fuzzer.arg(format!("-artifact_prefix={}/", target.display()));
+        fuzzer.arg(&corpus).arg(workspace.root().join("fuzz/seeds").join(name));
+        say(&format!("fuzz {name} for {SECONDS} s"));
+        // What it prints is of interest only when it fails.
+        output(&mut fuzzer)?;
+    }
+    Ok(())
+}
