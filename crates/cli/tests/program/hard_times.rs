@@ -4,13 +4,14 @@ use std::fs;
 use std::io::{BufRead as _, BufReader};
 use std::path::Path;
 use std::process::{Child, ChildStderr, Command, Stdio};
+use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
-use vmfile_testing::{Guest, Missing, Mount, Qemu, Ram, TestResult, requires};
+use vmfile_testing::{Guest, Missing, Monitor, Mount, Qemu, Ram, TestResult, requires};
 
 use crate::guests::directory;
-use crate::run::{Said, command, names_in, program, vmfile};
+use crate::run::{Said, command, names_in, program, vmfile, wait_until};
 use crate::words;
 
 /// A guest whose save takes long enough to be met in the middle.
@@ -93,7 +94,7 @@ fn progress_is_told_in_lines_and_when_sigusr1_asks() -> TestResult {
     let child = command().args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
     // Not before the program listens: the signal would end it.
     let status = format!("/proc/{}/status", child.id());
-    crate::run::wait_until("SIGUSR1 is caught", || catches(&status, Signal::USR1))?;
+    wait_until("SIGUSR1 is caught", || catches(&status, Signal::USR1))?;
     kill_process(pid_of(&child), Signal::USR1)?;
     let said = Said::from(child.wait_with_output()?);
     said.assert(0, &["vmfile check: ", " GiB/s"]);
@@ -124,31 +125,42 @@ fn a_qemu_that_ends_in_the_middle_of_a_save_is_an_error_and_no_file() -> TestRes
     Ok(())
 }
 
+/// What a save said that failed, and how often it paused the VM.
+type Failed = (Said, usize);
+
 /// A small guest, and what must still be true after a save of it has failed.
 fn fails(
     qemu: &Qemu,
     directory: &Path,
     save: impl FnOnce(&Path, &Path) -> TestResult<Said>,
-) -> TestResult<Said> {
-    let mut guest = Guest::boot_sector(Ram::private(64)).seed(52).data_share(200).boot(qemu)?;
+) -> TestResult<Failed> {
+    let sockets = tempfile::tempdir()?;
+    let watch = sockets.path().join("watch");
+    let socket = format!("unix:{},server=on,wait=off", watch.display());
+    let config = Guest::boot_sector(Ram::private(64)).seed(52).data_share(200);
+    let mut guest = config.arguments(["-qmp", &socket]).boot(qemu)?;
+    let mut watch = Monitor::connect(&watch, Duration::from_secs(10))?;
     guest.wait_for_count(1)?;
     let said = save(&guest.qmp_path(), &directory.join("vm.vmf"))?;
     assert_eq!(guest.status()?, "running", "{said:?}");
     assert_eq!(names_in(directory), [""; 0]);
     guest.wait_for_passes(1)?;
     guest.judge_counts()?;
+    watch.execute("query-status", json!({}))?;
+    let stops = watch.events().iter().filter(|event| event["event"] == "STOP").count();
     // And it is saved where nothing fails.
     let elsewhere = guest.directory().join("vm.vmf");
     vmfile(words!["save", guest.qmp_path(), elsewhere]).assert(0, &["saved"]);
-    Ok(said)
+    Ok((said, stops))
 }
 
 #[test]
 fn too_small_a_disk_is_refused_before_the_vm_stops() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
     let mount = requires!(Mount::tmpfs(8));
-    let said =
+    let (said, stops) =
         fails(&qemu, mount.path(), |qmp, file| Ok(vmfile(words!["save", "--json", qmp, file])))?;
+    assert_eq!(stops, 0, "{said:?}");
     said.assert(5, &["\"kind\":\"no_space\"", "free some space"]);
     Ok(())
 }
@@ -157,11 +169,12 @@ fn too_small_a_disk_is_refused_before_the_vm_stops() -> TestResult {
 fn a_limit_on_file_sizes_leaves_the_vm_running() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
     let directory = directory()?;
-    let said = fails(&qemu, directory.path(), |qmp, file| {
+    let (said, stops) = fails(&qemu, directory.path(), |qmp, file| {
         let script = "ulimit -f 2048; exec \"$@\"";
         let arguments = words!["-c", script, "sh", program(), "save", qmp, file];
         Ok(Command::new("sh").args(arguments).output()?.into())
     })?;
+    assert_eq!(stops, 1, "{said:?}");
     said.assert(5, &["File too large"]);
     Ok(())
 }
@@ -199,7 +212,8 @@ fn a_disk_that_fails_to_sync_leaves_the_vm_running_and_no_file() -> TestResult {
     requires!(strace());
     let directory = directory()?;
     let path = directory.path();
-    let said = fails(&qemu, path, |qmp, file| with_fault(qmp, file, "fsync", "EIO"))?;
+    let (said, stops) = fails(&qemu, path, |qmp, file| with_fault(qmp, file, "fsync", "EIO"))?;
+    assert_eq!(stops, 1, "{said:?}");
     said.assert(5, &["sync", "Input/output error"]);
     Ok(())
 }
@@ -210,7 +224,9 @@ fn a_disk_that_fills_up_meanwhile_leaves_the_vm_running_and_no_file() -> TestRes
     requires!(strace());
     let directory = directory()?;
     let path = directory.path();
-    let said = fails(&qemu, path, |qmp, file| with_fault(qmp, file, "ftruncate", "ENOSPC"))?;
+    let (said, stops) =
+        fails(&qemu, path, |qmp, file| with_fault(qmp, file, "ftruncate", "ENOSPC"))?;
+    assert_eq!(stops, 1, "{said:?}");
     said.assert(5, &["the length of the file", "No space left on device"]);
     Ok(())
 }
@@ -221,7 +237,8 @@ fn a_name_that_is_taken_meanwhile_is_not_replaced() -> TestResult {
     requires!(strace());
     let directory = directory()?;
     let path = directory.path();
-    let said = fails(&qemu, path, |qmp, file| with_fault(qmp, file, "linkat", "EEXIST"))?;
+    let (said, stops) = fails(&qemu, path, |qmp, file| with_fault(qmp, file, "linkat", "EEXIST"))?;
+    assert_eq!(stops, 1, "{said:?}");
     said.assert(5, &["exists", "--force replaces it"]);
     Ok(())
 }
@@ -230,8 +247,8 @@ fn a_name_that_is_taken_meanwhile_is_not_replaced() -> TestResult {
 fn a_vm_that_another_client_holds_is_not_touched() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
     let mut guest = Guest::boot_sector(Ram::private(16)).seed(53).boot(&qemu)?;
-    let timeout = std::time::Duration::from_secs(10);
-    let mut other = vmfile_testing::Monitor::connect(&guest.qmp_path(), timeout)?;
+    let timeout = Duration::from_secs(10);
+    let mut other = Monitor::connect(&guest.qmp_path(), timeout)?;
     let said = vmfile(words!["save", guest.qmp_path(), guest.directory().join("vm.vmf")]);
     said.assert(3, &["no QMP greeting", "another client may hold this monitor"]);
     other.execute("query-status", json!({}))?;

@@ -263,8 +263,10 @@ fn a_command_that_is_no_qemu_is_refused() -> TestResult {
     restore(&words![saved.file], &words!["/nonexistent/qemu"])
         .assert(3, &["No such file", "hint: the command line after `--` begins with QEMU"]);
     restore(&words![saved.file], &words!["/bin/true"]).assert(3, &["/bin/true"]);
-    let said = restore(&words![saved.file], &words![qemu.program(), "-no-such-option"]);
-    said.assert(3, &["no-such-option"]);
+    let lacks_value = words![qemu.program(), "-no-such-option"];
+    restore(&words![saved.file], &lacks_value).assert(2, &["-no-such-option has no value"]);
+    let unknown = words![qemu.program(), "-no-such-option", "x"];
+    restore(&words![saved.file], &unknown).assert(3, &["QEMU ended", "no-such-option"]);
     Ok(())
 }
 
