@@ -13,6 +13,9 @@ pub const BLOCKS_MAX: usize = 4096;
 /// of `u64` that sums of [`BLOCKS_MAX`] of them cannot overflow.
 pub const BLOCK_LEN_MAX: u64 = 1 << 46;
 
+/// Most pages in one RAM block: 64 TiB of 4 KiB pages, whose bitmap takes 2 GiB of memory.
+pub const BLOCK_PAGES_MAX: u64 = 1 << 34;
+
 /// Longest machine type name, in bytes. QEMU reads it into a buffer of its own size; real names
 /// stay under 40.
 pub const MACHINE_NAME_LEN_MAX: u32 = 256;

@@ -4,7 +4,7 @@ use alloc::string::String;
 use alloc::vec::Vec;
 
 use crate::error::{FormatError, FormatErrorKind};
-use crate::limits::{BLOCK_LEN_MAX, BLOCK_NAME_LEN_MAX, BLOCKS_MAX};
+use crate::limits::{BLOCK_LEN_MAX, BLOCK_NAME_LEN_MAX, BLOCK_PAGES_MAX, BLOCKS_MAX};
 use crate::page::{PageCount, PageSize};
 
 /// A named, contiguous piece of guest RAM, as QEMU saves it.
@@ -43,7 +43,15 @@ impl RamBlock {
                 max: BLOCK_LEN_MAX,
             });
         }
-        if page_size.pages_in(used_length).is_none() {
+        let pages = page_size.pages_in(used_length).map_or(0, |pages| pages.0);
+        if pages > BLOCK_PAGES_MAX {
+            return Err(FormatErrorKind::TooLarge {
+                field: "number of pages of a RAM block",
+                found: pages,
+                max: BLOCK_PAGES_MAX,
+            });
+        }
+        if pages == 0 {
             return Err(FormatErrorKind::Misaligned {
                 field: "length of a RAM block",
                 found: used_length,

@@ -241,6 +241,7 @@ fn the_table_of_limits_is_that_of_the_code() {
         ("BLOCK_NAME_LEN_MAX", limits::BLOCK_NAME_LEN_MAX as u64),
         ("BLOCKS_MAX", limits::BLOCKS_MAX as u64),
         ("BLOCK_LEN_MAX", limits::BLOCK_LEN_MAX),
+        ("BLOCK_PAGES_MAX", limits::BLOCK_PAGES_MAX),
         ("MACHINE_NAME_LEN_MAX", limits::MACHINE_NAME_LEN_MAX.into()),
         ("CAPABILITIES_MAX", limits::CAPABILITIES_MAX.into()),
         ("DEVICE_STATE_LEN_MAX", limits::DEVICE_STATE_LEN_MAX),

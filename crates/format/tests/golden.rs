@@ -21,9 +21,10 @@ impl Sparse {
         let mut pieces = BTreeMap::new();
         while let Some((head, after)) = rest.split_first_chunk::<16>() {
             let (offset, len) = head.split_at(8);
-            let offset = u64::from_be_bytes(offset.try_into().unwrap());
-            let len = u64::from_be_bytes(len.try_into().unwrap());
-            let (piece, after) = after.split_at(usize::try_from(len).unwrap());
+            let offset = u64::from_be_bytes(offset.try_into().expect("a golden file is whole"));
+            let len = u64::from_be_bytes(len.try_into().expect("a golden file is whole"));
+            let (piece, after) =
+                after.split_at(usize::try_from(len).expect("a golden file is whole"));
             rest = after;
             if offset != u64::MAX {
                 pieces.insert(offset, piece.to_vec());
@@ -43,7 +44,7 @@ impl Sparse {
         for (&start, piece) in self.pieces.range(..end) {
             for (at, &byte) in (start..).zip(piece) {
                 if (offset..end).contains(&at) {
-                    bytes[usize::try_from(at - offset).unwrap()] = byte;
+                    bytes[usize::try_from(at - offset).expect("a golden file is whole")] = byte;
                 }
             }
         }
@@ -67,8 +68,12 @@ fn assert_is_read(name: &str, machine: &str) {
     let ram = structure.block("pc.ram").expect("the main RAM");
     assert_eq!(ram.block.used_length(), 16 << 20);
     assert_eq!(ram.pages_offset % (1 << 20), 0);
-    let bitmap = file.read(ram.bitmap_offset, usize::try_from(ram.bitmap_len()).unwrap());
-    let bitmap = PageBitmap::decode(&bitmap, ram.block.page_count()).unwrap();
+    let bitmap = file.read(
+        ram.bitmap_offset,
+        usize::try_from(ram.bitmap_len()).expect("a golden file is whole"),
+    );
+    let bitmap =
+        PageBitmap::decode(&bitmap, ram.block.page_count()).expect("a golden file is whole");
     let pages = bitmap.data_count().0;
     assert!((1000..=4096).contains(&pages), "{pages} pages hold data");
 
@@ -81,9 +86,10 @@ fn assert_is_read(name: &str, machine: &str) {
     }
     assert_eq!(state.stream_end, file.len(), "QEMU's last byte is the file's");
     let (offset, len) = state.vm_description.expect("QEMU describes the devices");
-    let description = file.read(offset, usize::try_from(len).unwrap());
-    let description: serde_json::Value = serde_json::from_slice(&description).unwrap();
-    let devices = description["devices"].as_array().unwrap();
+    let description = file.read(offset, usize::try_from(len).expect("a golden file is whole"));
+    let description: serde_json::Value =
+        serde_json::from_slice(&description).expect("a golden file is whole");
+    let devices = description["devices"].as_array().expect("a golden file is whole");
     assert_eq!(names.len(), devices.len(), "as many sections as QEMU says");
     for (name, device) in names.iter().zip(devices) {
         assert_eq!(*name, device["name"]);

@@ -9,7 +9,7 @@ use alloc::vec::Vec;
 use serde::{Deserialize, Serialize};
 
 use super::footer::Footer;
-use super::page_hashes::table_len;
+use super::page_hashes::{TABLE_ALIGNMENT, table_len};
 use crate::checksum;
 use crate::error::{FormatError, FormatErrorKind};
 use crate::limits::{BLOCKS_MAX, FILE_LEN_MAX};
@@ -88,7 +88,7 @@ pub struct BlockMeta {
 /// A part of the file that one checksum covers.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExtentMeta {
-    /// What it is: `head`, `record`, `bitmap`, `end`, `device_state`.
+    /// What it is: `head`, `mark`, `record`, `bitmap`, `device_state`, `vm_description`.
     pub what: String,
     /// File offset, in bytes.
     pub offset: u64,
@@ -110,11 +110,16 @@ impl ExtentMeta {
         }
     }
 
-    /// Returns whether `bytes` have the checksum that was recorded.
+    /// Returns whether `bytes` have the length and the checksum that were recorded.
     #[must_use]
     pub fn matches(&self, bytes: &[u8]) -> bool {
-        self.bytes == bytes.len() as u64
-            && self.xxh3_128 == alloc::format!("{:032x}", checksum(bytes))
+        self.bytes == bytes.len() as u64 && self.has_hash(checksum(bytes))
+    }
+
+    /// Returns whether `hash` is the checksum that was recorded.
+    #[must_use]
+    pub fn has_hash(&self, hash: u128) -> bool {
+        self.xxh3_128 == alloc::format!("{hash:032x}")
     }
 }
 
@@ -172,17 +177,25 @@ impl Meta {
             }
             let end = meta.hashes_offset.saturating_add(table_len(placed.block.page_count()));
             let limit = footer.metadata_offset;
-            if meta.hashes_offset < free || end > limit {
+            let aligned = meta.hashes_offset % TABLE_ALIGNMENT == 0;
+            if !aligned || meta.hashes_offset < free || end > limit {
                 return error(FormatErrorKind::Outside { field: "page hashes", end, limit });
             }
             free = end;
         }
+        let mut extents_len = 0_u64;
         for extent in &self.extents {
+            extents_len = extents_len.saturating_add(extent.bytes);
             let end = extent.offset.saturating_add(extent.bytes);
             let limit = footer.stream_end.min(FILE_LEN_MAX);
             if end > limit {
                 return error(FormatErrorKind::Outside { field: "checked extent", end, limit });
             }
+        }
+        // Extents that overlap would make a check take as long as their author likes.
+        if extents_len > footer.stream_end {
+            let (field, found, max) = ("sum of the extents", extents_len, footer.stream_end);
+            return error(FormatErrorKind::TooLarge { field, found, max });
         }
         if footer.stream_end != file.device_state.stream_end {
             return error(FormatErrorKind::Differs {

@@ -20,6 +20,9 @@ const HEAD_LEN_MAX: u64 = 32 << 10;
 /// The longest record: name, length, header.
 const RECORD_LEN_MAX: u64 = (1 + BLOCK_NAME_LEN_MAX + 8 + HEADER_LEN) as u64;
 
+/// How much is read at first of what follows RAM: the device state of most VMs, whole.
+const TAIL_LEN_MIN: u64 = 1 << 20;
+
 /// The structure of a mapped-ram file.
 ///
 /// A value of this type has passed every check that needs no page: parts lie inside the file and
@@ -44,7 +47,8 @@ impl MappedRamFile {
     /// Reads the structure of a file of `file_len` bytes whose stream begins at `start`.
     ///
     /// `read` is given an offset and a length and returns that many bytes; it is never asked for
-    /// bytes past `file_len`. A few reads of less than 32 KiB and one of the device state are all.
+    /// bytes past `file_len`. A few reads of less than 32 KiB, and one of 1 MiB for the device
+    /// state, are all, unless that is longer.
     ///
     /// # Errors
     ///
@@ -58,6 +62,9 @@ impl MappedRamFile {
         let mut read = |offset: u64, len_max: u64| {
             let len = file_len.saturating_sub(offset).min(len_max);
             let len = usize::try_from(len).unwrap_or(usize::MAX);
+            if len == 0 {
+                return Ok(Vec::new());
+            }
             read(offset, len).map_err(ReadError::Source)
         };
         let head = read(start, HEAD_LEN_MAX)?;
@@ -93,12 +100,19 @@ impl MappedRamFile {
         at(head_end, RamLayout::new(names))?;
 
         let ram_end_offset = offset;
-        let tail = read(offset, DEVICE_STATE_LEN_MAX)?;
-        let mut cursor = Cursor::new(&tail, offset);
-        expect_ram_end(&mut cursor, section_id)?;
-        let skipped = usize::try_from(cursor.offset().saturating_sub(offset)).unwrap_or(usize::MAX);
-        let rest = tail.get(skipped..).unwrap_or_default();
-        let device_state = DeviceState::locate(rest, cursor.offset(), section_id)?;
+        // What follows QEMU's last byte may be long, and is not looked at: begin small.
+        let mut len = TAIL_LEN_MIN;
+        let device_state = loop {
+            let tail = read(ram_end_offset, len)?;
+            let tail_end = ram_end_offset.saturating_add(tail.len() as u64);
+            let whole = (tail.len() as u64) < len || len >= DEVICE_STATE_LEN_MAX;
+            match locate(&tail, ram_end_offset, section_id) {
+                // The bytes that were read may end where a byte that looks like EOF lies.
+                Ok(state) if whole || state.stream_end < tail_end => break state,
+                Err(error) if whole => return Err(error.into()),
+                _ => len = len.saturating_mul(16).min(DEVICE_STATE_LEN_MAX),
+            }
+        };
         Ok(MappedRamFile { start, configuration, blocks, head_end, ram_end_offset, device_state })
     }
 
@@ -114,6 +128,15 @@ impl MappedRamFile {
     pub fn block(&self, name: &str) -> Option<&PlacedBlock> {
         self.blocks.iter().find(|placed| placed.block.name() == name)
     }
+}
+
+/// Locates the device state in what follows the last block's pages.
+fn locate(tail: &[u8], offset: u64, section_id: u32) -> Result<DeviceState, FormatError> {
+    let mut cursor = Cursor::new(tail, offset);
+    expect_ram_end(&mut cursor, section_id)?;
+    let skipped = usize::try_from(cursor.offset().saturating_sub(offset)).unwrap_or(usize::MAX);
+    let rest = tail.get(skipped..).unwrap_or_default();
+    DeviceState::locate(rest, cursor.offset(), section_id)
 }
 
 fn require_mapped_ram(configuration: &Configuration, start: u64) -> Result<(), FormatError> {

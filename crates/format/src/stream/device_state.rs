@@ -20,8 +20,9 @@ use crate::cursor::Cursor;
 use crate::error::{FormatError, FormatErrorKind};
 use crate::limits::{BLOCK_NAME_LEN_MAX, DEVICE_SECTIONS_MAX};
 
-/// How often the search may go back: far above any real file, and an end for a hostile one.
-const RETRIES_MAX: usize = 10_000;
+/// How many bytes the search may look at, in lengths of the input: a real file needs one, and a
+/// chance match that leads astray little more. A hostile one ends here.
+const SCANNED_LENGTHS_MAX: usize = 4;
 
 /// One device's section.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -174,7 +175,7 @@ fn follow(bytes: &[u8], offset: u64) -> Option<(Vec<DeviceSection>, usize)> {
     // Where in `bytes` the search for each section's footer goes on, should it have to.
     let mut resume: Vec<usize> = Vec::new();
     let mut start = 0;
-    let mut retries = 0_usize;
+    let mut budget = bytes.len().saturating_mul(SCANNED_LENGTHS_MAX);
     loop {
         if bytes.get(start) == Some(&section::EOF) && ends_well(bytes.get(start..)?) {
             return Some((sections, start));
@@ -186,14 +187,14 @@ fn follow(bytes: &[u8], offset: u64) -> Option<(Vec<DeviceSection>, usize)> {
                 let from = start.checked_add(usize::try_from(section.header_len).ok()?)?;
                 Some((section, from))
             });
-        let mut next = candidate.and_then(|(section, from)| extend(bytes, start, section, from));
+        let mut next =
+            candidate.and_then(|(section, from)| extend(bytes, start, section, from, &mut budget));
         while next.is_none() {
             // A dead end: the footer before this one was none.
-            retries = retries.checked_add(1).filter(|&retries| retries <= RETRIES_MAX)?;
             let section = sections.pop()?;
             let from = resume.pop()?;
             start = usize::try_from(section.offset.checked_sub(offset)?).ok()?;
-            next = extend(bytes, start, section, from);
+            next = extend(bytes, start, section, from, &mut budget);
         }
         let (section, end) = next?;
         sections.push(section);
@@ -235,12 +236,17 @@ fn extend(
     start: usize,
     mut section: DeviceSection,
     from: usize,
+    budget: &mut usize,
 ) -> Option<(DeviceSection, usize)> {
     let id = section.id.to_be_bytes();
     let mut at = from;
     loop {
         let rest = bytes.get(at..)?;
-        at = at.checked_add(rest.iter().position(|&byte| byte == section::FOOTER)?)?;
+        let affordable = rest.get(..rest.len().min(*budget))?;
+        let distance = affordable.iter().position(|&byte| byte == section::FOOTER);
+        let looked_at = distance.map_or(affordable.len(), |distance| distance.saturating_add(1));
+        *budget = budget.saturating_sub(looked_at);
+        at = at.checked_add(distance?)?;
         let end = at.checked_add(5)?;
         if bytes.get(at.checked_add(1)?..end)? == id {
             let plausible = match bytes.get(end) {
@@ -368,6 +374,20 @@ mod tests {
         let payload = usize::try_from(section.offset - 0x40 + section.header_len).unwrap();
         assert_eq!(&bytes[payload + 4..payload + 11], b"paused\0");
         assert_eq!(bytes[payload + 36], 0x55);
+    }
+
+    /// Each false footer leads to a header that leads nowhere, and each way there once took a walk
+    /// to the end of the input: 1000 of them and 16 MiB took 15 s. Found by fuzzing.
+    #[test]
+    fn false_footers_before_a_long_hole_end_the_search() {
+        let mut bytes = Vec::new();
+        for _ in 0..1000 {
+            bytes.extend_from_slice(b"\x04\0\0\0\x03\x01a\0\0\0\0\0\0\0\0\x7e\0\0\0\x03");
+        }
+        bytes.extend_from_slice(b"\x04\0\0\0\x09\x01a\0\0\0\0\0\0\0\0");
+        bytes.resize(16 << 20, 0);
+        let error = DeviceState::locate(&bytes, 0, 1).unwrap_err();
+        assert_eq!(error.kind, FormatErrorKind::BrokenSections);
     }
 
     #[test]
