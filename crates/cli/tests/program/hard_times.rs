@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use vmfile_testing::{Guest, Missing, Monitor, Mount, Qemu, Ram, TestResult, requires};
 
 use crate::guests::directory;
-use crate::run::{Said, command, names_in, program, vmfile, wait_until};
+use crate::run::{EndAllIn, Said, command, names_in, processes_in, program, vmfile, wait_until};
 use crate::words;
 
 /// A guest whose save takes long enough to be met in the middle.
@@ -108,6 +108,44 @@ fn catches(status: &str, signal: Signal) -> bool {
     let caught = text.lines().find_map(|line| line.strip_prefix("SigCgt:"));
     let caught = caught.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
     caught.unwrap_or(0) & (1 << (signal.as_raw() - 1)) != 0
+}
+
+#[test]
+fn a_signal_in_the_middle_of_a_restore_leaves_no_qemu() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    let guest = large(&qemu)?;
+    let saved = crate::guests::save(&guest, &[])?;
+    saved.said.assert(0, &[]);
+    let prepared = guest.config().prepare(&qemu)?;
+    drop(guest);
+    let directory = prepared.qmp_path().parent().ok_or("a directory")?.to_path_buf();
+    let _end = EndAllIn(directory.clone());
+    let arguments = words![
+        "restore",
+        saved.file,
+        "--mode",
+        "load",
+        "--jobs",
+        "1",
+        "--io",
+        "threads",
+        "--direct-io",
+        "required",
+        "--progress",
+        "json",
+        "--",
+    ];
+    let mut command = command();
+    command.args(arguments).args(prepared.command_line());
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    let mut stderr = BufReader::new(child.stderr.take().ok_or("piped")?);
+    let mut line = String::new();
+    stderr.read_line(&mut line)?;
+    assert!(line.contains("\"verb\":\"restore\""), "{line}");
+    kill_process(pid_of(&child), Signal::TERM)?;
+    let lines: Vec<String> = stderr.lines().collect::<Result<_, _>>()?;
+    assert_eq!(child.wait()?.code(), Some(143), "{lines:?}");
+    wait_until("QEMU is gone", || processes_in(&directory).is_empty())
 }
 
 #[test]
