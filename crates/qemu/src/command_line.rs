@@ -91,7 +91,7 @@ impl CommandLineError {
             CommandLineError::NotDefined { .. } => {
                 Some("give a command line that defines it, after --")
             }
-            CommandLineError::NotMappable { .. } => Some("restore with --mode load or stream"),
+            CommandLineError::NotMappable { .. } => Some("restore with --mode load"),
             CommandLineError::SizeDiffers { .. } => {
                 Some("give the VM the RAM that it had when it was saved")
             }

@@ -10,7 +10,7 @@ use crate::version::QemuVersion;
 ///
 /// # Errors
 ///
-/// [`LaunchError::System`] if the program does not start, [`LaunchError::NoVersion`] if it prints
+/// [`LaunchError::Spawn`] if the program does not start, [`LaunchError::NoVersion`] if it prints
 /// something else.
 pub fn program_version(program: &Path) -> Result<QemuVersion, LaunchError> {
     let output = Command::new(program)
@@ -18,7 +18,7 @@ pub fn program_version(program: &Path) -> Result<QemuVersion, LaunchError> {
         .stdin(Stdio::null())
         .stderr(Stdio::null())
         .output()
-        .map_err(|source| LaunchError::System { what: "ask QEMU for its version", source })?;
+        .map_err(|source| LaunchError::Spawn { program: program.to_owned(), source })?;
     let text = String::from_utf8_lossy(&output.stdout);
     let no_version = || LaunchError::NoVersion { program: program.to_owned() };
     let (_, rest) = text.split_once("version ").ok_or_else(no_version)?;

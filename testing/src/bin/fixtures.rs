@@ -49,7 +49,8 @@ fn record(qemu: &Qemu, machine: Machine, multifd: bool) -> TestResult<Vec<u8>> {
     let words = format!("QEMU {}, mapped-ram, multifd {multifd}, 16 MiB", qemu.version());
     let mut bytes = piece(u64::MAX, words.as_bytes());
     let structure = snapshot.structure();
-    let mut ranges = vec![0..structure.head_end];
+    let head = 0..structure.head_end;
+    let mut ranges = Vec::from([head]);
     for placed in &structure.blocks {
         ranges.push(placed.record_offset..placed.bitmap_offset + placed.bitmap_len());
     }
