@@ -20,13 +20,13 @@ pub(crate) fn describe(tools: &Tools, qemu: &Qemu) -> TestResult<Vec<(&'static s
     Ok(vec![
         ("CPU", format!("{processors} x {cpu}")),
         ("memory", format!("{} MiB", memory_kib("MemTotal")? >> 10)),
-        ("kernel", fs::read_to_string("/proc/sys/kernel/osrelease")?.trim().to_owned()),
+        ("kernel", kernel()?),
         ("file system", file_system(tools.directory())?),
         ("QEMU", format!("{}, emulation (no KVM)", qemu.version())),
         ("fio", said(Command::new("fio").arg("--version"))),
         ("vmfile", format!("{}, commit {commit}{changed}", said(tools.vmfile().arg("--version")))),
         ("date", said(Command::new("date").args(["-u", "+%Y-%m-%d %H:%M UTC"]))),
-        ("load before", fs::read_to_string("/proc/loadavg")?.trim().to_owned()),
+        ("load before", load()?),
     ])
 }
 
@@ -47,19 +47,27 @@ pub(crate) fn number_of(list: &str, name: &str) -> TestResult<u64> {
     number.ok_or_else(|| format!("the kernel names no {name}").into())
 }
 
+/// Returns the kernel's version without what its builder appended.
+fn kernel() -> TestResult<String> {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
+    Ok(format!("Linux {}", release.trim().split('-').next().unwrap_or_default()))
+}
+
+/// Returns how busy the machine was in the last 1, 5 and 15 minutes.
+fn load() -> TestResult<String> {
+    let averages = fs::read_to_string("/proc/loadavg")?;
+    Ok(averages.split(' ').take(3).collect::<Vec<_>>().join(" "))
+}
+
+/// Returns the kind of the file system and its device; where it is mounted is nobody's business.
 fn file_system(directory: &Path) -> TestResult<String> {
-    let columns = ["-n", "-o", "FSTYPE,OPTIONS", "--target"];
-    let mount = said(Command::new("findmnt").args(columns).arg(directory));
-    let (kind, options) = mount.split_once(' ').ok_or("findmnt names no file system")?;
-    // Where it is mounted is nobody's business.
-    let queue = "/sys/dev/block";
-    let device =
-        said(Command::new("findmnt").args(["-n", "-o", "MAJ:MIN", "--target"]).arg(directory));
-    let device = fs::canonicalize(Path::new(queue).join(device.trim()));
+    let find =
+        |column| said(Command::new("findmnt").args(["-n", "-o", column, "-T"]).arg(directory));
+    let device = fs::canonicalize(Path::new("/sys/dev/block").join(find("MAJ:MIN")));
     let device =
         device.ok().and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned()));
-    let device = device.unwrap_or_else(|| "unknown device".to_owned());
-    Ok(format!("{kind} ({}) on {device}", options.trim()))
+    let device = device.unwrap_or_else(|| "an unknown device".to_owned());
+    Ok(format!("{} on {device}", find("FSTYPE")))
 }
 
 /// Returns what a program prints, or "unknown".
