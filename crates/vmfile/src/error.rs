@@ -61,7 +61,7 @@ pub enum SaveError {
     #[error("the device state that QEMU wrote")]
     DeviceState(#[source] FormatError),
     /// The device state does not say whether the VM runs.
-    #[error("the device state has no section \"globalstate\" to say that the VM is paused")]
+    #[error("the device state has no section \"globalstate\" to say whether the VM runs")]
     NoRunState,
     /// The command line cannot be written into the manifest.
     #[error("the VM's command line is not UTF-8")]

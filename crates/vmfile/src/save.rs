@@ -18,11 +18,12 @@ use vmfile_engine::{
     Access, Backend, DataFile, DirectIo, DirectIoInUse, Existing, Unpublished, available_space,
     drop_cached,
 };
+use vmfile_format::error::FormatErrorKind;
 use vmfile_format::manifest::{BlockMeta, DiskMeta, ExtentMeta, Meta, VmMeta, place_tables};
 use vmfile_format::mapped_ram::{MARK, MappedRamLayout, PlacedBlock};
 use vmfile_format::stream::device_state::DeviceState;
 use vmfile_format::stream::encoder;
-use vmfile_format::{PageSize, RamBlock, RamLayout};
+use vmfile_format::{FormatError, PageSize, RamBlock, RamLayout};
 use vmfile_qemu::{RamBlockInfo, RunState, Vm};
 
 use crate::check::describe;
@@ -229,11 +230,18 @@ impl<'a> Save<'a> {
         let bytes = self.vm.save_device_state()?;
         let mut sections = bytes.get(HEADER_LEN..).unwrap_or_default().to_vec();
         let state = DeviceState::locate(&sections, 0, 0).map_err(SaveError::DeviceState)?;
+        // QEMU's last byte is EOF, and the last section says whether the VM runs: with both the
+        // sections were followed to their end.
+        if state.end != sections.len() as u64 {
+            let offset = state.end;
+            let kind = FormatErrorKind::BrokenSections;
+            return Err(SaveError::DeviceState(FormatError { offset, kind }));
+        }
         // QEMU writes "running" whatever the VM does: a paused VM is to come back paused.
-        if !self.was_running && !state.set_run_state(&mut sections, "paused") {
+        let run_state = if self.was_running { "running" } else { "paused" };
+        if !state.set_run_state(&mut sections, run_state) {
             return Err(SaveError::NoRunState);
         }
-        sections.truncate(usize::try_from(state.end).expect("inside the bytes"));
         Ok(sections)
     }
 

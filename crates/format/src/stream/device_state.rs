@@ -203,10 +203,13 @@ fn follow(bytes: &[u8], offset: u64) -> Option<(Vec<DeviceSection>, usize)> {
     }
 }
 
-/// Whether EOF may be here: the description follows, or vmfile's padding, or nothing.
+/// Whether EOF may be here: the description follows, or nothing.
+///
+/// A zero byte may not follow, although padding might: section 0 ends in `7e 00000000`, and a
+/// number in its payload looks like that footer, an EOF and more zeros once in 256 saves.
 fn ends_well(bytes: &[u8]) -> bool {
     match bytes.get(1) {
-        None | Some(&0) => true,
+        None => true,
         Some(&section::VM_DESCRIPTION) => bytes.get(6) == Some(&b'{'),
         Some(_) => false,
     }
@@ -374,6 +377,19 @@ mod tests {
         let payload = usize::try_from(section.offset - 0x40 + section.header_len).unwrap();
         assert_eq!(&bytes[payload + 4..payload + 11], b"paused\0");
         assert_eq!(bytes[payload + 36], 0x55);
+    }
+
+    /// One save in 256 of a guest lost all devices but the first: the low byte of a timer was 0x7e,
+    /// and what followed looked like the footer of section 0, EOF and padding.
+    #[test]
+    fn a_number_that_looks_like_the_footer_of_section_0_does_not_end_it() {
+        let mut bytes = Vec::new();
+        full(&mut bytes, 0, "timer", &[0, 0, 0, 1, 2, 3, 4, 0x7e, 0, 0, 0, 0, 0, 0, 0, 0, 0, 9]);
+        full(&mut bytes, 9, "globalstate", &[0x55; 106]);
+        bytes.push(section::EOF);
+        let state = DeviceState::locate(&bytes, 0, 1).unwrap();
+        assert_eq!(names(&state), ["timer", "globalstate"]);
+        assert_eq!(state.end, bytes.len() as u64);
     }
 
     /// Each false footer leads to a header that leads nowhere, and each way there once took a walk
