@@ -14,8 +14,8 @@ use vmfile_engine::{
 /// half of the 64 MiB that vmfile may take.
 const BUFFERS_LEN: usize = 32 << 20;
 
-/// Transfers in flight beyond which no disk that was tried grows faster.
-const DEPTH_MAX: usize = 32;
+/// Transfers in flight: as many as the engine takes, for guests whose data lies in small pieces.
+const DEPTH: usize = 64;
 
 /// Transfers in flight, and the buffers they use.
 #[derive(Debug)]
@@ -32,10 +32,10 @@ impl Lane {
         lanes: usize,
         buffer_len: usize,
     ) -> io::Result<(Lane, BackendInUse)> {
-        let depth = (BUFFERS_LEN / buffer_len / lanes.max(1)).clamp(2, DEPTH_MAX);
-        let opened = open_storage(file, backend, depth)?;
-        // One buffer is being filled while the others are in flight.
-        let pool = BufferPool::new(depth + 1, buffer_len, 4096);
+        let buffers = (BUFFERS_LEN / buffer_len / lanes.max(1)).max(2);
+        let opened = open_storage(file, backend, DEPTH)?;
+        // Several transfers may share a buffer; one buffer is being filled while others are in flight.
+        let pool = BufferPool::new(buffers + 1, buffer_len, 4096);
         let lane = Lane { storage: opened.storage, pool };
         Ok((lane, opened.backend))
     }
