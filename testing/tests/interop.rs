@@ -194,8 +194,7 @@ fn reused_ram_files_are_cleared_where_the_file_has_zero_pages() -> TestResult {
     drop(guest);
 
     let waiting = config.incoming(&qemu, "defer")?;
-    let ram = waiting.ram_file("pc.ram").or_else(|| waiting.ram_file("ram0"));
-    let ram = ram.ok_or("no RAM file")?;
+    let ram = waiting.ram_file("pc.ram").ok_or("no RAM file")?;
     std::fs::File::options().write(true).open(&ram)?.set_len(64 << 20)?;
     let noise = vec![0xaa; 64 << 20];
     std::os::unix::fs::FileExt::write_all_at(

@@ -10,7 +10,6 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::thread;
 
 use serde::Serialize;
 use vmfile_engine::{
@@ -23,7 +22,7 @@ use vmfile_format::{PageBitmap, PageIndex};
 
 use crate::control::{Control, Progress};
 use crate::jobs::Jobs;
-use crate::lane::Lane;
+use crate::lane::{Lane, on_lanes};
 use crate::plan::{UNIT_LEN, Unit, WINDOW_LEN, pieces, total_len, units};
 use crate::ranges;
 use crate::snapshot::{Manifest, Snapshot, SnapshotError};
@@ -339,29 +338,16 @@ impl<'a> PageCheck<'a> {
 
     /// Checks all pages in parallel; returns how many, and the back end.
     fn run(&self, findings: &mut Findings) -> Result<(u64, String), CheckError> {
-        let jobs = self.options.jobs.count();
-        let window = usize::try_from(WINDOW_LEN).expect("1 MiB");
-        let mut backend = String::new();
-        let mut lanes = Vec::new();
-        for _ in 0..jobs {
-            let (lane, in_use) = Lane::open(&self.file, self.options.io, jobs, window)
-                .map_err(io("the file, with the back end that was asked for"))?;
-            backend = in_use.to_string();
-            lanes.push(lane);
-        }
-        let results = thread::scope(|scope| {
-            let workers: Vec<_> =
-                lanes.into_iter().map(|lane| scope.spawn(|| self.worker(lane))).collect();
-            let join = |worker: thread::ScopedJoinHandle<'_, _>| worker.join().expect("no panic");
-            workers.into_iter().map(join).collect::<Vec<_>>()
-        });
+        let width = (self.options.io, self.options.jobs.count());
+        let (results, backend) = on_lanes(&self.file, width, |lane| self.worker(lane))
+            .map_err(io("the file, with the back end that was asked for"))?;
         let mut pages = 0;
         for result in results {
             let (checked, found) = result?;
             pages += checked;
             findings.append(found);
         }
-        Ok((pages, backend))
+        Ok((pages, backend.to_string()))
     }
 
     fn worker(&self, mut lane: Lane) -> Result<(u64, Findings), CheckError> {

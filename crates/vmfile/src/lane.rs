@@ -4,15 +4,22 @@
 //! worker never waits for memory that only it could give back.
 
 use std::io;
+use std::thread;
 
 use vmfile_engine::{
     Backend, BackendInUse, BufferPool, Completion, DataFile, PooledBuffer, Storage, Transfer,
     open_storage,
 };
 
+use crate::plan::WINDOW_LEN;
+
 /// Bytes of buffers that all lanes of one verb have together: enough to keep a fast disk busy,
 /// half of the 64 MiB that vmfile may take.
 const BUFFERS_LEN: usize = 32 << 20;
+
+/// Length of each buffer: one window.
+const WINDOW: usize = 1 << 20;
+const _: () = assert!(WINDOW as u64 == WINDOW_LEN);
 
 /// Transfers in flight: as many as the engine takes, for guests whose data lies in small pieces.
 const DEPTH: usize = 64;
@@ -24,18 +31,33 @@ pub(crate) struct Lane {
     pool: BufferPool,
 }
 
+/// Runs `work` in `jobs` threads, each with a lane of its own to `file`, and waits for all of them;
+/// returns what each returned, and the back end that was used.
+pub(crate) fn on_lanes<T: Send>(
+    file: &DataFile,
+    (backend, jobs): (Backend, usize),
+    work: impl Fn(Lane) -> T + Sync,
+) -> io::Result<(Vec<T>, BackendInUse)> {
+    let opened: Vec<(Lane, BackendInUse)> =
+        (0..jobs).map(|_| Lane::open(file, backend, jobs)).collect::<io::Result<_>>()?;
+    let (lanes, mut in_use): (Vec<Lane>, Vec<BackendInUse>) = opened.into_iter().unzip();
+    let work = &work;
+    let results = thread::scope(|scope| {
+        let spawn = |lane| scope.spawn(move || work(lane));
+        let workers: Vec<_> = lanes.into_iter().map(spawn).collect();
+        let join = |worker: thread::ScopedJoinHandle<'_, T>| worker.join().expect("no panic");
+        workers.into_iter().map(join).collect()
+    });
+    Ok((results, in_use.pop().expect("there is at least one job")))
+}
+
 impl Lane {
-    /// Opens one of `lanes` lanes to `file`, with buffers of `buffer_len` bytes.
-    pub(crate) fn open(
-        file: &DataFile,
-        backend: Backend,
-        lanes: usize,
-        buffer_len: usize,
-    ) -> io::Result<(Lane, BackendInUse)> {
-        let buffers = (BUFFERS_LEN / buffer_len / lanes.max(1)).max(2);
+    /// Opens one of `lanes` lanes to `file`.
+    fn open(file: &DataFile, backend: Backend, lanes: usize) -> io::Result<(Lane, BackendInUse)> {
+        let buffers = (BUFFERS_LEN / WINDOW / lanes.max(1)).max(2);
         let opened = open_storage(file, backend, DEPTH)?;
         // Several transfers may share a buffer; one buffer is being filled while others are in flight.
-        let pool = BufferPool::new(buffers + 1, buffer_len, 4096);
+        let pool = BufferPool::new(buffers + 1, WINDOW, 4096);
         let lane = Lane { storage: opened.storage, pool };
         Ok((lane, opened.backend))
     }

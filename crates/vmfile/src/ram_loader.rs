@@ -8,7 +8,6 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::thread;
 
 use vmfile_engine::{
     Backend, BackendInUse, DataFile, Direction, Memory, PooledBuffer, ProcessMemory, Region,
@@ -18,7 +17,7 @@ use vmfile_format::PageBitmap;
 use vmfile_format::mapped_ram::PlacedBlock;
 
 use crate::control::{Control, Progress};
-use crate::lane::Lane;
+use crate::lane::{Lane, on_lanes};
 use crate::plan::{Unit, WINDOW_LEN, pieces, units};
 use crate::ranges;
 
@@ -73,7 +72,7 @@ pub enum LoadError {
 pub(crate) fn load_ram(
     file: &DataFile,
     targets: &[LoadTarget],
-    (backend, jobs): (Backend, usize),
+    width: (Backend, usize),
     control: &Control<'_>,
 ) -> Result<(u64, BackendInUse), LoadError> {
     let data: Vec<_> = targets.iter().map(data_ranges).collect();
@@ -91,22 +90,10 @@ pub(crate) fn load_ram(
     for target in targets {
         loader.clear_stale(target)?;
     }
-    let window = usize::try_from(WINDOW_LEN).expect("1 MiB");
-    let mut lanes = Vec::new();
-    let mut in_use = None;
-    for _ in 0..jobs {
-        let (lane, backend) = Lane::open(file, backend, jobs, window).map_err(LoadError::Read)?;
-        lanes.push(lane);
-        in_use = Some(backend);
-    }
-    let results = thread::scope(|scope| {
-        let workers: Vec<_> =
-            lanes.into_iter().map(|lane| scope.spawn(|| loader.work(lane))).collect();
-        let join = |worker: thread::ScopedJoinHandle<'_, _>| worker.join().expect("no panic");
-        workers.into_iter().map(join).collect::<Vec<Result<(), LoadError>>>()
-    });
+    let (results, backend) =
+        on_lanes(file, width, |lane| loader.work(lane)).map_err(LoadError::Read)?;
     results.into_iter().collect::<Result<(), LoadError>>()?;
-    Ok((total_bytes, in_use.expect("there is at least one job")))
+    Ok((total_bytes, backend))
 }
 
 /// Returns the byte ranges of the block whose pages are in the file.

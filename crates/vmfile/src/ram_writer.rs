@@ -10,7 +10,6 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::thread;
 
 use vmfile_engine::{
     Backend, BackendInUse, DataFile, Direction, Memory, ProcessMemory, Region, SharedBuffer,
@@ -21,13 +20,12 @@ use vmfile_format::mapped_ram::PlacedBlock;
 use vmfile_format::{PageBitmap, PageIndex};
 
 use crate::control::{Control, Progress};
-use crate::lane::Lane;
+use crate::lane::{Lane, on_lanes};
 use crate::plan::{UNIT_LEN, Unit, WINDOW_LEN, pieces};
 
 /// Target pages of x86, the guests that the direct route knows.
 pub(crate) const PAGE_LEN: u64 = 4096;
 const PAGE: usize = 4096;
-const WINDOW: usize = 1 << 20;
 const UNIT_PAGES: usize = 4096;
 const _: () = assert!(UNIT_PAGES as u64 * PAGE_LEN == UNIT_LEN);
 /// The hashes of one unit, in bytes: they fit into one buffer.
@@ -80,7 +78,7 @@ pub(crate) fn write_ram(
     file: &DataFile,
     targets: &[Target],
     units: &[Unit],
-    (backend, jobs): (Backend, usize),
+    width: (Backend, usize),
     control: &Control<'_>,
 ) -> Result<Written, RamError> {
     let total_bytes = units.iter().flat_map(|unit| &unit.ranges).map(|r| r.end - r.start).sum();
@@ -93,35 +91,21 @@ pub(crate) fn write_ram(
         total_bytes,
         control,
     };
-    let mut lanes = Vec::new();
-    let mut in_use = None;
-    for _ in 0..jobs {
-        let (lane, backend) =
-            Lane::open(file, backend, jobs, WINDOW).map_err(|source| RamError::Write { source })?;
-        lanes.push(lane);
-        in_use = Some(backend);
-    }
-    let results = thread::scope(|scope| {
-        let workers: Vec<_> = lanes
-            .into_iter()
-            .map(|lane| scope.spawn(|| Worker::new(&shared, lane).run()))
-            .collect();
-        let joined = workers.into_iter().map(|worker| worker.join().expect("workers do not panic"));
-        joined.collect::<Vec<_>>()
-    });
+    let (results, backend) = on_lanes(file, width, |lane| Worker::new(&shared, lane).run())
+        .map_err(|source| RamError::Write { source })?;
     let mut bitmaps: Vec<PageBitmap> =
         targets.iter().map(|target| PageBitmap::new(target.placed.block.page_count())).collect();
     for result in results {
         for unit in result? {
-            let words = unit.words();
             let first = unit.start / PAGE_LEN;
             let bitmap = &mut bitmaps[unit.block];
             let room = bitmap.page_count().0.saturating_sub(first).div_ceil(64);
-            let words = &words[..words.len().min(usize::try_from(room).unwrap_or(usize::MAX))];
+            let words =
+                &unit.words[..unit.words.len().min(usize::try_from(room).unwrap_or(usize::MAX))];
             bitmap.replace_words(PageIndex(first), words);
         }
     }
-    Ok(Written { bitmaps, backend: in_use.expect("there is at least one job") })
+    Ok(Written { bitmaps, backend })
 }
 
 /// What all workers see.
@@ -142,12 +126,6 @@ struct UnitDone {
     block: usize,
     start: u64,
     words: Box<[u64; UNIT_PAGES / 64]>,
-}
-
-impl UnitDone {
-    fn words(&self) -> &[u64] {
-        &self.words[..]
-    }
 }
 
 #[derive(Debug)]
