@@ -248,3 +248,26 @@ fn untouched_ram_far_larger_than_the_host_costs_nothing() -> TestResult {
     guest.wait_for_passes(2)?;
     guest.judge_counts()
 }
+
+#[test]
+fn a_file_system_without_direct_io_works_and_the_report_says_so() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    let mount = requires!(Mount::tmpfs(300));
+    let config = Guest::boot_sector(Ram::private(64)).seed(16);
+    let mut guest = config.boot(&qemu)?;
+    guest.wait_for_count(1)?;
+    let file = mount.path().join("vm.vmf");
+    let required = SaveOptions { direct_io: DirectIo::Required, ..SaveOptions::default() };
+    let error = save_with(&guest, &file, &required).expect_err("tmpfs has no direct I/O");
+    let source = error.source().map(ToString::to_string).unwrap_or_default();
+    assert!(source.starts_with("direct I/O is not possible: tmpfs"), "{error}: {source}");
+    assert_eq!(guest.status()?, "running");
+
+    let report = save(&guest, &file)?;
+    drop(guest);
+    assert!(report.direct_io.starts_with("no: tmpfs is page cache"), "{}", report.direct_io);
+    check_is_clean(&file)?;
+    let guest = map(&qemu, &config, &file)?;
+    guest.wait_for_passes(2)?;
+    guest.judge_counts()
+}

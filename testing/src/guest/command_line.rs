@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-use super::config::{Firmware, GuestConfig, Machine, Program, copy_once, make_sparse_file};
+use super::config::{Firmware, GuestConfig, Machine, Program, copy_once, make_qcow2};
 use crate::TestResult;
 use crate::qemu::GuestParts;
 
@@ -126,10 +126,10 @@ impl CommandLine<'_> {
         if let Some(disk_mib) = self.config.disk_mib {
             let disk = self.config.disk_path();
             if !disk.exists() {
-                make_sparse_file(&disk, disk_mib << 20)?;
+                make_qcow2(&disk, disk_mib)?;
             }
             let disk = disk.display();
-            arguments.option("-drive", format!("file={disk},format=raw,if=none,id=disk0"));
+            arguments.option("-drive", format!("file={disk},format=qcow2,if=none,id=disk0"));
             arguments.option("-device", "virtio-blk-pci,drive=disk0");
         }
         if self.config.virtio {

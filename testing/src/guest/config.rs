@@ -189,7 +189,7 @@ impl GuestConfig {
         self
     }
 
-    /// Adds a virtio disk, empty at first; the Linux guest writes and reads it.
+    /// Adds a virtio disk on a qcow2 image, empty at first; the Linux guest writes and reads it.
     #[must_use]
     pub fn disk(mut self, size_mib: u64) -> GuestConfig {
         self.disk_mib = Some(size_mib);
@@ -241,7 +241,7 @@ impl GuestConfig {
     /// Returns the image of the disk that [`GuestConfig::disk`] added.
     #[must_use]
     pub fn disk_path(&self) -> PathBuf {
-        self.files.path().join("disk.img")
+        self.files.path().join("disk.qcow2")
     }
 
     /// Starts the guest.
@@ -368,10 +368,15 @@ fn spread(x: u64) -> u64 {
     x ^ (x >> 32)
 }
 
-/// Makes a file of `len` bytes that takes no space yet.
-pub(crate) fn make_sparse_file(path: &Path, len: u64) -> TestResult {
-    let file = File::options().create_new(true).write(true).open(path)?;
-    Ok(file.set_len(len)?)
+/// Makes an empty qcow2 image.
+pub(crate) fn make_qcow2(path: &Path, size_mib: u64) -> TestResult {
+    let mut command = Command::new("qemu-img");
+    command.args(["create", "-q", "-f", "qcow2"]).arg(path).arg(format!("{size_mib}M"));
+    let output = command.output().map_err(|error| format!("qemu-img: {error}"))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(format!("qemu-img: {}", String::from_utf8_lossy(&output.stderr)).into())
 }
 
 /// Copies `source` unless `target` is there already.

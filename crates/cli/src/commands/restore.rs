@@ -46,7 +46,7 @@ pub(crate) fn run(arguments: &RestoreArguments, voice: &Voice) -> Result<ExitCod
     let result = vmfile::restore::restore(&snapshot, destination, &options, &control);
     drop(meter);
     let restored = result.map_err(|error| failure(&error, &signals))?;
-    voice.answer(&restored.report, human::restore)?;
+    voice.report(&restored.report, human::restore);
     match restored.qemu {
         Some(qemu) if arguments.foreground => {
             let status = wait(qemu, &signals)?;

@@ -40,7 +40,7 @@ pub(crate) fn run(arguments: &SaveArguments, voice: &Voice) -> Result<ExitCode, 
             .hint("the VM is as it was, and there is no file"),
         error => Failure::from(&error),
     })?;
-    voice.answer(&report, human::save)?;
+    voice.report(&report, human::save);
     Ok(ExitCode::SUCCESS)
 }
 

@@ -59,6 +59,24 @@ impl Voice {
         }
     }
 
+    /// Prints what was done, as [`Voice::answer`] does. The deed is done even where nobody can be
+    /// told of it: that is a warning, and no failure.
+    pub(crate) fn report<T: Serialize>(&self, value: &T, text: impl FnOnce(&T) -> String) {
+        if let Err(failure) = self.answer(value, text) {
+            self.warn(&format!("done, but the report is lost: {}", failure.message));
+        }
+    }
+
+    fn warn(&self, message: &str) {
+        let text = if self.json {
+            format!("{}\n", json!({ "type": "warning", "message": message }))
+        } else {
+            printable(&format!("vmfile: warning: {message}\n"))
+        };
+        // There is nobody left to tell.
+        let _ = io::stderr().lock().write_all(text.as_bytes());
+    }
+
     /// Prints a failure on stderr.
     pub(crate) fn failure(&self, failure: &Failure) {
         let text = if self.json {

@@ -8,10 +8,12 @@ use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
-use vmfile_testing::{Guest, Missing, Monitor, Mount, Qemu, Ram, TestResult, requires};
+use vmfile_testing::{Guest, Monitor, Mount, Qemu, Ram, TestResult, requires};
 
 use crate::guests::directory;
-use crate::run::{EndAllIn, Said, command, names_in, processes_in, program, vmfile, wait_until};
+use crate::run::{
+    EndAllIn, Said, command, names_in, processes_in, program, strace, vmfile, wait_until,
+};
 use crate::words;
 
 /// A guest whose save takes long enough to be met in the middle.
@@ -234,14 +236,6 @@ fn with_fault(qmp: &Path, file: &Path, call: &str, error: &str) -> TestResult<Sa
         file,
     ];
     Ok(Command::new("strace").args(arguments).output()?.into())
-}
-
-fn strace() -> Result<(), Missing> {
-    let output = Command::new("strace").args(["-qq", "-o", "/dev/null", "true"]).output();
-    match output {
-        Ok(output) if output.status.success() => Ok(()),
-        _ => Err(Missing::beyond_setup("no strace, or it may not trace")),
-    }
 }
 
 #[test]

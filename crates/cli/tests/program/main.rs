@@ -1,6 +1,7 @@
 //! The program as its users meet it: words in, words and a status out.
 
 mod damage;
+mod endings;
 mod guests;
 mod hard_times;
 mod help;

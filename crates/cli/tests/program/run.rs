@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
-use vmfile_testing::TestResult;
+use vmfile_testing::{Missing, TestResult};
 
 /// What a run of the program said.
 #[derive(Debug)]
@@ -122,4 +122,13 @@ pub(crate) fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) -> TestRes
 pub(crate) fn names_in(directory: &Path) -> Vec<String> {
     let entries = fs::read_dir(directory).expect("a directory").filter_map(Result::ok);
     entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
+}
+
+/// Requires that system calls can be made to fail.
+pub(crate) fn strace() -> Result<(), Missing> {
+    let output = Command::new("strace").args(["-qq", "-o", "/dev/null", "true"]).output();
+    match output {
+        Ok(output) if output.status.success() => Ok(()),
+        _ => Err(Missing::beyond_setup("no strace, or it may not trace")),
+    }
 }
