@@ -90,15 +90,16 @@ impl fmt::Debug for AlignedBuffer {
 
 /// A fixed number of equal buffers, taken and given back.
 ///
-/// The memory is bounded by `count * len` from the first moment. A clone is another handle on the
-/// same buffers. A buffer comes back when it is dropped, wherever it is then.
+/// The memory is bounded by `count * len`; a buffer is allocated when it is taken for the first time,
+/// so that a pool that is hardly used costs hardly anything. A clone is another handle on the same
+/// buffers. A buffer comes back when it is dropped, wherever it is then.
 #[derive(Clone, Debug)]
 pub struct BufferPool {
     shelf: Arc<Shelf>,
 }
 
 impl BufferPool {
-    /// Allocates `count` buffers of `len` bytes, each aligned to `align`.
+    /// Makes a pool of `count` buffers of `len` bytes, each aligned to `align`.
     ///
     /// # Panics
     ///
@@ -106,8 +107,10 @@ impl BufferPool {
     #[must_use]
     pub fn new(count: usize, len: usize, align: usize) -> BufferPool {
         assert_ne!(count, 0, "a pool without buffers could never give one");
-        let free = (0..count).map(|_| AlignedBuffer::zeroed(len, align)).collect();
-        let shelf = Shelf { free: Mutex::new(free), returned: Condvar::new(), count, len };
+        assert_ne!(len, 0, "a direct I/O buffer cannot be empty");
+        assert!(align.is_power_of_two(), "an alignment is a power of two");
+        let stock = Mutex::new(Stock { free: Vec::new(), not_made: count });
+        let shelf = Shelf { stock, returned: Condvar::new(), count, len, align };
         BufferPool { shelf: Arc::new(shelf) }
     }
 
@@ -118,19 +121,19 @@ impl BufferPool {
     /// user left.
     #[must_use]
     pub fn take(&self) -> PooledBuffer {
-        let mut free = self.shelf.lock();
+        let mut stock = self.shelf.lock();
         loop {
-            if let Some(buffer) = free.pop() {
+            if let Some(buffer) = self.shelf.buffer_of(&mut stock) {
                 return self.lend(buffer);
             }
-            free = self.shelf.returned.wait(free).unwrap_or_else(PoisonError::into_inner);
+            stock = self.shelf.returned.wait(stock).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
     /// Takes a buffer, or returns `None` at once if none is free.
     #[must_use]
     pub fn try_take(&self) -> Option<PooledBuffer> {
-        let buffer = self.shelf.lock().pop()?;
+        let buffer = self.shelf.buffer_of(&mut self.shelf.lock())?;
         Some(self.lend(buffer))
     }
 
@@ -149,7 +152,8 @@ impl BufferPool {
     /// Returns how many buffers are free at this moment.
     #[must_use]
     pub fn free_count(&self) -> usize {
-        self.shelf.lock().len()
+        let stock = self.shelf.lock();
+        stock.free.len() + stock.not_made
     }
 
     fn lend(&self, buffer: AlignedBuffer) -> PooledBuffer {
@@ -159,16 +163,33 @@ impl BufferPool {
 
 #[derive(Debug)]
 struct Shelf {
-    free: Mutex<Vec<AlignedBuffer>>,
+    stock: Mutex<Stock>,
     returned: Condvar,
     count: usize,
     len: usize,
+    align: usize,
+}
+
+/// What is on the shelf: buffers that were used before, and the right to make more.
+#[derive(Debug)]
+struct Stock {
+    free: Vec<AlignedBuffer>,
+    not_made: usize,
 }
 
 impl Shelf {
-    fn lock(&self) -> MutexGuard<'_, Vec<AlignedBuffer>> {
-        // Nothing that holds the lock can panic half way, so a poisoned list is still whole.
-        self.free.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Stock> {
+        // Nothing that holds the lock leaves the stock half changed, so a poisoned one is whole.
+        self.stock.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns a used buffer, which the cache may still hold, before it makes one.
+    fn buffer_of(&self, stock: &mut Stock) -> Option<AlignedBuffer> {
+        if let Some(buffer) = stock.free.pop() {
+            return Some(buffer);
+        }
+        stock.not_made = stock.not_made.checked_sub(1)?;
+        Some(AlignedBuffer::zeroed(self.len, self.align))
     }
 }
 
@@ -213,7 +234,7 @@ impl DerefMut for PooledBuffer {
 impl Drop for PooledBuffer {
     fn drop(&mut self) {
         if let Some(buffer) = self.buffer.take() {
-            self.shelf.lock().push(buffer);
+            self.shelf.lock().free.push(buffer);
             self.shelf.returned.notify_one();
         }
     }

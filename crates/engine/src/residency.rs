@@ -66,17 +66,19 @@ pub fn resident_bytes(file: BorrowedFd<'_>, range: Range<u64>) -> io::Result<u64
 ///
 /// Dirty pages and pages that somebody maps stay, and so does a folio only partly in `range`: the
 /// cache keeps and drops pages in folios, which can be of a megabyte and more (seen on ext4, Linux
-/// 6.18). Drop whole files, or large pieces.
+/// 6.18). Drop whole files, or large pieces. An end past 2^63, where no file reaches, is the end of the
+/// file.
 ///
 /// # Errors
 ///
 /// Returns the kernel's error.
 pub fn drop_cached(file: BorrowedFd<'_>, range: Range<u64>) -> io::Result<()> {
-    // A length of zero would mean "to the end of the file".
-    let Some(len) = range.end.checked_sub(range.start).and_then(NonZeroU64::new) else {
+    if range.is_empty() {
         return Ok(());
-    };
-    Ok(rustix::fs::fadvise(file, range.start, Some(len), Advice::DontNeed)?)
+    }
+    // The kernel's length is signed, and zero means "to the end of the file": no length here.
+    let len = NonZeroU64::new(range.end - range.start).filter(|_| i64::try_from(range.end).is_ok());
+    Ok(rustix::fs::fadvise(file, range.start, len, Advice::DontNeed)?)
 }
 
 /// Says whether `cachestat` is there, by asking for a descriptor that cannot be.

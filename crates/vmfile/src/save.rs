@@ -207,8 +207,8 @@ impl<'a> Save<'a> {
     /// From the pause to the durable file.
     fn write(&mut self) -> Result<(), SaveError> {
         self.pause()?;
-        let device_state = self.device_state()?;
-        self.file_contents(&device_state)?;
+        let (state, sections) = self.device_state()?;
+        self.file_contents(&state, &sections)?;
         if self.control.is_stopped() {
             return Err(SaveError::Stopped);
         }
@@ -223,8 +223,8 @@ impl<'a> Save<'a> {
         Ok(())
     }
 
-    /// Takes everything that is not RAM; returns the sections from the first to EOF.
-    fn device_state(&mut self) -> Result<Vec<u8>, SaveError> {
+    /// Takes everything that is not RAM: the sections from the first to EOF, and where each is.
+    fn device_state(&mut self) -> Result<(DeviceState, Vec<u8>), SaveError> {
         // QEMU writes magic and version, then the sections.
         const HEADER_LEN: usize = 8;
         let bytes = self.vm.save_device_state()?;
@@ -242,16 +242,15 @@ impl<'a> Save<'a> {
         if !state.set_run_state(&mut sections, run_state) {
             return Err(SaveError::NoRunState);
         }
-        Ok(sections)
+        Ok((state, sections))
     }
 
     /// Places everything, writes RAM, and then what belongs around it.
-    fn file_contents(&mut self, device_state: &[u8]) -> Result<(), SaveError> {
-        let state = DeviceState::locate(device_state, 0, 0).map_err(SaveError::DeviceState)?;
+    fn file_contents(&mut self, state: &DeviceState, sections: &[u8]) -> Result<(), SaveError> {
         let layout = MappedRamLayout::new(&self.meta.machine, self.ram.clone(), state.unused_id())
             .map_err(SaveError::Layout)?;
         let mut tail = layout.encode_end().1;
-        tail.extend_from_slice(device_state);
+        tail.extend_from_slice(sections);
         let state_end = tail.len();
         encoder::vm_description(&mut tail);
         let tail_offset = layout.encode_end().0;

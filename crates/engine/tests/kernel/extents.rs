@@ -81,6 +81,9 @@ fn cached_pages_are_counted_and_dropped() {
 
     assert_eq!(resident_bytes(file.as_fd(), 0..1 << 20).unwrap(), 0);
     assert_eq!(resident_bytes(file.as_fd(), 5..5).unwrap(), 0);
+    std::fs::read(&path).unwrap();
+    drop_cached(file.as_fd(), 0..u64::MAX).unwrap();
+    assert_eq!(resident_bytes(file.as_fd(), 0..1 << 20).unwrap(), 0);
 }
 
 #[test]
