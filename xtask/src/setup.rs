@@ -91,20 +91,49 @@ const PACKAGES: [Package; 10] = [
     Package { name: "xz-utils", provides: "xz", why: "unpacks kernel modules", suite: Suite::Own },
 ];
 
-/// Installs what is missing and makes the guests.
+/// What `cargo xtask bench` compares with, besides.
+const BENCH_PACKAGES: [Package; 3] = [
+    Package {
+        name: "libvirt-daemon",
+        provides: "libvirtd",
+        why: "`virsh save`, to compare with",
+        suite: Suite::QemuBackports,
+    },
+    Package {
+        name: "libvirt-daemon-driver-qemu",
+        provides: "/usr/lib/x86_64-linux-gnu/libvirt/connection-driver/libvirt_driver_qemu.so",
+        why: "`virsh save`, to compare with",
+        suite: Suite::QemuBackports,
+    },
+    Package {
+        name: "libvirt-clients",
+        provides: "virsh",
+        why: "`virsh save`, to compare with",
+        suite: Suite::QemuBackports,
+    },
+];
+
+/// Installs what is missing for the tests and makes the guests.
 pub(crate) fn run(workspace: &Workspace) -> Result<(), Box<dyn Error>> {
+    install_missing(PACKAGES.iter())?;
+    guest::make(workspace)
+}
+
+/// Installs what is missing for the benchmarks as well.
+pub(crate) fn run_for_bench(workspace: &Workspace) -> Result<(), Box<dyn Error>> {
+    install_missing(PACKAGES.iter().chain(&BENCH_PACKAGES))?;
+    guest::make(workspace)
+}
+
+fn install_missing(packages: impl Iterator<Item = &'static Package>) -> Result<(), Box<dyn Error>> {
     let qemu_is_old = qemu_major().is_none_or(|major| major < QEMU_MAJOR_MIN);
-    let missing: Vec<&Package> = PACKAGES
-        .iter()
+    let missing: Vec<&Package> = packages
         .filter(|package| {
             let too_old = package.name == "qemu-system-x86" && qemu_is_old;
             too_old || !is_present(package.provides)
         })
         .collect();
-    if !missing.is_empty() {
-        install(&missing)?;
-    }
-    guest::make(workspace)
+    if missing.is_empty() { Ok(()) } else { install(&missing) }
 }
 
 fn install(missing: &[&Package]) -> Result<(), Box<dyn Error>> {

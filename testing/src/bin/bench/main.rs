@@ -8,6 +8,7 @@
 
 mod fio;
 mod host;
+mod libvirt;
 mod native;
 mod reading;
 mod report;

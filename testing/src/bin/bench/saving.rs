@@ -6,6 +6,7 @@ use std::path::Path;
 
 use vmfile_testing::{Guest, GuestConfig, Ram, TestResult};
 
+use crate::libvirt::{self, Libvirt};
 use crate::native::Way;
 use crate::report::Report;
 use crate::series::Series;
@@ -30,6 +31,8 @@ enum Writer {
     Qemu(Way),
     /// As above, but from shared RAM.
     QemuShared(Way),
+    /// From shared RAM as well.
+    Virsh(libvirt::Way),
 }
 
 impl Writer {
@@ -40,6 +43,7 @@ impl Writer {
             Writer::VmfilePrivate => "vmfile save, private RAM".to_owned(),
             Writer::Qemu(way) => way.name(),
             Writer::QemuShared(way) => format!("{}, shared RAM", way.name()),
+            Writer::Virsh(way) => format!("{}, shared RAM", way.name()),
         }
     }
 }
@@ -60,8 +64,13 @@ pub(crate) fn measure(bench: &Bench, report: &mut Report) -> TestResult<Saved> {
     let bytes = tools.save(&shared, &file)?.count("bytes_written")?;
     report.data_bytes = bytes;
 
+    let libvirt = match Libvirt::is_here() {
+        true => Some(Libvirt::start(&shared_config, qemu, scale.ram_mib)?),
+        false => None,
+    };
+    let writers = writers(*scale, libvirt.is_some());
     let mut all: Vec<(Writer, Series)> =
-        writers(*scale).into_iter().map(|writer| (writer, Series::new(writer.name()))).collect();
+        writers.into_iter().map(|writer| (writer, Series::new(writer.name()))).collect();
     for round in 0..=scale.rounds {
         for (writer, series) in &mut all {
             let seconds = match writer {
@@ -70,6 +79,7 @@ pub(crate) fn measure(bench: &Bench, report: &mut Report) -> TestResult<Saved> {
                 Writer::VmfilePrivate => tools.save(&private, &tools.file("private.vmf"))?.seconds,
                 Writer::Qemu(way) => native(tools, *way, &mut private)?,
                 Writer::QemuShared(way) => native(tools, *way, &mut shared)?,
+                Writer::Virsh(way) => virsh(tools, *way, libvirt.as_ref())?,
             };
             if round > 0 {
                 series.push(seconds);
@@ -78,9 +88,9 @@ pub(crate) fn measure(bench: &Bench, report: &mut Report) -> TestResult<Saved> {
         println!("round {round} of {}", scale.rounds);
     }
     fs::remove_file(tools.file("private.vmf"))?;
+    drop(libvirt);
     judge(&all, report);
     cache_and_memory(tools, &shared, &file, report)?;
-    libvirt(report);
     // Saved as it ran, so that it comes back running.
     shared.resume()?;
     tools.make_way(&file)?;
@@ -89,11 +99,14 @@ pub(crate) fn measure(bench: &Bench, report: &mut Report) -> TestResult<Saved> {
     Ok(Saved { config: shared_config, file, bytes })
 }
 
-fn writers(scale: Scale) -> Vec<Writer> {
+fn writers(scale: Scale, with_libvirt: bool) -> Vec<Writer> {
     let mut all = vec![Writer::Disk, Writer::VmfileShared, Writer::VmfilePrivate];
     all.extend(scale.channels.iter().map(|&channels| Writer::Qemu(Way::Multifd(channels))));
     all.extend([Way::Stream, Way::MappedRam, Way::Exec].map(Writer::Qemu));
     all.push(Writer::QemuShared(Way::Multifd(2)));
+    if with_libvirt {
+        all.extend(libvirt::Way::ALL.map(Writer::Virsh));
+    }
     all
 }
 
@@ -117,6 +130,14 @@ fn native(tools: &Tools, way: Way, guest: &mut Guest) -> TestResult<f64> {
     let file = tools.file("native");
     tools.make_way(&file)?;
     let seconds = way.save(guest, &file)?;
+    fs::remove_file(&file)?;
+    Ok(seconds)
+}
+
+fn virsh(tools: &Tools, way: libvirt::Way, libvirt: Option<&Libvirt>) -> TestResult<f64> {
+    let file = tools.file("virsh");
+    tools.make_way(&file)?;
+    let seconds = libvirt.ok_or("no libvirt")?.save(way, &file)?;
     fs::remove_file(&file)?;
     Ok(seconds)
 }
@@ -145,6 +166,11 @@ fn judge(all: &[(Writer, Series)], report: &mut Report) {
     report.at_most("save, shared RAM: / fio write", shared.ratio(disk), 1.05, "x");
     report.at_least("save, shared RAM: QEMU's best / ours", best.ratio(shared), 1.6, "x");
     report.at_least("save, shared RAM: `exec:cat` / ours", exec.ratio(shared), 3.5, "x");
+    let what = "save, shared RAM: `virsh save --bypass-cache` / ours";
+    match series(Writer::Virsh(libvirt::Way::BypassCache)) {
+        Some(virsh) => report.at_least(what, virsh.ratio(shared), 2.2, "x"),
+        None => report.not_measured(what, "no libvirt"),
+    }
     report.at_most("save, private RAM: / fio write", private.ratio(disk), 1.1, "x");
     report.at_least("save, private RAM: QEMU's best / ours", best.ratio(private), 1.4, "x");
     report.note(format!("QEMU's best is: {}.", best.name));
@@ -164,13 +190,6 @@ fn cache_and_memory(tools: &Tools, guest: &Guest, file: &Path, report: &mut Repo
     let peak = tools.memory_of_save(guest, file)?;
     report.at_most("our memory: peak of a save", mib(peak), mib(MEMORY_KIB_MAX), "MiB");
     Ok(())
-}
-
-fn libvirt(report: &mut Report) {
-    let what = "save, shared RAM: `virsh save --bypass-cache` / ours, at least 2.2 x";
-    let found = std::process::Command::new("virsh").arg("--version").output().is_ok();
-    let reason = if found { "this program defines no domains" } else { "no libvirt" };
-    report.not_measured(what, reason);
 }
 
 /// Returns KiB as MiB.
