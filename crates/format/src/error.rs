@@ -75,6 +75,11 @@ pub enum FormatErrorKind {
         /// The name.
         name: String,
     },
+    /// A page of a RAM block that the block list does not have.
+    UnknownBlock {
+        /// The block's name.
+        name: String,
+    },
     /// The lengths of the RAM blocks do not add up to the total.
     WrongTotal {
         /// The sum of the lengths.
@@ -148,6 +153,9 @@ impl fmt::Display for FormatErrorKind {
             FormatErrorKind::NotText { field } => write!(f, "{field} is not UTF-8"),
             FormatErrorKind::RepeatedBlock { name } => {
                 write!(f, "RAM block {name:?} occurs twice")
+            }
+            FormatErrorKind::UnknownBlock { name } => {
+                write!(f, "RAM block {name:?} is not in the block list")
             }
             FormatErrorKind::WrongTotal { found, expected } => {
                 write!(f, "RAM blocks add up to {found} bytes, expected {expected}")

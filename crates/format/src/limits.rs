@@ -23,6 +23,14 @@ pub const MACHINE_NAME_LEN_MAX: u32 = 256;
 /// Most capability names in the configuration section. QEMU 10.2 knows two.
 pub const CAPABILITIES_MAX: u32 = 64;
 
+/// Longest header with configuration of a sequential stream, in bytes: all that the limits of its
+/// fields allow is less.
+pub const CONFIGURATION_LEN_MAX: usize = 32 << 10;
+
+/// How much longer than a page its zlib form may be, in bytes. Incompressible data grows by 33
+/// bytes at 64 KiB.
+pub const COMPRESSED_EXTRA_LEN_MAX: usize = 1024;
+
 /// Largest device state, in bytes, with everything that follows the RAM section up to QEMU's last
 /// byte. A virtual machine with dozens of devices has a few MiB.
 pub const DEVICE_STATE_LEN_MAX: u64 = 256 << 20;

@@ -5,7 +5,7 @@ use alloc::vec::Vec;
 
 use crate::error::{FormatError, FormatErrorKind};
 use crate::limits::{BLOCK_LEN_MAX, BLOCK_NAME_LEN_MAX, BLOCK_PAGES_MAX, BLOCKS_MAX};
-use crate::page::{PageCount, PageSize};
+use crate::page::{PageCount, PageIndex, PageSize};
 
 /// A named, contiguous piece of guest RAM, as QEMU saves it.
 ///
@@ -84,6 +84,29 @@ impl RamBlock {
     pub fn page_count(&self) -> PageCount {
         self.page_size.pages_in(self.used_length).expect("checked when the block was made")
     }
+
+    /// Returns the page whose first byte lies `block_offset` bytes into the block.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`FormatErrorKind`] if no page begins there, or if the block ends before.
+    pub fn page_at(&self, block_offset: u64) -> Result<PageIndex, FormatErrorKind> {
+        let Some(page) = self.page_size.pages_in(block_offset) else {
+            return Err(FormatErrorKind::Misaligned {
+                field: "offset of a page",
+                found: block_offset,
+                alignment: self.page_size.bytes(),
+            });
+        };
+        if block_offset >= self.used_length {
+            return Err(FormatErrorKind::Outside {
+                field: "page",
+                end: block_offset.saturating_add(self.page_size.bytes()),
+                limit: self.used_length,
+            });
+        }
+        Ok(PageIndex(page.0))
+    }
 }
 
 /// The RAM blocks of one VM, in the order of the stream; their names are unique.
@@ -121,6 +144,12 @@ impl RamLayout {
         &self.blocks
     }
 
+    /// Returns the place of the block `name` in the list.
+    #[must_use]
+    pub fn position(&self, name: &str) -> Option<usize> {
+        self.blocks.iter().position(|block| block.name == name)
+    }
+
     /// Returns the sum of the blocks' lengths, in bytes.
     #[must_use]
     pub fn total_length(&self) -> u64 {
@@ -153,6 +182,17 @@ mod tests {
         assert!(block("pc.ram", 4097).is_err());
         assert!(block("pc.ram", BLOCK_LEN_MAX + 4096).is_err());
         assert!(block(&"n".repeat(256), 4096).is_err());
+    }
+
+    #[test]
+    fn a_page_begins_at_a_multiple_of_its_size_inside_its_block() {
+        let block = block("pc.ram", 3 * 4096).unwrap();
+        assert_eq!(block.page_at(2 * 4096), Ok(PageIndex(2)));
+        let error = block.page_at(3 * 4096).unwrap_err();
+        assert_eq!(error.to_string(), "page ends at 0x4000, past 0x3000");
+        let error = block.page_at(4097).unwrap_err();
+        assert_eq!(error.to_string(), "offset of a page is 0x1001, not a multiple of 4096");
+        assert!(block.page_at(u64::MAX - 4095).is_err());
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use alloc::vec::Vec;
 
-use super::{RAM_SECTION_VERSION, ram_flag, section};
+use super::{RAM_SECTION_VERSION, command, ram_flag, section};
 use crate::page::PageIndex;
 use crate::ram_block::{RamBlock, RamLayout};
 
@@ -44,10 +44,19 @@ pub fn end_part(bytes: &mut Vec<u8>, section_id: u32) {
     bytes.extend_from_slice(&section_id.to_be_bytes());
 }
 
-/// Writes the "ram" section of a stream for a destination that has most of its RAM already.
+/// Appends the command that says that the source has stopped: machine types of QEMU 10.0 and later
+/// expect it, older versions of QEMU refuse it.
+pub fn switchover_start(bytes: &mut Vec<u8>) {
+    bytes.push(section::COMMAND);
+    bytes.extend_from_slice(&command::SWITCHOVER_START.to_be_bytes());
+    bytes.extend_from_slice(&0_u16.to_be_bytes());
+}
+
+/// Writes the "ram" section of a stream, in pieces: what it appends can be sent on after each call.
 ///
 /// The block list names every block; only the pages that are given are sent. QEMU does not insist
-/// on receiving every page (tried on 8.2 and 10.0).
+/// on receiving every page (tried on 8.2 and 10.0), so this serves a whole stream as well as a
+/// destination that has most of its RAM already.
 #[derive(Debug)]
 pub struct RamSection {
     section_id: u32,
@@ -61,10 +70,17 @@ impl RamSection {
         for block in layout.blocks() {
             block_record(bytes, block);
         }
-        end_part(bytes, section_id);
+        let section = RamSection { section_id, named: None };
+        section.next_part(bytes);
+        section
+    }
+
+    /// Ends the part at hand and begins the next: QEMU's loader looks after other things between
+    /// them. The block that was named last stays named.
+    pub fn next_part(&self, bytes: &mut Vec<u8>) {
+        end_part(bytes, self.section_id);
         bytes.push(section::PART);
-        bytes.extend_from_slice(&section_id.to_be_bytes());
-        RamSection { section_id, named: None }
+        bytes.extend_from_slice(&self.section_id.to_be_bytes());
     }
 
     /// Appends a page with its data, which has the length of one page.

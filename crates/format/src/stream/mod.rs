@@ -11,11 +11,14 @@
 //! 06 VMDESCRIPTION   JSON, optional
 //! ```
 //!
-//! All integers are big-endian. Payloads have no length of their own: see [`device_state`].
+//! All integers are big-endian. Payloads have no length of their own: [`decoder`] knows that of
+//! "ram", and [`device_state`] finds those of the devices.
 
 pub mod configuration;
+pub mod decoder;
 pub mod device_state;
 pub mod encoder;
+mod ram_word;
 
 /// "QEVM", the first four bytes.
 pub const MAGIC: u32 = 0x5145_564d;
@@ -47,7 +50,12 @@ pub mod section {
 }
 
 /// The words of the "ram" section: flags in the bits below the page size, an offset above them.
+///
+/// They are told from one another by these bits alone; only [`CONTINUE`](ram_flag::CONTINUE) goes
+/// with another.
 pub mod ram_flag {
+    /// A page of one byte value. No QEMU since 2009 writes it.
+    pub const FULL: u64 = 0x01;
     /// The page is zero; one fill byte, 0, follows.
     pub const ZERO: u64 = 0x02;
     /// The block list follows; the address part is the total length.
@@ -58,6 +66,41 @@ pub mod ram_flag {
     pub const EOS: u64 = 0x10;
     /// The page belongs to the block that was named last.
     pub const CONTINUE: u64 = 0x20;
+    /// A change to the page as it was sent before; one byte 1, be16 length and so many bytes follow.
+    pub const XBZRLE: u64 = 0x40;
+    /// Something for RDMA.
+    pub const HOOK: u64 = 0x80;
+    /// One page as a zlib stream; be32 length and so many bytes follow. Removed in QEMU 9.1.
+    pub const COMPRESS_PAGE: u64 = 0x100;
+    /// All that the multifd channels carry up to their next SYNC comes before what follows here.
+    /// Since QEMU 8.1.
+    pub const MULTIFD_FLUSH: u64 = 0x200;
+}
+
+/// The codes of the commands: messages between source and destination.
+pub mod command {
+    /// Asks the destination to answer on the return path.
+    pub const OPEN_RETURN_PATH: u16 = 1;
+    /// Asks for a PONG.
+    pub const PING: u16 = 2;
+    /// Says that postcopy may follow.
+    pub const POSTCOPY_ADVISE: u16 = 3;
+    /// Begins postcopy on the destination.
+    pub const POSTCOPY_LISTEN: u16 = 4;
+    /// Lets the guest run on the destination.
+    pub const POSTCOPY_RUN: u16 = 5;
+    /// Says which pages are out of date.
+    pub const POSTCOPY_RAM_DISCARD: u16 = 6;
+    /// A stream inside the stream follows.
+    pub const PACKAGED: u16 = 7;
+    /// Begins COLO.
+    pub const ENABLE_COLO: u16 = 8;
+    /// Goes on after a broken postcopy.
+    pub const POSTCOPY_RESUME: u16 = 9;
+    /// Asks which pages have arrived.
+    pub const RECV_BITMAP: u16 = 10;
+    /// Says that the source has stopped. Since QEMU 10.0.
+    pub const SWITCHOVER_START: u16 = 11;
 }
 
 /// The version of the "ram" section; QEMU refuses any other.
