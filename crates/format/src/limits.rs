@@ -31,6 +31,10 @@ pub const CONFIGURATION_LEN_MAX: usize = 32 << 10;
 /// bytes at 64 KiB.
 pub const COMPRESSED_EXTRA_LEN_MAX: usize = 1024;
 
+/// Most data of one multifd packet, in bytes: twice the pages of a packet. Neither zlib nor zstd
+/// makes data that do not compress longer by a hundredth.
+pub const MULTIFD_DATA_LEN_MAX: u64 = 1 << 20;
+
 /// Largest device state, in bytes, with everything that follows the RAM section up to QEMU's last
 /// byte. A virtual machine with dozens of devices has a few MiB.
 pub const DEVICE_STATE_LEN_MAX: u64 = 256 << 20;

@@ -246,6 +246,7 @@ fn the_table_of_limits_is_that_of_the_code() {
         ("CAPABILITIES_MAX", limits::CAPABILITIES_MAX.into()),
         ("CONFIGURATION_LEN_MAX", limits::CONFIGURATION_LEN_MAX as u64),
         ("COMPRESSED_EXTRA_LEN_MAX", limits::COMPRESSED_EXTRA_LEN_MAX as u64),
+        ("MULTIFD_DATA_LEN_MAX", limits::MULTIFD_DATA_LEN_MAX),
         ("DEVICE_STATE_LEN_MAX", limits::DEVICE_STATE_LEN_MAX),
         ("DEVICE_SECTIONS_MAX", limits::DEVICE_SECTIONS_MAX as u64),
         ("MANIFEST_LEN_MAX", limits::MANIFEST_LEN_MAX),

@@ -76,7 +76,7 @@ pub enum Event<'a> {
         /// The page.
         page: PageIndex,
     },
-    /// A change to a page that came before.
+    /// A change to a page that came before: see [`super::xbzrle`].
     Xbzrle {
         /// The block.
         block: usize,

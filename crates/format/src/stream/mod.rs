@@ -18,7 +18,9 @@ pub mod configuration;
 pub mod decoder;
 pub mod device_state;
 pub mod encoder;
+pub mod multifd;
 mod ram_word;
+pub mod xbzrle;
 
 /// "QEVM", the first four bytes.
 pub const MAGIC: u32 = 0x5145_564d;
