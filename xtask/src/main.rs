@@ -6,6 +6,7 @@ mod bench;
 mod command;
 mod demo;
 mod guest;
+mod qemus;
 mod setup;
 mod test;
 mod tidy;
@@ -20,7 +21,7 @@ use crate::workspace::Workspace;
 const HELP: &str = "\
 usage: cargo xtask VERB
 
-  setup            install QEMU and what else the tests need; make the guests
+  setup            install QEMU and what else the tests need; fetch other QEMUs; make the guests
   test [STEP ...]  run everything that must pass, or only the steps named
   demo             save a guest that counts, restore it, and see it count on
   bench [--quick]  measure vmfile beside the disk's limit and QEMU's own ways

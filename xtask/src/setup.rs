@@ -1,4 +1,4 @@
-//! `cargo xtask setup`: installs what the tests need and makes the guests.
+//! `cargo xtask setup`: installs what the tests need, fetches other QEMUs and makes the guests.
 //!
 //! What is there already is used as it is, whichever distribution it came from. What is missing is
 //! installed with apt-get; QEMU from backports where Debian's own is older than the tests need.
@@ -10,14 +10,14 @@ use std::path::Path;
 use std::process::Command;
 
 use crate::command::{output, say, shown};
-use crate::guest;
 use crate::workspace::Workspace;
+use crate::{guest, qemus};
 
 /// The oldest QEMU that the tests use: mapped RAM came with 9.0.
 const QEMU_MAJOR_MIN: u32 = 9;
 
 const BACKPORTS_LIST: &str = "/etc/apt/sources.list.d/vmfile-backports.list";
-const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+pub(crate) const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
 /// A package, what of it must be there, and what it is for.
 #[derive(Debug)]
@@ -38,7 +38,7 @@ enum Suite {
     QemuBackports,
 }
 
-const PACKAGES: [Package; 10] = [
+const PACKAGES: [Package; 11] = [
     Package {
         name: "qemu-system-x86",
         provides: "qemu-system-x86_64",
@@ -89,6 +89,12 @@ const PACKAGES: [Package; 10] = [
         suite: Suite::Own,
     },
     Package { name: "xz-utils", provides: "xz", why: "unpacks kernel modules", suite: Suite::Own },
+    Package {
+        name: "patchelf",
+        provides: "patchelf",
+        why: "gives a QEMU that is not installed its own libraries",
+        suite: Suite::Own,
+    },
 ];
 
 /// What `cargo xtask bench` compares with, besides.
@@ -113,9 +119,10 @@ const BENCH_PACKAGES: [Package; 3] = [
     },
 ];
 
-/// Installs what is missing for the tests and makes the guests.
+/// Installs what is missing for the tests, fetches the other QEMUs and makes the guests.
 pub(crate) fn run(workspace: &Workspace) -> Result<(), Box<dyn Error>> {
     install_missing(PACKAGES.iter())?;
+    qemus::fetch(workspace)?;
     guest::make(workspace)
 }
 
@@ -178,14 +185,9 @@ fn backports_if_needed(missing: &[&Package]) -> Result<Option<String>, Box<dyn E
     if !is_needed {
         return Ok(None);
     }
-    let codename = codename(&fs::read_to_string("/etc/os-release")?)
-        .ok_or("/etc/os-release has no VERSION_CODENAME")?;
+    let codename = own_codename()?;
     let release = format!("{codename}-backports");
-    let targets = output(
-        Command::new("apt-get")
-            .args(["indextargets", "--format", "$(REPO_URI) $(CODENAME) $(COMPONENT)"])
-            .arg("Created-By: Packages"),
-    )?;
+    let targets = index_targets()?;
     if mirror_of(&targets, &release).is_none() {
         let mirror = mirror_of(&targets, &codename)
             .ok_or_else(|| format!("apt has no source for {codename} main to find backports by"))?;
@@ -197,8 +199,23 @@ fn backports_if_needed(missing: &[&Package]) -> Result<Option<String>, Box<dyn E
     Ok(Some(release))
 }
 
+/// Returns the codename of the distribution, such as `bookworm`.
+pub(crate) fn own_codename() -> Result<String, Box<dyn Error>> {
+    let os_release = fs::read_to_string("/etc/os-release")?;
+    Ok(codename(&os_release).ok_or("/etc/os-release has no VERSION_CODENAME")?)
+}
+
+/// Returns apt's indexes of packages: on each line a mirror, a codename and a component.
+pub(crate) fn index_targets() -> Result<String, Box<dyn Error>> {
+    output(
+        Command::new("apt-get")
+            .args(["indextargets", "--format", "$(REPO_URI) $(CODENAME) $(COMPONENT)"])
+            .arg("Created-By: Packages"),
+    )
+}
+
 /// Finds the mirror that serves component `main` of `codename` among apt's index targets.
-fn mirror_of(index_targets: &str, codename: &str) -> Option<String> {
+pub(crate) fn mirror_of(index_targets: &str, codename: &str) -> Option<String> {
     index_targets.lines().find_map(|line| match *line.split(' ').collect::<Vec<_>>() {
         [uri, name, "main"] if name == codename => Some(uri.to_owned()),
         _ => None,
@@ -220,8 +237,14 @@ fn candidate_major(policy: &str) -> Option<u32> {
 /// Returns the major version of the QEMU that is installed.
 fn qemu_major() -> Option<u32> {
     let program = env::var("VMFILE_QEMU").unwrap_or_else(|_| "qemu-system-x86_64".to_owned());
+    qemu_version(Path::new(&program))?.split('.').next()?.parse().ok()
+}
+
+/// Returns the version that a QEMU program says it has, such as `10.0.2`, if it runs.
+pub(crate) fn qemu_version(program: &Path) -> Option<String> {
     let text = output(Command::new(program).arg("--version")).ok()?;
-    text.strip_prefix("QEMU emulator version ")?.split('.').next()?.parse().ok()
+    let version = text.strip_prefix("QEMU emulator version ")?;
+    Some(version.split([' ', '\n']).next()?.to_owned())
 }
 
 fn is_present(what: &str) -> bool {
@@ -229,7 +252,7 @@ fn is_present(what: &str) -> bool {
 }
 
 /// Finds a program as the shell does, and in the administrator's directories too.
-fn find_in_path(program: &str) -> Option<std::path::PathBuf> {
+pub(crate) fn find_in_path(program: &str) -> Option<std::path::PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     env::split_paths(&path)
         .chain(["/usr/sbin".into(), "/sbin".into()])
