@@ -31,7 +31,7 @@ pub use guest::config::{Firmware, GuestConfig, Machine, Prepared};
 pub use guest::count::Count;
 pub use guest::ram::{Ram, RamKind};
 pub use guest::running::Guest;
-pub use qemu::{Qemu, Version};
+pub use qemu::{Qemu, Release, Version};
 pub use qmp::Monitor;
 pub use require::{Missing, root};
 

@@ -1,4 +1,4 @@
-//! The QEMU that the tests run, and the parts of the guests.
+//! The QEMUs that the tests run, and the parts of the guests.
 
 use std::env;
 use std::fmt;
@@ -10,13 +10,33 @@ use std::sync::Arc;
 use crate::lock::VmLock;
 use crate::require::Missing;
 
+/// Where firmware lies in the packages of a QEMU that is not installed.
+///
+/// QEMU 7.2 of Debian looks for it beside itself, 11.1 in the system's directories only. There it
+/// would find that of another version, whose bytes and lengths are those of other RAM blocks.
+const FIRMWARE_DIRECTORIES: [&str; 3] =
+    ["usr/share/qemu", "usr/share/seabios", "usr/lib/ipxe/qemu"];
+
 /// A QEMU program; while it lives, no other test runs VMs.
 #[derive(Debug, Clone)]
 pub struct Qemu {
     program: PathBuf,
     version: Version,
+    /// Where this QEMU finds its firmware; empty for one that is installed, which knows it.
+    firmware_directories: Vec<PathBuf>,
     parts: GuestParts,
     _lock: Arc<VmLock>,
+}
+
+/// One of the QEMUs that `cargo xtask setup` sees to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Release {
+    /// The oldest that is tested, 7.2: it shows no addresses and knows no mapped RAM.
+    Oldest,
+    /// The one that is installed, as [`Qemu::find`] finds it.
+    Distribution,
+    /// The newest that could be had when it was fetched.
+    Newest,
 }
 
 /// A version of QEMU, such as 10.0.2.
@@ -50,10 +70,35 @@ impl Qemu {
         let program = PathBuf::from(program);
         let version = version_of(&program)
             .ok_or_else(|| Missing::new(format!("no QEMU runs as {}", program.display())))?;
+        Qemu::ready(program, version, Vec::new())
+    }
+
+    /// Finds the QEMU of `release`, and waits until no other test uses any.
+    ///
+    /// # Errors
+    ///
+    /// As [`Qemu::find`].
+    pub fn of(release: Release) -> Result<Qemu, Missing> {
+        let Some(suite) = release.suite() else { return Qemu::find() };
+        let tree = target_directory().join("qemu").join(suite);
+        let program = tree.join("usr/bin/qemu-system-x86_64");
+        let version = version_of(&program).ok_or_else(|| {
+            let program = program.display();
+            Missing::new(format!("no QEMU runs as {program}: run `cargo xtask setup`"))
+        })?;
+        let directories = FIRMWARE_DIRECTORIES.iter().map(|directory| tree.join(directory));
+        Qemu::ready(program, version, directories.filter(|path| path.exists()).collect())
+    }
+
+    fn ready(
+        program: PathBuf,
+        version: Version,
+        firmware_directories: Vec<PathBuf>,
+    ) -> Result<Qemu, Missing> {
         let parts = GuestParts::find()?;
         let lock = VmLock::acquire()
             .map_err(|error| Missing::new(format!("the lock of the VM tests: {error}")))?;
-        Ok(Qemu { program, version, parts, _lock: lock })
+        Ok(Qemu { program, version, firmware_directories, parts, _lock: lock })
     }
 
     /// As [`Qemu::find`], but asks for the version `minimum`, such as `"9.0"`, or later.
@@ -84,8 +129,24 @@ impl Qemu {
         self.version
     }
 
+    pub(crate) fn firmware_directories(&self) -> &[PathBuf] {
+        &self.firmware_directories
+    }
+
     pub(crate) fn parts(&self) -> &GuestParts {
         &self.parts
+    }
+}
+
+impl Release {
+    /// Returns the suite of Debian that setup fetches this QEMU from, if it does; `xtask/src/qemus.rs`
+    /// lists the same.
+    fn suite(self) -> Option<&'static str> {
+        match self {
+            Release::Oldest => Some("bookworm"),
+            Release::Distribution => None,
+            Release::Newest => Some("sid"),
+        }
     }
 }
 

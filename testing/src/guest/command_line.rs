@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use super::config::{Firmware, GuestConfig, Machine, Program, copy_once, make_qcow2};
 use crate::TestResult;
-use crate::qemu::GuestParts;
+use crate::qemu::Qemu;
 
 const OVMF_CODE: &str = "/usr/share/OVMF/OVMF_CODE_4M.fd";
 const OVMF_VARIABLES: &str = "/usr/share/OVMF/OVMF_VARS_4M.fd";
@@ -13,7 +13,7 @@ const OVMF_VARIABLES: &str = "/usr/share/OVMF/OVMF_VARS_4M.fd";
 /// What a command line is made from.
 pub(crate) struct CommandLine<'a> {
     pub(crate) config: &'a GuestConfig,
-    pub(crate) parts: &'a GuestParts,
+    pub(crate) qemu: &'a Qemu,
     /// The VM's sockets and logs.
     pub(crate) directory: &'a Path,
     /// Where RAM that is a file lies.
@@ -24,6 +24,9 @@ impl CommandLine<'_> {
     /// Makes the files that the command line names, and returns its arguments.
     pub(crate) fn build(&self) -> TestResult<Vec<OsString>> {
         let mut arguments = Arguments::default();
+        for directory in self.qemu.firmware_directories() {
+            arguments.option("-L", directory);
+        }
         arguments.flag("-nodefaults");
         arguments.flag("-no-user-config");
         arguments.flag("-no-reboot");
@@ -40,9 +43,11 @@ impl CommandLine<'_> {
 
     fn add_memory(&self, arguments: &mut Arguments) {
         let config = self.config;
-        let machine = match config.machine {
-            Machine::Pc => "pc",
-            Machine::Q35 => "q35",
+        let machine = match (config.machine, config.machine_version) {
+            (Machine::Pc, None) => "pc".to_owned(),
+            (Machine::Q35, None) => "q35".to_owned(),
+            (Machine::Pc, Some(version)) => format!("pc-i440fx-{version}"),
+            (Machine::Q35, Some(version)) => format!("pc-q35-{version}"),
         };
         let size = config.ram.size_mib;
         if config.dimm_sizes_mib.is_empty() {
@@ -97,7 +102,7 @@ impl CommandLine<'_> {
             Program::BootSector(program) => {
                 let image = self.config.files.path().join("boot.img");
                 if !image.exists() {
-                    program.write_image(&self.parts.boot_sector, &image)?;
+                    program.write_image(&self.qemu.parts().boot_sector, &image)?;
                 }
                 // Nobody writes it, so that two VMs may have it open at the same time.
                 let image = image.display();
@@ -106,8 +111,8 @@ impl CommandLine<'_> {
             Program::Linux(program) => {
                 let disk = u8::from(self.config.disk_mib.is_some());
                 let busy = u8::from(program.busy);
-                arguments.option("-kernel", self.parts.kernel.as_os_str());
-                arguments.option("-initrd", self.parts.initramfs.as_os_str());
+                arguments.option("-kernel", self.qemu.parts().kernel.as_os_str());
+                arguments.option("-initrd", self.qemu.parts().initramfs.as_os_str());
                 arguments.option(
                     "-append",
                     format!(

@@ -24,6 +24,7 @@ use crate::{TestError, TestResult};
 pub struct GuestConfig {
     pub(crate) program: Program,
     pub(crate) machine: Machine,
+    pub(crate) machine_version: Option<&'static str>,
     pub(crate) firmware: Firmware,
     pub(crate) ram: Ram,
     pub(crate) vcpus: u32,
@@ -101,6 +102,7 @@ impl GuestConfig {
         GuestConfig {
             program,
             machine: Machine::Pc,
+            machine_version: None,
             firmware: Firmware::Bios,
             ram,
             vcpus: 1,
@@ -158,6 +160,14 @@ impl GuestConfig {
     #[must_use]
     pub fn machine(mut self, machine: Machine) -> GuestConfig {
         self.machine = machine;
+        self
+    }
+
+    /// Chooses the version of the machine type, such as `"7.2"`; it is QEMU's own otherwise. What one
+    /// QEMU saves another one loads only as a machine of a version that both have.
+    #[must_use]
+    pub fn machine_version(mut self, version: &'static str) -> GuestConfig {
+        self.machine_version = Some(version);
         self
     }
 
@@ -281,7 +291,7 @@ impl GuestConfig {
         };
         let arguments = CommandLine {
             config: self,
-            parts: qemu.parts(),
+            qemu,
             directory: directory.path(),
             ram_directory: ram_files.as_ref().map(|files| files.directory.path()),
         }

@@ -1,0 +1,142 @@
+//! QEMUs of several versions side by side: does a guest find its RAM as it left it on each, and from
+//! one to another?
+
+use serde_json::json;
+use vmfile_testing::verbs::{check_is_clean, load, map, save};
+use vmfile_testing::{Guest, GuestConfig, Machine, Qemu, Ram, Release, TestResult, requires};
+
+/// Boots the boot-sector guest and lets it judge its RAM on both machines.
+fn counts(qemu: &Qemu) -> TestResult {
+    for machine in [Machine::Pc, Machine::Q35] {
+        let guest = Guest::boot_sector(Ram::private(64)).machine(machine).boot(qemu)?;
+        guest.wait_for_count(3)?;
+        guest.judge_counts()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn the_guest_counts_on_the_oldest() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Oldest));
+    counts(&qemu)
+}
+
+#[test]
+fn the_guest_counts_on_the_installed_one() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    counts(&qemu)
+}
+
+#[test]
+fn the_guest_counts_on_the_newest() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Newest));
+    counts(&qemu)
+}
+
+#[test]
+fn the_linux_guest_counts_on_the_newest_with_all_its_devices() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Newest));
+    let guest = Guest::linux(Ram::memfd(256)).vcpus(2).virtio().disk(16).boot(&qemu)?;
+    guest.wait_for_count(2)?;
+    guest.judge_counts()
+}
+
+#[test]
+fn the_linux_guest_counts_on_the_oldest_with_all_its_devices() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Oldest));
+    let guest = Guest::linux(Ram::memfd(256)).vcpus(2).virtio().disk(16).boot(&qemu)?;
+    guest.wait_for_count(2)?;
+    guest.judge_counts()
+}
+
+#[test]
+fn a_qemu_that_is_not_installed_runs_as_itself_and_with_its_own_libraries() -> TestResult {
+    for release in [Release::Oldest, Release::Newest] {
+        let qemu = requires!(Qemu::of(release));
+        let guest = Guest::boot_sector(Ram::private(64)).boot(&qemu)?;
+        guest.wait_for_count(1)?;
+        let process = format!("/proc/{}", guest.pid()?);
+        assert_eq!(std::fs::read_link(format!("{process}/exe"))?, qemu.program().canonicalize()?);
+        let tree = qemu.program().ancestors().nth(3).ok_or("a tree")?.canonicalize()?;
+        for line in std::fs::read_to_string(format!("{process}/maps"))?.lines() {
+            let path = line.split_once('/').map(|(_, path)| format!("/{path}"));
+            let library = path.filter(|path| path.contains(".so"));
+            assert!(
+                library.is_none_or(|path| path.starts_with(&*tree.to_string_lossy())),
+                "{line}"
+            );
+        }
+    }
+    Ok(())
+}
+
+/// Saves with `source` and restores with `destination`, both ways.
+fn moves(source: Release, destination: Release, config: &GuestConfig) -> TestResult {
+    let (source, destination) = (requires!(Qemu::of(source)), requires!(Qemu::of(destination)));
+    let guest = config.boot(&source)?;
+    let before = guest.wait_for_count(2)?;
+    let directory = tempfile::tempdir()?;
+    let file = directory.path().join("vm.vmf");
+    save(&guest, &file)?;
+    drop(guest);
+    check_is_clean(&file)?;
+    for restore in [map, load] {
+        let guest = restore(&destination, config, &file)?;
+        let after = guest.wait_for_passes(2)?;
+        assert!(after.number > before.number, "{} after {}", after.number, before.number);
+        guest.judge_counts()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_vm_of_the_newest_comes_back() -> TestResult {
+    let config = Guest::boot_sector(Ram::private(64)).seed(31);
+    moves(Release::Newest, Release::Newest, &config)
+}
+
+#[test]
+fn a_vm_of_the_installed_one_comes_back_in_the_newest() -> TestResult {
+    let config = Guest::boot_sector(Ram::memfd(64)).seed(32).machine_version("10.0");
+    moves(Release::Distribution, Release::Newest, &config.machine(Machine::Q35))
+}
+
+#[test]
+fn a_vm_of_the_newest_comes_back_in_the_installed_one() -> TestResult {
+    let config = Guest::boot_sector(Ram::private(64)).seed(33).machine_version("10.0");
+    moves(Release::Newest, Release::Distribution, &config)
+}
+
+/// QEMU's own stream and no vmfile: what the tests of streams rest on.
+#[test]
+fn a_machine_of_version_7_2_moves_from_the_oldest_to_the_others() -> TestResult {
+    let oldest = requires!(Qemu::of(Release::Oldest));
+    for release in [Release::Distribution, Release::Newest] {
+        let qemu = requires!(Qemu::of(release));
+        let config = Guest::boot_sector(Ram::private(64)).seed(34).machine_version("7.2");
+        let mut source = config.boot(&oldest)?;
+        let before = source.wait_for_count(2)?;
+        let socket = source.directory().join("stream");
+        let uri = format!("unix:{}", socket.display());
+        let destination = config.incoming(&qemu, &uri)?;
+        source.qmp("migrate", json!({ "uri": uri }))?;
+        let after = destination.wait_for_passes(2)?;
+        assert!(after.number > before.number, "{} after {}", after.number, before.number);
+        destination.judge_counts()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn the_oldest_shows_no_addresses_and_its_vm_runs_on() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Oldest));
+    let guest = Guest::boot_sector(Ram::private(64)).boot(&qemu)?;
+    guest.wait_for_count(1)?;
+    let directory = tempfile::tempdir()?;
+    let file = directory.path().join("vm.vmf");
+    let error = save(&guest, &file).expect_err("there are no addresses").to_string();
+    assert!(error.contains("pc.ram"), "{error}");
+    assert!(!file.exists());
+    guest.wait_for_passes(1)?;
+    guest.judge_counts()
+}
