@@ -1,7 +1,10 @@
 //! QEMUs of several versions side by side: does a guest find its RAM as it left it on each, and from
 //! one to another?
 
-use serde_json::json;
+use std::collections::HashSet;
+
+use serde_json::{Value, json};
+use vmfile_qemu::{Feature, QemuVersion};
 use vmfile_testing::verbs::{check_is_clean, load, map, save};
 use vmfile_testing::{Guest, GuestConfig, Machine, Qemu, Ram, Release, TestResult, requires};
 
@@ -107,6 +110,25 @@ fn a_vm_of_the_newest_comes_back_in_the_installed_one() -> TestResult {
     moves(Release::Newest, Release::Distribution, &config)
 }
 
+/// It shows no addresses, so that all pages go through the stream.
+#[test]
+fn a_vm_of_the_installed_one_is_loaded_by_the_oldest() -> TestResult {
+    let source = requires!(Qemu::of(Release::Distribution));
+    let oldest = requires!(Qemu::of(Release::Oldest));
+    let config = Guest::boot_sector(Ram::private(64)).seed(35).machine_version("7.2");
+    let guest = config.boot(&source)?;
+    guest.wait_for_count(2)?;
+    let directory = tempfile::tempdir()?;
+    let file = directory.path().join("vm.vmf");
+    save(&guest, &file)?;
+    drop(guest);
+    let error = map(&oldest, &config, &file).expect_err("no rom=off").to_string();
+    assert!(error.contains("8.2"), "{error}");
+    let guest = load(&oldest, &config, &file)?;
+    guest.wait_for_passes(2)?;
+    guest.judge_counts()
+}
+
 /// QEMU's own stream and no vmfile: what the tests of streams rest on.
 #[test]
 fn a_machine_of_version_7_2_moves_from_the_oldest_to_the_others() -> TestResult {
@@ -139,4 +161,54 @@ fn the_oldest_shows_no_addresses_and_its_vm_runs_on() -> TestResult {
     assert!(!file.exists());
     guest.wait_for_passes(1)?;
     guest.judge_counts()
+}
+
+/// Says of each feature that QEMU can be asked about whether it has it.
+fn features_of(guest: &mut Guest) -> TestResult<Vec<(Feature, bool)>> {
+    let capabilities = guest.qmp("query-migrate-capabilities", json!({}))?;
+    let capabilities = names(&capabilities, "capability");
+    let parameters = guest.qmp("query-migrate-parameters", json!({}))?;
+    let backend = json!({ "typename": "memory-backend-file" });
+    let backend = names(&guest.qmp("qom-list-properties", backend)?, "name");
+    let blocks = guest.qmp("x-query-ramblock", json!({}))?;
+    let schema = guest.qmp("query-qmp-schema", json!({}))?;
+    let find = |name: &Value| {
+        let mut entries = schema.as_array().into_iter().flatten();
+        entries.find(|entry| entry["name"] == *name).cloned().unwrap_or_default()
+    };
+    let incoming = find(&find(&json!("migrate-incoming"))["arg-type"]);
+    guest.stop()?;
+    let file = guest.directory().join("stream");
+    let file_uri = guest.qmp("migrate", json!({ "uri": format!("file:{}", file.display()) }));
+    Ok(vec![
+        (Feature::CompressedPages, capabilities.contains("compress")),
+        (Feature::BackgroundSnapshot, capabilities.contains("background-snapshot")),
+        (Feature::MappedRam, capabilities.contains("mapped-ram")),
+        (Feature::MultifdZeroPages, parameters.get("zero-page-detection").is_some()),
+        (Feature::MigrationDirectIo, parameters.get("direct-io").is_some()),
+        (Feature::BackendOffset, backend.contains("offset")),
+        (Feature::BackendRom, backend.contains("rom")),
+        (Feature::RamBlockAddresses, blocks.to_string().contains("HVA")),
+        (Feature::ExitOnError, names(&incoming["members"], "name").contains("exit-on-error")),
+        (Feature::FileUri, file_uri.is_ok()),
+    ])
+}
+
+/// Collects one field of every object of an array.
+fn names(array: &Value, field: &str) -> HashSet<String> {
+    let objects = array.as_array().into_iter().flatten();
+    objects.filter_map(|object| Some(object[field].as_str()?.to_owned())).collect()
+}
+
+#[test]
+fn each_qemu_has_the_features_that_the_table_says() -> TestResult {
+    for release in [Release::Oldest, Release::Distribution, Release::Newest] {
+        let qemu = requires!(Qemu::of(release));
+        let version: QemuVersion = qemu.version().to_string().parse()?;
+        let mut guest = Guest::boot_sector(Ram::private(16)).boot(&qemu)?;
+        for (feature, is_there) in features_of(&mut guest)? {
+            assert_eq!(version.has(feature), is_there, "{feature} in {version}");
+        }
+    }
+    Ok(())
 }

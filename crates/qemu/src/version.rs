@@ -26,7 +26,7 @@ impl QemuVersion {
     /// Tells whether this version has `feature`.
     #[must_use]
     pub fn has(self, feature: Feature) -> bool {
-        self >= feature.since()
+        self >= feature.since() && feature.until().is_none_or(|until| self < until)
     }
 
     /// Reads the `qemu` object of QMP's greeting and of `query-version`.
@@ -64,10 +64,16 @@ impl FromStr for QemuVersion {
     }
 }
 
-/// Something that only newer versions of QEMU can do.
+/// Something that some versions of QEMU can do and others cannot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Feature {
+    /// `fd:` with a descriptor of a plain file; 9.1 and later warn. Pipes and sockets go on working.
+    PlainFileDescriptor,
+    /// The capability `compress`, whose pages are in a stream as COMPRESS_PAGE.
+    CompressedPages,
+    /// The capability `background-snapshot`.
+    BackgroundSnapshot,
     /// `x-query-ramblock` prints where each block lies in QEMU's memory.
     ///
     /// The patch was mailed and reviewed on 5 December 2022, in the freeze before 7.2; 7.2 itself
@@ -76,50 +82,126 @@ pub enum Feature {
     RamBlockAddresses,
     /// `memory-backend-file` takes `offset`.
     BackendOffset,
+    /// Machine types of this version send MULTIFD_FLUSH once a round.
+    MultifdFlush,
     /// `memory-backend-file` takes `rom`.
     BackendRom,
+    /// The URI `file:PATH`, with `,offset=N` or without.
+    FileUri,
     /// The capability `mapped-ram`.
     MappedRam,
+    /// The migration parameter `zero-page-detection`, and machine types of this version name zero
+    /// pages in multifd packets.
+    MultifdZeroPages,
     /// The migration parameter `direct-io`, and `file:/dev/fdset/N`.
     MigrationDirectIo,
     /// `migrate-incoming` takes `exit-on-error`.
     ExitOnError,
     /// Machine types of this version send SWITCHOVER_START.
     SwitchoverStart,
+    /// Multifd packets of device state.
+    MultifdDeviceState,
+    /// The capabilities `mapped-ram` and `x-ignore-shared` together, with records of blocks that
+    /// have no pages.
+    MappedRamIgnoreShared,
 }
 
-/// Every feature with its first version and what it is called in QEMU.
-const TABLE: [(Feature, QemuVersion, &str); 7] = [
-    (Feature::RamBlockAddresses, QemuVersion::new(8, 0, 0), "addresses in x-query-ramblock"),
-    (Feature::BackendOffset, QemuVersion::new(8, 1, 0), "memory-backend-file,offset="),
-    (Feature::BackendRom, QemuVersion::new(8, 2, 0), "memory-backend-file,rom="),
-    (Feature::MappedRam, QemuVersion::new(9, 0, 0), "capability mapped-ram"),
-    (Feature::MigrationDirectIo, QemuVersion::new(9, 1, 0), "migration parameter direct-io"),
-    (Feature::ExitOnError, QemuVersion::new(9, 1, 0), "migrate-incoming exit-on-error"),
-    (Feature::SwitchoverStart, QemuVersion::new(10, 0, 0), "command SWITCHOVER_START"),
+/// A feature, the versions that have it, its name in QEMU's terms, and what it matters to.
+struct Row {
+    feature: Feature,
+    since: QemuVersion,
+    /// The first version that no longer has it.
+    until: Option<QemuVersion>,
+    name: &'static str,
+    matters_to: &'static str,
+}
+
+impl Row {
+    const fn new(
+        feature: Feature,
+        since: (u32, u32),
+        name: &'static str,
+        matters_to: &'static str,
+    ) -> Row {
+        let since = QemuVersion::new(since.0, since.1, 0);
+        Row { feature, since, until: None, name, matters_to }
+    }
+
+    const fn until(self, until: (u32, u32)) -> Row {
+        Row { until: Some(QemuVersion::new(until.0, until.1, 0)), ..self }
+    }
+}
+
+/// Every feature, oldest first. docs/qemu.md has the same table, which a test compares; another
+/// compares both with QEMUs (testing/tests/versions.rs).
+// A row is two lines, as wide as they are.
+#[rustfmt::skip]
+const TABLE: [Row; 15] = [
+    Row::new(Feature::PlainFileDescriptor, (0, 0), "`fd:` with a plain file",
+        "having QEMU write a stream").until((11, 0)),
+    Row::new(Feature::CompressedPages, (2, 4), "capability `compress`",
+        "reading a stream").until((9, 1)),
+    Row::new(Feature::BackgroundSnapshot, (6, 0), "capability `background-snapshot`",
+        "having QEMU write a stream while the guest runs"),
+    Row::new(Feature::RamBlockAddresses, (8, 0), "addresses in `x-query-ramblock`",
+        "`save`, which finds RAM by them; `load` is slower without"),
+    Row::new(Feature::BackendOffset, (8, 1), "`memory-backend-file,offset=`",
+        "`map`: pages lie inside the file"),
+    Row::new(Feature::MultifdFlush, (8, 1), "MULTIFD_FLUSH, by machine type",
+        "reading a multifd stream"),
+    Row::new(Feature::BackendRom, (8, 2), "`memory-backend-file,rom=`",
+        "`map`: the file is opened read-only"),
+    Row::new(Feature::FileUri, (8, 2), "`file:PATH` and `,offset=`",
+        "having QEMU write a stream to a file"),
+    Row::new(Feature::MappedRam, (9, 0), "capability `mapped-ram`",
+        "QEMU loading a vmfile by itself, and writing a file that vmfile reads"),
+    Row::new(Feature::MultifdZeroPages, (9, 0), "zero pages in multifd packets, by machine type",
+        "reading a multifd stream"),
+    Row::new(Feature::MigrationDirectIo, (9, 1), "migration parameter `direct-io`",
+        "having QEMU write past the page cache"),
+    Row::new(Feature::ExitOnError, (9, 1), "`migrate-incoming` with `exit-on-error`",
+        "`restore`: QEMU stays and says why it refused"),
+    Row::new(Feature::SwitchoverStart, (10, 0), "SWITCHOVER_START, by machine type",
+        "reading a stream"),
+    Row::new(Feature::MultifdDeviceState, (10, 0), "multifd packets of device state",
+        "reading a multifd stream of a VM with VFIO devices"),
+    Row::new(Feature::MappedRamIgnoreShared, (11, 0), "`mapped-ram` with `x-ignore-shared`",
+        "reading a file that QEMU wrote"),
 ];
 
 impl Feature {
     /// Returns every feature, oldest first.
     pub fn all() -> impl Iterator<Item = Feature> {
-        TABLE.iter().map(|&(feature, _, _)| feature)
+        TABLE.iter().map(|row| row.feature)
     }
 
-    /// Returns the first version that has this feature.
+    /// Returns the first version that has this feature: 0.0.0 if every one had it once.
     #[must_use]
     pub fn since(self) -> QemuVersion {
-        self.row().1
+        self.row().since
     }
 
-    fn row(self) -> (Feature, QemuVersion, &'static str) {
-        let row = TABLE.iter().find(|(feature, _, _)| *feature == self);
-        *row.expect("the table has a row for every feature")
+    /// Returns the first version that no longer has this feature, if it is gone.
+    #[must_use]
+    pub fn until(self) -> Option<QemuVersion> {
+        self.row().until
+    }
+
+    /// Returns what depends on this feature, for a reader.
+    #[must_use]
+    pub fn matters_to(self) -> &'static str {
+        self.row().matters_to
+    }
+
+    fn row(self) -> &'static Row {
+        let row = TABLE.iter().find(|row| row.feature == self);
+        row.expect("the table has a row for every feature")
     }
 }
 
 impl fmt::Display for Feature {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.row().2)
+        f.write_str(self.row().name)
     }
 }
 
@@ -145,13 +227,18 @@ mod tests {
     }
 
     #[test]
-    fn every_feature_has_one_row() {
-        assert_eq!(Feature::all().count(), TABLE.len());
-        for feature in Feature::all() {
-            assert!(feature.since() <= QemuVersion::new(10, 0, 0), "{feature}");
-        }
+    fn every_feature_has_one_row_and_the_oldest_come_first() {
+        let features: Vec<Feature> = Feature::all().collect();
+        assert!(features.iter().all(|a| features.iter().filter(|b| a == *b).count() == 1));
+        assert!(features.is_sorted_by_key(|feature| feature.since()));
+    }
+
+    #[test]
+    fn a_feature_is_there_from_its_first_version_until_it_is_gone() {
         assert!(!QemuVersion::new(8, 1, 5).has(Feature::BackendRom));
         assert!(QemuVersion::new(8, 2, 0).has(Feature::BackendRom));
+        assert!(QemuVersion::new(10, 2, 9).has(Feature::PlainFileDescriptor));
+        assert!(!QemuVersion::new(11, 0, 0).has(Feature::PlainFileDescriptor));
     }
 
     #[test]
