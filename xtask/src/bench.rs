@@ -8,6 +8,6 @@ use crate::workspace::Workspace;
 
 /// Installs what is missing, builds the program, and measures it.
 pub(crate) fn run(workspace: &Workspace, rest: &[String]) -> Result<(), Box<dyn Error>> {
-    setup::run_for_bench(workspace)?;
+    setup::for_bench(workspace)?;
     run_optimized(workspace, "bench", rest)
 }

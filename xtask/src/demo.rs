@@ -10,7 +10,7 @@ use crate::workspace::Workspace;
 
 /// Installs what is missing, builds the program, and shows what it does.
 pub(crate) fn run(workspace: &Workspace) -> Result<(), Box<dyn Error>> {
-    setup::run(workspace)?;
+    setup::one_qemu(workspace)?;
     run_optimized(workspace, "demo", &[])
 }
 

@@ -119,15 +119,20 @@ const BENCH_PACKAGES: [Package; 3] = [
     },
 ];
 
-/// Installs what is missing for the tests, fetches the other QEMUs and makes the guests.
+/// Does all that the tests need: as [`one_qemu`], and fetches the other QEMUs.
 pub(crate) fn run(workspace: &Workspace) -> Result<(), Box<dyn Error>> {
+    one_qemu(workspace)?;
+    qemus::fetch(workspace)
+}
+
+/// Installs what is missing and makes the guests: enough where the installed QEMU is the only one.
+pub(crate) fn one_qemu(workspace: &Workspace) -> Result<(), Box<dyn Error>> {
     install_missing(PACKAGES.iter())?;
-    qemus::fetch(workspace)?;
     guest::make(workspace)
 }
 
-/// Installs what is missing for the benchmarks as well.
-pub(crate) fn run_for_bench(workspace: &Workspace) -> Result<(), Box<dyn Error>> {
+/// As [`one_qemu`], and installs what the benchmarks compare with.
+pub(crate) fn for_bench(workspace: &Workspace) -> Result<(), Box<dyn Error>> {
     install_missing(PACKAGES.iter().chain(&BENCH_PACKAGES))?;
     guest::make(workspace)
 }
