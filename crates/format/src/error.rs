@@ -105,6 +105,11 @@ pub enum FormatErrorKind {
     },
     /// The device sections cannot be followed from the first to the last.
     BrokenSections,
+    /// The VM description is not the JSON it should be.
+    BadDescription {
+        /// What the parser said.
+        message: String,
+    },
     /// A checksum does not match.
     Checksum {
         /// What the checksum covers.
@@ -168,6 +173,9 @@ impl fmt::Display for FormatErrorKind {
             }
             FormatErrorKind::BrokenSections => {
                 f.write_str("the device sections do not follow one another to their end")
+            }
+            FormatErrorKind::BadDescription { message } => {
+                write!(f, "the VM description is not readable: {message}")
             }
             FormatErrorKind::Checksum { field } => {
                 write!(f, "the checksum of the {field} does not match")

@@ -39,6 +39,9 @@ pub const MULTIFD_DATA_LEN_MAX: u64 = 1 << 20;
 /// byte. A virtual machine with dozens of devices has a few MiB.
 pub const DEVICE_STATE_LEN_MAX: u64 = 256 << 20;
 
+/// Longest VM description that is looked into, in bytes: that of a `pc` has 100 KB.
+pub const VM_DESCRIPTION_LEN_MAX: u64 = 16 << 20;
+
 /// Most device sections in one device state.
 pub const DEVICE_SECTIONS_MAX: usize = 16 << 10;
 

@@ -6,6 +6,8 @@ use std::fs;
 use std::path::Path;
 
 use vmfile_format::mapped_ram::MappedRamFile;
+use vmfile_format::stream::description::VmDescription;
+use vmfile_format::stream::device_state::DeviceState;
 use vmfile_format::{PageBitmap, ReadError};
 
 /// A file of which only some pieces are known; the rest reads as zeros.
@@ -94,6 +96,49 @@ fn assert_is_read(name: &str, machine: &str) {
     for (name, device) in names.iter().zip(devices) {
         assert_eq!(*name, device["name"]);
     }
+}
+
+/// The description, the footers alone, and the sections of the whole file say the same.
+fn assert_description_and_footers_agree(name: &str) {
+    let file = Sparse::load(name);
+    let state = file.structure().device_state;
+    let read = |offset: u64, end: u64| {
+        file.read(offset, usize::try_from(end - offset).expect("a golden file is whole"))
+    };
+    let (offset, len) = state.vm_description.expect("QEMU describes the devices");
+    let description = VmDescription::decode(&read(offset, offset + len));
+    let described: Vec<_> = description
+        .expect("QEMU's JSON")
+        .devices
+        .into_iter()
+        .map(|d| {
+            // The header has 14 bytes and the name, the footer 5.
+            let len = d.payload_len + 14 + d.name.len() as u64 + 5;
+            (d.name, d.instance, d.version, len)
+        })
+        .collect();
+    let by_footers = DeviceState::locate(&read(state.start, state.end), state.start, u32::MAX);
+    let by_footers = by_footers.expect("a golden file is whole");
+    assert_eq!(by_footers.vm_description, None);
+    assert_eq!(by_footers.sections, state.sections);
+    let found: Vec<_> = state
+        .sections
+        .into_iter()
+        .map(|section| (section.name, section.instance, section.version, section.len))
+        .collect();
+    assert_eq!(described, found);
+}
+
+#[test]
+fn the_description_of_a_pc_gives_the_sections_that_the_footers_give() {
+    assert_description_and_footers_agree("qemu-10.0.2-pc-plain.pieces");
+    assert_description_and_footers_agree("qemu-10.0.2-pc-multifd.pieces");
+}
+
+#[test]
+fn the_description_of_a_q35_gives_the_sections_that_the_footers_give() {
+    assert_description_and_footers_agree("qemu-10.0.2-q35-plain.pieces");
+    assert_description_and_footers_agree("qemu-10.0.2-q35-multifd.pieces");
 }
 
 #[test]

@@ -6,7 +6,8 @@
 //! 00  [06 be32 len JSON]
 //! ```
 //!
-//! A payload has no length, so the sections are found by their footers: the bytes `7e id` end a
+//! A payload has no length. Where QEMU's description follows, it says them all, and the sections are
+//! followed by it. Where there is none, they are found by their footers: the bytes `7e id` end a
 //! section where a plausible header, or the end, follows, and the chain must come out exactly at
 //! EOF. A chance match needs nine right bytes in a row; where one leads astray, the search goes
 //! back and on.
@@ -15,6 +16,7 @@ use alloc::string::String;
 use alloc::vec::Vec;
 use core::ops::Range;
 
+use super::description::VmDescription;
 use super::{ram_flag, section};
 use crate::cursor::Cursor;
 use crate::error::{FormatError, FormatErrorKind};
@@ -23,6 +25,12 @@ use crate::limits::{BLOCK_NAME_LEN_MAX, DEVICE_SECTIONS_MAX};
 /// How many bytes the search may look at, in lengths of the input: a real file needs one, and a
 /// chance match that leads astray little more. A hostile one ends here.
 const SCANNED_LENGTHS_MAX: usize = 4;
+
+/// How many places that look like a description are tried: each may be as long as the input.
+const DESCRIPTIONS_TRIED_MAX: usize = 4;
+
+/// EOF and the type of what may follow it.
+const DESCRIPTION_BEGINS: [u8; 2] = [section::EOF, section::VM_DESCRIPTION];
 
 /// One device's section.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -114,7 +122,8 @@ impl DeviceState {
         let start = cursor.offset();
         let skipped = usize::try_from(start.saturating_sub(offset)).unwrap_or(usize::MAX);
         let rest = bytes.get(skipped..).unwrap_or_default();
-        let (sections, eof) = follow(rest, start)
+        let (sections, eof) = follow_description(rest, start)
+            .or_else(|| follow(rest, start))
             .ok_or_else(|| FormatError::new(start, FormatErrorKind::BrokenSections))?;
         let end = start.saturating_add(eof as u64).saturating_add(1);
         let tail = rest.get(eof.saturating_add(1)..).unwrap_or_default();
@@ -167,6 +176,66 @@ impl DeviceState {
         let first = usize::try_from(first.checked_add(NAME_OFFSET)?).ok()?;
         Some(first..first.checked_add(32)?)
     }
+}
+
+/// Follows the sections by the description behind them, as [`follow`] does without.
+///
+/// `None` if there is none, or if it is not that of these sections: then the footers decide.
+fn follow_description(bytes: &[u8], offset: u64) -> Option<(Vec<DeviceSection>, usize)> {
+    let mut from = 0;
+    for _ in 0..DESCRIPTIONS_TRIED_MAX {
+        let (eof, json) = find_description(bytes, from)?;
+        let described = VmDescription::decode(json).ok();
+        let sections = described.and_then(|it| sections_of(&it, bytes.get(..eof)?, offset));
+        if let Some(sections) = sections {
+            return Some((sections, eof));
+        }
+        from = eof.checked_add(1)?;
+    }
+    None
+}
+
+/// Finds an EOF with a description of plausible length, from index `from` on; returns the index of
+/// EOF and the JSON.
+fn find_description(bytes: &[u8], from: usize) -> Option<(usize, &[u8])> {
+    let mut at = from;
+    loop {
+        let rest = bytes.get(at..)?;
+        at = at.checked_add(rest.windows(2).position(|pair| pair == DESCRIPTION_BEGINS)?)?;
+        let mut cursor = Cursor::new(bytes.get(at.checked_add(2)?..)?, 0);
+        let len = cursor.be32("length of the VM description").ok()?;
+        let len = usize::try_from(len).ok()?;
+        if let Ok(json) = cursor.bytes("VM description", len) {
+            if json.starts_with(b"{\"") && json.ends_with(b"}") {
+                return Some((at, json));
+            }
+        }
+        at = at.checked_add(1)?;
+    }
+}
+
+/// Follows the sections that `described` lists from the first byte of `bytes` to the last.
+fn sections_of(described: &VmDescription, bytes: &[u8], offset: u64) -> Option<Vec<DeviceSection>> {
+    let mut sections = Vec::new();
+    let mut start: usize = 0;
+    for device in &described.devices {
+        let mut section = header(bytes, start, offset)?;
+        let same = section.name == device.name
+            && section.instance == device.instance
+            && section.version == device.version;
+        if !same {
+            return None;
+        }
+        section.len = section.header_len.checked_add(device.payload_len)?.checked_add(5)?;
+        let end = start.checked_add(usize::try_from(section.len).ok()?)?;
+        let footer = bytes.get(end.checked_sub(5)?..end)?;
+        if footer.split_first()? != (&section::FOOTER, section.id.to_be_bytes().as_slice()) {
+            return None;
+        }
+        start = end;
+        sections.push(section);
+    }
+    (start == bytes.len() && !sections.is_empty()).then_some(sections)
 }
 
 /// Follows the sections from the first byte of `bytes`; returns them and the index of EOF.
@@ -332,6 +401,52 @@ mod tests {
         bytes.push(section::EOF);
         let state = DeviceState::locate(&bytes, 0, 1).unwrap();
         assert_eq!(names(&state), ["lured", "after"]);
+    }
+
+    /// Sections whose footers lead from the first to a false second one and on to EOF.
+    fn lure() -> Vec<u8> {
+        let mut bytes = Vec::new();
+        full(&mut bytes, 3, "lured", b"\x7e\0\0\0\x03\x04\0\0\0\x04\x02ab\0\0\0\0\0\0\0\0");
+        full(&mut bytes, 4, "after", &[7; 40]);
+        bytes.push(section::EOF);
+        bytes
+    }
+
+    fn describe_lure(bytes: &mut Vec<u8>, payload_len: usize) {
+        let json = std::format!(
+            r#"{{"devices":[
+            {{"name":"lured","instance_id":0,"version":1,"fields":[{{"size":{payload_len}}}]}},
+            {{"name":"after","instance_id":0,"version":1,"fields":[{{"size":8,"array_len":5}}]}}
+            ]}}"#
+        );
+        bytes.push(section::VM_DESCRIPTION);
+        bytes.extend_from_slice(&u32::try_from(json.len()).unwrap().to_be_bytes());
+        bytes.extend_from_slice(json.as_bytes());
+    }
+
+    #[test]
+    fn a_description_is_believed_before_footers() {
+        let mut bytes = lure();
+        let end = bytes.len() as u64;
+        let state = DeviceState::locate(&bytes, 0x70, 1).unwrap();
+        assert_eq!(names(&state), ["lured", "ab"], "footers alone are not always right");
+        describe_lure(&mut bytes, 21);
+        let state = DeviceState::locate(&bytes, 0x70, 1).unwrap();
+        assert_eq!(names(&state), ["lured", "after"]);
+        assert_eq!(state.sections[1].offset, 0x70 + state.sections[0].len);
+        assert_eq!(state.end, 0x70 + end);
+        assert_eq!(state.stream_end, 0x70 + bytes.len() as u64);
+    }
+
+    #[test]
+    fn a_description_of_other_sections_is_not_believed() {
+        for payload_len in [0, 20, 22, usize::MAX] {
+            let mut bytes = lure();
+            describe_lure(&mut bytes, payload_len);
+            let state = DeviceState::locate(&bytes, 0, 1).unwrap();
+            assert_eq!(names(&state), ["lured", "ab"]);
+            assert_eq!(state.stream_end, bytes.len() as u64);
+        }
     }
 
     #[test]

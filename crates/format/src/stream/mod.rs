@@ -16,6 +16,7 @@
 
 pub mod configuration;
 pub mod decoder;
+pub mod description;
 pub mod device_state;
 pub mod encoder;
 pub mod multifd;
