@@ -197,7 +197,7 @@ fn the_encoders_write_the_worked_example() {
     let file = example();
     let structure = structure(&file);
     let (footer, meta) = manifest(&file);
-    let layout = MappedRamLayout::new("pc-i440fx-10.0", structure.ram(), 1).unwrap();
+    let layout = MappedRamLayout::new(&structure.configuration, structure.ram(), 1).unwrap();
     assert_eq!(layout.blocks(), structure.blocks);
     assert_eq!(layout.device_state_offset(), structure.device_state.start);
     let (end_offset, end) = layout.encode_end();

@@ -21,6 +21,7 @@ use vmfile_engine::{
 use vmfile_format::error::FormatErrorKind;
 use vmfile_format::manifest::{BlockMeta, DiskMeta, ExtentMeta, Meta, VmMeta, place_tables};
 use vmfile_format::mapped_ram::{MARK, MappedRamLayout, PlacedBlock};
+use vmfile_format::stream::configuration::Configuration;
 use vmfile_format::stream::device_state::DeviceState;
 use vmfile_format::stream::encoder;
 use vmfile_format::{FormatError, PageSize, RamBlock, RamLayout};
@@ -247,7 +248,9 @@ impl<'a> Save<'a> {
 
     /// Places everything, writes RAM, and then what belongs around it.
     fn file_contents(&mut self, state: &DeviceState, sections: &[u8]) -> Result<(), SaveError> {
-        let layout = MappedRamLayout::new(&self.meta.machine, self.ram.clone(), state.unused_id())
+        let machine = self.meta.machine.clone();
+        let source = Configuration { machine, ..Configuration::default() };
+        let layout = MappedRamLayout::new(&source, self.ram.clone(), state.unused_id())
             .map_err(SaveError::Layout)?;
         let mut tail = layout.encode_end().1;
         tail.extend_from_slice(sections);

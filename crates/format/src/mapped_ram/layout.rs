@@ -90,23 +90,20 @@ pub struct MappedRamLayout {
 }
 
 impl MappedRamLayout {
-    /// Places the blocks of `ram` in a new file.
+    /// Places the blocks of `ram` in a new file of the VM that `source` configures.
     ///
-    /// `section_id` is the id of the "ram" section; no device section has it.
+    /// The file's only capability is mapped RAM, whatever those of `source` are. `section_id` is the id of the "ram" section; no device section has it.
     ///
     /// # Errors
     ///
     /// Returns [`FormatError`] if the file would be longer than [`FILE_LEN_MAX`].
     pub fn new(
-        machine: &str,
+        source: &Configuration,
         ram: RamLayout,
         section_id: u32,
     ) -> Result<MappedRamLayout, FormatError> {
-        let configuration = Configuration {
-            machine: machine.into(),
-            capabilities: Vec::from([MAPPED_RAM.into()]),
-            ..Configuration::default()
-        };
+        let capabilities = Vec::from([MAPPED_RAM.into()]);
+        let configuration = Configuration { capabilities, ..source.clone() };
         let mut head = configuration.encode();
         encoder::start_ram(&mut head, section_id, &ram);
         let mut offset = head.len() as u64;
@@ -181,10 +178,29 @@ mod tests {
         RamLayout::new(lengths.iter().enumerate().map(block).collect()).unwrap()
     }
 
+    fn machine(name: &str) -> Configuration {
+        Configuration { machine: name.to_string(), ..Configuration::default() }
+    }
+
+    #[test]
+    fn what_the_source_says_of_the_vm_is_kept_and_its_capabilities_are_not() {
+        let source = Configuration {
+            capabilities: Vec::from(["x-ignore-shared".to_string()]),
+            page_bits: Some(12),
+            uuid: Some([7; 16]),
+            ..machine("virt-10.0")
+        };
+        let layout = MappedRamLayout::new(&source, ram(&[3]), 1).unwrap();
+        let capabilities = Vec::from([MAPPED_RAM.to_string()]);
+        let expected = Configuration { capabilities, ..source };
+        assert!(layout.encode_head().starts_with(&expected.encode()));
+        assert_eq!(layout.blocks()[0].record_offset, layout.encode_head().len() as u64);
+    }
+
     #[test]
     fn a_file_longer_than_the_kernel_allows_is_refused() {
         let huge: Vec<u64> = core::iter::repeat_n(1 << 34, 4096).collect();
-        assert!(MappedRamLayout::new("pc", ram(&huge), 1).is_ok());
+        assert!(MappedRamLayout::new(&machine("pc"), ram(&huge), 1).is_ok());
         let error = place(ram(&[1 << 34]).blocks().first().unwrap(), FILE_LEN_MAX - 4096);
         assert_eq!(error, None);
     }
@@ -192,8 +208,11 @@ mod tests {
     #[test]
     fn the_head_is_what_qemu_writes() {
         let block = RamBlock::new("pc.ram".to_string(), 0x1109_2000, PageSize::KIB_4).unwrap();
-        let layout =
-            MappedRamLayout::new("pc-i440fx-10.0", RamLayout::new([block].into()).unwrap(), 1);
+        let layout = MappedRamLayout::new(
+            &machine("pc-i440fx-10.0"),
+            RamLayout::new([block].into()).unwrap(),
+            1,
+        );
         let head = layout.unwrap().encode_head();
         // From a file that QEMU 10.0.2 wrote: START at 0x4a, the block list's first record at 0x63.
         assert_eq!(head.len(), 0x63);
@@ -205,7 +224,7 @@ mod tests {
         fn parts_do_not_overlap_and_pages_are_aligned(
             lengths in proptest::collection::vec(1_u64..100_000, 0..8),
         ) {
-            let layout = MappedRamLayout::new("q35", ram(&lengths), 1).unwrap();
+            let layout = MappedRamLayout::new(&machine("q35"), ram(&lengths), 1).unwrap();
             let mut end = layout.encode_head().len() as u64;
             for placed in layout.blocks() {
                 prop_assert_eq!(placed.record_offset, end);

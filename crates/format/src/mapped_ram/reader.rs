@@ -242,7 +242,9 @@ mod tests {
         let block =
             |name: &str| RamBlock::new(name.to_string(), 3 * 4096, PageSize::KIB_4).unwrap();
         let ram = RamLayout::new(vec![block("pc.ram"), block("pc.bios")]).unwrap();
-        let layout = MappedRamLayout::new("pc-i440fx-10.0", ram, 1).unwrap();
+        let machine = "pc-i440fx-10.0".to_string();
+        let source = Configuration { machine, ..Configuration::default() };
+        let layout = MappedRamLayout::new(&source, ram, 1).unwrap();
         let mut file = vec![0; usize::try_from(layout.device_state_offset()).unwrap()];
         let mut put = |offset: u64, bytes: &[u8]| {
             let offset = usize::try_from(offset).unwrap();
