@@ -86,6 +86,17 @@ pub(crate) enum Verb {
   vmfile restore vm.vmf -- qemu-system-x86_64 -m 4G -qmp unix:/run/two.sock,server=on,wait=off
   vmfile restore vm.vmf --qmp /run/waiting.sock")]
     Restore(RestoreArguments),
+    /// Write a migration stream to a file
+    ///
+    /// Every page goes to its fixed place, and one that comes again overwrites it, so that the file
+    /// is no longer than the VM's RAM. Any QEMU can send: over standard input, to a socket that is
+    /// made here, or on a descriptor. If anything fails there is no file, and the guest that was
+    /// sent runs on.
+    #[command(after_help = "Examples:
+  migrate \"exec:vmfile receive /var/lib/vms/vm.vmf\"     in QEMU's monitor
+  vmfile receive vm.vmf --listen unix:/run/vm.mig       and there: migrate unix:/run/vm.mig
+  vmfile receive vm.vmf < saved-by-qemu.mig")]
+    Receive(ReceiveArguments),
     /// Say what is in a file, without reading a page
     #[command(after_help = "Examples:
   vmfile info vm.vmf
@@ -182,6 +193,33 @@ pub(crate) enum RestoreMode {
 }
 
 #[derive(Debug, Args)]
+pub(crate) struct ReceiveArguments {
+    /// The file to write, readable by its owner only
+    pub(crate) file: PathBuf,
+    /// Receive from whoever connects to this Unix socket, unix:PATH
+    #[arg(long, value_name = "ADDRESS", conflicts_with = "fd")]
+    pub(crate) listen: Option<String>,
+    /// Receive from this open descriptor
+    #[arg(long, value_name = "N")]
+    pub(crate) fd: Option<i32>,
+    /// Replace an existing file
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// Give up when the sender is silent for so long; 0: never
+    #[arg(long, value_name = "SECONDS", default_value_t = 300)]
+    pub(crate) stall_timeout: u64,
+    /// Give up when the stream has not ended after so long
+    #[arg(long, value_name = "SECONDS")]
+    pub(crate) timeout: Option<u64>,
+    /// Whether pages go past the page cache
+    #[arg(long, value_name = "WHEN", default_value = "preferred")]
+    pub(crate) direct_io: DirectIoMode,
+    /// Who moves the bytes
+    #[arg(long, value_name = "BACKEND", default_value = "auto")]
+    pub(crate) io: IoMode,
+}
+
+#[derive(Debug, Args)]
 pub(crate) struct InfoArguments {
     /// The file: PATH, file:PATH or file:PATH,offset=N
     pub(crate) file: String,
@@ -235,21 +273,33 @@ fn jobs(text: &str) -> Result<vmfile::Jobs, String> {
     text.parse().ok().and_then(vmfile::Jobs::new).ok_or(range)
 }
 
-impl EngineArguments {
-    pub(crate) fn direct_io(&self) -> vmfile::DirectIo {
-        match self.direct_io {
+impl From<DirectIoMode> for vmfile::DirectIo {
+    fn from(mode: DirectIoMode) -> vmfile::DirectIo {
+        match mode {
             DirectIoMode::Required => vmfile::DirectIo::Required,
             DirectIoMode::Preferred => vmfile::DirectIo::Preferred,
             DirectIoMode::Off => vmfile::DirectIo::Off,
         }
     }
+}
 
-    pub(crate) fn io(&self) -> vmfile::Backend {
-        match self.io {
+impl From<IoMode> for vmfile::Backend {
+    fn from(mode: IoMode) -> vmfile::Backend {
+        match mode {
             IoMode::Auto => vmfile::Backend::Auto,
             IoMode::IoUring => vmfile::Backend::IoUring,
             IoMode::Threads => vmfile::Backend::Threads,
         }
+    }
+}
+
+impl EngineArguments {
+    pub(crate) fn direct_io(&self) -> vmfile::DirectIo {
+        self.direct_io.into()
+    }
+
+    pub(crate) fn io(&self) -> vmfile::Backend {
+        self.io.into()
     }
 
     pub(crate) fn jobs(&self) -> vmfile::Jobs {

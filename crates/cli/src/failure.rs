@@ -4,6 +4,7 @@ use std::error::Error;
 
 use vmfile::check::CheckError;
 use vmfile::error::SaveError;
+use vmfile::receive::ReceiveError;
 use vmfile::{CommandLineError, DiscoverError, PublishError, RestoreError, SnapshotError, VmError};
 
 use crate::exit_code::Code;
@@ -147,6 +148,26 @@ impl From<&SaveError> for Failure {
             SaveError::Release { .. } => Failure::new(Code::LeftPaused, "left_paused", error)
                 .hint("`cont` on the VM's monitor makes it run again, `quit` ends it"),
             SaveError::Stopped => Failure::new(Code::Interrupted, "stopped", error),
+            _ => Failure::new(Code::System, "io", error),
+        }
+    }
+}
+
+impl From<&ReceiveError> for Failure {
+    fn from(error: &ReceiveError) -> Failure {
+        match error {
+            ReceiveError::Publish(error) => Failure::from(error),
+            ReceiveError::Stream(_) => Failure::new(Code::File, "stream", error)
+                .hint("expected the migration stream of a QEMU, whole, without mapped-ram"),
+            ReceiveError::Stalled { .. } => {
+                Failure::new(Code::Vm, "stalled", error).hint("--stall-timeout waits longer")
+            }
+            ReceiveError::TimedOut { .. } => Failure::new(Code::Vm, "timed_out", error).hint(
+                "--timeout waits longer; a guest that writes faster than it is sent never ends",
+            ),
+            ReceiveError::Listen { .. } => Failure::new(Code::System, "listen", error)
+                .hint("nothing may be there yet, not even a socket that was left over"),
+            ReceiveError::Stopped => Failure::new(Code::Interrupted, "stopped", error),
             _ => Failure::new(Code::System, "io", error),
         }
     }

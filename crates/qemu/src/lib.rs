@@ -36,4 +36,5 @@ pub use qmp::{Event, Qmp, QmpError};
 pub use version::{Feature, QemuVersion};
 pub use vm::{
     Blocker, BlockerKind, Disk, MemoryBackend, ProcessInfo, RamBlockInfo, RunState, Vm, VmError,
+    sender,
 };

@@ -41,6 +41,14 @@ pub(crate) fn working_directory(pid: u32) -> io::Result<PathBuf> {
     fs::read_link(format!("/proc/{pid}/cwd"))
 }
 
+/// Returns the parent of a process, if it has one that can be told.
+pub(crate) fn parent(pid: u32) -> Option<u32> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name of the program stands in parentheses and may hold any.
+    let (_, rest) = stat.rsplit_once(") ")?;
+    rest.split(' ').nth(1)?.parse().ok().filter(|&parent| parent > 0)
+}
+
 /// Tells whether a process runs QEMU, by the name of its program.
 ///
 /// Another user's process does not show its program, but it does show its command line.

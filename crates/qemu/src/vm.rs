@@ -21,7 +21,7 @@ pub use blockers::{Blocker, BlockerKind};
 pub use device_state::DEVICE_STATE_LEN_MAX;
 pub use disks::Disk;
 pub use memory_backends::MemoryBackend;
-pub use process::ProcessInfo;
+pub use process::{ProcessInfo, sender};
 pub use ram::RamBlockInfo;
 
 use crate::qmp::{COMMAND_TIMEOUT, Qmp, QmpError, is_missing_command, unexpected};

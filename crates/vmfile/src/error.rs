@@ -7,6 +7,7 @@ use vmfile_engine::PublishError;
 use vmfile_format::FormatError;
 use vmfile_qemu::VmError;
 
+use crate::draft::DraftError;
 use crate::ram_writer::RamError;
 use crate::source::process::ProcessRamError;
 
@@ -121,6 +122,16 @@ impl From<RamError> for SaveError {
             }
             RamError::Write { source } => SaveError::Write { what: "guest RAM", source },
             RamError::Stopped => SaveError::Stopped,
+        }
+    }
+}
+
+impl From<DraftError> for SaveError {
+    fn from(error: DraftError) -> SaveError {
+        match error {
+            DraftError::Layout(source) => SaveError::Layout(source),
+            DraftError::TooLong => SaveError::TooLong,
+            DraftError::Write { what, source } => SaveError::Write { what, source },
         }
     }
 }

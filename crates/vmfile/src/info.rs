@@ -43,10 +43,10 @@ pub struct VmInfo {
     pub uuid: Option<String>,
     /// `running` or `paused`: how a restore leaves it.
     pub run_state: String,
-    /// The command line it ran with. It may hold secrets.
+    /// The command line it ran with; empty where it is not known. It may hold secrets.
     pub command_line: Vec<String>,
-    /// Where it was started.
-    pub working_directory: String,
+    /// Where it was started, where that is known.
+    pub working_directory: Option<String>,
 }
 
 /// A RAM block.
@@ -107,10 +107,10 @@ pub fn info(snapshot: &Snapshot) -> Result<Info, SnapshotError> {
             working_directory: meta.vm.working_directory.clone(),
         }),
         machine: structure.configuration.machine.clone(),
-        qemu_version: meta.map(|meta| meta.vm.qemu_version.clone()),
+        qemu_version: meta.and_then(|meta| meta.vm.qemu_version.clone()),
         saved_at_unix_seconds: meta.map(|meta| meta.saved_at_unix_seconds),
         route: meta.map(|meta| meta.route.clone()),
-        pause_seconds: meta.map(|meta| meta.pause_seconds),
+        pause_seconds: meta.and_then(|meta| meta.pause_seconds),
         file_bytes: snapshot.file_len(),
         blocks: blocks(snapshot)?,
         device_sections: device_sections.collect(),

@@ -53,7 +53,11 @@ pub(crate) fn on_lanes<T: Send>(
 
 impl Lane {
     /// Opens one of `lanes` lanes to `file`.
-    fn open(file: &DataFile, backend: Backend, lanes: usize) -> io::Result<(Lane, BackendInUse)> {
+    pub(crate) fn open(
+        file: &DataFile,
+        backend: Backend,
+        lanes: usize,
+    ) -> io::Result<(Lane, BackendInUse)> {
         let buffers = (BUFFERS_LEN / WINDOW / lanes.max(1)).max(2);
         let opened = open_storage(file, backend, DEPTH)?;
         // Several transfers may share a buffer; one buffer is being filled while others are in flight.

@@ -7,20 +7,26 @@
 
 pub mod check;
 mod control;
+mod draft;
 pub mod error;
 pub mod info;
 mod jobs;
 mod lane;
 pub mod list;
+mod listener;
+mod page_writer;
 mod plan;
 mod ram_loader;
 mod ram_writer;
 mod ranges;
+pub mod receive;
 pub mod restore;
 mod restore_error;
 pub mod save;
+mod shared_bitmap;
 mod snapshot;
 mod source;
+mod stream_receiver;
 
 pub use control::{Control, Progress};
 pub use jobs::Jobs;
@@ -28,7 +34,7 @@ pub use ram_loader::LoadError;
 pub use restore_error::{Mismatch, RestoreError};
 pub use snapshot::{Manifest, Snapshot, SnapshotError};
 pub use source::process::ProcessRamError;
-pub use vmfile_engine::{Backend, DirectIo, Existing, PublishError};
+pub use vmfile_engine::{Backend, DirectIo, Existing, PublishError, inherited};
 pub use vmfile_qemu::{
     CommandLineError, DiscoverError, LaunchedQemu, Vm, VmAddress, VmError, resolve,
 };

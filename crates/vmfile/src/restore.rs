@@ -233,14 +233,15 @@ fn prepare(
         Destination::Saved => {
             let meta = snapshot.manifest().map(|manifest| &manifest.meta.vm);
             let meta = meta.ok_or(RestoreError::NoSavedCommand)?;
+            let executable = meta.executable.as_ref().ok_or(RestoreError::NoSavedCommand)?;
             let words = meta.command_line.get(1..).unwrap_or_default().to_vec();
             let command_line = CommandLine::new(words)?;
             let lost = command_line.what_cannot_be_recreated();
             if !lost.is_empty() {
                 return Err(RestoreError::CannotRecreate { what: lost });
             }
-            let directory = PathBuf::from(&meta.working_directory);
-            (PathBuf::from(&meta.executable), command_line, Some(directory))
+            let directory = meta.working_directory.as_ref().map(PathBuf::from);
+            (PathBuf::from(executable), command_line, directory)
         }
     };
     let here = directory.as_deref().unwrap_or(Path::new("."));

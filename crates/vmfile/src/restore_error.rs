@@ -43,8 +43,8 @@ pub enum RestoreError {
     /// The command line after `--` is empty.
     #[error("the command line of QEMU is empty")]
     NoCommand,
-    /// QEMU wrote the file, and wrote no command line into it.
-    #[error("the file holds no command line: QEMU wrote it, not vmfile")]
+    /// QEMU wrote the file, or it came as a stream: neither tells the command line.
+    #[error("the file holds no command line")]
     NoSavedCommand,
     /// The saved command line has parts that belonged to whoever started the VM.
     #[error("the saved command line cannot be started again: {}", what.join("; "))]

@@ -8,19 +8,13 @@
 //! exit but the last resumes the VM as it ran and leaves no file.
 
 use std::ffi::OsString;
-use std::os::fd::AsFd;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
-use vmfile_engine::{
-    Access, Backend, DataFile, DirectIo, DirectIoInUse, Existing, Unpublished, available_space,
-    drop_cached,
-};
+use vmfile_engine::{Access, Backend, DataFile, DirectIo, Existing, Unpublished, available_space};
 use vmfile_format::error::FormatErrorKind;
-use vmfile_format::manifest::{BlockMeta, DiskMeta, ExtentMeta, Meta, VmMeta, place_tables};
-use vmfile_format::mapped_ram::{MARK, MappedRamLayout, PlacedBlock};
+use vmfile_format::manifest::{DiskMeta, VmMeta};
 use vmfile_format::stream::configuration::Configuration;
 use vmfile_format::stream::device_state::DeviceState;
 use vmfile_format::stream::encoder;
@@ -29,6 +23,7 @@ use vmfile_qemu::{RamBlockInfo, RunState, Vm};
 
 use crate::check::describe;
 use crate::control::Control;
+use crate::draft::{Draft, Facts, Places, Tail};
 use crate::error::SaveError;
 use crate::jobs::Jobs;
 use crate::plan::{total_len, units};
@@ -136,8 +131,9 @@ struct Save<'a> {
     was_running: bool,
     paused_at: Option<Instant>,
     pause_seconds: f64,
-    unpublished: Option<Unpublished>,
-    file: DataFile,
+    /// `None` once it was published or given up.
+    draft: Option<Draft>,
+    direct_io: String,
     meta: VmMeta,
     ram: RamLayout,
     process: ProcessRam,
@@ -179,13 +175,8 @@ impl<'a> Save<'a> {
         let (ram, blocks) = ram_layout(&vm.ram_blocks()?)?;
         let meta = describe_vm(vm, was_running)?;
         let process = ProcessRam::open(vm.pid()?, &blocks, Access::Read)?;
-        let file = unpublished
-            .file()
-            .try_clone()
-            .map_err(|source| SaveError::Write { what: "the new file", source })?;
-        let file = DataFile::new(file, options.direct_io)
-            .map_err(|source| SaveError::Write { what: "the new file", source })?;
-        check_space(&process, &file)?;
+        let draft = Draft::new(unpublished, options.direct_io)?;
+        check_space(&process, draft.file())?;
         Ok(Save {
             vm,
             options,
@@ -195,8 +186,8 @@ impl<'a> Save<'a> {
             was_running,
             paused_at: None,
             pause_seconds: 0.0,
-            unpublished: Some(unpublished),
-            file,
+            direct_io: describe(draft.file().direct()),
+            draft: Some(draft),
             meta,
             ram,
             process,
@@ -250,46 +241,27 @@ impl<'a> Save<'a> {
     fn file_contents(&mut self, state: &DeviceState, sections: &[u8]) -> Result<(), SaveError> {
         let machine = self.meta.machine.clone();
         let source = Configuration { machine, ..Configuration::default() };
-        let layout = MappedRamLayout::new(&source, self.ram.clone(), state.unused_id())
-            .map_err(SaveError::Layout)?;
-        let mut tail = layout.encode_end().1;
-        tail.extend_from_slice(sections);
-        let state_end = tail.len();
-        encoder::vm_description(&mut tail);
-        let tail_offset = layout.encode_end().0;
-        let stream_end = tail_offset + tail.len() as u64;
-        let pages: Vec<_> = self.ram.blocks().iter().map(RamBlock::page_count).collect();
-        let (hashes, tables_end) = place_tables(stream_end, &pages).ok_or(SaveError::TooLong)?;
-        // Writes that extend a file wait for one another (ext4, XFS): give it its length first.
-        self.file
-            .buffered()
-            .set_len(tables_end)
-            .map_err(|source| SaveError::Write { what: "the length of the file", source })?;
+        let mut description = Vec::new();
+        encoder::vm_description(&mut description);
+        let tail = Tail { sections, description: &description };
+        let tail_len = (sections.len() + description.len()) as u64;
+        let places = Places::new(&source, self.ram.clone(), state.unused_id(), tail_len)?;
+        self.draft().reserve(&places)?;
 
-        let written = self.ram(&layout, &hashes)?;
+        let written = self.ram(&places)?;
         self.pages_data = written.bitmaps.iter().map(|bitmap| bitmap.data_count().0).sum();
         self.io = written.backend.to_string();
 
-        let mut extents = Vec::new();
-        let mut put = |what: &'static str, offset: u64, bytes: &[u8]| {
-            extents.push(ExtentMeta::of(what, offset, bytes));
-            self.put(what, offset, bytes)
+        let facts = Facts {
+            route: "direct",
+            live: Some(false),
+            pause_seconds: self.paused_at.map(|at| at.elapsed().as_secs_f64()),
+            vm: self.meta.clone(),
         };
-        put("head", 0, &layout.encode_head())?;
-        if let Some(offset) = layout.blocks().first().and_then(PlacedBlock::mark_offset) {
-            put("mark", offset, MARK)?;
-        }
-        for (placed, bitmap) in layout.blocks().iter().zip(&written.bitmaps) {
-            put("record", placed.record_offset, &placed.encode_record())?;
-            put("bitmap", placed.bitmap_offset, &bitmap.encode())?;
-        }
-        put("device_state", tail_offset, &tail[..state_end])?;
-        put("vm_description", tail_offset + state_end as u64, &tail[state_end..])?;
-        let meta = self.manifest(&written, &hashes, extents);
-        self.put("manifest", tables_end, &meta.encode(stream_end, tables_end))
+        Ok(self.draft().finish(&places, &written.bitmaps, tail, facts)?)
     }
 
-    fn ram(&mut self, layout: &MappedRamLayout, hashes: &[u64]) -> Result<Written, SaveError> {
+    fn ram(&mut self, places: &Places) -> Result<Written, SaveError> {
         let scanned = self.process.scan()?;
         let (found, readers): (Vec<_>, Vec<Reader>) =
             scanned.into_iter().map(|block| (block.ranges, block.reader)).unzip();
@@ -299,47 +271,18 @@ impl<'a> Save<'a> {
             reader,
         };
         let targets: Vec<Target> =
-            layout.blocks().iter().zip(hashes).zip(readers).map(target).collect();
+            places.blocks().iter().zip(places.hashes()).zip(readers).map(target).collect();
         let width = (self.options.io, self.options.jobs.count());
-        Ok(write_ram(&self.file, &targets, &units(&found), width, self.control)?)
+        let file = self.draft().file();
+        Ok(write_ram(file, &targets, &units(&found), width, self.control)?)
     }
 
-    fn manifest(&self, written: &Written, hashes: &[u64], extents: Vec<ExtentMeta>) -> Meta {
-        let blocks = self.ram.blocks().iter().zip(&written.bitmaps).zip(hashes);
-        let block = |((block, bitmap), &hashes_offset): ((&RamBlock, _), _)| BlockMeta {
-            name: block.name().to_owned(),
-            bytes: block.used_length(),
-            pages_data: vmfile_format::PageBitmap::data_count(bitmap).0,
-            hashes_offset,
-        };
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        Meta {
-            vmfile_version: env!("CARGO_PKG_VERSION").to_owned(),
-            saved_at_unix_seconds: now.as_secs(),
-            route: "direct".to_owned(),
-            live: false,
-            pause_seconds: self.paused_at.map_or(0.0, |at| at.elapsed().as_secs_f64()),
-            vm: self.meta.clone(),
-            blocks: blocks.map(block).collect(),
-            extents,
-        }
-    }
-
-    fn put(&self, what: &'static str, offset: u64, bytes: &[u8]) -> Result<(), SaveError> {
-        self.file
-            .buffered()
-            .write_all_at(bytes, offset)
-            .map_err(|source| SaveError::Write { what, source })
+    fn draft(&self) -> &Draft {
+        self.draft.as_ref().expect("published once")
     }
 
     fn publish(&mut self) -> Result<(), SaveError> {
-        let unpublished = self.unpublished.take().expect("published once");
-        let file = unpublished.publish()?;
-        if matches!(self.file.direct(), DirectIoInUse::Yes { .. }) {
-            // The page cache is left as it was found; if the kernel will not, nothing is lost.
-            let _ = drop_cached(file.as_fd(), 0..u64::MAX);
-        }
-        Ok(())
+        Ok(self.draft.take().expect("published once").publish()?)
     }
 
     /// The file is whole: does with the VM what was asked for.
@@ -357,7 +300,7 @@ impl<'a> Save<'a> {
 
     /// Resumes the VM if it ran, drops the file, and returns the error to report.
     fn give_up(&mut self, error: SaveError) -> SaveError {
-        self.unpublished = None;
+        self.draft = None;
         if self.paused_at.take().is_none() || !self.was_running {
             return error;
         }
@@ -373,7 +316,7 @@ impl<'a> Save<'a> {
             file: self.path.clone(),
             route: "direct",
             live: false,
-            direct_io: describe(self.file.direct()),
+            direct_io: self.direct_io.clone(),
             io: self.io.clone(),
             pages_total,
             pages_zero: pages_total - self.pages_data,
@@ -397,11 +340,11 @@ fn describe_vm(vm: &mut Vm, was_running: bool) -> Result<VmMeta, SaveError> {
         name: vm.name()?,
         uuid: vm.uuid()?,
         machine: vm.machine_type()?,
-        qemu_version: vm.version()?.to_string(),
+        qemu_version: Some(vm.version()?.to_string()),
         run_state: if was_running { "running" } else { "paused" }.to_owned(),
-        executable: process.executable.to_string_lossy().into_owned(),
+        executable: Some(process.executable.to_string_lossy().into_owned()),
         command_line: texts(&process.arguments)?,
-        working_directory: process.working_directory.to_string_lossy().into_owned(),
+        working_directory: Some(process.working_directory.to_string_lossy().into_owned()),
     })
 }
 

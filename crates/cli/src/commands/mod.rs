@@ -3,6 +3,7 @@
 pub(crate) mod check;
 pub(crate) mod info;
 pub(crate) mod list;
+pub(crate) mod receive;
 pub(crate) mod restore;
 pub(crate) mod save;
 

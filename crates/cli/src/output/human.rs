@@ -4,6 +4,7 @@ use std::fmt::Write;
 
 use vmfile::check::{CheckReport, Finding};
 use vmfile::info::Info;
+use vmfile::receive::ReceiveReport;
 use vmfile::restore::RestoreReport;
 use vmfile::save::SaveReport;
 
@@ -27,6 +28,29 @@ pub(crate) fn save(report: &SaveReport) -> String {
     );
     line(&mut text, "took", &took);
     line(&mut text, "route", &report.route);
+    line(&mut text, "engine", &format!("{}, direct I/O: {}", report.io, report.direct_io));
+    text
+}
+
+pub(crate) fn receive(report: &ReceiveReport) -> String {
+    let mut text = String::new();
+    line(&mut text, "received", &report.file.display());
+    line(&mut text, "machine", &report.machine);
+    let percent_zero = (report.pages_zero * 100).checked_div(report.pages_total).unwrap_or(0);
+    let written = format!(
+        "{} of data, {} of it twice or more, {percent_zero} % of {} pages are zero",
+        size::bytes(report.bytes_written),
+        size::bytes(report.bytes_rewritten),
+        report.pages_total
+    );
+    line(&mut text, "memory", &written);
+    let took = format!(
+        "{} at {}, stream of {}",
+        size::seconds(report.total_seconds),
+        size::rate(report.bytes_written, report.total_seconds),
+        size::bytes(report.stream_bytes)
+    );
+    line(&mut text, "took", &took);
     line(&mut text, "engine", &format!("{}, direct I/O: {}", report.io, report.direct_io));
     text
 }

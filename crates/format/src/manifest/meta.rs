@@ -22,12 +22,13 @@ pub struct Meta {
     pub vmfile_version: String,
     /// When, in seconds since 1970-01-01 UTC.
     pub saved_at_unix_seconds: u64,
-    /// How RAM was taken: `direct`.
+    /// How RAM was taken: `direct`, `stream` or `native`.
     pub route: String,
-    /// Whether the guest ran meanwhile.
-    pub live: bool,
-    /// How long the guest had stood still when the metadata was written, in seconds.
-    pub pause_seconds: f64,
+    /// Whether the guest ran meanwhile, where that is known.
+    pub live: Option<bool>,
+    /// How long the guest had stood still when the metadata was written, in seconds, where that is
+    /// known.
+    pub pause_seconds: Option<f64>,
     /// The VM.
     pub vm: VmMeta,
     /// The RAM blocks, in the order of the stream.
@@ -45,16 +46,17 @@ pub struct VmMeta {
     pub uuid: Option<String>,
     /// The versioned machine type.
     pub machine: String,
-    /// QEMU's version.
-    pub qemu_version: String,
+    /// QEMU's version, where it is known.
+    pub qemu_version: Option<String>,
     /// `running` or `paused`: how it was before the save, and is after a restore.
     pub run_state: String,
-    /// The program.
-    pub executable: String,
-    /// Its whole command line, the program's name first. It may hold secrets.
+    /// The program, where it is known: a stream does not tell.
+    pub executable: Option<String>,
+    /// Its whole command line, the program's name first; empty where it is not known. It may hold
+    /// secrets.
     pub command_line: Vec<String>,
-    /// Where it was started; relative paths begin here.
-    pub working_directory: String,
+    /// Where it was started, where that is known; relative paths begin here.
+    pub working_directory: Option<String>,
     /// The disks, which are not in the file and must be kept as they were.
     pub disks: Vec<DiskMeta>,
 }
@@ -219,17 +221,17 @@ mod tests {
             vmfile_version: "0.1.0".into(),
             saved_at_unix_seconds: 1_790_000_000,
             route: "direct".into(),
-            live: false,
-            pause_seconds: 0.25,
+            live: Some(false),
+            pause_seconds: Some(0.25),
             vm: VmMeta {
                 name: Some("db1".into()),
                 uuid: None,
                 machine: "pc-i440fx-10.0".into(),
-                qemu_version: "10.0.2".into(),
+                qemu_version: Some("10.0.2".into()),
                 run_state: "running".into(),
-                executable: "/usr/bin/qemu-system-x86_64".into(),
+                executable: Some("/usr/bin/qemu-system-x86_64".into()),
                 command_line: vec!["qemu-system-x86_64".into(), "-m".into(), "64M".into()],
-                working_directory: "/".into(),
+                working_directory: Some("/".into()),
                 disks: Vec::new(),
             },
             blocks: Vec::new(),

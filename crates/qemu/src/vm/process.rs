@@ -59,17 +59,35 @@ impl Vm {
     /// As for [`Vm::pid`], and [`VmError::System`] when `/proc` may not be read.
     pub fn process(&mut self) -> Result<ProcessInfo, VmError> {
         let pid = self.pid()?;
-        let system = |what: &str| {
-            let what = format!("read the {what} of process {pid}");
-            move |source| VmError::System { what, source }
-        };
-        Ok(ProcessInfo {
-            pid,
-            executable: proc::executable(pid).map_err(system("program"))?,
-            arguments: proc::arguments(pid).map_err(system("command line"))?,
-            working_directory: proc::working_directory(pid).map_err(system("directory"))?,
-        })
+        info(pid)
     }
+}
+
+/// Returns the QEMU that writes into `stream`, where that can be told: the peer of a socket, or the
+/// one that started this process by `exec:`, through a shell or without.
+#[must_use]
+pub fn sender(stream: impl AsFd) -> Option<ProcessInfo> {
+    let pid = match rustix::net::sockopt::socket_peercred(&stream) {
+        Ok(peer) => peer.pid.as_raw_pid().unsigned_abs(),
+        Err(_) => {
+            let parent = proc::parent(std::process::id())?;
+            if proc::is_qemu(parent) { parent } else { proc::parent(parent)? }
+        }
+    };
+    if proc::is_qemu(pid) { info(pid).ok() } else { None }
+}
+
+fn info(pid: u32) -> Result<ProcessInfo, VmError> {
+    let system = |what: &str| {
+        let what = format!("read the {what} of process {pid}");
+        move |source| VmError::System { what, source }
+    };
+    Ok(ProcessInfo {
+        pid,
+        executable: proc::executable(pid).map_err(system("program"))?,
+        arguments: proc::arguments(pid).map_err(system("command line"))?,
+        working_directory: proc::working_directory(pid).map_err(system("directory"))?,
+    })
 }
 
 /// Finds the QEMU that holds the socket at `socket`, given the process that the kernel names.

@@ -1,3 +1,4 @@
 //! Where pages come from.
 
 pub(crate) mod process;
+pub(crate) mod stream;

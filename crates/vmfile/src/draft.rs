@@ -1,0 +1,191 @@
+//! A file in the making: where everything goes, and the parts around RAM.
+//!
+//! RAM is written by whoever has its pages; what stands before, between and after them is written
+//! here, once it is known which pages there are.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use vmfile_engine::{DataFile, DirectIo, DirectIoInUse, PublishError, Unpublished, drop_cached};
+use vmfile_format::manifest::{BlockMeta, ExtentMeta, Meta, VmMeta, place_tables};
+use vmfile_format::mapped_ram::{MARK, MappedRamLayout, PlacedBlock};
+use vmfile_format::stream::configuration::Configuration;
+use vmfile_format::{FormatError, PageBitmap, RamBlock, RamLayout};
+
+/// A file that has no name yet. Dropping it leaves none.
+#[derive(Debug)]
+pub(crate) struct Draft {
+    unpublished: Unpublished,
+    file: DataFile,
+}
+
+/// The places of everything in a draft.
+#[derive(Debug)]
+pub(crate) struct Places {
+    layout: MappedRamLayout,
+    ram: RamLayout,
+    /// File offsets of the tables of page hashes, one for each block.
+    hashes: Vec<u64>,
+    tables_end: u64,
+}
+
+/// What follows RAM.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Tail<'a> {
+    /// The device sections, from the first to EOF.
+    pub(crate) sections: &'a [u8],
+    /// What stands after them in the stream: the VM description, or nothing.
+    pub(crate) description: &'a [u8],
+}
+
+/// What the manifest says of a save, besides the places.
+#[derive(Debug)]
+pub(crate) struct Facts {
+    pub(crate) route: &'static str,
+    pub(crate) live: Option<bool>,
+    pub(crate) pause_seconds: Option<f64>,
+    pub(crate) vm: VmMeta,
+}
+
+/// Why a file could not be made.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum DraftError {
+    #[error("the layout of the file")]
+    Layout(#[source] FormatError),
+    #[error("the file would end past 2^63 bytes")]
+    TooLong,
+    #[error("write {what}")]
+    Write { what: &'static str, source: io::Error },
+}
+
+impl Draft {
+    /// Takes a new file, which is written past the page cache as `direct_io` says.
+    pub(crate) fn new(unpublished: Unpublished, direct_io: DirectIo) -> Result<Draft, DraftError> {
+        let open = |source| DraftError::Write { what: "the new file", source };
+        let file = unpublished.file().try_clone().map_err(open)?;
+        let file = DataFile::new(file, direct_io).map_err(open)?;
+        Ok(Draft { unpublished, file })
+    }
+
+    /// Returns the file.
+    pub(crate) fn file(&self) -> &DataFile {
+        &self.file
+    }
+
+    /// Gives the file its length, up to the manifest: writes that extend a file wait for one another
+    /// (ext4, XFS).
+    pub(crate) fn reserve(&self, places: &Places) -> Result<(), DraftError> {
+        let set = self.file.buffered().set_len(places.tables_end);
+        set.map_err(|source| DraftError::Write { what: "the length of the file", source })
+    }
+
+    /// Writes everything but RAM and its hashes.
+    pub(crate) fn finish(
+        &self,
+        places: &Places,
+        bitmaps: &[PageBitmap],
+        tail: Tail<'_>,
+        facts: Facts,
+    ) -> Result<(), DraftError> {
+        let mut extents = Vec::new();
+        let mut put = |what: &'static str, offset: u64, bytes: &[u8]| {
+            extents.push(ExtentMeta::of(what, offset, bytes));
+            self.put(what, offset, bytes)
+        };
+        put("head", 0, &places.layout.encode_head())?;
+        if let Some(offset) = places.blocks().first().and_then(PlacedBlock::mark_offset) {
+            put("mark", offset, MARK)?;
+        }
+        for (placed, bitmap) in places.blocks().iter().zip(bitmaps) {
+            put("record", placed.record_offset, &placed.encode_record())?;
+            put("bitmap", placed.bitmap_offset, &bitmap.encode())?;
+        }
+        let (offset, mut sections) = places.layout.encode_end();
+        sections.extend_from_slice(tail.sections);
+        put("device_state", offset, &sections)?;
+        let mut stream_end = offset + sections.len() as u64;
+        if !tail.description.is_empty() {
+            put("vm_description", stream_end, tail.description)?;
+            stream_end += tail.description.len() as u64;
+        }
+        let meta = meta(facts, places.block_metas(bitmaps), extents);
+        self.put("manifest", places.tables_end, &meta.encode(stream_end, places.tables_end))
+    }
+
+    fn put(&self, what: &'static str, offset: u64, bytes: &[u8]) -> Result<(), DraftError> {
+        let put = self.file.buffered().write_all_at(bytes, offset);
+        put.map_err(|source| DraftError::Write { what, source })
+    }
+
+    /// Makes the file durable and gives it its name.
+    pub(crate) fn publish(self) -> Result<(), PublishError> {
+        let file = self.unpublished.publish()?;
+        if matches!(self.file.direct(), DirectIoInUse::Yes { .. }) {
+            // The page cache is left as it was found; if the kernel will not, nothing is lost.
+            let _ = drop_cached(file.as_fd(), 0..u64::MAX);
+        }
+        Ok(())
+    }
+}
+
+impl Places {
+    /// Places the blocks of `ram`, `tail_len` bytes at most after them, and the tables of hashes.
+    ///
+    /// `section_id` is the id of the section "ram", which no device section has.
+    pub(crate) fn new(
+        source: &Configuration,
+        ram: RamLayout,
+        section_id: u32,
+        tail_len: u64,
+    ) -> Result<Places, DraftError> {
+        let layout = MappedRamLayout::new(source, ram.clone(), section_id);
+        let layout = layout.map_err(DraftError::Layout)?;
+        let stream_end = layout.device_state_offset().saturating_add(tail_len);
+        let pages: Vec<_> = ram.blocks().iter().map(RamBlock::page_count).collect();
+        let tables = place_tables(stream_end, &pages);
+        let (hashes, tables_end) = tables.ok_or(DraftError::TooLong)?;
+        Ok(Places { layout, ram, hashes, tables_end })
+    }
+
+    /// Returns the blocks and their places, in the order of the file.
+    pub(crate) fn blocks(&self) -> &[PlacedBlock] {
+        self.layout.blocks()
+    }
+
+    /// Returns the file offsets of the tables of page hashes, one for each block.
+    pub(crate) fn hashes(&self) -> &[u64] {
+        &self.hashes
+    }
+
+    /// Returns how many pages all blocks have.
+    pub(crate) fn pages_total(&self) -> u64 {
+        self.ram.blocks().iter().map(|block| block.page_count().0).sum()
+    }
+
+    fn block_metas(&self, bitmaps: &[PageBitmap]) -> Vec<BlockMeta> {
+        let blocks = self.ram.blocks().iter().zip(bitmaps).zip(&self.hashes);
+        let block = |((block, bitmap), &hashes_offset): ((&RamBlock, &PageBitmap), _)| BlockMeta {
+            name: block.name().to_owned(),
+            bytes: block.used_length(),
+            pages_data: bitmap.data_count().0,
+            hashes_offset,
+        };
+        blocks.map(block).collect()
+    }
+}
+
+fn meta(facts: Facts, blocks: Vec<BlockMeta>, extents: Vec<ExtentMeta>) -> Meta {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    Meta {
+        vmfile_version: env!("CARGO_PKG_VERSION").to_owned(),
+        saved_at_unix_seconds: now.as_secs(),
+        route: facts.route.to_owned(),
+        live: facts.live,
+        pause_seconds: facts.pause_seconds,
+        vm: facts.vm,
+        blocks,
+        extents,
+    }
+}

@@ -1,0 +1,248 @@
+//! `vmfile receive`: a migration stream into a file.
+//!
+//! ```text
+//! begin - connect - RAM, as it comes - devices - metadata - publish
+//! ```
+//!
+//! Whoever sends decides what comes; every page goes to its fixed place, and one that comes again
+//! overwrites it, so that the file is no longer than RAM however long the stream is.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+use vmfile_engine::{Backend, DirectIo, Existing, PublishError, Unpublished};
+use vmfile_format::FormatError;
+use vmfile_format::manifest::VmMeta;
+use vmfile_qemu::ProcessInfo;
+
+use crate::check::describe;
+use crate::control::Control;
+use crate::draft::{Draft, DraftError, Facts};
+use crate::listener::Listener;
+use crate::source::stream::{Patience, WaitError};
+use crate::stream_receiver::{Received, StreamReceiver};
+
+/// Where a stream comes from.
+#[derive(Debug)]
+pub enum StreamFrom {
+    /// A pipe or a socket that is open.
+    Descriptor(OwnedFd),
+    /// Whoever connects to a Unix socket that is made at this path, and removed afterwards.
+    Listen(PathBuf),
+}
+
+/// How a stream is received.
+#[derive(Clone, Debug)]
+pub struct ReceiveOptions {
+    /// Whether pages are written past the page cache.
+    pub direct_io: DirectIo,
+    /// Who moves the bytes.
+    pub io: Backend,
+    /// Whether a file of that name may be replaced.
+    pub existing: Existing,
+    /// How long the sender may be silent.
+    pub stall_timeout: Option<Duration>,
+    /// How long it may all take.
+    pub timeout: Option<Duration>,
+}
+
+impl Default for ReceiveOptions {
+    fn default() -> ReceiveOptions {
+        ReceiveOptions {
+            direct_io: DirectIo::Preferred,
+            io: Backend::Auto,
+            existing: Existing::Refuse,
+            stall_timeout: Some(Duration::from_secs(300)),
+            timeout: None,
+        }
+    }
+}
+
+/// What a receive did.
+#[derive(Clone, Debug, Serialize)]
+pub struct ReceiveReport {
+    /// The file.
+    pub file: PathBuf,
+    /// The versioned machine type of the VM.
+    pub machine: String,
+    /// Whether direct I/O was used; if not, why.
+    pub direct_io: String,
+    /// The back end that was used.
+    pub io: String,
+    /// Pages of all RAM blocks.
+    pub pages_total: u64,
+    /// Pages that are zero and take no room.
+    pub pages_zero: u64,
+    /// Bytes of pages that were written, those that came again as often as they came.
+    pub bytes_written: u64,
+    /// Bytes of pages that were written again.
+    pub bytes_rewritten: u64,
+    /// Length of the stream, in bytes.
+    pub stream_bytes: u64,
+    /// How long it all took, in seconds.
+    pub total_seconds: f64,
+}
+
+/// Why a stream was not received.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ReceiveError {
+    /// The file cannot be made or given its name.
+    #[error(transparent)]
+    Publish(#[from] PublishError),
+    /// The socket cannot be made.
+    #[error("listen at {path}", path = path.display())]
+    Listen {
+        /// Its path.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The stream is not what it should be.
+    #[error("the stream")]
+    Stream(#[source] FormatError),
+    /// The stream could not be read.
+    #[error("read the stream at offset {offset:#x}")]
+    Read {
+        /// How far it was read, in bytes.
+        offset: u64,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The sender is silent.
+    #[error("no byte came for {after:?}, at offset {offset:#x} of the stream")]
+    Stalled {
+        /// How far the stream was read, in bytes.
+        offset: u64,
+        /// How long was waited.
+        after: Duration,
+    },
+    /// The sender does not come to its end.
+    #[error("the stream has not ended in time; it was read up to offset {offset:#x}")]
+    TimedOut {
+        /// How far it was read, in bytes.
+        offset: u64,
+    },
+    /// The file cannot be laid out.
+    #[error("the layout of the file")]
+    Layout(#[source] FormatError),
+    /// The file would be longer than the kernel allows.
+    #[error("the file would end past 2^63 bytes")]
+    TooLong,
+    /// The kernel refused to write.
+    #[error("write {what}")]
+    Write {
+        /// What was to be written.
+        what: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The caller stopped it.
+    #[error("stopped")]
+    Stopped,
+}
+
+impl ReceiveError {
+    /// Gives an end of patience its place in the stream.
+    pub(crate) fn waited(error: WaitError, offset: u64) -> ReceiveError {
+        match error {
+            WaitError::Io(source) => ReceiveError::Read { offset, source },
+            WaitError::Stalled(after) => ReceiveError::Stalled { offset, after },
+            WaitError::TimedOut => ReceiveError::TimedOut { offset },
+            WaitError::Stopped => ReceiveError::Stopped,
+        }
+    }
+
+    pub(crate) fn write_ram(source: io::Error) -> ReceiveError {
+        ReceiveError::Write { what: "guest RAM", source }
+    }
+}
+
+impl From<DraftError> for ReceiveError {
+    fn from(error: DraftError) -> ReceiveError {
+        match error {
+            DraftError::Layout(source) => ReceiveError::Layout(source),
+            DraftError::TooLong => ReceiveError::TooLong,
+            DraftError::Write { what, source } => ReceiveError::Write { what, source },
+        }
+    }
+}
+
+/// Receives a migration stream into a new file at `destination`.
+///
+/// # Errors
+///
+/// Returns [`ReceiveError`]; then no file is left under the name, and a QEMU that sends notices the
+/// end of its pipe or socket, and lets the guest run on.
+pub fn receive(
+    from: StreamFrom,
+    destination: &Path,
+    options: &ReceiveOptions,
+    control: &Control<'_>,
+) -> Result<ReceiveReport, ReceiveError> {
+    let started = Instant::now();
+    let unpublished = Unpublished::create_beside(destination, options.existing)?;
+    let draft = Draft::new(unpublished, options.direct_io)?;
+    let patience = Patience {
+        control,
+        stall: options.stall_timeout,
+        deadline: options.timeout.map(|timeout| started + timeout),
+    };
+    let stream = match from {
+        StreamFrom::Descriptor(fd) => fd,
+        StreamFrom::Listen(path) => Listener::bind(&path)?.accept(&patience)?,
+    };
+    let sender = vmfile_qemu::sender(&stream);
+    let received = StreamReceiver { draft: &draft, io: options.io, patience }.run(stream)?;
+    let vm = describe_vm(&received, sender);
+    let facts = Facts { route: "stream", live: None, pause_seconds: None, vm };
+    draft.finish(&received.places, &received.bitmaps, received.tail(), facts)?;
+    if control.is_stopped() {
+        return Err(ReceiveError::Stopped);
+    }
+    let direct_io = describe(draft.file().direct());
+    draft.publish()?;
+    let pages_data: u64 = received.bitmaps.iter().map(|bitmap| bitmap.data_count().0).sum();
+    let pages_total = received.places.pages_total();
+    Ok(ReceiveReport {
+        file: destination.to_path_buf(),
+        machine: received.configuration.machine,
+        direct_io,
+        io: received.backend.to_string(),
+        pages_total,
+        pages_zero: pages_total - pages_data,
+        bytes_written: received.counts.written_bytes,
+        bytes_rewritten: received.counts.rewritten_bytes,
+        stream_bytes: received.stream_bytes,
+        total_seconds: started.elapsed().as_secs_f64(),
+    })
+}
+
+/// Describes the VM as far as a stream tells, and its sender's process where that is a QEMU.
+fn describe_vm(received: &Received, sender: Option<ProcessInfo>) -> VmMeta {
+    let text = |path: &Path| path.to_string_lossy().into_owned();
+    let words = sender.as_ref().and_then(|sender| {
+        sender.arguments.iter().map(|word| word.to_str().map(str::to_owned)).collect()
+    });
+    VmMeta {
+        name: None,
+        uuid: received.configuration.uuid.map(uuid_text),
+        machine: received.configuration.machine.clone(),
+        qemu_version: None,
+        run_state: received.run_state().unwrap_or("running").to_owned(),
+        executable: sender.as_ref().map(|sender| text(&sender.executable)),
+        command_line: words.unwrap_or_default(),
+        working_directory: sender.as_ref().map(|sender| text(&sender.working_directory)),
+        disks: Vec::new(),
+    }
+}
+
+/// Writes a uuid in its usual form.
+fn uuid_text(bytes: [u8; 16]) -> String {
+    let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    let parts = [&hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]];
+    parts.join("-")
+}
