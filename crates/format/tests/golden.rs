@@ -6,9 +6,12 @@ use std::fs;
 use std::path::Path;
 
 use vmfile_format::mapped_ram::MappedRamFile;
+use vmfile_format::stream::configuration::Configuration;
+use vmfile_format::stream::decoder::{Event, StreamDecoder};
 use vmfile_format::stream::description::VmDescription;
 use vmfile_format::stream::device_state::DeviceState;
-use vmfile_format::{PageBitmap, ReadError};
+use vmfile_format::stream::encoder::{self, RamSection};
+use vmfile_format::{PageBitmap, PageIndex, ReadError};
 
 /// A file of which only some pieces are known; the rest reads as zeros.
 struct Sparse {
@@ -139,6 +142,53 @@ fn the_description_of_a_pc_gives_the_sections_that_the_footers_give() {
 fn the_description_of_a_q35_gives_the_sections_that_the_footers_give() {
     assert_description_and_footers_agree("qemu-10.0.2-q35-plain.pieces");
     assert_description_and_footers_agree("qemu-10.0.2-q35-multifd.pieces");
+}
+
+/// A stream whose device state is QEMU's, with a page of each block before it.
+#[test]
+fn a_sequential_stream_hands_over_the_device_state_of_qemu() {
+    let file = Sparse::load("qemu-10.0.2-q35-plain.pieces");
+    let structure = file.structure();
+    let expected = &structure.device_state;
+    let ram = structure.ram();
+    let configuration = structure.configuration.clone();
+    let configuration = Configuration { capabilities: Vec::new(), ..configuration };
+    let mut stream = configuration.encode();
+    let mut section = RamSection::begin(&mut stream, 1, &ram);
+    for block in ram.blocks().iter().enumerate() {
+        section.page(&mut stream, block, PageIndex(0), &[9; 4096]);
+    }
+    section.finish(&mut stream);
+    encoder::switchover_start(&mut stream);
+    let start = stream.len() as u64;
+    let len = usize::try_from(expected.stream_end - expected.start).expect("short");
+    stream.extend_from_slice(&file.read(expected.start, len));
+
+    let mut decoder = StreamDecoder::new();
+    let (mut pages, mut state) = (0, Vec::new());
+    let (mut taken, mut end) = (0, 0);
+    while end < stream.len() {
+        end = stream.len().min(end + 1000);
+        while let Some(event) = {
+            let step = decoder.next(&stream[taken..end]).expect("a stream without faults");
+            taken += step.consumed;
+            step.event
+        } {
+            match event {
+                Event::Page { data, .. } => pages += u64::from(data[0] == 9),
+                Event::DeviceState(piece) => state.extend_from_slice(piece),
+                _ => {}
+            }
+        }
+    }
+    assert_eq!(decoder.finish(), Ok(()));
+    assert_eq!(pages, ram.blocks().len() as u64);
+    let located = DeviceState::locate(&state, start, 1).expect("QEMU's device state");
+    let names = |state: &DeviceState| -> Vec<(String, u64)> {
+        state.sections.iter().map(|section| (section.name.clone(), section.len)).collect()
+    };
+    assert_eq!(names(&located), names(expected));
+    assert_eq!(located.stream_end, stream.len() as u64);
 }
 
 #[test]

@@ -81,7 +81,11 @@ fn decode(bytes: &[u8], mut cut: impl FnMut() -> usize) -> (Vec<Owned>, Result<(
     loop {
         let step = match decoder.next(&bytes[start..end]) {
             Ok(step) => step,
-            Err(error) => return (events, Err(error)),
+            Err(error) => {
+                assert_eq!(decoder.next(&bytes[end..]), Err(error.clone()));
+                assert_eq!(decoder.finish(), Err(error.clone()));
+                return (events, Err(error));
+            }
         };
         start += step.consumed;
         assert_eq!(decoder.offset(), start as u64);

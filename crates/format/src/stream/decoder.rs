@@ -114,7 +114,7 @@ pub enum Event<'a> {
 /// Decodes a migration stream that is not mapped RAM.
 ///
 /// It does not panic, whatever the bytes are. What it keeps is bounded by the limits on
-/// blocks; after an error it stays where it is.
+/// blocks. After an error there is only that error.
 #[derive(Debug)]
 pub struct StreamDecoder {
     offset: u64,
@@ -128,6 +128,8 @@ pub struct StreamDecoder {
     named: Option<usize>,
     /// What was missing when more bytes were asked for, and for which `offset` this holds.
     missing: Option<(u64, FormatError)>,
+    /// What was refused: there is no way past it.
+    refused: Option<FormatError>,
 }
 
 /// What the next byte belongs to.
@@ -172,6 +174,7 @@ impl StreamDecoder {
             places: BTreeMap::new(),
             named: None,
             missing: None,
+            refused: None,
         }
     }
 
@@ -186,6 +189,9 @@ impl StreamDecoder {
     /// Returns [`FormatError`] with the offset in the stream of what is not as it should be, or
     /// what a file made of this stream could not hold.
     pub fn next<'a>(&mut self, bytes: &'a [u8]) -> Result<Step<'a>, FormatError> {
+        if let Some(error) = &self.refused {
+            return Err(error.clone());
+        }
         let mut rest = bytes;
         let event = loop {
             match self.step(rest) {
@@ -201,7 +207,10 @@ impl StreamDecoder {
                     self.missing = Some((self.offset, error));
                     break None;
                 }
-                Err(error) => return Err(error),
+                Err(error) => {
+                    self.refused = Some(error.clone());
+                    return Err(error);
+                }
             }
         };
         Ok(Step { consumed: bytes.len().saturating_sub(rest.len()), event })
@@ -220,8 +229,11 @@ impl StreamDecoder {
     ///
     /// # Errors
     ///
-    /// Returns [`FormatError`] with what was expected, and where.
+    /// Returns [`FormatError`] with what was expected, and where, or what was refused before.
     pub fn finish(&self) -> Result<(), FormatError> {
+        if let Some(error) = &self.refused {
+            return Err(error.clone());
+        }
         let field = match self.state {
             State::Devices { .. } => return Ok(()),
             State::Head => "header of the stream",
