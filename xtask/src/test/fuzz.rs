@@ -8,7 +8,8 @@ use crate::command::{output, run as run_command, say};
 use crate::workspace::Workspace;
 
 /// One target per decoder; `fuzz/README.md` says what each is.
-const TARGETS: [&str; 4] = ["mapped_ram_file", "device_state", "manifest", "page_bitmap"];
+const TARGETS: [&str; 6] =
+    ["mapped_ram_file", "device_state", "manifest", "page_bitmap", "stream", "multifd"];
 
 /// How long each runs. Enough to see that the contracts hold from every seed; hours are for nights.
 const SECONDS: u32 = 5;
