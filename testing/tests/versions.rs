@@ -4,8 +4,9 @@
 use std::collections::HashSet;
 
 use serde_json::{Value, json};
+use vmfile::save::{Route, SaveOptions};
 use vmfile_qemu::{Feature, QemuVersion};
-use vmfile_testing::verbs::{check_is_clean, load, map, save};
+use vmfile_testing::verbs::{check_is_clean, load, map, save, save_with};
 use vmfile_testing::{Guest, GuestConfig, Machine, Qemu, Ram, Release, TestResult, requires};
 
 /// Boots the boot-sector guest and lets it judge its RAM on both machines.
@@ -150,16 +151,29 @@ fn a_machine_of_version_7_2_moves_from_the_oldest_to_the_others() -> TestResult 
 }
 
 #[test]
-fn the_oldest_shows_no_addresses_and_its_vm_runs_on() -> TestResult {
+fn the_oldest_shows_no_addresses_and_is_saved_by_its_stream() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Oldest));
-    let guest = Guest::boot_sector(Ram::private(64)).boot(&qemu)?;
-    guest.wait_for_count(1)?;
+    let newer = requires!(Qemu::of(Release::Distribution));
+    let config = Guest::boot_sector(Ram::private(64)).machine_version("7.2");
+    let guest = config.boot(&qemu)?;
+    let before = guest.wait_for_count(1)?;
     let directory = tempfile::tempdir()?;
     let file = directory.path().join("vm.vmf");
-    let error = save(&guest, &file).expect_err("there are no addresses").to_string();
+    let direct = SaveOptions { route: Route::Direct, ..SaveOptions::default() };
+    let error = save_with(&guest, &file, &direct).expect_err("there are no addresses").to_string();
     assert!(error.contains("pc.ram"), "{error}");
     assert!(!file.exists());
     guest.wait_for_passes(1)?;
+    guest.judge_counts()?;
+
+    let report = save(&guest, &file)?;
+    drop(guest);
+    assert_eq!(report.route, "stream");
+    assert!(report.route_reason.contains("prints no address of RAM block"), "{report:?}");
+    check_is_clean(&file)?;
+    let guest = map(&newer, &config, &file)?;
+    let after = guest.wait_for_passes(2)?;
+    assert!(after.number > before.number);
     guest.judge_counts()
 }
 

@@ -130,7 +130,7 @@ pub(crate) struct SaveArguments {
     pub(crate) after: AfterMode,
     /// How RAM is taken
     #[arg(long, value_name = "ROUTE", default_value = "auto")]
-    pub(crate) route: Route,
+    pub(crate) route: RouteMode,
     /// Replace an existing file
     #[arg(long)]
     pub(crate) force: bool,
@@ -151,11 +151,13 @@ pub(crate) enum AfterMode {
 
 /// How RAM is taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Route {
-    /// The best that this VM allows
+pub(crate) enum RouteMode {
+    /// `direct` where it can be, else `stream`
     Auto,
-    /// From the process's memory
+    /// From the memory of QEMU's process
     Direct,
+    /// From QEMU's migration stream: any QEMU, and no right but its monitor's
+    Stream,
 }
 
 #[derive(Debug, Args)]

@@ -125,8 +125,11 @@ impl From<&SaveError> for Failure {
                  after a migration, `cont` makes it run again",
             ),
             SaveError::Blocked { .. } => Failure::new(Code::Vm, "blocked", error),
-            SaveError::NoAddress { .. } => Failure::new(Code::Vm, "no_address", error)
-                .hint("the route `direct` needs a QEMU that prints addresses: 8.0 or later"),
+            SaveError::NoAddress { .. } => Failure::new(Code::Vm, "no_address", error).hint(
+                "--route direct needs a QEMU that prints addresses, 8.0 or later; stream none",
+            ),
+            SaveError::Migration { .. } => Failure::new(Code::Vm, "migration", error),
+            SaveError::Receive(error) => Failure::from(error),
             SaveError::DeviceState(_)
             | SaveError::NoRunState
             | SaveError::Block { .. }
@@ -134,7 +137,7 @@ impl From<&SaveError> for Failure {
             SaveError::Process(_) | SaveError::Read { .. } => {
                 Failure::new(Code::System, "process", error).hint(
                     "reading another process's memory needs its user and the right to trace it, \
-                     or root",
+                     or root; --route stream needs neither",
                 )
             }
             SaveError::NoSpace { .. } => Failure::new(Code::System, "no_space", error)

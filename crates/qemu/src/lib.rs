@@ -5,6 +5,7 @@
 //! | [`qmp`] | the monitor's protocol: one command, one answer, events aside |
 //! | [`vm`] | a running QEMU: its state, RAM blocks, disks, device state, and what forbids a save |
 //! | [`migration`] | a waiting QEMU that loads a stream |
+//! | [`outgoing`] | a running VM that sends itself as a stream |
 //! | [`command_line`] | a QEMU command line, understood enough to start the VM again |
 //! | [`launch`] | a QEMU of our own, killed unless it is kept |
 //! | [`program`] | a QEMU on disk: its version |
@@ -20,6 +21,7 @@ pub mod command_line;
 pub mod discover;
 pub mod launch;
 pub mod migration;
+pub mod outgoing;
 mod pass_fd;
 mod proc;
 pub mod program;
@@ -31,6 +33,7 @@ pub use command_line::{CommandLine, CommandLineError, MappedBlock};
 pub use discover::{DiscoverError, Found, VmAddress, list, resolve};
 pub use launch::{Launch, LaunchError, LaunchedQemu, find_program};
 pub use migration::LoadError;
+pub use outgoing::{Outgoing, StreamSettings};
 pub use program::program_version;
 pub use qmp::{Event, Qmp, QmpError};
 pub use version::{Feature, QemuVersion};

@@ -9,6 +9,7 @@ use vmfile_qemu::VmError;
 
 use crate::draft::DraftError;
 use crate::ram_writer::RamError;
+use crate::receive::ReceiveError;
 use crate::source::process::ProcessRamError;
 
 /// Why a VM was not saved.
@@ -93,6 +94,18 @@ pub enum SaveError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// A pair of sockets could not be made.
+    #[error("make a pair of sockets")]
+    Socket(#[source] io::Error),
+    /// QEMU did not send the VM.
+    #[error("QEMU's migration: {reason}")]
+    Migration {
+        /// QEMU's own words, where it gave any.
+        reason: String,
+    },
+    /// What QEMU sent could not be received.
+    #[error(transparent)]
+    Receive(ReceiveError),
     /// The caller stopped it.
     #[error("stopped")]
     Stopped,
@@ -132,6 +145,16 @@ impl From<DraftError> for SaveError {
             DraftError::Layout(source) => SaveError::Layout(source),
             DraftError::TooLong => SaveError::TooLong,
             DraftError::Write { what, source } => SaveError::Write { what, source },
+        }
+    }
+}
+
+impl From<ReceiveError> for SaveError {
+    fn from(error: ReceiveError) -> SaveError {
+        match error {
+            ReceiveError::Stopped => SaveError::Stopped,
+            ReceiveError::Write { what, source } => SaveError::Write { what, source },
+            error => SaveError::Receive(error),
         }
     }
 }

@@ -18,7 +18,8 @@ pub struct ListedVm {
     pub ram_bytes: Option<u64>,
     /// Where its RAM lies: `private`, `memfd`, `file`, ... , each once.
     pub backing: Vec<String>,
-    /// How it could be saved now: `direct`, or nothing.
+    /// How it could be saved now: `direct`, `stream`, or nothing. Whether `direct` is permitted shows
+    /// when it is tried.
     pub routes: Vec<String>,
     /// Why there is no route.
     pub reason: Option<String>,
@@ -92,9 +93,9 @@ fn ask(vm: &mut Vm, listed: &mut ListedVm) -> Result<(), String> {
     if let Some(blocker) = blockers.first() {
         return Err(blocker.to_string());
     }
-    if let Some(block) = blocks.iter().find(|block| block.host_address.is_none()) {
-        return Err(format!("QEMU prints no address of RAM block {:?}", block.name));
+    if blocks.iter().all(|block| block.host_address.is_some()) {
+        listed.routes.push("direct".to_owned());
     }
-    listed.routes.push("direct".to_owned());
+    listed.routes.push("stream".to_owned());
     Ok(())
 }

@@ -1,34 +1,33 @@
 //! `vmfile save`: a running VM into a file.
 //!
 //! ```text
-//! begin - pause - device_state - ram - metadata - publish - release
+//! begin - pause - the route: device state and RAM, metadata - publish - release
 //! ```
 //!
 //! Everything that can be refused is refused in `begin`, while the VM runs. From `pause` on, every
 //! exit but the last resumes the VM as it ran and leaves no file.
 
+mod direct;
+mod stream;
+
 use std::ffi::OsString;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
-use vmfile_engine::{Access, Backend, DataFile, DirectIo, Existing, Unpublished, available_space};
-use vmfile_format::error::FormatErrorKind;
+use vmfile_engine::{Backend, DirectIo, Existing, Unpublished};
 use vmfile_format::manifest::{DiskMeta, VmMeta};
-use vmfile_format::stream::configuration::Configuration;
-use vmfile_format::stream::device_state::DeviceState;
-use vmfile_format::stream::encoder;
-use vmfile_format::{FormatError, PageSize, RamBlock, RamLayout};
-use vmfile_qemu::{RamBlockInfo, RunState, Vm};
+use vmfile_qemu::{RunState, Vm, VmError};
 
+use self::direct::DirectRoute;
+use self::stream::StreamRoute;
 use crate::check::describe;
 use crate::control::Control;
-use crate::draft::{Draft, Facts, Places, Tail};
+use crate::draft::Draft;
 use crate::error::SaveError;
 use crate::jobs::Jobs;
-use crate::plan::{total_len, units};
-use crate::ram_writer::{PAGE_LEN, Reader, Target, Written, write_ram};
-use crate::source::process::{BlockAt, ProcessRam};
+use crate::ram_writer::PAGE_LEN;
 
 /// How long QEMU may take to flush its disks and end.
 const QUIT_TIMEOUT: Duration = Duration::from_secs(60);
@@ -45,9 +44,23 @@ pub enum After {
     Pause,
 }
 
+/// How RAM is taken.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Route {
+    /// `Direct` where it can be, else `Stream`; the report says which and why.
+    #[default]
+    Auto,
+    /// From the memory of QEMU's process.
+    Direct,
+    /// From the migration stream, which every QEMU has.
+    Stream,
+}
+
 /// How a VM is saved.
 #[derive(Clone, Debug)]
 pub struct SaveOptions {
+    /// How RAM is taken.
+    pub route: Route,
     /// What becomes of the VM.
     pub after: After,
     /// Whether pages are written past the page cache.
@@ -63,6 +76,7 @@ pub struct SaveOptions {
 impl Default for SaveOptions {
     fn default() -> SaveOptions {
         SaveOptions {
+            route: Route::default(),
             after: After::default(),
             direct_io: DirectIo::Preferred,
             io: Backend::Auto,
@@ -77,8 +91,10 @@ impl Default for SaveOptions {
 pub struct SaveReport {
     /// The file.
     pub file: PathBuf,
-    /// How RAM was taken: `direct`.
+    /// How RAM was taken: `direct` or `stream`.
     pub route: &'static str,
+    /// Why it was that route.
+    pub route_reason: String,
     /// Whether the guest ran meanwhile.
     pub live: bool,
     /// Whether direct I/O was used; if not, why.
@@ -99,8 +115,8 @@ pub struct SaveReport {
 
 /// Saves `vm` to a new file at `destination`.
 ///
-/// The guest is paused, its RAM written from where it lies, the file made durable and given its
-/// name; then comes what [`SaveOptions::after`] says.
+/// The guest is paused, its RAM written as [`SaveOptions::route`] says, the file made durable and
+/// given its name; then comes what [`SaveOptions::after`] says.
 ///
 /// # Errors
 ///
@@ -112,13 +128,13 @@ pub fn save(
     options: &SaveOptions,
     control: &Control<'_>,
 ) -> Result<SaveReport, SaveError> {
-    let mut save = Save::begin(vm, destination, options, control)?;
-    match save.write() {
+    let (mut save, route) = Save::begin(vm, destination, options, control)?;
+    match save.write(&route) {
         Ok(()) => {}
         Err(error) => return Err(save.give_up(error)),
     }
     save.release()?;
-    Ok(save.report())
+    Ok(save.report(&route))
 }
 
 /// A save at work.
@@ -135,8 +151,43 @@ struct Save<'a> {
     draft: Option<Draft>,
     direct_io: String,
     meta: VmMeta,
-    ram: RamLayout,
-    process: ProcessRam,
+    written: Written,
+}
+
+/// The route that was taken, ready to go, and why.
+struct Taken {
+    way: Way,
+    reason: String,
+}
+
+enum Way {
+    Direct(DirectRoute),
+    Stream(StreamRoute),
+}
+
+impl Way {
+    fn name(&self) -> &'static str {
+        match self {
+            Way::Direct(_) => "direct",
+            Way::Stream(_) => "stream",
+        }
+    }
+}
+
+/// What a route works with, while the VM is paused.
+struct Work<'a> {
+    vm: &'a mut Vm,
+    draft: &'a Draft,
+    options: &'a SaveOptions,
+    control: &'a Control<'a>,
+    meta: &'a VmMeta,
+    paused_at: Instant,
+}
+
+/// What a route has written: everything but the name.
+#[derive(Debug, Default)]
+struct Written {
+    pages_total: u64,
     pages_data: u64,
     io: String,
 }
@@ -152,13 +203,13 @@ impl Drop for Save<'_> {
 }
 
 impl<'a> Save<'a> {
-    /// Refuses what can be refused while the VM runs.
+    /// Refuses what can be refused while the VM runs, and chooses the route.
     fn begin(
         vm: &'a mut Vm,
         destination: &Path,
         options: &'a SaveOptions,
         control: &'a Control<'a>,
-    ) -> Result<Save<'a>, SaveError> {
+    ) -> Result<(Save<'a>, Taken), SaveError> {
         let started = Instant::now();
         let unpublished = Unpublished::create_beside(destination, options.existing)?;
         let state = vm.run_state()?;
@@ -172,12 +223,10 @@ impl<'a> Save<'a> {
             let reasons = blockers.iter().map(ToString::to_string).collect();
             return Err(SaveError::Blocked { reasons });
         }
-        let (ram, blocks) = ram_layout(&vm.ram_blocks()?)?;
         let meta = describe_vm(vm, was_running)?;
-        let process = ProcessRam::open(vm.pid()?, &blocks, Access::Read)?;
         let draft = Draft::new(unpublished, options.direct_io)?;
-        check_space(&process, draft.file())?;
-        Ok(Save {
+        let taken = choose(vm, options.route, &draft)?;
+        let save = Save {
             vm,
             options,
             control,
@@ -189,100 +238,39 @@ impl<'a> Save<'a> {
             direct_io: describe(draft.file().direct()),
             draft: Some(draft),
             meta,
-            ram,
-            process,
-            pages_data: 0,
-            io: String::new(),
-        })
+            written: Written::default(),
+        };
+        Ok((save, taken))
     }
 
     /// From the pause to the durable file.
-    fn write(&mut self) -> Result<(), SaveError> {
-        self.pause()?;
-        let (state, sections) = self.device_state()?;
-        self.file_contents(&state, &sections)?;
+    fn write(&mut self, taken: &Taken) -> Result<(), SaveError> {
+        let paused_at = self.pause()?;
+        let mut work = Work {
+            vm: &mut *self.vm,
+            draft: self.draft.as_ref().expect("published once"),
+            options: self.options,
+            control: self.control,
+            meta: &self.meta,
+            paused_at,
+        };
+        self.written = match &taken.way {
+            Way::Direct(route) => route.write(&mut work)?,
+            Way::Stream(route) => route.write(&mut work)?,
+        };
         if self.control.is_stopped() {
             return Err(SaveError::Stopped);
         }
-        self.publish()
+        Ok(self.draft.take().expect("published once").publish()?)
     }
 
-    fn pause(&mut self) -> Result<(), SaveError> {
-        self.paused_at = Some(Instant::now());
+    fn pause(&mut self) -> Result<Instant, SaveError> {
+        let now = Instant::now();
+        self.paused_at = Some(now);
         if self.was_running {
             self.vm.stop()?;
         }
-        Ok(())
-    }
-
-    /// Takes everything that is not RAM: the sections from the first to EOF, and where each is.
-    fn device_state(&mut self) -> Result<(DeviceState, Vec<u8>), SaveError> {
-        // QEMU writes magic and version, then the sections.
-        const HEADER_LEN: usize = 8;
-        let bytes = self.vm.save_device_state()?;
-        let mut sections = bytes.get(HEADER_LEN..).unwrap_or_default().to_vec();
-        let state = DeviceState::locate(&sections, 0, 0).map_err(SaveError::DeviceState)?;
-        // QEMU's last byte is EOF, and the last section says whether the VM runs: with both the
-        // sections were followed to their end.
-        if state.end != sections.len() as u64 {
-            let offset = state.end;
-            let kind = FormatErrorKind::BrokenSections;
-            return Err(SaveError::DeviceState(FormatError { offset, kind }));
-        }
-        // QEMU writes "running" whatever the VM does: a paused VM is to come back paused.
-        let run_state = if self.was_running { "running" } else { "paused" };
-        if !state.set_run_state(&mut sections, run_state) {
-            return Err(SaveError::NoRunState);
-        }
-        Ok((state, sections))
-    }
-
-    /// Places everything, writes RAM, and then what belongs around it.
-    fn file_contents(&mut self, state: &DeviceState, sections: &[u8]) -> Result<(), SaveError> {
-        let machine = self.meta.machine.clone();
-        let source = Configuration { machine, ..Configuration::default() };
-        let mut description = Vec::new();
-        encoder::vm_description(&mut description);
-        let tail = Tail { sections, description: &description };
-        let tail_len = (sections.len() + description.len()) as u64;
-        let places = Places::new(&source, self.ram.clone(), state.unused_id(), tail_len)?;
-        self.draft().reserve(&places)?;
-
-        let written = self.ram(&places)?;
-        self.pages_data = written.bitmaps.iter().map(|bitmap| bitmap.data_count().0).sum();
-        self.io = written.backend.to_string();
-
-        let facts = Facts {
-            route: "direct",
-            live: Some(false),
-            pause_seconds: self.paused_at.map(|at| at.elapsed().as_secs_f64()),
-            vm: self.meta.clone(),
-        };
-        Ok(self.draft().finish(&places, &written.bitmaps, tail, facts)?)
-    }
-
-    fn ram(&mut self, places: &Places) -> Result<Written, SaveError> {
-        let scanned = self.process.scan()?;
-        let (found, readers): (Vec<_>, Vec<Reader>) =
-            scanned.into_iter().map(|block| (block.ranges, block.reader)).unzip();
-        let target = |((placed, &hashes_offset), reader): ((&_, _), _)| Target {
-            placed: Clone::clone(placed),
-            hashes_offset,
-            reader,
-        };
-        let targets: Vec<Target> =
-            places.blocks().iter().zip(places.hashes()).zip(readers).map(target).collect();
-        let width = (self.options.io, self.options.jobs.count());
-        let file = self.draft().file();
-        Ok(write_ram(file, &targets, &units(&found), width, self.control)?)
-    }
-
-    fn draft(&self) -> &Draft {
-        self.draft.as_ref().expect("published once")
-    }
-
-    fn publish(&mut self) -> Result<(), SaveError> {
-        Ok(self.draft.take().expect("published once").publish()?)
+        Ok(now)
     }
 
     /// The file is whole: does with the VM what was asked for.
@@ -310,25 +298,67 @@ impl<'a> Save<'a> {
         }
     }
 
-    fn report(&self) -> SaveReport {
-        let pages_total: u64 = self.ram.blocks().iter().map(|block| block.page_count().0).sum();
+    fn report(&self, taken: &Taken) -> SaveReport {
+        let Written { pages_total, pages_data, io } = &self.written;
         SaveReport {
             file: self.path.clone(),
-            route: "direct",
+            route: taken.way.name(),
+            route_reason: taken.reason.clone(),
             live: false,
             direct_io: self.direct_io.clone(),
-            io: self.io.clone(),
-            pages_total,
-            pages_zero: pages_total - self.pages_data,
-            bytes_written: self.pages_data * PAGE_LEN,
+            io: io.clone(),
+            pages_total: *pages_total,
+            pages_zero: pages_total - pages_data,
+            bytes_written: pages_data * PAGE_LEN,
             pause_seconds: self.pause_seconds,
             total_seconds: self.started.elapsed().as_secs_f64(),
         }
     }
 }
 
+/// Chooses the route and makes it ready; nothing has been stopped yet.
+fn choose(vm: &mut Vm, route: Route, draft: &Draft) -> Result<Taken, SaveError> {
+    let stream = |vm: &mut Vm, reason: String| {
+        Ok(Taken { way: Way::Stream(StreamRoute::prepare(vm)?), reason })
+    };
+    if route == Route::Stream {
+        return stream(vm, "asked for".to_owned());
+    }
+    match DirectRoute::prepare(vm, draft) {
+        Ok(direct) => {
+            let reason = match route {
+                Route::Direct => "asked for",
+                _ => "QEMU's memory can be reached",
+            };
+            Ok(Taken { way: Way::Direct(direct), reason: reason.to_owned() })
+        }
+        // What keeps this process out of QEMU's memory does not keep QEMU from sending it.
+        Err(error) if route == Route::Auto && keeps_out(&error) => {
+            let because = std::error::Error::source(&error);
+            let because = because.map(|source| format!(": {source}")).unwrap_or_default();
+            stream(vm, format!("not direct: {error}{because}"))
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Whether an error of the route `direct` says that QEMU's memory cannot be reached.
+fn keeps_out(error: &SaveError) -> bool {
+    match error {
+        SaveError::NoAddress { .. } | SaveError::Process(_) => true,
+        SaveError::Vm(error) => is_out_of_reach(error),
+        _ => false,
+    }
+}
+
 fn describe_vm(vm: &mut Vm, was_running: bool) -> Result<VmMeta, SaveError> {
-    let process = vm.process()?;
+    let process = match vm.process() {
+        Ok(process) => Some(process),
+        // The file then has no command line, and a restore asks for one.
+        Err(error) if is_out_of_reach(&error) => None,
+        Err(error) => return Err(error.into()),
+    };
+    let text = |path: &Path| path.to_string_lossy().into_owned();
     let disks = vm.disks()?.into_iter().map(|disk| DiskMeta {
         device: disk.device,
         path: disk.file,
@@ -342,51 +372,23 @@ fn describe_vm(vm: &mut Vm, was_running: bool) -> Result<VmMeta, SaveError> {
         machine: vm.machine_type()?,
         qemu_version: Some(vm.version()?.to_string()),
         run_state: if was_running { "running" } else { "paused" }.to_owned(),
-        executable: Some(process.executable.to_string_lossy().into_owned()),
-        command_line: texts(&process.arguments)?,
-        working_directory: Some(process.working_directory.to_string_lossy().into_owned()),
+        executable: process.as_ref().map(|process| text(&process.executable)),
+        command_line: process.as_ref().map_or(Ok(Vec::new()), |p| texts(&p.arguments))?,
+        working_directory: process.as_ref().map(|process| text(&process.working_directory)),
     })
+}
+
+/// Whether QEMU's process cannot be found or looked at, which leaves its monitor.
+fn is_out_of_reach(error: &VmError) -> bool {
+    match error {
+        VmError::ProcessUnknown { .. } => true,
+        VmError::System { source, .. } => source.kind() == io::ErrorKind::PermissionDenied,
+        _ => false,
+    }
 }
 
 /// Returns the command line as the manifest holds it.
 fn texts(arguments: &[OsString]) -> Result<Vec<String>, SaveError> {
     let text = |argument: &OsString| argument.to_str().map(str::to_owned);
     arguments.iter().map(text).collect::<Option<_>>().ok_or(SaveError::CommandLine)
-}
-
-/// Returns the migratable blocks as the file names them, and where they lie in the process.
-fn ram_layout(found: &[RamBlockInfo]) -> Result<(RamLayout, Vec<BlockAt>), SaveError> {
-    let mut blocks = Vec::new();
-    let mut places = Vec::new();
-    for info in found {
-        let block = RamBlock::new(info.name.clone(), info.used_length, PageSize::KIB_4).map_err(
-            |kind| SaveError::Block { block: info.name.clone(), reason: kind.to_string() },
-        )?;
-        let Some(address) = info.host_address else {
-            return Err(SaveError::NoAddress { block: info.name.clone() });
-        };
-        places.push(BlockAt { name: info.name.clone(), address, len: info.used_length });
-        blocks.push(block);
-    }
-    let ram = RamLayout::new(blocks)
-        .map_err(|kind| SaveError::Block { block: String::new(), reason: kind.to_string() })?;
-    Ok((ram, places))
-}
-
-/// Refuses while the VM runs what would end in a full disk. Pages that the guest touched and that
-/// are zero again count here and not in the end: the check errs towards refusing only where a
-/// guest has filled much of its RAM with zeros and the disk is nearly full.
-fn check_space(process: &ProcessRam, file: &DataFile) -> Result<(), SaveError> {
-    // Bitmaps, hashes, device state and the file system's own needs.
-    const OVERHEAD_PERCENT: u64 = 1;
-    const OVERHEAD: u64 = 16 << 20;
-    let found: Vec<_> = process.scan()?.into_iter().map(|block| block.ranges).collect();
-    let data = total_len(&found);
-    let needed_bytes = data + data / 100 * OVERHEAD_PERCENT + OVERHEAD;
-    let available_bytes = available_space(file.buffered())
-        .map_err(|source| SaveError::Write { what: "the file system's free space", source })?;
-    if needed_bytes > available_bytes {
-        return Err(SaveError::NoSpace { needed_bytes, available_bytes });
-    }
-    Ok(())
 }

@@ -50,6 +50,11 @@ impl Received {
         Tail { sections, description }
     }
 
+    /// Writes how the VM is to come back; returns whether there is room.
+    pub(crate) fn set_run_state(&mut self, state: &str) -> bool {
+        self.state.set_run_state(&mut self.devices, state)
+    }
+
     /// Returns whether the VM runs when it comes back: `running`, `paused`, ...
     pub(crate) fn run_state(&self) -> Option<&str> {
         self.state.run_state(self.tail().sections)

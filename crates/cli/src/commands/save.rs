@@ -3,10 +3,10 @@
 use std::process::ExitCode;
 
 use vmfile::error::SaveError;
-use vmfile::save::{After, SaveOptions};
+use vmfile::save::{After, Route, SaveOptions};
 use vmfile::{Control, Existing, Vm, VmAddress};
 
-use crate::args::{AfterMode, Route, SaveArguments};
+use crate::args::{AfterMode, RouteMode, SaveArguments};
 use crate::failure::Failure;
 use crate::output::progress::Meter;
 use crate::output::{Voice, human};
@@ -14,12 +14,13 @@ use crate::signals::Signals;
 
 pub(crate) fn run(arguments: &SaveArguments, voice: &Voice) -> Result<ExitCode, Failure> {
     let signals = Signals::listen().map_err(|error| Failure::system("signals", &error))?;
-    // There is one route so far: `auto` takes it, or says why it cannot.
-    match arguments.route {
-        Route::Auto | Route::Direct => {}
-    }
     let mut vm = connect(&arguments.vm)?;
     let options = SaveOptions {
+        route: match arguments.route {
+            RouteMode::Auto => Route::Auto,
+            RouteMode::Direct => Route::Direct,
+            RouteMode::Stream => Route::Stream,
+        },
         after: match arguments.after {
             AfterMode::Quit => After::Quit,
             AfterMode::Resume => After::Resume,

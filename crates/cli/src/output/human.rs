@@ -27,7 +27,7 @@ pub(crate) fn save(report: &SaveReport) -> String {
         size::seconds(report.pause_seconds)
     );
     line(&mut text, "took", &took);
-    line(&mut text, "route", &report.route);
+    line(&mut text, "route", &format!("{} ({})", report.route, report.route_reason));
     line(&mut text, "engine", &format!("{}, direct I/O: {}", report.io, report.direct_io));
     text
 }

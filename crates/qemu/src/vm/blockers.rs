@@ -1,4 +1,4 @@
-//! Everything that forbids a direct save, and what to do about it.
+//! Everything that forbids a save, by whatever route, and what to do about it.
 
 use std::fmt;
 
@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::{RunState, Vm, VmError};
 
-/// What kind of thing forbids a direct save.
+/// What kind of thing forbids a save.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum BlockerKind {
@@ -26,8 +26,6 @@ pub enum BlockerKind {
     Replay,
     /// This architecture keeps state besides RAM that only a migration collects.
     Architecture,
-    /// This QEMU does not say where its RAM blocks lie.
-    NoAddresses,
 }
 
 impl BlockerKind {
@@ -44,12 +42,11 @@ impl BlockerKind {
             BlockerKind::Migration => "wait for the migration to end, or cancel it",
             BlockerKind::Replay => "start the VM without record and replay",
             BlockerKind::Architecture => "save it by QEMU's own migration to a file",
-            BlockerKind::NoAddresses => "use QEMU 8.0 or later",
         }
     }
 }
 
-/// One thing that forbids a direct save.
+/// One thing that forbids a save.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Blocker {
@@ -84,7 +81,7 @@ impl fmt::Display for Blocker {
 const MACHINES_WITH_MORE: [&str; 2] = ["pseries", "s390-ccw-virtio"];
 
 impl Vm {
-    /// Returns everything that forbids a direct save of this VM, not just the first.
+    /// Returns everything that forbids a save of this VM by any route, not just the first.
     ///
     /// A queried command that this QEMU does not have means that it does not have the thing either.
     ///
@@ -114,7 +111,6 @@ impl Vm {
             let reason = format!("machine {machine} has state besides RAM and devices");
             blockers.push(Blocker::new(BlockerKind::Architecture, reason));
         }
-        blockers.extend(self.blocks_without_address()?);
         Ok(blockers)
     }
 
@@ -128,15 +124,6 @@ impl Vm {
         let sev = self.execute("query-sev", Value::Null).unwrap_or_default();
         let enabled = sev.get("enabled").and_then(Value::as_bool).unwrap_or(false);
         Ok(if enabled { blocker("the guest's RAM is encrypted (SEV)".to_owned()) } else { None })
-    }
-
-    fn blocks_without_address(&mut self) -> Result<Option<Blocker>, VmError> {
-        let blocks = self.ram_blocks()?;
-        let without = blocks.iter().find(|block| block.host_address.is_none());
-        let Some(block) = without else { return Ok(None) };
-        let version = self.version()?;
-        let reason = format!("QEMU {version} does not say where RAM block {:?} lies", block.name);
-        Ok(Some(Blocker::new(BlockerKind::NoAddresses, reason)))
     }
 }
 
@@ -255,9 +242,7 @@ mod tests {
 
     #[test]
     fn every_kind_has_a_remedy() {
-        for kind in
-            [BlockerKind::QemuForbids, BlockerKind::EncryptedGuest, BlockerKind::NoAddresses]
-        {
+        for kind in [BlockerKind::QemuForbids, BlockerKind::EncryptedGuest] {
             assert!(!kind.remedy().is_empty());
         }
     }

@@ -1,0 +1,205 @@
+//! A running VM that sends itself as a stream.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, OwnedFd};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::{Map, Value, json};
+
+use crate::pass_fd;
+use crate::qmp::unexpected;
+use crate::vm::{Vm, VmError};
+
+/// The name under which QEMU keeps the stream's descriptor until it writes to it.
+const STREAM_NAME: &str = "vmfile-outgoing";
+
+/// How often QEMU is asked how far it is.
+const POLL_INTERVAL: Duration = Duration::from_millis(2);
+
+/// Parameters that decide about what is sent and how fast, as far as a QEMU has them.
+const PARAMETERS: [&str; 3] = ["max-bandwidth", "downtime-limit", "multifd-channels"];
+
+/// A capability that changes nothing about the stream: QEMU tells more of what it does.
+const HARMLESS: [&str; 1] = ["events"];
+
+/// How QEMU is to send: capabilities and parameters, by QEMU's names.
+///
+/// Read from a VM, it is what the VM had, and can be given back.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct StreamSettings {
+    capabilities: BTreeMap<String, bool>,
+    parameters: Map<String, Value>,
+}
+
+impl StreamSettings {
+    /// Returns these settings with every capability off that changes the stream, and without a limit
+    /// on bandwidth: the default of 128 MiB/s holds for a VM that is stopped, too (QEMU 10.0).
+    #[must_use]
+    pub fn plain(&self) -> StreamSettings {
+        let mut plain = self.clone();
+        for (name, state) in &mut plain.capabilities {
+            *state = *state && HARMLESS.contains(&name.as_str());
+        }
+        if plain.parameters.contains_key("max-bandwidth") {
+            plain.parameters.insert("max-bandwidth".to_owned(), 0.into());
+        }
+        plain
+    }
+}
+
+/// How far a VM has come with sending itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Outgoing {
+    /// It sends, or has begun to.
+    Active,
+    /// All was sent; the VM is stopped and waits for its end, or for `cont`.
+    Completed,
+    /// It was not sent; QEMU's own words.
+    Failed(String),
+    /// It was told to stop, and has.
+    Cancelled,
+}
+
+impl Vm {
+    /// Returns the capabilities and parameters that decide about a stream.
+    ///
+    /// # Errors
+    ///
+    /// See [`Qmp::execute`](crate::Qmp::execute).
+    pub fn stream_settings(&mut self) -> Result<StreamSettings, VmError> {
+        let command = "query-migrate-capabilities";
+        let answer = self.execute(command, Value::Null)?;
+        let list = answer.as_array().ok_or_else(|| unexpected(command, "list"))?;
+        let capability = |item: &Value| {
+            let name = item.get("capability")?.as_str()?.to_owned();
+            Some((name, item.get("state")?.as_bool()?))
+        };
+        let capabilities = list.iter().filter_map(capability).collect();
+        let mut parameters = self.execute("query-migrate-parameters", Value::Null)?;
+        let mut kept = Map::new();
+        for name in PARAMETERS {
+            if let Some(value) = parameters.get_mut(name) {
+                kept.insert(name.to_owned(), value.take());
+            }
+        }
+        Ok(StreamSettings { capabilities, parameters: kept })
+    }
+
+    /// Changes capabilities and parameters to `wanted`, where `current` differs.
+    ///
+    /// # Errors
+    ///
+    /// QEMU refuses while a migration is under way.
+    pub fn change_stream_settings(
+        &mut self,
+        current: &StreamSettings,
+        wanted: &StreamSettings,
+    ) -> Result<(), VmError> {
+        let differs =
+            |(name, state): &(&String, &bool)| current.capabilities.get(*name) != Some(*state);
+        let changed: Vec<Value> = wanted
+            .capabilities
+            .iter()
+            .filter(differs)
+            .map(|(name, state)| json!({ "capability": name, "state": state }))
+            .collect();
+        if !changed.is_empty() {
+            self.execute("migrate-set-capabilities", json!({ "capabilities": changed }))?;
+        }
+        let changed: Map<String, Value> = wanted
+            .parameters
+            .iter()
+            .filter(|(name, value)| current.parameters.get(*name) != Some(*value))
+            .map(|(name, value)| (name.clone(), value.clone()))
+            .collect();
+        if !changed.is_empty() {
+            self.execute("migrate-set-parameters", Value::Object(changed))?;
+        }
+        Ok(())
+    }
+
+    /// Makes QEMU send the VM into `stream`; returns as soon as it has begun.
+    ///
+    /// The descriptor is closed here once QEMU has it, so that QEMU's end is the only one.
+    ///
+    /// # Errors
+    ///
+    /// Whatever QEMU says: the VM is not in a state to be sent, or something blocks it.
+    pub fn send_stream(&mut self, stream: OwnedFd) -> Result<(), VmError> {
+        pass_fd::getfd(&mut self.qmp, STREAM_NAME, stream.as_fd())?;
+        drop(stream);
+        let uri = format!("fd:{STREAM_NAME}");
+        if let Err(error) = self.execute("migrate", json!({ "uri": uri })) {
+            // What matters is why it was refused; QEMU drops the descriptor or keeps it.
+            let _ = pass_fd::closefd(&mut self.qmp, STREAM_NAME);
+            return Err(error.into());
+        }
+        Ok(())
+    }
+
+    /// Returns how far the VM has come with sending itself.
+    ///
+    /// # Errors
+    ///
+    /// See [`Qmp::execute`](crate::Qmp::execute).
+    pub fn outgoing(&mut self) -> Result<Outgoing, VmError> {
+        let answer = self.execute("query-migrate", Value::Null)?;
+        let text = |key| answer.get(key).and_then(Value::as_str);
+        Ok(match text("status") {
+            Some("completed") => Outgoing::Completed,
+            Some("failed") => {
+                // QEMU 7.2 gives no reason.
+                let reason = text("error-desc").unwrap_or("it gave no reason");
+                Outgoing::Failed(reason.to_owned())
+            }
+            Some("cancelled") => Outgoing::Cancelled,
+            _ => Outgoing::Active,
+        })
+    }
+
+    /// Waits at most `timeout` until the VM has sent itself, or not.
+    ///
+    /// # Errors
+    ///
+    /// See [`Qmp::execute`](crate::Qmp::execute).
+    pub fn wait_sent(&mut self, timeout: Duration) -> Result<Outgoing, VmError> {
+        let deadline = Instant::now() + timeout;
+        loop {
+            let outgoing = self.outgoing()?;
+            if outgoing != Outgoing::Active || Instant::now() >= deadline {
+                return Ok(outgoing);
+            }
+            thread::sleep(POLL_INTERVAL);
+        }
+    }
+
+    /// Stops the sending, and waits at most `timeout` until QEMU has; the VM is as it was.
+    ///
+    /// # Errors
+    ///
+    /// See [`Qmp::execute`](crate::Qmp::execute).
+    pub fn cancel_sending(&mut self, timeout: Duration) -> Result<Outgoing, VmError> {
+        self.execute("migrate_cancel", Value::Null)?;
+        self.wait_sent(timeout)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn plain_settings_have_no_capability_and_no_limit() {
+        let capabilities = [("multifd", true), ("events", true), ("xbzrle", false)];
+        let capabilities = capabilities.map(|(name, state)| (name.to_owned(), state)).into();
+        let parameters = json!({ "max-bandwidth": 134_217_728, "downtime-limit": 300 });
+        let Value::Object(parameters) = parameters else { panic!("an object") };
+        let plain = StreamSettings { capabilities, parameters }.plain();
+        assert!(!plain.capabilities["multifd"]);
+        assert!(plain.capabilities["events"]);
+        assert_eq!(plain.parameters["max-bandwidth"], 0);
+        assert_eq!(plain.parameters["downtime-limit"], 300);
+    }
+}

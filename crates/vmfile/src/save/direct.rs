@@ -1,0 +1,137 @@
+//! The route `direct`: RAM from the memory of QEMU's process, device state from its monitor.
+
+use vmfile_engine::{Access, DataFile, available_space};
+use vmfile_format::error::FormatErrorKind;
+use vmfile_format::stream::configuration::Configuration;
+use vmfile_format::stream::device_state::DeviceState;
+use vmfile_format::stream::encoder;
+use vmfile_format::{FormatError, PageSize, RamBlock, RamLayout};
+use vmfile_qemu::{RamBlockInfo, Vm};
+
+use super::{Work, Written};
+use crate::draft::{Draft, Facts, Places, Tail};
+use crate::error::SaveError;
+use crate::plan::{total_len, units};
+use crate::ram_writer::{Reader, Target, write_ram};
+use crate::source::process::{BlockAt, ProcessRam};
+
+/// The RAM of a VM, found in the memory of its process.
+#[derive(Debug)]
+pub(super) struct DirectRoute {
+    ram: RamLayout,
+    process: ProcessRam,
+}
+
+impl DirectRoute {
+    /// Finds the RAM, and refuses what can be refused while the VM runs.
+    pub(super) fn prepare(vm: &mut Vm, draft: &Draft) -> Result<DirectRoute, SaveError> {
+        let (ram, blocks) = ram_layout(&vm.ram_blocks()?)?;
+        let process = ProcessRam::open(vm.pid()?, &blocks, Access::Read)?;
+        check_space(&process, draft.file())?;
+        Ok(DirectRoute { ram, process })
+    }
+
+    /// Places everything, writes RAM, and then what belongs around it.
+    pub(super) fn write(&self, work: &mut Work<'_>) -> Result<Written, SaveError> {
+        let (state, sections) = device_state(work)?;
+        let machine = work.meta.machine.clone();
+        let source = Configuration { machine, ..Configuration::default() };
+        let mut description = Vec::new();
+        encoder::vm_description(&mut description);
+        let tail = Tail { sections: &sections, description: &description };
+        let tail_len = (sections.len() + description.len()) as u64;
+        let places = Places::new(&source, self.ram.clone(), state.unused_id(), tail_len)?;
+        work.draft.reserve(&places)?;
+
+        let written = self.ram(work, &places)?;
+        let facts = Facts {
+            route: "direct",
+            live: Some(false),
+            pause_seconds: Some(work.paused_at.elapsed().as_secs_f64()),
+            vm: work.meta.clone(),
+        };
+        work.draft.finish(&places, &written.bitmaps, tail, facts)?;
+        Ok(Written {
+            pages_total: places.pages_total(),
+            pages_data: written.bitmaps.iter().map(|bitmap| bitmap.data_count().0).sum(),
+            io: written.backend.to_string(),
+        })
+    }
+
+    fn ram(
+        &self,
+        work: &Work<'_>,
+        places: &Places,
+    ) -> Result<crate::ram_writer::Written, SaveError> {
+        let scanned = self.process.scan()?;
+        let (found, readers): (Vec<_>, Vec<Reader>) =
+            scanned.into_iter().map(|block| (block.ranges, block.reader)).unzip();
+        let target = |((placed, &hashes_offset), reader): ((&_, _), _)| Target {
+            placed: Clone::clone(placed),
+            hashes_offset,
+            reader,
+        };
+        let targets: Vec<Target> =
+            places.blocks().iter().zip(places.hashes()).zip(readers).map(target).collect();
+        let width = (work.options.io, work.options.jobs.count());
+        Ok(write_ram(work.draft.file(), &targets, &units(&found), width, work.control)?)
+    }
+}
+
+/// Takes everything that is not RAM: the sections from the first to EOF, and where each is.
+fn device_state(work: &mut Work<'_>) -> Result<(DeviceState, Vec<u8>), SaveError> {
+    // QEMU writes magic and version, then the sections.
+    const HEADER_LEN: usize = 8;
+    let bytes = work.vm.save_device_state()?;
+    let mut sections = bytes.get(HEADER_LEN..).unwrap_or_default().to_vec();
+    let state = DeviceState::locate(&sections, 0, 0).map_err(SaveError::DeviceState)?;
+    // QEMU's last byte is EOF, and the last section says whether the VM runs: with both the
+    // sections were followed to their end.
+    if state.end != sections.len() as u64 {
+        let offset = state.end;
+        let kind = FormatErrorKind::BrokenSections;
+        return Err(SaveError::DeviceState(FormatError { offset, kind }));
+    }
+    // QEMU writes "running" whatever the VM does: a paused VM is to come back paused.
+    if !state.set_run_state(&mut sections, &work.meta.run_state) {
+        return Err(SaveError::NoRunState);
+    }
+    Ok((state, sections))
+}
+
+/// Returns the migratable blocks as the file names them, and where they lie in the process.
+fn ram_layout(found: &[RamBlockInfo]) -> Result<(RamLayout, Vec<BlockAt>), SaveError> {
+    let mut blocks = Vec::new();
+    let mut places = Vec::new();
+    for info in found {
+        let block = RamBlock::new(info.name.clone(), info.used_length, PageSize::KIB_4).map_err(
+            |kind| SaveError::Block { block: info.name.clone(), reason: kind.to_string() },
+        )?;
+        let Some(address) = info.host_address else {
+            return Err(SaveError::NoAddress { block: info.name.clone() });
+        };
+        places.push(BlockAt { name: info.name.clone(), address, len: info.used_length });
+        blocks.push(block);
+    }
+    let ram = RamLayout::new(blocks)
+        .map_err(|kind| SaveError::Block { block: String::new(), reason: kind.to_string() })?;
+    Ok((ram, places))
+}
+
+/// Refuses while the VM runs what would end in a full disk. Pages that the guest touched and that
+/// are zero again count here and not in the end: the check errs towards refusing only where a
+/// guest has filled much of its RAM with zeros and the disk is nearly full.
+fn check_space(process: &ProcessRam, file: &DataFile) -> Result<(), SaveError> {
+    // Bitmaps, hashes, device state and the file system's own needs.
+    const OVERHEAD_PERCENT: u64 = 1;
+    const OVERHEAD: u64 = 16 << 20;
+    let found: Vec<_> = process.scan()?.into_iter().map(|block| block.ranges).collect();
+    let data = total_len(&found);
+    let needed_bytes = data + data / 100 * OVERHEAD_PERCENT + OVERHEAD;
+    let available_bytes = available_space(file.buffered())
+        .map_err(|source| SaveError::Write { what: "the file system's free space", source })?;
+    if needed_bytes > available_bytes {
+        return Err(SaveError::NoSpace { needed_bytes, available_bytes });
+    }
+    Ok(())
+}

@@ -1,0 +1,97 @@
+//! The route `stream`: RAM and device state from QEMU's own migration stream.
+//!
+//! It needs no right but the monitor's, and every QEMU has it. QEMU's capabilities and parameters are
+//! changed for it and put back as they were.
+
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use vmfile_qemu::{Outgoing, StreamSettings, Vm};
+
+use super::{Work, Written};
+use crate::draft::Facts;
+use crate::error::SaveError;
+use crate::receive::ReceiveError;
+use crate::source::stream::Patience;
+use crate::stream_receiver::{Received, StreamReceiver};
+
+/// How long QEMU may be silent: a VM that is stopped has nothing to wait for.
+const STALL_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// How long QEMU may take to see that its stream has ended.
+const END_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// A VM that can send itself, and the settings it had.
+#[derive(Debug)]
+pub(super) struct StreamRoute {
+    before: StreamSettings,
+}
+
+impl StreamRoute {
+    /// Asks for the settings, which must be put back.
+    pub(super) fn prepare(vm: &mut Vm) -> Result<StreamRoute, SaveError> {
+        Ok(StreamRoute { before: vm.stream_settings()? })
+    }
+
+    /// Lets QEMU send the paused VM, writes what comes, and then what belongs around it.
+    pub(super) fn write(&self, work: &mut Work<'_>) -> Result<Written, SaveError> {
+        let ours = self.before.plain();
+        work.vm.change_stream_settings(&self.before, &ours)?;
+        let received = receive(work);
+        let put_back = work.vm.change_stream_settings(&ours, &self.before);
+        let mut received = received?;
+        put_back?;
+        // QEMU writes "paused": the VM was paused for the save.
+        if !received.set_run_state(&work.meta.run_state) {
+            return Err(SaveError::NoRunState);
+        }
+        let facts = Facts {
+            route: "stream",
+            live: Some(false),
+            pause_seconds: Some(work.paused_at.elapsed().as_secs_f64()),
+            vm: work.meta.clone(),
+        };
+        work.draft.finish(&received.places, &received.bitmaps, received.tail(), facts)?;
+        Ok(Written {
+            pages_total: received.places.pages_total(),
+            pages_data: received.bitmaps.iter().map(|bitmap| bitmap.data_count().0).sum(),
+            io: received.backend.to_string(),
+        })
+    }
+}
+
+/// Receives the VM; whatever comes of it, QEMU is not sending any more.
+fn receive(work: &mut Work<'_>) -> Result<Received, SaveError> {
+    let (ours, theirs) = UnixStream::pair().map_err(SaveError::Socket)?;
+    work.vm.send_stream(theirs.into())?;
+    let patience = Patience { control: work.control, stall: Some(STALL_TIMEOUT), deadline: None };
+    let receiver = StreamReceiver { draft: work.draft, io: work.options.io, patience };
+    match receiver.run(ours.into()) {
+        Ok(received) => match work.vm.wait_sent(END_TIMEOUT)? {
+            Outgoing::Completed => Ok(received),
+            other => Err(not_sent(other)),
+        },
+        Err(error) => Err(why_not(work.vm, error)),
+    }
+}
+
+/// Ends the sending after `error`, and says what was the reason: QEMU's, where QEMU gave up first.
+fn why_not(vm: &mut Vm, error: ReceiveError) -> SaveError {
+    if let (ReceiveError::Stream(_), Ok(Outgoing::Failed(reason))) = (&error, vm.outgoing()) {
+        return SaveError::Migration { reason };
+    }
+    // A QEMU that fails on its own meanwhile has stopped sending as well.
+    match vm.cancel_sending(END_TIMEOUT) {
+        Ok(Outgoing::Active) => SaveError::Migration { reason: "it does not stop".to_owned() },
+        _ => error.into(),
+    }
+}
+
+fn not_sent(outgoing: Outgoing) -> SaveError {
+    let reason = match outgoing {
+        Outgoing::Failed(reason) => reason,
+        Outgoing::Cancelled => "somebody cancelled it".to_owned(),
+        _ => "it does not end".to_owned(),
+    };
+    SaveError::Migration { reason }
+}

@@ -1,0 +1,145 @@
+//! `save --route stream`: QEMU sends the VM, vmfile writes it, QEMU is left as it was.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt as _;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+use serde_json::{Value, json};
+use vmfile::error::SaveError;
+use vmfile::save::{After, Route, SaveOptions};
+use vmfile::{Control, Progress, Vm};
+use vmfile_testing::verbs::{check_is_clean, load, map, pages, save_with};
+use vmfile_testing::{
+    Guest, GuestConfig, Machine, Mount, Qemu, Ram, Release, TestResult, requires,
+};
+
+fn by_stream(after: After) -> SaveOptions {
+    SaveOptions { route: Route::Stream, after, ..SaveOptions::default() }
+}
+
+fn round_trip(qemu: &Qemu, config: &GuestConfig) -> TestResult {
+    let guest = config.boot(qemu)?;
+    let before = guest.wait_for_count(2)?;
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
+    let file = directory.path().join("vm.vmf");
+    let report = save_with(&guest, &file, &by_stream(After::Quit))?;
+    assert_eq!((report.route, report.route_reason.as_str()), ("stream", "asked for"));
+    drop(guest);
+    check_is_clean(&file)?;
+    for restore in [map, load] {
+        let guest = restore(qemu, config, &file)?;
+        let after = guest.wait_for_passes(2)?;
+        assert!(after.number > before.number, "{} after {}", after.number, before.number);
+        guest.judge_counts()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_guest_with_private_ram_comes_back() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    round_trip(&qemu, &Guest::boot_sector(Ram::private(64)).seed(101))
+}
+
+#[test]
+fn a_linux_guest_with_shared_ram_comes_back() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Newest));
+    let config = Guest::linux(Ram::memfd(256)).machine(Machine::Q35).vcpus(2).virtio().disk(16);
+    round_trip(&qemu, &config)
+}
+
+#[test]
+fn both_routes_write_the_same_pages_and_leave_qemu_as_it_was() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let mut guest = Guest::boot_sector(Ram::private(64)).seed(102).boot(&qemu)?;
+    guest.wait_for_count(1)?;
+    let capability = json!([{ "capability": "xbzrle", "state": true }]);
+    guest.qmp("migrate-set-capabilities", json!({ "capabilities": capability }))?;
+    guest.qmp("migrate-set-parameters", json!({ "max-bandwidth": 77_000_000 }))?;
+    let settings = |guest: &mut Guest| -> TestResult<(Value, Value)> {
+        let capabilities = guest.qmp("query-migrate-capabilities", json!({}))?;
+        Ok((capabilities, guest.qmp("query-migrate-parameters", json!({}))?))
+    };
+    let before = settings(&mut guest)?;
+    guest.stop()?;
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
+    let (direct, stream) = (directory.path().join("direct"), directory.path().join("stream"));
+    let options = SaveOptions { after: After::Pause, ..SaveOptions::default() };
+    save_with(&guest, &direct, &options)?;
+    save_with(&guest, &stream, &by_stream(After::Pause))?;
+    assert_eq!(settings(&mut guest)?, before);
+    for block in ["pc.ram", "pc.bios", "/rom@etc/acpi/tables"] {
+        assert!(pages(&direct, block)? == pages(&stream, block)?, "{block}");
+    }
+    let room = |file| fs::metadata(file).map(|data| data.blocks() * 512);
+    assert!(room(&stream)?.abs_diff(room(&direct)?) < 1 << 20);
+    Ok(())
+}
+
+#[test]
+fn a_vm_that_was_sent_runs_on_or_comes_back_paused_as_it_was() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let config = Guest::boot_sector(Ram::private(64)).seed(103);
+    let mut guest = config.boot(&qemu)?;
+    guest.wait_for_count(1)?;
+    let directory = tempfile::tempdir()?;
+    let first = directory.path().join("1.vmf");
+    save_with(&guest, &first, &by_stream(After::Resume))?;
+    assert_eq!(guest.status()?, "running");
+    guest.wait_for_passes(2)?;
+    guest.judge_counts()?;
+
+    guest.stop()?;
+    let second = directory.path().join("2.vmf");
+    save_with(&guest, &second, &by_stream(After::Quit))?;
+    drop(guest);
+    let mut guest = map(&qemu, &config, &second)?;
+    assert_eq!(guest.status()?, "paused");
+    guest.resume()?;
+    guest.wait_for_passes(2)?;
+    guest.judge_counts()
+}
+
+/// A save that fails or is stopped; the guest must run on, with its settings, and no file be left.
+fn harms_nobody(
+    guest: &mut Guest,
+    directory: &std::path::Path,
+    stop: bool,
+) -> TestResult<SaveError> {
+    let mut vm = Vm::connect(&guest.qmp_path())?;
+    let flag = AtomicBool::new(false);
+    let calls = AtomicU32::new(0);
+    let progress = |_: Progress| {
+        // In the middle: some thousand pages have come.
+        if calls.fetch_add(1, Ordering::Relaxed) == 4000 {
+            flag.store(stop, Ordering::Relaxed);
+        }
+    };
+    let parameters = guest.qmp("query-migrate-parameters", json!({}))?;
+    let control = Control::new(&flag, &progress);
+    let options = by_stream(After::Quit);
+    let result = vmfile::save::save(&mut vm, &directory.join("vm.vmf"), &options, &control);
+    let error = result.expect_err("the save failed");
+    assert_eq!(guest.status()?, "running", "{error}");
+    assert_eq!(guest.qmp("query-migrate-parameters", json!({}))?, parameters);
+    guest.wait_for_passes(2)?;
+    guest.judge_counts()?;
+    assert_eq!(fs::read_dir(directory)?.count(), 0, "{error}");
+    Ok(error)
+}
+
+#[test]
+fn a_save_by_stream_that_is_stopped_or_finds_no_room_harms_nobody() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let mount = requires!(Mount::tmpfs(40));
+    let config = Guest::boot_sector(Ram::private(64)).seed(104).data_share(200);
+    let mut guest = config.boot(&qemu)?;
+    guest.wait_for_count(1)?;
+    let directory = tempfile::tempdir()?;
+    let error = harms_nobody(&mut guest, directory.path(), true)?;
+    assert!(matches!(error, SaveError::Stopped), "{error}");
+    let error = harms_nobody(&mut guest, mount.path(), false)?;
+    assert!(matches!(error, SaveError::Write { .. }), "{error}");
+    // And where nothing fails it is saved.
+    save_with(&guest, &directory.path().join("vm.vmf"), &by_stream(After::Quit)).map(drop)
+}
