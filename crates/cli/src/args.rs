@@ -74,6 +74,7 @@ pub(crate) enum Verb {
     #[command(after_help = "Examples:
   vmfile save /run/vm.sock vm.vmf
   vmfile save web1 web1.vmf --after resume
+  vmfile save web1 web1.vmf --live
   vmfile save 4711 vm.vmf --json")]
     Save(SaveArguments),
     /// Start a QEMU from a file and let the guest run on
@@ -125,9 +126,18 @@ pub(crate) struct SaveArguments {
     pub(crate) vm: String,
     /// The file to write, readable by its owner only
     pub(crate) file: PathBuf,
-    /// What becomes of the VM once the file is durable
-    #[arg(long, value_name = "WHAT", default_value = "quit")]
-    pub(crate) after: AfterMode,
+    /// What becomes of the VM once the file is durable [default: quit; with --live: resume]
+    #[arg(long, value_name = "WHAT")]
+    pub(crate) after: Option<AfterMode>,
+    /// Let the guest run while its memory is written; the file holds one moment
+    #[arg(long)]
+    pub(crate) live: bool,
+    /// With --live: give up after so long, if the guest writes faster than it is saved
+    #[arg(long, value_name = "SECONDS", default_value_t = 600, requires = "live")]
+    pub(crate) live_timeout: u64,
+    /// With --live: how long the guest may stand still at the end, where memory is sent repeatedly
+    #[arg(long, value_name = "MILLISECONDS", default_value_t = 300, requires = "live")]
+    pub(crate) max_pause: u64,
     /// How RAM is taken
     #[arg(long, value_name = "ROUTE", default_value = "auto")]
     pub(crate) route: RouteMode,

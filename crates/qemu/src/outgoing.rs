@@ -46,6 +46,25 @@ impl StreamSettings {
         }
         plain
     }
+
+    /// Returns plain settings by which the guest runs while it is sent, and stands still for about
+    /// `pause_max` at the end.
+    #[must_use]
+    pub fn pre_copy(&self, pause_max: Duration) -> StreamSettings {
+        let mut settings = self.plain();
+        let milliseconds = u64::try_from(pause_max.as_millis()).unwrap_or(u64::MAX);
+        settings.parameters.insert("downtime-limit".to_owned(), milliseconds.into());
+        settings
+    }
+
+    /// Returns plain settings by which the guest is sent as it was at one moment while it runs on;
+    /// `None` if this QEMU cannot (before 6.0).
+    #[must_use]
+    pub fn background_snapshot(&self) -> Option<StreamSettings> {
+        let mut settings = self.plain();
+        *settings.capabilities.get_mut("background-snapshot")? = true;
+        Some(settings)
+    }
 }
 
 /// How far a VM has come with sending itself.
@@ -137,6 +156,24 @@ impl Vm {
             return Err(error.into());
         }
         Ok(())
+    }
+
+    /// Returns how long the guest stood still, from QEMU's events so far, which are forgotten.
+    #[must_use]
+    pub fn pause_seen(&mut self) -> Option<Duration> {
+        let mut stopped = None;
+        let mut pause: Option<Duration> = None;
+        for event in self.qmp.take_events() {
+            match (event.name.as_str(), event.time) {
+                ("STOP", time) => stopped = time,
+                ("RESUME", Some(time)) => {
+                    let len = stopped.take().map(|stopped| time.saturating_sub(stopped));
+                    pause = Some(pause.unwrap_or_default() + len.unwrap_or_default());
+                }
+                _ => {}
+            }
+        }
+        pause
     }
 
     /// Returns how far the VM has come with sending itself.

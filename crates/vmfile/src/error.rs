@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use vmfile_engine::PublishError;
 use vmfile_format::FormatError;
@@ -102,6 +103,17 @@ pub enum SaveError {
     Migration {
         /// QEMU's own words, where it gave any.
         reason: String,
+    },
+    /// The route that was asked for pauses the guest.
+    #[error("the route direct cannot save a guest that runs")]
+    NotLive,
+    /// The guest wrote faster than it was saved.
+    #[error(
+        "the guest was not saved within {timeout:?}: it changes its memory faster than it is sent"
+    )]
+    NotConverged {
+        /// How long it was tried.
+        timeout: Duration,
     },
     /// What QEMU sent could not be received.
     #[error(transparent)]

@@ -196,7 +196,8 @@ pub fn receive(
         StreamFrom::Listen(path) => Listener::bind(&path)?.accept(&patience)?,
     };
     let sender = vmfile_qemu::sender(&stream);
-    let received = StreamReceiver { draft: &draft, io: options.io, patience }.run(stream)?;
+    let receiver = StreamReceiver { draft: &draft, io: options.io, patience };
+    let received = receiver.run(stream, || Ok::<_, ReceiveError>(()))?;
     let vm = describe_vm(&received, sender);
     let facts = Facts { route: "stream", live: None, pause_seconds: None, vm };
     draft.finish(&received.places, &received.bitmaps, received.tail(), facts)?;

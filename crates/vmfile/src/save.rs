@@ -8,6 +8,7 @@
 //! exit but the last resumes the VM as it ran and leaves no file.
 
 mod direct;
+mod live;
 mod stream;
 
 use std::ffi::OsString;
@@ -21,13 +22,13 @@ use vmfile_format::manifest::{DiskMeta, VmMeta};
 use vmfile_qemu::{RunState, Vm, VmError};
 
 use self::direct::DirectRoute;
+use self::live::LiveRoute;
 use self::stream::StreamRoute;
 use crate::check::describe;
 use crate::control::Control;
 use crate::draft::Draft;
 use crate::error::SaveError;
 use crate::jobs::Jobs;
-use crate::ram_writer::PAGE_LEN;
 
 /// How long QEMU may take to flush its disks and end.
 const QUIT_TIMEOUT: Duration = Duration::from_secs(60);
@@ -56,9 +57,27 @@ pub enum Route {
     Stream,
 }
 
+/// How a guest is saved while it runs.
+#[derive(Clone, Copy, Debug)]
+pub struct Live {
+    /// How long it may take, before it is given up: a guest may write faster than it is saved.
+    pub timeout: Duration,
+    /// How long the guest may stand still at the end, where its memory must be sent more than once.
+    pub pause_max: Duration,
+}
+
+impl Default for Live {
+    fn default() -> Live {
+        Live { timeout: Duration::from_secs(600), pause_max: Duration::from_millis(300) }
+    }
+}
+
 /// How a VM is saved.
 #[derive(Clone, Debug)]
 pub struct SaveOptions {
+    /// Let the guest run while its memory is written; the file holds one moment. A guest that is
+    /// paused is saved as it is.
+    pub live: Option<Live>,
     /// How RAM is taken.
     pub route: Route,
     /// What becomes of the VM.
@@ -76,6 +95,7 @@ pub struct SaveOptions {
 impl Default for SaveOptions {
     fn default() -> SaveOptions {
         SaveOptions {
+            live: None,
             route: Route::default(),
             after: After::default(),
             direct_io: DirectIo::Preferred,
@@ -97,6 +117,8 @@ pub struct SaveReport {
     pub route_reason: String,
     /// Whether the guest ran meanwhile.
     pub live: bool,
+    /// How: `background-snapshot` or `pre-copy`; and why not the first. `None` if it stood still.
+    pub live_method: Option<String>,
     /// Whether direct I/O was used; if not, why.
     pub direct_io: String,
     /// The back end that was used.
@@ -105,8 +127,10 @@ pub struct SaveReport {
     pub pages_total: u64,
     /// Pages that are zero and take no room.
     pub pages_zero: u64,
-    /// Bytes of pages that were written.
+    /// Bytes of pages that were written, those that came again as often as they came.
     pub bytes_written: u64,
+    /// Bytes of pages that were written again, because the guest had changed them.
+    pub bytes_rewritten: u64,
     /// How long the guest stood still, in seconds: to the end of the save, where it did not run on.
     pub pause_seconds: f64,
     /// How long it all took, in seconds.
@@ -163,25 +187,33 @@ struct Taken {
 enum Way {
     Direct(DirectRoute),
     Stream(StreamRoute),
+    Live(LiveRoute),
 }
 
 impl Way {
     fn name(&self) -> &'static str {
         match self {
             Way::Direct(_) => "direct",
-            Way::Stream(_) => "stream",
+            Way::Stream(_) | Way::Live(_) => "stream",
         }
     }
 }
 
-/// What a route works with, while the VM is paused.
+/// What a route works with.
 struct Work<'a> {
     vm: &'a mut Vm,
     draft: &'a Draft,
     options: &'a SaveOptions,
     control: &'a Control<'a>,
     meta: &'a VmMeta,
-    paused_at: Instant,
+    /// When the guest was paused for the save; `None` while it runs.
+    paused_at: Option<Instant>,
+}
+
+impl Work<'_> {
+    fn seconds_paused(&self) -> f64 {
+        self.paused_at.map_or(0.0, |at| at.elapsed().as_secs_f64())
+    }
 }
 
 /// What a route has written: everything but the name.
@@ -189,7 +221,17 @@ struct Work<'a> {
 struct Written {
     pages_total: u64,
     pages_data: u64,
+    bytes_written: u64,
+    bytes_rewritten: u64,
     io: String,
+    live: Option<LiveDone>,
+}
+
+/// How a guest was saved that ran.
+#[derive(Debug)]
+struct LiveDone {
+    method: String,
+    pause_seconds: f64,
 }
 
 impl Drop for Save<'_> {
@@ -225,7 +267,10 @@ impl<'a> Save<'a> {
         }
         let meta = describe_vm(vm, was_running)?;
         let draft = Draft::new(unpublished, options.direct_io)?;
-        let taken = choose(vm, options.route, &draft)?;
+        let taken = match options.live.filter(|_| was_running) {
+            Some(live) => live_way(vm, options.route, live)?,
+            None => choose(vm, options.route, &draft)?,
+        };
         let save = Save {
             vm,
             options,
@@ -245,18 +290,21 @@ impl<'a> Save<'a> {
 
     /// From the pause to the durable file.
     fn write(&mut self, taken: &Taken) -> Result<(), SaveError> {
-        let paused_at = self.pause()?;
+        if !matches!(taken.way, Way::Live(_)) {
+            self.pause()?;
+        }
         let mut work = Work {
             vm: &mut *self.vm,
             draft: self.draft.as_ref().expect("published once"),
             options: self.options,
             control: self.control,
             meta: &self.meta,
-            paused_at,
+            paused_at: self.paused_at,
         };
         self.written = match &taken.way {
             Way::Direct(route) => route.write(&mut work)?,
             Way::Stream(route) => route.write(&mut work)?,
+            Way::Live(route) => route.write(&mut work)?,
         };
         if self.control.is_stopped() {
             return Err(SaveError::Stopped);
@@ -264,13 +312,12 @@ impl<'a> Save<'a> {
         Ok(self.draft.take().expect("published once").publish()?)
     }
 
-    fn pause(&mut self) -> Result<Instant, SaveError> {
-        let now = Instant::now();
-        self.paused_at = Some(now);
+    fn pause(&mut self) -> Result<(), SaveError> {
+        self.paused_at = Some(Instant::now());
         if self.was_running {
             self.vm.stop()?;
         }
-        Ok(now)
+        Ok(())
     }
 
     /// The file is whole: does with the VM what was asked for.
@@ -278,8 +325,12 @@ impl<'a> Save<'a> {
         let released = match self.options.after {
             After::Quit => self.vm.quit(QUIT_TIMEOUT),
             After::Resume if self.was_running => self.vm.cont(),
+            After::Pause if self.written.live.is_some() => self.vm.stop(),
             After::Resume | After::Pause => Ok(()),
         };
+        if let Some(live) = &self.written.live {
+            self.pause_seconds = live.pause_seconds;
+        }
         if let Some(at) = self.paused_at.take() {
             self.pause_seconds = at.elapsed().as_secs_f64();
         }
@@ -299,21 +350,34 @@ impl<'a> Save<'a> {
     }
 
     fn report(&self, taken: &Taken) -> SaveReport {
-        let Written { pages_total, pages_data, io } = &self.written;
+        let written = &self.written;
         SaveReport {
             file: self.path.clone(),
             route: taken.way.name(),
             route_reason: taken.reason.clone(),
-            live: false,
+            live: written.live.is_some(),
+            live_method: written.live.as_ref().map(|live| live.method.clone()),
             direct_io: self.direct_io.clone(),
-            io: io.clone(),
-            pages_total: *pages_total,
-            pages_zero: pages_total - pages_data,
-            bytes_written: pages_data * PAGE_LEN,
+            io: written.io.clone(),
+            pages_total: written.pages_total,
+            pages_zero: written.pages_total - written.pages_data,
+            bytes_written: written.bytes_written,
+            bytes_rewritten: written.bytes_rewritten,
             pause_seconds: self.pause_seconds,
             total_seconds: self.started.elapsed().as_secs_f64(),
         }
     }
+}
+
+/// Makes the one route ready by which a guest can run meanwhile.
+fn live_way(vm: &mut Vm, route: Route, live: Live) -> Result<Taken, SaveError> {
+    let reason = match route {
+        Route::Direct => return Err(SaveError::NotLive),
+        Route::Stream => "asked for",
+        Route::Auto => "the guest runs meanwhile",
+    };
+    let way = Way::Live(LiveRoute::prepare(vm, live)?);
+    Ok(Taken { way, reason: reason.to_owned() })
 }
 
 /// Chooses the route and makes it ready; nothing has been stopped yet.

@@ -69,29 +69,32 @@ struct Head {
 }
 
 impl StreamReceiver<'_> {
-    /// Receives all of `stream`.
-    pub(crate) fn run(&self, stream: OwnedFd) -> Result<Received, ReceiveError> {
+    /// Receives all of `stream`; `at_end` is called when its last byte has come, before the last
+    /// pages are on the disk.
+    pub(crate) fn run<E: From<ReceiveError>>(
+        &self,
+        stream: OwnedFd,
+        at_end: impl FnOnce() -> Result<(), E>,
+    ) -> Result<Received, E> {
         let mut source = StreamSource::new(stream, self.patience);
         let mut decoder = StreamDecoder::new();
         let head = head(&mut source, &mut decoder)?;
-        let places = Places::new(
-            &head.configuration,
-            head.ram.clone(),
-            head.section_id,
-            DEVICE_STATE_LEN_MAX,
-        )?;
-        self.draft.reserve(&places)?;
+        let Head { configuration, section_id, ram: layout } = head;
+        let places = Places::new(&configuration, layout.clone(), section_id, DEVICE_STATE_LEN_MAX)
+            .map_err(ReceiveError::from)?;
+        self.draft.reserve(&places).map_err(ReceiveError::from)?;
         let file = self.draft.file().clone();
         let ram = ReceivedRam::new(file, places.blocks(), places.hashes());
         let one = Jobs::new(1).expect("1 is a number of jobs");
         let (mut writer, backend) =
             PageWriter::open(&ram, self.io, one).map_err(ReceiveError::write_ram)?;
-        let devices = self.pages(&mut source, &mut decoder, &head.ram, &mut writer)?;
+        let devices = self.pages(&mut source, &mut decoder, &layout, &mut writer)?;
+        at_end()?;
         writer.drain().map_err(ReceiveError::write_ram)?;
         ram.empty_stale_places().map_err(ReceiveError::write_ram)?;
-        let state = locate(&devices, decoder.offset(), head.section_id)?;
+        let state = locate(&devices, decoder.offset(), section_id)?;
         Ok(Received {
-            configuration: head.configuration,
+            configuration,
             bitmaps: ram.bitmaps(),
             places,
             backend,

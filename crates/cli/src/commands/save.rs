@@ -1,9 +1,10 @@
 //! `vmfile save`.
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use vmfile::error::SaveError;
-use vmfile::save::{After, Route, SaveOptions};
+use vmfile::save::{After, Live, Route, SaveOptions};
 use vmfile::{Control, Existing, Vm, VmAddress};
 
 use crate::args::{AfterMode, RouteMode, SaveArguments};
@@ -22,10 +23,15 @@ pub(crate) fn run(arguments: &SaveArguments, voice: &Voice) -> Result<ExitCode, 
             RouteMode::Stream => Route::Stream,
         },
         after: match arguments.after {
-            AfterMode::Quit => After::Quit,
-            AfterMode::Resume => After::Resume,
-            AfterMode::Pause => After::Pause,
+            None if arguments.live => After::Resume,
+            None | Some(AfterMode::Quit) => After::Quit,
+            Some(AfterMode::Resume) => After::Resume,
+            Some(AfterMode::Pause) => After::Pause,
         },
+        live: arguments.live.then(|| Live {
+            timeout: Duration::from_secs(arguments.live_timeout),
+            pause_max: Duration::from_millis(arguments.max_pause),
+        }),
         direct_io: arguments.engine.direct_io(),
         io: arguments.engine.io(),
         jobs: arguments.engine.jobs(),

@@ -28,6 +28,10 @@ pub(crate) fn save(report: &SaveReport) -> String {
     );
     line(&mut text, "took", &took);
     line(&mut text, "route", &format!("{} ({})", report.route, report.route_reason));
+    if let Some(method) = &report.live_method {
+        let again = size::bytes(report.bytes_rewritten);
+        line(&mut text, "live", &format!("{method}, {again} written again"));
+    }
     line(&mut text, "engine", &format!("{}, direct I/O: {}", report.io, report.direct_io));
     text
 }

@@ -116,6 +116,12 @@ impl QmpError {
         }
     }
 
+    /// Tells whether QEMU understood the command and refused it.
+    #[must_use]
+    pub fn is_refused(&self) -> bool {
+        matches!(self, QmpError::Refused { .. })
+    }
+
     /// Tells whether the peer is gone, as it is when QEMU has exited.
     #[must_use]
     pub fn is_closed(&self) -> bool {

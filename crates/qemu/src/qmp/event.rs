@@ -1,6 +1,7 @@
 //! Events: what QEMU says without being asked.
 
 use std::collections::VecDeque;
+use std::time::Duration;
 
 use serde_json::Value;
 
@@ -18,6 +19,8 @@ pub struct Event {
     pub name: String,
     /// Its data, `Null` when it has none.
     pub data: Value,
+    /// When it happened, by QEMU's clock, since 1970.
+    pub time: Option<Duration>,
 }
 
 impl Event {
@@ -27,7 +30,12 @@ impl Event {
             return Err(message);
         };
         let data = message.get_mut("data").map_or(Value::Null, Value::take);
-        Ok(Event { name, data })
+        let time = message.get("timestamp").and_then(|timestamp| {
+            let number = |key| timestamp.get(key).and_then(Value::as_u64);
+            let micros = Duration::from_micros(number("microseconds")?);
+            Duration::from_secs(number("seconds")?).checked_add(micros)
+        });
+        Ok(Event { name, data, time })
     }
 }
 
@@ -69,7 +77,7 @@ mod tests {
     use super::*;
 
     fn event(name: &str) -> Event {
-        Event { name: name.to_owned(), data: Value::Null }
+        Event { name: name.to_owned(), data: Value::Null, time: None }
     }
 
     #[test]
@@ -78,6 +86,10 @@ mod tests {
         let event = Event::from_message(message).unwrap();
         assert_eq!(event.name, "FROM_THE_FUTURE");
         assert_eq!(event.data, json!({"new": [1]}));
+        assert_eq!(event.time, None);
+        let timestamp = json!({"seconds": 7, "microseconds": 250_000});
+        let event = Event::from_message(json!({"event": "STOP", "timestamp": timestamp})).unwrap();
+        assert_eq!(event.time, Some(Duration::from_millis(7250)));
     }
 
     #[test]

@@ -12,7 +12,7 @@ use super::{Work, Written};
 use crate::draft::{Draft, Facts, Places, Tail};
 use crate::error::SaveError;
 use crate::plan::{total_len, units};
-use crate::ram_writer::{Reader, Target, write_ram};
+use crate::ram_writer::{PAGE_LEN, Reader, Target, write_ram};
 use crate::source::process::{BlockAt, ProcessRam};
 
 /// The RAM of a VM, found in the memory of its process.
@@ -47,14 +47,18 @@ impl DirectRoute {
         let facts = Facts {
             route: "direct",
             live: Some(false),
-            pause_seconds: Some(work.paused_at.elapsed().as_secs_f64()),
+            pause_seconds: Some(work.seconds_paused()),
             vm: work.meta.clone(),
         };
         work.draft.finish(&places, &written.bitmaps, tail, facts)?;
+        let pages_data = written.bitmaps.iter().map(|bitmap| bitmap.data_count().0).sum();
         Ok(Written {
             pages_total: places.pages_total(),
-            pages_data: written.bitmaps.iter().map(|bitmap| bitmap.data_count().0).sum(),
+            pages_data,
+            bytes_written: pages_data * PAGE_LEN,
+            bytes_rewritten: 0,
             io: written.backend.to_string(),
+            live: None,
         })
     }
 

@@ -48,15 +48,11 @@ impl StreamRoute {
         let facts = Facts {
             route: "stream",
             live: Some(false),
-            pause_seconds: Some(work.paused_at.elapsed().as_secs_f64()),
+            pause_seconds: Some(work.seconds_paused()),
             vm: work.meta.clone(),
         };
         work.draft.finish(&received.places, &received.bitmaps, received.tail(), facts)?;
-        Ok(Written {
-            pages_total: received.places.pages_total(),
-            pages_data: received.bitmaps.iter().map(|bitmap| bitmap.data_count().0).sum(),
-            io: received.backend.to_string(),
-        })
+        Ok(written(&received))
     }
 }
 
@@ -66,32 +62,42 @@ fn receive(work: &mut Work<'_>) -> Result<Received, SaveError> {
     work.vm.send_stream(theirs.into())?;
     let patience = Patience { control: work.control, stall: Some(STALL_TIMEOUT), deadline: None };
     let receiver = StreamReceiver { draft: work.draft, io: work.options.io, patience };
-    match receiver.run(ours.into()) {
-        Ok(received) => match work.vm.wait_sent(END_TIMEOUT)? {
-            Outgoing::Completed => Ok(received),
-            other => Err(not_sent(other)),
-        },
-        Err(error) => Err(why_not(work.vm, error)),
+    let vm = &mut *work.vm;
+    receiver.run(ours.into(), || sent(vm)).map_err(|error| why_not(work.vm, error))
+}
+
+/// Returns what a route says that received the VM by its stream.
+pub(super) fn written(received: &Received) -> Written {
+    Written {
+        pages_total: received.places.pages_total(),
+        pages_data: received.bitmaps.iter().map(|bitmap| bitmap.data_count().0).sum(),
+        bytes_written: received.counts.written_bytes,
+        bytes_rewritten: received.counts.rewritten_bytes,
+        io: received.backend.to_string(),
+        live: None,
     }
 }
 
+/// The last byte has come: waits until QEMU says that it was.
+pub(super) fn sent(vm: &mut Vm) -> Result<(), SaveError> {
+    let reason = match vm.wait_sent(END_TIMEOUT)? {
+        Outgoing::Completed => return Ok(()),
+        Outgoing::Failed(reason) => reason,
+        Outgoing::Cancelled => "somebody cancelled it".to_owned(),
+        _ => "it does not end".to_owned(),
+    };
+    Err(SaveError::Migration { reason })
+}
+
 /// Ends the sending after `error`, and says what was the reason: QEMU's, where QEMU gave up first.
-fn why_not(vm: &mut Vm, error: ReceiveError) -> SaveError {
-    if let (ReceiveError::Stream(_), Ok(Outgoing::Failed(reason))) = (&error, vm.outgoing()) {
+pub(super) fn why_not(vm: &mut Vm, error: SaveError) -> SaveError {
+    let is_cut = matches!(&error, SaveError::Receive(ReceiveError::Stream(_)));
+    if let (true, Ok(Outgoing::Failed(reason))) = (is_cut, vm.outgoing()) {
         return SaveError::Migration { reason };
     }
     // A QEMU that fails on its own meanwhile has stopped sending as well.
     match vm.cancel_sending(END_TIMEOUT) {
         Ok(Outgoing::Active) => SaveError::Migration { reason: "it does not stop".to_owned() },
-        _ => error.into(),
+        _ => error,
     }
-}
-
-fn not_sent(outgoing: Outgoing) -> SaveError {
-    let reason = match outgoing {
-        Outgoing::Failed(reason) => reason,
-        Outgoing::Cancelled => "somebody cancelled it".to_owned(),
-        _ => "it does not end".to_owned(),
-    };
-    SaveError::Migration { reason }
 }

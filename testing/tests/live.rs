@@ -1,0 +1,124 @@
+//! `save --live`: the guest runs while it is saved, and the file holds one moment.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt as _;
+use std::time::Duration;
+
+use serde_json::json;
+use vmfile::error::SaveError;
+use vmfile::save::{After, Live, Route, SaveOptions, SaveReport};
+use vmfile_testing::verbs::{check_is_clean, load, map, save_with};
+use vmfile_testing::{Guest, GuestConfig, Machine, Qemu, Ram, Release, TestResult, requires};
+
+fn live() -> SaveOptions {
+    let live = Some(Live { pause_max: Duration::from_secs(2), ..Live::default() });
+    SaveOptions { live, after: After::Resume, ..SaveOptions::default() }
+}
+
+/// Saves a guest that rewrites its memory all the time; it runs on, and so does what comes back.
+fn round_trip(
+    source: &Qemu,
+    destination: &Qemu,
+    config: &GuestConfig,
+    options: &SaveOptions,
+) -> TestResult<SaveReport> {
+    let mut guest = config.boot(source)?;
+    let before = guest.wait_for_count(2)?;
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
+    let file = directory.path().join("vm.vmf");
+    let settings = guest.qmp("query-migrate-capabilities", json!({}))?;
+    let report = save_with(&guest, &file, options)?;
+    assert!(report.live, "{report:?}");
+    assert_eq!(guest.status()?, "running");
+    assert_eq!(guest.qmp("query-migrate-capabilities", json!({}))?, settings);
+    let saved = guest.wait_for_passes(2)?;
+    guest.judge_counts()?;
+    drop(guest);
+    check_is_clean(&file)?;
+    let room = fs::metadata(&file)?.blocks() * 512;
+    assert!(room < (report.pages_total * 4096) + (16 << 20), "{room} bytes: {report:?}");
+
+    for restore in [map, load] {
+        let guest = restore(destination, config, &file)?;
+        let after = guest.wait_for_passes(2)?;
+        assert!(after.number > before.number, "{} after {}", after.number, before.number);
+        assert!(after.number <= saved.number + 2, "an earlier moment than {}", saved.number);
+        guest.judge_counts()?;
+    }
+    Ok(report)
+}
+
+#[test]
+fn a_busy_guest_with_private_ram_is_saved_by_background_snapshot() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let config = Guest::boot_sector(Ram::private(64)).seed(111).busy();
+    let report = round_trip(&qemu, &qemu, &config, &live())?;
+    assert_eq!(report.live_method.as_deref(), Some("background-snapshot"));
+    assert_eq!(report.bytes_rewritten, 0, "each page comes once");
+    assert!(report.pause_seconds > 0.0 && report.pause_seconds < report.total_seconds);
+    Ok(())
+}
+
+#[test]
+fn a_busy_linux_guest_with_shared_ram_is_saved_live() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Newest));
+    let config = Guest::linux(Ram::memfd(256)).vcpus(2).virtio().busy().machine(Machine::Q35);
+    round_trip(&qemu, &qemu, &config, &live()).map(drop)
+}
+
+#[test]
+fn the_oldest_qemu_is_saved_live_and_comes_back_on_the_installed_one() -> TestResult {
+    let oldest = requires!(Qemu::of(Release::Oldest));
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let config = Guest::boot_sector(Ram::private(64)).seed(112).busy().machine_version("7.2");
+    round_trip(&oldest, &qemu, &config, &live()).map(drop)
+}
+
+#[test]
+fn ram_in_a_file_on_a_disk_is_saved_by_pre_copy() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
+    let config = Guest::boot_sector(Ram::file(64, directory.path())).seed(113).busy();
+    let report = round_trip(&qemu, &qemu, &config, &live())?;
+    let method = report.live_method.as_deref().unwrap_or_default();
+    assert!(method.starts_with("pre-copy (") && method.contains("not compatible"), "{method}");
+    assert!(report.bytes_rewritten > 0, "{report:?}");
+    Ok(())
+}
+
+#[test]
+fn a_guest_that_is_too_busy_is_given_up_and_runs_on() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let ram_directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
+    let config = Guest::boot_sector(Ram::file(64, ram_directory.path())).seed(114).busy();
+    let mut guest = config.boot(&qemu)?;
+    guest.wait_for_count(1)?;
+    let directory = tempfile::tempdir()?;
+    let live = Live { timeout: Duration::from_millis(20), pause_max: Duration::from_millis(1) };
+    let options = SaveOptions { live: Some(live), ..self::live() };
+    let error = save_with(&guest, &directory.path().join("vm.vmf"), &options).expect_err("busy");
+    let error = error.downcast::<SaveError>()?;
+    assert!(matches!(*error, SaveError::NotConverged { .. }), "{error}");
+    assert_eq!(fs::read_dir(directory.path())?.count(), 0);
+    assert_eq!(guest.status()?, "running");
+    guest.wait_for_passes(2)?;
+    guest.judge_counts()
+}
+
+#[test]
+fn a_paused_guest_is_saved_as_it_is_and_the_direct_route_is_refused() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let mut guest = Guest::boot_sector(Ram::private(64)).seed(115).boot(&qemu)?;
+    guest.wait_for_count(1)?;
+    let directory = tempfile::tempdir()?;
+    let file = directory.path().join("vm.vmf");
+    let options = SaveOptions { route: Route::Direct, ..live() };
+    let error = save_with(&guest, &file, &options).expect_err("direct pauses");
+    assert!(matches!(*error.downcast::<SaveError>()?, SaveError::NotLive));
+    assert_eq!(guest.status()?, "running");
+    guest.stop()?;
+    let report = save_with(&guest, &file, &live())?;
+    assert!(!report.live && report.route == "direct", "{report:?}");
+    assert_eq!(guest.status()?, "paused");
+    Ok(())
+}
