@@ -9,6 +9,7 @@
 mod fio;
 mod host;
 mod libvirt;
+mod live;
 mod native;
 mod reading;
 mod report;
@@ -97,6 +98,8 @@ fn run(is_quick: bool) -> TestResult {
     restoring::measure(&bench, &saved, &mut report)?;
     begin("reading: check, restore by load, info");
     reading::measure(&bench, &saved, &mut report)?;
+    begin("a guest that runs meanwhile");
+    live::measure(&bench, &mut report)?;
     report.took_seconds = started.elapsed().as_secs_f64();
     println!("\n{}", report.summary());
     if !is_quick {

@@ -37,33 +37,21 @@ impl Way {
     /// again afterwards.
     pub(crate) fn save(self, guest: &mut Guest, file: &Path) -> TestResult<f64> {
         self.prepare(guest)?;
-        let done = file.with_extension("done");
-        let uri = match self {
-            Way::Exec => {
-                let (file, done) = (file.display(), done.display());
-                format!("exec:cat > '{file}' && sync '{file}' && touch '{done}'")
-            }
-            _ => format!("file:{}", file.display()),
-        };
+        if self == Way::Exec {
+            let file = file.display();
+            return send(guest, &format!("cat > '{file}' && sync '{file}'"));
+        }
         let started = Instant::now();
-        guest.qmp("migrate", json!({ "uri": uri }))?;
+        guest.qmp("migrate", json!({ "uri": format!("file:{}", file.display()) }))?;
         wait_for_completion(guest)?;
-        if self == Way::Exec {
-            wait_for(|| Ok(done.exists()))?;
-        } else {
-            File::open(file)?.sync_all()?;
-        }
+        File::open(file)?.sync_all()?;
         let seconds = started.elapsed().as_secs_f64();
-        if self == Way::Exec {
-            std::fs::remove_file(&done)?;
-        }
-        // After a migration a VM waits for its end: one that has run once more is as it was.
-        guest.resume()?;
-        guest.stop()?;
+        as_before(guest)?;
         Ok(seconds)
     }
 
-    fn prepare(self, guest: &mut Guest) -> TestResult {
+    /// Tells QEMU how to write.
+    pub(crate) fn prepare(self, guest: &mut Guest) -> TestResult {
         let (mapped_ram, channels) = match self {
             Way::Stream | Way::Exec => (false, None),
             Way::MappedRam => (true, None),
@@ -83,7 +71,29 @@ impl Way {
     }
 }
 
-fn wait_for_completion(guest: &mut Guest) -> TestResult {
+/// Sends the stopped guest through a pipe to a shell's `command`, which makes durable what it writes;
+/// returns the seconds until that has ended. The guest is stopped again afterwards.
+pub(crate) fn send(guest: &mut Guest, command: &str) -> TestResult<f64> {
+    let done = guest.directory().join("done");
+    let uri = format!("exec:{command} && touch '{}'", done.display());
+    let started = Instant::now();
+    guest.qmp("migrate", json!({ "uri": uri }))?;
+    wait_for_completion(guest)?;
+    wait_for(|| Ok(done.exists()))?;
+    let seconds = started.elapsed().as_secs_f64();
+    std::fs::remove_file(&done)?;
+    as_before(guest)?;
+    Ok(seconds)
+}
+
+/// After a migration a VM waits for its end: one that has run once more is as it was.
+pub(crate) fn as_before(guest: &mut Guest) -> TestResult {
+    guest.resume()?;
+    guest.stop()
+}
+
+/// Waits until QEMU has sent the guest.
+pub(crate) fn wait_for_completion(guest: &mut Guest) -> TestResult {
     wait_for(|| {
         let status = guest.qmp("query-migrate", json!({}))?;
         match status["status"].as_str() {

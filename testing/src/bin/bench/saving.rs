@@ -7,7 +7,7 @@ use std::path::Path;
 use vmfile_testing::{Guest, GuestConfig, Ram, TestResult};
 
 use crate::libvirt::{self, Libvirt};
-use crate::native::Way;
+use crate::native::{Way, as_before, send};
 use crate::report::Report;
 use crate::series::Series;
 use crate::tools::Tools;
@@ -28,6 +28,10 @@ enum Writer {
     Disk,
     VmfileShared,
     VmfilePrivate,
+    /// By QEMU's stream, from private RAM.
+    VmfileStream,
+    /// `migrate "exec:vmfile receive"`, from private RAM.
+    VmfileReceive,
     Qemu(Way),
     /// As above, but from shared RAM.
     QemuShared(Way),
@@ -41,6 +45,8 @@ impl Writer {
             Writer::Disk => "fio write limit".to_owned(),
             Writer::VmfileShared => "vmfile save, shared RAM".to_owned(),
             Writer::VmfilePrivate => "vmfile save, private RAM".to_owned(),
+            Writer::VmfileStream => "vmfile save --route stream, private RAM".to_owned(),
+            Writer::VmfileReceive => "QEMU `exec:vmfile receive`".to_owned(),
             Writer::Qemu(way) => way.name(),
             Writer::QemuShared(way) => format!("{}, shared RAM", way.name()),
             Writer::Virsh(way) => format!("{}, shared RAM", way.name()),
@@ -77,6 +83,8 @@ pub(crate) fn measure(bench: &Bench, report: &mut Report) -> TestResult<Saved> {
                 Writer::Disk => disk(tools, bytes)?,
                 Writer::VmfileShared => tools.save(&shared, &file)?.seconds,
                 Writer::VmfilePrivate => tools.save(&private, &tools.file("private.vmf"))?.seconds,
+                Writer::VmfileStream => by_stream(tools, &mut private)?,
+                Writer::VmfileReceive => receive(tools, &mut private)?,
                 Writer::Qemu(way) => native(tools, *way, &mut private)?,
                 Writer::QemuShared(way) => native(tools, *way, &mut shared)?,
                 Writer::Virsh(way) => virsh(tools, *way, libvirt.as_ref())?,
@@ -100,7 +108,13 @@ pub(crate) fn measure(bench: &Bench, report: &mut Report) -> TestResult<Saved> {
 }
 
 fn writers(scale: Scale, with_libvirt: bool) -> Vec<Writer> {
-    let mut all = vec![Writer::Disk, Writer::VmfileShared, Writer::VmfilePrivate];
+    let mut all = vec![
+        Writer::Disk,
+        Writer::VmfileShared,
+        Writer::VmfilePrivate,
+        Writer::VmfileStream,
+        Writer::VmfileReceive,
+    ];
     all.extend(scale.channels.iter().map(|&channels| Writer::Qemu(Way::Multifd(channels))));
     all.extend([Way::Stream, Way::MappedRam, Way::Exec].map(Writer::Qemu));
     all.push(Writer::QemuShared(Way::Multifd(2)));
@@ -122,6 +136,28 @@ fn disk(tools: &Tools, bytes: u64) -> TestResult<f64> {
     let file = tools.file("fio");
     tools.make_way(&file)?;
     let seconds = fio::write(&file, bytes)?;
+    fs::remove_file(&file)?;
+    Ok(seconds)
+}
+
+fn by_stream(tools: &Tools, guest: &mut Guest) -> TestResult<f64> {
+    let (file, socket) = (tools.file("stream.vmf"), guest.qmp_path());
+    tools.make_way(&file)?;
+    let words = ["save", "--route", "stream", "--after", "pause", "--direct-io", "required"];
+    let words = words.map(OsStr::new);
+    let run = tools.run(&[&words[..], &[socket.as_os_str(), file.as_os_str()]].concat())?;
+    as_before(guest)?;
+    fs::remove_file(&file)?;
+    Ok(run.seconds)
+}
+
+fn receive(tools: &Tools, guest: &mut Guest) -> TestResult<f64> {
+    let file = tools.file("received.vmf");
+    tools.make_way(&file)?;
+    Way::Exec.prepare(guest)?;
+    let program = tools.program().display();
+    let words = "receive --quiet --direct-io required";
+    let seconds = send(guest, &format!("'{program}' {words} '{}'", file.display()))?;
     fs::remove_file(&file)?;
     Ok(seconds)
 }
@@ -173,6 +209,12 @@ fn judge(all: &[(Writer, Series)], report: &mut Report) {
     }
     report.at_most("save, private RAM: / fio write", private.ratio(disk), 1.1, "x");
     report.at_least("save, private RAM: QEMU's best / ours", best.ratio(private), 1.4, "x");
+    let (stream, receive) = (series(Writer::VmfileStream), series(Writer::VmfileReceive));
+    if let (Some(stream), Some(receive)) = (stream, receive) {
+        report.at_least("save, stream: QEMU's best / ours", best.ratio(stream), 1.0, "x");
+        let what = "`exec:cat` / `exec:vmfile receive`";
+        report.at_least(what, exec.ratio(receive), 2.0, "x");
+    }
     report.note(format!("QEMU's best is: {}.", best.name));
 }
 

@@ -66,6 +66,11 @@ impl Tools {
         self.directory.path().join(name)
     }
 
+    /// Returns the path of the program under test.
+    pub(crate) fn program(&self) -> &Path {
+        &self.program
+    }
+
     pub(crate) fn vmfile(&self) -> Command {
         Command::new(&self.program)
     }
