@@ -86,6 +86,17 @@ pub(crate) enum Verb {
   vmfile restore vm.vmf -- qemu-system-x86_64 -m 4G -qmp unix:/run/two.sock,server=on,wait=off
   vmfile restore vm.vmf --qmp /run/waiting.sock")]
     Restore(RestoreArguments),
+    /// Send a file as a migration stream that any QEMU accepts
+    ///
+    /// The stream goes to standard output, to a socket on which QEMU listens, or into a descriptor;
+    /// the report then goes to stderr, unless --connect leaves stdout to it. Whether QEMU liked the
+    /// stream, QEMU says. A guest that ran when it was saved runs on at once where QEMU was not
+    /// started with -S.
+    #[command(after_help = "Examples:
+  qemu-system-x86_64 -m 4G ... -incoming \"exec:vmfile send vm.vmf\"
+  vmfile send vm.vmf --connect unix:/run/incoming.sock
+  vmfile send vm.vmf > vm.stream")]
+    Send(SendArguments),
     /// Say what is in a file, without reading a page
     #[command(after_help = "Examples:
   vmfile info vm.vmf
@@ -182,6 +193,27 @@ pub(crate) enum RestoreMode {
 }
 
 #[derive(Debug, Args)]
+pub(crate) struct SendArguments {
+    /// The file: PATH, file:PATH or file:PATH,offset=N
+    pub(crate) file: String,
+    /// Send to QEMU at this Unix socket, unix:PATH
+    #[arg(long, value_name = "ADDRESS", conflicts_with = "fd")]
+    pub(crate) connect: Option<String>,
+    /// Send into this open descriptor
+    #[arg(long, value_name = "N")]
+    pub(crate) fd: Option<i32>,
+    /// Leave zero pages out: the destination's RAM is fresh, not a file that was used before
+    #[arg(long)]
+    pub(crate) assume_zeroed: bool,
+    /// Whether pages go past the page cache
+    #[arg(long, value_name = "WHEN", default_value = "preferred")]
+    pub(crate) direct_io: DirectIoMode,
+    /// Who moves the bytes
+    #[arg(long, value_name = "BACKEND", default_value = "auto")]
+    pub(crate) io: IoMode,
+}
+
+#[derive(Debug, Args)]
 pub(crate) struct InfoArguments {
     /// The file: PATH, file:PATH or file:PATH,offset=N
     pub(crate) file: String,
@@ -235,21 +267,33 @@ fn jobs(text: &str) -> Result<vmfile::Jobs, String> {
     text.parse().ok().and_then(vmfile::Jobs::new).ok_or(range)
 }
 
-impl EngineArguments {
-    pub(crate) fn direct_io(&self) -> vmfile::DirectIo {
-        match self.direct_io {
+impl From<DirectIoMode> for vmfile::DirectIo {
+    fn from(mode: DirectIoMode) -> vmfile::DirectIo {
+        match mode {
             DirectIoMode::Required => vmfile::DirectIo::Required,
             DirectIoMode::Preferred => vmfile::DirectIo::Preferred,
             DirectIoMode::Off => vmfile::DirectIo::Off,
         }
     }
+}
 
-    pub(crate) fn io(&self) -> vmfile::Backend {
-        match self.io {
+impl From<IoMode> for vmfile::Backend {
+    fn from(mode: IoMode) -> vmfile::Backend {
+        match mode {
             IoMode::Auto => vmfile::Backend::Auto,
             IoMode::IoUring => vmfile::Backend::IoUring,
             IoMode::Threads => vmfile::Backend::Threads,
         }
+    }
+}
+
+impl EngineArguments {
+    pub(crate) fn direct_io(&self) -> vmfile::DirectIo {
+        self.direct_io.into()
+    }
+
+    pub(crate) fn io(&self) -> vmfile::Backend {
+        self.io.into()
     }
 
     pub(crate) fn jobs(&self) -> vmfile::Jobs {

@@ -4,6 +4,7 @@ use std::error::Error;
 
 use vmfile::check::CheckError;
 use vmfile::error::SaveError;
+use vmfile::send::SendError;
 use vmfile::{CommandLineError, DiscoverError, PublishError, RestoreError, SnapshotError, VmError};
 
 use crate::exit_code::Code;
@@ -191,6 +192,20 @@ impl From<&RestoreError> for Failure {
             }
             RestoreError::Stopped => Failure::new(Code::Interrupted, "stopped", error),
             _ => Failure::new(Code::Vm, "vm", error),
+        }
+    }
+}
+
+impl From<&SendError> for Failure {
+    fn from(error: &SendError) -> Failure {
+        match error {
+            SendError::Snapshot(error) => Failure::from(error),
+            SendError::Connect { .. } => Failure::new(Code::Vm, "connect", error)
+                .hint("start a QEMU with -incoming unix:PATH first"),
+            SendError::PeerClosed { .. } => Failure::new(Code::Vm, "peer_closed", error)
+                .hint("QEMU says on its stderr why it refused the stream"),
+            SendError::Stopped => Failure::new(Code::Interrupted, "stopped", error),
+            _ => Failure::new(Code::System, "io", error),
         }
     }
 }

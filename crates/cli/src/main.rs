@@ -27,6 +27,7 @@ fn main() -> ExitCode {
     let result = match &arguments.verb {
         Verb::Save(save) => commands::save::run(save, &voice),
         Verb::Restore(restore) => commands::restore::run(restore, &voice),
+        Verb::Send(send) => commands::send::run(send, &voice),
         Verb::Info(info) => commands::info::run(info, &voice),
         Verb::Check(check) => commands::check::run(check, &voice),
         Verb::List => commands::list::run(&voice),

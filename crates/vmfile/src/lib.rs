@@ -16,9 +16,11 @@ mod plan;
 mod ram_loader;
 mod ram_writer;
 mod ranges;
+mod reading;
 pub mod restore;
 mod restore_error;
 pub mod save;
+pub mod send;
 mod snapshot;
 mod source;
 
@@ -28,7 +30,7 @@ pub use ram_loader::LoadError;
 pub use restore_error::{Mismatch, RestoreError};
 pub use snapshot::{Manifest, Snapshot, SnapshotError};
 pub use source::process::ProcessRamError;
-pub use vmfile_engine::{Backend, DirectIo, Existing, PublishError};
+pub use vmfile_engine::{Backend, DirectIo, Existing, PublishError, inherited};
 pub use vmfile_qemu::{
     CommandLineError, DiscoverError, LaunchedQemu, Vm, VmAddress, VmError, resolve,
 };

@@ -5,6 +5,7 @@ pub(crate) mod info;
 pub(crate) mod list;
 pub(crate) mod restore;
 pub(crate) mod save;
+pub(crate) mod send;
 
 use vmfile::Snapshot;
 

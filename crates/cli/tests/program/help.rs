@@ -7,7 +7,7 @@ use vmfile_testing::TestResult;
 
 use crate::run::vmfile;
 
-const VERBS: [&str; 5] = ["save", "restore", "info", "check", "list"];
+const VERBS: [&str; 6] = ["save", "restore", "send", "info", "check", "list"];
 
 const BEGIN: &str = "<!-- The help of the program; `VMFILE_BLESS=1 cargo test` writes it. -->\n";
 

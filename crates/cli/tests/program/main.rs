@@ -6,5 +6,6 @@ mod guests;
 mod hard_times;
 mod help;
 mod run;
+mod send;
 mod verbs;
 mod wrong_input;

@@ -18,7 +18,7 @@ fn small(seed: u32) -> GuestConfig {
 
 /// Asserts that the fields of `value` are exactly those that the document names.
 #[track_caller]
-fn assert_documented(chapter: &str, value: &Value) {
+pub(crate) fn assert_documented(chapter: &str, value: &Value) {
     let mut found: Vec<&String> = value.as_object().expect("an object").keys().collect();
     let documented = fields_of(chapter);
     let mut documented: Vec<&String> = documented.iter().collect();

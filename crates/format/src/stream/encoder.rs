@@ -83,6 +83,11 @@ impl RamSection {
         bytes.extend_from_slice(&self.section_id.to_be_bytes());
     }
 
+    /// Appends what stands before the data of a page.
+    pub fn page_header(&mut self, bytes: &mut Vec<u8>, block: (usize, &RamBlock), page: PageIndex) {
+        self.page_word(bytes, block, page, ram_flag::PAGE);
+    }
+
     /// Appends a page with its data, which has the length of one page.
     pub fn page(
         &mut self,
@@ -91,7 +96,7 @@ impl RamSection {
         page: PageIndex,
         data: &[u8],
     ) {
-        self.page_word(bytes, block, page, ram_flag::PAGE);
+        self.page_header(bytes, block, page);
         bytes.extend_from_slice(data);
     }
 
@@ -128,13 +133,22 @@ impl RamSection {
     }
 }
 
+/// Appends what stands before the JSON of a VM description of `len` bytes.
+///
+/// # Panics
+///
+/// Panics if `len` is more than 32 bits say: it is ours, or comes from a file that was checked.
+pub fn begin_vm_description(bytes: &mut Vec<u8>, len: u64) {
+    bytes.push(section::VM_DESCRIPTION);
+    let len = u32::try_from(len).expect("a description has less than 4 GiB");
+    bytes.extend_from_slice(&len.to_be_bytes());
+}
+
 /// Appends a VM description without devices. QEMU warns where there is none.
 ///
 /// The member `vmfile` says who wrote it.
 pub fn vm_description(bytes: &mut Vec<u8>) {
     let json = br#"{"configuration":{},"page_size":4096,"devices":[],"vmfile":1}"#;
-    bytes.push(section::VM_DESCRIPTION);
-    let len = u32::try_from(json.len()).expect("a short constant");
-    bytes.extend_from_slice(&len.to_be_bytes());
+    begin_vm_description(bytes, json.len() as u64);
     bytes.extend_from_slice(json);
 }
