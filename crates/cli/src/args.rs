@@ -184,12 +184,14 @@ pub(crate) struct RestoreArguments {
 /// How RAM comes back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum RestoreMode {
-    /// Mapped where that can be, else loaded
+    /// Mapped where that can be, else loaded, else streamed
     Auto,
     /// Mapped from the file, copy-on-write
     Map,
     /// Read into the new process
     Load,
+    /// Sent as QEMU's own stream, which any QEMU takes
+    Stream,
 }
 
 #[derive(Debug, Args)]

@@ -166,6 +166,10 @@ impl From<&RestoreError> for Failure {
             }
             RestoreError::CannotMap { .. } => Failure::new(Code::Incompatible, "cannot_map", error)
                 .hint("--mode load works with every file and every QEMU since 8.0"),
+            RestoreError::CannotLoad { .. } => {
+                Failure::new(Code::Incompatible, "cannot_load", error)
+                    .hint("--mode stream works with every file and every QEMU")
+            }
             RestoreError::NoSavedCommand => Failure::new(Code::Usage, "no_command", error)
                 .hint("give QEMU's command line after `--`"),
             RestoreError::CannotRecreate { .. } => {
@@ -187,9 +191,10 @@ impl From<&RestoreError> for Failure {
                 .hint("the command line after `--` begins with QEMU's program"),
             RestoreError::DeviceState { .. } => Failure::new(Code::Vm, "device_state", error)
                 .hint("QEMU needs the devices that the VM had when it was saved"),
-            RestoreError::File(_) | RestoreError::Process(_) | RestoreError::Load(_) => {
-                Failure::new(Code::System, "io", error)
-            }
+            RestoreError::File(_)
+            | RestoreError::Process(_)
+            | RestoreError::Load(_)
+            | RestoreError::Send(_) => Failure::new(Code::System, "io", error),
             RestoreError::Stopped => Failure::new(Code::Interrupted, "stopped", error),
             _ => Failure::new(Code::Vm, "vm", error),
         }

@@ -1,17 +1,18 @@
 //! `vmfile restore`: a file into a running VM.
 //!
 //! ```text
-//! prepare - start QEMU - compare - RAM (map or load) - device state - run
+//! prepare - start QEMU - compare - RAM (map, load or stream) - device state - run
 //! ```
 //!
 //! `map`: the file's pages *are* the RAM, copy-on-write; QEMU is started with them and nothing is
 //! read. `load`: the file is read straight into the memory of a QEMU that waits. Either way QEMU
 //! then gets a short stream of its own kind: the block list, the pages of the small blocks, and
-//! the device state.
+//! the device state. `stream`: all of it comes that way, which any QEMU takes.
 
 mod compare;
 mod prepare;
 mod ram;
+mod stream;
 
 use std::path::PathBuf;
 use std::time::Instant;
@@ -22,7 +23,7 @@ use vmfile_qemu::{LaunchedQemu, Vm};
 
 use self::compare::compare;
 use self::prepare::prepare;
-use self::ram::load;
+use self::ram::bring;
 use crate::control::Control;
 use crate::jobs::Jobs;
 use crate::ram_loader::LoadError;
@@ -32,13 +33,15 @@ use crate::snapshot::Snapshot;
 /// How RAM comes back.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Mode {
-    /// `map` where it can be, else `load`; the report says which and why.
+    /// `map` where it can be, else `load`, else `stream`; the report says which and why.
     #[default]
     Auto,
     /// Mapped from the file, copy-on-write: nothing is read.
     Map,
     /// Read from the file into the new process.
     Load,
+    /// Sent as QEMU's own stream.
+    Stream,
 }
 
 /// Into which QEMU a VM is restored.
@@ -57,9 +60,9 @@ pub enum Destination {
 pub struct RestoreOptions {
     /// How RAM comes back.
     pub mode: Mode,
-    /// Whether `load` reads past the page cache.
+    /// Whether `load` and `stream` read past the page cache.
     pub direct_io: DirectIo,
-    /// Who moves the bytes of `load`.
+    /// Who reads the bytes.
     pub io: Backend,
     /// How many threads `load` has.
     pub jobs: Jobs,
@@ -89,15 +92,15 @@ pub struct RestoreReport {
     pub pid: u32,
     /// The first QMP socket that its command line names.
     pub qmp: Option<PathBuf>,
-    /// How RAM came back: `map` or `load`.
+    /// How RAM came back: `map`, `load` or `stream`.
     pub mode: &'static str,
     /// Why it was that mode.
     pub mode_reason: String,
     /// Whether the guest runs now.
     pub running: bool,
-    /// Whether `load` used direct I/O; if not, why.
+    /// Whether `load` or `stream` used direct I/O; if not, why.
     pub direct_io: Option<String>,
-    /// Bytes that were read from the file into RAM.
+    /// Bytes of pages that `load` or `stream` read from the file.
     pub bytes_read: u64,
     /// From the start of QEMU to its first answer, in seconds; 0 for a QEMU that waited.
     pub qemu_start_seconds: f64,
@@ -134,22 +137,20 @@ pub fn restore(
     let mut prepared = prepare(snapshot, destination, options)?;
     let answered = Instant::now();
     let qmp = prepared.qmp.take();
-    let (mode, mode_reason) = (prepared.mode, prepared.reason.clone());
     let vm = prepared.vm();
     let found = vm.ram_blocks()?;
     compare(snapshot, &vm.machine_type()?, &found)?;
-    let mapped: &[String] = &prepared.mapped.clone();
-    let loaded = load(snapshot, prepared.vm(), &found, mapped, options, control);
-    let loaded = loaded.map_err(|error| prepared.explain(error))?;
+    let brought = bring(snapshot, &mut prepared, &found, options, control);
+    let brought = brought.map_err(|error| prepared.explain(error))?;
     let running = run(snapshot, prepared.vm(), options)?;
     let report = RestoreReport {
         pid: prepared.vm().pid()?,
         qmp,
-        mode,
-        mode_reason,
+        mode: brought.mode.name(),
+        mode_reason: brought.reason,
         running,
-        direct_io: (loaded.bytes_read > 0).then_some(loaded.direct_io),
-        bytes_read: loaded.bytes_read,
+        direct_io: (brought.bytes_read > 0).then_some(brought.direct_io),
+        bytes_read: brought.bytes_read,
         qemu_start_seconds: prepared.start_seconds,
         resume_seconds: answered.elapsed().as_secs_f64(),
         total_seconds: started.elapsed().as_secs_f64(),

@@ -17,15 +17,38 @@ use crate::snapshot::Snapshot;
 /// How long QEMU may take to answer: it opens disks and makes RAM meanwhile.
 const START_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// The kinds of memory backend that make memory of their own.
+const ANONYMOUS: [&str; 2] = ["memory-backend-ram", "memory-backend-memfd"];
+
 /// A QEMU that waits for the VM.
 pub(super) struct Prepared {
     pub(super) qemu: Qemu,
-    pub(super) mode: &'static str,
+    pub(super) mode: Chosen,
     pub(super) reason: String,
+    /// Whether `stream` may take the place of `load`.
+    pub(super) may_stream: bool,
     /// Names of the blocks that are mapped from the file.
     pub(super) mapped: Vec<String>,
     pub(super) qmp: Option<PathBuf>,
     pub(super) start_seconds: f64,
+}
+
+/// The mode that was chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Chosen {
+    Map,
+    Load,
+    Stream,
+}
+
+impl Chosen {
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Chosen::Map => "map",
+            Chosen::Load => "load",
+            Chosen::Stream => "stream",
+        }
+    }
 }
 
 pub(super) enum Qemu {
@@ -51,6 +74,17 @@ impl Prepared {
             }
             (error, _) => error,
         }
+    }
+
+    /// Returns the names of the RAM blocks that hold nothing yet: those that QEMU, just started,
+    /// made of anonymous memory. A file may have been used before.
+    pub(super) fn fresh_blocks(&mut self) -> Result<Vec<String>, RestoreError> {
+        let Qemu::Launched(qemu) = &mut self.qemu else { return Ok(Vec::new()) };
+        let mut backends = qemu.vm().memory_backends()?;
+        backends.retain(|backend| backend.path.is_none() && ANONYMOUS.contains(&&*backend.kind));
+        // Machine types before 4.0 name a block by its backend's whole path.
+        let names = |id: String| [format!("/objects/{id}"), id];
+        Ok(backends.into_iter().flat_map(|backend| names(backend.id)).collect())
     }
 
     pub(super) fn vm(&mut self) -> &mut Vm {
@@ -119,7 +153,15 @@ pub(super) fn prepare(
     }
     let qemu = launch.spawn(START_TIMEOUT)?;
     let start_seconds = start.elapsed().as_secs_f64();
-    Ok(Prepared { qemu: Qemu::Launched(qemu), mode, reason, mapped: names, qmp, start_seconds })
+    Ok(Prepared {
+        qemu: Qemu::Launched(qemu),
+        mode,
+        reason,
+        may_stream: options.mode == Mode::Auto,
+        mapped: names,
+        qmp,
+        start_seconds,
+    })
 }
 
 fn prepare_waiting(mut vm: Vm, options: &RestoreOptions) -> Result<Prepared, RestoreError> {
@@ -131,10 +173,20 @@ fn prepare_waiting(mut vm: Vm, options: &RestoreOptions) -> Result<Prepared, Res
     if found != RunState::InMigrate {
         return Err(RestoreError::NotWaiting { found: found.to_string() });
     }
-    let reason = "QEMU was running already".to_owned();
-    let qemu = Qemu::Waiting(vm);
-    let (mapped, qmp) = (Vec::new(), None);
-    Ok(Prepared { qemu, mode: "load", reason, mapped, qmp, start_seconds: 0.0 })
+    let (mode, reason) = match options.mode {
+        Mode::Stream => (Chosen::Stream, "asked for"),
+        Mode::Load => (Chosen::Load, "asked for"),
+        Mode::Map | Mode::Auto => (Chosen::Load, "QEMU was running already"),
+    };
+    Ok(Prepared {
+        qemu: Qemu::Waiting(vm),
+        mode,
+        reason: reason.to_owned(),
+        may_stream: options.mode == Mode::Auto,
+        mapped: Vec::new(),
+        qmp: None,
+        start_seconds: 0.0,
+    })
 }
 
 /// Compares `-m` with the machine's RAM in the file: QEMU would refuse to start with a mapped file
@@ -162,9 +214,11 @@ fn choose<'a>(
     command_line: &CommandLine,
     version: QemuVersion,
     mode: Mode,
-) -> Result<(Vec<&'a PlacedBlock>, &'static str, String), RestoreError> {
-    if mode == Mode::Load {
-        return Ok((Vec::new(), "load", "asked for".to_owned()));
+) -> Result<(Vec<&'a PlacedBlock>, Chosen, String), RestoreError> {
+    match mode {
+        Mode::Load => return Ok((Vec::new(), Chosen::Load, "asked for".to_owned())),
+        Mode::Stream => return Ok((Vec::new(), Chosen::Stream, "asked for".to_owned())),
+        Mode::Auto | Mode::Map => {}
     }
     let blocks = &snapshot.structure().blocks;
     let mappable: Vec<&PlacedBlock> = blocks
@@ -184,9 +238,9 @@ fn choose<'a>(
         None
     };
     match (obstacle, mode) {
-        (None, Mode::Map) => Ok((mappable, "map", "asked for".to_owned())),
-        (None, _) => Ok((mappable, "map", "the file and this QEMU allow it".to_owned())),
+        (None, Mode::Map) => Ok((mappable, Chosen::Map, "asked for".to_owned())),
+        (None, _) => Ok((mappable, Chosen::Map, "the file and this QEMU allow it".to_owned())),
         (Some(reason), Mode::Map) => Err(RestoreError::CannotMap { reason }),
-        (Some(reason), _) => Ok((Vec::new(), "load", reason)),
+        (Some(reason), _) => Ok((Vec::new(), Chosen::Load, reason)),
     }
 }

@@ -1,150 +1,220 @@
-//! RAM and device state into the QEMU that waits.
+//! RAM and device state into the QEMU that waits, in the mode that was chosen.
 
-use std::io::Write;
-use std::os::unix::net::UnixStream;
-use std::thread;
-use std::time::{Duration, Instant};
+use std::error::Error;
 
-use vmfile_engine::{Access, DataFile};
+use vmfile_engine::{Access, DataFile, DirectIo};
+use vmfile_format::RamBlock;
 use vmfile_format::mapped_ram::PlacedBlock;
-use vmfile_format::stream::configuration::Configuration;
-use vmfile_format::stream::encoder::{self, RamSection};
-use vmfile_format::{PageIndex, RamLayout};
-use vmfile_qemu::{RamBlockInfo, Vm};
+use vmfile_qemu::{Feature, RamBlockInfo, Vm};
 
 use super::RestoreOptions;
+use super::prepare::{Chosen, Prepared};
+use super::stream::send_to;
 use crate::check::describe;
 use crate::control::Control;
 use crate::ram_loader::{LoadTarget, load_ram};
+use crate::reading::open_for_reading;
 use crate::restore_error::RestoreError;
+use crate::send::{Contents, LARGE_BLOCK_LEN, Pages, SendError, Source};
 use crate::snapshot::Snapshot;
 use crate::source::process::{BlockAt, ProcessRam, Writable};
 
-/// Blocks below this length go through the stream, as do blocks whose length QEMU may change.
-const LOAD_LEN_MIN: u64 = 4 << 20;
-
-/// How long QEMU may take for the device state: it is milliseconds of work.
-const LOAD_TIMEOUT: Duration = Duration::from_secs(120);
-
-/// What was loaded.
-pub(super) struct Loaded {
+/// What was brought into QEMU, and how.
+pub(super) struct Brought {
+    pub(super) mode: Chosen,
+    pub(super) reason: String,
+    /// What the mode itself read, without the small blocks that go through a short stream.
     pub(super) bytes_read: u64,
     pub(super) direct_io: String,
 }
 
 /// Brings RAM and device state into the QEMU that waits.
-pub(super) fn load(
+pub(super) fn bring(
+    snapshot: &Snapshot,
+    prepared: &mut Prepared,
+    found: &[RamBlockInfo],
+    options: &RestoreOptions,
+    control: &Control<'_>,
+) -> Result<Brought, RestoreError> {
+    let reason = prepared.reason.clone();
+    match prepared.mode {
+        Chosen::Map => {
+            let mapped = prepared.mapped.clone();
+            let is_there = |name: &str| mapped.iter().any(|mapped| mapped == name);
+            short_stream(snapshot, prepared.vm(), is_there, options, control)?;
+            Ok(Brought { mode: Chosen::Map, reason, bytes_read: 0, direct_io: String::new() })
+        }
+        Chosen::Load => match Loadable::find(snapshot, prepared.vm(), found)? {
+            Ok(loadable) => {
+                let (bytes_read, direct_io) = loadable.load(snapshot, options, control)?;
+                let is_there = |name: &str| loadable.has(name);
+                short_stream(snapshot, prepared.vm(), is_there, options, control)?;
+                Ok(Brought { mode: Chosen::Load, reason, bytes_read, direct_io })
+            }
+            Err(obstacle) if prepared.may_stream => {
+                let reason = format!("{reason}; {}", obstacle.words());
+                whole_stream(snapshot, prepared, reason, options, control)
+            }
+            Err(obstacle) => Err(obstacle.into()),
+        },
+        Chosen::Stream => whole_stream(snapshot, prepared, reason, options, control),
+    }
+}
+
+/// The large blocks, and the process in whose memory they lie.
+struct Loadable<'a> {
+    blocks: Vec<&'a PlacedBlock>,
+    process: Option<ProcessRam>,
+}
+
+/// Why the file cannot be read into a process.
+enum Obstacle {
+    NoAddresses(String),
+    Process(crate::source::process::ProcessRamError),
+}
+
+impl Obstacle {
+    fn words(&self) -> String {
+        match self {
+            Obstacle::NoAddresses(words) => words.clone(),
+            Obstacle::Process(error) => match error.source() {
+                Some(source) => format!("{error}: {source}"),
+                None => error.to_string(),
+            },
+        }
+    }
+}
+
+impl From<Obstacle> for RestoreError {
+    fn from(obstacle: Obstacle) -> RestoreError {
+        match obstacle {
+            Obstacle::NoAddresses(reason) => RestoreError::CannotLoad { reason },
+            Obstacle::Process(error) => RestoreError::Process(error),
+        }
+    }
+}
+
+impl<'a> Loadable<'a> {
+    /// Finds where the large blocks lie, or why that cannot be said; nothing has changed then.
+    fn find(
+        snapshot: &'a Snapshot,
+        vm: &mut Vm,
+        found: &[RamBlockInfo],
+    ) -> Result<Result<Loadable<'a>, Obstacle>, RestoreError> {
+        let (mut blocks, mut places) = (Vec::new(), Vec::new());
+        for placed in &snapshot.structure().blocks {
+            let (name, len) = (placed.block.name(), placed.block.used_length());
+            let info = found.iter().find(|info| info.name == name);
+            // Blocks whose length QEMU may change go through the stream.
+            let Some(info) = info.filter(|i| len >= LARGE_BLOCK_LEN && i.used_length == len) else {
+                continue;
+            };
+            let Some(address) = info.host_address else {
+                let (version, first) = (vm.version()?, Feature::RamBlockAddresses.since());
+                let words = format!("QEMU {version} does not say where RAM lies, {first} does");
+                return Ok(Err(Obstacle::NoAddresses(words)));
+            };
+            places.push(BlockAt { name: name.to_owned(), address, len });
+            blocks.push(placed);
+        }
+        if blocks.is_empty() {
+            return Ok(Ok(Loadable { blocks, process: None }));
+        }
+        Ok(match ProcessRam::open(vm.pid()?, &places, Access::ReadWrite) {
+            Ok(process) => Ok(Loadable { blocks, process: Some(process) }),
+            Err(error) => Err(Obstacle::Process(error)),
+        })
+    }
+
+    fn has(&self, name: &str) -> bool {
+        self.blocks.iter().any(|placed| placed.block.name() == name)
+    }
+
+    /// Reads the pages of the blocks straight into the process; returns how many bytes, and
+    /// whether past the page cache.
+    fn load(
+        &self,
+        snapshot: &Snapshot,
+        options: &RestoreOptions,
+        control: &Control<'_>,
+    ) -> Result<(u64, String), RestoreError> {
+        let Some(process) = &self.process else { return Ok((0, String::new())) };
+        let mut targets = Vec::new();
+        for (placed, Writable { touched, writer }) in
+            self.blocks.iter().zip(process.scan_for_writing()?)
+        {
+            let bitmap = snapshot.bitmap(placed)?;
+            targets.push(LoadTarget { placed: (*placed).clone(), bitmap, writer, touched });
+        }
+        let file = snapshot.file().try_clone().map_err(RestoreError::File)?;
+        let file = DataFile::new(file, options.direct_io).map_err(RestoreError::File)?;
+        let direct_io = describe(file.direct());
+        let width = (options.io, options.jobs.count());
+        let (bytes_read, _) = load_ram(&file, &targets, width, control)?;
+        Ok((bytes_read, direct_io))
+    }
+}
+
+/// Sends the device state, and the pages of the blocks that are not there already.
+fn short_stream(
     snapshot: &Snapshot,
     vm: &mut Vm,
-    found: &[RamBlockInfo],
-    mapped: &[String],
+    is_there: impl Fn(&str) -> bool,
     options: &RestoreOptions,
     control: &Control<'_>,
-) -> Result<Loaded, RestoreError> {
-    let mut direct = Vec::new();
-    if mapped.is_empty() {
-        for placed in &snapshot.structure().blocks {
-            let length = placed.block.used_length();
-            let info = found.iter().find(|info| info.name == placed.block.name());
-            let info = info.filter(|info| length >= LOAD_LEN_MIN && info.used_length == length);
-            if let Some(address) = info.and_then(|info| info.host_address) {
-                direct.push((placed, address));
-            }
-        }
-    }
-    let loaded = load_direct(snapshot, vm.pid()?, &direct, options, control)?;
-    let skip = |name: &str| {
-        mapped.iter().any(|mapped| mapped == name)
-            || direct.iter().any(|(placed, _)| placed.block.name() == name)
-    };
-    let stream = short_stream(snapshot, skip)?;
-    send(vm, stream, control)?;
-    Ok(loaded)
-}
-
-/// Reads the pages of some blocks straight into the process.
-fn load_direct(
-    snapshot: &Snapshot,
-    pid: u32,
-    blocks: &[(&PlacedBlock, u64)],
-    options: &RestoreOptions,
-    control: &Control<'_>,
-) -> Result<Loaded, RestoreError> {
-    if blocks.is_empty() {
-        return Ok(Loaded { bytes_read: 0, direct_io: String::new() });
-    }
-    let at = |(placed, address): &(&PlacedBlock, u64)| BlockAt {
-        name: placed.block.name().to_owned(),
-        address: *address,
-        len: placed.block.used_length(),
-    };
-    let places: Vec<BlockAt> = blocks.iter().map(at).collect();
-    let process = ProcessRam::open(pid, &places, Access::ReadWrite)?;
-    let mut targets = Vec::new();
-    for ((placed, _), Writable { touched, writer }) in
-        blocks.iter().zip(process.scan_for_writing()?)
-    {
-        let bitmap = snapshot.bitmap(placed)?;
-        targets.push(LoadTarget { placed: (*placed).clone(), bitmap, writer, touched });
-    }
+) -> Result<(), RestoreError> {
+    // Zero pages are sent as well: the destination filled its ROMs by itself.
+    let pages = |block: &RamBlock| if is_there(block.name()) { Pages::None } else { Pages::All };
+    let contents = paused(snapshot, Contents::new(snapshot, pages)?)?;
     let file = snapshot.file().try_clone().map_err(RestoreError::File)?;
-    let file = DataFile::new(file, options.direct_io).map_err(RestoreError::File)?;
-    let direct_io = describe(file.direct());
-    let width = (options.io, options.jobs.count());
-    let (bytes_read, _) = load_ram(&file, &targets, width, control)?;
-    Ok(Loaded { bytes_read, direct_io })
+    let file = DataFile::new(file, DirectIo::Off).map_err(RestoreError::File)?;
+    // It is not this that takes long, and progress has come to its end.
+    send_to(vm, &contents, &Source { file, io: options.io }, control, &|_| {})
 }
 
-/// Makes the stream for a destination that has the RAM of the blocks that are skipped.
-fn short_stream(snapshot: &Snapshot, skip: impl Fn(&str) -> bool) -> Result<Vec<u8>, RestoreError> {
-    let structure = snapshot.structure();
-    let ram: RamLayout = structure.ram();
-    let state = &structure.device_state;
-    // No capability: the destination is to read a plain stream.
-    let configuration =
-        Configuration { capabilities: Vec::new(), ..structure.configuration.clone() };
-    let mut bytes = configuration.encode();
-    let mut section = RamSection::begin(&mut bytes, state.unused_id(), &ram);
-    for (index, placed) in structure.blocks.iter().enumerate() {
-        if skip(placed.block.name()) {
-            continue;
-        }
-        let bitmap = snapshot.bitmap(placed)?;
-        let page_size = placed.block.page_size();
-        for page in (0..placed.block.page_count().0).map(PageIndex) {
-            // Zero pages are sent as well: the destination filled its ROMs by itself.
-            if bitmap.contains(page) {
-                let offset = placed.page_offset(page).expect("inside the file");
-                let data = snapshot.read(offset, page_size.bytes())?;
-                section.page(&mut bytes, (index, &placed.block), page, &data);
-            } else {
-                section.zero_page(&mut bytes, (index, &placed.block), page);
-            }
-        }
-    }
-    section.finish(&mut bytes);
-    // Whatever the guest did, it waits for `cont`, even in a QEMU that was started without -S.
-    let mut devices = snapshot.device_state()?;
-    if !state.set_run_state(&mut devices, "paused") {
-        return Err(RestoreError::NoRunState);
-    }
-    bytes.extend_from_slice(&devices);
-    encoder::vm_description(&mut bytes);
-    Ok(bytes)
+/// Sends everything.
+fn whole_stream(
+    snapshot: &Snapshot,
+    prepared: &mut Prepared,
+    reason: String,
+    options: &RestoreOptions,
+    control: &Control<'_>,
+) -> Result<Brought, RestoreError> {
+    let fresh = prepared.fresh_blocks()?;
+    let is_fresh = |block: &RamBlock| fresh.iter().any(|fresh| fresh == block.name());
+    let pages = |block: &RamBlock| {
+        let is_large = block.used_length() >= LARGE_BLOCK_LEN;
+        if is_large && is_fresh(block) { Pages::Data } else { Pages::All }
+    };
+    let contents = paused(snapshot, Contents::new(snapshot, pages)?)?;
+    let opened = open_for_reading(snapshot, options.direct_io);
+    let (file, direct_io) = opened.map_err(RestoreError::File)?;
+    let source = Source { file, io: options.io };
+    let report = |progress| control.report(progress);
+    send_to(prepared.vm(), &contents, &source, control, &report)?;
+    let (_, bytes_read) = contents.data();
+    Ok(Brought { mode: Chosen::Stream, reason, bytes_read, direct_io })
 }
 
-/// Sends the stream to QEMU and waits until QEMU has loaded it.
-fn send(vm: &mut Vm, stream: Vec<u8>, control: &Control<'_>) -> Result<(), RestoreError> {
-    let (mut ours, theirs) = UnixStream::pair().map_err(RestoreError::Stream)?;
-    vm.load_stream(theirs.into())
-        .map_err(|source| RestoreError::DeviceState { source, stderr: String::new() })?;
-    let writer = thread::spawn(move || ours.write_all(&stream));
-    let loaded = vm.wait_loaded(Instant::now() + LOAD_TIMEOUT, &|| control.is_stopped());
-    // QEMU has what it wanted, or has closed its end: the writer does not wait for long.
-    let written = writer.join().expect("the writer does not panic");
-    loaded.map_err(|error| match error {
-        vmfile_qemu::LoadError::Cancelled => RestoreError::Stopped,
-        source => RestoreError::DeviceState { source, stderr: String::new() },
-    })?;
-    written.map_err(RestoreError::Stream)
+/// Whatever the guest did, it waits for `cont`, even in a QEMU that was started without -S.
+fn paused<'a>(
+    snapshot: &Snapshot,
+    mut contents: Contents<'a>,
+) -> Result<Contents<'a>, RestoreError> {
+    let state = &snapshot.structure().device_state;
+    if state.set_run_state(&mut contents.devices, "paused") {
+        Ok(contents)
+    } else {
+        Err(RestoreError::NoRunState)
+    }
+}
+
+impl From<SendError> for RestoreError {
+    fn from(error: SendError) -> RestoreError {
+        match error {
+            SendError::Snapshot(error) => RestoreError::Snapshot(error),
+            SendError::Stopped => RestoreError::Stopped,
+            error => RestoreError::Send(error),
+        }
+    }
 }
