@@ -232,3 +232,107 @@ fn a_file_of_qemus_at_an_offset_with_stale_bytes_goes_to_the_oldest() -> TestRes
     destination.wait_for_passes(2)?;
     destination.judge_counts()
 }
+
+/// Tells a QEMU that waits how many channels will come, and has it listen.
+fn listen(waiting: &mut Guest, socket: &Path, channels: u32) -> TestResult {
+    let multifd = json!({"capability": "multifd", "state": true});
+    waiting.qmp("migrate-set-capabilities", json!({ "capabilities": [multifd] }))?;
+    waiting.qmp("migrate-set-parameters", json!({ "multifd-channels": channels }))?;
+    let uri = format!("unix:{}", socket.display());
+    waiting.qmp("migrate-incoming", json!({ "uri": uri }))?;
+    Ok(())
+}
+
+/// Saves with the installed QEMU, sends over each number of channels to `release`, and lets the
+/// guest judge.
+fn comes_over_channels(release: Release, config: &GuestConfig, channels: &[u32]) -> TestResult {
+    let (source, qemu) = (requires!(Qemu::of(Release::Distribution)), requires!(Qemu::of(release)));
+    let saved = saved(&source, config)?;
+    let socket = saved.directory.path().join("incoming");
+    for &channels in channels {
+        let mut waiting = config.incoming(&qemu, "defer")?;
+        listen(&mut waiting, &socket, channels)?;
+        let options = SendOptions { channels, ..SendOptions::default() };
+        let report = send_to(&saved.file, 0, &socket, &options)?;
+        assert_eq!(report.channels, channels);
+        wait_until_loaded(&mut waiting)?;
+        waiting.wait_for_passes(2)?;
+        waiting.judge_counts()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn channels_bring_a_vm_to_the_installed_one() -> TestResult {
+    let config = Guest::boot_sector(Ram::private(64)).seed(91);
+    comes_over_channels(Release::Distribution, &config, &[1, 2, 8])
+}
+
+/// Its machine type waits for the channels at the end of each part.
+#[test]
+fn channels_bring_a_vm_to_the_oldest() -> TestResult {
+    let config = Guest::boot_sector(Ram::memfd(64)).seed(92).machine_version("7.2");
+    comes_over_channels(Release::Oldest, &config, &[1, 2, 8])
+}
+
+#[test]
+fn channels_bring_an_old_machine_and_a_new_one_to_the_newest() -> TestResult {
+    for version in ["7.2", "10.0"] {
+        let config = Guest::boot_sector(Ram::private(64)).seed(93).machine_version(version);
+        let uuid = ["-uuid", "00112233-4455-6677-8899-aabbccddeeff"];
+        comes_over_channels(Release::Newest, &config.machine(Machine::Q35).arguments(uuid), &[2])?;
+    }
+    Ok(())
+}
+
+/// Packets could name zero pages as well, but QEMU would not clear them.
+#[test]
+fn a_ram_file_that_was_used_before_is_cleared_over_channels() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    let config = Guest::boot_sector(Ram::tmpfs(64)).seed(94);
+    let saved = saved(&qemu, &config)?;
+    let socket = saved.directory.path().join("incoming");
+    let mut waiting = config.prepare(&qemu)?.start(&["-incoming", "defer", "-S"])?;
+    let ram = fill_with_noise(&waiting, 64 << 20)?;
+    listen(&mut waiting, &socket, 2)?;
+    let options = SendOptions { channels: 2, ..SendOptions::default() };
+    send_to(&saved.file, 0, &socket, &options)?;
+    wait_until_loaded(&mut waiting)?;
+    assert!(std::fs::read(&ram)? == verbs::pages(&saved.file, "pc.ram")?, "as the file says");
+    Ok(())
+}
+
+#[test]
+fn channels_that_the_receiver_closes_are_an_error_and_end_the_others() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    let saved = saved(&qemu, &Guest::boot_sector(Ram::private(64)).seed(95))?;
+    let socket = saved.directory.path().join("listener");
+    let listener = std::os::unix::net::UnixListener::bind(&socket)?;
+    let receiver = thread::spawn(move || {
+        let connections: std::io::Result<Vec<_>> = (0..4).map(|_| listener.accept()).collect();
+        let mut connections = connections?;
+        // One channel is closed; the others stay open and nobody reads them.
+        drop(connections.remove(2));
+        std::io::Result::Ok(connections)
+    });
+    let options = SendOptions { channels: 3, ..SendOptions::default() };
+    let error = send_to(&saved.file, 0, &socket, &options).expect_err("closed").to_string();
+    assert!(error.contains("the reader closed its end"), "{error}");
+    drop(receiver.join().map_err(|_| "no panic")??);
+    Ok(())
+}
+
+#[test]
+fn channels_need_a_socket_and_are_not_many() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    let saved = saved(&qemu, &Guest::boot_sector(Ram::private(16)).fill_mib(1).seed(96))?;
+    let options = SendOptions { channels: 17, ..SendOptions::default() };
+    let error = send_to(&saved.file, 0, Path::new("/nonexistent"), &options).expect_err("many");
+    assert_eq!(error.to_string(), "17 multifd channels, expected at most 16");
+    let snapshot = Snapshot::open(&saved.file, 0)?;
+    let (ours, _theirs) = std::os::unix::net::UnixStream::pair()?;
+    let to = SendTo::Descriptor(ours.into());
+    let error = send(&snapshot, to, &options, &Control::none()).expect_err("no socket");
+    assert_eq!(error.to_string(), "17 multifd channels, expected at most 0 into a descriptor");
+    Ok(())
+}

@@ -95,6 +95,7 @@ pub(crate) enum Verb {
     #[command(after_help = "Examples:
   qemu-system-x86_64 -m 4G ... -incoming \"exec:vmfile send vm.vmf\"
   vmfile send vm.vmf --connect unix:/run/incoming.sock
+  vmfile send vm.vmf --connect unix:/run/incoming.sock --channels 4
   vmfile send vm.vmf > vm.stream")]
     Send(SendArguments),
     /// Say what is in a file, without reading a page
@@ -204,6 +205,9 @@ pub(crate) struct SendArguments {
     /// Send into this open descriptor
     #[arg(long, value_name = "N")]
     pub(crate) fd: Option<i32>,
+    /// Multifd channels besides the stream, as many as QEMU was told, 1 to 16
+    #[arg(long, value_name = "N", requires = "connect", value_parser = clap::value_parser!(u32).range(1..=16))]
+    pub(crate) channels: Option<u32>,
     /// Leave zero pages out: the destination's RAM is fresh, not a file that was used before
     #[arg(long)]
     pub(crate) assume_zeroed: bool,

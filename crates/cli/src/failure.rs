@@ -209,6 +209,11 @@ impl From<&SendError> for Failure {
                 .hint("start a QEMU with -incoming unix:PATH first"),
             SendError::PeerClosed { .. } => Failure::new(Code::Vm, "peer_closed", error)
                 .hint("QEMU says on its stderr why it refused the stream"),
+            SendError::Channels { .. } => Failure::new(Code::Usage, "usage", error),
+            SendError::MachineVersion { .. } => {
+                Failure::new(Code::Incompatible, "machine_version", error)
+                    .hint("without --channels any machine type can be sent")
+            }
             SendError::Stopped => Failure::new(Code::Interrupted, "stopped", error),
             _ => Failure::new(Code::System, "io", error),
         }

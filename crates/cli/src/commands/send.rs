@@ -21,6 +21,7 @@ pub(crate) fn run(arguments: &SendArguments, voice: &Voice) -> Result<ExitCode, 
     let options = SendOptions {
         direct_io: arguments.direct_io.into(),
         io: arguments.io.into(),
+        channels: arguments.channels.unwrap_or(0),
         assume_zeroed: arguments.assume_zeroed,
     };
     let meter = Meter::new("send", voice.progress, &signals.asked);

@@ -8,6 +8,7 @@
 //! places, so that they can be read ahead, past the page cache, and go out from where they were read
 //! to.
 
+mod channels;
 mod contents;
 mod outlet;
 mod pages;
@@ -24,6 +25,7 @@ use serde::Serialize;
 use vmfile_engine::{Backend, DirectIo};
 use vmfile_format::RamBlock;
 
+use self::channels::{CHANNELS_MAX, write_channels};
 pub(crate) use self::contents::{Contents, LARGE_BLOCK_LEN, Pages};
 pub(crate) use self::outlet::Outlet;
 pub(crate) use self::stream::{Source, write_stream};
@@ -48,6 +50,9 @@ pub struct SendOptions {
     pub direct_io: DirectIo,
     /// Who moves the bytes.
     pub io: Backend,
+    /// How many multifd channels there are besides the stream: 0 to 16, as many as the destination
+    /// was told. They need [`SendTo::Connect`].
+    pub channels: u32,
     /// The destination's RAM is fresh: zero pages of blocks of 4 MiB and more are not sent.
     pub assume_zeroed: bool,
 }
@@ -55,7 +60,7 @@ pub struct SendOptions {
 impl Default for SendOptions {
     fn default() -> SendOptions {
         let (direct_io, io) = (DirectIo::Preferred, Backend::Auto);
-        SendOptions { direct_io, io, assume_zeroed: false }
+        SendOptions { direct_io, io, channels: 0, assume_zeroed: false }
     }
 }
 
@@ -64,13 +69,15 @@ impl Default for SendOptions {
 pub struct SendReport {
     /// The file.
     pub file: PathBuf,
+    /// How many multifd channels there were besides the stream.
+    pub channels: u32,
     /// Pages of all RAM blocks.
     pub pages_total: u64,
     /// Pages that were sent with their bytes.
     pub pages_data: u64,
     /// Zero pages that were sent as such.
     pub pages_zero: u64,
-    /// The length of the stream, in bytes.
+    /// The length of the stream and of what the channels carried, in bytes.
     pub bytes_sent: u64,
     /// Whether direct I/O was used; if not, why.
     pub direct_io: String,
@@ -101,6 +108,20 @@ pub enum SendError {
         len: usize,
         /// What the kernel said.
         source: io::Error,
+    },
+    /// There are more channels than there may be, or no socket to connect them to.
+    #[error("{found} multifd channels, expected at most {max}{}", where_to(*.max))]
+    Channels {
+        /// How many were asked for.
+        found: u32,
+        /// How many there may be.
+        max: u32,
+    },
+    /// It depends on the machine type when QEMU waits for its channels, and this does not tell.
+    #[error("machine type {machine:?} does not end with a version of QEMU")]
+    MachineVersion {
+        /// The machine type.
+        machine: String,
     },
     /// Nobody listens at the socket, or it may not be used.
     #[error("connect to {path}", path = path.display())]
@@ -144,28 +165,52 @@ pub fn send(
     control: &Control<'_>,
 ) -> Result<SendReport, SendError> {
     let started = Instant::now();
+    let max = if matches!(to, SendTo::Connect(_)) { CHANNELS_MAX } else { 0 };
+    if options.channels > max {
+        return Err(SendError::Channels { found: options.channels, max });
+    }
     let contents = Contents::new(snapshot, |block| pages(block, options))?;
     let opened = open_for_reading(snapshot, options.direct_io);
     let (file, direct_io) = opened.map_err(SendError::Reading)?;
     let source = Source { file, io: options.io };
-    let is_stopped = || control.is_stopped();
-    let descriptor = match to {
-        SendTo::Descriptor(descriptor) => descriptor,
-        SendTo::Connect(path) => connect(&path)?.into(),
+    let (io, bytes_sent) = match (to, options.channels) {
+        (SendTo::Descriptor(descriptor), _) => send_one(&contents, &source, descriptor, control)?,
+        (SendTo::Connect(path), 0) => {
+            send_one(&contents, &source, connect(&path)?.into(), control)?
+        }
+        (SendTo::Connect(path), channels) => {
+            write_channels(&contents, &source, &path, channels, control)?
+        }
     };
-    let mut outlet = Outlet::new(descriptor, &is_stopped).map_err(SendError::Descriptor)?;
-    let io = write_stream(&contents, &source, &mut outlet, control)?;
     let blocks = &snapshot.structure().blocks;
     Ok(SendReport {
         file: snapshot.path().to_path_buf(),
+        channels: options.channels,
         pages_total: blocks.iter().map(|placed| placed.block.page_count().0).sum(),
         pages_data: contents.data().0,
         pages_zero: contents.zero_pages(),
-        bytes_sent: outlet.sent().load(Ordering::Relaxed),
+        bytes_sent,
         direct_io,
         io,
         total_seconds: started.elapsed().as_secs_f64(),
     })
+}
+
+/// Sends all by one stream; returns the back end and how many bytes were sent.
+fn send_one(
+    contents: &Contents<'_>,
+    source: &Source,
+    descriptor: OwnedFd,
+    control: &Control<'_>,
+) -> Result<(String, u64), SendError> {
+    let is_stopped = || control.is_stopped();
+    let mut outlet = Outlet::new(descriptor, &is_stopped).map_err(SendError::Descriptor)?;
+    let io = write_stream(contents, source, &mut outlet, control)?;
+    Ok((io, outlet.sent().load(Ordering::Relaxed)))
+}
+
+fn where_to(channels_max: u32) -> &'static str {
+    if channels_max == 0 { " into a descriptor" } else { "" }
 }
 
 /// Says which pages of a block are sent.

@@ -1,6 +1,6 @@
 //! Pages of a file in their order, read ahead.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 
 use vmfile_engine::{Completion, Direction, Memory, PooledBuffer, Transfer};
@@ -15,7 +15,8 @@ pub(crate) struct PagesInOrder<'a, I> {
     lane: Lane,
     /// The windows that are still to be read.
     ahead: I,
-    submitted: u64,
+    /// Those that were submitted and not yet handed on; the first has the number `taken`.
+    underway: VecDeque<Window>,
     taken: u64,
     /// What has come before its turn.
     early: BTreeMap<u64, Read>,
@@ -37,25 +38,26 @@ impl Read {
 impl<'a, I: Iterator<Item = Window>> PagesInOrder<'a, I> {
     /// Returns a reader of those of `windows` that have data.
     pub(crate) fn new(contents: &'a Contents<'a>, lane: Lane, windows: I) -> PagesInOrder<'a, I> {
-        let early = BTreeMap::new();
-        PagesInOrder { contents, lane, ahead: windows, submitted: 0, taken: 0, early }
+        let (underway, early) = (VecDeque::new(), BTreeMap::new());
+        PagesInOrder { contents, lane, ahead: windows, underway, taken: 0, early }
     }
 
-    /// Returns the bytes of the next window that has data, and goes on reading ahead.
+    /// Returns the next window that has data and its bytes, and goes on reading ahead; `None` after
+    /// the last.
     ///
     /// # Errors
     ///
     /// Returns [`SendError::Read`].
-    pub(crate) fn next(&mut self) -> Result<Read, SendError> {
+    pub(crate) fn next(&mut self) -> Result<Option<(Window, Read)>, SendError> {
         self.read_ahead()?;
+        let Some(window) = self.underway.pop_front() else { return Ok(None) };
         loop {
             if let Some(read) = self.early.remove(&self.taken) {
                 self.taken += 1;
-                return Ok(read);
+                return Ok(Some((window, read)));
             }
             let completion = self.lane.next_read().map_err(SendError::Reading)?;
-            // The next in order is in flight: it was submitted before all that have come.
-            let completion = completion.expect("windows are asked for as often as they are there");
+            let completion = completion.expect("what is underway is in flight, or has come early");
             let number = completion.transfer.tag;
             self.early.insert(number, self.whole(completion)?);
         }
@@ -73,10 +75,10 @@ impl<'a, I: Iterator<Item = Window>> PagesInOrder<'a, I> {
                 direction: Direction::Read,
                 file_offset: placed.pages_offset + window.bytes.start,
                 memory: Memory::Owned(buffer, 0..window.read_len()),
-                tag: self.submitted,
+                tag: self.taken + self.underway.len() as u64,
             };
             self.lane.submit(transfer).map_err(SendError::Reading)?;
-            self.submitted += 1;
+            self.underway.push_back(window);
         }
         Ok(())
     }

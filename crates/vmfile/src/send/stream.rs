@@ -3,7 +3,7 @@
 //! ```text
 //! header, configuration without capabilities
 //! START "ram"   all blocks
-//! PART, ...     pages in the order of the file
+//! PART, ...     pages in the order of the file, or zero pages only beside multifd channels
 //! END           nothing more
 //! device sections and EOF as they are in the file, description
 //! ```
@@ -47,15 +47,15 @@ pub(crate) fn write_stream(
     let write = |lane: Lane| {
         let mut outlet = outlet.lock().expect("the only thread that has it");
         let mut reader = PagesInOrder::new(contents, lane, contents.windows());
-        let mut writer = StreamWriter::begin(contents, &mut outlet)?;
+        let mut writer = StreamWriter::begin(contents, &mut outlet, Parts::Plain)?;
         let (_, total_bytes) = contents.data();
         let mut done_bytes = 0;
         for window in contents.windows() {
             if window.bytes.is_empty() {
-                writer.pages(&window, &[])?;
+                writer.pages(&window, Some(&[]))?;
             } else {
-                let read = reader.next()?;
-                writer.pages(&window, read.bytes())?;
+                let (_, read) = reader.next()?.expect("the reader has the same windows");
+                writer.pages(&window, Some(read.bytes()))?;
                 done_bytes += contents.data_len(&window);
                 control.report(Progress { done_bytes, total_bytes });
             }
@@ -68,12 +68,27 @@ pub(crate) fn write_stream(
     Ok(backend.to_string())
 }
 
+/// How the parts of the "ram" section end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Parts {
+    /// As often as is good, and with nothing.
+    Plain,
+    /// Three times, each with MULTIFD_FLUSH.
+    Flushing,
+    /// Three times, with nothing: a destination waits for its multifd channels at each end.
+    Counted,
+}
+
+/// How many parts the "ram" section has beside multifd channels: START, PART and END.
+pub(crate) const COUNTED_PARTS: usize = 3;
+
 /// Writes a stream, a window of pages at a time.
 #[derive(Debug)]
 pub(crate) struct StreamWriter<'w, 'o> {
     contents: &'w Contents<'w>,
     outlet: &'w mut Outlet<'o>,
     section: RamSection,
+    parts: Parts,
     /// What stands between the pages of a window.
     words: Vec<u8>,
     part_len: u64,
@@ -84,23 +99,27 @@ impl<'w, 'o> StreamWriter<'w, 'o> {
     pub(crate) fn begin(
         contents: &'w Contents<'w>,
         outlet: &'w mut Outlet<'o>,
+        parts: Parts,
     ) -> Result<StreamWriter<'w, 'o>, SendError> {
         let structure = contents.snapshot.structure();
         let mut words = contents.configuration().encode();
-        let ram_id = structure.device_state.unused_id();
-        let section = RamSection::begin(&mut words, ram_id, &structure.ram());
+        let begin = match parts {
+            Parts::Flushing => RamSection::begin_flushing,
+            Parts::Plain | Parts::Counted => RamSection::begin,
+        };
+        let section = begin(&mut words, structure.device_state.unused_id(), &structure.ram());
         outlet.send(&words)?;
-        Ok(StreamWriter { contents, outlet, section, words, part_len: 0 })
+        Ok(StreamWriter { contents, outlet, section, parts, words, part_len: 0 })
     }
 
     /// Writes the pages of a window, of which `bytes` are those from the first page with data to
-    /// the last.
-    pub(crate) fn pages(&mut self, window: &Window, bytes: &[u8]) -> Result<(), SendError> {
+    /// the last; `None` if pages with data go another way.
+    pub(crate) fn pages(&mut self, window: &Window, bytes: Option<&[u8]>) -> Result<(), SendError> {
         let block = &self.contents.blocks[window.block];
         let placed = (block.index, &block.placed.block);
         let page_len = block.placed.block.page_size().bytes();
         self.words.clear();
-        if self.part_len >= UNIT_LEN {
+        if self.parts == Parts::Plain && self.part_len >= UNIT_LEN {
             self.section.next_part(&mut self.words);
             self.part_len = 0;
         }
@@ -108,6 +127,9 @@ impl<'w, 'o> StreamWriter<'w, 'o> {
         let mut pieces: Vec<(usize, Range<usize>)> = Vec::new();
         for page in (window.pages.start.0..window.pages.end.0).map(PageIndex) {
             if block.bitmap.contains(page) {
+                if bytes.is_none() {
+                    continue;
+                }
                 self.section.page_header(&mut self.words, placed, page);
                 let start = usize::try_from(page.0 * page_len - window.bytes.start);
                 let start = start.expect("inside a window");
@@ -117,6 +139,7 @@ impl<'w, 'o> StreamWriter<'w, 'o> {
                 self.section.zero_page(&mut self.words, placed, page);
             }
         }
+        let bytes = bytes.unwrap_or_default();
         let mut slices = Vec::with_capacity(2 * pieces.len() + 1);
         let mut cut = 0;
         for (words_end, page) in pieces {
