@@ -64,6 +64,15 @@ pub fn load(qemu: &Qemu, config: &GuestConfig, file: &Path) -> TestResult<Guest>
     restore(qemu, config, file, Mode::Load)
 }
 
+/// Restores by sending a stream.
+///
+/// # Errors
+///
+/// Whatever the library says.
+pub fn stream(qemu: &Qemu, config: &GuestConfig, file: &Path) -> TestResult<Guest> {
+    restore(qemu, config, file, Mode::Stream)
+}
+
 /// Restores into a QEMU of the same configuration.
 ///
 /// # Errors
@@ -81,8 +90,13 @@ pub fn restore(qemu: &Qemu, config: &GuestConfig, file: &Path, mode: Mode) -> Te
     let options = RestoreOptions { mode, ..RestoreOptions::default() };
     let destination = Destination::Command(words);
     let restored = vmfile::restore::restore(&snapshot, destination, &options, &Control::none())?;
-    let expected = if mode == Mode::Map { "map" } else { "load" };
-    assert_eq!(restored.report.mode, expected);
+    let expected = match mode {
+        Mode::Map => Some("map"),
+        Mode::Load => Some("load"),
+        Mode::Stream => Some("stream"),
+        Mode::Auto => None,
+    };
+    assert!(expected.is_none_or(|mode| mode == restored.report.mode), "{:?}", restored.report);
     drop(restored.qemu.expect("a QEMU was started").detach());
     prepared.attach()
 }

@@ -4,9 +4,10 @@
 use std::collections::HashSet;
 
 use serde_json::{Value, json};
+use vmfile::restore::Mode;
 use vmfile::save::{Route, SaveOptions};
 use vmfile_qemu::{Feature, QemuVersion};
-use vmfile_testing::verbs::{check_is_clean, load, map, save, save_with};
+use vmfile_testing::verbs::{self, check_is_clean, load, map, save, save_with};
 use vmfile_testing::{Guest, GuestConfig, Machine, Qemu, Ram, Release, TestResult, requires};
 
 /// Boots the boot-sector guest and lets it judge its RAM on both machines.
@@ -111,9 +112,9 @@ fn a_vm_of_the_newest_comes_back_in_the_installed_one() -> TestResult {
     moves(Release::Newest, Release::Distribution, &config)
 }
 
-/// It shows no addresses, so that all pages go through the stream.
+/// It shows no addresses, so that all pages go through the stream, and nothing else is called so.
 #[test]
-fn a_vm_of_the_installed_one_is_loaded_by_the_oldest() -> TestResult {
+fn a_vm_of_the_installed_one_is_streamed_to_the_oldest() -> TestResult {
     let source = requires!(Qemu::of(Release::Distribution));
     let oldest = requires!(Qemu::of(Release::Oldest));
     let config = Guest::boot_sector(Ram::private(64)).seed(35).machine_version("7.2");
@@ -125,9 +126,14 @@ fn a_vm_of_the_installed_one_is_loaded_by_the_oldest() -> TestResult {
     drop(guest);
     let error = map(&oldest, &config, &file).expect_err("no rom=off").to_string();
     assert!(error.contains("8.2"), "{error}");
-    let guest = load(&oldest, &config, &file)?;
-    guest.wait_for_passes(2)?;
-    guest.judge_counts()
+    let error = load(&oldest, &config, &file).expect_err("no addresses").to_string();
+    assert!(error.contains("does not say where RAM lies, 8.0.0 does"), "{error}");
+    for mode in [Mode::Stream, Mode::Auto] {
+        let guest = verbs::restore(&oldest, &config, &file, mode)?;
+        guest.wait_for_passes(2)?;
+        guest.judge_counts()?;
+    }
+    Ok(())
 }
 
 /// QEMU's own stream and no vmfile: what the tests of streams rest on.

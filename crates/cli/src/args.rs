@@ -98,6 +98,18 @@ pub(crate) enum Verb {
   vmfile receive vm.vmf --listen unix:/run/vm.mig       and there: migrate unix:/run/vm.mig
   vmfile receive vm.vmf < saved-by-qemu.mig")]
     Receive(ReceiveArguments),
+    /// Send a file as a migration stream that any QEMU accepts
+    ///
+    /// The stream goes to standard output, to a socket on which QEMU listens, or into a descriptor;
+    /// the report then goes to stderr, unless --connect leaves stdout to it. Whether QEMU liked the
+    /// stream, QEMU says. A guest that ran when it was saved runs on at once where QEMU was not
+    /// started with -S.
+    #[command(after_help = "Examples:
+  qemu-system-x86_64 -m 4G ... -incoming \"exec:vmfile send vm.vmf\"
+  vmfile send vm.vmf --connect unix:/run/incoming.sock
+  vmfile send vm.vmf --connect unix:/run/incoming.sock --channels 4
+  vmfile send vm.vmf > vm.stream")]
+    Send(SendArguments),
     /// Say what is in a file, without reading a page
     #[command(after_help = "Examples:
   vmfile info vm.vmf
@@ -196,12 +208,38 @@ pub(crate) struct RestoreArguments {
 /// How RAM comes back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum RestoreMode {
-    /// Mapped where that can be, else loaded
+    /// Mapped where that can be, else loaded, else streamed
     Auto,
     /// Mapped from the file, copy-on-write
     Map,
     /// Read into the new process
     Load,
+    /// Sent as QEMU's own stream, which any QEMU takes
+    Stream,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct SendArguments {
+    /// The file: PATH, file:PATH or file:PATH,offset=N
+    pub(crate) file: String,
+    /// Send to QEMU at this Unix socket, unix:PATH
+    #[arg(long, value_name = "ADDRESS", conflicts_with = "fd")]
+    pub(crate) connect: Option<String>,
+    /// Send into this open descriptor
+    #[arg(long, value_name = "N")]
+    pub(crate) fd: Option<i32>,
+    /// Multifd channels besides the stream, as many as QEMU was told, 1 to 16
+    #[arg(long, value_name = "N", requires = "connect", value_parser = clap::value_parser!(u32).range(1..=16))]
+    pub(crate) channels: Option<u32>,
+    /// Leave zero pages out: the destination's RAM is fresh, not a file that was used before
+    #[arg(long)]
+    pub(crate) assume_zeroed: bool,
+    /// Whether pages go past the page cache
+    #[arg(long, value_name = "WHEN", default_value = "preferred")]
+    pub(crate) direct_io: DirectIoMode,
+    /// Who moves the bytes
+    #[arg(long, value_name = "BACKEND", default_value = "auto")]
+    pub(crate) io: IoMode,
 }
 
 #[derive(Debug, Args)]

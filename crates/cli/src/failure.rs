@@ -5,6 +5,7 @@ use std::error::Error;
 use vmfile::check::CheckError;
 use vmfile::error::SaveError;
 use vmfile::receive::ReceiveError;
+use vmfile::send::SendError;
 use vmfile::{CommandLineError, DiscoverError, PublishError, RestoreError, SnapshotError, VmError};
 
 use crate::exit_code::Code;
@@ -195,6 +196,10 @@ impl From<&RestoreError> for Failure {
             }
             RestoreError::CannotMap { .. } => Failure::new(Code::Incompatible, "cannot_map", error)
                 .hint("--mode load works with every file and every QEMU since 8.0"),
+            RestoreError::CannotLoad { .. } => {
+                Failure::new(Code::Incompatible, "cannot_load", error)
+                    .hint("--mode stream works with every file and every QEMU")
+            }
             RestoreError::NoSavedCommand => Failure::new(Code::Usage, "no_command", error)
                 .hint("give QEMU's command line after `--`"),
             RestoreError::CannotRecreate { .. } => {
@@ -216,11 +221,31 @@ impl From<&RestoreError> for Failure {
                 .hint("the command line after `--` begins with QEMU's program"),
             RestoreError::DeviceState { .. } => Failure::new(Code::Vm, "device_state", error)
                 .hint("QEMU needs the devices that the VM had when it was saved"),
-            RestoreError::File(_) | RestoreError::Process(_) | RestoreError::Load(_) => {
-                Failure::new(Code::System, "io", error)
-            }
+            RestoreError::File(_)
+            | RestoreError::Process(_)
+            | RestoreError::Load(_)
+            | RestoreError::Send(_) => Failure::new(Code::System, "io", error),
             RestoreError::Stopped => Failure::new(Code::Interrupted, "stopped", error),
             _ => Failure::new(Code::Vm, "vm", error),
+        }
+    }
+}
+
+impl From<&SendError> for Failure {
+    fn from(error: &SendError) -> Failure {
+        match error {
+            SendError::Snapshot(error) => Failure::from(error),
+            SendError::Connect { .. } => Failure::new(Code::Vm, "connect", error)
+                .hint("start a QEMU with -incoming unix:PATH first"),
+            SendError::PeerClosed { .. } => Failure::new(Code::Vm, "peer_closed", error)
+                .hint("QEMU says on its stderr why it refused the stream"),
+            SendError::Channels { .. } => Failure::new(Code::Usage, "usage", error),
+            SendError::MachineVersion { .. } => {
+                Failure::new(Code::Incompatible, "machine_version", error)
+                    .hint("without --channels any machine type can be sent")
+            }
+            SendError::Stopped => Failure::new(Code::Interrupted, "stopped", error),
+            _ => Failure::new(Code::System, "io", error),
         }
     }
 }

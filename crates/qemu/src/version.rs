@@ -144,7 +144,7 @@ const TABLE: [Row; 15] = [
     Row::new(Feature::BackgroundSnapshot, (6, 0), "capability `background-snapshot`",
         "having QEMU write a stream while the guest runs"),
     Row::new(Feature::RamBlockAddresses, (8, 0), "addresses in `x-query-ramblock`",
-        "`save`, which finds RAM by them; `load` is slower without"),
+        "`save` and `load`, which find RAM by them"),
     Row::new(Feature::BackendOffset, (8, 1), "`memory-backend-file,offset=`",
         "`map`: pages lie inside the file"),
     Row::new(Feature::MultifdFlush, (8, 1), "MULTIFD_FLUSH, by machine type",

@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use serde::Serialize;
 use vmfile_engine::{
     Backend, DataFile, DirectIo, DirectIoInUse, Direction, Memory, PageHasher, Transfer,
-    data_ranges, is_zero, page_hash, resident_bytes,
+    data_ranges, is_zero, page_hash,
 };
 use vmfile_format::manifest::{FOOTER_LEN, HASH_LEN, encode_hash, table_len};
 use vmfile_format::mapped_ram::PlacedBlock;
@@ -25,6 +25,7 @@ use crate::jobs::Jobs;
 use crate::lane::{Lane, on_lanes};
 use crate::plan::{UNIT_LEN, Unit, WINDOW_LEN, pieces, total_len, units};
 use crate::ranges;
+use crate::reading::open_for_reading;
 use crate::snapshot::{Manifest, Snapshot, SnapshotError};
 
 /// How many findings are listed; all are counted.
@@ -320,7 +321,8 @@ impl<'a> PageCheck<'a> {
             let window = |range| Window { block: unit.block, range };
             unit.ranges.iter().flat_map(|range| pieces(range.clone(), WINDOW_LEN)).map(window)
         });
-        let (file, direct_io) = open_for_reading(snapshot, options.direct_io)?;
+        let opened = open_for_reading(snapshot, options.direct_io);
+        let (file, direct_io) = opened.map_err(io("the file once more"))?;
         Ok(PageCheck {
             snapshot,
             manifest,
@@ -501,29 +503,6 @@ fn places_to_look(
         places.push((page(range.start) * page_len).min(len)..(page(range.end) * page_len).min(len));
     }
     Ok(ranges::merge(places, page_len, len))
-}
-
-/// Opens the file for reading its pages, past the page cache unless that holds most of it.
-fn open_for_reading(
-    snapshot: &Snapshot,
-    direct_io: DirectIo,
-) -> Result<(DataFile, String), CheckError> {
-    let what = "the file once more";
-    let file = snapshot.file();
-    let mut cached = None;
-    if direct_io == DirectIo::Preferred {
-        let resident = resident_bytes(file.as_fd(), 0..snapshot.file_len()).map_err(io(what))?;
-        let data = file.metadata().map_err(io(what))?;
-        let allocated = std::os::unix::fs::MetadataExt::blocks(&data) * 512;
-        if resident.saturating_mul(2) > allocated {
-            cached = Some("no: most of the file is in the page cache".to_owned());
-        }
-    }
-    let wanted = if cached.is_some() { DirectIo::Off } else { direct_io };
-    let file = file.try_clone().map_err(io(what))?;
-    let file = DataFile::new(file, wanted).map_err(io(what))?;
-    let said = cached.unwrap_or_else(|| describe(file.direct()));
-    Ok((file, said))
 }
 
 /// Says whether direct I/O is used, in the words of a report.

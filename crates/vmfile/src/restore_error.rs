@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use vmfile_qemu::{CommandLineError, LaunchError, VmError};
 
 use crate::ram_loader::LoadError;
+use crate::send::SendError;
 use crate::snapshot::SnapshotError;
 use crate::source::process::ProcessRamError;
 
@@ -64,6 +65,12 @@ pub enum RestoreError {
         /// Why.
         reason: String,
     },
+    /// The file was to be read into QEMU's memory, and that cannot be found.
+    #[error("RAM cannot be loaded from the file: {reason}")]
+    CannotLoad {
+        /// Why.
+        reason: String,
+    },
     /// The QEMU that was given does not wait for a VM.
     #[error("QEMU is in run state {found:?}, expected inmigrate")]
     NotWaiting {
@@ -82,9 +89,12 @@ pub enum RestoreError {
     /// RAM could not be loaded.
     #[error(transparent)]
     Load(LoadError),
-    /// The stream to QEMU broke.
-    #[error("send the device state to QEMU")]
+    /// There is no way for the stream to QEMU.
+    #[error("make a pair of sockets for the stream")]
     Stream(#[source] io::Error),
+    /// The stream to QEMU broke.
+    #[error("send the VM to QEMU")]
+    Send(#[source] SendError),
     /// The caller stopped it.
     #[error("stopped")]
     Stopped,

@@ -6,6 +6,7 @@ pub(crate) mod list;
 pub(crate) mod receive;
 pub(crate) mod restore;
 pub(crate) mod save;
+pub(crate) mod send;
 
 use vmfile::Snapshot;
 

@@ -33,6 +33,7 @@ pub(crate) fn run(arguments: &RestoreArguments, voice: &Voice) -> Result<ExitCod
             RestoreMode::Auto => Mode::Auto,
             RestoreMode::Map => Mode::Map,
             RestoreMode::Load => Mode::Load,
+            RestoreMode::Stream => Mode::Stream,
         },
         direct_io: arguments.engine.direct_io(),
         io: arguments.engine.io(),

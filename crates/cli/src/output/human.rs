@@ -7,6 +7,7 @@ use vmfile::info::Info;
 use vmfile::receive::ReceiveReport;
 use vmfile::restore::RestoreReport;
 use vmfile::save::SaveReport;
+use vmfile::send::SendReport;
 
 use super::size;
 
@@ -78,6 +79,26 @@ pub(crate) fn restore(report: &RestoreReport) -> String {
         size::seconds(report.resume_seconds)
     );
     line(&mut text, "took", &took);
+    text
+}
+
+pub(crate) fn send(report: &SendReport) -> String {
+    let mut text = String::new();
+    line(&mut text, "sent", &report.file.display());
+    let left_out = report.pages_total - report.pages_data - report.pages_zero;
+    let pages = format!(
+        "{} pages with data, {} zero pages, {left_out} zero pages left out",
+        report.pages_data, report.pages_zero
+    );
+    line(&mut text, "memory", &pages);
+    let took = format!(
+        "{} at {}, stream of {}",
+        size::seconds(report.total_seconds),
+        size::rate(report.bytes_sent, report.total_seconds),
+        size::bytes(report.bytes_sent)
+    );
+    line(&mut text, "took", &took);
+    line(&mut text, "engine", &format!("{}, direct I/O: {}", report.io, report.direct_io));
     text
 }
 

@@ -42,16 +42,7 @@ impl Voice {
         value: &T,
         text: impl FnOnce(&T) -> String,
     ) -> Result<(), Failure> {
-        let text = if self.json {
-            let mut text = serde_json::to_string_pretty(value)
-                .map_err(|error| Failure::system("stdout", &error.into()))?;
-            text.push('\n');
-            text
-        } else if self.quiet {
-            return Ok(());
-        } else {
-            printable(&text(value))
-        };
+        let Some(text) = self.words(value, text)? else { return Ok(()) };
         match io::stdout().lock().write_all(text.as_bytes()) {
             // Whoever reads has read enough, as `head` does.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
@@ -65,6 +56,29 @@ impl Voice {
         if let Err(failure) = self.answer(value, text) {
             self.warn(&format!("done, but the report is lost: {}", failure.message));
         }
+    }
+
+    /// Prints what was done on stderr, where stdout was used for something else.
+    pub(crate) fn report_aside<T: Serialize>(&self, value: &T, text: impl FnOnce(&T) -> String) {
+        if let Ok(Some(text)) = self.words(value, text) {
+            // There is nobody left to tell.
+            let _ = io::stderr().lock().write_all(text.as_bytes());
+        }
+    }
+
+    /// Returns `value` as it was asked for: JSON, `text`, or nothing.
+    fn words<T: Serialize>(
+        &self,
+        value: &T,
+        text: impl FnOnce(&T) -> String,
+    ) -> Result<Option<String>, Failure> {
+        if self.json {
+            let mut text = serde_json::to_string_pretty(value)
+                .map_err(|error| Failure::system("stdout", &error.into()))?;
+            text.push('\n');
+            return Ok(Some(text));
+        }
+        Ok((!self.quiet).then(|| printable(&text(value))))
     }
 
     fn warn(&self, message: &str) {

@@ -13,7 +13,7 @@ use crate::words;
 pub(crate) struct Saved {
     pub(crate) file: PathBuf,
     /// Removes the file.
-    _directory: TempDir,
+    pub(crate) directory: TempDir,
     pub(crate) said: Said,
 }
 
@@ -38,5 +38,5 @@ pub(crate) fn save(guest: &Guest, options: &[&str]) -> TestResult<Saved> {
     let file = directory.path().join("vm.vmf");
     let words = words!["save", guest.qmp_path(), file];
     let said = vmfile(words.into_iter().chain(options.iter().map(Into::into)));
-    Ok(Saved { file, _directory: directory, said })
+    Ok(Saved { file, directory, said })
 }

@@ -7,7 +7,7 @@ use vmfile_testing::TestResult;
 
 use crate::run::vmfile;
 
-const VERBS: [&str; 5] = ["save", "restore", "info", "check", "list"];
+const VERBS: [&str; 6] = ["save", "restore", "send", "info", "check", "list"];
 
 const BEGIN: &str = "<!-- The help of the program; `VMFILE_BLESS=1 cargo test` writes it. -->\n";
 
@@ -91,6 +91,10 @@ fn wrong_usage_ends_with_2_and_says_what_is_wrong() {
     vmfile(["save", "vm", "file", "--jobs", "0"]).assert(2, &["a number from 1 to 16"]);
     vmfile(["save", "vm", "file", "--jobs", "17"]).assert(2, &["a number from 1 to 16"]);
     vmfile(["check", "file", "--direct-io", "maybe"]).assert(2, &["required, preferred, off"]);
+    vmfile(["send", "f", "--channels", "2"]).assert(2, &["--connect"]);
+    vmfile(["send", "f", "--connect", "s", "--channels", "17"]).assert(2, &["17 is not in 1..=16"]);
+    vmfile(["send", "f", "--connect", "s", "--fd", "1"]).assert(2, &["cannot be used with"]);
+    vmfile(["send", "f", "--connect", "tcp:host:1"]).assert(2, &["no address of a Unix socket"]);
     vmfile(["info", "file", "--json", "--quiet"]).assert(2, &["cannot be used with"]);
     vmfile(["info", "file:vm,offset=five"]).assert(2, &["\"five\" is no size"]);
     vmfile(["restore", "f", "--qmp", "s", "--", "qemu"]).assert(2, &["cannot be used with"]);

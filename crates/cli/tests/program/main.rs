@@ -6,6 +6,7 @@ mod guests;
 mod hard_times;
 mod help;
 mod run;
+mod send;
 mod streams;
 mod verbs;
 mod wrong_input;

@@ -240,7 +240,7 @@ fn a_vm_that_does_not_fit_is_refused_with_both_values_and_no_qemu_is_left() -> T
     let saved = saved(&qemu, &small(39))?;
     let other_ram = Guest::boot_sector(Ram::private(48));
     let other_machine = small(39).machine(Machine::Q35);
-    for mode in ["map", "load"] {
+    for mode in ["map", "load", "stream"] {
         for (config, words) in
             [(&other_ram, ["33554432", "50331648"]), (&other_machine, ["pc-i440fx-", "pc-q35-"])]
         {

@@ -61,26 +61,41 @@ pub fn switchover_start(bytes: &mut Vec<u8>) {
 pub struct RamSection {
     section_id: u32,
     named: Option<usize>,
+    flushes: bool,
 }
 
 impl RamSection {
     /// Begins the section: START with the block list, then a PART that takes pages.
     pub fn begin(bytes: &mut Vec<u8>, section_id: u32, layout: &RamLayout) -> RamSection {
-        start_ram(bytes, section_id, layout);
+        RamSection { section_id, named: None, flushes: false }.start(bytes, layout)
+    }
+
+    /// Begins the section as [`RamSection::begin`] does, and ends each of its parts with the word
+    /// MULTIFD_FLUSH: machine types of QEMU 8.1 and later wait there for the multifd channels.
+    pub fn begin_flushing(bytes: &mut Vec<u8>, section_id: u32, layout: &RamLayout) -> RamSection {
+        RamSection { section_id, named: None, flushes: true }.start(bytes, layout)
+    }
+
+    fn start(self, bytes: &mut Vec<u8>, layout: &RamLayout) -> RamSection {
+        start_ram(bytes, self.section_id, layout);
         for block in layout.blocks() {
             block_record(bytes, block);
         }
-        let section = RamSection { section_id, named: None };
-        section.next_part(bytes);
-        section
+        self.next_part(bytes);
+        self
     }
 
     /// Ends the part at hand and begins the next: QEMU's loader looks after other things between
     /// them. The block that was named last stays named.
     pub fn next_part(&self, bytes: &mut Vec<u8>) {
-        end_part(bytes, self.section_id);
+        self.end_part(bytes);
         bytes.push(section::PART);
         bytes.extend_from_slice(&self.section_id.to_be_bytes());
+    }
+
+    /// Appends what stands before the data of a page.
+    pub fn page_header(&mut self, bytes: &mut Vec<u8>, block: (usize, &RamBlock), page: PageIndex) {
+        self.page_word(bytes, block, page, ram_flag::PAGE);
     }
 
     /// Appends a page with its data, which has the length of one page.
@@ -91,7 +106,7 @@ impl RamSection {
         page: PageIndex,
         data: &[u8],
     ) {
-        self.page_word(bytes, block, page, ram_flag::PAGE);
+        self.page_header(bytes, block, page);
         bytes.extend_from_slice(data);
     }
 
@@ -103,9 +118,16 @@ impl RamSection {
 
     /// Ends the section.
     pub fn finish(self, bytes: &mut Vec<u8>) {
-        end_part(bytes, self.section_id);
+        self.end_part(bytes);
         bytes.push(section::END);
         bytes.extend_from_slice(&self.section_id.to_be_bytes());
+        self.end_part(bytes);
+    }
+
+    fn end_part(&self, bytes: &mut Vec<u8>) {
+        if self.flushes {
+            word(bytes, ram_flag::MULTIFD_FLUSH);
+        }
         end_part(bytes, self.section_id);
     }
 
@@ -128,13 +150,22 @@ impl RamSection {
     }
 }
 
+/// Appends what stands before the JSON of a VM description of `len` bytes.
+///
+/// # Panics
+///
+/// Panics if `len` is more than 32 bits say: it is ours, or comes from a file that was checked.
+pub fn begin_vm_description(bytes: &mut Vec<u8>, len: u64) {
+    bytes.push(section::VM_DESCRIPTION);
+    let len = u32::try_from(len).expect("a description has less than 4 GiB");
+    bytes.extend_from_slice(&len.to_be_bytes());
+}
+
 /// Appends a VM description without devices. QEMU warns where there is none.
 ///
 /// The member `vmfile` says who wrote it.
 pub fn vm_description(bytes: &mut Vec<u8>) {
     let json = br#"{"configuration":{},"page_size":4096,"devices":[],"vmfile":1}"#;
-    bytes.push(section::VM_DESCRIPTION);
-    let len = u32::try_from(json.len()).expect("a short constant");
-    bytes.extend_from_slice(&len.to_be_bytes());
+    begin_vm_description(bytes, json.len() as u64);
     bytes.extend_from_slice(json);
 }

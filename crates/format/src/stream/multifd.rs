@@ -30,7 +30,7 @@ pub const PACKET_LEN_MAX: usize = HEADER_LEN + 8 * 1024;
 const MAGIC: u32 = 0x1122_3344;
 const VERSION: u32 = 1;
 /// How many bytes of pages one packet carries at most. Fixed since QEMU 4.0.
-const PACKET_PAGES_LEN: u64 = 512 << 10;
+pub const PACKET_PAGES_LEN: u64 = 512 << 10;
 /// Room for the name of a block, in bytes, with its NUL.
 const NAME_LEN: usize = 256;
 

@@ -1,0 +1,71 @@
+//! `vmfile send`.
+
+use std::io::{IsTerminal as _, stdout};
+use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use vmfile::Control;
+use vmfile::send::{SendError, SendOptions, SendTo};
+
+use crate::args::SendArguments;
+use crate::failure::Failure;
+use crate::output::progress::Meter;
+use crate::output::{Voice, human};
+use crate::signals::Signals;
+
+pub(crate) fn run(arguments: &SendArguments, voice: &Voice) -> Result<ExitCode, Failure> {
+    let signals = Signals::listen().map_err(|error| Failure::system("signals", &error))?;
+    let to = destination(arguments)?;
+    let snapshot = super::open(&arguments.file)?;
+    let options = SendOptions {
+        direct_io: arguments.direct_io.into(),
+        io: arguments.io.into(),
+        channels: arguments.channels.unwrap_or(0),
+        assume_zeroed: arguments.assume_zeroed,
+    };
+    let meter = Meter::new("send", voice.progress, &signals.asked);
+    let show = |progress| meter.show(progress);
+    let control = Control::new(&signals.stop, &show);
+    let result = vmfile::send::send(&snapshot, to, &options, &control);
+    drop(meter);
+    let report = result.map_err(|error| match error {
+        SendError::Stopped => Failure { code: signals.code(), ..Failure::from(&error) }
+            .hint("the QEMU that was to take the stream has to be started again"),
+        error => Failure::from(&error),
+    })?;
+    if arguments.connect.is_some() {
+        voice.report(&report, human::send);
+    } else {
+        voice.report_aside(&report, human::send);
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Returns where the stream goes.
+fn destination(arguments: &SendArguments) -> Result<SendTo, Failure> {
+    if let Some(address) = &arguments.connect {
+        return Ok(SendTo::Connect(socket_path(address)?));
+    }
+    let number = match arguments.fd {
+        Some(number) => number,
+        None if stdout().is_terminal() => {
+            return Err(Failure::usage("standard output is a terminal".to_owned())
+                .hint("send the stream to QEMU by -incoming \"exec:vmfile send FILE\", or by --connect unix:PATH"));
+        }
+        None => stdout().as_fd().as_raw_fd(),
+    };
+    let descriptor = vmfile::inherited(number)
+        .map_err(|error| Failure::system(&format!("descriptor {number}"), &error))?;
+    Ok(SendTo::Descriptor(descriptor))
+}
+
+/// Reads `unix:PATH`, or a path.
+fn socket_path(address: &str) -> Result<PathBuf, Failure> {
+    let path = address.strip_prefix("unix:").unwrap_or(address);
+    if path.is_empty() || address.contains(':') && !address.starts_with("unix:") {
+        let message = format!("{address:?} is no address of a Unix socket");
+        return Err(Failure::usage(message).hint("expected unix:PATH"));
+    }
+    Ok(PathBuf::from(path))
+}

@@ -1,0 +1,36 @@
+//! How the pages of a file are read: past the page cache, or from it.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+
+use vmfile_engine::{DataFile, DirectIo, resident_bytes};
+
+use crate::check::describe;
+use crate::snapshot::Snapshot;
+
+/// Opens the file for reading its pages, past the page cache unless that holds most of it; says
+/// which, in the words of a report.
+///
+/// # Errors
+///
+/// Returns the kernel's error, and [`io::ErrorKind::Unsupported`] if direct I/O is required and
+/// not possible.
+pub(crate) fn open_for_reading(
+    snapshot: &Snapshot,
+    direct_io: DirectIo,
+) -> io::Result<(DataFile, String)> {
+    let file = snapshot.file();
+    let mut cached = None;
+    if direct_io == DirectIo::Preferred {
+        let resident = resident_bytes(file.as_fd(), 0..snapshot.file_len())?;
+        let allocated = file.metadata()?.blocks() * 512;
+        if resident.saturating_mul(2) > allocated {
+            cached = Some("no: most of the file is in the page cache".to_owned());
+        }
+    }
+    let wanted = if cached.is_some() { DirectIo::Off } else { direct_io };
+    let file = DataFile::new(file.try_clone()?, wanted)?;
+    let said = cached.unwrap_or_else(|| describe(file.direct()));
+    Ok((file, said))
+}

@@ -1,0 +1,179 @@
+//! `vmfile restore`: a file into a running VM.
+//!
+//! ```text
+//! prepare - start QEMU - compare - RAM (map, load or stream) - device state - run
+//! ```
+//!
+//! `map`: the file's pages *are* the RAM, copy-on-write; QEMU is started with them and nothing is
+//! read. `load`: the file is read straight into the memory of a QEMU that waits. Either way QEMU
+//! then gets a short stream of its own kind: the block list, the pages of the small blocks, and
+//! the device state. `stream`: all of it comes that way, which any QEMU takes.
+
+mod compare;
+mod prepare;
+mod ram;
+mod stream;
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use serde::Serialize;
+use vmfile_engine::{Backend, DirectIo};
+use vmfile_qemu::{LaunchedQemu, Vm};
+
+use self::compare::compare;
+use self::prepare::prepare;
+use self::ram::bring;
+use crate::control::Control;
+use crate::jobs::Jobs;
+use crate::ram_loader::LoadError;
+use crate::restore_error::RestoreError;
+use crate::snapshot::Snapshot;
+
+/// How RAM comes back.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Mode {
+    /// `map` where it can be, else `load`, else `stream`; the report says which and why.
+    #[default]
+    Auto,
+    /// Mapped from the file, copy-on-write: nothing is read.
+    Map,
+    /// Read from the file into the new process.
+    Load,
+    /// Sent as QEMU's own stream.
+    Stream,
+}
+
+/// Into which QEMU a VM is restored.
+#[derive(Debug)]
+pub enum Destination {
+    /// One that is started with the command line that was saved.
+    Saved,
+    /// One that is started with this command line, the program's name first.
+    Command(Vec<String>),
+    /// One that somebody else started with `-incoming defer`.
+    Waiting(Vm),
+}
+
+/// How a VM is restored.
+#[derive(Clone, Debug)]
+pub struct RestoreOptions {
+    /// How RAM comes back.
+    pub mode: Mode,
+    /// Whether `load` and `stream` read past the page cache.
+    pub direct_io: DirectIo,
+    /// Who reads the bytes.
+    pub io: Backend,
+    /// How many threads `load` has.
+    pub jobs: Jobs,
+    /// Leave the guest paused, even if it ran when it was saved.
+    pub paused: bool,
+    /// Let QEMU share this process's standard streams and end with it.
+    pub foreground: bool,
+}
+
+impl Default for RestoreOptions {
+    fn default() -> RestoreOptions {
+        RestoreOptions {
+            mode: Mode::Auto,
+            direct_io: DirectIo::Preferred,
+            io: Backend::Auto,
+            jobs: Jobs::default(),
+            paused: false,
+            foreground: false,
+        }
+    }
+}
+
+/// What a restore did.
+#[derive(Clone, Debug, Serialize)]
+pub struct RestoreReport {
+    /// QEMU's process.
+    pub pid: u32,
+    /// The first QMP socket that its command line names.
+    pub qmp: Option<PathBuf>,
+    /// How RAM came back: `map`, `load` or `stream`.
+    pub mode: &'static str,
+    /// Why it was that mode.
+    pub mode_reason: String,
+    /// Whether the guest runs now.
+    pub running: bool,
+    /// Whether `load` or `stream` used direct I/O; if not, why.
+    pub direct_io: Option<String>,
+    /// Bytes of pages that `load` or `stream` read from the file.
+    pub bytes_read: u64,
+    /// From the start of QEMU to its first answer, in seconds; 0 for a QEMU that waited.
+    pub qemu_start_seconds: f64,
+    /// From QEMU's first answer to the guest running, in seconds.
+    pub resume_seconds: f64,
+    /// How long it all took, in seconds.
+    pub total_seconds: f64,
+}
+
+/// A restored VM.
+#[derive(Debug)]
+pub struct Restored {
+    /// What was done.
+    pub report: RestoreReport,
+    /// The QEMU that was started, or `None` for one that somebody else did.
+    pub qemu: Option<LaunchedQemu>,
+}
+
+/// Restores the VM in `snapshot`.
+///
+/// The QEMU that is started ends when [`Restored::qemu`] is dropped, unless it is kept.
+///
+/// # Errors
+///
+/// Returns [`RestoreError`]; a QEMU that was started for it is gone then. A QEMU that waited is
+/// still waiting, unless its state was being loaded.
+pub fn restore(
+    snapshot: &Snapshot,
+    destination: Destination,
+    options: &RestoreOptions,
+    control: &Control<'_>,
+) -> Result<Restored, RestoreError> {
+    let started = Instant::now();
+    let mut prepared = prepare(snapshot, destination, options)?;
+    let answered = Instant::now();
+    let qmp = prepared.qmp.take();
+    let vm = prepared.vm();
+    let found = vm.ram_blocks()?;
+    compare(snapshot, &vm.machine_type()?, &found)?;
+    let brought = bring(snapshot, &mut prepared, &found, options, control);
+    let brought = brought.map_err(|error| prepared.explain(error))?;
+    let running = run(snapshot, prepared.vm(), options)?;
+    let report = RestoreReport {
+        pid: prepared.vm().pid()?,
+        qmp,
+        mode: brought.mode.name(),
+        mode_reason: brought.reason,
+        running,
+        direct_io: (brought.bytes_read > 0).then_some(brought.direct_io),
+        bytes_read: brought.bytes_read,
+        qemu_start_seconds: prepared.start_seconds,
+        resume_seconds: answered.elapsed().as_secs_f64(),
+        total_seconds: started.elapsed().as_secs_f64(),
+    };
+    Ok(Restored { report, qemu: prepared.qemu.into_launched() })
+}
+
+/// Lets the guest run if it is to; returns whether it does.
+fn run(snapshot: &Snapshot, vm: &mut Vm, options: &RestoreOptions) -> Result<bool, RestoreError> {
+    let state = &snapshot.structure().device_state;
+    let was_running = state.run_state(&snapshot.device_state()?) == Some("running");
+    if options.paused || !was_running {
+        return Ok(false);
+    }
+    vm.cont()?;
+    Ok(true)
+}
+
+impl From<LoadError> for RestoreError {
+    fn from(error: LoadError) -> RestoreError {
+        match error {
+            LoadError::Stopped => RestoreError::Stopped,
+            error => RestoreError::Load(error),
+        }
+    }
+}

@@ -1,0 +1,247 @@
+//! Which QEMU the VM goes into, how its RAM comes back, and why in that way.
+
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use vmfile_format::mapped_ram::PlacedBlock;
+use vmfile_qemu::{
+    CommandLine, Feature, Launch, LaunchedQemu, MappedBlock, QemuVersion, RunState, Vm,
+    program_version,
+};
+
+use super::{Destination, Mode, RestoreOptions};
+use crate::restore_error::{Mismatch, RestoreError};
+use crate::snapshot::Snapshot;
+
+/// How long QEMU may take to answer: it opens disks and makes RAM meanwhile.
+const START_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// The kinds of memory backend that make memory of their own.
+const ANONYMOUS: [&str; 2] = ["memory-backend-ram", "memory-backend-memfd"];
+
+/// A QEMU that waits for the VM.
+pub(super) struct Prepared {
+    pub(super) qemu: Qemu,
+    pub(super) mode: Chosen,
+    pub(super) reason: String,
+    /// Whether `stream` may take the place of `load`.
+    pub(super) may_stream: bool,
+    /// Names of the blocks that are mapped from the file.
+    pub(super) mapped: Vec<String>,
+    pub(super) qmp: Option<PathBuf>,
+    pub(super) start_seconds: f64,
+}
+
+/// The mode that was chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Chosen {
+    Map,
+    Load,
+    Stream,
+}
+
+impl Chosen {
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Chosen::Map => "map",
+            Chosen::Load => "load",
+            Chosen::Stream => "stream",
+        }
+    }
+}
+
+pub(super) enum Qemu {
+    Launched(LaunchedQemu),
+    Waiting(Vm),
+}
+
+impl Qemu {
+    pub(super) fn into_launched(self) -> Option<LaunchedQemu> {
+        match self {
+            Qemu::Launched(qemu) => Some(qemu),
+            Qemu::Waiting(_) => None,
+        }
+    }
+}
+
+impl Prepared {
+    /// Adds what QEMU wrote to its standard error, which says more than its answer.
+    pub(super) fn explain(&self, error: RestoreError) -> RestoreError {
+        match (error, &self.qemu) {
+            (RestoreError::DeviceState { source, .. }, Qemu::Launched(qemu)) => {
+                RestoreError::DeviceState { source, stderr: qemu.stderr().trim().to_owned() }
+            }
+            (error, _) => error,
+        }
+    }
+
+    /// Returns the names of the RAM blocks that hold nothing yet: those that QEMU, just started,
+    /// made of anonymous memory. A file may have been used before.
+    pub(super) fn fresh_blocks(&mut self) -> Result<Vec<String>, RestoreError> {
+        let Qemu::Launched(qemu) = &mut self.qemu else { return Ok(Vec::new()) };
+        let mut backends = qemu.vm().memory_backends()?;
+        backends.retain(|backend| backend.path.is_none() && ANONYMOUS.contains(&&*backend.kind));
+        // Machine types before 4.0 name a block by its backend's whole path.
+        let names = |id: String| [format!("/objects/{id}"), id];
+        Ok(backends.into_iter().flat_map(|backend| names(backend.id)).collect())
+    }
+
+    pub(super) fn vm(&mut self) -> &mut Vm {
+        match &mut self.qemu {
+            Qemu::Launched(qemu) => qemu.vm(),
+            Qemu::Waiting(vm) => vm,
+        }
+    }
+}
+
+pub(super) fn prepare(
+    snapshot: &Snapshot,
+    destination: Destination,
+    options: &RestoreOptions,
+) -> Result<Prepared, RestoreError> {
+    let (executable, command_line, directory) = match destination {
+        Destination::Waiting(vm) => return prepare_waiting(vm, options),
+        Destination::Command(mut words) => {
+            if words.is_empty() {
+                return Err(RestoreError::NoCommand);
+            }
+            let executable = PathBuf::from(words.remove(0));
+            (executable, CommandLine::new(words)?, None)
+        }
+        Destination::Saved => {
+            let meta = snapshot.manifest().map(|manifest| &manifest.meta.vm);
+            let meta = meta.ok_or(RestoreError::NoSavedCommand)?;
+            let executable = meta.executable.as_ref().ok_or(RestoreError::NoSavedCommand)?;
+            let words = meta.command_line.get(1..).unwrap_or_default().to_vec();
+            let command_line = CommandLine::new(words)?;
+            let lost = command_line.what_cannot_be_recreated();
+            if !lost.is_empty() {
+                return Err(RestoreError::CannotRecreate { what: lost });
+            }
+            let directory = meta.working_directory.as_ref().map(PathBuf::from);
+            (PathBuf::from(executable), command_line, directory)
+        }
+    };
+    let here = directory.as_deref().unwrap_or(Path::new("."));
+    if let Some(socket) = command_line.sockets_in_use(here)?.into_iter().next() {
+        return Err(RestoreError::SocketInUse { socket });
+    }
+    let version = program_version(&executable)?;
+    compare_memory_size(snapshot, &command_line)?;
+    let (mapped, mode, reason) = choose(snapshot, &command_line, version, options.mode)?;
+    let file = snapshot.file().try_clone().map_err(RestoreError::File)?;
+    let inherited = OwnedFd::from(file);
+    // The descriptor of the file that was checked: what lies under the name later does not matter.
+    let path = PathBuf::from(format!("/proc/self/fd/{}", inherited.as_raw_fd()));
+    let blocks: Vec<MappedBlock> = mapped
+        .iter()
+        .map(|placed| MappedBlock {
+            block_name: placed.block.name().to_owned(),
+            size: placed.block.used_length(),
+            path: path.clone(),
+            offset: placed.pages_offset,
+        })
+        .collect();
+    let names = blocks.iter().map(|block| block.block_name.clone()).collect();
+    let qmp = command_line.qmp_sockets().into_iter().next();
+    let start = Instant::now();
+    let mut launch = Launch::new(executable, command_line.for_incoming(&blocks)?)
+        .foreground(options.foreground)
+        .inherit(inherited);
+    if let Some(directory) = directory {
+        launch = launch.working_directory(directory);
+    }
+    let qemu = launch.spawn(START_TIMEOUT)?;
+    let start_seconds = start.elapsed().as_secs_f64();
+    Ok(Prepared {
+        qemu: Qemu::Launched(qemu),
+        mode,
+        reason,
+        may_stream: options.mode == Mode::Auto,
+        mapped: names,
+        qmp,
+        start_seconds,
+    })
+}
+
+fn prepare_waiting(mut vm: Vm, options: &RestoreOptions) -> Result<Prepared, RestoreError> {
+    if options.mode == Mode::Map {
+        let reason = "a QEMU that runs already has its RAM".to_owned();
+        return Err(RestoreError::CannotMap { reason });
+    }
+    let found = vm.run_state()?;
+    if found != RunState::InMigrate {
+        return Err(RestoreError::NotWaiting { found: found.to_string() });
+    }
+    let (mode, reason) = match options.mode {
+        Mode::Stream => (Chosen::Stream, "asked for"),
+        Mode::Load => (Chosen::Load, "asked for"),
+        Mode::Map | Mode::Auto => (Chosen::Load, "QEMU was running already"),
+    };
+    Ok(Prepared {
+        qemu: Qemu::Waiting(vm),
+        mode,
+        reason: reason.to_owned(),
+        may_stream: options.mode == Mode::Auto,
+        mapped: Vec::new(),
+        qmp: None,
+        start_seconds: 0.0,
+    })
+}
+
+/// Compares `-m` with the machine's RAM in the file: QEMU would refuse to start with a mapped file
+/// of another size, and not say which two sizes differ.
+fn compare_memory_size(
+    snapshot: &Snapshot,
+    command_line: &CommandLine,
+) -> Result<(), RestoreError> {
+    let ram = snapshot.structure().block("pc.ram").map(|placed| placed.block.used_length());
+    match (ram, command_line.memory_size()) {
+        (Some(file), Some(vm)) if file != vm => Err(RestoreError::Incompatible {
+            differ: vec![Mismatch {
+                what: "memory (-m)".to_owned(),
+                file: format!("{file} bytes"),
+                vm: format!("{vm} bytes"),
+            }],
+        }),
+        _ => Ok(()),
+    }
+}
+
+/// Decides which blocks are mapped, and says the mode and why.
+fn choose<'a>(
+    snapshot: &'a Snapshot,
+    command_line: &CommandLine,
+    version: QemuVersion,
+    mode: Mode,
+) -> Result<(Vec<&'a PlacedBlock>, Chosen, String), RestoreError> {
+    match mode {
+        Mode::Load => return Ok((Vec::new(), Chosen::Load, "asked for".to_owned())),
+        Mode::Stream => return Ok((Vec::new(), Chosen::Stream, "asked for".to_owned())),
+        Mode::Auto | Mode::Map => {}
+    }
+    let blocks = &snapshot.structure().blocks;
+    let mappable: Vec<&PlacedBlock> = blocks
+        .iter()
+        .filter(|placed| command_line.check_mappable(placed.block.name()).is_ok())
+        .collect();
+    let obstacle = if snapshot.manifest().is_none() {
+        Some("QEMU wrote the file: there may be stale bytes at the places of zero pages".to_owned())
+    } else if !version.has(Feature::BackendRom) {
+        let first = Feature::BackendRom.since();
+        Some(format!("QEMU {version} cannot map a read-only file as RAM, {first} can"))
+    } else if command_line.needs_shared_ram() {
+        Some("another process shares the guest's RAM, as vhost-user does".to_owned())
+    } else if mappable.is_empty() {
+        Some("the command line defines no RAM that the file has".to_owned())
+    } else {
+        None
+    };
+    match (obstacle, mode) {
+        (None, Mode::Map) => Ok((mappable, Chosen::Map, "asked for".to_owned())),
+        (None, _) => Ok((mappable, Chosen::Map, "the file and this QEMU allow it".to_owned())),
+        (Some(reason), Mode::Map) => Err(RestoreError::CannotMap { reason }),
+        (Some(reason), _) => Ok((Vec::new(), Chosen::Load, reason)),
+    }
+}

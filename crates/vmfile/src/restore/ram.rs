@@ -1,0 +1,220 @@
+//! RAM and device state into the QEMU that waits, in the mode that was chosen.
+
+use std::error::Error;
+
+use vmfile_engine::{Access, DataFile, DirectIo};
+use vmfile_format::RamBlock;
+use vmfile_format::mapped_ram::PlacedBlock;
+use vmfile_qemu::{Feature, RamBlockInfo, Vm};
+
+use super::RestoreOptions;
+use super::prepare::{Chosen, Prepared};
+use super::stream::send_to;
+use crate::check::describe;
+use crate::control::Control;
+use crate::ram_loader::{LoadTarget, load_ram};
+use crate::reading::open_for_reading;
+use crate::restore_error::RestoreError;
+use crate::send::{Contents, LARGE_BLOCK_LEN, Pages, SendError, Source};
+use crate::snapshot::Snapshot;
+use crate::source::process::{BlockAt, ProcessRam, Writable};
+
+/// What was brought into QEMU, and how.
+pub(super) struct Brought {
+    pub(super) mode: Chosen,
+    pub(super) reason: String,
+    /// What the mode itself read, without the small blocks that go through a short stream.
+    pub(super) bytes_read: u64,
+    pub(super) direct_io: String,
+}
+
+/// Brings RAM and device state into the QEMU that waits.
+pub(super) fn bring(
+    snapshot: &Snapshot,
+    prepared: &mut Prepared,
+    found: &[RamBlockInfo],
+    options: &RestoreOptions,
+    control: &Control<'_>,
+) -> Result<Brought, RestoreError> {
+    let reason = prepared.reason.clone();
+    match prepared.mode {
+        Chosen::Map => {
+            let mapped = prepared.mapped.clone();
+            let is_there = |name: &str| mapped.iter().any(|mapped| mapped == name);
+            short_stream(snapshot, prepared.vm(), is_there, options, control)?;
+            Ok(Brought { mode: Chosen::Map, reason, bytes_read: 0, direct_io: String::new() })
+        }
+        Chosen::Load => match Loadable::find(snapshot, prepared.vm(), found)? {
+            Ok(loadable) => {
+                let (bytes_read, direct_io) = loadable.load(snapshot, options, control)?;
+                let is_there = |name: &str| loadable.has(name);
+                short_stream(snapshot, prepared.vm(), is_there, options, control)?;
+                Ok(Brought { mode: Chosen::Load, reason, bytes_read, direct_io })
+            }
+            Err(obstacle) if prepared.may_stream => {
+                let reason = format!("{reason}; {}", obstacle.words());
+                whole_stream(snapshot, prepared, reason, options, control)
+            }
+            Err(obstacle) => Err(obstacle.into()),
+        },
+        Chosen::Stream => whole_stream(snapshot, prepared, reason, options, control),
+    }
+}
+
+/// The large blocks, and the process in whose memory they lie.
+struct Loadable<'a> {
+    blocks: Vec<&'a PlacedBlock>,
+    process: Option<ProcessRam>,
+}
+
+/// Why the file cannot be read into a process.
+enum Obstacle {
+    NoAddresses(String),
+    Process(crate::source::process::ProcessRamError),
+}
+
+impl Obstacle {
+    fn words(&self) -> String {
+        match self {
+            Obstacle::NoAddresses(words) => words.clone(),
+            Obstacle::Process(error) => match error.source() {
+                Some(source) => format!("{error}: {source}"),
+                None => error.to_string(),
+            },
+        }
+    }
+}
+
+impl From<Obstacle> for RestoreError {
+    fn from(obstacle: Obstacle) -> RestoreError {
+        match obstacle {
+            Obstacle::NoAddresses(reason) => RestoreError::CannotLoad { reason },
+            Obstacle::Process(error) => RestoreError::Process(error),
+        }
+    }
+}
+
+impl<'a> Loadable<'a> {
+    /// Finds where the large blocks lie, or why that cannot be said; nothing has changed then.
+    fn find(
+        snapshot: &'a Snapshot,
+        vm: &mut Vm,
+        found: &[RamBlockInfo],
+    ) -> Result<Result<Loadable<'a>, Obstacle>, RestoreError> {
+        let (mut blocks, mut places) = (Vec::new(), Vec::new());
+        for placed in &snapshot.structure().blocks {
+            let (name, len) = (placed.block.name(), placed.block.used_length());
+            let info = found.iter().find(|info| info.name == name);
+            // Blocks whose length QEMU may change go through the stream.
+            let Some(info) = info.filter(|i| len >= LARGE_BLOCK_LEN && i.used_length == len) else {
+                continue;
+            };
+            let Some(address) = info.host_address else {
+                let (version, first) = (vm.version()?, Feature::RamBlockAddresses.since());
+                let words = format!("QEMU {version} does not say where RAM lies, {first} does");
+                return Ok(Err(Obstacle::NoAddresses(words)));
+            };
+            places.push(BlockAt { name: name.to_owned(), address, len });
+            blocks.push(placed);
+        }
+        if blocks.is_empty() {
+            return Ok(Ok(Loadable { blocks, process: None }));
+        }
+        Ok(match ProcessRam::open(vm.pid()?, &places, Access::ReadWrite) {
+            Ok(process) => Ok(Loadable { blocks, process: Some(process) }),
+            Err(error) => Err(Obstacle::Process(error)),
+        })
+    }
+
+    fn has(&self, name: &str) -> bool {
+        self.blocks.iter().any(|placed| placed.block.name() == name)
+    }
+
+    /// Reads the pages of the blocks straight into the process; returns how many bytes, and
+    /// whether past the page cache.
+    fn load(
+        &self,
+        snapshot: &Snapshot,
+        options: &RestoreOptions,
+        control: &Control<'_>,
+    ) -> Result<(u64, String), RestoreError> {
+        let Some(process) = &self.process else { return Ok((0, String::new())) };
+        let mut targets = Vec::new();
+        for (placed, Writable { touched, writer }) in
+            self.blocks.iter().zip(process.scan_for_writing()?)
+        {
+            let bitmap = snapshot.bitmap(placed)?;
+            targets.push(LoadTarget { placed: (*placed).clone(), bitmap, writer, touched });
+        }
+        let file = snapshot.file().try_clone().map_err(RestoreError::File)?;
+        let file = DataFile::new(file, options.direct_io).map_err(RestoreError::File)?;
+        let direct_io = describe(file.direct());
+        let width = (options.io, options.jobs.count());
+        let (bytes_read, _) = load_ram(&file, &targets, width, control)?;
+        Ok((bytes_read, direct_io))
+    }
+}
+
+/// Sends the device state, and the pages of the blocks that are not there already.
+fn short_stream(
+    snapshot: &Snapshot,
+    vm: &mut Vm,
+    is_there: impl Fn(&str) -> bool,
+    options: &RestoreOptions,
+    control: &Control<'_>,
+) -> Result<(), RestoreError> {
+    // Zero pages are sent as well: the destination filled its ROMs by itself.
+    let pages = |block: &RamBlock| if is_there(block.name()) { Pages::None } else { Pages::All };
+    let contents = paused(snapshot, Contents::new(snapshot, pages)?)?;
+    let file = snapshot.file().try_clone().map_err(RestoreError::File)?;
+    let file = DataFile::new(file, DirectIo::Off).map_err(RestoreError::File)?;
+    // It is not this that takes long, and progress has come to its end.
+    send_to(vm, &contents, &Source { file, io: options.io }, control, &|_| {})
+}
+
+/// Sends everything.
+fn whole_stream(
+    snapshot: &Snapshot,
+    prepared: &mut Prepared,
+    reason: String,
+    options: &RestoreOptions,
+    control: &Control<'_>,
+) -> Result<Brought, RestoreError> {
+    let fresh = prepared.fresh_blocks()?;
+    let is_fresh = |block: &RamBlock| fresh.iter().any(|fresh| fresh == block.name());
+    let pages = |block: &RamBlock| {
+        let is_large = block.used_length() >= LARGE_BLOCK_LEN;
+        if is_large && is_fresh(block) { Pages::Data } else { Pages::All }
+    };
+    let contents = paused(snapshot, Contents::new(snapshot, pages)?)?;
+    let opened = open_for_reading(snapshot, options.direct_io);
+    let (file, direct_io) = opened.map_err(RestoreError::File)?;
+    let source = Source { file, io: options.io };
+    let report = |progress| control.report(progress);
+    send_to(prepared.vm(), &contents, &source, control, &report)?;
+    let (_, bytes_read) = contents.data();
+    Ok(Brought { mode: Chosen::Stream, reason, bytes_read, direct_io })
+}
+
+/// Whatever the guest did, it waits for `cont`, even in a QEMU that was started without -S.
+fn paused<'a>(
+    snapshot: &Snapshot,
+    mut contents: Contents<'a>,
+) -> Result<Contents<'a>, RestoreError> {
+    let state = &snapshot.structure().device_state;
+    if state.set_run_state(&mut contents.devices, "paused") {
+        Ok(contents)
+    } else {
+        Err(RestoreError::NoRunState)
+    }
+}
+
+impl From<SendError> for RestoreError {
+    fn from(error: SendError) -> RestoreError {
+        match error {
+            SendError::Snapshot(error) => RestoreError::Snapshot(error),
+            SendError::Stopped => RestoreError::Stopped,
+            error => RestoreError::Send(error),
+        }
+    }
+}

@@ -1,0 +1,243 @@
+//! A stream beside multifd channels: pages on connections of their own.
+//!
+//! ```text
+//! stream      header, START  | zero pages | END | device sections, description
+//! channels    init           | pages      |     |
+//!                            SYNC         SYNC  SYNC
+//! ```
+//!
+//! The stream's connection is made first, and each says what it is as soon as it is made: QEMU looks
+//! at the first bytes before it takes the next (since 7.2; it takes the first for the stream before).
+//! Where a part of "ram" ends, QEMU waits for a SYNC on every channel, so that no page comes before
+//! its block has its length.
+//!
+//! Zero pages go into the stream. Packets can name them since 9.0, but there QEMU takes its RAM to
+//! be zero already.
+
+use std::io::IoSlice;
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+
+use vmfile_format::stream::multifd::{Compression, Init, PACKET_PAGES_LEN, Packet, PacketPages};
+use vmfile_format::{PageIndex, RamLayout};
+use vmfile_qemu::{Feature, QemuVersion};
+
+use super::contents::{Contents, Window};
+use super::outlet::Outlet;
+use super::pages::PagesInOrder;
+use super::stream::{COUNTED_PARTS, Parts, Source, StreamWriter};
+use super::{SendError, connect};
+use crate::control::{Control, Progress};
+use crate::lane::{Lane, on_lanes};
+
+/// Most channels: QEMU takes 255, and a few keep any disk busy.
+pub(super) const CHANNELS_MAX: u32 = 16;
+
+/// Sends all of `contents` to the socket at `path`, over one connection and `channels` more;
+/// returns the back end and how many bytes were sent.
+pub(super) fn write_channels(
+    contents: &Contents<'_>,
+    source: &Source,
+    path: &Path,
+    channels: u32,
+    control: &Control<'_>,
+) -> Result<(String, u64), SendError> {
+    let parts = parts(&contents.configuration().machine)?;
+    let failed = AtomicBool::new(false);
+    let is_stopped = || control.is_stopped() || failed.load(Ordering::Relaxed);
+    let open = || Outlet::new(connect(path)?.into(), &is_stopped).map_err(SendError::Descriptor);
+    let mut outlet = open()?;
+    let mut counts = vec![outlet.sent()];
+    let stream = StreamWriter::begin(contents, &mut outlet, parts)?;
+    let mut outlets = Vec::new();
+    for channel in (0..channels).rev() {
+        let mut outlet = open()?;
+        let channel = u8::try_from(channel).expect("at most CHANNELS_MAX");
+        outlet.send(&Init { uuid: uuid(contents), channel }.encode())?;
+        counts.push(outlet.sent());
+        outlets.push(outlet);
+    }
+    // The others end with `Stopped` then; what this one says is what happened.
+    let fail = |_: &SendError| failed.store(true, Ordering::Relaxed);
+    let senders = Channels::new(contents, outlets, control);
+    let (streamed, sent) = thread::scope(|scope| {
+        let stream = scope.spawn(|| zero_pages(contents, stream).inspect_err(fail));
+        let width = (source.io, usize::try_from(channels).expect("few"));
+        let work = |lane| senders.work(lane).inspect_err(fail);
+        let sent = on_lanes(&source.file, width, work).map_err(SendError::Reading);
+        let sent = sent.inspect_err(fail);
+        (stream.join().expect("no panic"), sent)
+    });
+    let (mut results, backend) = sent?;
+    results.push(streamed);
+    let errors = results.into_iter().filter_map(Result::err);
+    match errors.min_by_key(|error| matches!(error, SendError::Stopped)) {
+        Some(error) => Err(error),
+        None => {
+            let sent = counts.iter().map(|count| count.load(Ordering::Relaxed)).sum();
+            Ok((backend.to_string(), sent))
+        }
+    }
+}
+
+/// Says how the parts of "ram" end for this machine type.
+fn parts(machine: &str) -> Result<Parts, SendError> {
+    let version = machine.rsplit('-').next().and_then(|version| version.parse().ok());
+    match version.map(|version: QemuVersion| version.has(Feature::MultifdFlush)) {
+        Some(true) => Ok(Parts::Flushing),
+        Some(false) => Ok(Parts::Counted),
+        None => Err(SendError::MachineVersion { machine: machine.to_owned() }),
+    }
+}
+
+/// Returns the VM's uuid, by which QEMU knows its channels; zeros if it has none.
+fn uuid(contents: &Contents<'_>) -> [u8; 16] {
+    let manifest = contents.snapshot.manifest();
+    let text = manifest.and_then(|manifest| manifest.meta.vm.uuid.as_deref());
+    let known = text.and_then(parse_uuid).or(contents.configuration().uuid);
+    known.unwrap_or_default()
+}
+
+fn parse_uuid(text: &str) -> Option<[u8; 16]> {
+    let digits: String = text.chars().filter(|&c| c != '-').collect();
+    let number = u128::from_str_radix(&digits, 16).ok()?;
+    (digits.len() == 32).then(|| number.to_be_bytes())
+}
+
+/// Writes what remains of the stream: zero pages, and what follows RAM.
+fn zero_pages(contents: &Contents<'_>, mut stream: StreamWriter<'_, '_>) -> Result<(), SendError> {
+    for window in contents.windows() {
+        stream.pages(&window, None)?;
+    }
+    stream.finish()
+}
+
+/// What all channels share.
+struct Channels<'a, I> {
+    contents: &'a Contents<'a>,
+    ram: RamLayout,
+    outlets: Mutex<Vec<Outlet<'a>>>,
+    windows: Mutex<I>,
+    /// Packets are counted over all channels.
+    packets: AtomicU64,
+    done_bytes: AtomicU64,
+    total_bytes: u64,
+    control: &'a Control<'a>,
+}
+
+impl<'a> Channels<'a, ()> {
+    fn new(
+        contents: &'a Contents<'a>,
+        outlets: Vec<Outlet<'a>>,
+        control: &'a Control<'a>,
+    ) -> Channels<'a, impl Iterator<Item = Window> + Send + use<'a>> {
+        Channels {
+            contents,
+            ram: contents.snapshot.structure().ram(),
+            outlets: Mutex::new(outlets),
+            windows: Mutex::new(contents.windows()),
+            packets: AtomicU64::new(0),
+            done_bytes: AtomicU64::new(0),
+            total_bytes: contents.data().1,
+            control,
+        }
+    }
+}
+
+impl<I: Iterator<Item = Window> + Send> Channels<'_, I> {
+    /// Sends what one channel carries.
+    fn work(&self, lane: Lane) -> Result<(), SendError> {
+        let outlet = self.outlets.lock().expect("no panic").pop();
+        let mut outlet = outlet.expect("as many lanes as channels");
+        let next = std::iter::from_fn(|| self.windows.lock().expect("no panic").next());
+        let mut pages = PagesInOrder::new(self.contents, lane, next);
+        self.sync(&mut outlet, 1)?;
+        while let Some((window, read)) = pages.next()? {
+            self.send_window(&mut outlet, &window, read.bytes())?;
+            let len = self.contents.data_len(&window);
+            let done_bytes = self.done_bytes.fetch_add(len, Ordering::Relaxed) + len;
+            self.control.report(Progress { done_bytes, total_bytes: self.total_bytes });
+        }
+        self.sync(&mut outlet, COUNTED_PARTS - 1)
+    }
+
+    fn sync(&self, outlet: &mut Outlet<'_>, times: usize) -> Result<(), SendError> {
+        for _ in 0..times {
+            outlet.send(&self.packet(None, 0).encode(&self.ram))?;
+        }
+        Ok(())
+    }
+
+    fn packet(&self, pages: Option<PacketPages>, data_len: u32) -> Packet {
+        let number = self.packets.fetch_add(1, Ordering::Relaxed);
+        Packet { sync: pages.is_none(), compression: Compression::None, number, pages, data_len }
+    }
+
+    /// Sends the pages with data of a window, of which `bytes` are those from the first to the last.
+    fn send_window(
+        &self,
+        outlet: &mut Outlet<'_>,
+        window: &Window,
+        bytes: &[u8],
+    ) -> Result<(), SendError> {
+        let block = &self.contents.blocks[window.block];
+        let page_len = block.placed.block.page_size().bytes();
+        let pages_max = usize::try_from(PACKET_PAGES_LEN / page_len).expect("few");
+        let runs = block.bitmap.runs_within(window.pages);
+        let pages: Vec<u64> = runs.flat_map(|run| run.start.0..run.end.0).collect();
+        for pages in pages.chunks(pages_max) {
+            let place = |page: u64| {
+                let start = usize::try_from(page * page_len - window.bytes.start);
+                start.expect("inside a window")
+            };
+            let runs = runs_of(pages).map(|run| place(run.start)..place(run.end));
+            let normal = pages.iter().copied().map(PageIndex).collect();
+            let pages_len = u32::try_from(pages.len() as u64 * page_len).expect("512 KiB");
+            let listed = PacketPages { block: block.index, normal, zero: Vec::new() };
+            let header = self.packet(Some(listed), pages_len).encode(&self.ram);
+            let mut slices = vec![IoSlice::new(&header)];
+            slices.extend(runs.map(|run| IoSlice::new(&bytes[run])));
+            outlet.send_all(&mut slices)?;
+        }
+        Ok(())
+    }
+}
+
+/// Returns the runs of consecutive numbers.
+fn runs_of(numbers: &[u64]) -> impl Iterator<Item = Range<u64>> + '_ {
+    let runs = numbers.chunk_by(|a, b| a + 1 == *b);
+    runs.map(|run| run[0]..run[run.len() - 1] + 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_machine_type_says_how_parts_end() {
+        assert!(matches!(parts("pc-i440fx-7.2"), Ok(Parts::Counted)));
+        assert!(matches!(parts("pc-q35-8.0"), Ok(Parts::Counted)));
+        assert!(matches!(parts("pc-q35-8.1"), Ok(Parts::Flushing)));
+        assert!(matches!(parts("virt-10.0"), Ok(Parts::Flushing)));
+        let error = parts("pc-q35-rhel9.4.0").unwrap_err().to_string();
+        assert_eq!(error, "machine type \"pc-q35-rhel9.4.0\" does not end with a version of QEMU");
+    }
+
+    #[test]
+    fn a_uuid_is_sixteen_bytes_in_the_order_of_its_digits() {
+        let uuid = parse_uuid("00112233-4455-6677-8899-aabbccddeeff").unwrap();
+        assert_eq!(uuid[..3], [0x00, 0x11, 0x22]);
+        assert_eq!(uuid[15], 0xff);
+        assert_eq!(parse_uuid("0011"), None);
+        assert_eq!(parse_uuid(""), None);
+    }
+
+    #[test]
+    fn consecutive_pages_are_one_run() {
+        assert_eq!(runs_of(&[1, 2, 3, 7, 9, 10]).collect::<Vec<_>>(), [1..4, 7..8, 9..11]);
+        assert_eq!(runs_of(&[]).count(), 0);
+    }
+}

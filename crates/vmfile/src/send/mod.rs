@@ -1,0 +1,228 @@
+//! `vmfile send`: a file as a migration stream that any QEMU accepts.
+//!
+//! ```text
+//! bitmaps and device state - header - pages as they are read - device state
+//! ```
+//!
+//! Nothing comes back: whether QEMU liked the stream, QEMU says. The pages of a file lie at fixed
+//! places, so that they can be read ahead, past the page cache, and go out from where they were read
+//! to.
+
+mod channels;
+mod contents;
+mod outlet;
+mod pages;
+mod stream;
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use serde::Serialize;
+use vmfile_engine::{Backend, DirectIo};
+use vmfile_format::RamBlock;
+
+use self::channels::{CHANNELS_MAX, write_channels};
+pub(crate) use self::contents::{Contents, LARGE_BLOCK_LEN, Pages};
+pub(crate) use self::outlet::Outlet;
+pub(crate) use self::stream::{Source, write_stream};
+use crate::control::Control;
+use crate::reading::open_for_reading;
+use crate::snapshot::{Snapshot, SnapshotError};
+
+/// Where a stream goes.
+#[derive(Debug)]
+pub enum SendTo {
+    /// Into a pipe, a socket or a file. Writing to a pipe that nobody reads raises SIGPIPE, which a
+    /// program of Rust ignores unless it was told otherwise.
+    Descriptor(OwnedFd),
+    /// To a Unix socket on which QEMU listens.
+    Connect(PathBuf),
+}
+
+/// How a stream is sent.
+#[derive(Clone, Debug)]
+pub struct SendOptions {
+    /// Whether pages are read past the page cache. `Preferred` decides by what the cache holds.
+    pub direct_io: DirectIo,
+    /// Who moves the bytes.
+    pub io: Backend,
+    /// How many multifd channels there are besides the stream: 0 to 16, as many as the destination
+    /// was told. They need [`SendTo::Connect`].
+    pub channels: u32,
+    /// The destination's RAM is fresh: zero pages of blocks of 4 MiB and more are not sent.
+    pub assume_zeroed: bool,
+}
+
+impl Default for SendOptions {
+    fn default() -> SendOptions {
+        let (direct_io, io) = (DirectIo::Preferred, Backend::Auto);
+        SendOptions { direct_io, io, channels: 0, assume_zeroed: false }
+    }
+}
+
+/// What was sent.
+#[derive(Clone, Debug, Serialize)]
+pub struct SendReport {
+    /// The file.
+    pub file: PathBuf,
+    /// How many multifd channels there were besides the stream.
+    pub channels: u32,
+    /// Pages of all RAM blocks.
+    pub pages_total: u64,
+    /// Pages that were sent with their bytes.
+    pub pages_data: u64,
+    /// Zero pages that were sent as such.
+    pub pages_zero: u64,
+    /// The length of the stream and of what the channels carried, in bytes.
+    pub bytes_sent: u64,
+    /// Whether direct I/O was used; if not, why.
+    pub direct_io: String,
+    /// The back end that was used.
+    pub io: String,
+    /// How long it took, in seconds.
+    pub total_seconds: f64,
+}
+
+/// Why a stream was not sent, or not all of it.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SendError {
+    /// The file could not be read.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    /// The pages could not be read in the way that was asked for.
+    #[error("read guest RAM from the file")]
+    Reading(#[source] io::Error),
+    /// Some pages could not be read.
+    #[error("read {len} bytes at {offset:#x} of {path}", path = path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// File offset, in bytes.
+        offset: u64,
+        /// How much was asked for, in bytes.
+        len: usize,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// There are more channels than there may be, or no socket to connect them to.
+    #[error("{found} multifd channels, expected at most {max}{}", where_to(*.max))]
+    Channels {
+        /// How many were asked for.
+        found: u32,
+        /// How many there may be.
+        max: u32,
+    },
+    /// It depends on the machine type when QEMU waits for its channels, and this does not tell.
+    #[error("machine type {machine:?} does not end with a version of QEMU")]
+    MachineVersion {
+        /// The machine type.
+        machine: String,
+    },
+    /// Nobody listens at the socket, or it may not be used.
+    #[error("connect to {path}", path = path.display())]
+    Connect {
+        /// The socket.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// It cannot be said what the descriptor is.
+    #[error("look at the descriptor of the stream")]
+    Descriptor(#[source] io::Error),
+    /// Whoever reads has ended before the stream did, as a QEMU does that refuses it.
+    #[error("the reader closed its end at offset {offset:#x} of the stream")]
+    PeerClosed {
+        /// How much was sent, in bytes.
+        offset: u64,
+    },
+    /// The stream could not be written.
+    #[error("write at offset {offset:#x} of the stream")]
+    Write {
+        /// How much was sent, in bytes.
+        offset: u64,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The caller stopped it.
+    #[error("stopped")]
+    Stopped,
+}
+
+/// Sends `snapshot` as a migration stream.
+///
+/// # Errors
+///
+/// Returns [`SendError`]. What was sent by then is of no use.
+pub fn send(
+    snapshot: &Snapshot,
+    to: SendTo,
+    options: &SendOptions,
+    control: &Control<'_>,
+) -> Result<SendReport, SendError> {
+    let started = Instant::now();
+    let max = if matches!(to, SendTo::Connect(_)) { CHANNELS_MAX } else { 0 };
+    if options.channels > max {
+        return Err(SendError::Channels { found: options.channels, max });
+    }
+    let contents = Contents::new(snapshot, |block| pages(block, options))?;
+    let opened = open_for_reading(snapshot, options.direct_io);
+    let (file, direct_io) = opened.map_err(SendError::Reading)?;
+    let source = Source { file, io: options.io };
+    let (io, bytes_sent) = match (to, options.channels) {
+        (SendTo::Descriptor(descriptor), _) => send_one(&contents, &source, descriptor, control)?,
+        (SendTo::Connect(path), 0) => {
+            send_one(&contents, &source, connect(&path)?.into(), control)?
+        }
+        (SendTo::Connect(path), channels) => {
+            write_channels(&contents, &source, &path, channels, control)?
+        }
+    };
+    let blocks = &snapshot.structure().blocks;
+    Ok(SendReport {
+        file: snapshot.path().to_path_buf(),
+        channels: options.channels,
+        pages_total: blocks.iter().map(|placed| placed.block.page_count().0).sum(),
+        pages_data: contents.data().0,
+        pages_zero: contents.zero_pages(),
+        bytes_sent,
+        direct_io,
+        io,
+        total_seconds: started.elapsed().as_secs_f64(),
+    })
+}
+
+/// Sends all by one stream; returns the back end and how many bytes were sent.
+fn send_one(
+    contents: &Contents<'_>,
+    source: &Source,
+    descriptor: OwnedFd,
+    control: &Control<'_>,
+) -> Result<(String, u64), SendError> {
+    let is_stopped = || control.is_stopped();
+    let mut outlet = Outlet::new(descriptor, &is_stopped).map_err(SendError::Descriptor)?;
+    let io = write_stream(contents, source, &mut outlet, control)?;
+    Ok((io, outlet.sent().load(Ordering::Relaxed)))
+}
+
+fn where_to(channels_max: u32) -> &'static str {
+    if channels_max == 0 { " into a descriptor" } else { "" }
+}
+
+/// Says which pages of a block are sent.
+fn pages(block: &RamBlock, options: &SendOptions) -> Pages {
+    if options.assume_zeroed && block.used_length() >= LARGE_BLOCK_LEN {
+        Pages::Data
+    } else {
+        Pages::All
+    }
+}
+
+fn connect(path: &Path) -> Result<UnixStream, SendError> {
+    UnixStream::connect(path)
+        .map_err(|source| SendError::Connect { path: path.to_path_buf(), source })
+}

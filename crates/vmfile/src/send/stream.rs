@@ -1,0 +1,162 @@
+//! The one writer of streams.
+//!
+//! ```text
+//! header, configuration without capabilities
+//! START "ram"   all blocks
+//! PART, ...     pages in the order of the file, or zero pages only beside multifd channels
+//! END           nothing more
+//! device sections and EOF as they are in the file, description
+//! ```
+
+use std::io::IoSlice;
+use std::ops::Range;
+use std::sync::Mutex;
+
+use vmfile_engine::{Backend, DataFile};
+use vmfile_format::PageIndex;
+use vmfile_format::stream::encoder::RamSection;
+
+use super::SendError;
+use super::contents::{Contents, Window};
+use super::outlet::Outlet;
+use super::pages::PagesInOrder;
+use crate::control::{Control, Progress};
+use crate::lane::{Lane, on_lanes};
+use crate::plan::UNIT_LEN;
+
+/// How the pages of a stream are read.
+#[derive(Clone, Debug)]
+pub(crate) struct Source {
+    pub(crate) file: DataFile,
+    pub(crate) io: Backend,
+}
+
+/// Writes all of `contents` into `outlet`; returns the back end that read the pages.
+///
+/// # Errors
+///
+/// Returns [`SendError`] if the file cannot be read or nobody takes the stream.
+pub(crate) fn write_stream(
+    contents: &Contents<'_>,
+    source: &Source,
+    outlet: &mut Outlet<'_>,
+    control: &Control<'_>,
+) -> Result<String, SendError> {
+    // The lane is lent to another thread, and the outlet with it.
+    let outlet = Mutex::new(outlet);
+    let write = |lane: Lane| {
+        let mut outlet = outlet.lock().expect("the only thread that has it");
+        let mut reader = PagesInOrder::new(contents, lane, contents.windows());
+        let mut writer = StreamWriter::begin(contents, &mut outlet, Parts::Plain)?;
+        let (_, total_bytes) = contents.data();
+        let mut done_bytes = 0;
+        for window in contents.windows() {
+            if window.bytes.is_empty() {
+                writer.pages(&window, Some(&[]))?;
+            } else {
+                let (_, read) = reader.next()?.expect("the reader has the same windows");
+                writer.pages(&window, Some(read.bytes()))?;
+                done_bytes += contents.data_len(&window);
+                control.report(Progress { done_bytes, total_bytes });
+            }
+        }
+        writer.finish()
+    };
+    let (results, backend) =
+        on_lanes(&source.file, (source.io, 1), write).map_err(SendError::Reading)?;
+    results.into_iter().collect::<Result<(), SendError>>()?;
+    Ok(backend.to_string())
+}
+
+/// How the parts of the "ram" section end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Parts {
+    /// As often as is good, and with nothing.
+    Plain,
+    /// Three times, each with MULTIFD_FLUSH.
+    Flushing,
+    /// Three times, with nothing: a destination waits for its multifd channels at each end.
+    Counted,
+}
+
+/// How many parts the "ram" section has beside multifd channels: START, PART and END.
+pub(crate) const COUNTED_PARTS: usize = 3;
+
+/// Writes a stream, a window of pages at a time.
+#[derive(Debug)]
+pub(crate) struct StreamWriter<'w, 'o> {
+    contents: &'w Contents<'w>,
+    outlet: &'w mut Outlet<'o>,
+    section: RamSection,
+    parts: Parts,
+    /// What stands between the pages of a window.
+    words: Vec<u8>,
+    part_len: u64,
+}
+
+impl<'w, 'o> StreamWriter<'w, 'o> {
+    /// Writes everything up to the first page.
+    pub(crate) fn begin(
+        contents: &'w Contents<'w>,
+        outlet: &'w mut Outlet<'o>,
+        parts: Parts,
+    ) -> Result<StreamWriter<'w, 'o>, SendError> {
+        let structure = contents.snapshot.structure();
+        let mut words = contents.configuration().encode();
+        let begin = match parts {
+            Parts::Flushing => RamSection::begin_flushing,
+            Parts::Plain | Parts::Counted => RamSection::begin,
+        };
+        let section = begin(&mut words, structure.device_state.unused_id(), &structure.ram());
+        outlet.send(&words)?;
+        Ok(StreamWriter { contents, outlet, section, parts, words, part_len: 0 })
+    }
+
+    /// Writes the pages of a window, of which `bytes` are those from the first page with data to
+    /// the last; `None` if pages with data go another way.
+    pub(crate) fn pages(&mut self, window: &Window, bytes: Option<&[u8]>) -> Result<(), SendError> {
+        let block = &self.contents.blocks[window.block];
+        let placed = (block.index, &block.placed.block);
+        let page_len = block.placed.block.page_size().bytes();
+        self.words.clear();
+        if self.parts == Parts::Plain && self.part_len >= UNIT_LEN {
+            self.section.next_part(&mut self.words);
+            self.part_len = 0;
+        }
+        // The words are written first and cut afterwards: a vector that grows cannot be lent.
+        let mut pieces: Vec<(usize, Range<usize>)> = Vec::new();
+        for page in (window.pages.start.0..window.pages.end.0).map(PageIndex) {
+            if block.bitmap.contains(page) {
+                if bytes.is_none() {
+                    continue;
+                }
+                self.section.page_header(&mut self.words, placed, page);
+                let start = usize::try_from(page.0 * page_len - window.bytes.start);
+                let start = start.expect("inside a window");
+                let end = start + usize::try_from(page_len).expect("64 KiB at most");
+                pieces.push((self.words.len(), start..end));
+            } else if block.zero_pages {
+                self.section.zero_page(&mut self.words, placed, page);
+            }
+        }
+        let bytes = bytes.unwrap_or_default();
+        let mut slices = Vec::with_capacity(2 * pieces.len() + 1);
+        let mut cut = 0;
+        for (words_end, page) in pieces {
+            slices.push(IoSlice::new(&self.words[cut..words_end]));
+            slices.push(IoSlice::new(&bytes[page]));
+            cut = words_end;
+        }
+        slices.push(IoSlice::new(&self.words[cut..]));
+        self.part_len += bytes.len() as u64;
+        self.outlet.send_all(&mut slices)
+    }
+
+    /// Writes everything after the last page.
+    pub(crate) fn finish(self) -> Result<(), SendError> {
+        let mut end = Vec::new();
+        self.section.finish(&mut end);
+        let parts = [&end, &self.contents.devices, &self.contents.description];
+        self.outlet.send_all(&mut parts.map(|part| IoSlice::new(part)))
+    }
+}

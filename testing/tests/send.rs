@@ -1,0 +1,338 @@
+//! A file goes into QEMU as a stream, and the guest finds its memory as it left it.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use vmfile::restore::{Destination, Mode, RestoreOptions};
+use vmfile::send::{SendOptions, SendReport, SendTo, send};
+use vmfile::{Control, Snapshot, Vm};
+use vmfile_testing::verbs::{self, save, stream};
+use vmfile_testing::{Guest, GuestConfig, Machine, Qemu, Ram, Release, TestResult, requires};
+
+/// A file in a directory of its own.
+struct Saved {
+    file: PathBuf,
+    directory: TempDir,
+}
+
+/// Boots and saves; the QEMU has ended then.
+fn saved(qemu: &Qemu, config: &GuestConfig) -> TestResult<Saved> {
+    let guest = config.boot(qemu)?;
+    guest.wait_for_count(2)?;
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
+    let file = directory.path().join("vm.vmf");
+    save(&guest, &file)?;
+    Ok(Saved { file, directory })
+}
+
+/// Restores by `stream` into the QEMU that wrote the file, and lets the guest judge.
+fn comes_back(qemu: &Qemu, config: &GuestConfig) -> TestResult {
+    let saved = saved(qemu, config)?;
+    let guest = stream(qemu, config, &saved.file)?;
+    guest.wait_for_passes(2)?;
+    guest.judge_counts()
+}
+
+#[test]
+fn private_ram_comes_back() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    comes_back(&qemu, &Guest::boot_sector(Ram::private(64)).seed(81))
+}
+
+#[test]
+fn a_memfd_on_q35_comes_back() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    comes_back(&qemu, &Guest::boot_sector(Ram::memfd(64)).seed(82).machine(Machine::Q35))
+}
+
+#[test]
+fn ram_in_a_file_comes_back() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    comes_back(&qemu, &Guest::boot_sector(Ram::tmpfs(64)).seed(83))
+}
+
+#[test]
+fn a_linux_guest_with_its_devices_comes_back() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    let config = Guest::linux(Ram::private(256)).vcpus(2).virtio().disk(16);
+    comes_back(&qemu, &config.numa_nodes(&[128, 128]))
+}
+
+#[test]
+fn the_newest_takes_its_own_vm_back() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Newest));
+    comes_back(&qemu, &Guest::boot_sector(Ram::private(64)).seed(84))
+}
+
+#[test]
+fn a_qemu_that_waits_takes_the_stream() -> TestResult {
+    for release in [Release::Oldest, Release::Distribution] {
+        let qemu = requires!(Qemu::of(release));
+        let source = requires!(Qemu::of(Release::Distribution));
+        let config = Guest::boot_sector(Ram::private(64)).seed(85).machine_version("7.2");
+        let saved = saved(&source, &config)?;
+        let waiting = config.incoming(&qemu, "defer")?;
+        let vm = Vm::connect(&waiting.qmp_path())?;
+        let snapshot = Snapshot::open(&saved.file, 0)?;
+        let options = RestoreOptions { mode: Mode::Stream, ..RestoreOptions::default() };
+        let destination = Destination::Waiting(vm);
+        let restored =
+            vmfile::restore::restore(&snapshot, destination, &options, &Control::none())?;
+        assert_eq!(restored.report.mode, "stream");
+        let data = vmfile::info::info(&snapshot)?.blocks.iter().map(|b| b.pages_data).sum::<u64>();
+        assert_eq!(restored.report.bytes_read, data * 4096);
+        waiting.wait_for_passes(2)?;
+        waiting.judge_counts()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_machine_that_does_not_fit_is_refused_before_qemu_sees_a_byte() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    let saved = saved(&qemu, &Guest::boot_sector(Ram::private(64)).seed(86))?;
+    let other = Guest::boot_sector(Ram::private(64)).machine(Machine::Q35);
+    let error = stream(&qemu, &other, &saved.file).expect_err("another machine").to_string();
+    assert!(error.contains("machine type"), "{error}");
+    Ok(())
+}
+
+/// QEMU refuses devices that it does not have, and says so.
+#[test]
+fn what_qemu_refuses_is_an_error_with_its_words() -> TestResult {
+    for release in [Release::Oldest, Release::Distribution] {
+        let qemu = requires!(Qemu::of(release));
+        let source = requires!(Qemu::of(Release::Distribution));
+        let config = Guest::boot_sector(Ram::private(64)).seed(87).machine_version("7.2");
+        let saved = saved(&source, &config.clone().arguments(["-device", "virtio-rng-pci"]))?;
+        let error = stream(&qemu, &config, &saved.file).expect_err("no such device").to_string();
+        assert!(error.contains("load the device state"), "{error}");
+        assert!(error.contains("virtio-rng"), "{error}");
+    }
+    Ok(())
+}
+
+/// Fills the RAM file of a QEMU that waits with noise.
+fn fill_with_noise(waiting: &Guest, len: usize) -> TestResult<PathBuf> {
+    let path = waiting.ram_file("pc.ram").ok_or("no RAM file")?;
+    let file = File::options().write(true).open(&path)?;
+    file.set_len(len as u64)?;
+    file.write_all_at(&vec![0xaa; len], 0)?;
+    Ok(path)
+}
+
+#[test]
+fn a_ram_file_that_was_used_before_is_cleared() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    let config = Guest::boot_sector(Ram::tmpfs(64)).seed(88);
+    let saved = saved(&qemu, &config)?;
+    let waiting = config.incoming(&qemu, "defer")?;
+    let ram = fill_with_noise(&waiting, 64 << 20)?;
+    let vm = Vm::connect(&waiting.qmp_path())?;
+    let snapshot = Snapshot::open(&saved.file, 0)?;
+    let options = RestoreOptions { mode: Mode::Stream, paused: true, ..RestoreOptions::default() };
+    vmfile::restore::restore(&snapshot, Destination::Waiting(vm), &options, &Control::none())?;
+    let found = std::fs::read(&ram)?;
+    assert!(found == verbs::pages(&saved.file, "pc.ram")?, "RAM is what the file says");
+    Ok(())
+}
+
+/// Sends `file` to a QEMU that listens.
+fn send_to(
+    file: &Path,
+    offset: u64,
+    socket: &Path,
+    options: &SendOptions,
+) -> TestResult<SendReport> {
+    let snapshot = Snapshot::open(file, offset)?;
+    let to = SendTo::Connect(socket.to_path_buf());
+    Ok(send(&snapshot, to, options, &Control::none())?)
+}
+
+#[test]
+fn zero_pages_are_left_out_only_where_that_was_asked_for() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    let config = Guest::boot_sector(Ram::tmpfs(64)).seed(89);
+    let saved = saved(&qemu, &config)?;
+    let socket = saved.directory.path().join("incoming");
+    for assume_zeroed in [false, true] {
+        let mut waiting = config.incoming(&qemu, "defer")?;
+        let ram = fill_with_noise(&waiting, 64 << 20)?;
+        waiting.qmp("migrate-incoming", json!({ "uri": format!("unix:{}", socket.display()) }))?;
+        let options = SendOptions { assume_zeroed, ..SendOptions::default() };
+        let report = send_to(&saved.file, 0, &socket, &options)?;
+        let zero = report.pages_total - report.pages_data;
+        assert!(report.pages_zero == zero || assume_zeroed && report.pages_zero < zero / 2);
+        wait_until_loaded(&mut waiting)?;
+        // The guest has run on, but it does not touch the last pages.
+        let found = std::fs::read(&ram)?;
+        let noise = found.chunks(4096).filter(|page| page.iter().all(|&byte| byte == 0xaa)).count();
+        assert_eq!(noise > 0, assume_zeroed, "{noise} pages of noise");
+    }
+    Ok(())
+}
+
+fn wait_until_loaded(guest: &mut Guest) -> TestResult {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        let answer = guest.qmp("query-migrate", json!({}))?;
+        match answer.get("status").and_then(Value::as_str) {
+            Some("completed") => return Ok(()),
+            Some("failed") => return Err(format!("QEMU: {answer}").into()),
+            _ if Instant::now() > deadline => return Err(format!("too long: {answer}").into()),
+            _ => thread::sleep(Duration::from_millis(10)),
+        }
+    }
+}
+
+/// Puts bytes at the places of zero pages, as a live save of QEMU's leaves them there.
+fn make_stale(file: &Path, offset: u64) -> TestResult {
+    let snapshot = Snapshot::open(file, offset)?;
+    let file = File::options().write(true).open(file)?;
+    for placed in &snapshot.structure().blocks {
+        let bitmap = snapshot.bitmap(placed)?;
+        let mut end = 0;
+        for run in bitmap.data_runs() {
+            for page in end..run.start.0 {
+                file.write_all_at(&[0xee; 4096], placed.pages_offset + page * 4096)?;
+            }
+            end = run.end.0;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_file_of_qemus_at_an_offset_with_stale_bytes_goes_to_the_oldest() -> TestResult {
+    const OFFSET: u64 = 0x1_1921;
+    let source = requires!(Qemu::of(Release::Distribution));
+    let oldest = requires!(Qemu::of(Release::Oldest));
+    let config = Guest::boot_sector(Ram::tmpfs(64)).seed(90).busy().machine_version("7.2");
+    let mut guest = config.boot(&source)?;
+    guest.wait_for_count(2)?;
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
+    let file = directory.path().join("vm.mig");
+    let capability = json!({"capability": "mapped-ram", "state": true});
+    guest.qmp("migrate-set-capabilities", json!({ "capabilities": [capability] }))?;
+    guest.qmp("migrate-set-parameters", json!({"max-bandwidth": 100 << 20}))?;
+    let uri = format!("file:{},offset={OFFSET}", file.display());
+    guest.qmp("migrate", json!({ "uri": uri }))?;
+    wait_until_loaded(&mut guest)?;
+    drop(guest);
+    make_stale(&file, OFFSET)?;
+
+    let socket = directory.path().join("incoming");
+    let destination = config.incoming(&oldest, &format!("unix:{}", socket.display()))?;
+    send_to(&file, OFFSET, &socket, &SendOptions::default())?;
+    destination.wait_for_passes(2)?;
+    destination.judge_counts()
+}
+
+/// Tells a QEMU that waits how many channels will come, and has it listen.
+fn listen(waiting: &mut Guest, socket: &Path, channels: u32) -> TestResult {
+    let multifd = json!({"capability": "multifd", "state": true});
+    waiting.qmp("migrate-set-capabilities", json!({ "capabilities": [multifd] }))?;
+    waiting.qmp("migrate-set-parameters", json!({ "multifd-channels": channels }))?;
+    let uri = format!("unix:{}", socket.display());
+    waiting.qmp("migrate-incoming", json!({ "uri": uri }))?;
+    Ok(())
+}
+
+/// Saves with the installed QEMU, sends over each number of channels to `release`, and lets the
+/// guest judge.
+fn comes_over_channels(release: Release, config: &GuestConfig, channels: &[u32]) -> TestResult {
+    let (source, qemu) = (requires!(Qemu::of(Release::Distribution)), requires!(Qemu::of(release)));
+    let saved = saved(&source, config)?;
+    let socket = saved.directory.path().join("incoming");
+    for &channels in channels {
+        let mut waiting = config.incoming(&qemu, "defer")?;
+        listen(&mut waiting, &socket, channels)?;
+        let options = SendOptions { channels, ..SendOptions::default() };
+        let report = send_to(&saved.file, 0, &socket, &options)?;
+        assert_eq!(report.channels, channels);
+        wait_until_loaded(&mut waiting)?;
+        waiting.wait_for_passes(2)?;
+        waiting.judge_counts()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn channels_bring_a_vm_to_the_installed_one() -> TestResult {
+    let config = Guest::boot_sector(Ram::private(64)).seed(91);
+    comes_over_channels(Release::Distribution, &config, &[1, 2, 8])
+}
+
+/// Its machine type waits for the channels at the end of each part.
+#[test]
+fn channels_bring_a_vm_to_the_oldest() -> TestResult {
+    let config = Guest::boot_sector(Ram::memfd(64)).seed(92).machine_version("7.2");
+    comes_over_channels(Release::Oldest, &config, &[1, 2, 8])
+}
+
+#[test]
+fn channels_bring_an_old_machine_and_a_new_one_to_the_newest() -> TestResult {
+    for version in ["7.2", "10.0"] {
+        let config = Guest::boot_sector(Ram::private(64)).seed(93).machine_version(version);
+        let uuid = ["-uuid", "00112233-4455-6677-8899-aabbccddeeff"];
+        comes_over_channels(Release::Newest, &config.machine(Machine::Q35).arguments(uuid), &[2])?;
+    }
+    Ok(())
+}
+
+/// Packets could name zero pages as well, but QEMU would not clear them.
+#[test]
+fn a_ram_file_that_was_used_before_is_cleared_over_channels() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    let config = Guest::boot_sector(Ram::tmpfs(64)).seed(94);
+    let saved = saved(&qemu, &config)?;
+    let socket = saved.directory.path().join("incoming");
+    let mut waiting = config.prepare(&qemu)?.start(&["-incoming", "defer", "-S"])?;
+    let ram = fill_with_noise(&waiting, 64 << 20)?;
+    listen(&mut waiting, &socket, 2)?;
+    let options = SendOptions { channels: 2, ..SendOptions::default() };
+    send_to(&saved.file, 0, &socket, &options)?;
+    wait_until_loaded(&mut waiting)?;
+    assert!(std::fs::read(&ram)? == verbs::pages(&saved.file, "pc.ram")?, "as the file says");
+    Ok(())
+}
+
+#[test]
+fn channels_that_the_receiver_closes_are_an_error_and_end_the_others() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    let saved = saved(&qemu, &Guest::boot_sector(Ram::private(64)).seed(95))?;
+    let socket = saved.directory.path().join("listener");
+    let listener = std::os::unix::net::UnixListener::bind(&socket)?;
+    let receiver = thread::spawn(move || {
+        let connections: std::io::Result<Vec<_>> = (0..4).map(|_| listener.accept()).collect();
+        let mut connections = connections?;
+        // One channel is closed; the others stay open and nobody reads them.
+        drop(connections.remove(2));
+        std::io::Result::Ok(connections)
+    });
+    let options = SendOptions { channels: 3, ..SendOptions::default() };
+    let error = send_to(&saved.file, 0, &socket, &options).expect_err("closed").to_string();
+    assert!(error.contains("the reader closed its end"), "{error}");
+    drop(receiver.join().map_err(|_| "no panic")??);
+    Ok(())
+}
+
+#[test]
+fn channels_need_a_socket_and_are_not_many() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    let saved = saved(&qemu, &Guest::boot_sector(Ram::private(16)).fill_mib(1).seed(96))?;
+    let options = SendOptions { channels: 17, ..SendOptions::default() };
+    let error = send_to(&saved.file, 0, Path::new("/nonexistent"), &options).expect_err("many");
+    assert_eq!(error.to_string(), "17 multifd channels, expected at most 16");
+    let snapshot = Snapshot::open(&saved.file, 0)?;
+    let (ours, _theirs) = std::os::unix::net::UnixStream::pair()?;
+    let to = SendTo::Descriptor(ours.into());
+    let error = send(&snapshot, to, &options, &Control::none()).expect_err("no socket");
+    assert_eq!(error.to_string(), "17 multifd channels, expected at most 0 into a descriptor");
+    Ok(())
+}
