@@ -110,6 +110,16 @@ pub(crate) enum Verb {
   vmfile send vm.vmf --connect unix:/run/incoming.sock --channels 4
   vmfile send vm.vmf > vm.stream")]
     Send(SendArguments),
+    /// Convert a file between fixed places and a stream
+    ///
+    /// `mapped-ram` is the format of this program and of QEMU 9.0 and later; `stream` is what
+    /// `exec:cat` writes, which every QEMU reads. A mapped-ram file that QEMU wrote becomes a vmfile,
+    /// which can be mapped and checked.
+    #[command(after_help = "Examples:
+  vmfile convert old.mig vm.vmf --to mapped-ram
+  vmfile convert vm.vmf for-qemu-7.mig --to stream
+  vmfile convert file:saved-by-qemu.img,offset=1M vm.vmf --to mapped-ram")]
+    Convert(ConvertArguments),
     /// Say what is in a file, without reading a page
     #[command(after_help = "Examples:
   vmfile info vm.vmf
@@ -267,6 +277,35 @@ pub(crate) struct ReceiveArguments {
     /// Who moves the bytes
     #[arg(long, value_name = "BACKEND", default_value = "auto")]
     pub(crate) io: IoMode,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ConvertArguments {
+    /// The file to read: PATH, file:PATH or file:PATH,offset=N
+    pub(crate) source: String,
+    /// The file to write, readable by its owner only
+    pub(crate) destination: PathBuf,
+    /// What the new file is to be
+    #[arg(long, value_name = "FORMAT")]
+    pub(crate) to: FormatMode,
+    /// Replace an existing file
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// Whether pages go past the page cache
+    #[arg(long, value_name = "WHEN", default_value = "preferred")]
+    pub(crate) direct_io: DirectIoMode,
+    /// Who moves the bytes
+    #[arg(long, value_name = "BACKEND", default_value = "auto")]
+    pub(crate) io: IoMode,
+}
+
+/// What a file is to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum FormatMode {
+    /// Every page at a fixed place
+    MappedRam,
+    /// One thing after another
+    Stream,
 }
 
 #[derive(Debug, Args)]

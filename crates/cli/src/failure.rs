@@ -3,6 +3,7 @@
 use std::error::Error;
 
 use vmfile::check::CheckError;
+use vmfile::convert::ConvertError;
 use vmfile::error::SaveError;
 use vmfile::receive::ReceiveError;
 use vmfile::send::SendError;
@@ -178,6 +179,21 @@ impl From<&ReceiveError> for Failure {
             ReceiveError::Listen { .. } => Failure::new(Code::System, "listen", error)
                 .hint("nothing may be there yet, not even a socket that was left over"),
             ReceiveError::Stopped => Failure::new(Code::Interrupted, "stopped", error),
+            _ => Failure::new(Code::System, "io", error),
+        }
+    }
+}
+
+impl From<&ConvertError> for Failure {
+    fn from(error: &ConvertError) -> Failure {
+        match error {
+            ConvertError::Snapshot(error) => Failure::from(error),
+            ConvertError::Publish(error) => Failure::from(error),
+            ConvertError::Send(error) => Failure::from(error),
+            ConvertError::Receive(error) => Failure::from(error),
+            ConvertError::Already { .. } => Failure::new(Code::Usage, "already", error)
+                .hint("there is nothing to convert; `cp --sparse=always` makes a copy"),
+            ConvertError::Stopped => Failure::new(Code::Interrupted, "stopped", error),
             _ => Failure::new(Code::System, "io", error),
         }
     }

@@ -29,6 +29,7 @@ fn main() -> ExitCode {
         Verb::Restore(restore) => commands::restore::run(restore, &voice),
         Verb::Receive(receive) => commands::receive::run(receive, &voice),
         Verb::Send(send) => commands::send::run(send, &voice),
+        Verb::Convert(convert) => commands::convert::run(convert, &voice),
         Verb::Info(info) => commands::info::run(info, &voice),
         Verb::Check(check) => commands::check::run(check, &voice),
         Verb::List => commands::list::run(&voice),

@@ -32,6 +32,11 @@ impl<'a> Control<'a> {
         Control { stop: &NEVER, progress: &|_| {} }
     }
 
+    /// Returns a control that stops with this one and hears nothing.
+    pub(crate) fn quiet(&self) -> Control<'a> {
+        Control { stop: self.stop, progress: &|_| {} }
+    }
+
     pub(crate) fn is_stopped(&self) -> bool {
         self.stop.load(Ordering::Relaxed)
     }

@@ -7,6 +7,7 @@
 
 pub mod check;
 mod control;
+pub mod convert;
 mod draft;
 pub mod error;
 pub mod info;

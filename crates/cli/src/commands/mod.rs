@@ -1,12 +1,15 @@
 //! One verb, one file: words into options, a report into words.
 
 pub(crate) mod check;
+pub(crate) mod convert;
 pub(crate) mod info;
 pub(crate) mod list;
 pub(crate) mod receive;
 pub(crate) mod restore;
 pub(crate) mod save;
 pub(crate) mod send;
+
+use std::path::PathBuf;
 
 use vmfile::Snapshot;
 
@@ -17,4 +20,14 @@ use crate::failure::Failure;
 fn open(name: &str) -> Result<Snapshot, Failure> {
     let name = FileName::parse(name).map_err(Failure::usage)?;
     Snapshot::open(&name.path, name.offset).map_err(|error| Failure::from(&error))
+}
+
+/// Reads `unix:PATH`, or a path.
+pub(crate) fn socket_path(address: &str) -> Result<PathBuf, Failure> {
+    let path = address.strip_prefix("unix:").unwrap_or(address);
+    if path.is_empty() || address.contains(':') && !address.starts_with("unix:") {
+        let message = format!("{address:?} is no address of a Unix socket");
+        return Err(Failure::usage(message).hint("expected unix:PATH"));
+    }
+    Ok(PathBuf::from(path))
 }

@@ -2,7 +2,6 @@
 
 use std::io::{IsTerminal as _, stdin};
 use std::os::fd::{AsFd as _, AsRawFd as _};
-use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -43,7 +42,7 @@ pub(crate) fn run(arguments: &ReceiveArguments, voice: &Voice) -> Result<ExitCod
 /// Returns where the stream comes from.
 fn source(arguments: &ReceiveArguments) -> Result<StreamFrom, Failure> {
     if let Some(address) = &arguments.listen {
-        return Ok(StreamFrom::Listen(socket_path(address)?));
+        return Ok(StreamFrom::Listen(super::socket_path(address)?));
     }
     let number = match arguments.fd {
         Some(number) => number,
@@ -56,14 +55,4 @@ fn source(arguments: &ReceiveArguments) -> Result<StreamFrom, Failure> {
     let descriptor = vmfile::inherited(number)
         .map_err(|error| Failure::system(&format!("descriptor {number}"), &error))?;
     Ok(StreamFrom::Descriptor(descriptor))
-}
-
-/// Reads `unix:PATH`, or a path.
-fn socket_path(address: &str) -> Result<PathBuf, Failure> {
-    let path = address.strip_prefix("unix:").unwrap_or(address);
-    if path.is_empty() || address.contains(':') && !address.starts_with("unix:") {
-        let message = format!("{address:?} is no address of a Unix socket");
-        return Err(Failure::usage(message).hint("expected unix:PATH"));
-    }
-    Ok(PathBuf::from(path))
 }

@@ -2,7 +2,6 @@
 
 use std::io::{IsTerminal as _, stdout};
 use std::os::fd::{AsFd as _, AsRawFd as _};
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use vmfile::Control;
@@ -45,7 +44,7 @@ pub(crate) fn run(arguments: &SendArguments, voice: &Voice) -> Result<ExitCode, 
 /// Returns where the stream goes.
 fn destination(arguments: &SendArguments) -> Result<SendTo, Failure> {
     if let Some(address) = &arguments.connect {
-        return Ok(SendTo::Connect(socket_path(address)?));
+        return Ok(SendTo::Connect(super::socket_path(address)?));
     }
     let number = match arguments.fd {
         Some(number) => number,
@@ -58,14 +57,4 @@ fn destination(arguments: &SendArguments) -> Result<SendTo, Failure> {
     let descriptor = vmfile::inherited(number)
         .map_err(|error| Failure::system(&format!("descriptor {number}"), &error))?;
     Ok(SendTo::Descriptor(descriptor))
-}
-
-/// Reads `unix:PATH`, or a path.
-fn socket_path(address: &str) -> Result<PathBuf, Failure> {
-    let path = address.strip_prefix("unix:").unwrap_or(address);
-    if path.is_empty() || address.contains(':') && !address.starts_with("unix:") {
-        let message = format!("{address:?} is no address of a Unix socket");
-        return Err(Failure::usage(message).hint("expected unix:PATH"));
-    }
-    Ok(PathBuf::from(path))
 }

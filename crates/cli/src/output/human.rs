@@ -3,6 +3,7 @@
 use std::fmt::Write;
 
 use vmfile::check::{CheckReport, Finding};
+use vmfile::convert::ConvertReport;
 use vmfile::info::Info;
 use vmfile::receive::ReceiveReport;
 use vmfile::restore::RestoreReport;
@@ -57,6 +58,16 @@ pub(crate) fn receive(report: &ReceiveReport) -> String {
     );
     line(&mut text, "took", &took);
     line(&mut text, "engine", &format!("{}, direct I/O: {}", report.io, report.direct_io));
+    text
+}
+
+pub(crate) fn convert(report: &ConvertReport) -> String {
+    let mut text = String::new();
+    line(&mut text, "converted", &report.file.display());
+    line(&mut text, "format", &format!("{} to {}", report.from, report.to));
+    let memory = format!("{} of {} pages hold data", report.pages_data, report.pages_total);
+    line(&mut text, "memory", &memory);
+    line(&mut text, "took", &size::seconds(report.total_seconds));
     text
 }
 

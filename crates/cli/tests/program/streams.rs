@@ -99,3 +99,21 @@ fn a_sender_that_does_not_come_is_not_waited_for_for_ever() -> TestResult {
     assert_eq!(names_in(directory.path()), [""; 0]);
     Ok(())
 }
+
+#[test]
+fn a_file_is_converted_there_and_back() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    let saved = crate::guests::saved(&qemu, &Guest::boot_sector(Ram::private(16)).seed(93))?;
+    let directory = directory()?;
+    let (stream, again) = (directory.path().join("stream"), directory.path().join("again.vmf"));
+    let said = vmfile(words!["convert", "--json", saved.file, stream, "--to", "stream"]);
+    said.assert(0, &[]);
+    assert_documented("convert", &said.json()?);
+    vmfile(words!["convert", stream, again, "--to", "mapped-ram"])
+        .assert(0, &["converted", "stream to mapped-ram"]);
+    vmfile(words!["check", again]).assert(0, &["0 findings"]);
+    vmfile(words!["convert", stream, again, "--to", "stream"]).assert(2, &["is a stream already"]);
+    vmfile(words!["convert", stream, again, "--to", "mapped-ram"]).assert(5, &["--force"]);
+    vmfile(words!["convert", saved.file, stream, "--to", "elf"]).assert(2, &["possible values"]);
+    Ok(())
+}

@@ -1,0 +1,267 @@
+//! `vmfile convert`: between files with fixed places and files that are streams.
+//!
+//! ```text
+//! look at the source - begin - send it, or receive it, or both at once - publish
+//! ```
+//!
+//! The device sections are the same bytes in both.
+
+use std::fs::File;
+use std::io::{Read as _, Seek as _, SeekFrom};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Instant;
+
+use serde::Serialize;
+use vmfile_engine::{Backend, DirectIo, Existing, PublishError, Unpublished};
+use vmfile_format::stream::decoder::{EVENT_LEN_MAX, Event, StreamDecoder};
+
+use crate::control::Control;
+use crate::receive::{ReceiveError, ReceiveOptions, StreamFrom, receive};
+use crate::send::{SendError, SendOptions, SendTo, send};
+use crate::snapshot::{Snapshot, SnapshotError};
+
+/// What a file is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// Every page at a fixed place: a vmfile, or a file that QEMU wrote with mapped-ram.
+    MappedRam,
+    /// One thing after another: what `exec:cat` and `file:` without mapped-ram write.
+    Stream,
+}
+
+impl Format {
+    /// Returns the word for it: `mapped-ram` or `stream`.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Format::MappedRam => "mapped-ram",
+            Format::Stream => "stream",
+        }
+    }
+}
+
+/// How a file is converted.
+#[derive(Clone, Debug)]
+pub struct ConvertOptions {
+    /// Whether pages go past the page cache.
+    pub direct_io: DirectIo,
+    /// Who moves the bytes.
+    pub io: Backend,
+    /// Whether a file of that name may be replaced.
+    pub existing: Existing,
+}
+
+impl Default for ConvertOptions {
+    fn default() -> ConvertOptions {
+        let (direct_io, io) = (DirectIo::Preferred, Backend::Auto);
+        ConvertOptions { direct_io, io, existing: Existing::Refuse }
+    }
+}
+
+/// What a conversion did.
+#[derive(Clone, Debug, Serialize)]
+pub struct ConvertReport {
+    /// The new file.
+    pub file: PathBuf,
+    /// What the old one is: `mapped-ram` or `stream`.
+    pub from: &'static str,
+    /// What the new one is.
+    pub to: &'static str,
+    /// Pages of all RAM blocks.
+    pub pages_total: u64,
+    /// Pages that hold data.
+    pub pages_data: u64,
+    /// How long it took, in seconds.
+    pub total_seconds: f64,
+}
+
+/// Why a file was not converted.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConvertError {
+    /// The source is not what it should be.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    /// The source is already what it was to become.
+    #[error("{path} is a {what} already", path = path.display())]
+    Already {
+        /// The source.
+        path: PathBuf,
+        /// What it is.
+        what: &'static str,
+    },
+    /// The new file cannot be made or given its name.
+    #[error(transparent)]
+    Publish(#[from] PublishError),
+    /// A file or a pair of sockets could not be used.
+    #[error("{what}")]
+    Io {
+        /// What was to be done.
+        what: &'static str,
+        /// What the kernel said.
+        source: std::io::Error,
+    },
+    /// The source could not be made a stream.
+    #[error(transparent)]
+    Send(SendError),
+    /// The stream could not be written at fixed places.
+    #[error(transparent)]
+    Receive(ReceiveError),
+    /// The caller stopped it.
+    #[error("stopped")]
+    Stopped,
+}
+
+impl From<SendError> for ConvertError {
+    fn from(error: SendError) -> ConvertError {
+        match error {
+            SendError::Stopped => ConvertError::Stopped,
+            error => ConvertError::Send(error),
+        }
+    }
+}
+
+impl From<ReceiveError> for ConvertError {
+    fn from(error: ReceiveError) -> ConvertError {
+        match error {
+            ReceiveError::Stopped => ConvertError::Stopped,
+            ReceiveError::Publish(error) => ConvertError::Publish(error),
+            error => ConvertError::Receive(error),
+        }
+    }
+}
+
+fn io(what: &'static str) -> impl Fn(std::io::Error) -> ConvertError {
+    move |source| ConvertError::Io { what, source }
+}
+
+/// Converts the file at `source`, which begins at its byte `start`, to a new file of the format `to`.
+///
+/// A mapped-ram file that QEMU wrote can be converted to mapped-ram: it becomes a vmfile, with its
+/// pages checked and without stale bytes. A vmfile is one already.
+///
+/// # Errors
+///
+/// Returns [`ConvertError`]; then there is no new file.
+pub fn convert(
+    (source, start): (&Path, u64),
+    destination: &Path,
+    to: Format,
+    options: &ConvertOptions,
+    control: &Control<'_>,
+) -> Result<ConvertReport, ConvertError> {
+    let started = Instant::now();
+    let (from, (pages_total, pages_data)) = match (Snapshot::open(source, start), to) {
+        (Ok(snapshot), Format::Stream) => {
+            (Format::MappedRam, to_stream(&snapshot, destination, options, control)?)
+        }
+        (Ok(snapshot), Format::MappedRam) if snapshot.manifest().is_some() => {
+            return Err(already(source, "vmfile"));
+        }
+        (Ok(snapshot), Format::MappedRam) => {
+            (Format::MappedRam, to_vmfile(&snapshot, destination, options, control)?)
+        }
+        (Err(SnapshotError::Format { source: why, .. }), _) => {
+            match (open_stream(source, start)?, to) {
+                (Some(_), Format::Stream) => return Err(already(source, "stream")),
+                (Some(file), Format::MappedRam) => {
+                    (Format::Stream, from_stream(file, destination, options, control)?)
+                }
+                (None, _) => {
+                    let path = source.to_path_buf();
+                    return Err(SnapshotError::Format { path, source: why }.into());
+                }
+            }
+        }
+        (Err(error), _) => return Err(error.into()),
+    };
+    Ok(ConvertReport {
+        file: destination.to_path_buf(),
+        from: from.name(),
+        to: to.name(),
+        pages_total,
+        pages_data,
+        total_seconds: started.elapsed().as_secs_f64(),
+    })
+}
+
+fn already(source: &Path, what: &'static str) -> ConvertError {
+    ConvertError::Already { path: source.to_path_buf(), what }
+}
+
+/// Opens the file at its byte `start`, if a stream without mapped-ram begins there.
+fn open_stream(source: &Path, start: u64) -> Result<Option<File>, ConvertError> {
+    let what = "look at the beginning of the source";
+    let mut file = File::open(source).map_err(io(what))?;
+    file.seek(SeekFrom::Start(start)).map_err(io(what))?;
+    let mut head = Vec::new();
+    file.by_ref().take(EVENT_LEN_MAX as u64).read_to_end(&mut head).map_err(io(what))?;
+    file.seek(SeekFrom::Start(start)).map_err(io(what))?;
+    let first = StreamDecoder::new().next(&head).ok().and_then(|step| step.event);
+    Ok(matches!(first, Some(Event::Configuration(_))).then_some(file))
+}
+
+/// Writes the VM as a stream; returns how many pages it has, and how many of them hold data.
+fn to_stream(
+    snapshot: &Snapshot,
+    destination: &Path,
+    options: &ConvertOptions,
+    control: &Control<'_>,
+) -> Result<(u64, u64), ConvertError> {
+    let unpublished = Unpublished::create_beside(destination, options.existing)?;
+    let file = unpublished.file().try_clone().map_err(io("open the new file once more"))?;
+    let sent = send(snapshot, SendTo::Descriptor(file.into()), &send_options(options), control)?;
+    unpublished.publish()?;
+    Ok((sent.pages_total, sent.pages_data))
+}
+
+/// Writes a stream at fixed places; returns how many pages it has, and how many of them hold data.
+fn from_stream(
+    file: File,
+    destination: &Path,
+    options: &ConvertOptions,
+    control: &Control<'_>,
+) -> Result<(u64, u64), ConvertError> {
+    let from = StreamFrom::Descriptor(file.into());
+    let received = receive(from, destination, &receive_options(options), control)?;
+    Ok((received.pages_total, received.pages_total - received.pages_zero))
+}
+
+/// Sends the VM to ourselves: what arrives is checked, hashed, and without stale bytes.
+fn to_vmfile(
+    snapshot: &Snapshot,
+    destination: &Path,
+    options: &ConvertOptions,
+    control: &Control<'_>,
+) -> Result<(u64, u64), ConvertError> {
+    let (ours, theirs) = UnixStream::pair().map_err(io("make a pair of sockets"))?;
+    let (sent, received) = thread::scope(|scope| {
+        // The receiver reports how far it is.
+        let quiet = control.quiet();
+        let to = SendTo::Descriptor(ours.into());
+        let sender = scope.spawn(move || send(snapshot, to, &send_options(options), &quiet));
+        let from = StreamFrom::Descriptor(theirs.into());
+        let received = receive(from, destination, &receive_options(options), control);
+        (sender.join().expect("no panic"), received)
+    });
+    match (sent, received) {
+        // The other one is the reason.
+        (Ok(_) | Err(SendError::PeerClosed { .. }), Err(error)) => Err(error.into()),
+        (Err(error), _) => Err(error.into()),
+        (Ok(_), Ok(received)) => {
+            Ok((received.pages_total, received.pages_total - received.pages_zero))
+        }
+    }
+}
+
+fn send_options(options: &ConvertOptions) -> SendOptions {
+    let ConvertOptions { direct_io, io, .. } = *options;
+    SendOptions { direct_io, io, ..SendOptions::default() }
+}
+
+fn receive_options(options: &ConvertOptions) -> ReceiveOptions {
+    let ConvertOptions { direct_io, io, existing } = *options;
+    ReceiveOptions { direct_io, io, existing, ..ReceiveOptions::default() }
+}
