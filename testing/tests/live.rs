@@ -114,7 +114,7 @@ fn a_paused_guest_is_saved_as_it_is_and_the_direct_route_is_refused() -> TestRes
     let file = directory.path().join("vm.vmf");
     let options = SaveOptions { route: Route::Direct, ..live() };
     let error = save_with(&guest, &file, &options).expect_err("direct pauses");
-    assert!(matches!(*error.downcast::<SaveError>()?, SaveError::NotLive));
+    assert!(matches!(*error.downcast::<SaveError>()?, SaveError::NotLive { .. }));
     assert_eq!(guest.status()?, "running");
     guest.stop()?;
     let report = save_with(&guest, &file, &live())?;

@@ -1,5 +1,6 @@
 //! The command line of vmfile itself.
 
+use std::num::NonZeroU8;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -163,6 +164,9 @@ pub(crate) struct SaveArguments {
     /// How RAM is taken
     #[arg(long, value_name = "ROUTE", default_value = "auto")]
     pub(crate) route: RouteMode,
+    /// Threads of QEMU that write, 1 to 255; only used by `--route native`
+    #[arg(long, value_name = "N", default_value = "2")]
+    pub(crate) channels: NonZeroU8,
     /// Replace an existing file
     #[arg(long)]
     pub(crate) force: bool,
@@ -190,6 +194,8 @@ pub(crate) enum RouteMode {
     Direct,
     /// From QEMU's migration stream: any QEMU, and no right but its monitor's
     Stream,
+    /// By QEMU itself, 9.1 and later: it writes the pages, vmfile the rest
+    Native,
 }
 
 #[derive(Debug, Args)]

@@ -130,12 +130,15 @@ impl From<&SaveError> for Failure {
             SaveError::NoAddress { .. } => Failure::new(Code::Vm, "no_address", error).hint(
                 "--route direct needs a QEMU that prints addresses, 8.0 or later; stream none",
             ),
-            SaveError::NotLive => Failure::new(Code::Usage, "usage", error)
+            SaveError::NotLive { .. } => Failure::new(Code::Usage, "usage", error)
                 .hint("--live goes with --route stream or auto"),
             SaveError::NotConverged { .. } => Failure::new(Code::Vm, "not_converged", error).hint(
                 "--live-timeout waits longer, --max-pause allows a longer pause; \
                  without --live the guest is paused",
             ),
+            SaveError::QemuTooOld { .. } => Failure::new(Code::Vm, "qemu_too_old", error)
+                .hint("--route stream works with every QEMU"),
+            SaveError::NoDirectIo { .. } => Failure::new(Code::System, "no_direct_io", error),
             SaveError::Migration { .. } => Failure::new(Code::Vm, "migration", error),
             SaveError::Receive(error) => Failure::from(error),
             SaveError::DeviceState(_)

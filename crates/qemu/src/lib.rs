@@ -5,7 +5,7 @@
 //! | [`qmp`] | the monitor's protocol: one command, one answer, events aside |
 //! | [`vm`] | a running QEMU: its state, RAM blocks, disks, device state, and what forbids a save |
 //! | [`migration`] | a waiting QEMU that loads a stream |
-//! | [`outgoing`] | a running VM that sends itself as a stream |
+//! | [`outgoing`] | a running VM that sends itself: as a stream, or as a file |
 //! | [`command_line`] | a QEMU command line, understood enough to start the VM again |
 //! | [`launch`] | a QEMU of our own, killed unless it is kept |
 //! | [`program`] | a QEMU on disk: its version |
@@ -33,7 +33,7 @@ pub use command_line::{CommandLine, CommandLineError, MappedBlock};
 pub use discover::{DiscoverError, Found, VmAddress, list, resolve};
 pub use launch::{Launch, LaunchError, LaunchedQemu, find_program};
 pub use migration::LoadError;
-pub use outgoing::{Outgoing, StreamSettings};
+pub use outgoing::{KeptFile, Outgoing, SentRam, StreamSettings};
 pub use program::program_version;
 pub use qmp::{Event, Qmp, QmpError};
 pub use version::{Feature, QemuVersion};

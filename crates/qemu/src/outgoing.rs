@@ -1,6 +1,7 @@
-//! A running VM that sends itself as a stream.
+//! A running VM that sends itself: as a stream, or as a file that QEMU writes.
 
 use std::collections::BTreeMap;
+use std::num::NonZeroU8;
 use std::os::fd::{AsFd, OwnedFd};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -18,7 +19,18 @@ const STREAM_NAME: &str = "vmfile-outgoing";
 const POLL_INTERVAL: Duration = Duration::from_millis(2);
 
 /// Parameters that decide about what is sent and how fast, as far as a QEMU has them.
-const PARAMETERS: [&str; 3] = ["max-bandwidth", "downtime-limit", "multifd-channels"];
+const PARAMETERS: [&str; 7] = [
+    "tls-creds",
+    "max-bandwidth",
+    "downtime-limit",
+    "multifd-channels",
+    "multifd-compression",
+    "zero-page-detection",
+    "direct-io",
+];
+
+/// Capabilities by which QEMU writes pages at fixed offsets, several at a time.
+const FILE_CAPABILITIES: [&str; 2] = ["mapped-ram", "multifd"];
 
 /// A capability that changes nothing about the stream: QEMU tells more of what it does.
 const HARMLESS: [&str; 1] = ["events"];
@@ -33,16 +45,18 @@ pub struct StreamSettings {
 }
 
 impl StreamSettings {
-    /// Returns these settings with every capability off that changes the stream, and without a limit
-    /// on bandwidth: the default of 128 MiB/s holds for a VM that is stopped, too (QEMU 10.0).
+    /// Returns these settings with every capability off that changes the stream, without TLS, which
+    /// neither a pair of sockets nor a file has, and without a limit on bandwidth: the default of
+    /// 128 MiB/s holds for a VM that is stopped, too (QEMU 10.0).
     #[must_use]
     pub fn plain(&self) -> StreamSettings {
         let mut plain = self.clone();
         for (name, state) in &mut plain.capabilities {
             *state = *state && HARMLESS.contains(&name.as_str());
         }
-        if plain.parameters.contains_key("max-bandwidth") {
-            plain.parameters.insert("max-bandwidth".to_owned(), 0.into());
+        plain.set("max-bandwidth", 0.into());
+        if plain.parameters.get("tls-creds").is_some_and(Value::is_string) {
+            plain.set("tls-creds", "".into());
         }
         plain
     }
@@ -65,6 +79,55 @@ impl StreamSettings {
         *settings.capabilities.get_mut("background-snapshot")? = true;
         Some(settings)
     }
+
+    /// Returns these settings as [`StreamSettings::plain`] does, but for a mapped-ram file that
+    /// `channels` threads of QEMU write, past the page cache if `direct_io` says so.
+    ///
+    /// QEMU 10.0 looks at `direct-io` only where both capabilities are on, and compresses no page of
+    /// such a file.
+    #[must_use]
+    pub fn mapped_ram(&self, channels: NonZeroU8, direct_io: bool) -> StreamSettings {
+        let mut file = self.plain();
+        for name in FILE_CAPABILITIES {
+            file.capabilities.insert(name.to_owned(), true);
+        }
+        file.set("multifd-channels", channels.get().into());
+        file.set("multifd-compression", "none".into());
+        file.set("zero-page-detection", "multifd".into());
+        file.set("direct-io", direct_io.into());
+        file
+    }
+
+    /// Whether this QEMU can write past the page cache.
+    #[must_use]
+    pub fn has_direct_io(&self) -> bool {
+        self.parameters.contains_key("direct-io")
+    }
+
+    /// Sets a parameter, if this QEMU has it.
+    fn set(&mut self, name: &str, value: Value) {
+        if let Some(parameter) = self.parameters.get_mut(name) {
+            *parameter = value;
+        }
+    }
+}
+
+/// Descriptors of one file that QEMU keeps, so that it can write the file.
+///
+/// [`Vm::drop_file`] makes it let go of them.
+#[derive(Debug)]
+#[must_use = "QEMU keeps the descriptors until it is told to drop them"]
+pub struct KeptFile {
+    fdset: u64,
+}
+
+/// How much of its RAM a VM has sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SentRam {
+    /// Bytes of RAM that QEMU has not looked at yet.
+    pub remaining_bytes: u64,
+    /// Bytes of RAM.
+    pub total_bytes: u64,
 }
 
 /// How far a VM has come with sending itself.
@@ -116,6 +179,21 @@ impl Vm {
         current: &StreamSettings,
         wanted: &StreamSettings,
     ) -> Result<(), VmError> {
+        // With mapped RAM on, QEMU takes no parameter while it has ones that do not go with that.
+        if wanted.capabilities.get(FILE_CAPABILITIES[0]) == Some(&true) {
+            self.change_parameters(current, wanted)?;
+            self.change_capabilities(current, wanted)
+        } else {
+            self.change_capabilities(current, wanted)?;
+            self.change_parameters(current, wanted)
+        }
+    }
+
+    fn change_capabilities(
+        &mut self,
+        current: &StreamSettings,
+        wanted: &StreamSettings,
+    ) -> Result<(), VmError> {
         let differs =
             |(name, state): &(&String, &bool)| current.capabilities.get(*name) != Some(*state);
         let changed: Vec<Value> = wanted
@@ -127,6 +205,14 @@ impl Vm {
         if !changed.is_empty() {
             self.execute("migrate-set-capabilities", json!({ "capabilities": changed }))?;
         }
+        Ok(())
+    }
+
+    fn change_parameters(
+        &mut self,
+        current: &StreamSettings,
+        wanted: &StreamSettings,
+    ) -> Result<(), VmError> {
         let changed: Map<String, Value> = wanted
             .parameters
             .iter()
@@ -176,15 +262,68 @@ impl Vm {
         pause
     }
 
+    /// Gives QEMU descriptors of a file that it is to write; the caller may close its own.
+    ///
+    /// QEMU takes by the flags what it wants: for the stream one that is open for writing only, and
+    /// for pages one that has `O_DIRECT` as well where the parameter `direct-io` is on. Each must have
+    /// been opened by itself.
+    ///
+    /// # Errors
+    ///
+    /// Whatever QEMU says; it keeps none of them then.
+    pub fn keep_file(&mut self, descriptors: &[OwnedFd]) -> Result<KeptFile, VmError> {
+        let (first, others) = descriptors.split_first().expect("a file has a descriptor");
+        let kept = KeptFile { fdset: pass_fd::add_fd(&mut self.qmp, first.as_fd())? };
+        for fd in others {
+            if let Err(error) = pass_fd::add_fd_to(&mut self.qmp, kept.fdset, fd.as_fd()) {
+                let _ = self.drop_file(kept);
+                return Err(error.into());
+            }
+        }
+        Ok(kept)
+    }
+
+    /// Makes QEMU let go of a file.
+    ///
+    /// # Errors
+    ///
+    /// See [`Qmp::execute`](crate::Qmp::execute).
+    pub fn drop_file(&mut self, file: KeptFile) -> Result<(), VmError> {
+        Ok(pass_fd::remove_fd(&mut self.qmp, file.fdset)?)
+    }
+
+    /// Makes QEMU write the VM into `file` from its beginning; returns as soon as it has begun.
+    ///
+    /// # Errors
+    ///
+    /// Whatever QEMU says: the VM is not in a state to be sent, or something blocks it.
+    pub fn send_to_file(&mut self, file: &KeptFile) -> Result<(), VmError> {
+        let uri = format!("file:/dev/fdset/{}", file.fdset);
+        Ok(self.execute("migrate", json!({ "uri": uri })).map(drop)?)
+    }
+
     /// Returns how far the VM has come with sending itself.
     ///
     /// # Errors
     ///
     /// See [`Qmp::execute`](crate::Qmp::execute).
     pub fn outgoing(&mut self) -> Result<Outgoing, VmError> {
+        Ok(self.outgoing_ram()?.0)
+    }
+
+    /// As [`Vm::outgoing`], with how much RAM was sent, once QEMU knows.
+    ///
+    /// # Errors
+    ///
+    /// See [`Qmp::execute`](crate::Qmp::execute).
+    pub fn outgoing_ram(&mut self) -> Result<(Outgoing, Option<SentRam>), VmError> {
         let answer = self.execute("query-migrate", Value::Null)?;
+        let ram = |key| answer.get("ram")?.get(key)?.as_u64();
+        let sent = ram("remaining").zip(ram("total"));
+        let sent =
+            sent.map(|(remaining_bytes, total_bytes)| SentRam { remaining_bytes, total_bytes });
         let text = |key| answer.get(key).and_then(Value::as_str);
-        Ok(match text("status") {
+        let outgoing = match text("status") {
             Some("completed") => Outgoing::Completed,
             Some("failed") => {
                 // QEMU 7.2 gives no reason.
@@ -193,7 +332,8 @@ impl Vm {
             }
             Some("cancelled") => Outgoing::Cancelled,
             _ => Outgoing::Active,
-        })
+        };
+        Ok((outgoing, sent))
     }
 
     /// Waits at most `timeout` until the VM has sent itself, or not.
@@ -238,5 +378,24 @@ mod tests {
         assert!(plain.capabilities["events"]);
         assert_eq!(plain.parameters["max-bandwidth"], 0);
         assert_eq!(plain.parameters["downtime-limit"], 300);
+    }
+
+    #[test]
+    fn settings_of_a_file_name_no_parameter_that_qemu_does_not_have() {
+        let capabilities = [("multifd", false), ("mapped-ram", false), ("xbzrle", true)];
+        let capabilities = capabilities.map(|(name, state)| (name.to_owned(), state)).into();
+        let parameters = json!({ "multifd-channels": 8, "multifd-compression": "zlib" });
+        let Value::Object(parameters) = parameters else { panic!("an object") };
+        let before = StreamSettings { capabilities, parameters };
+        let file = before.mapped_ram(NonZeroU8::new(3).unwrap(), true);
+        let on: Vec<&str> = file
+            .capabilities
+            .iter()
+            .filter(|(_, on)| **on)
+            .map(|(name, _)| name.as_str())
+            .collect();
+        assert_eq!(on, ["mapped-ram", "multifd"]);
+        let expected = json!({ "multifd-channels": 3, "multifd-compression": "none" });
+        assert_eq!(Value::Object(file.parameters), expected);
     }
 }

@@ -67,6 +67,11 @@ pub(crate) fn add_fd(qmp: &mut Qmp, fd: BorrowedFd<'_>) -> Result<u64, QmpError>
     answer.get("fdset-id").and_then(Value::as_u64).ok_or_else(|| unexpected("add-fd", "fdset-id"))
 }
 
+/// Gives QEMU `fd` in a set that it has already.
+pub(crate) fn add_fd_to(qmp: &mut Qmp, fdset: u64, fd: BorrowedFd<'_>) -> Result<(), QmpError> {
+    qmp.execute_with_fd("add-fd", json!({"fdset-id": fdset}), fd).map(drop)
+}
+
 /// Drops a set; QEMU closes its descriptors once nothing uses them.
 pub(crate) fn remove_fd(qmp: &mut Qmp, fdset: u64) -> Result<(), QmpError> {
     qmp.execute("remove-fd", json!({"fdset-id": fdset})).map(drop)

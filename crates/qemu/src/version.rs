@@ -158,7 +158,7 @@ const TABLE: [Row; 15] = [
     Row::new(Feature::MultifdZeroPages, (9, 0), "zero pages in multifd packets, by machine type",
         "reading a multifd stream"),
     Row::new(Feature::MigrationDirectIo, (9, 1), "migration parameter `direct-io`",
-        "having QEMU write past the page cache"),
+        "`save --route native`: QEMU writes past the page cache"),
     Row::new(Feature::ExitOnError, (9, 1), "`migrate-incoming` with `exit-on-error`",
         "`restore`: QEMU stays and says why it refused"),
     Row::new(Feature::SwitchoverStart, (10, 0), "SWITCHOVER_START, by machine type",

@@ -9,24 +9,22 @@ use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use serde::Serialize;
 use vmfile_engine::{
-    Backend, DataFile, DirectIo, DirectIoInUse, Direction, Memory, PageHasher, Transfer,
-    data_ranges, is_zero, page_hash,
+    Backend, DataFile, DirectIo, DirectIoInUse, PageHasher, data_ranges, is_zero, page_hash,
 };
 use vmfile_format::manifest::{FOOTER_LEN, HASH_LEN, encode_hash, table_len};
 use vmfile_format::mapped_ram::PlacedBlock;
 use vmfile_format::{PageBitmap, PageIndex};
 
-use crate::control::{Control, Progress};
+use crate::control::Control;
 use crate::jobs::Jobs;
-use crate::lane::{Lane, on_lanes};
-use crate::plan::{UNIT_LEN, Unit, WINDOW_LEN, pieces, total_len, units};
+use crate::plan::{UNIT_LEN, Unit, WINDOW_LEN, pieces, units};
 use crate::ranges;
 use crate::reading::open_for_reading;
 use crate::snapshot::{Manifest, Snapshot, SnapshotError};
+use crate::window_reader::{Window, WindowError, WindowReader};
 
 /// How many findings are listed; all are counted.
 const FINDINGS_MAX: usize = 1000;
@@ -285,16 +283,26 @@ struct PageCheck<'a> {
     direct_io: String,
     options: &'a CheckOptions,
     control: &'a Control<'a>,
-    next: AtomicUsize,
-    done: AtomicU64,
-    total_bytes: u64,
 }
 
-/// A piece of one block that is read at once.
-#[derive(Clone, Debug)]
-struct Window {
-    block: usize,
-    range: Range<u64>,
+/// What a worker has seen.
+#[derive(Debug, Default)]
+struct Checked {
+    pages: u64,
+    found: Findings,
+    hashes: Hashes,
+}
+
+impl From<WindowError> for CheckError {
+    fn from(error: WindowError) -> CheckError {
+        match error {
+            WindowError::Open(source) => {
+                CheckError::Io { what: "the file, with the back end that was asked for", source }
+            }
+            WindowError::Read(source) => CheckError::Io { what: "the pages", source },
+            WindowError::Stopped => CheckError::Stopped,
+        }
+    }
 }
 
 impl<'a> PageCheck<'a> {
@@ -315,7 +323,6 @@ impl<'a> PageCheck<'a> {
             places.push(places_to_look(snapshot, placed, meta.hashes_offset, &bitmap)?);
             bitmaps.push(bitmap);
         }
-        let total_bytes = total_len(&places);
         let units: Vec<Unit> = units(&places);
         let windows = units.iter().flat_map(|unit| {
             let window = |range| Window { block: unit.block, range };
@@ -332,85 +339,44 @@ impl<'a> PageCheck<'a> {
             direct_io,
             options,
             control,
-            next: AtomicUsize::new(0),
-            done: AtomicU64::new(0),
-            total_bytes,
         })
     }
 
     /// Checks all pages in parallel; returns how many, and the back end.
     fn run(&self, findings: &mut Findings) -> Result<(u64, String), CheckError> {
         let width = (self.options.io, self.options.jobs.count());
-        let (results, backend) = on_lanes(&self.file, width, |lane| self.worker(lane))
-            .map_err(io("the file, with the back end that was asked for"))?;
+        let blocks = &self.snapshot.structure().blocks;
+        let (file, windows, control) = (&self.file, &self.windows, self.control);
+        let reader = WindowReader { file, blocks, windows, control };
+        let take = |checked: &mut Checked, window: &Window, read: io::Result<&[u8]>| match read {
+            Ok(bytes) => self.verify(window, bytes, checked),
+            Err(_) => self.verify_one_by_one(window, checked),
+        };
+        let (all, backend) = reader.read(width, take)?;
         let mut pages = 0;
-        for result in results {
-            let (checked, found) = result?;
-            pages += checked;
-            findings.append(found);
+        for checked in all {
+            pages += checked.pages;
+            findings.append(checked.found);
         }
         Ok((pages, backend.to_string()))
     }
 
-    fn worker(&self, mut lane: Lane) -> Result<(u64, Findings), CheckError> {
-        let mut found = Findings::default();
-        let mut checked = 0;
-        let mut hashes = Hashes::default();
-        loop {
-            while lane.has_room() && self.submit_next(&mut lane)? {}
-            let Some(completion) = lane.next_read().map_err(io("the pages"))? else { break };
-            let index = usize::try_from(completion.transfer.tag).expect("an index");
-            let window = &self.windows[index];
-            match (completion.result, completion.transfer.memory) {
-                (Ok(()), Memory::Owned(buffer, range)) => {
-                    checked += self.verify(window, &buffer[range], &mut hashes, &mut found)?;
-                }
-                _ => self.verify_one_by_one(window, &mut hashes, &mut found, &mut checked)?,
-            }
-            let len = window.range.end - window.range.start;
-            let done_bytes = self.done.fetch_add(len, Ordering::Relaxed) + len;
-            self.control.report(Progress { done_bytes, total_bytes: self.total_bytes });
-        }
-        Ok((checked, found))
-    }
-
-    /// Submits the read of the next window; `false` when there is none, or no buffer for it.
-    fn submit_next(&self, lane: &mut Lane) -> Result<bool, CheckError> {
-        if self.control.is_stopped() {
-            return Err(CheckError::Stopped);
-        }
-        let Some(buffer) = lane.free_buffer() else { return Ok(false) };
-        let index = self.next.fetch_add(1, Ordering::Relaxed);
-        let Some(window) = self.windows.get(index) else { return Ok(false) };
-        let placed = &self.snapshot.structure().blocks[window.block];
-        let len = usize::try_from(window.range.end - window.range.start).expect("1 MiB");
-        let transfer = Transfer {
-            direction: Direction::Read,
-            file_offset: placed.pages_offset + window.range.start,
-            memory: Memory::Owned(buffer, 0..len),
-            tag: index as u64,
-        };
-        lane.submit(transfer).map_err(io("the pages"))?;
-        Ok(true)
-    }
-
-    /// Compares the pages of a window with their hashes; returns how many had one.
+    /// Compares the pages of a window with their hashes.
     fn verify(
         &self,
         window: &Window,
         bytes: &[u8],
-        hashes: &mut Hashes,
-        found: &mut Findings,
-    ) -> Result<u64, CheckError> {
+        checked: &mut Checked,
+    ) -> Result<(), CheckError> {
+        let Checked { pages, found, hashes } = checked;
         let placed = &self.snapshot.structure().blocks[window.block];
         let bitmap = &self.bitmaps[window.block];
         let page_len = usize::try_from(placed.block.page_size().bytes()).expect("64 KiB at most");
         let first = window.range.start / page_len as u64;
-        let mut checked = 0;
         for (page, bytes) in (first..).zip(bytes.chunks(page_len)) {
             let recorded = hashes.of(self, window.block, page)?;
             if bitmap.contains(PageIndex(page)) {
-                checked += 1;
+                *pages += 1;
                 if encode_hash(page_hash(bytes)) != recorded {
                     found.page(FindingKind::PageHash, placed, page);
                 }
@@ -423,28 +389,22 @@ impl<'a> PageCheck<'a> {
                 }
             }
         }
-        Ok(checked)
+        Ok(())
     }
 
     /// A window of which some bytes cannot be read: finds out which pages.
-    fn verify_one_by_one(
-        &self,
-        window: &Window,
-        hashes: &mut Hashes,
-        found: &mut Findings,
-        checked: &mut u64,
-    ) -> Result<(), CheckError> {
+    fn verify_one_by_one(&self, window: &Window, checked: &mut Checked) -> Result<(), CheckError> {
         let placed = &self.snapshot.structure().blocks[window.block];
         let page_len = placed.block.page_size().bytes();
         let mut bytes = vec![0; usize::try_from(page_len).expect("64 KiB at most")];
         for page in pieces(window.range.clone(), page_len) {
             let offset = placed.pages_offset + page.start;
             if self.snapshot.file().read_exact_at(&mut bytes, offset).is_err() {
-                found.page(FindingKind::Unreadable, placed, page.start / page_len);
+                checked.found.page(FindingKind::Unreadable, placed, page.start / page_len);
                 continue;
             }
             let window = Window { block: window.block, range: page };
-            *checked += self.verify(&window, &bytes, hashes, found)?;
+            self.verify(&window, &bytes, checked)?;
         }
         Ok(())
     }

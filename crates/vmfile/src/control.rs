@@ -37,6 +37,14 @@ impl<'a> Control<'a> {
         Control { stop: self.stop, progress: &|_| {} }
     }
 
+    /// Returns a control that stops when this one does, and tells its progress to `progress`.
+    pub(crate) fn with_progress<'b>(&self, progress: &'b (dyn Fn(Progress) + Sync)) -> Control<'b>
+    where
+        'a: 'b,
+    {
+        Control { stop: self.stop, progress }
+    }
+
     pub(crate) fn is_stopped(&self) -> bool {
         self.stop.load(Ordering::Relaxed)
     }

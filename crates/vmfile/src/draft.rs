@@ -14,6 +14,8 @@ use vmfile_format::mapped_ram::{MARK, MappedRamLayout, PlacedBlock};
 use vmfile_format::stream::configuration::Configuration;
 use vmfile_format::{FormatError, PageBitmap, RamBlock, RamLayout};
 
+use crate::snapshot::{Snapshot, SnapshotError};
+
 /// A file that has no name yet. Dropping it leaves none.
 #[derive(Debug)]
 pub(crate) struct Draft {
@@ -25,10 +27,16 @@ pub(crate) struct Draft {
 #[derive(Debug)]
 pub(crate) struct Places {
     layout: MappedRamLayout,
+    tables: Tables,
+}
+
+/// The places of what vmfile appends: tables of page hashes, one for each block, and metadata.
+#[derive(Debug)]
+pub(crate) struct Tables {
     ram: RamLayout,
-    /// File offsets of the tables of page hashes, one for each block.
+    /// File offsets of the tables.
     hashes: Vec<u64>,
-    tables_end: u64,
+    end: u64,
 }
 
 /// What follows RAM.
@@ -76,8 +84,8 @@ impl Draft {
 
     /// Gives the file its length, up to the manifest: writes that extend a file wait for one another
     /// (ext4, XFS).
-    pub(crate) fn reserve(&self, places: &Places) -> Result<(), DraftError> {
-        let set = self.file.buffered().set_len(places.tables_end);
+    pub(crate) fn reserve(&self, tables: &Tables) -> Result<(), DraftError> {
+        let set = self.file.buffered().set_len(tables.end);
         set.map_err(|source| DraftError::Write { what: "the length of the file", source })
     }
 
@@ -110,13 +118,39 @@ impl Draft {
             put("vm_description", stream_end, tail.description)?;
             stream_end += tail.description.len() as u64;
         }
-        let meta = meta(facts, places.block_metas(bitmaps), extents);
-        self.put("manifest", places.tables_end, &meta.encode(stream_end, places.tables_end))
+        self.put_manifest(&places.tables, stream_end, bitmaps, extents, facts)
     }
 
-    fn put(&self, what: &'static str, offset: u64, bytes: &[u8]) -> Result<(), DraftError> {
+    /// Writes metadata and footer behind the tables, whoever wrote the rest.
+    pub(crate) fn put_manifest(
+        &self,
+        tables: &Tables,
+        stream_end: u64,
+        bitmaps: &[PageBitmap],
+        extents: Vec<ExtentMeta>,
+        facts: Facts,
+    ) -> Result<(), DraftError> {
+        let meta = meta(facts, tables.block_metas(bitmaps), extents);
+        self.put("manifest", tables.end, &meta.encode(stream_end, tables.end))
+    }
+
+    /// Writes a part of the file that is no page.
+    pub(crate) fn put(
+        &self,
+        what: &'static str,
+        offset: u64,
+        bytes: &[u8],
+    ) -> Result<(), DraftError> {
         let put = self.file.buffered().write_all_at(bytes, offset);
         put.map_err(|source| DraftError::Write { what, source })
+    }
+
+    /// Reads the structure of the file, which a program other than this one wrote.
+    pub(crate) fn snapshot(&self) -> Result<Snapshot, SnapshotError> {
+        let path = self.unpublished.path();
+        let open = |source| SnapshotError::Open { path: path.to_path_buf(), source };
+        let file = self.unpublished.file().try_clone().map_err(open)?;
+        Snapshot::from_file(path, file, 0)
     }
 
     /// Makes the file durable and gives it its name.
@@ -143,10 +177,7 @@ impl Places {
         let layout = MappedRamLayout::new(source, ram.clone(), section_id);
         let layout = layout.map_err(DraftError::Layout)?;
         let stream_end = layout.device_state_offset().saturating_add(tail_len);
-        let pages: Vec<_> = ram.blocks().iter().map(RamBlock::page_count).collect();
-        let tables = place_tables(stream_end, &pages);
-        let (hashes, tables_end) = tables.ok_or(DraftError::TooLong)?;
-        Ok(Places { layout, ram, hashes, tables_end })
+        Ok(Places { layout, tables: Tables::new(ram, stream_end)? })
     }
 
     /// Returns the blocks and their places, in the order of the file.
@@ -154,7 +185,31 @@ impl Places {
         self.layout.blocks()
     }
 
+    /// Returns the places of what follows the stream.
+    pub(crate) fn tables(&self) -> &Tables {
+        &self.tables
+    }
+
     /// Returns the file offsets of the tables of page hashes, one for each block.
+    pub(crate) fn hashes(&self) -> &[u64] {
+        self.tables.hashes()
+    }
+
+    /// Returns how many pages all blocks have.
+    pub(crate) fn pages_total(&self) -> u64 {
+        self.tables.pages_total()
+    }
+}
+
+impl Tables {
+    /// Places the tables of the blocks of `ram` behind the stream.
+    pub(crate) fn new(ram: RamLayout, stream_end: u64) -> Result<Tables, DraftError> {
+        let pages: Vec<_> = ram.blocks().iter().map(RamBlock::page_count).collect();
+        let (hashes, end) = place_tables(stream_end, &pages).ok_or(DraftError::TooLong)?;
+        Ok(Tables { ram, hashes, end })
+    }
+
+    /// Returns the file offsets of the tables, one for each block.
     pub(crate) fn hashes(&self) -> &[u64] {
         &self.hashes
     }

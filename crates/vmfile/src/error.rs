@@ -11,7 +11,9 @@ use vmfile_qemu::VmError;
 use crate::draft::DraftError;
 use crate::ram_writer::RamError;
 use crate::receive::ReceiveError;
+use crate::snapshot::SnapshotError;
 use crate::source::process::ProcessRamError;
+use crate::window_reader::WindowError;
 
 /// Why a VM was not saved.
 #[derive(Debug, thiserror::Error)]
@@ -95,6 +97,29 @@ pub enum SaveError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// QEMU cannot write such a file by itself.
+    #[error("the route native needs QEMU {needed} or later, found {found}")]
+    QemuTooOld {
+        /// The version of this QEMU.
+        found: String,
+        /// The first version that can.
+        needed: String,
+    },
+    /// Direct I/O was required.
+    #[error("direct I/O is not possible: {reason}")]
+    NoDirectIo {
+        /// Why.
+        reason: String,
+    },
+    /// The file cannot be opened for QEMU.
+    #[error("open the file for QEMU")]
+    Reopen(#[source] io::Error),
+    /// The file that QEMU wrote is not understood, or cannot be read.
+    #[error("the file that QEMU wrote")]
+    Written(#[source] SnapshotError),
+    /// The pages that QEMU wrote cannot be read.
+    #[error("read the pages that QEMU wrote")]
+    Reread(#[source] io::Error),
     /// A pair of sockets could not be made.
     #[error("make a pair of sockets")]
     Socket(#[source] io::Error),
@@ -105,8 +130,11 @@ pub enum SaveError {
         reason: String,
     },
     /// The route that was asked for pauses the guest.
-    #[error("the route direct cannot save a guest that runs")]
-    NotLive,
+    #[error("the route {route} cannot save a guest that runs")]
+    NotLive {
+        /// `direct` or `native`.
+        route: &'static str,
+    },
     /// The guest wrote faster than it was saved.
     #[error(
         "the guest was not saved within {timeout:?}: it changes its memory faster than it is sent"
@@ -147,6 +175,15 @@ impl From<RamError> for SaveError {
             }
             RamError::Write { source } => SaveError::Write { what: "guest RAM", source },
             RamError::Stopped => SaveError::Stopped,
+        }
+    }
+}
+
+impl From<WindowError> for SaveError {
+    fn from(error: WindowError) -> SaveError {
+        match error {
+            WindowError::Open(source) | WindowError::Read(source) => SaveError::Reread(source),
+            WindowError::Stopped => SaveError::Stopped,
         }
     }
 }

@@ -30,6 +30,7 @@ mod shared_bitmap;
 mod snapshot;
 mod source;
 mod stream_receiver;
+mod window_reader;
 
 pub use control::{Control, Progress};
 pub use jobs::Jobs;

@@ -6,6 +6,7 @@
 
 use std::collections::HashSet;
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 
@@ -19,7 +20,7 @@ use vmfile_format::{PageBitmap, PageIndex};
 
 use crate::jobs::Jobs;
 use crate::lane::Lane;
-use crate::plan::WINDOW_LEN;
+use crate::plan::{WINDOW_LEN, pieces};
 use crate::shared_bitmap::SharedBitmap;
 
 /// The smallest page: two transfers in flight must not touch one 4096-byte page of the file.
@@ -72,13 +73,7 @@ impl ReceivedRam {
             for run in block.written.without(&block.data).data_runs() {
                 let start = block.placed.pages_offset + run.start.0 * page_len;
                 let range = start..start + run.count().0 * page_len;
-                match punch_hole(self.file.as_fd(), range.clone()) {
-                    Ok(()) => {}
-                    Err(error) if error.raw_os_error() == Some(EOPNOTSUPP) => {
-                        self.write_zeros(range.start, range.end - range.start)?;
-                    }
-                    Err(error) => return Err(error),
-                }
+                empty(&self.file, range)?;
             }
         }
         Ok(())
@@ -88,19 +83,24 @@ impl ReceivedRam {
     pub(crate) fn bitmaps(&self) -> Vec<PageBitmap> {
         self.blocks.iter().map(|block| block.data.snapshot()).collect()
     }
-
-    fn write_zeros(&self, offset: u64, len: u64) -> io::Result<()> {
-        let zeros = vec![0; usize::try_from(len.min(WINDOW_LEN)).expect("1 MiB at most")];
-        for piece in crate::plan::pieces(offset..offset + len, WINDOW_LEN) {
-            let len = usize::try_from(piece.end - piece.start).expect("1 MiB at most");
-            self.file.buffered().write_all_at(&zeros[..len], piece.start)?;
-        }
-        Ok(())
-    }
 }
 
 /// The file system cannot make holes.
 const EOPNOTSUPP: i32 = rustix::io::Errno::OPNOTSUPP.raw_os_error();
+
+/// Makes `range` of the file a hole, or zeros where the file system has no holes.
+pub(crate) fn empty(file: &DataFile, range: Range<u64>) -> io::Result<()> {
+    match punch_hole(file.as_fd(), range.clone()) {
+        Err(error) if error.raw_os_error() == Some(EOPNOTSUPP) => {}
+        result => return result,
+    }
+    let zeros = vec![0; usize::try_from(WINDOW_LEN).expect("1 MiB")];
+    for piece in pieces(range, WINDOW_LEN) {
+        let len = usize::try_from(piece.end - piece.start).expect("1 MiB at most");
+        file.buffered().write_all_at(&zeros[..len], piece.start)?;
+    }
+    Ok(())
+}
 
 /// One thread's way of writing pages.
 #[derive(Debug)]

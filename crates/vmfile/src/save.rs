@@ -9,10 +9,13 @@
 
 mod direct;
 mod live;
+mod native;
+mod native_file;
 mod stream;
 
 use std::ffi::OsString;
 use std::io;
+use std::num::NonZeroU8;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -23,6 +26,7 @@ use vmfile_qemu::{RunState, Vm, VmError};
 
 use self::direct::DirectRoute;
 use self::live::LiveRoute;
+use self::native::NativeRoute;
 use self::stream::StreamRoute;
 use crate::check::describe;
 use crate::control::Control;
@@ -32,6 +36,9 @@ use crate::jobs::Jobs;
 
 /// How long QEMU may take to flush its disks and end.
 const QUIT_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How many threads of QEMU write if nobody says: QEMU's own default (10.0).
+const CHANNELS: NonZeroU8 = NonZeroU8::new(2).expect("2 is not zero");
 
 /// What becomes of the VM once the file is durable.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -55,6 +62,8 @@ pub enum Route {
     Direct,
     /// From the migration stream, which every QEMU has.
     Stream,
+    /// By QEMU itself, 9.1 and later, which writes the file's pages.
+    Native,
 }
 
 /// How a guest is saved while it runs.
@@ -88,6 +97,8 @@ pub struct SaveOptions {
     pub io: Backend,
     /// How many threads read, hash and write.
     pub jobs: Jobs,
+    /// How many threads of QEMU write, on the route `native`: QEMU's parameter `multifd-channels`.
+    pub channels: NonZeroU8,
     /// Whether a file of that name may be replaced.
     pub existing: Existing,
 }
@@ -101,6 +112,7 @@ impl Default for SaveOptions {
             direct_io: DirectIo::Preferred,
             io: Backend::Auto,
             jobs: Jobs::default(),
+            channels: CHANNELS,
             existing: Existing::Refuse,
         }
     }
@@ -111,7 +123,7 @@ impl Default for SaveOptions {
 pub struct SaveReport {
     /// The file.
     pub file: PathBuf,
-    /// How RAM was taken: `direct` or `stream`.
+    /// How RAM was taken: `direct`, `stream` or `native`.
     pub route: &'static str,
     /// Why it was that route.
     pub route_reason: String,
@@ -188,13 +200,23 @@ enum Way {
     Direct(DirectRoute),
     Stream(StreamRoute),
     Live(LiveRoute),
+    Native(NativeRoute),
 }
 
 impl Way {
+    /// Says whether pages are written past the page cache, in the words of a report.
+    fn direct_io(&self, draft: &Draft) -> String {
+        match self {
+            Way::Native(route) => route.direct_io(),
+            Way::Direct(_) | Way::Stream(_) | Way::Live(_) => describe(draft.file().direct()),
+        }
+    }
+
     fn name(&self) -> &'static str {
         match self {
             Way::Direct(_) => "direct",
             Way::Stream(_) | Way::Live(_) => "stream",
+            Way::Native(_) => "native",
         }
     }
 }
@@ -269,7 +291,7 @@ impl<'a> Save<'a> {
         let draft = Draft::new(unpublished, options.direct_io)?;
         let taken = match options.live.filter(|_| was_running) {
             Some(live) => live_way(vm, options.route, live)?,
-            None => choose(vm, options.route, &draft)?,
+            None => choose(vm, options, &draft)?,
         };
         let save = Save {
             vm,
@@ -280,7 +302,7 @@ impl<'a> Save<'a> {
             was_running,
             paused_at: None,
             pause_seconds: 0.0,
-            direct_io: describe(draft.file().direct()),
+            direct_io: taken.way.direct_io(&draft),
             draft: Some(draft),
             meta,
             written: Written::default(),
@@ -305,6 +327,7 @@ impl<'a> Save<'a> {
             Way::Direct(route) => route.write(&mut work)?,
             Way::Stream(route) => route.write(&mut work)?,
             Way::Live(route) => route.write(&mut work)?,
+            Way::Native(route) => route.write(&mut work)?,
         };
         if self.control.is_stopped() {
             return Err(SaveError::Stopped);
@@ -372,7 +395,8 @@ impl<'a> Save<'a> {
 /// Makes the one route ready by which a guest can run meanwhile.
 fn live_way(vm: &mut Vm, route: Route, live: Live) -> Result<Taken, SaveError> {
     let reason = match route {
-        Route::Direct => return Err(SaveError::NotLive),
+        Route::Direct => return Err(SaveError::NotLive { route: "direct" }),
+        Route::Native => return Err(SaveError::NotLive { route: "native" }),
         Route::Stream => "asked for",
         Route::Auto => "the guest runs meanwhile",
     };
@@ -381,12 +405,17 @@ fn live_way(vm: &mut Vm, route: Route, live: Live) -> Result<Taken, SaveError> {
 }
 
 /// Chooses the route and makes it ready; nothing has been stopped yet.
-fn choose(vm: &mut Vm, route: Route, draft: &Draft) -> Result<Taken, SaveError> {
+fn choose(vm: &mut Vm, options: &SaveOptions, draft: &Draft) -> Result<Taken, SaveError> {
+    let route = options.route;
     let stream = |vm: &mut Vm, reason: String| {
         Ok(Taken { way: Way::Stream(StreamRoute::prepare(vm)?), reason })
     };
     if route == Route::Stream {
         return stream(vm, "asked for".to_owned());
+    }
+    if route == Route::Native {
+        let way = Way::Native(NativeRoute::prepare(vm, options, draft)?);
+        return Ok(Taken { way, reason: "asked for".to_owned() });
     }
     match DirectRoute::prepare(vm, draft) {
         Ok(direct) => {

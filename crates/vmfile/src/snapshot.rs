@@ -98,6 +98,16 @@ impl Snapshot {
             return Err(SnapshotError::NotAFile { path: path.to_path_buf() });
         }
         let file = File::open(path).map_err(open)?;
+        Snapshot::from_file(path, file, start)
+    }
+
+    /// Does the same with a file that is open for reading, and is called `path` in errors.
+    pub(crate) fn from_file(
+        path: &Path,
+        file: File,
+        start: u64,
+    ) -> Result<Snapshot, SnapshotError> {
+        let open = |source| SnapshotError::Open { path: path.to_path_buf(), source };
         let len = file.metadata().map_err(open)?.len().min(FILE_LEN_MAX);
         let structure = read_structure(path, &file, len, start)?;
         let manifest = read_manifest(path, &file, len, &structure)?;

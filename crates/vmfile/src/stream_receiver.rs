@@ -82,7 +82,7 @@ impl StreamReceiver<'_> {
         let Head { configuration, section_id, ram: layout } = head;
         let places = Places::new(&configuration, layout.clone(), section_id, DEVICE_STATE_LEN_MAX)
             .map_err(ReceiveError::from)?;
-        self.draft.reserve(&places).map_err(ReceiveError::from)?;
+        self.draft.reserve(places.tables()).map_err(ReceiveError::from)?;
         let file = self.draft.file().clone();
         let ram = ReceivedRam::new(file, places.blocks(), places.hashes());
         let one = Jobs::new(1).expect("1 is a number of jobs");

@@ -21,6 +21,7 @@ pub(crate) fn run(arguments: &SaveArguments, voice: &Voice) -> Result<ExitCode, 
             RouteMode::Auto => Route::Auto,
             RouteMode::Direct => Route::Direct,
             RouteMode::Stream => Route::Stream,
+            RouteMode::Native => Route::Native,
         },
         after: match arguments.after {
             None if arguments.live => After::Resume,
@@ -35,6 +36,7 @@ pub(crate) fn run(arguments: &SaveArguments, voice: &Voice) -> Result<ExitCode, 
         direct_io: arguments.engine.direct_io(),
         io: arguments.engine.io(),
         jobs: arguments.engine.jobs(),
+        channels: arguments.channels,
         existing: if arguments.force { Existing::Replace } else { Existing::Refuse },
     };
     let meter = Meter::new("save", voice.progress, &signals.asked);

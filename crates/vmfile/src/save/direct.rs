@@ -41,7 +41,7 @@ impl DirectRoute {
         let tail = Tail { sections: &sections, description: &description };
         let tail_len = (sections.len() + description.len()) as u64;
         let places = Places::new(&source, self.ram.clone(), state.unused_id(), tail_len)?;
-        work.draft.reserve(&places)?;
+        work.draft.reserve(places.tables())?;
 
         let written = self.ram(work, &places)?;
         let facts = Facts {

@@ -80,13 +80,10 @@ pub(super) fn written(received: &Received) -> Written {
 
 /// The last byte has come: waits until QEMU says that it was.
 pub(super) fn sent(vm: &mut Vm) -> Result<(), SaveError> {
-    let reason = match vm.wait_sent(END_TIMEOUT)? {
-        Outgoing::Completed => return Ok(()),
-        Outgoing::Failed(reason) => reason,
-        Outgoing::Cancelled => "somebody cancelled it".to_owned(),
-        _ => "it does not end".to_owned(),
-    };
-    Err(SaveError::Migration { reason })
+    match vm.wait_sent(END_TIMEOUT)? {
+        Outgoing::Completed => Ok(()),
+        other => Err(not_sent(other)),
+    }
 }
 
 /// Ends the sending after `error`, and says what was the reason: QEMU's, where QEMU gave up first.
@@ -100,4 +97,14 @@ pub(super) fn why_not(vm: &mut Vm, error: SaveError) -> SaveError {
         Ok(Outgoing::Active) => SaveError::Migration { reason: "it does not stop".to_owned() },
         _ => error,
     }
+}
+
+/// Says why QEMU has not sent the VM.
+pub(super) fn not_sent(outgoing: Outgoing) -> SaveError {
+    let reason = match outgoing {
+        Outgoing::Failed(reason) => reason,
+        Outgoing::Cancelled => "somebody cancelled it".to_owned(),
+        _ => "it does not end".to_owned(),
+    };
+    SaveError::Migration { reason }
 }

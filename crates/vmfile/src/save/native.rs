@@ -1,0 +1,156 @@
+//! The route `native`: QEMU 9.1 and later write the file, vmfile makes it whole.
+//!
+//! QEMU writes mapped RAM by several threads, past the page cache where that can be, into a
+//! descriptor that it is given. It syncs nothing, and the file has no hashes: `native_file` adds them.
+
+use std::fs::{File, OpenOptions};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::thread;
+use std::time::Duration;
+
+use rustix::fs::OFlags;
+use vmfile_engine::{DataFile, DirectIo, DirectIoInUse};
+use vmfile_qemu::{Feature, KeptFile, Outgoing, StreamSettings, Vm};
+
+use super::stream::not_sent;
+use super::{SaveOptions, Work, Written, native_file};
+use crate::check::describe;
+use crate::control::Progress;
+use crate::draft::Draft;
+use crate::error::SaveError;
+
+/// How often QEMU is asked how far it is.
+const POLL_INTERVAL: Duration = Duration::from_millis(5);
+
+/// How long QEMU may take to stop when it is told to.
+const CANCEL_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// QEMU writes single pages from where they lie in memory: what direct I/O must be content with.
+const PAGE_LEN: usize = 4096;
+
+/// A VM that can write the file, and the settings it had.
+#[derive(Debug)]
+pub(super) struct NativeRoute {
+    before: StreamSettings,
+    ours: StreamSettings,
+    /// Whether QEMU writes past the page cache, or why not.
+    direct_io: Result<String, String>,
+}
+
+impl NativeRoute {
+    /// Refuses a QEMU that is too old, and asks for the settings, which must be put back.
+    pub(super) fn prepare(
+        vm: &mut Vm,
+        options: &SaveOptions,
+        draft: &Draft,
+    ) -> Result<NativeRoute, SaveError> {
+        let (feature, version) = (Feature::MigrationDirectIo, vm.version()?);
+        if !version.has(feature) {
+            let (found, needed) = (version.to_string(), feature.since().to_string());
+            return Err(SaveError::QemuTooOld { found, needed });
+        }
+        let before = vm.stream_settings()?;
+        let direct_io = direct_io(&before, draft.file());
+        if let (DirectIo::Required, Err(reason)) = (options.direct_io, &direct_io) {
+            return Err(SaveError::NoDirectIo { reason: reason.clone() });
+        }
+        let ours = before.mapped_ram(options.channels, direct_io.is_ok());
+        Ok(NativeRoute { before, ours, direct_io })
+    }
+
+    /// Says whether QEMU writes past the page cache, in the words of a report.
+    pub(super) fn direct_io(&self) -> String {
+        match &self.direct_io {
+            Ok(alignment) => alignment.clone(),
+            Err(reason) => format!("no: {reason}"),
+        }
+    }
+
+    /// Lets QEMU write the paused VM, and then makes the file a vmfile.
+    pub(super) fn write(&self, work: &mut Work<'_>) -> Result<Written, SaveError> {
+        let changed = work.vm.change_stream_settings(&self.before, &self.ours);
+        let sent = changed.map_err(SaveError::from).and_then(|()| self.send(work));
+        // What was changed before something failed is put back, too.
+        let put_back = work.vm.change_stream_settings(&self.ours, &self.before);
+        let ram_bytes = sent?;
+        put_back?;
+        native_file::complete(work, ram_bytes)
+    }
+
+    /// Gives QEMU the file for as long as it writes; returns the bytes of all RAM.
+    fn send(&self, work: &mut Work<'_>) -> Result<u64, SaveError> {
+        let file = work.draft.file().buffered();
+        let mut descriptors = vec![reopen(file, OFlags::empty())?];
+        if self.direct_io.is_ok() {
+            descriptors.push(reopen(file, OFlags::DIRECT)?);
+        }
+        let kept = work.vm.keep_file(&descriptors)?;
+        drop(descriptors);
+        let sent = send_to(work, &kept);
+        let dropped = work.vm.drop_file(kept);
+        let ram_bytes = sent?;
+        dropped?;
+        Ok(ram_bytes)
+    }
+}
+
+/// Whether QEMU can write past the page cache, or why not.
+fn direct_io(settings: &StreamSettings, file: &DataFile) -> Result<String, String> {
+    match file.direct() {
+        DirectIoInUse::No { reason } => Err(reason.clone()),
+        DirectIoInUse::Yes { offset_align, memory_align }
+            if *offset_align.max(memory_align) > PAGE_LEN =>
+        {
+            Err(format!("QEMU writes single pages, the file system wants {offset_align} bytes"))
+        }
+        DirectIoInUse::Yes { .. } if !settings.has_direct_io() => {
+            Err("this QEMU has no direct I/O".to_owned())
+        }
+        direct => Ok(describe(direct)),
+    }
+}
+
+/// Opens the file once more, for writing only: QEMU takes no descriptor that can do more.
+fn reopen(file: &File, flags: OFlags) -> Result<OwnedFd, SaveError> {
+    let flags = i32::try_from(flags.bits()).expect("flags of open have 31 bits");
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let opened = OpenOptions::new().write(true).custom_flags(flags).open(path);
+    opened.map(OwnedFd::from).map_err(SaveError::Reopen)
+}
+
+/// Waits until QEMU has written all; returns the bytes of all RAM.
+fn send_to(work: &mut Work<'_>, kept: &KeptFile) -> Result<u64, SaveError> {
+    work.vm.send_to_file(kept)?;
+    let mut ram_bytes = 0;
+    loop {
+        let (outgoing, ram) = work.vm.outgoing_ram()?;
+        if let Some(ram) = ram {
+            ram_bytes = ram.total_bytes;
+            let done_bytes = ram_bytes.saturating_sub(ram.remaining_bytes);
+            work.control.report(Progress { done_bytes, total_bytes: total_bytes(ram_bytes) });
+        }
+        match outgoing {
+            Outgoing::Active => {}
+            Outgoing::Completed => return Ok(ram_bytes),
+            other => return Err(not_sent(other)),
+        }
+        if work.control.is_stopped() {
+            return Err(cancel(work.vm));
+        }
+        thread::sleep(POLL_INTERVAL);
+    }
+}
+
+fn cancel(vm: &mut Vm) -> SaveError {
+    match vm.cancel_sending(CANCEL_TIMEOUT) {
+        Ok(Outgoing::Active) => SaveError::Migration { reason: "it does not stop".to_owned() },
+        Ok(_) => SaveError::Stopped,
+        Err(error) => error.into(),
+    }
+}
+
+/// What there is to do: QEMU looks at all RAM once, and so does whoever hashes it.
+pub(super) fn total_bytes(ram_bytes: u64) -> u64 {
+    ram_bytes.saturating_mul(2)
+}

@@ -1,0 +1,237 @@
+//! A mapped-ram file that QEMU wrote, made a vmfile.
+//!
+//! ```text
+//! structure - run state - stale places - hashes - mark and checksums - manifest
+//! ```
+//!
+//! QEMU's bitmap is the truth about which pages have data: what lies under a clear bit is emptied,
+//! and a page of zeros under a set bit is data like any other.
+
+use std::io;
+use std::ops::Range;
+use std::os::fd::AsFd;
+
+use vmfile_engine::{data_ranges, page_hash};
+use vmfile_format::error::FormatErrorKind;
+use vmfile_format::manifest::{ExtentMeta, HASH_LEN, encode_hash};
+use vmfile_format::mapped_ram::{MARK, PlacedBlock};
+use vmfile_format::{FormatError, PageBitmap, PageIndex};
+
+use super::native::total_bytes;
+use super::{Work, Written};
+use crate::control::Progress;
+use crate::draft::{Facts, Tables};
+use crate::error::SaveError;
+use crate::page_writer::empty;
+use crate::plan::{WINDOW_LEN, pieces};
+use crate::ranges;
+use crate::snapshot::Snapshot;
+use crate::window_reader::{Window, WindowReader};
+
+/// Makes what QEMU wrote a vmfile, in everything but the name; `ram_bytes` are those of all RAM.
+pub(super) fn complete(work: &Work<'_>, ram_bytes: u64) -> Result<Written, SaveError> {
+    let snapshot = work.draft.snapshot().map_err(SaveError::Written)?;
+    let structure = snapshot.structure();
+    let stream_end = structure.device_state.stream_end;
+    if snapshot.file_len() != stream_end {
+        let (what, name) = ("data after", "the end of the stream".to_owned());
+        let kind = FormatErrorKind::Unsupported { what, name };
+        return Err(SaveError::DeviceState(FormatError { offset: stream_end, kind }));
+    }
+    let tail = tail(work, &snapshot)?;
+    let bitmaps: Vec<PageBitmap> = structure
+        .blocks
+        .iter()
+        .map(|placed| snapshot.bitmap(placed))
+        .collect::<Result<_, _>>()
+        .map_err(SaveError::Written)?;
+    let tables = Tables::new(structure.ram(), stream_end)?;
+    work.draft.reserve(&tables)?;
+    let file = NativeFile { work, snapshot: &snapshot, bitmaps: &bitmaps, tables: &tables };
+    file.empty_stale_places()?;
+    let io = file.hash(ram_bytes)?;
+    let extents = file.extents(&tail)?;
+    let facts = Facts {
+        route: "native",
+        live: Some(false),
+        pause_seconds: Some(work.seconds_paused()),
+        vm: work.meta.clone(),
+    };
+    work.draft.put_manifest(&tables, stream_end, &bitmaps, extents, facts)?;
+    let pages_data = |bitmap: &PageBitmap| bitmap.data_count().0;
+    let bytes_data = |(placed, bitmap): (&PlacedBlock, &PageBitmap)| {
+        pages_data(bitmap) * placed.block.page_size().bytes()
+    };
+    Ok(Written {
+        pages_total: tables.pages_total(),
+        pages_data: bitmaps.iter().map(pages_data).sum(),
+        bytes_written: structure.blocks.iter().zip(&bitmaps).map(bytes_data).sum(),
+        io,
+        ..Written::default()
+    })
+}
+
+/// Everything that follows RAM in the stream.
+struct Tail {
+    /// The end of the section "ram" and the device sections, to EOF.
+    device_state: Vec<u8>,
+    vm_description: Vec<u8>,
+}
+
+/// Reads what follows RAM, and corrects in the file how the VM is to come back: it was paused for
+/// the save.
+fn tail(work: &Work<'_>, snapshot: &Snapshot) -> Result<Tail, SaveError> {
+    let offset = snapshot.structure().ram_end_offset;
+    let state = &snapshot.structure().device_state;
+    let read = snapshot.read(offset, state.stream_end - offset);
+    let mut device_state = read.map_err(SaveError::Written)?;
+    let in_tail = |file_offset: u64| usize::try_from(file_offset - offset).expect("in memory");
+    let vm_description = device_state.split_off(in_tail(state.end));
+    if !state.set_run_state(&mut device_state[in_tail(state.start)..], &work.meta.run_state) {
+        return Err(SaveError::NoRunState);
+    }
+    work.draft.put("device_state", offset, &device_state)?;
+    Ok(Tail { device_state, vm_description })
+}
+
+struct NativeFile<'a> {
+    work: &'a Work<'a>,
+    snapshot: &'a Snapshot,
+    bitmaps: &'a [PageBitmap],
+    tables: &'a Tables,
+}
+
+impl NativeFile<'_> {
+    fn blocks(&self) -> &[PlacedBlock] {
+        &self.snapshot.structure().blocks
+    }
+
+    /// Empties the places of zero pages, should QEMU have written there before they were zero.
+    fn empty_stale_places(&self) -> Result<(), SaveError> {
+        let file = self.work.draft.file();
+        let failed = |source| SaveError::Write { what: "the places of zero pages", source };
+        for (placed, bitmap) in self.blocks().iter().zip(self.bitmaps) {
+            let page_len = placed.block.page_size().bytes();
+            let at = |page: PageIndex| placed.pages_offset + page.0 * page_len;
+            let data: Vec<_> = bitmap.data_runs().map(|run| at(run.start)..at(run.end)).collect();
+            let area = placed.pages_offset..placed.pages_end();
+            let found = data_ranges(file.as_fd(), area).map_err(failed)?;
+            for stale in ranges::subtract(&found, &data) {
+                empty(file, stale).map_err(failed)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads every page with data and writes its hash; returns the back end.
+    fn hash(&self, ram_bytes: u64) -> Result<String, SaveError> {
+        let blocks = self.blocks().iter().zip(self.bitmaps).enumerate();
+        let windows: Vec<Window> =
+            blocks.flat_map(|(block, (placed, bitmap))| windows(block, placed, bitmap)).collect();
+        // QEMU has done the first half.
+        let second_half = |progress: Progress| {
+            let Progress { done_bytes, total_bytes: all } = progress;
+            let share = u128::from(ram_bytes) * u128::from(done_bytes) / u128::from(all.max(1));
+            let done_bytes = ram_bytes + u64::try_from(share).expect("at most ram_bytes");
+            self.work.control.report(Progress { done_bytes, total_bytes: total_bytes(ram_bytes) });
+        };
+        let reader = WindowReader {
+            file: self.work.draft.file(),
+            blocks: self.blocks(),
+            windows: &windows,
+            control: &self.work.control.with_progress(&second_half),
+        };
+        let width = (self.work.options.io, self.work.options.jobs.count());
+        let take = |(): &mut (), window: &Window, read: io::Result<&[u8]>| {
+            self.put_hashes(window, read.map_err(SaveError::Reread)?)
+        };
+        let (_, backend) = reader.read(width, take)?;
+        Ok(backend.to_string())
+    }
+
+    /// Writes the hashes of a window's pages, and zeros for those that have no data.
+    fn put_hashes(&self, window: &Window, bytes: &[u8]) -> Result<(), SaveError> {
+        let (bitmap, page_size) = (&self.bitmaps[window.block], self.page_size(window.block));
+        let page_len = usize::try_from(page_size).expect("64 KiB at most");
+        let first = window.range.start / page_size;
+        let hashes: Vec<u8> = (first..)
+            .zip(bytes.chunks(page_len))
+            .flat_map(|(page, bytes)| {
+                let has_data = bitmap.contains(PageIndex(page));
+                if has_data { encode_hash(page_hash(bytes)) } else { [0; 16] }
+            })
+            .collect();
+        let offset = self.tables.hashes()[window.block] + first * HASH_LEN;
+        Ok(self.work.draft.put("hashes of pages", offset, &hashes)?)
+    }
+
+    fn page_size(&self, block: usize) -> u64 {
+        self.blocks()[block].block.page_size().bytes()
+    }
+
+    /// Writes the mark, where there is room, and returns the checksums of everything but pages.
+    fn extents(&self, tail: &Tail) -> Result<Vec<ExtentMeta>, SaveError> {
+        let structure = self.snapshot.structure();
+        let read = |offset, len| self.snapshot.read(offset, len).map_err(SaveError::Written);
+        let mut extents = vec![ExtentMeta::of("head", 0, &read(0, structure.head_end)?)];
+        if let Some(offset) = self.blocks().first().and_then(PlacedBlock::mark_offset) {
+            self.work.draft.put("mark", offset, MARK)?;
+            extents.push(ExtentMeta::of("mark", offset, MARK));
+        }
+        for placed in self.blocks() {
+            let record_len = placed.encode_record().len() as u64;
+            for (what, offset, len) in [
+                ("record", placed.record_offset, record_len),
+                ("bitmap", placed.bitmap_offset, placed.bitmap_len()),
+            ] {
+                extents.push(ExtentMeta::of(what, offset, &read(offset, len)?));
+            }
+        }
+        let state = &structure.device_state;
+        let offset = structure.ram_end_offset;
+        extents.push(ExtentMeta::of("device_state", offset, &tail.device_state));
+        if !tail.vm_description.is_empty() {
+            extents.push(ExtentMeta::of("vm_description", state.end, &tail.vm_description));
+        }
+        Ok(extents)
+    }
+}
+
+/// Returns the windows of a block that have data, each from its first such page to its last: a hole
+/// between them costs nothing to read.
+fn windows(block: usize, placed: &PlacedBlock, bitmap: &PageBitmap) -> Vec<Window> {
+    let page_len = placed.block.page_size().bytes();
+    let mut windows: Vec<Window> = Vec::new();
+    let runs = bitmap.data_runs().map(|run| run.start.0 * page_len..run.end.0 * page_len);
+    for piece in runs.flat_map(|run: Range<u64>| pieces(run, WINDOW_LEN)) {
+        let number = piece.start / WINDOW_LEN;
+        match windows.last_mut() {
+            Some(last) if last.range.start / WINDOW_LEN == number => last.range.end = piece.end,
+            _ => windows.push(Window { block, range: piece }),
+        }
+    }
+    windows
+}
+
+#[cfg(test)]
+mod tests {
+    use vmfile_format::{PageSize, RamBlock};
+
+    use super::*;
+
+    #[test]
+    fn a_window_spans_its_data_and_crosses_no_border() {
+        let block = RamBlock::new("pc.ram".to_owned(), 8 << 20, PageSize::KIB_4).unwrap();
+        let mut bitmap = PageBitmap::new(block.page_count());
+        for page in [3, 9, 255, 256, 1024] {
+            bitmap.set(PageIndex(page), true);
+        }
+        let placed =
+            PlacedBlock { block, record_offset: 0, bitmap_offset: 64, pages_offset: 1 << 20 };
+        let found: Vec<_> = windows(0, &placed, &bitmap)
+            .into_iter()
+            .map(|window| window.range.start / 4096..window.range.end / 4096)
+            .collect();
+        assert_eq!(found, [3..256, 256..257, 1024..1025]);
+    }
+}

@@ -1,0 +1,259 @@
+//! `save --route native`: QEMU writes the file, vmfile makes it whole, QEMU is left as it was.
+
+use std::fs;
+use std::num::NonZeroU8;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use serde_json::{Value, json};
+use vmfile::error::SaveError;
+use vmfile::save::{After, Route, SaveOptions};
+use vmfile::{Control, DirectIo, Progress, Snapshot, Vm};
+use vmfile_testing::verbs::{check_is_clean, load, map, pages, save_with};
+use vmfile_testing::{
+    Guest, GuestConfig, Machine, Mount, Qemu, Ram, Release, TestResult, requires,
+};
+
+fn by_qemu(after: After) -> SaveOptions {
+    SaveOptions { route: Route::Native, after, ..SaveOptions::default() }
+}
+
+/// QEMU loads the file with nothing of ours.
+fn qemu_loads(qemu: &Qemu, config: &GuestConfig, file: &Path) -> TestResult<Guest> {
+    let mut guest = config.incoming(qemu, "defer")?;
+    let capability = json!([{ "capability": "mapped-ram", "state": true }]);
+    guest.qmp("migrate-set-capabilities", json!({ "capabilities": capability }))?;
+    guest.qmp("migrate-incoming", json!({ "uri": format!("file:{}", file.display()) }))?;
+    Ok(guest)
+}
+
+fn round_trip(qemu: &Qemu, config: &GuestConfig) -> TestResult {
+    let guest = config.boot(qemu)?;
+    let before = guest.wait_for_count(2)?;
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
+    let file = directory.path().join("vm.vmf");
+    let report = save_with(&guest, &file, &by_qemu(After::Quit))?;
+    assert_eq!((report.route, report.route_reason.as_str()), ("native", "asked for"));
+    assert!(report.direct_io.starts_with("yes"), "{}", report.direct_io);
+    drop(guest);
+    check_is_clean(&file)?;
+    let snapshot = Snapshot::open(&file, 0)?;
+    let meta = &snapshot.manifest().ok_or("no manifest")?.meta;
+    assert_eq!(meta.route, "native");
+    assert!(meta.extents.iter().any(|extent| extent.what == "mark"));
+    for restore in [map, load, qemu_loads] {
+        let guest = restore(qemu, config, &file)?;
+        let after = guest.wait_for_passes(2)?;
+        assert!(after.number > before.number, "{} after {}", after.number, before.number);
+        guest.judge_counts()?;
+    }
+    check_is_clean(&file)
+}
+
+#[test]
+fn a_guest_with_private_ram_comes_back() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    round_trip(&qemu, &Guest::boot_sector(Ram::private(64)).seed(111))
+}
+
+#[test]
+fn a_linux_guest_with_shared_ram_comes_back() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    round_trip(&qemu, &Guest::linux(Ram::memfd(256)).vcpus(2).virtio())
+}
+
+#[test]
+fn a_guest_of_the_newest_with_shared_ram_comes_back() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Newest));
+    round_trip(&qemu, &Guest::boot_sector(Ram::memfd(64)).seed(112).machine(Machine::Q35))
+}
+
+#[test]
+fn a_linux_guest_of_the_newest_with_private_ram_comes_back() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Newest));
+    let config = Guest::linux(Ram::private(256)).machine(Machine::Q35).vcpus(2).virtio().disk(16);
+    round_trip(&qemu, &config)
+}
+
+fn settings(guest: &mut Guest) -> TestResult<(Value, Value)> {
+    let capabilities = guest.qmp("query-migrate-capabilities", json!({}))?;
+    Ok((capabilities, guest.qmp("query-migrate-parameters", json!({}))?))
+}
+
+fn both_routes_write_the_same_pages(release: Release) -> TestResult {
+    let qemu = requires!(Qemu::of(release));
+    let mut guest = Guest::boot_sector(Ram::private(64)).seed(113).boot(&qemu)?;
+    guest.wait_for_count(1)?;
+    let capability = json!([{ "capability": "xbzrle", "state": true }]);
+    guest.qmp("migrate-set-capabilities", json!({ "capabilities": capability }))?;
+    // Mapped RAM goes with neither compression nor TLS.
+    let parameters = json!({
+        "tls-creds": "tls0",
+        "max-bandwidth": 77_000_000,
+        "multifd-channels": 5,
+        "multifd-compression": "zlib",
+        "zero-page-detection": "legacy",
+    });
+    guest.qmp("migrate-set-parameters", parameters)?;
+    let before = settings(&mut guest)?;
+    guest.stop()?;
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
+    let (direct, native) = (directory.path().join("direct"), directory.path().join("native"));
+    let options = SaveOptions { after: After::Pause, ..SaveOptions::default() };
+    save_with(&guest, &direct, &options)?;
+    let channels = NonZeroU8::new(3).ok_or("zero")?;
+    let report = save_with(&guest, &native, &SaveOptions { channels, ..by_qemu(After::Pause) })?;
+    assert_eq!(settings(&mut guest)?, before);
+    let sets = guest.qmp("query-fdsets", json!({}))?;
+    assert_eq!(sets, json!([]), "QEMU keeps no descriptor");
+    for block in ["pc.ram", "pc.bios", "/rom@etc/acpi/tables"] {
+        assert!(pages(&direct, block)? == pages(&native, block)?, "{block}");
+    }
+    let room = |file| fs::metadata(file).map(|data| data.blocks() * 512);
+    assert!(room(&native)?.abs_diff(room(&direct)?) < 1 << 20);
+    assert!(report.pages_zero > 0 && report.bytes_written > 1 << 20);
+    check_is_clean(&native)
+}
+
+#[test]
+fn both_routes_write_the_same_pages_and_leave_qemu_as_it_was() -> TestResult {
+    both_routes_write_the_same_pages(Release::Distribution)
+}
+
+#[test]
+fn both_routes_write_the_same_pages_and_leave_the_newest_as_it_was() -> TestResult {
+    both_routes_write_the_same_pages(Release::Newest)
+}
+
+#[test]
+fn a_vm_runs_on_or_comes_back_paused_as_it_was() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let config = Guest::boot_sector(Ram::private(64)).seed(114);
+    let mut guest = config.boot(&qemu)?;
+    guest.wait_for_count(1)?;
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
+    let first = directory.path().join("1.vmf");
+    save_with(&guest, &first, &by_qemu(After::Resume))?;
+    assert_eq!(guest.status()?, "running");
+    guest.wait_for_passes(2)?;
+    guest.judge_counts()?;
+
+    guest.stop()?;
+    let second = directory.path().join("2.vmf");
+    save_with(&guest, &second, &by_qemu(After::Quit))?;
+    drop(guest);
+    let mut guest = map(&qemu, &config, &second)?;
+    assert_eq!(guest.status()?, "paused");
+    guest.resume()?;
+    guest.wait_for_passes(2)?;
+    guest.judge_counts()
+}
+
+#[test]
+fn a_file_system_without_direct_io_is_written_through_the_page_cache() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let mount = requires!(Mount::tmpfs(200));
+    let config = Guest::boot_sector(Ram::memfd(64)).seed(115);
+    let guest = config.boot(&qemu)?;
+    guest.wait_for_count(1)?;
+    let file = mount.path().join("vm.vmf");
+    let required = SaveOptions { direct_io: DirectIo::Required, ..by_qemu(After::Quit) };
+    assert!(save_with(&guest, &file, &required).is_err());
+    let report = save_with(&guest, &file, &by_qemu(After::Quit))?;
+    assert_eq!(report.direct_io, "no: tmpfs is page cache and nothing else");
+    drop(guest);
+    check_is_clean(&file)?;
+    let guest = map(&qemu, &config, &file)?;
+    guest.wait_for_passes(2)?;
+    guest.judge_counts()
+}
+
+#[test]
+fn direct_io_that_is_not_wanted_is_not_used() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Newest));
+    let guest = Guest::boot_sector(Ram::private(64)).seed(116).boot(&qemu)?;
+    guest.wait_for_count(1)?;
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
+    let file = directory.path().join("vm.vmf");
+    let options = SaveOptions { direct_io: DirectIo::Off, ..by_qemu(After::Quit) };
+    assert_eq!(save_with(&guest, &file, &options)?.direct_io, "no: not asked for");
+    check_is_clean(&file)
+}
+
+#[test]
+fn a_qemu_that_is_too_old_is_refused_and_its_guest_runs_on() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Oldest));
+    let mut guest = Guest::boot_sector(Ram::private(64)).seed(117).boot(&qemu)?;
+    guest.wait_for_count(1)?;
+    let directory = tempfile::tempdir()?;
+    let before = settings(&mut guest)?;
+    let error = save_with(&guest, &directory.path().join("vm.vmf"), &by_qemu(After::Quit));
+    let text = error.expect_err("7.2 knows no mapped RAM").to_string();
+    let found = qemu.version();
+    let expected = format!("the route native needs QEMU 9.1.0 or later, found {found}");
+    assert_eq!(text, expected);
+    assert_eq!(guest.status()?, "running");
+    assert_eq!(settings(&mut guest)?, before);
+    guest.wait_for_passes(2)?;
+    guest.judge_counts()?;
+    assert_eq!(fs::read_dir(directory.path())?.count(), 0);
+    Ok(())
+}
+
+/// A save that fails, or is stopped once the share `stop_at` is done; the guest must run on, with its
+/// settings, and no file be left.
+fn harms_nobody(guest: &mut Guest, directory: &Path, stop_at: f64) -> TestResult<SaveError> {
+    let mut vm = Vm::connect(&guest.qmp_path())?;
+    let flag = AtomicBool::new(false);
+    let progress = |progress: Progress| {
+        let part = |bytes: u64| u32::try_from(bytes >> 10).map_or(f64::MAX, f64::from);
+        if part(progress.done_bytes) >= part(progress.total_bytes) * stop_at {
+            flag.store(true, Ordering::Relaxed);
+        }
+    };
+    let before = settings(guest)?;
+    let control = Control::new(&flag, &progress);
+    let options = by_qemu(After::Quit);
+    let result = vmfile::save::save(&mut vm, &directory.join("vm.vmf"), &options, &control);
+    let error = result.expect_err("the save failed");
+    drop(vm);
+    assert_eq!(guest.status()?, "running", "{error}");
+    assert_eq!(settings(guest)?, before, "{error}");
+    assert_eq!(guest.qmp("query-fdsets", json!({}))?, json!([]), "{error}");
+    guest.wait_for_passes(2)?;
+    guest.judge_counts()?;
+    assert_eq!(fs::read_dir(directory)?.count(), 0, "{error}");
+    Ok(error)
+}
+
+fn a_save_that_fails_harms_nobody(release: Release) -> TestResult {
+    let qemu = requires!(Qemu::of(release));
+    let mount = requires!(Mount::tmpfs(40));
+    let config = Guest::boot_sector(Ram::private(256)).seed(118).data_share(200);
+    let mut guest = config.boot(&qemu)?;
+    guest.wait_for_count(1)?;
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
+    // While QEMU writes, and while vmfile reads.
+    for stop_at in [0.0, 0.1, 0.7] {
+        let error = harms_nobody(&mut guest, directory.path(), stop_at)?;
+        assert!(matches!(error, SaveError::Stopped), "{stop_at}: {error}");
+    }
+    let error = harms_nobody(&mut guest, mount.path(), 2.0)?;
+    let SaveError::Migration { reason } = &error else { return Err(error.into()) };
+    assert!(reason.contains("No space left on device"), "{reason}");
+    // And where nothing fails it is saved.
+    let file = directory.path().join("vm.vmf");
+    save_with(&guest, &file, &by_qemu(After::Quit))?;
+    check_is_clean(&file)
+}
+
+#[test]
+fn a_save_that_is_stopped_or_finds_no_room_harms_nobody() -> TestResult {
+    a_save_that_fails_harms_nobody(Release::Distribution)
+}
+
+#[test]
+fn a_save_of_the_newest_that_is_stopped_or_finds_no_room_harms_nobody() -> TestResult {
+    a_save_that_fails_harms_nobody(Release::Newest)
+}
