@@ -5,6 +5,7 @@ mod endings;
 mod guests;
 mod hard_times;
 mod help;
+mod matrix;
 mod run;
 mod send;
 mod streams;

@@ -36,8 +36,9 @@ impl StreamRoute {
     /// Lets QEMU send the paused VM, writes what comes, and then what belongs around it.
     pub(super) fn write(&self, work: &mut Work<'_>) -> Result<Written, SaveError> {
         let ours = self.before.plain();
-        work.vm.change_stream_settings(&self.before, &ours)?;
-        let received = receive(work);
+        let changed = work.vm.change_stream_settings(&self.before, &ours);
+        let received = changed.map_err(SaveError::from).and_then(|()| receive(work));
+        // What was changed before something failed is put back, too.
         let put_back = work.vm.change_stream_settings(&ours, &self.before);
         let mut received = received?;
         put_back?;

@@ -39,24 +39,20 @@ const DIRECTORIES: [&str; 5] =
 /// A way of `virsh save`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Way {
-    Plain,
     BypassCache,
     /// mapped-ram, two channels, direct I/O.
     Sparse,
 }
 
 impl Way {
-    pub(crate) const ALL: [Way; 3] = [Way::Plain, Way::BypassCache, Way::Sparse];
+    pub(crate) const ALL: [Way; 2] = [Way::BypassCache, Way::Sparse];
 
     pub(crate) fn name(self) -> String {
         format!("`virsh save {}`", self.options().join(" "))
-            .replace(" `", "`")
-            .replace("save`", "save` plain")
     }
 
     fn options(self) -> &'static [&'static str] {
         match self {
-            Way::Plain => &[],
             Way::BypassCache => &["--bypass-cache"],
             Way::Sparse => {
                 &["--bypass-cache", "--image-format", "sparse", "--parallel-channels", "2"]
