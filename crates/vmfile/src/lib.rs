@@ -14,6 +14,7 @@ mod jobs;
 mod lane;
 pub mod list;
 mod listener;
+mod multifd;
 mod page_writer;
 mod plan;
 mod ram_loader;
@@ -32,6 +33,7 @@ mod stream_receiver;
 
 pub use control::{Control, Progress};
 pub use jobs::Jobs;
+pub use multifd::{CHANNELS_MAX, ChannelsError};
 pub use ram_loader::LoadError;
 pub use restore_error::{Mismatch, RestoreError};
 pub use snapshot::{Manifest, Snapshot, SnapshotError};
