@@ -20,6 +20,7 @@
 mod fixture;
 mod guest;
 mod lock;
+pub mod migration;
 mod qemu;
 mod qmp;
 mod require;

@@ -5,58 +5,19 @@ use std::io::Write as _;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use serde_json::{Value, json};
+use serde_json::json;
 use vmfile::Control;
 use vmfile::receive::{ReceiveError, ReceiveOptions, ReceiveReport, StreamFrom, receive};
 use vmfile_format::stream::configuration::Configuration;
 use vmfile_format::stream::encoder::RamSection;
 use vmfile_format::{PageIndex, PageSize, RamBlock, RamLayout};
-use vmfile_testing::verbs::{check_is_clean, load, map};
+use vmfile_testing::migration::{
+    Outcome, comes_back, send_to, set_capability, set_parameter, wait_for_migration,
+};
+use vmfile_testing::verbs::check_is_clean;
 use vmfile_testing::{Guest, GuestConfig, Mount, Qemu, Ram, Release, TestResult, requires};
-
-/// What a receive came to.
-type Outcome = Result<ReceiveReport, ReceiveError>;
-
-/// Lets the guest send itself to `file`; returns what became of both.
-fn send_to(
-    guest: &mut Guest,
-    file: &Path,
-    options: &ReceiveOptions,
-) -> TestResult<(Outcome, Value)> {
-    let socket = guest.directory().join("stream");
-    let uri = format!("unix:{}", socket.display());
-    let from = StreamFrom::Listen(socket.clone());
-    let (file, options) = (file.to_path_buf(), options.clone());
-    let receiver = thread::spawn(move || receive(from, &file, &options, &Control::none()));
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while !socket.exists() && !receiver.is_finished() {
-        assert!(Instant::now() < deadline, "the receiver listens");
-        thread::sleep(Duration::from_millis(5));
-    }
-    guest.qmp("migrate-set-parameters", json!({ "max-bandwidth": 0 }))?;
-    guest.qmp("migrate", json!({ "uri": uri }))?;
-    let status = wait_for_migration(guest)?;
-    Ok((receiver.join().expect("no panic"), status))
-}
-
-fn wait_for_migration(guest: &mut Guest) -> TestResult<Value> {
-    let deadline = Instant::now() + Duration::from_secs(120);
-    loop {
-        let answer = guest.qmp("query-migrate", json!({}))?;
-        match answer["status"].as_str() {
-            Some("completed" | "failed") => return Ok(answer),
-            _ if Instant::now() > deadline => return Err(format!("too long: {answer}").into()),
-            _ => thread::sleep(Duration::from_millis(10)),
-        }
-    }
-}
-
-fn set_capability(guest: &mut Guest, name: &str) -> TestResult {
-    let list = json!([{ "capability": name, "state": true }]);
-    guest.qmp("migrate-set-capabilities", json!({ "capabilities": list })).map(drop)
-}
 
 /// Boots on `source`, receives, checks, restores on `destination` by `map` and by `load`.
 fn round_trip(
@@ -74,17 +35,6 @@ fn round_trip(
     drop(guest);
     comes_back(destination, config, &file, before.number)?;
     Ok(report)
-}
-
-fn comes_back(qemu: &Qemu, config: &GuestConfig, file: &Path, before: u32) -> TestResult {
-    check_is_clean(file)?;
-    for restore in [map, load] {
-        let guest = restore(qemu, config, file)?;
-        let after = guest.wait_for_passes(2)?;
-        assert!(after.number > before, "{} after {before}", after.number);
-        guest.judge_counts()?;
-    }
-    Ok(())
 }
 
 #[test]
@@ -127,7 +77,7 @@ fn live(qemu: &Qemu, capability: Option<&str>, seed: u32) -> TestResult {
     }
     let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
     let file = directory.path().join("vm.vmf");
-    guest.qmp("migrate-set-parameters", json!({ "downtime-limit": 300 }))?;
+    set_parameter(&mut guest, "downtime-limit", json!(300))?;
     let (received, _) = send_to(&mut guest, &file, &ReceiveOptions::default())?;
     let report = received?;
     drop(guest);
@@ -159,7 +109,7 @@ fn compressed_pages_of_the_oldest_qemu_are_understood() -> TestResult {
     let before = guest.wait_for_count(2)?;
     set_capability(&mut guest, "compress")?;
     // Two vCPUs' worth of zlib under emulation never catch up with the guest.
-    guest.qmp("migrate-set-parameters", json!({ "downtime-limit": 60_000 }))?;
+    set_parameter(&mut guest, "downtime-limit", json!(60_000))?;
     let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
     let file = directory.path().join("vm.vmf");
     let (received, _) = send_to(&mut guest, &file, &ReceiveOptions::default())?;

@@ -97,6 +97,7 @@ pub(crate) enum Verb {
     #[command(after_help = "Examples:
   migrate \"exec:vmfile receive /var/lib/vms/vm.vmf\"     in QEMU's monitor
   vmfile receive vm.vmf --listen unix:/run/vm.mig       and there: migrate unix:/run/vm.mig
+  vmfile receive vm.vmf --listen unix:/run/vm.mig --channels 4
   vmfile receive vm.vmf < saved-by-qemu.mig")]
     Receive(ReceiveArguments),
     /// Send a file as a migration stream that any QEMU accepts
@@ -268,6 +269,15 @@ pub(crate) struct ReceiveArguments {
     /// Receive from this open descriptor
     #[arg(long, value_name = "N")]
     pub(crate) fd: Option<i32>,
+    /// Multifd channels besides the stream, as many as QEMU's multifd-channels, 1 to 16; 0: none
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 0,
+        requires = "listen",
+        value_parser = clap::value_parser!(u32).range(..=i64::from(vmfile::CHANNELS_MAX))
+    )]
+    pub(crate) channels: u32,
     /// Replace an existing file
     #[arg(long)]
     pub(crate) force: bool,

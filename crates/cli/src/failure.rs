@@ -7,7 +7,10 @@ use vmfile::convert::ConvertError;
 use vmfile::error::SaveError;
 use vmfile::receive::ReceiveError;
 use vmfile::send::SendError;
-use vmfile::{CommandLineError, DiscoverError, PublishError, RestoreError, SnapshotError, VmError};
+use vmfile::{
+    ChannelsError, CommandLineError, DiscoverError, PublishError, RestoreError, SnapshotError,
+    VmError,
+};
 
 use crate::exit_code::Code;
 
@@ -171,6 +174,12 @@ impl From<&ReceiveError> for Failure {
     fn from(error: &ReceiveError) -> Failure {
         match error {
             ReceiveError::Publish(error) => Failure::from(error),
+            ReceiveError::Channels(error) => Failure::from(error),
+            ReceiveError::Channel { source, .. } => {
+                let failure = Failure::from(source.as_ref());
+                let message = Failure::new(failure.code, failure.kind, error).message;
+                Failure { message, ..failure }
+            }
             ReceiveError::Stream(_) => Failure::new(Code::File, "stream", error)
                 .hint("expected the migration stream of a QEMU, whole, without mapped-ram"),
             ReceiveError::Stalled { .. } => {
@@ -198,6 +207,24 @@ impl From<&ConvertError> for Failure {
                 .hint("there is nothing to convert; `cp --sparse=always` makes a copy"),
             ConvertError::Stopped => Failure::new(Code::Interrupted, "stopped", error),
             _ => Failure::new(Code::System, "io", error),
+        }
+    }
+}
+
+impl From<&ChannelsError> for Failure {
+    fn from(error: &ChannelsError) -> Failure {
+        match error {
+            ChannelsError::TooMany { .. } | ChannelsError::NoSocket => {
+                Failure::new(Code::Usage, "usage", error)
+            }
+            ChannelsError::Unexpected => Failure::new(Code::Vm, "channels", error).hint(
+                "--channels N receives them, N being QEMU's multifd-channels; \
+                 or turn its capability multifd off",
+            ),
+            ChannelsError::Ended => Failure::new(Code::File, "channels", error),
+            _ => Failure::new(Code::Vm, "channels", error).hint(
+                "--channels must be QEMU's multifd-channels, and its capability multifd be on",
+            ),
         }
     }
 }

@@ -1,7 +1,7 @@
 //! What a caller holds while a verb works: it may stop it, and it hears how far it is.
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// How far the long part of a verb is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,6 +51,28 @@ impl<'a> Control<'a> {
 
     pub(crate) fn report(&self, progress: Progress) {
         (self.progress)(progress);
+    }
+}
+
+/// Adds up what several threads have done, and tells the caller.
+#[derive(Debug)]
+pub(crate) struct Meter<'a> {
+    control: &'a Control<'a>,
+    done_bytes: AtomicU64,
+    total_bytes: u64,
+}
+
+impl<'a> Meter<'a> {
+    pub(crate) fn new(control: &'a Control<'a>, total_bytes: u64) -> Meter<'a> {
+        Meter { control, done_bytes: AtomicU64::new(0), total_bytes }
+    }
+
+    /// Notes that `bytes` more are done.
+    pub(crate) fn add(&self, bytes: u64) {
+        let done_bytes = self.done_bytes.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        // A guest that runs sends more than its RAM.
+        let done_bytes = done_bytes.min(self.total_bytes);
+        self.control.report(Progress { done_bytes, total_bytes: self.total_bytes });
     }
 }
 

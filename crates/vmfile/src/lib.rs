@@ -15,6 +15,7 @@ mod jobs;
 mod lane;
 pub mod list;
 mod listener;
+mod multifd;
 mod page_writer;
 mod plan;
 mod ram_loader;
@@ -34,6 +35,7 @@ mod window_reader;
 
 pub use control::{Control, Progress};
 pub use jobs::Jobs;
+pub use multifd::{CHANNELS_MAX, ChannelsError};
 pub use ram_loader::LoadError;
 pub use restore_error::{Mismatch, RestoreError};
 pub use snapshot::{Manifest, Snapshot, SnapshotError};

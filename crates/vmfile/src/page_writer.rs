@@ -1,12 +1,13 @@
 //! Pages that come in any order, and come again: each to its place in the file.
 //!
 //! The pages of one window, a MiB of a block, are collected and written together, so that a stream
-//! in the order of memory goes out as large writes. A page that comes again overwrites its place; one
+//! in the order of memory goes out as large writes. Pages that come many at once are read into a
+//! buffer that was borrowed here, and go out from there. A page that comes again overwrites its place; one
 //! that becomes zero loses its bit and its hash, and its place is emptied at the end.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::io;
-use std::ops::Range;
+use std::ops::{AddAssign, Range};
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 
@@ -18,7 +19,6 @@ use vmfile_format::manifest::{HASH_LEN, encode_hash};
 use vmfile_format::mapped_ram::PlacedBlock;
 use vmfile_format::{PageBitmap, PageIndex};
 
-use crate::jobs::Jobs;
 use crate::lane::Lane;
 use crate::plan::{WINDOW_LEN, pieces};
 use crate::shared_bitmap::SharedBitmap;
@@ -33,7 +33,7 @@ const _: () = assert!(NO_HASH.len() as u64 == HASH_LEN);
 /// Words of the bitmap of a window.
 const WINDOW_WORDS: usize = (WINDOW_LEN / PAGE_LEN_MIN / 64) as usize;
 
-/// Windows that may be in flight before a writer waits for all of them. Each takes 16 bytes to
+/// Windows that may be in flight before a writer waits for all of them. Each takes 48 bytes to
 /// remember; a stream in the order of memory never comes so far back.
 const IN_FLIGHT_MAX: usize = 1 << 16;
 
@@ -108,8 +108,8 @@ pub(crate) struct PageWriter<'a> {
     ram: &'a ReceivedRam,
     lane: Lane,
     open: Option<Window>,
-    /// Windows of which transfers may be in flight.
-    in_flight: HashSet<(usize, u64)>,
+    /// Pages whose transfers may be in flight, by block and window.
+    in_flight: HashMap<(usize, u64), [u64; WINDOW_WORDS]>,
     counts: Counts,
 }
 
@@ -120,6 +120,13 @@ pub(crate) struct Counts {
     pub(crate) written_bytes: u64,
     /// Bytes of pages that were written again.
     pub(crate) rewritten_bytes: u64,
+}
+
+impl AddAssign for Counts {
+    fn add_assign(&mut self, other: Counts) {
+        self.written_bytes += other.written_bytes;
+        self.rewritten_bytes += other.rewritten_bytes;
+    }
 }
 
 /// The pages of a window that have come so far.
@@ -150,10 +157,10 @@ impl<'a> PageWriter<'a> {
     pub(crate) fn open(
         ram: &'a ReceivedRam,
         backend: vmfile_engine::Backend,
-        writers: Jobs,
+        writers: usize,
     ) -> io::Result<(PageWriter<'a>, BackendInUse)> {
-        let (lane, backend) = Lane::open(&ram.file, backend, writers.count())?;
-        let (open, in_flight, counts) = (None, HashSet::new(), Counts::default());
+        let (lane, backend) = Lane::open(&ram.file, backend, writers)?;
+        let (open, in_flight, counts) = (None, HashMap::new(), Counts::default());
         Ok((PageWriter { ram, lane, open, in_flight, counts }, backend))
     }
 
@@ -167,6 +174,23 @@ impl<'a> PageWriter<'a> {
             self.close_window()?;
         }
         Ok(())
+    }
+
+    /// Lends a buffer of a window's length.
+    pub(crate) fn buffer(&mut self) -> io::Result<PooledBuffer> {
+        self.lane.buffer()
+    }
+
+    /// Takes `pages`, in ascending order and each once, whose data stand one after another in
+    /// `buffer`.
+    pub(crate) fn pages(
+        &mut self,
+        block: usize,
+        pages: &[PageIndex],
+        buffer: PooledBuffer,
+    ) -> io::Result<()> {
+        let places: Vec<(usize, PageIndex)> = pages.iter().copied().enumerate().collect();
+        self.write(block, &places, buffer)
     }
 
     /// Takes a page of zeros.
@@ -223,47 +247,72 @@ impl<'a> PageWriter<'a> {
     /// Writes the pages of the open window.
     fn close_window(&mut self) -> io::Result<()> {
         let Some(window) = self.open.take() else { return Ok(()) };
-        let key = (window.block, window.number);
-        if self.in_flight.contains(&key) || self.in_flight.len() >= IN_FLIGHT_MAX {
-            // The kernel takes two writes to one place in any order.
-            self.in_flight.clear();
-            self.lane.drain()?;
-        }
-        self.in_flight.insert(key);
         let page_len = self.ram.blocks[window.block].placed.block.page_size().bytes();
+        let pages = WINDOW_LEN / page_len;
+        let first = window.number * pages;
+        let all = (0..).zip(first..first + pages).map(|(index, page)| (index, PageIndex(page)));
+        let places: Vec<_> = all.filter(|&(index, _)| window.has(index)).collect();
+        self.write(window.block, &places, window.buffer)
+    }
+
+    /// Writes pages of a block in ascending order, each with its place in `buffer`, in pages.
+    fn write(
+        &mut self,
+        block: usize,
+        places: &[(usize, PageIndex)],
+        buffer: PooledBuffer,
+    ) -> io::Result<()> {
+        self.await_earlier(block, places)?;
+        let page_len = self.ram.blocks[block].placed.block.page_size().bytes();
         let page_size = usize::try_from(page_len).expect("64 KiB at most");
-        let first = window.number * (WINDOW_LEN / page_len);
-        let mut runs: Vec<(usize, Vec<u8>)> = Vec::new();
-        for index in (0..window.buffer.len() / page_size).filter(|&index| window.has(index)) {
-            let page = PageIndex(first + index as u64);
-            let data = &window.buffer[index * page_size..(index + 1) * page_size];
+        let mut runs: Vec<Run> = Vec::new();
+        for &(index, page) in places {
+            let data = &buffer[index * page_size..(index + 1) * page_size];
             if is_zero(data) {
-                self.forget(window.block, page)?;
+                self.forget(block, page)?;
                 continue;
             }
-            self.remember(window.block, page, page_len);
+            self.remember(block, page, page_len);
             let hash = encode_hash(page_hash(data));
-            match runs.last_mut() {
-                Some((start, hashes)) if *start + hashes.len() / hash.len() == index => {
-                    hashes.extend_from_slice(&hash);
-                }
-                _ => runs.push((index, hash.to_vec())),
+            match runs.last_mut().filter(|run| run.goes_on_with(index, page)) {
+                Some(run) => run.hashes.extend_from_slice(&hash),
+                None => runs.push(Run { index, page, hashes: hash.to_vec() }),
             }
         }
-        let buffer = window.buffer.freeze();
-        let block = &self.ram.blocks[window.block];
-        for (start, hashes) in runs {
-            let page = PageIndex(first + start as u64);
-            let hash_offset = block.hashes_offset + page.0 * HASH_LEN;
-            self.ram.file.buffered().write_all_at(&hashes, hash_offset)?;
-            let pages = hashes.len() as u64 / HASH_LEN;
-            let bytes = start * page_size..start * page_size + pages_len(pages, page_size);
+        let buffer = buffer.freeze();
+        let block = &self.ram.blocks[block];
+        for run in runs {
+            let hash_offset = block.hashes_offset + run.page.0 * HASH_LEN;
+            self.ram.file.buffered().write_all_at(&run.hashes, hash_offset)?;
+            let bytes = run.index * page_size..(run.index + run.pages()) * page_size;
             self.lane.submit(Transfer {
                 direction: Direction::Write,
-                file_offset: block.placed.page_offset(page).expect("a page of the block"),
+                file_offset: block.placed.page_offset(run.page).expect("a page of the block"),
                 memory: Memory::Shared(buffer.clone(), bytes),
                 tag: 0,
             })?;
+        }
+        Ok(())
+    }
+
+    /// Waits if one of these pages is in flight: the kernel takes two writes to one place in any
+    /// order.
+    fn await_earlier(&mut self, block: usize, places: &[(usize, PageIndex)]) -> io::Result<()> {
+        let key = |writer: &PageWriter<'_>, page| {
+            let slot = writer.slot(block, page);
+            ((block, slot.window), slot.index / 64, 1 << (slot.index % 64))
+        };
+        let is_in_flight = places.iter().any(|&(_, page)| {
+            let (window, word, bit) = key(self, page);
+            self.in_flight.get(&window).is_some_and(|words| words[word] & bit != 0)
+        });
+        if is_in_flight || self.in_flight.len() >= IN_FLIGHT_MAX {
+            self.in_flight.clear();
+            self.lane.drain()?;
+        }
+        for &(_, page) in places {
+            let (window, word, bit) = key(self, page);
+            self.in_flight.entry(window).or_default()[word] |= bit;
         }
         Ok(())
     }
@@ -298,6 +347,22 @@ impl Window {
     }
 }
 
-fn pages_len(pages: u64, page_size: usize) -> usize {
-    usize::try_from(pages).expect("256 at most") * page_size
+/// Pages that follow one another in a buffer and in a block.
+#[derive(Debug)]
+struct Run {
+    /// Where they begin in the buffer, in pages.
+    index: usize,
+    page: PageIndex,
+    hashes: Vec<u8>,
+}
+
+impl Run {
+    fn pages(&self) -> usize {
+        self.hashes.len() / NO_HASH.len()
+    }
+
+    fn goes_on_with(&self, index: usize, page: PageIndex) -> bool {
+        let pages = self.pages();
+        self.index + pages == index && self.page.0 + pages as u64 == page.0
+    }
 }

@@ -22,6 +22,7 @@ use crate::check::describe;
 use crate::control::Control;
 use crate::draft::{Draft, DraftError, Facts};
 use crate::listener::Listener;
+use crate::multifd::{CHANNELS_MAX, ChannelsError, Connections};
 use crate::source::stream::{Patience, WaitError};
 use crate::stream_receiver::{Received, StreamReceiver};
 
@@ -43,6 +44,9 @@ pub struct ReceiveOptions {
     pub io: Backend,
     /// Whether a file of that name may be replaced.
     pub existing: Existing,
+    /// Multifd channels that connect to the socket beside the stream, as many as QEMU's parameter
+    /// `multifd-channels` says; 0 if its capability `multifd` is off.
+    pub channels: u32,
     /// How long the sender may be silent.
     pub stall_timeout: Option<Duration>,
     /// How long it may all take.
@@ -55,6 +59,7 @@ impl Default for ReceiveOptions {
             direct_io: DirectIo::Preferred,
             io: Backend::Auto,
             existing: Existing::Refuse,
+            channels: 0,
             stall_timeout: Some(Duration::from_secs(300)),
             timeout: None,
         }
@@ -72,6 +77,8 @@ pub struct ReceiveReport {
     pub direct_io: String,
     /// The back end that was used.
     pub io: String,
+    /// Multifd channels that pages came by.
+    pub channels: u32,
     /// Pages of all RAM blocks.
     pub pages_total: u64,
     /// Pages that are zero and take no room.
@@ -80,7 +87,7 @@ pub struct ReceiveReport {
     pub bytes_written: u64,
     /// Bytes of pages that were written again.
     pub bytes_rewritten: u64,
-    /// Length of the stream, in bytes.
+    /// Length of the stream and of its channels, in bytes.
     pub stream_bytes: u64,
     /// How long it all took, in seconds.
     pub total_seconds: f64,
@@ -100,6 +107,17 @@ pub enum ReceiveError {
         path: PathBuf,
         /// What the kernel said.
         source: io::Error,
+    },
+    /// The connections are not those of a sender with so many channels.
+    #[error(transparent)]
+    Channels(#[from] ChannelsError),
+    /// A multifd channel brought what it should not, or ended too soon.
+    #[error("multifd channel {channel}")]
+    Channel {
+        /// The channel's number.
+        channel: u8,
+        /// What happened there.
+        source: Box<ReceiveError>,
     },
     /// The stream is not what it should be.
     #[error("the stream")]
@@ -152,7 +170,18 @@ impl ReceiveError {
             WaitError::Io(source) => ReceiveError::Read { offset, source },
             WaitError::Stalled(after) => ReceiveError::Stalled { offset, after },
             WaitError::TimedOut => ReceiveError::TimedOut { offset },
-            WaitError::Stopped => ReceiveError::Stopped,
+            // Who gives up for another is not asked why.
+            WaitError::Stopped | WaitError::GivenUp => ReceiveError::Stopped,
+        }
+    }
+
+    /// Says by which channel it came, where that matters.
+    pub(crate) fn of_channel(self, channel: u8) -> ReceiveError {
+        match self {
+            ReceiveError::Stream(_) | ReceiveError::Read { .. } => {
+                ReceiveError::Channel { channel, source: Box::new(self) }
+            }
+            error => error,
         }
     }
 
@@ -191,13 +220,10 @@ pub fn receive(
         stall: options.stall_timeout,
         deadline: options.timeout.map(|timeout| started + timeout),
     };
-    let stream = match from {
-        StreamFrom::Descriptor(fd) => fd,
-        StreamFrom::Listen(path) => Listener::bind(&path)?.accept(&patience)?,
-    };
-    let sender = vmfile_qemu::sender(&stream);
+    let connections = connect(from, options.channels, &patience)?;
+    let sender = vmfile_qemu::sender(&connections.stream);
     let receiver = StreamReceiver { draft: &draft, io: options.io, patience };
-    let received = receiver.run(stream, || Ok::<_, ReceiveError>(()))?;
+    let received = receiver.run(connections, || Ok::<_, ReceiveError>(()))?;
     let vm = describe_vm(&received, sender);
     let facts = Facts { route: "stream", live: None, pause_seconds: None, vm };
     draft.finish(&received.places, &received.bitmaps, received.tail(), facts)?;
@@ -213,6 +239,7 @@ pub fn receive(
         machine: received.configuration.machine,
         direct_io,
         io: received.backend.to_string(),
+        channels: options.channels,
         pages_total,
         pages_zero: pages_total - pages_data,
         bytes_written: received.counts.written_bytes,
@@ -220,6 +247,21 @@ pub fn receive(
         stream_bytes: received.stream_bytes,
         total_seconds: started.elapsed().as_secs_f64(),
     })
+}
+
+fn connect(
+    from: StreamFrom,
+    channels: u32,
+    patience: &Patience<'_>,
+) -> Result<Connections, ReceiveError> {
+    if channels > CHANNELS_MAX {
+        return Err(ChannelsError::TooMany { found: channels }.into());
+    }
+    match from {
+        StreamFrom::Descriptor(fd) if channels == 0 => Ok(fd.into()),
+        StreamFrom::Descriptor(_) => Err(ChannelsError::NoSocket.into()),
+        StreamFrom::Listen(path) => Connections::accept(Listener::bind(&path)?, channels, patience),
+    }
 }
 
 /// Describes the VM as far as a stream tells, and its sender's process where that is a QEMU.

@@ -1,7 +1,7 @@
 //! A stream in, pages and devices out: the work of a receive, whoever asked for it.
 
 use std::ops::ControlFlow;
-use std::os::fd::OwnedFd;
+use std::thread;
 
 use flate2::{Decompress, FlushDecompress, Status};
 use vmfile_engine::{Backend, BackendInUse};
@@ -10,12 +10,13 @@ use vmfile_format::limits::DEVICE_STATE_LEN_MAX;
 use vmfile_format::stream::configuration::Configuration;
 use vmfile_format::stream::decoder::{Event, StreamDecoder};
 use vmfile_format::stream::device_state::DeviceState;
-use vmfile_format::stream::xbzrle;
+use vmfile_format::stream::{multifd, xbzrle};
 use vmfile_format::{FormatError, PageBitmap, PageIndex, RamLayout};
 
-use crate::control::Progress;
+use crate::control::Meter;
 use crate::draft::{Draft, Places, Tail};
-use crate::jobs::Jobs;
+use crate::listener::Listener;
+use crate::multifd::{Channel, ChannelCounts, ChannelsError, Connections, Rounds, StreamRounds};
 use crate::page_writer::{Counts, PAGE_LEN_MIN, PageWriter, ReceivedRam};
 use crate::receive::ReceiveError;
 use crate::source::stream::{Patience, StreamSource};
@@ -69,86 +70,170 @@ struct Head {
 }
 
 impl StreamReceiver<'_> {
-    /// Receives all of `stream`; `at_end` is called when its last byte has come, before the last
-    /// pages are on the disk.
+    /// Receives all that comes by `connections`; `at_end` is called when the last byte of the stream
+    /// has come, before the last pages are on the disk.
     pub(crate) fn run<E: From<ReceiveError>>(
         &self,
-        stream: OwnedFd,
+        connections: Connections,
         at_end: impl FnOnce() -> Result<(), E>,
     ) -> Result<Received, E> {
-        let mut source = StreamSource::new(stream, self.patience);
+        let Connections { stream, begun, channels, listener } = connections;
+        let rounds = Rounds::new(self.patience, channels.len());
+        let mut source = StreamSource::new(stream, &begun, self.patience, rounds.patience().1);
         let mut decoder = StreamDecoder::new();
         let head = head(&mut source, &mut decoder)?;
-        let Head { configuration, section_id, ram: layout } = head;
-        let places = Places::new(&configuration, layout.clone(), section_id, DEVICE_STATE_LEN_MAX)
+        let (configuration, section_id) = (&head.configuration, head.section_id);
+        let places = Places::new(configuration, head.ram.clone(), section_id, DEVICE_STATE_LEN_MAX)
             .map_err(ReceiveError::from)?;
         self.draft.reserve(places.tables()).map_err(ReceiveError::from)?;
         let file = self.draft.file().clone();
         let ram = ReceivedRam::new(file, places.blocks(), places.hashes());
-        let one = Jobs::new(1).expect("1 is a number of jobs");
-        let (mut writer, backend) =
-            PageWriter::open(&ram, self.io, one).map_err(ReceiveError::write_ram)?;
-        let devices = self.pages(&mut source, &mut decoder, &layout, &mut writer)?;
-        at_end()?;
-        writer.drain().map_err(ReceiveError::write_ram)?;
+        let writers = channels.len() + 1;
+        let open = || PageWriter::open(&ram, self.io, writers).map_err(ReceiveError::write_ram);
+        let (writer, backend) = open()?;
+        let meter = Meter::new(self.patience.control, head.ram.total_length());
+        let mut channel_work = Vec::new();
+        for channel in channels {
+            channel_work.push((Channel::new(channel, &head.ram, &rounds), open()?.0));
+        }
+        let stream_work = StreamWork {
+            ram: &head.ram,
+            writer,
+            rounds: StreamRounds::new(&rounds),
+            meter: &meter,
+            listener,
+            devices: Vec::new(),
+        };
+        let mut ended = None;
+        let done = on_threads(&rounds, &meter, channel_work, || {
+            stream_work.receive(&mut source, &mut decoder, || ended = Some(at_end()))
+        });
+        rounds.into_result()?;
+        ended.expect("nothing failed")?;
+        let (devices, counts, channel_bytes) = done.expect("nothing failed");
         ram.empty_stale_places().map_err(ReceiveError::write_ram)?;
-        let state = locate(&devices, decoder.offset(), section_id)?;
         Ok(Received {
-            configuration,
+            state: locate(&devices, decoder.offset(), section_id)?,
             bitmaps: ram.bitmaps(),
+            configuration: head.configuration,
             places,
             backend,
-            counts: writer.counts(),
-            stream_bytes: decoder.offset(),
-            state,
+            counts,
+            stream_bytes: decoder.offset() + channel_bytes,
             devices,
         })
     }
+}
 
-    /// Takes pages until the stream ends; returns what follows them.
-    fn pages(
-        &self,
+/// Receives by all channels, each in a thread, and by the stream; if one fails, nobody goes on.
+///
+/// Returns what follows RAM, what was written, and the bytes of the channels; `None` if `rounds` know
+/// of a failure.
+fn on_threads<'a>(
+    rounds: &Rounds<'_>,
+    meter: &Meter<'_>,
+    channels: Vec<(Channel<'a>, PageWriter<'a>)>,
+    stream: impl FnOnce() -> Result<(Vec<u8>, Counts), ReceiveError>,
+) -> Option<(Vec<u8>, Counts, u64)> {
+    let (stream, channels) = thread::scope(|scope| {
+        let spawn = |(number, (channel, writer)): (u8, (Channel<'a>, PageWriter<'a>))| {
+            scope.spawn(move || {
+                let received = channel.receive(writer, |bytes| meter.add(bytes));
+                received.map_err(|error| rounds.fail(error.of_channel(number))).ok()
+            })
+        };
+        let channels: Vec<_> = (0..).zip(channels).map(spawn).collect();
+        let stream = stream().map_err(|error| rounds.fail(error)).ok();
+        rounds.stream_ends();
+        let join = |channel: thread::ScopedJoinHandle<'_, _>| channel.join().expect("no panic");
+        (stream, channels.into_iter().map(join).collect::<Option<Vec<ChannelCounts>>>())
+    });
+    let (devices, mut counts) = stream?;
+    let mut channel_bytes = 0;
+    for channel in channels? {
+        counts += channel.pages;
+        channel_bytes += channel.stream_bytes;
+    }
+    Some((devices, counts, channel_bytes))
+}
+
+/// What is done with the stream after its head.
+struct StreamWork<'a> {
+    ram: &'a RamLayout,
+    writer: PageWriter<'a>,
+    rounds: StreamRounds<'a>,
+    meter: &'a Meter<'a>,
+    /// Where all channels have connected once the first part of "ram" has ended.
+    listener: Option<Listener>,
+    /// What follows RAM.
+    devices: Vec<u8>,
+}
+
+impl StreamWork<'_> {
+    /// Takes pages until the stream ends; returns what follows them, and what was written.
+    fn receive(
+        mut self,
         source: &mut StreamSource<'_>,
         decoder: &mut StreamDecoder,
-        ram: &RamLayout,
-        writer: &mut PageWriter<'_>,
-    ) -> Result<Vec<u8>, ReceiveError> {
-        let mut devices = Vec::new();
-        let total_bytes = ram.total_length();
-        let mut done_bytes = 0;
+        at_end: impl FnOnce(),
+    ) -> Result<(Vec<u8>, Counts), ReceiveError> {
         each_event(source, decoder, |event, offset| {
-            let page_of = |block: usize| ram.blocks()[block].page_size().bytes();
-            match event {
-                Event::Page { block, page, data } => {
-                    writer.page(block, page, data).map_err(ReceiveError::write_ram)?;
-                    done_bytes += page_of(block);
-                }
-                Event::ZeroPage { block, page } => {
-                    writer.zero_page(block, page).map_err(ReceiveError::write_ram)?;
-                    done_bytes += page_of(block);
-                }
-                Event::Xbzrle { block, page, delta } => {
-                    let apply = |data: &mut [u8]| xbzrle::apply(delta, data);
-                    change(writer, (block, page), offset, apply)?;
-                }
-                Event::CompressedPage { block, page, zlib } => {
-                    let apply = |data: &mut [u8]| inflate(zlib, data);
-                    change(writer, (block, page), offset, apply)?;
-                    done_bytes += page_of(block);
-                }
-                Event::DeviceState(bytes) => devices.extend_from_slice(bytes),
-                Event::MultifdFlush => return Err(multifd_refused(offset)),
-                Event::RoundEnd | Event::Command { .. } => {}
-                Event::Configuration(_) | Event::RamBlocks { .. } => {
-                    unreachable!("they come once, at the beginning")
-                }
-            }
-            // A guest that runs sends more than its RAM.
-            let done_bytes = done_bytes.min(total_bytes);
-            self.patience.control.report(Progress { done_bytes, total_bytes });
+            let bytes = self.take(event, offset)?;
+            self.meter.add(bytes);
             Ok(ControlFlow::Continue(()))
         })?;
-        Ok(devices)
+        at_end();
+        self.writer.drain().map_err(ReceiveError::write_ram)?;
+        Ok((self.devices, self.writer.counts()))
+    }
+
+    /// Does what `event` says; returns how many bytes of pages it was.
+    fn take(&mut self, event: Event<'_>, offset: u64) -> Result<u64, ReceiveError> {
+        let page_of = |block: usize| self.ram.blocks()[block].page_size().bytes();
+        let writer = &mut self.writer;
+        match event {
+            Event::Page { block, page, data } => {
+                writer.page(block, page, data).map_err(ReceiveError::write_ram)?;
+                return Ok(page_of(block));
+            }
+            Event::ZeroPage { block, page } => {
+                writer.zero_page(block, page).map_err(ReceiveError::write_ram)?;
+                return Ok(page_of(block));
+            }
+            Event::Xbzrle { block, page, delta } => {
+                change(writer, (block, page), offset, |data| xbzrle::apply(delta, data))?;
+            }
+            Event::CompressedPage { block, page, zlib } => {
+                change(writer, (block, page), offset, |data| inflate(zlib, data))?;
+                return Ok(page_of(block));
+            }
+            Event::DeviceState(bytes) => self.devices.extend_from_slice(bytes),
+            Event::MultifdFlush => {
+                writer.drain().map_err(ReceiveError::write_ram)?;
+                self.rounds.flush(offset)?;
+            }
+            Event::RoundEnd => {
+                if let Some(listener) = self.listener.take() {
+                    self.nobody_else(&listener)?;
+                }
+                self.writer.drain().map_err(ReceiveError::write_ram)?;
+                self.rounds.part_ends(offset)?;
+            }
+            Event::Command { .. } => {}
+            Event::Configuration(_) | Event::RamBlocks { .. } => {
+                unreachable!("they come once, at the beginning")
+            }
+        }
+        Ok(0)
+    }
+
+    /// Refuses a sender that has more channels than are received.
+    fn nobody_else(&self, listener: &Listener) -> Result<(), ReceiveError> {
+        match (listener.is_awaited()?, self.rounds.channels()) {
+            (false, _) => Ok(()),
+            (true, 0) => Err(ChannelsError::Unexpected.into()),
+            (true, channels) => Err(ChannelsError::More { channels }.into()),
+        }
     }
 }
 
@@ -187,7 +272,7 @@ fn each_event(
 ) -> Result<(), ReceiveError> {
     loop {
         let offset = decoder.offset();
-        let step = decoder.next(source.bytes()).map_err(ReceiveError::Stream)?;
+        let step = decoder.next(source.bytes()).map_err(refused)?;
         let (consumed, event) = (step.consumed, step.event);
         let is_dry = event.is_none();
         let flow = match event {
@@ -202,6 +287,14 @@ fn each_event(
         if is_dry && !source.fill().map_err(waited)? {
             return decoder.finish().map_err(ReceiveError::Stream);
         }
+    }
+}
+
+/// A multifd channel that came before its stream, to somebody who expects none, is told by its magic.
+fn refused(error: FormatError) -> ReceiveError {
+    match error.kind {
+        FormatErrorKind::NotAStream { found: multifd::MAGIC } => ChannelsError::Unexpected.into(),
+        _ => ReceiveError::Stream(error),
     }
 }
 
@@ -227,11 +320,6 @@ fn inflate(zlib: &[u8], page: &mut [u8]) -> Result<(), FormatErrorKind> {
     let status = inflater.decompress(zlib, page, FlushDecompress::Finish).map_err(|_| bad())?;
     let is_whole = status == Status::StreamEnd && inflater.total_out() == page.len() as u64;
     if is_whole { Ok(()) } else { Err(bad()) }
-}
-
-fn multifd_refused(offset: u64) -> ReceiveError {
-    let kind = FormatErrorKind::Unsupported { what: "capability", name: "multifd".to_owned() };
-    ReceiveError::Stream(FormatError { offset, kind })
 }
 
 /// Locates the devices, which end where the stream does.

@@ -22,6 +22,7 @@ pub(crate) fn run(arguments: &ReceiveArguments, voice: &Voice) -> Result<ExitCod
         direct_io: arguments.direct_io.into(),
         io: arguments.io.into(),
         existing: if arguments.force { Existing::Replace } else { Existing::Refuse },
+        channels: arguments.channels,
         stall_timeout: (!stall.is_zero()).then_some(stall),
         timeout: arguments.timeout.map(Duration::from_secs),
     };

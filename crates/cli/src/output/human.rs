@@ -50,8 +50,12 @@ pub(crate) fn receive(report: &ReceiveReport) -> String {
         report.pages_total
     );
     line(&mut text, "memory", &written);
+    let channels = match report.channels {
+        0 => String::new(),
+        channels => format!(", {channels} channels"),
+    };
     let took = format!(
-        "{} at {}, stream of {}",
+        "{} at {}, stream of {}{channels}",
         size::seconds(report.total_seconds),
         size::rate(report.bytes_written, report.total_seconds),
         size::bytes(report.stream_bytes)

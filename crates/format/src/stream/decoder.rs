@@ -96,8 +96,11 @@ pub enum Event<'a> {
     },
     /// What the multifd channels carry up to their next SYNC comes before what follows.
     MultifdFlush,
-    /// A part of "ram" ends. With machine types of QEMU 8.0 and older the multifd channels send
-    /// SYNC here.
+    /// The words of a part of "ram" end. With machine types of QEMU 8.0 and older the multifd channels
+    /// send SYNC here.
+    ///
+    /// The footer may still be missing: such a QEMU keeps it back until the channels have been read up
+    /// to their SYNC and beyond.
     RoundEnd,
     /// A command that means nothing in a file.
     Command {
@@ -145,6 +148,8 @@ enum State {
     },
     /// A word of "ram", in a part after which it will have come as far as `Ram` says.
     Words(Ram),
+    /// The footer of such a part.
+    Footer(Ram),
     /// What follows RAM, and how much of it is still accepted.
     Devices {
         left: u64,
@@ -241,6 +246,7 @@ impl StreamDecoder {
             State::Boundary(_) => "section",
             State::BlockList { .. } => "block list",
             State::Words(_) => "RAM word",
+            State::Footer(_) => "footer",
         };
         match &self.missing {
             Some((offset, error)) if *offset == self.offset => Err(error.clone()),
@@ -255,6 +261,7 @@ impl StreamDecoder {
     fn step<'a>(&mut self, bytes: &'a [u8]) -> Result<Taken<'a>, FormatError> {
         match self.state {
             State::Words(ram) => self.word(bytes, ram),
+            State::Footer(ram) => self.footer(bytes, ram),
             State::Head => self.head(bytes),
             State::Boundary(ram) => self.boundary(bytes, ram),
             State::BlockList { total, rest } => self.block_list(bytes, total, rest),
@@ -430,12 +437,15 @@ impl StreamDecoder {
             RamWord::MultifdFlush => {
                 Ok((self.taken(&cursor), Some(Event::MultifdFlush), State::Words(ram)))
             }
-            RamWord::End => {
-                cursor.expect_u8("footer", section::FOOTER)?;
-                cursor.expect_be32("section id in the footer", self.ram_id)?;
-                Ok((self.taken(&cursor), Some(Event::RoundEnd), State::Boundary(ram)))
-            }
+            RamWord::End => Ok((self.taken(&cursor), Some(Event::RoundEnd), State::Footer(ram))),
         }
+    }
+
+    fn footer<'a>(&self, bytes: &'a [u8], ram: Ram) -> Result<Taken<'a>, FormatError> {
+        let mut cursor = Cursor::new(bytes, self.offset);
+        cursor.expect_u8("footer", section::FOOTER)?;
+        cursor.expect_be32("section id in the footer", self.ram_id)?;
+        Ok((self.taken(&cursor), None, State::Boundary(ram)))
     }
 
     /// Takes the name of a block; returns its place in the list.

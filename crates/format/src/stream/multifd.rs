@@ -27,7 +27,8 @@ pub const HEADER_LEN: usize = 320;
 /// Most bytes that [`Packet::decode`] may need: a packet for pages of 512 bytes.
 pub const PACKET_LEN_MAX: usize = HEADER_LEN + 8 * 1024;
 
-const MAGIC: u32 = 0x1122_3344;
+/// The first four bytes on a channel, and of each packet.
+pub const MAGIC: u32 = 0x1122_3344;
 const VERSION: u32 = 1;
 /// How many bytes of pages one packet carries at most. Fixed since QEMU 4.0.
 pub const PACKET_PAGES_LEN: u64 = 512 << 10;
@@ -107,7 +108,7 @@ pub struct Packet {
     pub number: u64,
     /// The pages, and the place of their block in the [`RamLayout`]; `None` if there are none.
     pub pages: Option<PacketPages>,
-    /// How many bytes follow the packet.
+    /// How many bytes follow the packet; 0 if it has no normal pages.
     pub data_len: u32,
 }
 
@@ -194,8 +195,9 @@ fn pages_max(size: PageSize) -> u32 {
     u32::try_from(pages).expect("a page has 512 bytes at least")
 }
 
-/// Returns how long a packet is, however many pages it names.
-fn packet_len(size: PageSize) -> usize {
+/// Returns how long a packet is, in bytes, however many pages it names.
+#[must_use]
+pub fn packet_len(size: PageSize) -> usize {
     let pages = usize::try_from(pages_max(size)).expect("at most 1024");
     HEADER_LEN.saturating_add(pages.saturating_mul(8))
 }
@@ -222,6 +224,8 @@ fn decode(bytes: &[u8], offset: u64, ram: &RamLayout) -> Result<Packet, FormatEr
     cursor.bytes("reserved bytes of a multifd packet", 4 + 24)?;
     let name_offset = cursor.offset();
     let name = cursor.bytes("name of a RAM block", NAME_LEN)?;
+    // A SYNC of QEMU before 9.0 repeats the length of the packet before it.
+    let data_len = if normal == 0 { 0 } else { data_len };
     at(data_offset, check_data_len(data_len, normal, compression, size))?;
 
     let pages = if normal == 0 && zero == 0 {
@@ -267,7 +271,7 @@ fn check_data_len(
     let field = "length of the multifd data";
     let expected = u64::from(normal).saturating_mul(size.bytes());
     let found = u64::from(found);
-    if (normal == 0 || compression == Compression::None) && found != expected {
+    if compression == Compression::None && found != expected {
         return Err(FormatErrorKind::Differs { field, found, expected });
     }
     if found > MULTIFD_DATA_LEN_MAX {
@@ -370,11 +374,13 @@ mod tests {
     }
 
     #[test]
-    fn a_sync_packet_without_pages_has_any_name_and_capacity() {
+    fn a_sync_packet_without_pages_has_any_name_capacity_and_length() {
         let sync = Packet { sync: true, pages: None, data_len: 0, ..packet() };
         let mut bytes = sync.encode(&ram());
         assert_eq!(bytes[8..12], [0, 0, 0, 1]);
         bytes[12..16].fill(0);
+        // QEMU 7.2 leaves the length here that the packet before had.
+        bytes[20..24].copy_from_slice(&[0, 8, 0, 0]);
         bytes[64..80].fill(0xff);
         assert_eq!(Packet::decode(&bytes, 0, &ram()), Ok(Some((sync, 1344))));
     }

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -15,7 +16,7 @@ use crate::control::Control;
 const READ_LEN: usize = 1 << 20;
 
 /// How often a wait looks whether it was told to stop.
-const STOP_INTERVAL: Duration = Duration::from_millis(100);
+pub(crate) const STOP_INTERVAL: Duration = Duration::from_millis(100);
 
 /// How long a peer may be waited for.
 #[derive(Clone, Copy, Debug)]
@@ -38,6 +39,8 @@ pub(crate) enum WaitError {
     TimedOut,
     /// The caller stopped it.
     Stopped,
+    /// Another connection of the same receive has failed, and says why.
+    GivenUp,
 }
 
 impl From<io::Error> for WaitError {
@@ -46,21 +49,64 @@ impl From<io::Error> for WaitError {
     }
 }
 
+/// What the connections of one receive have in common: whether any of them moves, and whether there
+/// is any use in it.
+#[derive(Debug)]
+pub(crate) struct Pulse {
+    begin: Instant,
+    /// When one of them last began to wait, or got a byte, in milliseconds since `begin`.
+    beat_ms: AtomicU64,
+    is_given_up: AtomicBool,
+}
+
+impl Pulse {
+    pub(crate) fn new() -> Pulse {
+        let (beat_ms, is_given_up) = (AtomicU64::new(0), AtomicBool::new(false));
+        Pulse { begin: Instant::now(), beat_ms, is_given_up }
+    }
+
+    /// Notes that a connection moves.
+    pub(crate) fn beat(&self) {
+        let now_ms = u64::try_from(self.begin.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.beat_ms.fetch_max(now_ms, Ordering::Relaxed);
+    }
+
+    /// Ends all waiting.
+    pub(crate) fn give_up(&self) {
+        self.is_given_up.store(true, Ordering::Relaxed);
+    }
+
+    fn silence(&self) -> Duration {
+        let beat = Duration::from_millis(self.beat_ms.load(Ordering::Relaxed));
+        self.begin.elapsed().saturating_sub(beat)
+    }
+}
+
 impl Patience<'_> {
+    /// Says why there is no more waiting, if so.
+    pub(crate) fn check(&self, pulse: &Pulse) -> Result<(), WaitError> {
+        if self.control.is_stopped() {
+            return Err(WaitError::Stopped);
+        }
+        if pulse.is_given_up.load(Ordering::Relaxed) {
+            return Err(WaitError::GivenUp);
+        }
+        if self.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+            return Err(WaitError::TimedOut);
+        }
+        match self.stall.filter(|&stall| pulse.silence() >= stall) {
+            Some(stall) => Err(WaitError::Stalled(stall)),
+            None => Ok(()),
+        }
+    }
+
     /// Waits until `fd` has something to read, or has ended.
-    pub(crate) fn wait(&self, fd: BorrowedFd<'_>) -> Result<(), WaitError> {
-        let begin = Instant::now();
+    ///
+    /// That others with the same `pulse` move is as good as a byte here.
+    pub(crate) fn wait(&self, fd: BorrowedFd<'_>, pulse: &Pulse) -> Result<(), WaitError> {
+        pulse.beat();
         loop {
-            if self.control.is_stopped() {
-                return Err(WaitError::Stopped);
-            }
-            let now = Instant::now();
-            if self.deadline.is_some_and(|deadline| now >= deadline) {
-                return Err(WaitError::TimedOut);
-            }
-            if let Some(stall) = self.stall.filter(|&stall| now - begin >= stall) {
-                return Err(WaitError::Stalled(stall));
-            }
+            self.check(pulse)?;
             let interval = Timespec::try_from(STOP_INTERVAL).expect("a tenth of a second");
             match poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&interval)) {
                 Ok(0) | Err(Errno::INTR) => {}
@@ -71,9 +117,14 @@ impl Patience<'_> {
     }
 
     /// Reads what is there into `into`; 0 at the end.
-    pub(crate) fn read(&self, fd: BorrowedFd<'_>, into: &mut [u8]) -> Result<usize, WaitError> {
+    pub(crate) fn read(
+        &self,
+        fd: BorrowedFd<'_>,
+        into: &mut [u8],
+        pulse: &Pulse,
+    ) -> Result<usize, WaitError> {
         loop {
-            self.wait(fd)?;
+            self.wait(fd, pulse)?;
             match rustix::io::read(fd, &mut *into) {
                 Ok(len) => return Ok(len),
                 Err(Errno::INTR | Errno::AGAIN) => {}
@@ -88,19 +139,26 @@ impl Patience<'_> {
 pub(crate) struct StreamSource<'a> {
     fd: OwnedFd,
     patience: Patience<'a>,
+    pulse: &'a Pulse,
     buffer: Box<[u8]>,
     start: usize,
     end: usize,
 }
 
 impl<'a> StreamSource<'a> {
-    /// Reads from `fd` from now on.
-    pub(crate) fn new(fd: OwnedFd, patience: Patience<'a>) -> StreamSource<'a> {
+    /// Reads from `fd` from now on; `begun` has been read from it already.
+    pub(crate) fn new(
+        fd: OwnedFd,
+        begun: &[u8],
+        patience: Patience<'a>,
+        pulse: &'a Pulse,
+    ) -> StreamSource<'a> {
         // A pipe of 64 KiB costs a factor of four; a socket refuses, and an unprivileged user may
         // have used up what pipes may take together.
         let _ = fcntl_setpipe_size(&fd, READ_LEN);
-        let buffer = vec![0; READ_LEN + EVENT_LEN_MAX].into_boxed_slice();
-        StreamSource { fd, patience, buffer, start: 0, end: 0 }
+        let mut buffer = vec![0; READ_LEN + EVENT_LEN_MAX].into_boxed_slice();
+        buffer[..begun.len()].copy_from_slice(begun);
+        StreamSource { fd, patience, pulse, buffer, start: 0, end: begun.len() }
     }
 
     /// Returns what has been read and not been used.
@@ -119,7 +177,8 @@ impl<'a> StreamSource<'a> {
         self.buffer.copy_within(self.start..self.end, 0);
         (self.start, self.end) = (0, self.end - self.start);
         assert!(self.end < self.buffer.len(), "less is left than one event may need");
-        let len = self.patience.read(self.fd.as_fd(), &mut self.buffer[self.end..])?;
+        let into = &mut self.buffer[self.end..];
+        let len = self.patience.read(self.fd.as_fd(), into, self.pulse)?;
         self.end += len;
         Ok(len > 0)
     }

@@ -1,0 +1,252 @@
+//! One multifd channel: packets in, pages out.
+
+use std::fmt;
+use std::io::IoSliceMut;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::io::{Errno, readv};
+use vmfile_format::error::FormatErrorKind;
+use vmfile_format::stream::multifd::{Compression, INIT_LEN, Packet, PacketPages, packet_len};
+use vmfile_format::{FormatError, PageIndex, PageSize, RamBlock, RamLayout};
+
+use super::inflater::Inflater;
+use super::rounds::Rounds;
+use crate::page_writer::{Counts, PageWriter};
+use crate::receive::ReceiveError;
+use crate::source::stream::{Patience, Pulse, WaitError};
+
+/// A channel whose init packet was read.
+pub(crate) struct Channel<'a> {
+    fd: OwnedFd,
+    ram: &'a RamLayout,
+    page_size: PageSize,
+    rounds: &'a Rounds<'a>,
+    /// What has been read, in bytes.
+    offset: u64,
+    inflater: Option<Inflater>,
+    /// Compressed data of a packet.
+    data: Vec<u8>,
+}
+
+/// What came by a channel.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ChannelCounts {
+    pub(crate) pages: Counts,
+    pub(crate) stream_bytes: u64,
+}
+
+impl<'a> Channel<'a> {
+    /// Takes the channel `fd`, reading from which does not block, for pages of `ram`.
+    pub(crate) fn new(fd: OwnedFd, ram: &'a RamLayout, rounds: &'a Rounds<'a>) -> Channel<'a> {
+        let page_size = ram.blocks().first().map_or(PageSize::KIB_4, RamBlock::page_size);
+        let (offset, inflater, data) = (INIT_LEN as u64, None, Vec::new());
+        Channel { fd, ram, page_size, rounds, offset, inflater, data }
+    }
+
+    /// Receives all that comes; `done` hears of each packet's pages, in bytes.
+    pub(crate) fn receive(
+        mut self,
+        mut writer: PageWriter<'_>,
+        done: impl Fn(u64),
+    ) -> Result<ChannelCounts, ReceiveError> {
+        while let Some(packet) = self.packet()? {
+            if let Some(pages) = &packet.pages {
+                self.pages(&packet, pages, &mut writer)?;
+                let count = pages.normal.len() + pages.zero.len();
+                done(count as u64 * self.page_size.bytes());
+            }
+            if packet.sync {
+                writer.drain().map_err(ReceiveError::write_ram)?;
+                self.rounds.channel_syncs(self.offset)?;
+            }
+        }
+        writer.drain().map_err(ReceiveError::write_ram)?;
+        self.rounds.channel_ends();
+        Ok(ChannelCounts { pages: writer.counts(), stream_bytes: self.offset })
+    }
+
+    /// Reads the next packet up to its data; `None` at the end.
+    fn packet(&mut self) -> Result<Option<Packet>, ReceiveError> {
+        let (patience, pulse) = self.rounds.patience();
+        patience.check(pulse).map_err(|error| ReceiveError::waited(error, self.offset))?;
+        let offset = self.offset;
+        let mut bytes = vec![0; packet_len(self.page_size)];
+        let needed = bytes.len();
+        let found = self.read(&mut [IoSliceMut::new(&mut bytes)])?;
+        if found == 0 {
+            return Ok(None);
+        }
+        self.whole("multifd packet", needed, found)?;
+        let decoded = Packet::decode(&bytes, offset, self.ram).map_err(ReceiveError::Stream)?;
+        Ok(Some(decoded.expect("so long is a packet").0))
+    }
+
+    /// Takes the pages of a packet, whose data come next.
+    fn pages(
+        &mut self,
+        packet: &Packet,
+        pages: &PacketPages,
+        writer: &mut PageWriter<'_>,
+    ) -> Result<(), ReceiveError> {
+        for &page in &pages.zero {
+            writer.zero_page(pages.block, page).map_err(ReceiveError::write_ram)?;
+        }
+        if pages.normal.is_empty() {
+            return Ok(());
+        }
+        let order = Order::of(&pages.normal).map_err(|kind| self.refused(kind))?;
+        let mut buffer = writer.buffer().map_err(ReceiveError::write_ram)?;
+        let page_len = usize::try_from(self.page_size.bytes()).expect("64 KiB at most");
+        let room = &mut buffer[..pages.normal.len() * page_len];
+        match packet.compression {
+            Compression::None if order.is_wire => {
+                let (needed, mut slices) = (room.len(), [IoSliceMut::new(room)]);
+                let found = self.read(&mut slices)?;
+                self.whole("pages of a multifd packet", needed, found)?;
+            }
+            Compression::None => {
+                let needed = room.len();
+                let mut slices: Vec<_> = order.slots(room).map(IoSliceMut::new).collect();
+                let found = self.read(&mut slices)?;
+                self.whole("pages of a multifd packet", needed, found)?;
+            }
+            compression => self.inflate(compression, packet.data_len, order.slots(room))?,
+        }
+        writer.pages(pages.block, &order.pages, buffer).map_err(ReceiveError::write_ram)
+    }
+
+    /// Reads `data_len` bytes of data and expands them into `pages`.
+    fn inflate<'b>(
+        &mut self,
+        compression: Compression,
+        data_len: u32,
+        pages: impl Iterator<Item = &'b mut [u8]>,
+    ) -> Result<(), ReceiveError> {
+        let offset = self.offset;
+        let needed = usize::try_from(data_len).expect("the decoder has a limit");
+        let mut data = std::mem::take(&mut self.data);
+        data.resize(needed, 0);
+        let found = self.read(&mut [IoSliceMut::new(&mut data)])?;
+        self.whole("data of a multifd packet", needed, found)?;
+        let refused = |kind| ReceiveError::Stream(FormatError { offset, kind });
+        if self.inflater.as_ref().is_none_or(|inflater| !inflater.is_for(compression)) {
+            self.inflater = Inflater::new(compression).map_err(refused)?;
+        }
+        let inflater = self.inflater.as_mut().expect("the data are compressed");
+        inflater.fill(&data, pages).map_err(refused)?;
+        self.data = data;
+        Ok(())
+    }
+
+    /// Fills `slices`; returns how many bytes came, which are fewer at the end of the channel.
+    fn read(&mut self, slices: &mut [IoSliceMut<'_>]) -> Result<usize, ReceiveError> {
+        let (patience, pulse) = self.rounds.patience();
+        let found = read_all(self.fd.as_fd(), slices, patience, pulse)
+            .map_err(|error| ReceiveError::waited(error, self.offset))?;
+        self.offset += found as u64;
+        Ok(found)
+    }
+
+    /// Refuses what the channel's end has cut.
+    fn whole(&self, field: &'static str, needed: usize, found: usize) -> Result<(), ReceiveError> {
+        if found == needed {
+            return Ok(());
+        }
+        let (needed, found) = (needed as u64, found as u64);
+        Err(self.refused(FormatErrorKind::Ends { field, needed, found }))
+    }
+
+    fn refused(&self, kind: FormatErrorKind) -> ReceiveError {
+        ReceiveError::Stream(FormatError { offset: self.offset, kind })
+    }
+}
+
+impl fmt::Debug for Channel<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Channel").field("offset", &self.offset).finish_non_exhaustive()
+    }
+}
+
+/// Fills `slices` from `fd`, which does not block; returns how many bytes came, which are fewer only
+/// at the end.
+pub(super) fn read_all(
+    fd: BorrowedFd<'_>,
+    mut slices: &mut [IoSliceMut<'_>],
+    patience: &Patience<'_>,
+    pulse: &Pulse,
+) -> Result<usize, WaitError> {
+    let mut found = 0;
+    while !slices.is_empty() {
+        match readv(fd, slices) {
+            Ok(0) => break,
+            Ok(len) => {
+                pulse.beat();
+                found += len;
+                IoSliceMut::advance_slices(&mut slices, len);
+            }
+            Err(Errno::AGAIN) => patience.wait(fd, pulse)?,
+            Err(Errno::INTR) => {}
+            Err(errno) => return Err(WaitError::Io(errno.into())),
+        }
+    }
+    Ok(found)
+}
+
+/// The pages of a packet in ascending order, and how they come.
+#[derive(Debug)]
+struct Order {
+    pages: Vec<PageIndex>,
+    /// For each page as it comes, its place in `pages`.
+    places: Vec<usize>,
+    /// Whether they come in ascending order.
+    is_wire: bool,
+}
+
+impl Order {
+    fn of(wire: &[PageIndex]) -> Result<Order, FormatErrorKind> {
+        let mut sorted: Vec<usize> = (0..wire.len()).collect();
+        sorted.sort_by_key(|&index| wire[index]);
+        let pages: Vec<PageIndex> = sorted.iter().map(|&index| wire[index]).collect();
+        if let Some(pair) = pages.windows(2).find(|pair| pair[0] == pair[1]) {
+            let (what, name) = ("multifd packet with twice the page", pair[0].0.to_string());
+            return Err(FormatErrorKind::Unsupported { what, name });
+        }
+        let mut places = vec![0; wire.len()];
+        for (place, &index) in sorted.iter().enumerate() {
+            places[index] = place;
+        }
+        Ok(Order { is_wire: wire == pages, pages, places })
+    }
+
+    /// Cuts `room`, where the pages stand in ascending order, into places for pages as they come.
+    fn slots<'a>(&self, room: &'a mut [u8]) -> impl Iterator<Item = &'a mut [u8]> + use<'_, 'a> {
+        let page_len = room.len() / self.pages.len();
+        let mut slots: Vec<Option<&mut [u8]>> = room.chunks_exact_mut(page_len).map(Some).collect();
+        self.places.iter().map(move |&place| slots[place].take().expect("each page has its place"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_that_come_in_any_order_find_their_places() {
+        let order = Order::of(&[7, 2, 5].map(PageIndex)).expect("three pages");
+        assert_eq!(order.pages, [2, 5, 7].map(PageIndex));
+        assert!(!order.is_wire);
+        let mut room = [0; 6];
+        for (slot, byte) in order.slots(&mut room).zip(*b"abc") {
+            slot.fill(byte);
+        }
+        assert_eq!(&room, b"bbccaa");
+        assert!(Order::of(&[2, 5, 7].map(PageIndex)).expect("three pages").is_wire);
+    }
+
+    #[test]
+    fn a_packet_with_a_page_twice_is_refused() {
+        let error = Order::of(&[7, 2, 7].map(PageIndex)).expect_err("7 comes twice");
+        let text = "multifd packet with twice the page \"7\" is not supported";
+        assert_eq!(error.to_string(), text);
+    }
+}

@@ -1,0 +1,204 @@
+//! Who connects: the stream, and its channels.
+
+use std::io::IoSliceMut;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+
+use rustix::io::ioctl_fionbio;
+use vmfile_format::FormatError;
+use vmfile_format::error::FormatErrorKind;
+use vmfile_format::stream;
+use vmfile_format::stream::multifd::{INIT_LEN, Init};
+
+use super::channel::read_all;
+use crate::listener::Listener;
+use crate::receive::ReceiveError;
+use crate::source::stream::{Patience, Pulse};
+
+/// Most channels that are taken: more than processors gain nothing, and each has its buffers.
+pub const CHANNELS_MAX: u32 = 16;
+
+/// Bytes by which a stream is told from a channel.
+const MAGIC_LEN: usize = 4;
+
+/// The connections of one sender.
+#[derive(Debug)]
+pub(crate) struct Connections {
+    pub(crate) stream: OwnedFd,
+    /// What has been read of the stream.
+    pub(crate) begun: Vec<u8>,
+    /// The channels by their numbers, after their init packets; reading them does not block.
+    pub(crate) channels: Vec<OwnedFd>,
+    pub(crate) listener: Option<Listener>,
+}
+
+/// Why the connections are not those of one sender with so many channels.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ChannelsError {
+    /// More channels were asked for than are taken.
+    #[error("{found} channels, at most {CHANNELS_MAX} are taken")]
+    TooMany {
+        /// How many.
+        found: u32,
+    },
+    /// Channels were asked for, and there is no socket that they could connect to.
+    #[error("channels need a socket to connect to; there is one descriptor")]
+    NoSocket,
+    /// The sender has channels, and none were asked for.
+    #[error("the sender uses multifd channels, and none are expected")]
+    Unexpected,
+    /// Fewer connections came than the stream and its channels.
+    #[error("{found} of {expected} connections came: the stream and its multifd channels")]
+    Missing {
+        /// How many came.
+        found: usize,
+        /// How many were waited for.
+        expected: usize,
+    },
+    /// Further connections came.
+    #[error("more connections came than the stream and {channels} multifd channels")]
+    More {
+        /// How many channels were asked for.
+        channels: usize,
+    },
+    /// Two channels have one number.
+    #[error("two multifd channels have the number {channel}")]
+    Twice {
+        /// The number.
+        channel: u8,
+    },
+    /// A channel's number is too large.
+    #[error("a multifd channel has the number {channel}, of {channels} from 0 on")]
+    Number {
+        /// The number.
+        channel: u8,
+        /// How many channels were asked for.
+        channels: u32,
+    },
+    /// A channel belongs to another VM.
+    #[error("multifd channel {channel} has another uuid than the one before it")]
+    OtherVm {
+        /// The channel's number.
+        channel: u8,
+    },
+    /// No connection, or more than one, begins as a stream.
+    #[error("{found} of the connections begin as a stream, expected 1")]
+    Streams {
+        /// How many.
+        found: usize,
+    },
+    /// A channel ended before its round did.
+    #[error("a multifd channel ended inside a round")]
+    Ended,
+}
+
+impl From<OwnedFd> for Connections {
+    /// A stream without channels.
+    fn from(stream: OwnedFd) -> Connections {
+        Connections { stream, begun: Vec::new(), channels: Vec::new(), listener: None }
+    }
+}
+
+impl From<UnixStream> for Connections {
+    /// A stream without channels.
+    fn from(stream: UnixStream) -> Connections {
+        Connections::from(OwnedFd::from(stream))
+    }
+}
+
+/// What a connection begins with.
+enum Begin {
+    Stream(Vec<u8>),
+    Channel(Init),
+}
+
+impl Connections {
+    /// Waits for a stream and its `channels`.
+    pub(crate) fn accept(
+        listener: Listener,
+        channels: u32,
+        patience: &Patience<'_>,
+    ) -> Result<Connections, ReceiveError> {
+        if channels == 0 {
+            let stream = listener.accept(patience)?;
+            return Ok(Connections { listener: Some(listener), ..stream.into() });
+        }
+        let accepted = accept_all(&listener, channels as usize + 1, patience)?;
+        let mut streams = Vec::new();
+        let mut places: Vec<Option<OwnedFd>> = (0..channels).map(|_| None).collect();
+        let mut uuid = None;
+        for connection in accepted {
+            match begin(&connection, patience)? {
+                Begin::Stream(begun) => streams.push((connection, begun)),
+                Begin::Channel(init) => {
+                    let channel = init.channel;
+                    if *uuid.get_or_insert(init.uuid) != init.uuid {
+                        return Err(ChannelsError::OtherVm { channel }.into());
+                    }
+                    let number = ChannelsError::Number { channel, channels };
+                    let place = places.get_mut(usize::from(channel)).ok_or(number)?;
+                    if place.replace(connection).is_some() {
+                        return Err(ChannelsError::Twice { channel }.into());
+                    }
+                }
+            }
+        }
+        let found = streams.len();
+        let channels: Option<Vec<OwnedFd>> = places.into_iter().collect();
+        match (streams.pop(), channels) {
+            (Some((stream, begun)), Some(channels)) => {
+                Ok(Connections { stream, begun, channels, listener: Some(listener) })
+            }
+            _ => Err(ChannelsError::Streams { found }.into()),
+        }
+    }
+}
+
+fn accept_all(
+    listener: &Listener,
+    expected: usize,
+    patience: &Patience<'_>,
+) -> Result<Vec<OwnedFd>, ReceiveError> {
+    let mut accepted = Vec::new();
+    while accepted.len() < expected {
+        match listener.accept(patience) {
+            Ok(connection) => accepted.push(connection),
+            Err(ReceiveError::Stalled { .. }) if !accepted.is_empty() => {
+                return Err(ChannelsError::Missing { found: accepted.len(), expected }.into());
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(accepted)
+}
+
+/// Reads the first bytes of a connection, those of a channel up to its first packet.
+fn begin(connection: &OwnedFd, patience: &Patience<'_>) -> Result<Begin, ReceiveError> {
+    let pulse = Pulse::new();
+    let read = |field: &'static str, into: &mut [u8]| {
+        let needed = into.len();
+        let mut slices = [IoSliceMut::new(into)];
+        let found = read_all(connection.as_fd(), &mut slices, patience, &pulse)
+            .map_err(|error| ReceiveError::waited(error, 0))?;
+        if found < needed {
+            let (needed, found) = (needed as u64, found as u64);
+            let kind = FormatErrorKind::Ends { field, needed, found };
+            return Err(ReceiveError::Stream(FormatError { offset: 0, kind }));
+        }
+        Ok(())
+    };
+    ioctl_fionbio(connection, true)
+        .map_err(|errno| ReceiveError::Read { offset: 0, source: errno.into() })?;
+    let mut bytes = [0; INIT_LEN];
+    read("first bytes of a connection", &mut bytes[..MAGIC_LEN])?;
+    if bytes[..MAGIC_LEN] == stream::MAGIC.to_be_bytes() {
+        return Ok(Begin::Stream(bytes[..MAGIC_LEN].to_vec()));
+    }
+    // Anything that is no channel either is refused before more of it is waited for.
+    if bytes[..MAGIC_LEN] != stream::multifd::MAGIC.to_be_bytes() {
+        return Init::decode(&bytes).map(Begin::Channel).map_err(ReceiveError::Stream);
+    }
+    read("init packet of a multifd channel", &mut bytes[MAGIC_LEN..])?;
+    Init::decode(&bytes).map(Begin::Channel).map_err(ReceiveError::Stream)
+}

@@ -1,0 +1,17 @@
+//! Pages that come beside the stream, on multifd channels.
+//!
+//! ```text
+//! accept   the stream and N channels, in any order
+//! receive  each in a thread of its own, straight into buffers that are written from
+//! rounds   at whose ends all wait for one another: the next one may have the same pages again
+//! ```
+
+mod channel;
+mod connections;
+mod inflater;
+mod rounds;
+
+pub(crate) use channel::{Channel, ChannelCounts};
+pub(crate) use connections::Connections;
+pub use connections::{CHANNELS_MAX, ChannelsError};
+pub(crate) use rounds::{Rounds, StreamRounds};

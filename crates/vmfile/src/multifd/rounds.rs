@@ -1,0 +1,163 @@
+//! The ends of rounds, at which the stream and all channels wait for one another.
+//!
+//! A round has each page at most once, wherever it comes; the next one may have it again. Nobody goes
+//! on to the next round before everybody has written all of this one.
+
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+
+use super::connections::ChannelsError;
+use crate::receive::ReceiveError;
+use crate::source::stream::{Patience, Pulse, STOP_INTERVAL};
+
+/// The meeting place of the connections of one receive.
+///
+/// When one of them fails, none waits on.
+#[derive(Debug)]
+pub(crate) struct Rounds<'a> {
+    patience: Patience<'a>,
+    pulse: Pulse,
+    channels: usize,
+    meeting: Mutex<Meeting>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Meeting {
+    /// Rounds that have ended.
+    rounds: u64,
+    /// Those who have come to the end of this one.
+    arrived: usize,
+    /// Whether nothing more comes by the stream.
+    stream_ended: bool,
+    /// Whether a channel has nothing more.
+    channel_ended: bool,
+    /// What failed first.
+    failure: Option<ReceiveError>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Who {
+    Stream,
+    Channel,
+}
+
+impl<'a> Rounds<'a> {
+    /// Prepares for a stream and so many channels.
+    pub(crate) fn new(patience: Patience<'a>, channels: usize) -> Rounds<'a> {
+        let (meeting, changed) = (Mutex::default(), Condvar::new());
+        Rounds { patience, pulse: Pulse::new(), channels, meeting, changed }
+    }
+
+    /// Returns what all of them wait by.
+    pub(crate) fn patience(&self) -> (&Patience<'a>, &Pulse) {
+        (&self.patience, &self.pulse)
+    }
+
+    /// Waits at the SYNC of a channel, which has been read up to `offset`.
+    pub(crate) fn channel_syncs(&self, offset: u64) -> Result<(), ReceiveError> {
+        self.meet(Who::Channel, offset)
+    }
+
+    /// Notes that a channel has ended.
+    pub(crate) fn channel_ends(&self) {
+        self.lock().channel_ended = true;
+        self.changed.notify_all();
+    }
+
+    /// Notes that the stream has ended, and with it the last round.
+    pub(crate) fn stream_ends(&self) {
+        self.lock().stream_ended = true;
+        self.changed.notify_all();
+    }
+
+    /// Ends the work of all connections.
+    pub(crate) fn fail(&self, error: ReceiveError) {
+        self.lock().failure.get_or_insert(error);
+        self.pulse.give_up();
+        self.changed.notify_all();
+    }
+
+    /// Returns what failed first, if anything did.
+    pub(crate) fn into_result(self) -> Result<(), ReceiveError> {
+        let meeting = self.meeting.into_inner().unwrap_or_else(PoisonError::into_inner);
+        meeting.failure.map_or(Ok(()), Err)
+    }
+
+    fn meet(&self, who: Who, offset: u64) -> Result<(), ReceiveError> {
+        self.pulse.beat();
+        let mut meeting = self.lock();
+        meeting.arrived += 1;
+        if meeting.arrived == self.channels + 1 {
+            meeting.arrived = 0;
+            meeting.rounds += 1;
+            self.changed.notify_all();
+            return Ok(());
+        }
+        let rounds = meeting.rounds;
+        while meeting.rounds == rounds && !meeting.stream_ended {
+            if who == Who::Stream && meeting.channel_ended {
+                return Err(ChannelsError::Ended.into());
+            }
+            let waited = self.patience.check(&self.pulse);
+            waited.map_err(|error| ReceiveError::waited(error, offset))?;
+            let woken = self.changed.wait_timeout(meeting, STOP_INTERVAL);
+            meeting = woken.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Meeting> {
+        self.meeting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The stream's part in the rounds.
+#[derive(Debug)]
+pub(crate) struct StreamRounds<'a> {
+    rounds: &'a Rounds<'a>,
+    ends: RoundEnds,
+}
+
+/// By what a round ends in the stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum RoundEnds {
+    /// Nothing has ended yet.
+    Unknown,
+    /// By MULTIFD_FLUSH: machine types of QEMU 8.1 and later.
+    Flush,
+    /// With each part of "ram": older machine types.
+    Part,
+}
+
+impl<'a> StreamRounds<'a> {
+    pub(crate) fn new(rounds: &'a Rounds<'a>) -> StreamRounds<'a> {
+        StreamRounds { rounds, ends: RoundEnds::Unknown }
+    }
+
+    /// Comes to a MULTIFD_FLUSH; everything that came by the stream so far is in the file.
+    pub(crate) fn flush(&mut self, offset: u64) -> Result<(), ReceiveError> {
+        if self.rounds.channels == 0 {
+            return Err(ChannelsError::Unexpected.into());
+        }
+        if self.ends == RoundEnds::Unknown {
+            self.ends = RoundEnds::Flush;
+        }
+        self.rounds.meet(Who::Stream, offset)
+    }
+
+    /// Comes to the end of a part of "ram"; everything that came by the stream so far is in the file.
+    pub(crate) fn part_ends(&mut self, offset: u64) -> Result<(), ReceiveError> {
+        if self.ends == RoundEnds::Unknown {
+            self.ends = RoundEnds::Part;
+        }
+        if self.ends == RoundEnds::Flush || self.rounds.channels == 0 {
+            return Ok(());
+        }
+        self.rounds.meet(Who::Stream, offset)
+    }
+
+    /// Returns how many channels there are.
+    pub(crate) fn channels(&self) -> usize {
+        self.rounds.channels
+    }
+}

@@ -1,0 +1,108 @@
+//! A guest that sends itself to `receive`.
+
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use vmfile::Control;
+use vmfile::receive::{ReceiveError, ReceiveOptions, ReceiveReport, StreamFrom, receive};
+
+use crate::verbs::{check_is_clean, load, map};
+use crate::{Guest, GuestConfig, Qemu, TestResult};
+
+/// What a receive came to.
+pub type Outcome = Result<ReceiveReport, ReceiveError>;
+
+/// Lets the guest send itself to `file`, by as many multifd channels as `options` say; returns what
+/// became of both.
+///
+/// # Errors
+///
+/// Whatever QEMU says.
+///
+/// # Panics
+///
+/// If the receiver does not listen, or panics.
+pub fn send_to(
+    guest: &mut Guest,
+    file: &Path,
+    options: &ReceiveOptions,
+) -> TestResult<(Outcome, Value)> {
+    let socket = guest.directory().join("stream");
+    let uri = format!("unix:{}", socket.display());
+    let from = StreamFrom::Listen(socket.clone());
+    let (file, options) = (file.to_path_buf(), options.clone());
+    if options.channels > 0 {
+        set_capability(guest, "multifd")?;
+        set_parameter(guest, "multifd-channels", json!(options.channels))?;
+    }
+    set_parameter(guest, "max-bandwidth", json!(0))?;
+    let receiver = thread::spawn(move || receive(from, &file, &options, &Control::none()));
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !socket.exists() && !receiver.is_finished() {
+        assert!(Instant::now() < deadline, "the receiver listens");
+        thread::sleep(Duration::from_millis(5));
+    }
+    guest.qmp("migrate", json!({ "uri": uri }))?;
+    let status = wait_for_migration(guest)?;
+    Ok((receiver.join().expect("no panic"), status))
+}
+
+/// Waits until QEMU has sent all or given up; returns what it says of it.
+///
+/// # Errors
+///
+/// Whatever QEMU says.
+pub fn wait_for_migration(guest: &mut Guest) -> TestResult<Value> {
+    let deadline = Instant::now() + Duration::from_secs(120);
+    loop {
+        let answer = guest.qmp("query-migrate", json!({}))?;
+        match answer["status"].as_str() {
+            Some("completed" | "failed") => return Ok(answer),
+            _ if Instant::now() > deadline => return Err(format!("too long: {answer}").into()),
+            _ => thread::sleep(Duration::from_millis(10)),
+        }
+    }
+}
+
+/// Turns a migration capability of QEMU on.
+///
+/// # Errors
+///
+/// Whatever QEMU says.
+pub fn set_capability(guest: &mut Guest, name: &str) -> TestResult {
+    let list = json!([{ "capability": name, "state": true }]);
+    guest.qmp("migrate-set-capabilities", json!({ "capabilities": list })).map(drop)
+}
+
+/// Sets a migration parameter of QEMU.
+///
+/// # Errors
+///
+/// Whatever QEMU says.
+pub fn set_parameter(guest: &mut Guest, name: &str, value: Value) -> TestResult {
+    let mut arguments = json!({});
+    arguments[name] = value;
+    guest.qmp("migrate-set-parameters", arguments).map(drop)
+}
+
+/// Checks the file of a guest that had counted to `before`, and restores it by `map` and by `load`.
+///
+/// # Errors
+///
+/// Whatever the library says.
+///
+/// # Panics
+///
+/// If the guest does not go on as it should.
+pub fn comes_back(qemu: &Qemu, config: &GuestConfig, file: &Path, before: u32) -> TestResult {
+    check_is_clean(file)?;
+    for restore in [map, load] {
+        let guest = restore(qemu, config, file)?;
+        let after = guest.wait_for_passes(2)?;
+        assert!(after.number > before, "{} after {before}", after.number);
+        guest.judge_counts()?;
+    }
+    Ok(())
+}
