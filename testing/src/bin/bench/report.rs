@@ -43,15 +43,17 @@ struct Target {
 }
 
 /// What stands in the way of a target, by the beginning of its name.
-const WHY_MISSED: [(&str, &str); 6] = [
+const WHY_MISSED: [(&str, &str); 7] = [
     ("save, shared RAM: / fio", SPREAD),
     ("save, private RAM: / fio", SPREAD),
     ("restore, load: / fio", SPREAD),
     ("check: speed / fio", SPREAD),
+    ("restore, map: memory", GUEST_WRITES),
     ("save, shared RAM: ", DISK_DECIDES),
     ("save, private RAM: ", DISK_DECIDES),
 ];
 const SPREAD: &str = "fio itself differs by more between rounds: see its min and max";
+const GUEST_WRITES: &str = "the guest rewrites its memory from the moment it runs, and the first clone has run for seconds";
 const DISK_DECIDES: &str =
     "both wait for the disk, and it leaves no such distance above fio's time";
 
