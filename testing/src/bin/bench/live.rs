@@ -25,7 +25,11 @@ pub(crate) fn measure(bench: &Bench, report: &mut Report) -> TestResult {
             pause(bench, (ram_mib, fill_mib), report)?;
         }
     }
-    growth(bench, report)
+    // A guest that writes faster than it is sent never ends: that must not cost the other figures.
+    if let Err(error) = growth(bench, report) {
+        report.not_measured("growth of the file under a busy guest", &error.to_string());
+    }
+    Ok(())
 }
 
 /// The first save of a guest that has just filled its memory, each time anew: QEMU splits huge pages
