@@ -2,7 +2,7 @@
 
 use std::error::Error;
 
-use vmfile_engine::{Access, DataFile, DirectIo};
+use vmfile_engine::{Access, DataFile};
 use vmfile_format::RamBlock;
 use vmfile_format::mapped_ram::PlacedBlock;
 use vmfile_qemu::{Feature, RamBlockInfo, Vm};
@@ -41,14 +41,14 @@ pub(super) fn bring(
         Chosen::Map => {
             let mapped = prepared.mapped.clone();
             let is_there = |name: &str| mapped.iter().any(|mapped| mapped == name);
-            short_stream(snapshot, prepared.vm(), is_there, options, control)?;
+            short_stream(snapshot, prepared.vm(), is_there, control)?;
             Ok(Brought { mode: Chosen::Map, reason, bytes_read: 0, direct_io: String::new() })
         }
         Chosen::Load => match Loadable::find(snapshot, prepared.vm(), found)? {
             Ok(loadable) => {
                 let (bytes_read, direct_io) = loadable.load(snapshot, options, control)?;
                 let is_there = |name: &str| loadable.has(name);
-                short_stream(snapshot, prepared.vm(), is_there, options, control)?;
+                short_stream(snapshot, prepared.vm(), is_there, control)?;
                 Ok(Brought { mode: Chosen::Load, reason, bytes_read, direct_io })
             }
             Err(obstacle) if prepared.may_stream => {
@@ -160,16 +160,13 @@ fn short_stream(
     snapshot: &Snapshot,
     vm: &mut Vm,
     is_there: impl Fn(&str) -> bool,
-    options: &RestoreOptions,
     control: &Control<'_>,
 ) -> Result<(), RestoreError> {
     // Zero pages are sent as well: the destination filled its ROMs by itself.
     let pages = |block: &RamBlock| if is_there(block.name()) { Pages::None } else { Pages::All };
     let contents = paused(snapshot, Contents::new(snapshot, pages)?)?;
-    let file = snapshot.file().try_clone().map_err(RestoreError::File)?;
-    let file = DataFile::new(file, DirectIo::Off).map_err(RestoreError::File)?;
     // It is not this that takes long, and progress has come to its end.
-    send_to(vm, &contents, &Source { file, io: options.io }, control, &|_| {})
+    send_to(vm, &contents, None, control, &|_| {})
 }
 
 /// Sends everything.
@@ -191,7 +188,7 @@ fn whole_stream(
     let (file, direct_io) = opened.map_err(RestoreError::File)?;
     let source = Source { file, io: options.io };
     let report = |progress| control.report(progress);
-    send_to(prepared.vm(), &contents, &source, control, &report)?;
+    send_to(prepared.vm(), &contents, Some(&source), control, &report)?;
     let (_, bytes_read) = contents.data();
     Ok(Brought { mode: Chosen::Stream, reason, bytes_read, direct_io })
 }

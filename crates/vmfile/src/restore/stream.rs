@@ -9,7 +9,7 @@ use vmfile_qemu::{LoadError, Vm};
 
 use crate::control::{Control, Progress};
 use crate::restore_error::RestoreError;
-use crate::send::{Contents, Outlet, SendError, Source, write_stream};
+use crate::send::{Contents, Outlet, Source, write_short_stream, write_stream};
 
 /// How long QEMU may take no byte of the stream, nor say that it is done: the device state is
 /// milliseconds of work.
@@ -18,11 +18,12 @@ const STALL_TIMEOUT: Duration = Duration::from_secs(120);
 /// How long a load may take that goes on: there is no reason to end it.
 const LOAD_TIMEOUT: Duration = Duration::from_secs(365 * 24 * 3600);
 
-/// Sends `contents` to QEMU and waits until QEMU has loaded it.
+/// Sends `contents` to QEMU and waits until QEMU has loaded it. They are few where no `source` says
+/// how they are read.
 pub(super) fn send_to(
     vm: &mut Vm,
     contents: &Contents<'_>,
-    source: &Source,
+    source: Option<&Source>,
     control: &Control<'_>,
     report: &(dyn Fn(Progress) + Sync),
 ) -> Result<(), RestoreError> {
@@ -36,7 +37,10 @@ pub(super) fn send_to(
     let (loaded, written) = thread::scope(|scope| {
         let inner = Control::new(&over, report);
         // The outlet goes with the thread: a stream that breaks off must end for QEMU too.
-        let writer = scope.spawn(move || write_stream(contents, source, &mut outlet, &inner));
+        let writer = scope.spawn(move || match source {
+            Some(source) => write_stream(contents, source, &mut outlet, &inner).map(drop),
+            None => write_short_stream(contents, &mut outlet, &inner),
+        });
         let stall = Stall::new(&sent);
         let deadline = Instant::now() + LOAD_TIMEOUT;
         let loaded = vm.wait_loaded(deadline, &|| control.is_stopped() || stall.is_too_long());
@@ -46,13 +50,11 @@ pub(super) fn send_to(
     });
     match (loaded, written) {
         // QEMU saw the stream end early, for our reason.
-        (Err(_), Err(error @ (SendError::Reading(_) | SendError::Read { .. }))) => {
-            Err(error.into())
-        }
+        (Err(_), Err(error)) if error.is_about_the_file() => Err(error.into()),
         (Err(LoadError::Cancelled), _) if control.is_stopped() => Err(RestoreError::Stopped),
         (Err(LoadError::Cancelled), _) => Err(refused(LoadError::TimedOut)),
         (Err(source), _) => Err(refused(source)),
-        (Ok(()), written) => Ok(written.map(drop)?),
+        (Ok(()), written) => Ok(written?),
     }
 }
 

@@ -156,7 +156,7 @@ impl<I: Iterator<Item = Window> + Send> Channels<'_, I> {
         let mut pages = PagesInOrder::new(self.contents, lane, next);
         self.sync(&mut outlet, 1)?;
         while let Some((window, read)) = pages.next()? {
-            self.send_window(&mut outlet, &window, read.bytes())?;
+            self.send_window(&mut outlet, &window, read.as_ref())?;
             let len = self.contents.data_len(&window);
             let done_bytes = self.done_bytes.fetch_add(len, Ordering::Relaxed) + len;
             self.control.report(Progress { done_bytes, total_bytes: self.total_bytes });

@@ -28,7 +28,7 @@ use vmfile_format::RamBlock;
 use self::channels::{CHANNELS_MAX, write_channels};
 pub(crate) use self::contents::{Contents, LARGE_BLOCK_LEN, Pages};
 pub(crate) use self::outlet::Outlet;
-pub(crate) use self::stream::{Source, write_stream};
+pub(crate) use self::stream::{Source, write_short_stream, write_stream};
 use crate::control::Control;
 use crate::reading::open_for_reading;
 use crate::snapshot::{Snapshot, SnapshotError};
@@ -151,6 +151,13 @@ pub enum SendError {
     /// The caller stopped it.
     #[error("stopped")]
     Stopped,
+}
+
+impl SendError {
+    /// Says whether the file was at fault, and not whoever reads the stream.
+    pub(crate) fn is_about_the_file(&self) -> bool {
+        matches!(self, SendError::Snapshot(_) | SendError::Reading(_) | SendError::Read { .. })
+    }
 }
 
 /// Sends `snapshot` as a migration stream.

@@ -29,8 +29,8 @@ pub(crate) struct Read {
     range: Range<usize>,
 }
 
-impl Read {
-    pub(crate) fn bytes(&self) -> &[u8] {
+impl AsRef<[u8]> for Read {
+    fn as_ref(&self) -> &[u8] {
         &self.buffer[self.range.clone()]
     }
 }
