@@ -13,6 +13,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::{FdFlags, fcntl_getfd, fcntl_setfd};
 use rustix::pipe::{PipeFlags, pipe_with};
 
@@ -149,28 +151,22 @@ impl Launch {
         let system = |what| move |source| LaunchError::System { what, source };
         let (ours, theirs) =
             UnixStream::pair().map_err(system("make the monitor's pair of sockets"))?;
-        let stderr = StderrTail::default();
+        let mut stderr = StderrTail::default();
         let mut command = self.command(theirs.as_raw_fd());
-        let pipe = if self.foreground {
-            None
-        } else {
-            let (read, write) = pipe_with(PipeFlags::CLOEXEC)
-                .map_err(|errno| system("make a pipe for QEMU's errors")(errno.into()))?;
+        if !self.foreground {
+            let pipe_failed = |error| system("make a pipe for QEMU's errors")(error);
+            let (read, write) =
+                pipe_with(PipeFlags::CLOEXEC).map_err(|errno| pipe_failed(errno.into()))?;
+            stderr = StderrTail::keep(read).map_err(pipe_failed)?;
             command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(write).process_group(0);
-            Some(File::from(read))
-        };
+        }
         let mut shared: Vec<BorrowedFd<'_>> = self.inherited.iter().map(AsFd::as_fd).collect();
         shared.push(theirs.as_fd());
         let child = spawn_with(&mut command, &shared, &self.program)?;
         // With it goes our copy of the pipe's end; else QEMU's end would not be seen.
         drop(command);
         drop(theirs);
-        let mut running = Running { child: Some(child), stderr: stderr.clone() };
-        if let Some(pipe) = pipe {
-            thread::spawn(move || stderr.keep_reading(pipe));
-        } else {
-            stderr.finish();
-        }
+        let mut running = Running { child: Some(child), stderr };
         match Qmp::from_stream(ours, timeout) {
             Ok(mut qmp) => {
                 // The start may take longer than a command, or less.
@@ -334,62 +330,79 @@ impl Drop for Running {
     }
 }
 
-/// The end of a QEMU's standard error, filled by a thread while QEMU writes.
+/// The end of a QEMU's standard error: a thread reads while QEMU writes, so that QEMU never waits.
 #[derive(Clone, Default)]
 struct StderrTail(Arc<Mutex<Tail>>);
 
 #[derive(Default)]
 struct Tail {
     bytes: Vec<u8>,
-    finished: bool,
+    /// Does not block; `None` once all was read.
+    pipe: Option<File>,
 }
 
 impl StderrTail {
-    /// Returns what is there so far, from the start of a line.
+    /// Keeps the end of what comes by `pipe`.
+    fn keep(pipe: OwnedFd) -> io::Result<StderrTail> {
+        fcntl_setfl(&pipe, fcntl_getfl(&pipe)? | OFlags::NONBLOCK)?;
+        let watched = pipe.try_clone()?;
+        let tail = Tail { bytes: Vec::new(), pipe: Some(File::from(pipe)) };
+        let kept = StderrTail(Arc::new(Mutex::new(tail)));
+        let reader = kept.clone();
+        thread::spawn(move || {
+            while !reader.lock().read() {
+                // An error of poll says no more than that there is something to find out.
+                let _ = poll(&mut [PollFd::new(&watched, PollFlags::IN)], None);
+            }
+        });
+        Ok(kept)
+    }
+
+    /// Returns all that QEMU has written so far, from the start of a line.
     fn text(&self) -> String {
-        String::from_utf8_lossy(&self.lock().bytes).into_owned()
+        let mut tail = self.lock();
+        tail.read();
+        String::from_utf8_lossy(&tail.bytes).into_owned()
     }
 
     /// Returns the text once all of it has arrived, or after a short while.
     fn last_words(&self) -> String {
         let deadline = Instant::now() + LAST_WORDS_TIMEOUT;
-        while !self.lock().finished && Instant::now() < deadline {
+        while !self.lock().read() && Instant::now() < deadline {
             thread::sleep(Duration::from_millis(2));
         }
         self.text()
     }
 
-    fn keep_reading(&self, mut pipe: impl Read) {
-        let mut piece = [0_u8; 4096];
-        loop {
-            match pipe.read(&mut piece) {
-                Ok(0) => break,
-                Ok(len) => self.push(piece.get(..len).unwrap_or_default()),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(_) => break,
-            }
-        }
-        self.finish();
-    }
-
-    fn push(&self, piece: &[u8]) {
-        let mut tail = self.lock();
-        tail.bytes.extend_from_slice(piece);
-        let excess = tail.bytes.len().saturating_sub(STDERR_LEN_MAX);
-        if excess > 0 {
-            // Whole lines only, where there are lines.
-            let rest = tail.bytes.get(excess..).unwrap_or_default();
-            let line = rest.iter().position(|&byte| byte == b'\n').map_or(0, |end| end + 1);
-            tail.bytes.drain(..excess + line);
-        }
-    }
-
-    fn finish(&self) {
-        self.lock().finished = true;
-    }
-
     fn lock(&self) -> MutexGuard<'_, Tail> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Tail {
+    /// Reads what is there; returns whether nothing can come any more.
+    fn read(&mut self) -> bool {
+        let mut piece = [0_u8; 4096];
+        while let Some(pipe) = &mut self.pipe {
+            match pipe.read(&mut piece) {
+                Ok(len) if len > 0 => self.push(piece.get(..len).unwrap_or_default()),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return false,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Ok(_) | Err(_) => self.pipe = None,
+            }
+        }
+        true
+    }
+
+    fn push(&mut self, piece: &[u8]) {
+        self.bytes.extend_from_slice(piece);
+        let excess = self.bytes.len().saturating_sub(STDERR_LEN_MAX);
+        if excess > 0 {
+            // Whole lines only, where there are lines.
+            let rest = self.bytes.get(excess..).unwrap_or_default();
+            let line = rest.iter().position(|&byte| byte == b'\n').map_or(0, |end| end + 1);
+            self.bytes.drain(..excess + line);
+        }
     }
 }
 
@@ -413,15 +426,17 @@ pub fn find_program(saved: &Path, search: Option<&OsString>) -> Option<PathBuf> 
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
     use super::*;
 
     #[test]
     fn the_end_of_a_long_log_is_kept_from_the_start_of_a_line() {
-        let tail = StderrTail::default();
+        let mut tail = Tail::default();
         for number in 0..10_000 {
             tail.push(format!("line {number}\n").as_bytes());
         }
-        let text = tail.text();
+        let text = String::from_utf8(tail.bytes).unwrap();
         assert!(text.len() <= STDERR_LEN_MAX);
         assert!(text.starts_with("line "), "{:?}", text.lines().next());
         assert!(text.ends_with("line 9999\n"));
@@ -429,9 +444,22 @@ mod tests {
 
     #[test]
     fn a_log_without_lines_is_bounded_too() {
-        let tail = StderrTail::default();
-        tail.keep_reading(&[b'x'; STDERR_LEN_MAX * 3][..]);
-        assert_eq!(tail.last_words().len(), STDERR_LEN_MAX);
+        let mut tail = Tail::default();
+        tail.push(&[b'x'; STDERR_LEN_MAX * 3]);
+        assert_eq!(tail.bytes.len(), STDERR_LEN_MAX);
+    }
+
+    #[test]
+    fn what_was_written_is_there_at_once() {
+        let (read, write) = pipe_with(PipeFlags::CLOEXEC).unwrap();
+        let tail = StderrTail::keep(read).unwrap();
+        let mut write = File::from(write);
+        for number in 0..1000 {
+            writeln!(write, "{number}").unwrap();
+            assert!(tail.text().ends_with(&format!("{number}\n")));
+        }
+        drop(write);
+        assert!(tail.last_words().ends_with("999\n"));
     }
 
     #[test]

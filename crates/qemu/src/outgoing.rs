@@ -18,6 +18,13 @@ const STREAM_NAME: &str = "vmfile-outgoing";
 /// How often QEMU is asked how far it is.
 const POLL_INTERVAL: Duration = Duration::from_millis(2);
 
+/// A bandwidth at which QEMU hands its threads some pages every tenth of a second, in bytes each
+/// second: it takes less than ten for no limit (10.0).
+const TRICKLE: u64 = 4096;
+
+/// How long QEMU has handed out nothing when its threads have run dry.
+const QUIET: Duration = Duration::from_millis(30);
+
 /// Parameters that decide about what is sent and how fast, as far as a QEMU has them.
 const PARAMETERS: [&str; 7] = [
     "tls-creds",
@@ -84,7 +91,8 @@ impl StreamSettings {
     /// `channels` threads of QEMU write, past the page cache if `direct_io` says so.
     ///
     /// QEMU 10.0 looks at `direct-io` only where both capabilities are on, and compresses no page of
-    /// such a file.
+    /// such a file. The guest is to stand still: QEMU leaves no RAM for the last moment, which
+    /// knows no limit on bandwidth, so that [`Vm::cancel_file`] finds one in force.
     #[must_use]
     pub fn mapped_ram(&self, channels: NonZeroU8, direct_io: bool) -> StreamSettings {
         let mut file = self.plain();
@@ -95,6 +103,7 @@ impl StreamSettings {
         file.set("multifd-compression", "none".into());
         file.set("zero-page-detection", "multifd".into());
         file.set("direct-io", direct_io.into());
+        file.set("downtime-limit", 0.into());
         file
     }
 
@@ -322,18 +331,7 @@ impl Vm {
         let sent = ram("remaining").zip(ram("total"));
         let sent =
             sent.map(|(remaining_bytes, total_bytes)| SentRam { remaining_bytes, total_bytes });
-        let text = |key| answer.get(key).and_then(Value::as_str);
-        let outgoing = match text("status") {
-            Some("completed") => Outgoing::Completed,
-            Some("failed") => {
-                // QEMU 7.2 gives no reason.
-                let reason = text("error-desc").unwrap_or("it gave no reason");
-                Outgoing::Failed(reason.to_owned())
-            }
-            Some("cancelled") => Outgoing::Cancelled,
-            _ => Outgoing::Active,
-        };
-        Ok((outgoing, sent))
+        Ok((outgoing(&answer), sent))
     }
 
     /// Waits at most `timeout` until the VM has sent itself, or not.
@@ -352,6 +350,37 @@ impl Vm {
         }
     }
 
+    /// As [`Vm::cancel_sending`], for a VM that several threads of QEMU write to a file.
+    ///
+    /// Told to stop, QEMU (10.0.2) frees the bitmaps of a mapped-ram file before it ends those
+    /// threads; one that has just been handed pages then writes through a null pointer, and the VM
+    /// is gone. So its threads are made to run dry first.
+    ///
+    /// # Errors
+    ///
+    /// See [`Qmp::execute`](crate::Qmp::execute).
+    pub fn cancel_file(&mut self, timeout: Duration) -> Result<Outgoing, VmError> {
+        let deadline = Instant::now() + timeout;
+        self.execute("migrate-set-parameters", json!({ "max-bandwidth": TRICKLE }))?;
+        let mut seen = None;
+        let mut quiet_since = Instant::now();
+        loop {
+            let answer = self.execute("query-migrate", Value::Null)?;
+            let outgoing = outgoing(&answer);
+            if outgoing != Outgoing::Active {
+                return Ok(outgoing);
+            }
+            let ram = answer.get("ram").cloned();
+            if ram != seen {
+                (seen, quiet_since) = (ram, Instant::now());
+            }
+            if quiet_since.elapsed() >= QUIET || Instant::now() >= deadline {
+                return self.cancel_sending(timeout);
+            }
+            thread::sleep(POLL_INTERVAL);
+        }
+    }
+
     /// Stops the sending, and waits at most `timeout` until QEMU has; the VM is as it was.
     ///
     /// # Errors
@@ -360,6 +389,21 @@ impl Vm {
     pub fn cancel_sending(&mut self, timeout: Duration) -> Result<Outgoing, VmError> {
         self.execute("migrate_cancel", Value::Null)?;
         self.wait_sent(timeout)
+    }
+}
+
+/// Reads how far a VM has come from the answer to `query-migrate`.
+fn outgoing(answer: &Value) -> Outgoing {
+    let text = |key| answer.get(key).and_then(Value::as_str);
+    match text("status") {
+        Some("completed") => Outgoing::Completed,
+        Some("failed") => {
+            // QEMU 7.2 gives no reason.
+            let reason = text("error-desc").unwrap_or("it gave no reason");
+            Outgoing::Failed(reason.to_owned())
+        }
+        Some("cancelled") => Outgoing::Cancelled,
+        _ => Outgoing::Active,
     }
 }
 

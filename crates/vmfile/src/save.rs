@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
-use vmfile_engine::{Backend, DirectIo, Existing, Unpublished};
+use vmfile_engine::{Backend, DataFile, DirectIo, Existing, Unpublished, available_space};
 use vmfile_format::manifest::{DiskMeta, VmMeta};
 use vmfile_qemu::{RunState, Vm, VmError};
 
@@ -433,6 +433,20 @@ fn choose(vm: &mut Vm, options: &SaveOptions, draft: &Draft) -> Result<Taken, Sa
         }
         Err(error) => Err(error),
     }
+}
+
+/// Refuses a disk that `data` bytes of pages would fill up.
+fn refuse_without_space(data: u64, file: &DataFile) -> Result<(), SaveError> {
+    // Bitmaps, hashes, device state and the file system's own needs.
+    const OVERHEAD_PERCENT: u64 = 1;
+    const OVERHEAD: u64 = 16 << 20;
+    let needed_bytes = data + data / 100 * OVERHEAD_PERCENT + OVERHEAD;
+    let available_bytes = available_space(file.buffered())
+        .map_err(|source| SaveError::Write { what: "the file system's free space", source })?;
+    if needed_bytes > available_bytes {
+        return Err(SaveError::NoSpace { needed_bytes, available_bytes });
+    }
+    Ok(())
 }
 
 /// Whether an error of the route `direct` says that QEMU's memory cannot be reached.

@@ -1,6 +1,6 @@
 //! The route `direct`: RAM from the memory of QEMU's process, device state from its monitor.
 
-use vmfile_engine::{Access, DataFile, available_space};
+use vmfile_engine::{Access, DataFile};
 use vmfile_format::error::FormatErrorKind;
 use vmfile_format::stream::configuration::Configuration;
 use vmfile_format::stream::device_state::DeviceState;
@@ -8,7 +8,7 @@ use vmfile_format::stream::encoder;
 use vmfile_format::{FormatError, PageSize, RamBlock, RamLayout};
 use vmfile_qemu::{RamBlockInfo, Vm};
 
-use super::{Work, Written};
+use super::{Work, Written, refuse_without_space};
 use crate::draft::{Draft, Facts, Places, Tail};
 use crate::error::SaveError;
 use crate::plan::{total_len, units};
@@ -126,16 +126,6 @@ fn ram_layout(found: &[RamBlockInfo]) -> Result<(RamLayout, Vec<BlockAt>), SaveE
 /// are zero again count here and not in the end: the check errs towards refusing only where a
 /// guest has filled much of its RAM with zeros and the disk is nearly full.
 fn check_space(process: &ProcessRam, file: &DataFile) -> Result<(), SaveError> {
-    // Bitmaps, hashes, device state and the file system's own needs.
-    const OVERHEAD_PERCENT: u64 = 1;
-    const OVERHEAD: u64 = 16 << 20;
     let found: Vec<_> = process.scan()?.into_iter().map(|block| block.ranges).collect();
-    let data = total_len(&found);
-    let needed_bytes = data + data / 100 * OVERHEAD_PERCENT + OVERHEAD;
-    let available_bytes = available_space(file.buffered())
-        .map_err(|source| SaveError::Write { what: "the file system's free space", source })?;
-    if needed_bytes > available_bytes {
-        return Err(SaveError::NoSpace { needed_bytes, available_bytes });
-    }
-    Ok(())
+    refuse_without_space(total_len(&found), file)
 }

@@ -14,7 +14,7 @@ use vmfile_engine::{DataFile, DirectIo, DirectIoInUse};
 use vmfile_qemu::{Feature, KeptFile, Outgoing, StreamSettings, Vm};
 
 use super::stream::not_sent;
-use super::{SaveOptions, Work, Written, native_file};
+use super::{SaveOptions, Work, Written, native_file, refuse_without_space};
 use crate::check::describe;
 use crate::control::Progress;
 use crate::draft::Draft;
@@ -55,6 +55,7 @@ impl NativeRoute {
         if let (DirectIo::Required, Err(reason)) = (options.direct_io, &direct_io) {
             return Err(SaveError::NoDirectIo { reason: reason.clone() });
         }
+        check_space(vm, draft.file())?;
         let ours = before.mapped_ram(options.channels, direct_io.is_ok());
         Ok(NativeRoute { before, ours, direct_io })
     }
@@ -93,6 +94,14 @@ impl NativeRoute {
         dropped?;
         Ok(ram_bytes)
     }
+}
+
+/// Refuses while the VM runs what could end in a full disk, by the length of RAM: what QEMU does
+/// not write is not known before. QEMU (10.0.2) may crash when its disk fills up, as it may when
+/// it is told to stop ([`Vm::cancel_file`]).
+fn check_space(vm: &mut Vm, file: &DataFile) -> Result<(), SaveError> {
+    let ram: u64 = vm.ram_blocks()?.iter().map(|block| block.used_length).sum();
+    refuse_without_space(ram, file)
 }
 
 /// Whether QEMU can write past the page cache, or why not.
@@ -143,7 +152,7 @@ fn send_to(work: &mut Work<'_>, kept: &KeptFile) -> Result<u64, SaveError> {
 }
 
 fn cancel(vm: &mut Vm) -> SaveError {
-    match vm.cancel_sending(CANCEL_TIMEOUT) {
+    match vm.cancel_file(CANCEL_TIMEOUT) {
         Ok(Outgoing::Active) => SaveError::Migration { reason: "it does not stop".to_owned() },
         Ok(_) => SaveError::Stopped,
         Err(error) => error.into(),
