@@ -1,7 +1,7 @@
 //! `cargo xtask setup`: installs what the tests need, fetches other QEMUs and makes the guests.
 //!
 //! What is there already is used as it is, whichever distribution it came from. What is missing is
-//! installed with apt-get; QEMU from backports where Debian's own is older than the tests need.
+//! installed with apt-get; QEMU and libvirt from backports where Debian's own are older than is needed.
 
 use std::env;
 use std::error::Error;
@@ -15,6 +15,9 @@ use crate::{guest, qemus};
 
 /// The oldest QEMU that the tests use: mapped RAM came with 9.0.
 const QEMU_MAJOR_MIN: u32 = 9;
+
+/// The oldest libvirt that the benchmarks use: `virsh save --image-format sparse` came with 11.2.
+const LIBVIRT_MAJOR_MIN: u32 = 11;
 
 const BACKPORTS_LIST: &str = "/etc/apt/sources.list.d/vmfile-backports.list";
 pub(crate) const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
@@ -34,8 +37,8 @@ struct Package {
 enum Suite {
     /// The distribution itself.
     Own,
-    /// Backports, where the distribution's own QEMU is too old.
-    QemuBackports,
+    /// Backports, where the distribution's own has a lower major version than this.
+    Backports(u32),
 }
 
 const PACKAGES: [Package; 11] = [
@@ -43,13 +46,13 @@ const PACKAGES: [Package; 11] = [
         name: "qemu-system-x86",
         provides: "qemu-system-x86_64",
         why: "the VMs that the tests save and restore",
-        suite: Suite::QemuBackports,
+        suite: Suite::Backports(QEMU_MAJOR_MIN),
     },
     Package {
         name: "qemu-utils",
         provides: "qemu-img",
         why: "disk images for the guests",
-        suite: Suite::QemuBackports,
+        suite: Suite::Backports(QEMU_MAJOR_MIN),
     },
     Package {
         name: "ovmf",
@@ -103,19 +106,19 @@ const BENCH_PACKAGES: [Package; 3] = [
         name: "libvirt-daemon",
         provides: "libvirtd",
         why: "`virsh save`, to compare with",
-        suite: Suite::QemuBackports,
+        suite: Suite::Backports(LIBVIRT_MAJOR_MIN),
     },
     Package {
         name: "libvirt-daemon-driver-qemu",
         provides: "/usr/lib/x86_64-linux-gnu/libvirt/connection-driver/libvirt_driver_qemu.so",
         why: "`virsh save`, to compare with",
-        suite: Suite::QemuBackports,
+        suite: Suite::Backports(LIBVIRT_MAJOR_MIN),
     },
     Package {
         name: "libvirt-clients",
         provides: "virsh",
         why: "`virsh save`, to compare with",
-        suite: Suite::QemuBackports,
+        suite: Suite::Backports(LIBVIRT_MAJOR_MIN),
     },
 ];
 
@@ -157,17 +160,17 @@ fn install(missing: &[&Package]) -> Result<(), Box<dyn Error>> {
     }
     apt_get(&["update", "-qq"])?;
     let backports = backports_if_needed(missing)?;
-    for suite in [Suite::QemuBackports, Suite::Own] {
+    for from_backports in [true, false] {
         let names: Vec<&str> = missing
             .iter()
-            .filter(|package| package.suite == suite)
+            .filter(|package| (package.suite != Suite::Own) == from_backports)
             .map(|package| package.name)
             .collect();
         if names.is_empty() {
             continue;
         }
         let mut arguments = vec!["install", "-y", "-qq", "--no-install-recommends"];
-        if let (Suite::QemuBackports, Some(release)) = (suite, &backports) {
+        if let (true, Some(release)) = (from_backports, &backports) {
             arguments.extend(["-t", release]);
         }
         arguments.extend(names);
@@ -179,24 +182,25 @@ fn install(missing: &[&Package]) -> Result<(), Box<dyn Error>> {
     }
 }
 
-/// Returns the backports release to take QEMU from, if something of it is missing and what the
-/// distribution has is too old, after adding it to apt's sources where it is not yet there.
+/// Returns the backports release, if the distribution's own version of something that is missing is
+/// too old, after adding it to apt's sources where it is not yet there.
 fn backports_if_needed(missing: &[&Package]) -> Result<Option<String>, Box<dyn Error>> {
-    let mut is_needed = false;
-    for package in missing.iter().filter(|package| package.suite == Suite::QemuBackports) {
+    let mut too_old = None;
+    for package in missing {
+        let Suite::Backports(major_min) = package.suite else { continue };
         let policy = output(Command::new("apt-cache").args(["policy", package.name]))?;
-        is_needed |= candidate_major(&policy).is_none_or(|major| major < QEMU_MAJOR_MIN);
+        if candidate_major(&policy).is_none_or(|major| major < major_min) {
+            too_old = Some((package.name, major_min));
+        }
     }
-    if !is_needed {
-        return Ok(None);
-    }
+    let Some((name, major_min)) = too_old else { return Ok(None) };
     let codename = own_codename()?;
     let release = format!("{codename}-backports");
     let targets = index_targets()?;
     if mirror_of(&targets, &release).is_none() {
         let mirror = mirror_of(&targets, &codename)
             .ok_or_else(|| format!("apt has no source for {codename} main to find backports by"))?;
-        say(&format!("add {BACKPORTS_LIST}: {codename} has QEMU older than {QEMU_MAJOR_MIN}"));
+        say(&format!("add {BACKPORTS_LIST}: {codename} has {name} older than {major_min}"));
         let entry = format!("deb [signed-by={KEYRING}] {mirror} {release} main\n");
         write_as_root(BACKPORTS_LIST, &entry)?;
         apt_get(&["update", "-qq"])?;
