@@ -173,8 +173,7 @@ fn harms_nobody(
     };
     let parameters = guest.qmp("query-migrate-parameters", json!({}))?;
     let control = Control::new(&flag, &progress);
-    let options =
-        SaveOptions { channels: NonZeroU8::new(channels), ..by_stream(After::Quit) };
+    let options = SaveOptions { channels: NonZeroU8::new(channels), ..by_stream(After::Quit) };
     let result = vmfile::save::save(&mut vm, &directory.join("vm.vmf"), &options, &control);
     let error = result.expect_err("the save failed");
     assert_eq!(guest.status()?, "running", "{error}");

@@ -228,7 +228,9 @@ fn assert_stream_is_decoded(name: &str, machine: &str, piece_len: usize) {
             match event {
                 Event::Configuration(configuration) => assert_eq!(configuration.machine, machine),
                 Event::RamBlocks { section_id, ram: found } => {
-                    let pages = |block: &RamBlock| vec![0_u8; usize::try_from(block.page_count().0).expect("small")];
+                    let pages = |block: &RamBlock| {
+                        vec![0_u8; usize::try_from(block.page_count().0).expect("small")]
+                    };
                     seen = found.blocks().iter().map(pages).collect();
                     (ram, id) = (Some(found), section_id);
                 }

@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 use vmfile_engine::{Backend, DataFile, DirectIo, Existing, Unpublished, available_space};
 use vmfile_format::manifest::VmMeta;
-use vmfile_qemu::{RunState, Vm, VmError};
+use vmfile_qemu::{RunState, Vm};
 
 use self::describe::{describe_vm, is_out_of_reach};
 use self::direct::DirectRoute;

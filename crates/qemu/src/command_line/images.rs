@@ -99,7 +99,8 @@ fn replace_json(
     (new, format): (&str, &str),
     files: &mut Vec<String>,
 ) -> Result<Option<String>, &'static str> {
-    let names_old = |node: &Value| node.get("filename").and_then(Value::as_str).is_some_and(&is_old);
+    let names_old =
+        |node: &Value| node.get("filename").and_then(Value::as_str).is_some_and(&is_old);
     if names_old(&node) {
         if let Some(name) = node.get("node-name").and_then(Value::as_str) {
             files.push(name.to_owned());
@@ -231,7 +232,8 @@ mod tests {
         assert_eq!(node, json!({"driver": "qcow2", "node-name": "d", "file": "f"}));
         let node: Value = serde_json::from_str(&words[1]).unwrap();
         assert_eq!(node["filename"], "/srv/a,1.qcow2");
-        let nested = r#"{"driver":"raw","node-name":"d","file":{"driver":"file","filename":"a.raw"}}"#;
+        let nested =
+            r#"{"driver":"raw","node-name":"d","file":{"driver":"file","filename":"a.raw"}}"#;
         let (_, words) = replaced(&["-blockdev", nested]).unwrap();
         let node: Value = serde_json::from_str(&words[1]).unwrap();
         assert_eq!(node["driver"], "qcow2");
@@ -240,6 +242,9 @@ mod tests {
     #[test]
     fn a_part_of_a_file_is_refused_without_its_value() {
         let error = replaced(&["-drive", "file=a.raw,format=raw,offset=512"]).unwrap_err();
-        assert_eq!(error.to_string(), "no image can take the place of that of -drive: the image is a part of its file");
+        assert_eq!(
+            error.to_string(),
+            "no image can take the place of that of -drive: the image is a part of its file"
+        );
     }
 }

@@ -109,9 +109,6 @@ impl Disks {
 
 /// Returns the path of a disk's image, or why it cannot have an overlay.
 fn image_of(disk: &Disk, directory: Option<&str>) -> Result<PathBuf, String> {
-    if disk.temporary {
-        return Err("its newest data are in a temporary file (-snapshot)".to_owned());
-    }
     if !FORMATS.contains(&disk.format.as_str()) {
         return Err(format!("its format is {:?}, expected qcow2 or raw", disk.format));
     }
