@@ -103,7 +103,11 @@ fn both_routes_write_the_same_pages(release: Release) -> TestResult {
     let options = SaveOptions { after: After::Pause, ..SaveOptions::default() };
     save_with(&guest, &direct, &options)?;
     let channels = NonZeroU8::new(3).ok_or("zero")?;
-    let report = save_with(&guest, &native, &SaveOptions { channels, ..by_qemu(After::Pause) })?;
+    let report = save_with(
+        &guest,
+        &native,
+        &SaveOptions { channels: Some(channels), ..by_qemu(After::Pause) },
+    )?;
     assert_eq!(settings(&mut guest)?, before);
     let sets = guest.qmp("query-fdsets", json!({}))?;
     assert_eq!(sets, json!([]), "QEMU keeps no descriptor");

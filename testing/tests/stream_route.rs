@@ -1,7 +1,9 @@
 //! `save --route stream`: QEMU sends the VM, vmfile writes it, QEMU is left as it was.
 
 use std::fs;
+use std::num::NonZeroU8;
 use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use serde_json::{Value, json};
@@ -46,6 +48,60 @@ fn a_linux_guest_with_shared_ram_comes_back() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Newest));
     let config = Guest::linux(Ram::memfd(256)).machine(Machine::Q35).vcpus(2).virtio().disk(16);
     round_trip(&qemu, &config)
+}
+
+/// Pages come by channels; what was sent comes back on the installed QEMU.
+fn comes_back_by_channels(source: &Qemu, config: &GuestConfig, channels: u8) -> TestResult {
+    let destination = requires!(Qemu::of(Release::Distribution));
+    let mut guest = config.boot(source)?;
+    guest.wait_for_count(2)?;
+    let settings = guest.qmp("query-migrate-parameters", json!({}))?;
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
+    let file = directory.path().join("vm.vmf");
+    let channels = NonZeroU8::new(channels);
+    let options = SaveOptions { channels, ..by_stream(After::Resume) };
+    save_with(&guest, &file, &options)?;
+    assert_eq!(guest.qmp("query-migrate-parameters", json!({}))?, settings);
+    guest.wait_for_passes(1)?;
+    guest.judge_counts()?;
+    drop(guest);
+    check_is_clean(&file)?;
+    let guest = map(&destination, config, &file)?;
+    guest.wait_for_passes(2)?;
+    guest.judge_counts()
+}
+
+#[test]
+fn a_guest_of_the_oldest_comes_back_by_channels() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Oldest));
+    let config = Guest::boot_sector(Ram::private(64)).seed(105).machine_version("7.2");
+    comes_back_by_channels(&qemu, &config, 2)
+}
+
+#[test]
+fn a_guest_comes_back_by_channels() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    comes_back_by_channels(&qemu, &Guest::linux(Ram::memfd(256)).vcpus(2).virtio(), 16)
+}
+
+#[test]
+fn a_guest_of_the_newest_comes_back_by_channels() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Newest));
+    let config = Guest::boot_sector(Ram::private(64)).seed(106).machine_version("10.0");
+    comes_back_by_channels(&qemu, &config, 1)
+}
+
+#[test]
+fn more_channels_than_are_taken_are_refused() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let mut guest = Guest::boot_sector(Ram::private(64)).seed(107).boot(&qemu)?;
+    guest.wait_for_count(1)?;
+    let directory = tempfile::tempdir()?;
+    let options = SaveOptions { channels: NonZeroU8::new(17), ..by_stream(After::Resume) };
+    let error = save_with(&guest, &directory.path().join("vm.vmf"), &options).expect_err("17");
+    assert_eq!(error.to_string(), "17 channels, at most 16 are taken");
+    assert_eq!(guest.status()?, "running");
+    Ok(())
 }
 
 #[test]
@@ -103,21 +159,21 @@ fn a_vm_that_was_sent_runs_on_or_comes_back_paused_as_it_was() -> TestResult {
 /// A save that fails or is stopped; the guest must run on, with its settings, and no file be left.
 fn harms_nobody(
     guest: &mut Guest,
-    directory: &std::path::Path,
-    stop: bool,
+    directory: &Path,
+    (stop, channels): (bool, u8),
 ) -> TestResult<SaveError> {
     let mut vm = Vm::connect(&guest.qmp_path())?;
     let flag = AtomicBool::new(false);
     let calls = AtomicU32::new(0);
     let progress = |_: Progress| {
-        // In the middle: some thousand pages have come.
-        if calls.fetch_add(1, Ordering::Relaxed) == 4000 {
+        // In the middle: some pages have come.
+        if calls.fetch_add(1, Ordering::Relaxed) == 20 {
             flag.store(stop, Ordering::Relaxed);
         }
     };
     let parameters = guest.qmp("query-migrate-parameters", json!({}))?;
     let control = Control::new(&flag, &progress);
-    let options = by_stream(After::Quit);
+    let options = SaveOptions { channels: NonZeroU8::new(channels), ..by_stream(After::Quit) };
     let result = vmfile::save::save(&mut vm, &directory.join("vm.vmf"), &options, &control);
     let error = result.expect_err("the save failed");
     assert_eq!(guest.status()?, "running", "{error}");
@@ -136,10 +192,12 @@ fn a_save_by_stream_that_is_stopped_or_finds_no_room_harms_nobody() -> TestResul
     let mut guest = config.boot(&qemu)?;
     guest.wait_for_count(1)?;
     let directory = tempfile::tempdir()?;
-    let error = harms_nobody(&mut guest, directory.path(), true)?;
-    assert!(matches!(error, SaveError::Stopped), "{error}");
-    let error = harms_nobody(&mut guest, mount.path(), false)?;
-    assert!(matches!(error, SaveError::Write { .. }), "{error}");
+    for channels in [0, 3] {
+        let error = harms_nobody(&mut guest, directory.path(), (true, channels))?;
+        assert!(matches!(error, SaveError::Stopped), "{channels}: {error}");
+        let error = harms_nobody(&mut guest, mount.path(), (false, channels))?;
+        assert!(matches!(error, SaveError::Write { .. }), "{channels}: {error}");
+    }
     // And where nothing fails it is saved.
     save_with(&guest, &directory.path().join("vm.vmf"), &by_stream(After::Quit)).map(drop)
 }

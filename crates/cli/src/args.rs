@@ -71,11 +71,12 @@ pub(crate) enum Verb {
     ///
     /// The guest is paused, its memory written and made durable, and the file given its name; then
     /// QEMU quits, unless --after says otherwise. If anything fails the VM runs on as it did and
-    /// there is no file. The disks are not in the file: keep them as they are.
+    /// there is no file. The disks are not in the file: keep them as they are, or let --with-disks.
     #[command(after_help = "Examples:
   vmfile save /run/vm.sock vm.vmf
   vmfile save web1 web1.vmf --after resume
   vmfile save web1 web1.vmf --live
+  vmfile save web1 web1.vmf --live --with-disks
   vmfile save 4711 vm.vmf --json")]
     Save(SaveArguments),
     /// Start a QEMU from a file and let the guest run on
@@ -162,12 +163,15 @@ pub(crate) struct SaveArguments {
     /// With --live: how long the guest may stand still at the end, where memory is sent repeatedly
     #[arg(long, value_name = "MILLISECONDS", default_value_t = 300, requires = "live")]
     pub(crate) max_pause: u64,
+    /// Keep the disks of the same instant: the guest goes on in overlays, restore starts from below
+    #[arg(long)]
+    pub(crate) with_disks: bool,
     /// How RAM is taken
     #[arg(long, value_name = "ROUTE", default_value = "auto")]
     pub(crate) route: RouteMode,
-    /// Threads of QEMU that write, 1 to 255; only used by `--route native`
-    #[arg(long, value_name = "N", default_value = "2")]
-    pub(crate) channels: NonZeroU8,
+    /// Threads of QEMU that send (route stream, 1 to 16) or write (native; 2 if not given)
+    #[arg(long, value_name = "N", conflicts_with = "live")]
+    pub(crate) channels: Option<NonZeroU8>,
     /// Replace an existing file
     #[arg(long)]
     pub(crate) force: bool,

@@ -156,18 +156,25 @@ impl From<&SaveError> for Failure {
             }
             SaveError::NoSpace { .. } => Failure::new(Code::System, "no_space", error)
                 .hint("free some space, or save to another file system"),
-            SaveError::LeftPaused { cause, .. } => {
-                let failure = Failure::from(cause.as_ref());
-                let message = Failure::new(failure.code, "left_paused", error).message;
-                Failure { message, kind: "left_paused", ..failure }
-                    .hint("`cont` on the VM's monitor makes it run again")
-            }
+            SaveError::LeftPaused { cause, .. } => with_cause(error, cause, "left_paused")
+                .hint("`cont` on the VM's monitor makes it run again"),
+            SaveError::LeftOverlays { cause, .. } => with_cause(error, cause, "left_overlays")
+                .hint("the VM is sound; `block-commit` on its monitor merges the overlay"),
+            SaveError::Disk { .. } => Failure::new(Code::Vm, "disk", error)
+                .hint("--with-disks needs images in files, qcow2 or raw; without it keep copies"),
             SaveError::Release { .. } => Failure::new(Code::LeftPaused, "left_paused", error)
                 .hint("`cont` on the VM's monitor makes it run again, `quit` ends it"),
             SaveError::Stopped => Failure::new(Code::Interrupted, "stopped", error),
             _ => Failure::new(Code::System, "io", error),
         }
     }
+}
+
+/// A failure for the reason `cause` that left something behind, as `error` says.
+fn with_cause(error: &SaveError, cause: &SaveError, kind: &'static str) -> Failure {
+    let failure = Failure::from(cause);
+    let message = Failure::new(failure.code, kind, error).message;
+    Failure { message, kind, ..failure }
 }
 
 impl From<&ReceiveError> for Failure {
@@ -258,6 +265,11 @@ impl From<&RestoreError> for Failure {
             RestoreError::CommandLine(error) => {
                 Failure::new(Code::Usage, "command_line", error).hint_if(error.hint())
             }
+            RestoreError::DiskNotNamed { .. } => Failure::new(Code::Usage, "disk", error)
+                .hint("give a command line with the disks that the VM is to have, after `--`"),
+            RestoreError::NoQemuImg => Failure::new(Code::System, "no_qemu_img", error)
+                .hint("Debian has it in the package qemu-utils"),
+            RestoreError::Overlay { .. } => Failure::new(Code::System, "overlay", error),
             RestoreError::NoCommand => Failure::new(Code::Usage, "command_line", error),
             RestoreError::SocketInUse { .. } => Failure::new(Code::Vm, "socket_in_use", error)
                 .hint("the VM that was saved may still run; give other sockets after `--`"),

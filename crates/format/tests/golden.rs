@@ -11,7 +11,7 @@ use vmfile_format::stream::decoder::{Event, StreamDecoder};
 use vmfile_format::stream::description::VmDescription;
 use vmfile_format::stream::device_state::DeviceState;
 use vmfile_format::stream::encoder::{self, RamSection};
-use vmfile_format::{PageBitmap, PageIndex, ReadError};
+use vmfile_format::{PageBitmap, PageIndex, RamBlock, ReadError};
 
 /// A file of which only some pieces are known; the rest reads as zeros.
 struct Sparse {
@@ -209,4 +209,63 @@ fn a_file_of_a_q35_is_read() {
 #[test]
 fn a_file_of_a_q35_that_was_written_with_multifd_is_read() {
     assert_is_read("qemu-10.0.2-q35-multifd.pieces", "pc-q35-10.0");
+}
+
+/// QEMU's own stream: every page of every block comes once, and the devices after them.
+fn assert_stream_is_decoded(name: &str, machine: &str, piece_len: usize) {
+    let file = Sparse::load(name);
+    let stream = file.read(0, usize::try_from(file.len()).expect("short"));
+    let mut decoder = StreamDecoder::new();
+    let (mut ram, mut id, mut seen, mut state) = (None, 0, Vec::new(), Vec::new());
+    let (mut taken, mut end) = (0, 0);
+    while end < stream.len() {
+        end = stream.len().min(end + piece_len);
+        while let Some(event) = {
+            let step = decoder.next(&stream[taken..end]).expect("QEMU's stream");
+            taken += step.consumed;
+            step.event
+        } {
+            match event {
+                Event::Configuration(configuration) => assert_eq!(configuration.machine, machine),
+                Event::RamBlocks { section_id, ram: found } => {
+                    let pages = |block: &RamBlock| {
+                        vec![0_u8; usize::try_from(block.page_count().0).expect("small")]
+                    };
+                    seen = found.blocks().iter().map(pages).collect();
+                    (ram, id) = (Some(found), section_id);
+                }
+                Event::Page { block, page, .. } | Event::ZeroPage { block, page } => {
+                    seen[block][usize::try_from(page.0).expect("small")] += 1;
+                }
+                Event::DeviceState(piece) => state.extend_from_slice(piece),
+                Event::Xbzrle { .. } | Event::CompressedPage { .. } | Event::MultifdFlush => {
+                    panic!("no such capability is on")
+                }
+                Event::RoundEnd | Event::Command { .. } => {}
+            }
+        }
+    }
+    assert_eq!(decoder.finish(), Ok(()));
+    assert_eq!(ram.expect("blocks").blocks()[0].used_length(), 16 << 20);
+    assert!(seen.iter().flatten().all(|&times| times == 1), "each page once");
+    let start = stream.len() as u64 - state.len() as u64;
+    let located = DeviceState::locate(&state, start, id).expect("QEMU's device state");
+    let names: Vec<&str> = located.sections.iter().map(|section| section.name.as_str()).collect();
+    for device in ["timer", "cpu", "apic", "i8259", "serial", "globalstate"] {
+        assert!(names.contains(&device), "{device} is among {names:?}");
+    }
+    assert_eq!(located.stream_end, stream.len() as u64);
+}
+
+#[test]
+fn a_stream_of_each_version_is_decoded() {
+    for (name, machine) in [
+        ("qemu-7.2.22-pc-stream.pieces", "pc-i440fx-7.2"),
+        ("qemu-10.0.2-pc-stream.pieces", "pc-i440fx-10.0"),
+        ("qemu-11.1.3-pc-stream.pieces", "pc-i440fx-11.1"),
+    ] {
+        for piece_len in [4096, 64 << 10, usize::MAX >> 1] {
+            assert_stream_is_decoded(name, machine, piece_len);
+        }
+    }
 }

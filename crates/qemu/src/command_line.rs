@@ -3,6 +3,7 @@
 //! QEMU has no way to say how it was started but its own arguments. They are kept word for word;
 //! only what must change for a restore is taken apart.
 
+mod images;
 mod incoming;
 mod keys;
 mod sockets;
@@ -14,6 +15,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+pub use images::NewImage;
 use keys::Keys;
 
 /// The id of the monitor that [`Launch`](crate::Launch) adds for us.
@@ -74,6 +76,17 @@ pub enum CommandLineError {
         /// The block.
         block: String,
     },
+    /// A disk image cannot be replaced.
+    #[error("no image can take the place of that of {option}: {what}")]
+    ImageInPlace {
+        /// The option as written.
+        option: String,
+        /// Why.
+        what: &'static str,
+    },
+    /// An image that is to take the place of another has a path that QEMU cannot be given.
+    #[error("the path of a disk image is not UTF-8")]
+    ImageNotText,
     /// The sockets in use could not be listed.
     #[error("list the listening sockets")]
     Sockets {
@@ -309,6 +322,22 @@ impl CommandLine {
     /// [`CommandLineError::NotMappable`], and [`CommandLineError::SizeDiffers`].
     pub fn for_incoming(&self, ram: &[MappedBlock]) -> Result<CommandLine, CommandLineError> {
         incoming::for_incoming(self, ram)
+    }
+
+    /// Puts a disk image into the place of another; returns in how many places that was.
+    ///
+    /// `directory` is what relative paths refer to.
+    ///
+    /// # Errors
+    ///
+    /// [`CommandLineError::ImageInPlace`] where the old image is a part of its file, and
+    /// [`CommandLineError::NotJson`].
+    pub fn replace_image(
+        &mut self,
+        image: &NewImage,
+        directory: &Path,
+    ) -> Result<usize, CommandLineError> {
+        images::replace(self, image, directory)
     }
 
     /// Checks that a block of this name can be mapped from a file.

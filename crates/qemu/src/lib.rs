@@ -29,7 +29,7 @@ pub mod qmp;
 pub mod version;
 pub mod vm;
 
-pub use command_line::{CommandLine, CommandLineError, MappedBlock};
+pub use command_line::{CommandLine, CommandLineError, MappedBlock, NewImage};
 pub use discover::{DiscoverError, Found, VmAddress, list, resolve};
 pub use launch::{Launch, LaunchError, LaunchedQemu, find_program};
 pub use migration::LoadError;
@@ -38,6 +38,6 @@ pub use program::program_version;
 pub use qmp::{Event, Qmp, QmpError};
 pub use version::{Feature, QemuVersion};
 pub use vm::{
-    Blocker, BlockerKind, Disk, MemoryBackend, ProcessInfo, RamBlockInfo, RunState, Vm, VmError,
-    sender,
+    Blocker, BlockerKind, Disk, MemoryBackend, Overlay, ProcessInfo, RamBlockInfo, RunState, Vm,
+    VmError, sender,
 };

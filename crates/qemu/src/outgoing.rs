@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::num::NonZeroU8;
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -70,9 +71,14 @@ impl StreamSettings {
 
     /// Returns plain settings by which the guest runs while it is sent, and stands still for about
     /// `pause_max` at the end.
+    ///
+    /// With `hold` it waits at the end, stopped, until [`Vm::switch_over`].
     #[must_use]
-    pub fn pre_copy(&self, pause_max: Duration) -> StreamSettings {
+    pub fn pre_copy(&self, pause_max: Duration, hold: bool) -> StreamSettings {
         let mut settings = self.plain();
+        if hold {
+            settings.capabilities.insert("pause-before-switchover".to_owned(), true);
+        }
         let milliseconds = u64::try_from(pause_max.as_millis()).unwrap_or(u64::MAX);
         settings.parameters.insert("downtime-limit".to_owned(), milliseconds.into());
         settings
@@ -85,6 +91,17 @@ impl StreamSettings {
         let mut settings = self.plain();
         *settings.capabilities.get_mut("background-snapshot")? = true;
         Some(settings)
+    }
+
+    /// Returns plain settings by which pages go by `channels` connections beside the stream, as they
+    /// are.
+    #[must_use]
+    pub fn multifd(&self, channels: NonZeroU8) -> StreamSettings {
+        let mut settings = self.plain();
+        settings.capabilities.insert("multifd".to_owned(), true);
+        settings.set("multifd-channels", channels.get().into());
+        settings.set("multifd-compression", "none".into());
+        settings
     }
 
     /// Returns these settings as [`StreamSettings::plain`] does, but for a mapped-ram file that
@@ -137,6 +154,8 @@ pub struct SentRam {
     pub remaining_bytes: u64,
     /// Bytes of RAM.
     pub total_bytes: u64,
+    /// Pages sent, zero pages among them.
+    pub pages: u64,
 }
 
 /// How far a VM has come with sending itself.
@@ -145,6 +164,8 @@ pub struct SentRam {
 pub enum Outgoing {
     /// It sends, or has begun to.
     Active,
+    /// The VM is stopped and waits for [`Vm::switch_over`]; its disks are still its own.
+    Held,
     /// All was sent; the VM is stopped and waits for its end, or for `cont`.
     Completed,
     /// It was not sent; QEMU's own words.
@@ -253,6 +274,17 @@ impl Vm {
         Ok(())
     }
 
+    /// Makes QEMU send the VM to a Unix socket, which it connects to as often as it has channels to
+    /// send by; returns as soon as it has begun.
+    ///
+    /// # Errors
+    ///
+    /// Whatever QEMU says: the VM is not in a state to be sent, or something blocks it.
+    pub fn send_to_socket(&mut self, socket: &Path) -> Result<(), VmError> {
+        let uri = format!("unix:{}", socket.display());
+        Ok(self.execute("migrate", json!({ "uri": uri })).map(drop)?)
+    }
+
     /// Returns how long the guest stood still, from QEMU's events so far, which are forgotten.
     #[must_use]
     pub fn pause_seen(&mut self) -> Option<Duration> {
@@ -329,9 +361,23 @@ impl Vm {
         let answer = self.execute("query-migrate", Value::Null)?;
         let ram = |key| answer.get("ram")?.get(key)?.as_u64();
         let sent = ram("remaining").zip(ram("total"));
-        let sent =
-            sent.map(|(remaining_bytes, total_bytes)| SentRam { remaining_bytes, total_bytes });
+        let pages = ram("normal").unwrap_or(0).saturating_add(ram("duplicate").unwrap_or(0));
+        let sent = sent.map(|(remaining_bytes, total_bytes)| SentRam {
+            remaining_bytes,
+            total_bytes,
+            pages,
+        });
         Ok((outgoing(&answer), sent))
+    }
+
+    /// Lets a VM send the rest that waits with all but that sent ([`Outgoing::Held`]).
+    ///
+    /// # Errors
+    ///
+    /// See [`Qmp::execute`](crate::Qmp::execute).
+    pub fn switch_over(&mut self) -> Result<(), VmError> {
+        let state = json!({ "state": "pre-switchover" });
+        Ok(self.execute("migrate-continue", state).map(drop)?)
     }
 
     /// Waits at most `timeout` until the VM has sent itself, or not.
@@ -343,7 +389,8 @@ impl Vm {
         let deadline = Instant::now() + timeout;
         loop {
             let outgoing = self.outgoing()?;
-            if outgoing != Outgoing::Active || Instant::now() >= deadline {
+            let is_over = !matches!(outgoing, Outgoing::Active | Outgoing::Held);
+            if is_over || Instant::now() >= deadline {
                 return Ok(outgoing);
             }
             thread::sleep(POLL_INTERVAL);
@@ -403,6 +450,7 @@ fn outgoing(answer: &Value) -> Outgoing {
             Outgoing::Failed(reason.to_owned())
         }
         Some("cancelled") => Outgoing::Cancelled,
+        Some("pre-switchover") => Outgoing::Held,
         _ => Outgoing::Active,
     }
 }

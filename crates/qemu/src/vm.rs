@@ -4,6 +4,7 @@ mod blockers;
 mod device_state;
 mod disks;
 mod memory_backends;
+mod overlays;
 mod process;
 mod ram;
 
@@ -21,6 +22,7 @@ pub use blockers::{Blocker, BlockerKind};
 pub use device_state::DEVICE_STATE_LEN_MAX;
 pub use disks::Disk;
 pub use memory_backends::MemoryBackend;
+pub use overlays::Overlay;
 pub use process::{ProcessInfo, sender};
 pub use ram::RamBlockInfo;
 
@@ -76,6 +78,12 @@ pub enum VmError {
     DeviceState {
         /// What is wrong with it.
         reason: String,
+    },
+    /// What an overlay holds was not written into the image below it.
+    #[error("{overlay} was not merged into the image below it", overlay = overlay.display())]
+    NotMerged {
+        /// The overlay, which the disk still needs.
+        overlay: PathBuf,
     },
     /// QEMU took the order to quit and did not go.
     #[error("QEMU still runs {after:?} after it was told to quit")]

@@ -149,6 +149,22 @@ pub enum SaveError {
     /// The caller stopped it.
     #[error("stopped")]
     Stopped,
+    /// A disk cannot get an overlay.
+    #[error("disk {device:?} cannot be kept with the file: {reason}")]
+    Disk {
+        /// The device.
+        device: String,
+        /// Why.
+        reason: String,
+    },
+    /// The save failed, and a disk has an overlay that it did not have before.
+    #[error("{cause}; and an overlay is left on a disk")]
+    LeftOverlays {
+        /// Why the save failed.
+        cause: Box<SaveError>,
+        /// Why the overlay could not be merged.
+        source: VmError,
+    },
     /// The save failed, and the VM could not be resumed.
     #[error("{cause}; and the VM is left paused")]
     LeftPaused {

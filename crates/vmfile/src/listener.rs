@@ -1,8 +1,12 @@
 //! A Unix socket that senders connect to.
 
+use std::fs::{self, DirBuilder};
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, chown};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
@@ -14,6 +18,8 @@ use crate::source::stream::{Patience, Pulse};
 pub(crate) struct Listener {
     listener: UnixListener,
     path: PathBuf,
+    /// The directory that was made for it.
+    directory: Option<PathBuf>,
 }
 
 impl Listener {
@@ -21,7 +27,33 @@ impl Listener {
     pub(crate) fn bind(path: &Path) -> Result<Listener, ReceiveError> {
         let error = |source| ReceiveError::Listen { path: path.to_path_buf(), source };
         let listener = UnixListener::bind(path).map_err(error)?;
-        Ok(Listener { listener, path: path.to_path_buf() })
+        Ok(Listener { listener, path: path.to_path_buf(), directory: None })
+    }
+
+    /// Listens in a directory of its own, which only this user and the user `uid` can enter.
+    pub(crate) fn bind_for(uid: Option<u32>) -> Result<Listener, ReceiveError> {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        // Short: a socket's path has at most 107 bytes.
+        let name = format!("vmfile-{}-{number}", std::process::id());
+        let directory = std::env::temp_dir().join(name);
+        let error = |source| ReceiveError::Listen { path: directory.clone(), source };
+        // It fails if anything is there, so that nobody can have put it there before.
+        DirBuilder::new().mode(0o700).create(&directory).map_err(error)?;
+        let bound = Listener::bind(&directory.join("stream")).and_then(|mut listener| {
+            listener.directory = Some(directory.clone());
+            if let Some(uid) = uid {
+                hand_over(&listener.path, uid).map_err(error)?;
+                hand_over(&directory, uid).map_err(error)?;
+            }
+            Ok(listener)
+        });
+        bound.inspect_err(|_| drop(fs::remove_dir(&directory)))
+    }
+
+    /// Returns the path of the socket.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
     }
 
     /// Waits for the next connection.
@@ -45,6 +77,14 @@ impl Listener {
 impl Drop for Listener {
     fn drop(&mut self) {
         // Somebody may have removed it already.
-        let _ = std::fs::remove_file(&self.path);
+        let _ = fs::remove_file(&self.path);
+        if let Some(directory) = &self.directory {
+            let _ = fs::remove_dir(directory);
+        }
     }
+}
+
+/// Gives a file to a user, if it is not that user's already.
+fn hand_over(path: &Path, uid: u32) -> io::Result<()> {
+    if uid == rustix::process::geteuid().as_raw() { Ok(()) } else { chown(path, Some(uid), None) }
 }

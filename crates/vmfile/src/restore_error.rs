@@ -53,6 +53,23 @@ pub enum RestoreError {
         /// The options at fault.
         what: Vec<String>,
     },
+    /// The saved command line names no image of a disk that belongs to the file.
+    #[error("the saved command line does not name {image}", image = image.display())]
+    DiskNotNamed {
+        /// The image.
+        image: PathBuf,
+    },
+    /// No overlay could be made on top of an image that belongs to the file.
+    #[error("make an overlay of {image}", image = image.display())]
+    Overlay {
+        /// The image.
+        image: PathBuf,
+        /// What the kernel or `qemu-img` said.
+        source: io::Error,
+    },
+    /// The program that makes overlays is not here.
+    #[error("qemu-img is neither beside QEMU nor in PATH")]
+    NoQemuImg,
     /// A socket that the new QEMU would take over is in use.
     #[error("socket {socket} of the command line is in use", socket = socket.display())]
     SocketInUse {

@@ -7,24 +7,28 @@
 //! Everything that can be refused is refused in `begin`, while the VM runs. From `pause` on, every
 //! exit but the last resumes the VM as it ran and leaves no file.
 
+mod describe;
 mod direct;
+mod disks;
 mod live;
 mod native;
 mod native_file;
 mod stream;
 
-use std::ffi::OsString;
-use std::io;
 use std::num::NonZeroU8;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use vmfile_engine::{Backend, DataFile, DirectIo, Existing, Unpublished, available_space};
-use vmfile_format::manifest::{DiskMeta, VmMeta};
-use vmfile_qemu::{RunState, Vm, VmError};
+use vmfile_format::manifest::VmMeta;
+use vmfile_qemu::{RunState, Vm};
 
+use self::describe::{describe_vm, is_out_of_reach};
 use self::direct::DirectRoute;
+use self::disks::Disks;
+pub use self::disks::SavedDisk;
+pub(crate) use self::disks::overlay_names;
 use self::live::LiveRoute;
 use self::native::NativeRoute;
 use self::stream::StreamRoute;
@@ -36,9 +40,6 @@ use crate::jobs::Jobs;
 
 /// How long QEMU may take to flush its disks and end.
 const QUIT_TIMEOUT: Duration = Duration::from_secs(60);
-
-/// How many threads of QEMU write if nobody says: QEMU's own default (10.0).
-const CHANNELS: NonZeroU8 = NonZeroU8::new(2).expect("2 is not zero");
 
 /// What becomes of the VM once the file is durable.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -87,6 +88,9 @@ pub struct SaveOptions {
     /// Let the guest run while its memory is written; the file holds one moment. A guest that is
     /// paused is saved as it is.
     pub live: Option<Live>,
+    /// Put an overlay on top of every disk that the guest can write, in the same instant: the images
+    /// below stay as they were then, and belong to the file.
+    pub with_disks: bool,
     /// How RAM is taken.
     pub route: Route,
     /// What becomes of the VM.
@@ -97,8 +101,9 @@ pub struct SaveOptions {
     pub io: Backend,
     /// How many threads read, hash and write.
     pub jobs: Jobs,
-    /// How many threads of QEMU write, on the route `native`: QEMU's parameter `multifd-channels`.
-    pub channels: NonZeroU8,
+    /// How many threads of QEMU send or write, by the routes `stream` and `native`: its parameter
+    /// `multifd-channels`. `None`: one stream without channels, or two threads that write.
+    pub channels: Option<NonZeroU8>,
     /// Whether a file of that name may be replaced.
     pub existing: Existing,
 }
@@ -107,12 +112,13 @@ impl Default for SaveOptions {
     fn default() -> SaveOptions {
         SaveOptions {
             live: None,
+            with_disks: false,
             route: Route::default(),
             after: After::default(),
             direct_io: DirectIo::Preferred,
             io: Backend::Auto,
             jobs: Jobs::default(),
-            channels: CHANNELS,
+            channels: None,
             existing: Existing::Refuse,
         }
     }
@@ -143,6 +149,8 @@ pub struct SaveReport {
     pub bytes_written: u64,
     /// Bytes of pages that were written again, because the guest had changed them.
     pub bytes_rewritten: u64,
+    /// The disks that belong to the file, and where the guest writes since.
+    pub disks: Vec<SavedDisk>,
     /// How long the guest stood still, in seconds: to the end of the save, where it did not run on.
     pub pause_seconds: f64,
     /// How long it all took, in seconds.
@@ -185,6 +193,7 @@ struct Save<'a> {
     pause_seconds: f64,
     /// `None` once it was published or given up.
     draft: Option<Draft>,
+    disks: Disks,
     direct_io: String,
     meta: VmMeta,
     written: Written,
@@ -225,6 +234,7 @@ impl Way {
 struct Work<'a> {
     vm: &'a mut Vm,
     draft: &'a Draft,
+    disks: &'a mut Disks,
     options: &'a SaveOptions,
     control: &'a Control<'a>,
     meta: &'a VmMeta,
@@ -287,7 +297,13 @@ impl<'a> Save<'a> {
             let reasons = blockers.iter().map(ToString::to_string).collect();
             return Err(SaveError::Blocked { reasons });
         }
-        let meta = describe_vm(vm, was_running)?;
+        let found = vm.disks()?;
+        let mut meta = describe_vm(vm, was_running, &found)?;
+        let disks = if options.with_disks {
+            Disks::plan(&found, &mut meta, destination)?
+        } else {
+            Disks::default()
+        };
         let draft = Draft::new(unpublished, options.direct_io)?;
         let taken = match options.live.filter(|_| was_running) {
             Some(live) => live_way(vm, options.route, live)?,
@@ -304,6 +320,7 @@ impl<'a> Save<'a> {
             pause_seconds: 0.0,
             direct_io: taken.way.direct_io(&draft),
             draft: Some(draft),
+            disks,
             meta,
             written: Written::default(),
         };
@@ -314,10 +331,12 @@ impl<'a> Save<'a> {
     fn write(&mut self, taken: &Taken) -> Result<(), SaveError> {
         if !matches!(taken.way, Way::Live(_)) {
             self.pause()?;
+            self.disks.freeze(self.vm)?;
         }
         let mut work = Work {
             vm: &mut *self.vm,
             draft: self.draft.as_ref().expect("published once"),
+            disks: &mut self.disks,
             options: self.options,
             control: self.control,
             meta: &self.meta,
@@ -363,12 +382,16 @@ impl<'a> Save<'a> {
     /// Resumes the VM if it ran, drops the file, and returns the error to report.
     fn give_up(&mut self, error: SaveError) -> SaveError {
         self.draft = None;
-        if self.paused_at.take().is_none() || !self.was_running {
-            return error;
-        }
-        match self.vm.cont() {
+        let error = match self.paused_at.take().filter(|_| self.was_running) {
+            None => error,
+            Some(_) => match self.vm.cont() {
+                Ok(()) => error,
+                Err(source) => SaveError::LeftPaused { cause: Box::new(error), source },
+            },
+        };
+        match self.disks.thaw(self.vm) {
             Ok(()) => error,
-            Err(source) => SaveError::LeftPaused { cause: Box::new(error), source },
+            Err(source) => SaveError::LeftOverlays { cause: Box::new(error), source },
         }
     }
 
@@ -386,6 +409,7 @@ impl<'a> Save<'a> {
             pages_zero: written.pages_total - written.pages_data,
             bytes_written: written.bytes_written,
             bytes_rewritten: written.bytes_rewritten,
+            disks: self.disks.saved(&self.meta),
             pause_seconds: self.pause_seconds,
             total_seconds: self.started.elapsed().as_secs_f64(),
         }
@@ -408,7 +432,7 @@ fn live_way(vm: &mut Vm, route: Route, live: Live) -> Result<Taken, SaveError> {
 fn choose(vm: &mut Vm, options: &SaveOptions, draft: &Draft) -> Result<Taken, SaveError> {
     let route = options.route;
     let stream = |vm: &mut Vm, reason: String| {
-        Ok(Taken { way: Way::Stream(StreamRoute::prepare(vm)?), reason })
+        Ok(Taken { way: Way::Stream(StreamRoute::prepare(vm, options)?), reason })
     };
     if route == Route::Stream {
         return stream(vm, "asked for".to_owned());
@@ -456,46 +480,4 @@ fn keeps_out(error: &SaveError) -> bool {
         SaveError::Vm(error) => is_out_of_reach(error),
         _ => false,
     }
-}
-
-fn describe_vm(vm: &mut Vm, was_running: bool) -> Result<VmMeta, SaveError> {
-    let process = match vm.process() {
-        Ok(process) => Some(process),
-        // The file then has no command line, and a restore asks for one.
-        Err(error) if is_out_of_reach(&error) => None,
-        Err(error) => return Err(error.into()),
-    };
-    let text = |path: &Path| path.to_string_lossy().into_owned();
-    let disks = vm.disks()?.into_iter().map(|disk| DiskMeta {
-        device: disk.device,
-        path: disk.file,
-        format: disk.format,
-        read_only: disk.read_only,
-    });
-    Ok(VmMeta {
-        disks: disks.collect(),
-        name: vm.name()?,
-        uuid: vm.uuid()?,
-        machine: vm.machine_type()?,
-        qemu_version: Some(vm.version()?.to_string()),
-        run_state: if was_running { "running" } else { "paused" }.to_owned(),
-        executable: process.as_ref().map(|process| text(&process.executable)),
-        command_line: process.as_ref().map_or(Ok(Vec::new()), |p| texts(&p.arguments))?,
-        working_directory: process.as_ref().map(|process| text(&process.working_directory)),
-    })
-}
-
-/// Whether QEMU's process cannot be found or looked at, which leaves its monitor.
-fn is_out_of_reach(error: &VmError) -> bool {
-    match error {
-        VmError::ProcessUnknown { .. } => true,
-        VmError::System { source, .. } => source.kind() == io::ErrorKind::PermissionDenied,
-        _ => false,
-    }
-}
-
-/// Returns the command line as the manifest holds it.
-fn texts(arguments: &[OsString]) -> Result<Vec<String>, SaveError> {
-    let text = |argument: &OsString| argument.to_str().map(str::to_owned);
-    arguments.iter().map(text).collect::<Option<_>>().ok_or(SaveError::CommandLine)
 }

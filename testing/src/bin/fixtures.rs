@@ -2,11 +2,12 @@
 //!
 //! Run by `cargo run -p vmfile-testing --bin fixtures`. Each file is a list of pieces: big-endian
 //! 64-bit offset and length, then the bytes. A piece of offset 2^64 - 1 comes first; its bytes are a
-//! text that says which QEMU wrote the file, and how.
+//! text that says which QEMU wrote the file, and how. A golden stream is recorded in the same way.
 
 #![expect(clippy::print_stdout, reason = "a program, not a library")]
 
 use std::fs::{self, File};
+use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::thread;
@@ -14,7 +15,8 @@ use std::time::Duration;
 
 use serde_json::json;
 use vmfile::Snapshot;
-use vmfile_testing::{Guest, Machine, Qemu, Ram, TestResult};
+use vmfile_format::stream::decoder::{Event, StreamDecoder};
+use vmfile_testing::{Guest, Machine, Qemu, Ram, Release, TestResult};
 
 fn main() -> TestResult {
     let qemu = Qemu::find().map_err(|missing| format!("{missing:?}"))?;
@@ -22,14 +24,59 @@ fn main() -> TestResult {
         for multifd in [false, true] {
             let way = if multifd { "multifd" } else { "plain" };
             let name = format!("qemu-{}-{name}-{way}.pieces", qemu.version());
-            let bytes = record(&qemu, machine, multifd)?;
-            let path = Path::new(env!("CARGO_MANIFEST_DIR"));
-            let path = path.join("../crates/format/tests/golden").join(name);
-            fs::write(&path, bytes)?;
-            println!("{}", path.display());
+            keep(&name, &record(&qemu, machine, multifd)?)?;
         }
     }
+    for release in [Release::Oldest, Release::Distribution, Release::Newest] {
+        let qemu = Qemu::of(release).map_err(|missing| format!("{missing:?}"))?;
+        let name = format!("qemu-{}-pc-stream.pieces", qemu.version());
+        keep(&name, &record_stream(&qemu)?)?;
+    }
     Ok(())
+}
+
+fn keep(name: &str, bytes: &[u8]) -> TestResult {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let path = path.join("../crates/format/tests/golden").join(name);
+    fs::write(&path, bytes)?;
+    println!("{}", path.display());
+    Ok(())
+}
+
+/// Records a stream without its pages; the head of each page is kept.
+fn record_stream(qemu: &Qemu) -> TestResult<Vec<u8>> {
+    let mut guest = Guest::boot_sector(Ram::private(16)).boot(qemu)?;
+    guest.wait_for_count(1)?;
+    guest.stop()?;
+    let path = guest.directory().join("golden.stream");
+    guest.qmp("migrate", json!({ "uri": format!("exec:cat > '{}'", path.display()) }))?;
+    while guest.qmp("query-migrate", json!({}))?["status"] != "completed" {
+        thread::sleep(Duration::from_millis(10));
+    }
+    let stream = fs::read(&path)?;
+    let mut decoder = StreamDecoder::new();
+    let (mut taken, mut kept_from) = (0, 0);
+    let mut ranges: Vec<Range<usize>> = Vec::new();
+    loop {
+        let step = decoder.next(&stream[taken..])?;
+        taken += step.consumed;
+        match step.event {
+            None => break,
+            Some(Event::Page { data, .. }) => {
+                ranges.push(kept_from..taken - data.len());
+                kept_from = taken;
+            }
+            Some(_) => {}
+        }
+    }
+    decoder.finish()?;
+    ranges.push(kept_from..stream.len());
+    let words = format!("QEMU {}, stream, 16 MiB", qemu.version());
+    let mut bytes = piece(u64::MAX, words.as_bytes());
+    for range in ranges.into_iter().filter(|range| !range.is_empty()) {
+        bytes.extend(piece(range.start as u64, &stream[range]));
+    }
+    Ok(bytes)
 }
 
 fn record(qemu: &Qemu, machine: Machine, multifd: bool) -> TestResult<Vec<u8>> {

@@ -31,6 +31,7 @@ pub struct GuestConfig {
     pub(crate) node_sizes_mib: Vec<u64>,
     pub(crate) dimm_sizes_mib: Vec<u64>,
     pub(crate) disk_mib: Option<u64>,
+    pub(crate) one_moment: bool,
     pub(crate) virtio: bool,
     pub(crate) more_arguments: Vec<OsString>,
     pub(crate) files: Arc<TempDir>,
@@ -109,6 +110,7 @@ impl GuestConfig {
             node_sizes_mib: Vec::new(),
             dimm_sizes_mib: Vec::new(),
             disk_mib: None,
+            one_moment: false,
             virtio: false,
             more_arguments: Vec::new(),
             files: Arc::new(files.expect("a temporary directory")),
@@ -203,6 +205,13 @@ impl GuestConfig {
     #[must_use]
     pub fn disk(mut self, size_mib: u64) -> GuestConfig {
         self.disk_mib = Some(size_mib);
+        self
+    }
+
+    /// Lets the Linux guest see to it that its disk is of no later moment than its memory.
+    #[must_use]
+    pub fn one_moment(mut self) -> GuestConfig {
+        self.one_moment = true;
         self
     }
 

@@ -34,6 +34,9 @@ pub(crate) fn save(report: &SaveReport) -> String {
         let again = size::bytes(report.bytes_rewritten);
         line(&mut text, "live", &format!("{method}, {again} written again"));
     }
+    for disk in &report.disks {
+        line(&mut text, "disk", &format!("{} stays, {} goes on", disk.image, disk.overlay));
+    }
     line(&mut text, "engine", &format!("{}, direct I/O: {}", report.io, report.direct_io));
     text
 }
@@ -87,6 +90,10 @@ pub(crate) fn restore(report: &RestoreReport) -> String {
         let direct_io = report.direct_io.as_deref().unwrap_or("no");
         let read = format!("{}, direct I/O: {direct_io}", size::bytes(report.bytes_read));
         line(&mut text, "read", &read);
+    }
+    for disk in &report.disks {
+        let (image, overlay) = (disk.image.display(), disk.overlay.display());
+        line(&mut text, "disk", &format!("{overlay} on top of {image}"));
     }
     let took = format!(
         "QEMU started in {}, guest resumed {} later",

@@ -70,8 +70,14 @@ pub struct DiskMeta {
     pub path: String,
     /// `qcow2`, `raw`, ...
     pub format: String,
+    /// The images below it, nearest first.
+    #[serde(default)]
+    pub backing_files: Vec<String>,
     /// Whether the VM may not write to it.
     pub read_only: bool,
+    /// The image on top of it that the VM went on with: this one has belonged to the file since.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub overlay: Option<String>,
 }
 
 /// A RAM block and its page hashes.

@@ -10,6 +10,7 @@
 //! the device state. `stream`: all of it comes that way, which any QEMU takes.
 
 mod compare;
+mod disks;
 mod prepare;
 mod ram;
 mod stream;
@@ -22,6 +23,7 @@ use vmfile_engine::{Backend, DirectIo};
 use vmfile_qemu::{LaunchedQemu, Vm};
 
 use self::compare::compare;
+pub use self::disks::RestoredDisk;
 use self::prepare::prepare;
 use self::ram::bring;
 use crate::control::Control;
@@ -98,6 +100,8 @@ pub struct RestoreReport {
     pub mode_reason: String,
     /// Whether the guest runs now.
     pub running: bool,
+    /// The disks whose images belong to the file, and where the guest writes.
+    pub disks: Vec<RestoredDisk>,
     /// Whether `load` or `stream` used direct I/O; if not, why.
     pub direct_io: Option<String>,
     /// Bytes of pages that `load` or `stream` read from the file.
@@ -149,6 +153,7 @@ pub fn restore(
         mode: brought.mode.name(),
         mode_reason: brought.reason,
         running,
+        disks: prepared.overlays.keep(),
         direct_io: (brought.bytes_read > 0).then_some(brought.direct_io),
         bytes_read: brought.bytes_read,
         qemu_start_seconds: prepared.start_seconds,

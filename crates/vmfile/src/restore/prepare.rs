@@ -10,6 +10,7 @@ use vmfile_qemu::{
     program_version,
 };
 
+use super::disks::{NewOverlays, choose_images};
 use super::{Destination, Mode, RestoreOptions};
 use crate::restore_error::{Mismatch, RestoreError};
 use crate::snapshot::Snapshot;
@@ -29,6 +30,8 @@ pub(super) struct Prepared {
     pub(super) may_stream: bool,
     /// Names of the blocks that are mapped from the file.
     pub(super) mapped: Vec<String>,
+    /// The images that were made for it.
+    pub(super) overlays: NewOverlays,
     pub(super) qmp: Option<PathBuf>,
     pub(super) start_seconds: f64,
 }
@@ -100,7 +103,8 @@ pub(super) fn prepare(
     destination: Destination,
     options: &RestoreOptions,
 ) -> Result<Prepared, RestoreError> {
-    let (executable, command_line, directory) = match destination {
+    let is_saved = matches!(destination, Destination::Saved);
+    let (executable, mut command_line, directory) = match destination {
         Destination::Waiting(vm) => return prepare_waiting(vm, options),
         Destination::Command(mut words) => {
             if words.is_empty() {
@@ -130,6 +134,7 @@ pub(super) fn prepare(
     let version = program_version(&executable)?;
     compare_memory_size(snapshot, &command_line)?;
     let (mapped, mode, reason) = choose(snapshot, &command_line, version, options.mode)?;
+    let overlays = choose_images(snapshot, &mut command_line, (&executable, here), is_saved)?;
     let file = snapshot.file().try_clone().map_err(RestoreError::File)?;
     let inherited = OwnedFd::from(file);
     // The descriptor of the file that was checked: what lies under the name later does not matter.
@@ -160,6 +165,7 @@ pub(super) fn prepare(
         reason,
         may_stream: options.mode == Mode::Auto,
         mapped: names,
+        overlays,
         qmp,
         start_seconds,
     })
@@ -185,6 +191,7 @@ fn prepare_waiting(mut vm: Vm, options: &RestoreOptions) -> Result<Prepared, Res
         reason: reason.to_owned(),
         may_stream: options.mode == Mode::Auto,
         mapped: Vec::new(),
+        overlays: NewOverlays::default(),
         qmp: None,
         start_seconds: 0.0,
     })

@@ -4,13 +4,18 @@
 //! sends every page once, as it was then. Where that cannot be, `pre-copy`: pages that the guest
 //! changes are sent again, until few are left; the guest stands still while those are sent.
 
+//!
+//! The disks of that moment are frozen while the guest stands still: before the one, when vmfile
+//! stops it, and at the end of the other, when QEMU waits with it (`pause-before-switchover`).
+
 use std::os::unix::net::UnixStream;
+use std::thread;
 use std::time::{Duration, Instant};
 
-use vmfile_qemu::{RunState, StreamSettings, Vm, VmError};
+use vmfile_qemu::{Outgoing, RunState, StreamSettings, Vm, VmError};
 
 use super::stream::{sent, why_not, written};
-use super::{Live, LiveDone, Work, Written};
+use super::{Disks, Live, LiveDone, Work, Written};
 use crate::draft::Facts;
 use crate::error::SaveError;
 use crate::receive::ReceiveError;
@@ -19,6 +24,12 @@ use crate::stream_receiver::{Received, StreamReceiver};
 
 /// How long QEMU may be silent: longer than any look at all of a large guest's memory.
 const STALL_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// How often QEMU is asked how far it is: a guest that stands still waits for the answer.
+const POLL_INTERVAL: Duration = Duration::from_millis(2);
+
+/// How long QEMU may take to stop when it is told to.
+const CANCEL_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A VM that can send itself while its guest runs, and the settings it had.
 #[derive(Debug)]
@@ -45,7 +56,7 @@ impl LiveRoute {
 
     /// Lets QEMU send the guest, writes what comes, and then what belongs around it.
     pub(super) fn write(&self, work: &mut Work<'_>) -> Result<Written, SaveError> {
-        let (method, ours) = self.choose(work.vm)?;
+        let (method, ours) = self.choose(work.vm, !work.disks.is_empty())?;
         let received = self.receive(work, &method);
         let runs = let_run(work.vm);
         let put_back = work.vm.change_stream_settings(&ours, &self.before);
@@ -77,7 +88,7 @@ impl LiveRoute {
     }
 
     /// Chooses how, by trying: QEMU refuses the capability where the memory does not allow it.
-    fn choose(&self, vm: &mut Vm) -> Result<(Method, StreamSettings), SaveError> {
+    fn choose(&self, vm: &mut Vm, hold: bool) -> Result<(Method, StreamSettings), SaveError> {
         let reason = match self.before.background_snapshot() {
             None => "this QEMU has no background-snapshot".to_owned(),
             Some(ours) => match vm.change_stream_settings(&self.before, &ours) {
@@ -86,7 +97,7 @@ impl LiveRoute {
                 Err(error) => return Err(error.into()),
             },
         };
-        let ours = self.before.pre_copy(self.live.pause_max);
+        let ours = self.before.pre_copy(self.live.pause_max, hold);
         vm.change_stream_settings(&self.before, &ours)?;
         Ok((Method::PreCopy { reason }, ours))
     }
@@ -95,6 +106,11 @@ impl LiveRoute {
         let (ours, theirs) = UnixStream::pair().map_err(SaveError::Socket)?;
         // From here on only the pause of this save is among the events.
         let _ = work.vm.pause_seen();
+        let stands = *method == Method::BackgroundSnapshot && !work.disks.is_empty();
+        if stands {
+            work.vm.stop()?;
+            work.disks.freeze(work.vm)?;
+        }
         work.vm.send_stream(theirs.into())?;
         let patience = Patience {
             control: work.control,
@@ -102,19 +118,75 @@ impl LiveRoute {
             deadline: Some(Instant::now() + self.live.timeout),
         };
         let receiver = StreamReceiver { draft: work.draft, io: work.options.io, patience };
-        let vm = &mut *work.vm;
-        let at_end = || {
-            sent(vm)?;
-            // The file will have all of it: the guest need not wait for the disk.
-            if matches!(method, Method::PreCopy { .. }) { Ok(vm.cont()?) } else { Ok(()) }
-        };
-        receiver.run(ours.into(), at_end).map_err(|error| match error {
+        let mut watch = Watch { vm: &mut *work.vm, disks: &mut *work.disks, method, stands };
+        let (received, watched) = thread::scope(|scope| {
+            let receiving = scope.spawn(|| receiver.run(ours.into(), || Ok::<_, SaveError>(())));
+            let watched = watch.until(|| receiving.is_finished());
+            if watched.is_err() {
+                // Its stream ends then, and with it the receiving.
+                let _ = watch.vm.cancel_sending(CANCEL_TIMEOUT);
+            }
+            (receiving.join().expect("no panic"), watched)
+        });
+        if !watched? && received.is_ok() {
+            // Nothing was missing, and yet QEMU does not say that it sent all.
+            sent(work.vm)?;
+        }
+        received.map_err(|error| match error {
             SaveError::Receive(ReceiveError::TimedOut { .. }) => {
                 let timeout = self.live.timeout;
                 why_not(work.vm, SaveError::NotConverged { timeout })
             }
             error => why_not(work.vm, error),
         })
+    }
+}
+
+/// What must be done with QEMU while it sends.
+struct Watch<'a> {
+    vm: &'a mut Vm,
+    disks: &'a mut Disks,
+    method: &'a Method,
+    /// The guest was stopped, and waits until its memory is write-protected.
+    stands: bool,
+}
+
+impl Watch<'_> {
+    /// Does it until QEMU has sent all, or `is_finished` says that nobody receives any more; returns
+    /// whether all was sent.
+    fn until(&mut self, is_finished: impl Fn() -> bool) -> Result<bool, SaveError> {
+        loop {
+            // Asked before QEMU is: whoever has received all leaves QEMU at its end.
+            let finished = is_finished();
+            let (outgoing, ram) = self.vm.outgoing_ram()?;
+            match outgoing {
+                Outgoing::Active if self.stands && ram.is_some_and(|ram| ram.pages > 0) => {
+                    // QEMU sends pages once they are protected. It then sets the state in which it
+                    // found the guest (10.0), which must not come after `cont`.
+                    self.vm.run_state()?;
+                    self.vm.cont()?;
+                    self.stands = false;
+                }
+                Outgoing::Held if !finished => {
+                    self.disks.freeze(self.vm)?;
+                    self.vm.switch_over()?;
+                }
+                Outgoing::Active if !finished => {}
+                Outgoing::Completed => return self.completed(),
+                // Whoever has received all is ahead of QEMU, which is to say so.
+                Outgoing::Active if sent(self.vm).is_ok() => return self.completed(),
+                _ => return Ok(false),
+            }
+            thread::sleep(POLL_INTERVAL);
+        }
+    }
+
+    /// The file will have all of it: the guest need not wait for the disk.
+    fn completed(&mut self) -> Result<bool, SaveError> {
+        if self.stands || *self.method != Method::BackgroundSnapshot {
+            self.vm.cont()?;
+        }
+        Ok(true)
     }
 }
 

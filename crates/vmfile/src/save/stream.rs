@@ -3,14 +3,19 @@
 //! It needs no right but the monitor's, and every QEMU has it. QEMU's capabilities and parameters are
 //! changed for it and put back as they were.
 
+use std::fs;
+use std::num::NonZeroU8;
+use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use vmfile_qemu::{Outgoing, StreamSettings, Vm};
 
-use super::{Work, Written};
+use super::{SaveOptions, Work, Written};
 use crate::draft::Facts;
 use crate::error::SaveError;
+use crate::listener::Listener;
+use crate::multifd::{CHANNELS_MAX, ChannelsError, Connections};
 use crate::receive::ReceiveError;
 use crate::source::stream::Patience;
 use crate::stream_receiver::{Received, StreamReceiver};
@@ -25,19 +30,29 @@ const END_TIMEOUT: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub(super) struct StreamRoute {
     before: StreamSettings,
+    /// How many connections beside the stream pages go by.
+    channels: Option<NonZeroU8>,
 }
 
 impl StreamRoute {
     /// Asks for the settings, which must be put back.
-    pub(super) fn prepare(vm: &mut Vm) -> Result<StreamRoute, SaveError> {
-        Ok(StreamRoute { before: vm.stream_settings()? })
+    pub(super) fn prepare(vm: &mut Vm, options: &SaveOptions) -> Result<StreamRoute, SaveError> {
+        let channels = options.channels;
+        let found = channels.map_or(0, |channels| channels.get().into());
+        if found > CHANNELS_MAX {
+            return Err(ReceiveError::from(ChannelsError::TooMany { found }).into());
+        }
+        Ok(StreamRoute { before: vm.stream_settings()?, channels })
     }
 
     /// Lets QEMU send the paused VM, writes what comes, and then what belongs around it.
     pub(super) fn write(&self, work: &mut Work<'_>) -> Result<Written, SaveError> {
-        let ours = self.before.plain();
+        let ours = match self.channels {
+            None => self.before.plain(),
+            Some(channels) => self.before.multifd(channels),
+        };
         let changed = work.vm.change_stream_settings(&self.before, &ours);
-        let received = changed.map_err(SaveError::from).and_then(|()| receive(work));
+        let received = changed.map_err(SaveError::from).and_then(|()| receive(work, self.channels));
         // What was changed before something failed is put back, too.
         let put_back = work.vm.change_stream_settings(&ours, &self.before);
         let mut received = received?;
@@ -58,13 +73,30 @@ impl StreamRoute {
 }
 
 /// Receives the VM; whatever comes of it, QEMU is not sending any more.
-fn receive(work: &mut Work<'_>) -> Result<Received, SaveError> {
-    let (ours, theirs) = UnixStream::pair().map_err(SaveError::Socket)?;
-    work.vm.send_stream(theirs.into())?;
+fn receive(work: &mut Work<'_>, channels: Option<NonZeroU8>) -> Result<Received, SaveError> {
     let patience = Patience { control: work.control, stall: Some(STALL_TIMEOUT), deadline: None };
+    let connections = match channels {
+        None => {
+            let (ours, theirs) = UnixStream::pair().map_err(SaveError::Socket)?;
+            work.vm.send_stream(theirs.into())?;
+            ours.into()
+        }
+        Some(channels) => {
+            let listener = Listener::bind_for(user_of(work.vm))?;
+            work.vm.send_to_socket(listener.path())?;
+            let accepted = Connections::accept(listener, channels.get().into(), &patience);
+            accepted.map_err(|error| why_not(work.vm, error.into()))?
+        }
+    };
     let receiver = StreamReceiver { draft: work.draft, io: work.options.io, patience };
     let vm = &mut *work.vm;
-    receiver.run(ours.into(), || sent(vm)).map_err(|error| why_not(work.vm, error))
+    receiver.run(connections, || sent(vm)).map_err(|error| why_not(work.vm, error))
+}
+
+/// Returns the user as whom QEMU runs, as far as that is known.
+fn user_of(vm: &mut Vm) -> Option<u32> {
+    let pid = vm.pid().ok()?;
+    Some(fs::metadata(format!("/proc/{pid}")).ok()?.uid())
 }
 
 /// Returns what a route says that received the VM by its stream.
@@ -95,7 +127,9 @@ pub(super) fn why_not(vm: &mut Vm, error: SaveError) -> SaveError {
     }
     // A QEMU that fails on its own meanwhile has stopped sending as well.
     match vm.cancel_sending(END_TIMEOUT) {
-        Ok(Outgoing::Active) => SaveError::Migration { reason: "it does not stop".to_owned() },
+        Ok(Outgoing::Active | Outgoing::Held) => {
+            SaveError::Migration { reason: "it does not stop".to_owned() }
+        }
         _ => error,
     }
 }

@@ -19,14 +19,16 @@ const READ_BACK: u64 = 8;
 #[derive(Debug)]
 pub(crate) struct Disk {
     file: rustix::fd::OwnedFd,
+    /// Whether the disk must be of the same moment as the memory.
+    moment: bool,
     /// Two blocks, so that one lies at an aligned address.
     buffer: Vec<u8>,
 }
 
 impl Disk {
-    pub(crate) fn open(path: &str) -> io::Result<Disk> {
+    pub(crate) fn open(path: &str, moment: bool) -> io::Result<Disk> {
         let file = open(path, OFlags::RDWR | OFlags::DIRECT | OFlags::DSYNC, Mode::empty())?;
-        Ok(Disk { file, buffer: vec![0; 2 * BLOCK_SIZE] })
+        Ok(Disk { file, moment, buffer: vec![0; 2 * BLOCK_SIZE] })
     }
 
     /// Reads what the last passes wrote, writes this pass' block, and says `ok` or what is wrong.
@@ -37,6 +39,12 @@ impl Disk {
             pread(&self.file, &mut *block, file_offset(earlier))?;
             if block != contents(earlier) {
                 return Ok(format!("CORRUPT: block of pass {earlier}"));
+            }
+        }
+        if self.moment {
+            pread(&self.file, &mut *block, file_offset(pass))?;
+            if block == contents(pass) {
+                return Ok(format!("CORRUPT: block of pass {pass} is there before the pass"));
             }
         }
         block.copy_from_slice(&contents(pass));

@@ -11,8 +11,9 @@
 //! ```
 //!
 //! The kernel's command line chooses: `vmfile.seed=N`, `vmfile.fill=MIB`, `vmfile.data=N` (pages
-//! with random words, of 256), `vmfile.busy=1` (do not rest) and `vmfile.disk=1` (write a block of
-//! `/dev/vda` in every pass, and read the last ones back).
+//! with random words, of 256), `vmfile.busy=1` (do not rest), `vmfile.disk=1` (write a block of
+//! `/dev/vda` in every pass, and read the last ones back) and `vmfile.moment=1` (see to it that nobody
+//! has written this pass' block before: a disk of a later moment than the memory).
 
 mod console;
 mod disk;
@@ -55,7 +56,7 @@ fn run() -> Result<(), Box<dyn Error>> {
         console.line(&line)?;
     }
 
-    let mut disk = if options.disk { Some(Disk::open("/dev/vda")?) } else { None };
+    let mut disk = if options.disk { Some(Disk::open("/dev/vda", options.moment)?) } else { None };
     let mut memory = Memory::filled(options.fill_mib, options.seed, options.data_share)?;
     console.line(&format!("filled {} MiB", options.fill_mib))?;
     for count in 1_u64.. {

@@ -11,6 +11,7 @@ pub(crate) struct Options {
     pub(crate) data_share: u64,
     pub(crate) busy: bool,
     pub(crate) disk: bool,
+    pub(crate) moment: bool,
 }
 
 impl Options {
@@ -21,8 +22,14 @@ impl Options {
     /// Parses a command line. A parameter that begins with `vmfile.` and is not known is an error:
     /// a typing mistake in a test must not quietly test something else.
     fn parse(command_line: &str) -> Result<Options, Box<dyn Error>> {
-        let mut options =
-            Options { seed: 1, fill_mib: 16, data_share: 128, busy: false, disk: false };
+        let mut options = Options {
+            seed: 1,
+            fill_mib: 16,
+            data_share: 128,
+            busy: false,
+            disk: false,
+            moment: false,
+        };
         for word in command_line.split_ascii_whitespace() {
             let Some(parameter) = word.strip_prefix("vmfile.") else { continue };
             let (name, value) = parameter.split_once('=').unwrap_or((parameter, "1"));
@@ -32,6 +39,7 @@ impl Options {
                 "data" => options.data_share = value.parse()?,
                 "busy" => options.busy = value == "1",
                 "disk" => options.disk = value == "1",
+                "moment" => options.moment = value == "1",
                 _ => return Err(format!("unknown parameter {word}").into()),
             }
         }
@@ -46,10 +54,10 @@ mod tests {
     #[test]
     fn parameters_of_others_are_left_alone() {
         let options = Options::parse("console=ttyS0 vmfile.fill=700 quiet vmfile.busy=1").unwrap();
-        assert_eq!(
-            options,
-            Options { seed: 1, fill_mib: 700, data_share: 128, busy: true, disk: false }
-        );
+        let (disk, moment) = (false, false);
+        let expected =
+            Options { seed: 1, fill_mib: 700, data_share: 128, busy: true, disk, moment };
+        assert_eq!(options, expected);
     }
 
     #[test]

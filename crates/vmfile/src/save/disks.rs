@@ -1,0 +1,154 @@
+//! The disks of the saved moment: the images stay as they are, and the guest writes to overlays.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::Serialize;
+use vmfile_format::manifest::VmMeta;
+use vmfile_qemu::{Disk, Overlay, Vm, VmError};
+
+use crate::error::SaveError;
+
+/// How long a merge may take: an overlay of a save that failed holds what the guest wrote meanwhile.
+const MERGE_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// The formats of images that are known to bear an overlay.
+const FORMATS: [&str; 2] = ["qcow2", "raw"];
+
+/// A disk that belongs to a file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct SavedDisk {
+    /// The device or node.
+    pub device: String,
+    /// The image, which stays as it was at that moment.
+    pub image: String,
+    /// The image on top of it, to which the guest writes since.
+    pub overlay: String,
+}
+
+/// The overlays of a save.
+#[derive(Debug, Default)]
+pub(super) struct Disks {
+    overlays: Vec<Overlay>,
+    is_frozen: bool,
+}
+
+impl Disks {
+    /// Finds a place for the overlay of every disk that the guest can write, and notes it in `meta`.
+    pub(super) fn plan(
+        found: &[Disk],
+        meta: &mut VmMeta,
+        destination: &Path,
+    ) -> Result<Disks, SaveError> {
+        let stem = destination.file_stem().unwrap_or(OsStr::new("vm"));
+        let mut overlays: Vec<Overlay> = Vec::new();
+        for (disk, noted) in found.iter().zip(&mut meta.disks) {
+            if disk.read_only {
+                continue;
+            }
+            let refuse = |reason: String| SaveError::Disk { device: disk.device.clone(), reason };
+            let node = disk.node.as_ref().ok_or_else(|| refuse("it has no node".to_owned()))?;
+            let image = image_of(disk, meta.working_directory.as_deref()).map_err(refuse)?;
+            let is_free = |file: &Path| {
+                !file.exists() && overlays.iter().all(|overlay| overlay.file() != file)
+            };
+            let file = overlay_names(&image, stem).find(|file| is_free(file));
+            let file = file.expect("there are more names than files");
+            let text = |path: &Path| {
+                let text = path.to_str().map(str::to_owned);
+                text.ok_or_else(|| refuse("its path is not UTF-8".to_owned()))
+            };
+            noted.path = text(&image)?;
+            noted.overlay = Some(text(&file)?);
+            overlays.push(Overlay::new(node, &file));
+        }
+        Ok(Disks { overlays, is_frozen: false })
+    }
+
+    /// Whether there is anything to freeze.
+    pub(super) fn is_empty(&self) -> bool {
+        self.overlays.is_empty()
+    }
+
+    /// Leaves the images as they are from now on; the guest must stand still.
+    pub(super) fn freeze(&mut self, vm: &mut Vm) -> Result<(), VmError> {
+        if !self.overlays.is_empty() {
+            vm.take_overlays(&self.overlays)?;
+            self.is_frozen = true;
+        }
+        Ok(())
+    }
+
+    /// Makes the disks what they were, after a save that failed.
+    pub(super) fn thaw(&mut self, vm: &mut Vm) -> Result<(), VmError> {
+        if !std::mem::take(&mut self.is_frozen) {
+            return Ok(());
+        }
+        let mut result = Ok(());
+        for overlay in &self.overlays {
+            match vm.merge_overlay(overlay, MERGE_TIMEOUT) {
+                // QEMU has closed it, and all it held is in the image below.
+                Ok(()) => drop(fs::remove_file(overlay.file())),
+                Err(error) => result = Err(error),
+            }
+        }
+        result
+    }
+
+    /// Returns the disks that belong to the file.
+    pub(super) fn saved(&self, meta: &VmMeta) -> Vec<SavedDisk> {
+        let saved = |disk: &vmfile_format::manifest::DiskMeta| {
+            let (device, image) = (disk.device.clone(), disk.path.clone());
+            Some(SavedDisk { device, image, overlay: disk.overlay.clone()? })
+        };
+        meta.disks.iter().filter_map(saved).collect()
+    }
+}
+
+/// Returns the path of a disk's image, or why it cannot have an overlay.
+fn image_of(disk: &Disk, directory: Option<&str>) -> Result<PathBuf, String> {
+    if !FORMATS.contains(&disk.format.as_str()) {
+        return Err(format!("its format is {:?}, expected qcow2 or raw", disk.format));
+    }
+    let image = Path::new(&disk.file);
+    // QEMU writes the image's name as it knows it into the overlay, where a name with a directory
+    // refers to the overlay's own directory (10.0).
+    if image.is_relative() && image.parent() != Some(Path::new("")) {
+        return Err(format!("its path {:?} is relative: name it by an absolute path", disk.file));
+    }
+    let image = directory.map_or(image.to_path_buf(), |directory| Path::new(directory).join(image));
+    match fs::metadata(&image) {
+        Ok(metadata) if metadata.is_file() => Ok(image),
+        Ok(_) => Err(format!("{} is not a regular file", image.display())),
+        Err(error) => Err(format!("{}: {error}", image.display())),
+    }
+}
+
+/// Returns names for overlays beside `image`: `disk.vm.qcow2`, `disk.vm-2.qcow2`, ...
+pub(crate) fn overlay_names(image: &Path, stem: &OsStr) -> impl Iterator<Item = PathBuf> {
+    let mut begin = image.file_stem().unwrap_or_default().to_owned();
+    begin.push(".");
+    begin.push(stem);
+    (1_u64..).map(move |number| {
+        let mut name = begin.clone();
+        if number > 1 {
+            name.push(format!("-{number}"));
+        }
+        name.push(".qcow2");
+        image.with_file_name(name)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_overlay_lies_beside_its_image_and_is_named_after_both() {
+        let mut names = overlay_names(Path::new("/srv/web.qcow2"), OsStr::new("monday"));
+        assert_eq!(names.next().unwrap(), Path::new("/srv/web.monday.qcow2"));
+        assert_eq!(names.next().unwrap(), Path::new("/srv/web.monday-2.qcow2"));
+    }
+}

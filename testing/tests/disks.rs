@@ -1,0 +1,258 @@
+//! `save --with-disks`: memory and disks of one moment, which stay while the VM goes on.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use serde_json::json;
+use vmfile::error::SaveError;
+use vmfile::restore::{Destination, Mode, RestoreOptions};
+use vmfile::save::{After, Live, Route, SaveOptions};
+use vmfile::{Control, Progress, Snapshot, Vm};
+use vmfile_testing::verbs::{check_is_clean, restore, save_with};
+use vmfile_testing::{Guest, GuestConfig, Qemu, Ram, Release, TestResult, requires};
+
+/// A guest that writes to its disk in every pass, and says so if the disk is of another moment.
+fn config(ram: Ram) -> GuestConfig {
+    Guest::linux(ram).vcpus(2).disk(16).one_moment()
+}
+
+fn with_disks(route: Route) -> SaveOptions {
+    SaveOptions { route, with_disks: true, after: After::Resume, ..SaveOptions::default() }
+}
+
+fn live() -> SaveOptions {
+    let live = Some(Live { pause_max: Duration::from_secs(2), ..Live::default() });
+    SaveOptions { live, ..with_disks(Route::Auto) }
+}
+
+/// The images beside the guest's disk, the disk itself among them, by name.
+fn images(config: &GuestConfig) -> TestResult<Vec<PathBuf>> {
+    let disk = config.disk_path();
+    let directory = disk.parent().ok_or("no directory")?;
+    let mut images = Vec::new();
+    for entry in fs::read_dir(directory)? {
+        images.push(entry?.path());
+    }
+    images.retain(|path| path.extension().is_some_and(|extension| extension == "qcow2"));
+    images.sort();
+    Ok(images)
+}
+
+/// The image on top of the guest's disk, as QEMU says.
+fn image_in_use(guest: &mut Guest) -> TestResult<String> {
+    let drives = guest.qmp("query-block", json!({}))?;
+    let drives = drives.as_array().ok_or("no list")?;
+    let disk = drives.iter().find(|drive| drive["device"] == "disk0").ok_or("no disk")?;
+    Ok(disk["inserted"]["image"]["filename"].as_str().unwrap_or_default().to_owned())
+}
+
+/// Saves a guest that goes on; what was saved comes back twice, each with the disk of that moment.
+fn round_trip(
+    source: &Qemu,
+    destination: &Qemu,
+    config: &GuestConfig,
+    options: &SaveOptions,
+) -> TestResult<String> {
+    let mut guest = config.boot(source)?;
+    guest.wait_for_count(2)?;
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
+    let file = directory.path().join("vm.vmf");
+    let report = save_with(&guest, &file, options)?;
+    assert_eq!(report.disks.len(), 1, "{:?}", report.disks);
+    let saved = &report.disks[0];
+    assert_eq!(Path::new(&saved.image), config.disk_path());
+    assert_eq!(image_in_use(&mut guest)?, saved.overlay);
+    assert_eq!(guest.status()?, "running");
+    let frozen = fs::read(config.disk_path())?;
+    guest.wait_for_passes(3)?;
+    guest.judge_counts()?;
+    assert!(fs::read(config.disk_path())? == frozen, "the image stays as it was");
+    check_is_clean(&file)?;
+
+    for mode in [Mode::Map, Mode::Stream] {
+        let mut restored = restore(destination, config, &file, mode)?;
+        let image = image_in_use(&mut restored)?;
+        assert!(image != saved.overlay && Path::new(&image) != config.disk_path(), "{image}");
+        restored.wait_for_passes(3)?;
+        restored.judge_counts()?;
+    }
+    guest.wait_for_passes(1)?;
+    guest.judge_counts()?;
+    assert!(fs::read(config.disk_path())? == frozen, "the image stays as it was");
+    Ok(report.live_method.unwrap_or_default())
+}
+
+#[test]
+fn a_guest_and_its_disk_come_back_by_the_direct_route() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    round_trip(&qemu, &qemu, &config(Ram::memfd(256)), &with_disks(Route::Direct)).map(drop)
+}
+
+#[test]
+fn a_guest_and_its_disk_come_back_by_the_stream_of_the_oldest() -> TestResult {
+    let oldest = requires!(Qemu::of(Release::Oldest));
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let config = config(Ram::private(256)).machine_version("7.2");
+    round_trip(&oldest, &qemu, &config, &with_disks(Route::Stream)).map(drop)
+}
+
+#[test]
+fn a_guest_and_its_disk_come_back_when_qemu_writes_the_pages() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Newest));
+    round_trip(&qemu, &qemu, &config(Ram::private(256)), &with_disks(Route::Native)).map(drop)
+}
+
+fn by_background_snapshot(source: &Qemu, config: &GuestConfig) -> TestResult {
+    let destination = requires!(Qemu::of(Release::Distribution));
+    let method = round_trip(source, &destination, config, &live())?;
+    assert_eq!(method, "background-snapshot");
+    Ok(())
+}
+
+#[test]
+fn disks_are_of_the_moment_of_a_background_snapshot() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    by_background_snapshot(&qemu, &config(Ram::private(256)).busy())
+}
+
+#[test]
+fn disks_are_of_the_moment_of_a_background_snapshot_of_the_oldest() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Oldest));
+    by_background_snapshot(&qemu, &config(Ram::private(256)).busy().machine_version("7.2"))
+}
+
+#[test]
+fn disks_are_of_the_moment_of_a_background_snapshot_of_the_newest() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Newest));
+    by_background_snapshot(&qemu, &config(Ram::private(256)).busy().machine_version("10.0"))
+}
+
+#[test]
+fn disks_are_of_the_last_moment_of_a_pre_copy() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
+    let config = config(Ram::file(256, directory.path())).busy();
+    let method = round_trip(&qemu, &qemu, &config, &live())?;
+    assert!(method.starts_with("pre-copy"), "{method}");
+    Ok(())
+}
+
+#[test]
+fn a_save_that_is_stopped_leaves_the_disk_as_it_was() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    for options in [with_disks(Route::Direct), with_disks(Route::Stream), live()] {
+        let config = config(Ram::private(256));
+        let mut guest = config.boot(&qemu)?;
+        guest.wait_for_count(1)?;
+        let directory = tempfile::tempdir()?;
+        let file = directory.path().join("vm.vmf");
+        let flag = AtomicBool::new(false);
+        let progress = |_: Progress| flag.store(true, Ordering::Relaxed);
+        let mut vm = Vm::connect(&guest.qmp_path())?;
+        let control = Control::new(&flag, &progress);
+        let error = vmfile::save::save(&mut vm, &file, &options, &control).expect_err("stopped");
+        assert!(matches!(error, SaveError::Stopped), "{error}");
+        drop(vm);
+        assert_eq!(guest.status()?, "running");
+        assert_eq!(Path::new(&image_in_use(&mut guest)?), config.disk_path());
+        assert_eq!(images(&config)?, [config.disk_path()], "no overlay is left");
+        guest.wait_for_passes(3)?;
+        guest.judge_counts()?;
+        // And where nothing stops it, it is saved.
+        save_with(&guest, &file, &options)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_vm_that_went_on_in_an_overlay_comes_back_with_its_saved_command_line() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let config = config(Ram::private(256));
+    let mut guest = config.boot(&qemu)?;
+    guest.wait_for_count(1)?;
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
+    let (first, second, third) = (
+        directory.path().join("1.vmf"),
+        directory.path().join("2.vmf"),
+        directory.path().join("3"),
+    );
+    save_with(&guest, &first, &with_disks(Route::Auto))?;
+    guest.wait_for_passes(1)?;
+    let report = save_with(&guest, &second, &with_disks(Route::Auto))?;
+    guest.wait_for_passes(1)?;
+    let overlay = image_in_use(&mut guest)?;
+    assert_eq!(report.disks[0].overlay, overlay);
+    // Without --with-disks: what the command line names is an image that the VM has left.
+    save_with(&guest, &third, &SaveOptions::default())?;
+    guest.wait_for_exit()?;
+    for (file, expected) in [(&third, 0), (&second, 1), (&first, 1)] {
+        let snapshot = Snapshot::open(file, 0)?;
+        let options = RestoreOptions::default();
+        let restored =
+            vmfile::restore::restore(&snapshot, Destination::Saved, &options, &Control::none())?;
+        assert_eq!(restored.report.disks.len(), expected, "{:?}", restored.report.disks);
+        let passes = guest.counts().len();
+        let mut qemu = restored.qemu.ok_or("a QEMU was started")?;
+        let disks = qemu.vm().disks()?;
+        let disk = disks.iter().find(|disk| disk.device == "disk0").ok_or("no disk")?;
+        assert_eq!(disk.file == overlay, expected == 0, "{}", disk.file);
+        // It writes to the log of the guest that is gone.
+        while guest.counts().len() < passes + 2 {
+            assert!(qemu.ended()?.is_none(), "it runs");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        assert!(guest.counts().iter().all(|count| count.sum.is_some()), "{:?}", guest.lines());
+    }
+    Ok(())
+}
+
+#[test]
+fn nodes_in_json_are_frozen_and_come_back() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let images = tempfile::tempdir()?;
+    let image = images.path().join("data.raw");
+    fs::File::create_new(&image)?.set_len(16 << 20)?;
+    let file = json!({"driver": "file", "node-name": "f0", "filename": image}).to_string();
+    let format = json!({"driver": "raw", "node-name": "d0", "file": "f0"}).to_string();
+    let arguments =
+        ["-blockdev", &file, "-blockdev", &format, "-device", "virtio-blk-pci,drive=d0"];
+    let config = Guest::linux(Ram::private(256)).arguments(arguments);
+    let mut guest = config.boot(&qemu)?;
+    guest.wait_for_count(1)?;
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
+    let saved = directory.path().join("vm.vmf");
+    let report = save_with(&guest, &saved, &with_disks(Route::Auto))?;
+    assert_eq!(report.disks.len(), 1, "{:?}", report.disks);
+    let restored = restore(&qemu, &config, &saved, Mode::Auto)?;
+    restored.wait_for_passes(2)?;
+    restored.judge_counts()?;
+    guest.wait_for_passes(1)?;
+    assert_eq!(guest.status()?, "running");
+    let info =
+        Command::new("qemu-img").args(["info", "-U"]).arg(&report.disks[0].overlay).output()?;
+    let info = String::from_utf8_lossy(&info.stdout).into_owned();
+    assert!(info.contains("backing file format: raw"), "{info}");
+    Ok(())
+}
+
+#[test]
+fn a_disk_that_is_no_file_is_refused_before_the_guest_is_paused() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let node = "driver=null-co,node-name=n0,size=1048576";
+    let config = Guest::boot_sector(Ram::private(64)).arguments(["-blockdev", node, "-device"]);
+    let config = config.arguments(["virtio-blk-pci,id=none,drive=n0"]);
+    let mut guest = config.boot(&qemu)?;
+    guest.wait_for_count(1)?;
+    let directory = tempfile::tempdir()?;
+    let file = directory.path().join("vm.vmf");
+    let error = save_with(&guest, &file, &with_disks(Route::Auto)).expect_err("no file");
+    let error = error.downcast::<SaveError>()?;
+    assert!(matches!(&*error, SaveError::Disk { .. }), "{error}");
+    assert!(error.to_string().contains("its format is \"null-co\""), "{error}");
+    assert_eq!(guest.status()?, "running");
+    assert_eq!(fs::read_dir(directory.path())?.count(), 0);
+    Ok(())
+}
