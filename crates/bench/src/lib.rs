@@ -1,0 +1,8 @@
+//! vmfile beside QEMU's own ways, libvirt and the disk's limit, measured on this host.
+//!
+//! Every comparison is made in rounds: A B C, A B C, never A A B B, because a disk that others share
+//! changes its mind within seconds. The first round warms up and is not counted; ratios are medians
+//! of the rounds' ratios. Whoever writes a file makes it durable within the time that is measured.
+
+pub mod report;
+pub mod series;
