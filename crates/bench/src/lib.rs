@@ -4,5 +4,24 @@
 //! changes its mind within seconds. The first round warms up and is not counted; ratios are medians
 //! of the rounds' ratios. Whoever writes a file makes it durable within the time that is measured.
 
+mod contents;
+mod error;
+mod fio;
+mod guest;
+mod host;
+mod libvirt;
+mod options;
+mod process;
+mod qemu_ways;
 pub mod report;
+mod restoring;
+mod run;
+mod saving;
+mod scene;
 pub mod series;
+mod sweep;
+mod tell;
+
+pub use error::BenchError;
+pub use options::{Backing, BenchOptions, Contents};
+pub use run::run;
