@@ -4,5 +4,7 @@
 //! changes its mind within seconds. The first round warms up and is not counted; ratios are medians
 //! of the rounds' ratios. Whoever writes a file makes it durable within the time that is measured.
 
+mod grid;
 pub mod report;
 pub mod series;
+pub mod table;
