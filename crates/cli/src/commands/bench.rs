@@ -16,7 +16,7 @@ use crate::signals::Signals;
 pub(crate) fn run(arguments: &BenchArguments, voice: &Voice) -> Result<ExitCode, Failure> {
     let signals = Signals::listen().map_err(|error| Failure::system("signals", &error))?;
     if arguments.data + arguments.repeated > 100 {
-        return Err(Failure::usage("--data and --repeated are more than 100 % together"));
+        return Err(Failure::usage("--data and --repeated are more than 100 % together".to_owned()));
     }
     let program = std::env::current_exe();
     let options = BenchOptions {
@@ -42,7 +42,7 @@ pub(crate) fn run(arguments: &BenchArguments, voice: &Voice) -> Result<ExitCode,
         error => Failure::from(&error),
     })?;
     if let Some(file) = &arguments.html {
-        write(file, &vmfile_bench::html::html(&report))?;
+        write(file, &vmfile_bench::table::table(&report))?;
     }
     voice.answer(&report, vmfile_bench::table::table)?;
     Ok(ExitCode::SUCCESS)
