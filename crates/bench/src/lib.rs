@@ -5,6 +5,7 @@
 //! of the rounds' ratios. Whoever writes a file makes it durable within the time that is measured.
 
 mod grid;
+pub mod html;
 pub mod report;
 pub mod series;
 pub mod table;
