@@ -41,7 +41,7 @@ enum Suite {
     Backports(u32),
 }
 
-const PACKAGES: [Package; 11] = [
+const PACKAGES: [Package; 12] = [
     Package {
         name: "qemu-system-x86",
         provides: "qemu-system-x86_64",
@@ -96,6 +96,12 @@ const PACKAGES: [Package; 11] = [
         name: "patchelf",
         provides: "patchelf",
         why: "gives a QEMU that is not installed its own libraries",
+        suite: Suite::Own,
+    },
+    Package {
+        name: "chromium",
+        provides: "chromium",
+        why: "shows the page of measurements as a reader sees it",
         suite: Suite::Own,
     },
 ];

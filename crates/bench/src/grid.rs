@@ -1,6 +1,8 @@
 //! The rows and columns of a report's tables, for the terminal and for the page alike.
 
-use crate::report::{BenchReport, Host, Run, Sweep, Way};
+use std::fmt::Write;
+
+use crate::report::{BenchReport, GuestShape, Host, Run, Sweep, Way};
 use crate::series::Summary;
 
 /// A table before it gets its looks.
@@ -117,7 +119,12 @@ pub(crate) fn sweep(sweep: &Sweep) -> Grid {
 
 /// Returns what a sweep is about, for its heading.
 pub(crate) fn sweep_title(sweep: &Sweep) -> String {
-    format!("{}: median {}", sweep.name, sweep.value_unit)
+    format!("{}: median {}", sweep.name, unit_in_full(sweep.value_unit))
+}
+
+/// Returns a unit as headings and axes have it.
+pub(crate) fn unit_in_full(unit: &'static str) -> &'static str {
+    if unit == "s" { "seconds" } else { unit }
 }
 
 /// Returns where it was measured: names and values.
@@ -144,6 +151,17 @@ pub(crate) fn host(report: &BenchReport) -> Vec<(&'static str, String)> {
     ]
 }
 
+/// Returns how much of a guest's RAM holds what.
+pub(crate) fn data_of(guest: &GuestShape) -> String {
+    let mut text =
+        format!("{} of RAM, {} of data", bytes(guest.ram_bytes), bytes(guest.data_bytes));
+    if guest.repeated_bytes > 0 {
+        let repeated = bytes(guest.repeated_bytes);
+        let _ = write!(text, ", {repeated} of it pages in which one word repeats");
+    }
+    text
+}
+
 /// Returns `bytes` in the largest binary unit that leaves at least 1, with at most three digits.
 pub(crate) fn bytes(bytes: u64) -> String {
     const UNITS: [&str; 6] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB"];
@@ -165,6 +183,12 @@ pub(crate) fn bytes(bytes: u64) -> String {
 pub(crate) fn number(value: f64) -> String {
     let text = format!("{value:.3}");
     text.trim_end_matches('0').trim_end_matches('.').to_owned()
+}
+
+/// Returns a ratio with about three digits.
+pub(crate) fn ratio(ratio: f64) -> String {
+    let decimals = if ratio < 10.0 { 2 } else { usize::from(ratio < 100.0) };
+    format!("{ratio:.decimals$}")
 }
 
 /// Returns a day and a time of day, UTC.
@@ -214,6 +238,11 @@ mod tests {
         assert_eq!(number(100.0), "100");
         assert_eq!(number(0.25), "0.25");
         assert_eq!(number(1.0 / 3.0), "0.333");
+    }
+
+    #[test]
+    fn a_ratio_has_about_three_digits() {
+        assert_eq!([0.04, 1.0, 12.34, 163.37].map(ratio), ["0.04", "1.00", "12.3", "163"]);
     }
 
     #[test]

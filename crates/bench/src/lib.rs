@@ -14,6 +14,7 @@ mod options;
 mod process;
 mod qemu_ways;
 mod grid;
+pub mod html;
 pub mod report;
 mod restoring;
 mod run;
