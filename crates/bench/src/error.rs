@@ -41,7 +41,9 @@ pub enum BenchError {
         said: String,
     },
     /// The guest's RAM is more than this machine has free.
-    #[error("a guest of {needed_bytes} bytes needs as much free memory, {available_bytes} are free")]
+    #[error(
+        "a guest of {needed_bytes} bytes needs as much free memory, {available_bytes} are free"
+    )]
     NoMemory {
         /// Bytes of the guest's RAM.
         needed_bytes: u64,

@@ -88,7 +88,8 @@ impl Qemu {
             .map_err(|error| no_qemu(machine, error.to_string()))?;
         let mut qemu = Qemu { child, directory };
         let deadline = Instant::now() + START_TIMEOUT;
-        while !qemu.socket().exists() {
+        // The socket is there before anybody listens.
+        while Vm::connect(&qemu.socket()).is_err() {
             let ended = qemu.child.try_wait().ok().flatten().is_some();
             if ended || Instant::now() > deadline {
                 let said = fs::read_to_string(&log).unwrap_or_default();

@@ -7,14 +7,14 @@
 mod contents;
 mod error;
 mod fio;
+mod grid;
 mod guest;
 mod host;
+pub mod html;
 mod libvirt;
 mod options;
 mod process;
 mod qemu_ways;
-mod grid;
-pub mod html;
 pub mod report;
 mod restoring;
 mod run;

@@ -93,7 +93,11 @@ pub(crate) fn restore(
         let libvirt = libvirt.ok_or_else(|| BenchError::program("virsh", "no libvirt"))?;
         libvirt.destroy()?;
     }
-    if way.is_cold { make_cold(&way.file)? } else { make_warm(bench, &way.file)? };
+    if way.is_cold {
+        make_cold(&way.file)?
+    } else {
+        make_warm(bench, &way.file)?
+    };
     let mut run = match way.by {
         By::Disk => {
             Run { seconds: fio::read(&way.file, data_bytes, bench.stop)?, ..Run::default() }

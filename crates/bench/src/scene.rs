@@ -106,7 +106,10 @@ fn libvirt(bench: &mut Bench<'_>, subject: &Subject) -> Option<Libvirt> {
         return None;
     }
     if available_memory() < machine.ram_bytes + (1 << 30) {
-        bench.note(WHAT, format!("no memory for another guest of {:.0} GiB", gib(machine.ram_bytes)));
+        bench.note(
+            WHAT,
+            format!("no memory for another guest of {:.0} GiB", gib(machine.ram_bytes)),
+        );
         return None;
     }
     let started = Libvirt::start(machine, bench.options.contents, bench.stop);

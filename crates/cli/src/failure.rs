@@ -318,8 +318,9 @@ impl From<&BenchError> for Failure {
             }
             BenchError::NoQemu { .. } => Failure::new(Code::Vm, "no_qemu", error)
                 .hint("--qemu names another program; guests need QEMU 8.0 or later"),
-            BenchError::NoMemory { .. } => Failure::new(Code::System, "no_memory", error)
-                .hint("--size asks for less"),
+            BenchError::NoMemory { .. } => {
+                Failure::new(Code::System, "no_memory", error).hint("--size asks for less")
+            }
             BenchError::NoRoom { .. } => Failure::new(Code::System, "no_space", error)
                 .hint("--dir names another file system, --size asks for less"),
             BenchError::Stopped => Failure::new(Code::Interrupted, "stopped", error),

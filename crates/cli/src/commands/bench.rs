@@ -16,17 +16,16 @@ use crate::signals::Signals;
 pub(crate) fn run(arguments: &BenchArguments, voice: &Voice) -> Result<ExitCode, Failure> {
     let signals = Signals::listen().map_err(|error| Failure::system("signals", &error))?;
     if arguments.data + arguments.repeated > 100 {
-        return Err(Failure::usage("--data and --repeated are more than 100 % together".to_owned()));
+        return Err(Failure::usage(
+            "--data and --repeated are more than 100 % together".to_owned(),
+        ));
     }
     let program = std::env::current_exe();
     let options = BenchOptions {
         vm: arguments.vm.as_deref().map(socket_of).transpose()?,
         sizes: arguments.size.clone(),
         backings: arguments.ram.iter().map(|&ram| ram.into()).collect(),
-        contents: Contents {
-            data_percent: arguments.data,
-            repeated_percent: arguments.repeated,
-        },
+        contents: Contents { data_percent: arguments.data, repeated_percent: arguments.repeated },
         rounds: arguments.runs,
         directory: arguments.dir.clone(),
         qemu: arguments.qemu.clone(),
@@ -42,7 +41,7 @@ pub(crate) fn run(arguments: &BenchArguments, voice: &Voice) -> Result<ExitCode,
         error => Failure::from(&error),
     })?;
     if let Some(file) = &arguments.html {
-        write(file, &vmfile_bench::table::table(&report))?;
+        write(file, &vmfile_bench::html::html(&report))?;
     }
     voice.answer(&report, vmfile_bench::table::table)?;
     Ok(ExitCode::SUCCESS)
