@@ -39,6 +39,7 @@ pub fn run(
     let mut bench = Bench { options, stop, directory, not_measured: Vec::new() };
     let mut host = describe(options, command);
     let mut scenes = Vec::new();
+    let mut refused = None;
     if let Some(socket) = &options.vm {
         let version = {
             let mut vm = Vm::connect(socket)?;
@@ -61,11 +62,15 @@ pub fn run(
                     // The others may still be measured.
                     Err(error @ (BenchError::NoMemory { .. } | BenchError::NoRoom { .. })) => {
                         bench.note(&shape.name, error.in_words());
+                        refused = Some(error);
                     }
                     Err(error) => return Err(error),
                 }
             }
         }
+    }
+    if let (true, Some(error)) = (scenes.is_empty(), refused) {
+        return Err(error);
     }
     let sweeps = if options.sweep { sweep::measure(&mut bench, &tell)? } else { Vec::new() };
     let total_seconds = started.elapsed().as_secs_f64();
