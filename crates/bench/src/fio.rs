@@ -12,12 +12,20 @@ use crate::process::run as run_program;
 
 /// Writes `bytes` to a new file as vmfile writes: pieces of 1 MiB, direct I/O, 16 in flight, the
 /// file's length set first, one fsync at the end. Returns the seconds.
-pub(crate) fn write(path: &Path, bytes: u64, stop: &AtomicBool) -> Result<f64, BenchError> {
+///
+/// # Errors
+///
+/// What fio says, or that there is none.
+pub fn write(path: &Path, bytes: u64, stop: &AtomicBool) -> Result<f64, BenchError> {
     run(path, bytes, "write", &["--fallocate=truncate", "--end_fsync=1"], stop)
 }
 
 /// Reads `bytes` of a file that fio wrote, past the page cache. Returns the seconds.
-pub(crate) fn read(path: &Path, bytes: u64, stop: &AtomicBool) -> Result<f64, BenchError> {
+///
+/// # Errors
+///
+/// What fio says, or that there is none.
+pub fn read(path: &Path, bytes: u64, stop: &AtomicBool) -> Result<f64, BenchError> {
     // fio would make a file that is missing or too short, and read zeros from holes.
     run(path, bytes, "read", &["--allow_file_create=0"], stop)
 }

@@ -6,7 +6,7 @@
 
 mod contents;
 mod error;
-mod fio;
+pub mod fio;
 mod grid;
 mod guest;
 mod host;

@@ -52,6 +52,8 @@ pub struct BenchOptions {
     pub qemu: PathBuf,
     /// The program `vmfile`.
     pub program: PathBuf,
+    /// Measure restores, too.
+    pub restores: bool,
     /// Measure how cost grows with one thing, too.
     pub sweep: bool,
 }

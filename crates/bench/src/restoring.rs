@@ -94,9 +94,9 @@ pub(crate) fn restore(
         libvirt.destroy()?;
     }
     if way.is_cold {
-        make_cold(&way.file)?
+        make_cold(&way.file)?;
     } else {
-        make_warm(bench, &way.file)?
+        make_warm(bench, &way.file)?;
     };
     let mut run = match way.by {
         By::Disk => {

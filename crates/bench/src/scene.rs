@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use vmfile_qemu::{Feature, QemuVersion};
 
 use crate::error::BenchError;
-use crate::guest::{Machine, Subject};
+use crate::guest::Subject;
 use crate::host::{available_memory, said};
 use crate::libvirt::{Libvirt, VirshWay};
 use crate::options::BenchOptions;
@@ -201,6 +201,9 @@ fn restores(
     (version, data_bytes): (QemuVersion, u64),
     tell: &Tell<'_>,
 ) -> Result<Vec<Way>, BenchError> {
+    if !bench.options.restores {
+        return Ok(Vec::new());
+    }
     let Some(machine) = subject.machine().cloned() else {
         bench.note("restore", "the VM runs, and a second one would take its sockets and disks");
         return Ok(Vec::new());
@@ -213,7 +216,7 @@ fn restores(
         let mut failed = Vec::new();
         for (index, entry) in entries.iter_mut().enumerate() {
             tell.step(round, bench.options.rounds.get(), &entry.way.name());
-            match restored(bench, &machine, libvirt, &entry.way, data_bytes) {
+            match restore(bench, &machine, libvirt, &entry.way, data_bytes) {
                 Ok(run) if round > 0 => entry.runs.push(run),
                 Ok(_) => {}
                 Err(BenchError::Stopped) => return Err(BenchError::Stopped),
@@ -226,16 +229,6 @@ fn restores(
         }
     }
     Ok(compared(entries, |way| (way.name(), way.short(), way.family())))
-}
-
-fn restored(
-    bench: &Bench<'_>,
-    machine: &Machine,
-    libvirt: Option<&Libvirt>,
-    way: &RestoreWay,
-    data_bytes: u64,
-) -> Result<Run, BenchError> {
-    restore(bench, machine, libvirt, way, data_bytes)
 }
 
 fn restore_ways(bench: &Bench<'_>, version: QemuVersion, with_libvirt: bool) -> Vec<RestoreWay> {

@@ -31,6 +31,9 @@ pub(crate) struct BenchArguments {
     /// QEMU's program
     #[arg(long, value_name = "PROGRAM", default_value = "qemu-system-x86_64")]
     pub(crate) qemu: PathBuf,
+    /// Measure no restores
+    #[arg(long)]
+    pub(crate) saves_only: bool,
     /// Measure also how cost grows with RAM, zero pages, jobs and clones
     #[arg(long)]
     pub(crate) sweep: bool,
