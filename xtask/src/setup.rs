@@ -41,7 +41,7 @@ enum Suite {
     Backports(u32),
 }
 
-const PACKAGES: [Package; 11] = [
+const PACKAGES: [Package; 12] = [
     Package {
         name: "qemu-system-x86",
         provides: "qemu-system-x86_64",
@@ -89,6 +89,12 @@ const PACKAGES: [Package; 11] = [
         name: "fio",
         provides: "fio",
         why: "what the disk can do, to compare with",
+        suite: Suite::Own,
+    },
+    Package {
+        name: "valgrind",
+        provides: "valgrind",
+        why: "counts instructions",
         suite: Suite::Own,
     },
     Package { name: "xz-utils", provides: "xz", why: "unpacks kernel modules", suite: Suite::Own },
