@@ -91,6 +91,12 @@ const PACKAGES: [Package; 12] = [
         why: "what the disk can do, to compare with",
         suite: Suite::Own,
     },
+    Package {
+        name: "valgrind",
+        provides: "valgrind",
+        why: "counts instructions",
+        suite: Suite::Own,
+    },
     Package { name: "xz-utils", provides: "xz", why: "unpacks kernel modules", suite: Suite::Own },
     Package {
         name: "patchelf",

@@ -5,16 +5,13 @@ use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::process::Command;
+use std::time::Instant;
 
 use rustix::fs::{Advice, fadvise, syncfs};
 use serde_json::Value;
 use tempfile::TempDir;
 use vmfile_testing::{Guest, GuestConfig, Qemu, TestResult};
-
-use crate::host::number_of;
 
 /// The program, and a directory for its files on the file system of the build directory.
 #[derive(Debug)]
