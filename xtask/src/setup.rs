@@ -41,7 +41,7 @@ enum Suite {
     Backports(u32),
 }
 
-const PACKAGES: [Package; 12] = [
+const PACKAGES: [Package; 13] = [
     Package {
         name: "qemu-system-x86",
         provides: "qemu-system-x86_64",
