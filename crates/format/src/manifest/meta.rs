@@ -76,7 +76,7 @@ pub struct DiskMeta {
     /// Whether the VM may not write to it.
     pub read_only: bool,
     /// The image on top of it that the VM went on with: this one has belonged to the file since.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub overlay: Option<String>,
 }
 
