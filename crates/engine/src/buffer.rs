@@ -304,6 +304,13 @@ mod tests {
     }
 
     #[test]
+    fn a_buffer_of_whole_huge_pages_lies_on_them() {
+        let buffer = AlignedBuffer::zeroed(2 * HUGE_PAGE_LEN, 4096);
+        assert_eq!(buffer.as_ptr().addr() % HUGE_PAGE_LEN, 0);
+        assert!(buffer.iter().all(|&byte| byte == 0));
+    }
+
+    #[test]
     fn a_larger_alignment_is_kept() {
         let buffer = AlignedBuffer::zeroed(10, 1 << 16);
         assert_eq!(buffer.as_ptr().addr() % (1 << 16), 0);
