@@ -25,7 +25,7 @@ const CACHED_MIB_MAX: f64 = 16.0;
 /// Saves guests in all ways, and leaves one of its own kind as a file.
 pub(crate) fn measure(bench: &Bench, report: &mut Report) -> TestResult<Saved> {
     let Bench { tools, scale, .. } = bench;
-    let (size, rounds) = (format!("{}M", scale.ram_mib), scale.rounds.to_string());
+    let (size, rounds) = (format!("{}M", scale.ram_mib / 2), scale.rounds.to_string());
     let words = ["bench", "--saves-only", "--ram", "shared,private", "--size", &size, "--runs"];
     let more = [&rounds, "--data", DATA_PERCENT, "--repeated", REPEATED_PERCENT, "--dir"];
     let words: Vec<&OsStr> = words.iter().chain(&more).map(OsStr::new).collect();
