@@ -24,6 +24,7 @@ pub mod migration;
 mod qemu;
 mod qmp;
 mod require;
+mod slow_disk;
 pub mod verbs;
 
 pub use fixture::{HugePages, Mount};
@@ -35,6 +36,7 @@ pub use guest::running::Guest;
 pub use qemu::{Qemu, Release, Version};
 pub use qmp::Monitor;
 pub use require::{Missing, root};
+pub use slow_disk::SlowDisk;
 
 use std::error::Error;
 

@@ -4,6 +4,7 @@
 
 mod bench;
 mod command;
+mod compare;
 mod demo;
 mod guest;
 mod qemus;
@@ -25,6 +26,8 @@ usage: cargo xtask VERB
   test [STEP ...]  run everything that must pass, or only the steps named
   demo             save a guest that counts, restore it, and see it count on
   bench [--quick]  measure vmfile beside the disk's limit and QEMU's own ways
+  bench --compare BASE
+                   measure vmfile as it is here beside the revision BASE, pair by pair
   tidy             check what no compiler checks: walls, words, links
 ";
 

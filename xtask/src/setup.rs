@@ -41,7 +41,7 @@ enum Suite {
     Backports(u32),
 }
 
-const PACKAGES: [Package; 11] = [
+const PACKAGES: [Package; 13] = [
     Package {
         name: "qemu-system-x86",
         provides: "qemu-system-x86_64",
@@ -91,11 +91,23 @@ const PACKAGES: [Package; 11] = [
         why: "what the disk can do, to compare with",
         suite: Suite::Own,
     },
+    Package {
+        name: "valgrind",
+        provides: "valgrind",
+        why: "counts instructions",
+        suite: Suite::Own,
+    },
     Package { name: "xz-utils", provides: "xz", why: "unpacks kernel modules", suite: Suite::Own },
     Package {
         name: "patchelf",
         provides: "patchelf",
         why: "gives a QEMU that is not installed its own libraries",
+        suite: Suite::Own,
+    },
+    Package {
+        name: "chromium",
+        provides: "chromium",
+        why: "shows the page of measurements as a reader sees it",
         suite: Suite::Own,
     },
 ];

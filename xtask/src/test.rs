@@ -5,6 +5,7 @@
 //! reasons before it.
 
 mod fuzz;
+mod loops;
 mod outcome;
 mod programs;
 
@@ -27,7 +28,7 @@ struct Step {
     run: fn(&Workspace, &mut Outcome) -> StepResult,
 }
 
-const STEPS: [Step; 9] = [
+const STEPS: [Step; 10] = [
     Step {
         name: "setup",
         shows: "what the tests need is here",
@@ -43,6 +44,11 @@ const STEPS: [Step; 9] = [
         run: |workspace, outcome| test_programs(workspace, Kind::Other, outcome),
     },
     Step { name: "doctest", shows: "the examples in the documentation", run: doctest },
+    Step {
+        name: "loops",
+        shows: "the hot loops take as many instructions as they did",
+        run: |workspace, _| loops::run(workspace),
+    },
     Step { name: "fuzz", shows: "no decoder breaks its contract", run: |w, _| fuzz::run(w) },
     Step { name: "vm", shows: "guests find their RAM as they left it", run: vm },
 ];

@@ -1,9 +1,13 @@
 //! The command line of vmfile itself.
 
+mod bench;
+
 use std::num::NonZeroU8;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+
+pub(crate) use self::bench::{BenchArguments, RamMode};
 
 const EVERY_VERB: &str = "Options of every verb";
 
@@ -138,6 +142,18 @@ pub(crate) enum Verb {
   vmfile check vm.vmf
   vmfile check vm.vmf --json")]
     Check(CheckArguments),
+    /// Measure saves and restores side by side: vmfile, QEMU alone, virsh, and the disk's limit
+    ///
+    /// Guests are started, filled and paused for it, and each is saved and restored in every way that
+    /// this host has, in turn, round by round. Each time ends when the file is durable. What cannot be
+    /// measured is listed with the reason. Guests and files are removed in the end; they need as much
+    /// memory as two guests of each size, and several times their data on the disk.
+    #[command(after_help = "Examples:
+  vmfile bench
+  vmfile bench --size 1G,4G --ram private,shared --html bench.html
+  vmfile bench --dir /mnt/fast --sweep --json > bench.json
+  vmfile bench --vm test1")]
+    Bench(BenchArguments),
     /// List the VMs that run on this host and how each could be saved
     #[command(after_help = "Examples:
   vmfile list

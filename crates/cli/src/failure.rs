@@ -11,6 +11,7 @@ use vmfile::{
     ChannelsError, CommandLineError, DiscoverError, PublishError, RestoreError, SnapshotError,
     VmError,
 };
+use vmfile_bench::BenchError;
 
 use crate::exit_code::Code;
 
@@ -303,6 +304,26 @@ impl From<&SendError> for Failure {
                     .hint("without --channels any machine type can be sent")
             }
             SendError::Stopped => Failure::new(Code::Interrupted, "stopped", error),
+            _ => Failure::new(Code::System, "io", error),
+        }
+    }
+}
+
+impl From<&BenchError> for Failure {
+    fn from(error: &BenchError) -> Failure {
+        match error {
+            BenchError::Vm(error) => Failure::from(error),
+            BenchError::Qmp(_) | BenchError::Program { .. } => {
+                Failure::new(Code::Vm, "bench", error)
+            }
+            BenchError::NoQemu { .. } => Failure::new(Code::Vm, "no_qemu", error)
+                .hint("--qemu names another program; guests need QEMU 8.0 or later"),
+            BenchError::NoMemory { .. } => {
+                Failure::new(Code::System, "no_memory", error).hint("--size asks for less")
+            }
+            BenchError::NoRoom { .. } => Failure::new(Code::System, "no_space", error)
+                .hint("--dir names another file system, --size asks for less"),
+            BenchError::Stopped => Failure::new(Code::Interrupted, "stopped", error),
             _ => Failure::new(Code::System, "io", error),
         }
     }

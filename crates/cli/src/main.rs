@@ -33,6 +33,7 @@ fn main() -> ExitCode {
         Verb::Info(info) => commands::info::run(info, &voice),
         Verb::Check(check) => commands::check::run(check, &voice),
         Verb::List => commands::list::run(&voice),
+        Verb::Bench(bench) => commands::bench::run(bench, &voice),
     };
     match result {
         Ok(code) => code,

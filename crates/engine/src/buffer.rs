@@ -12,9 +12,14 @@ use std::ptr::NonNull;
 use std::slice;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
+use rustix::mm::{Advice, madvise};
+
 /// The smallest alignment of a buffer, in bytes: no device in use asks for more than its 4 KiB
 /// page.
 pub const ALIGNMENT_MIN: usize = 4096;
+
+/// The length of a huge page of x86-64 and of most others.
+const HUGE_PAGE_LEN: usize = 2 << 20;
 
 /// A zeroed, fixed-length byte buffer with a chosen alignment.
 ///
@@ -37,17 +42,30 @@ impl AlignedBuffer {
     /// Allocates `len` zero bytes at an address that is a multiple of `align` and of
     /// [`ALIGNMENT_MIN`].
     ///
+    /// A buffer of whole huge pages asks for them. The kernel can then hand the device one long
+    /// piece of memory instead of hundreds of small ones: a request has a limited number of pieces,
+    /// so it covers four times as much of the disk, and pinning is cheaper (Linux 6.18, virtio-blk).
+    ///
     /// # Panics
     ///
     /// Panics if `len` is zero or if `align` is not a power of two: both are ours to choose.
     #[must_use]
     pub fn zeroed(len: usize, align: usize) -> AlignedBuffer {
         assert_ne!(len, 0, "a direct I/O buffer cannot be empty");
-        let align = align.max(ALIGNMENT_MIN);
+        let is_huge = len % HUGE_PAGE_LEN == 0;
+        let align = align.max(if is_huge { HUGE_PAGE_LEN } else { ALIGNMENT_MIN });
         let layout = Layout::from_size_align(len, align).expect("align is a power of two");
         // SAFETY: `layout` has a non-zero size, asserted above.
-        let start = unsafe { alloc::alloc_zeroed(layout) };
+        let start = unsafe { alloc::alloc(layout) };
         let Some(start) = NonNull::new(start) else { alloc::handle_alloc_error(layout) };
+        if is_huge {
+            // SAFETY: the range is the allocation, whole pages of it, and the advice changes no byte.
+            let advised = unsafe { madvise(start.as_ptr().cast(), len, Advice::LinuxHugepage) };
+            // A kernel without huge pages is slower and nothing else.
+            let _ = advised;
+        }
+        // SAFETY: the allocation has `len` bytes. Nobody has touched them, so that the advice counts.
+        unsafe { start.as_ptr().write_bytes(0, len) };
         AlignedBuffer { start, layout }
     }
 
@@ -282,6 +300,13 @@ mod tests {
         let buffer = AlignedBuffer::zeroed(3 * 4096, 512);
         assert_eq!(buffer.len(), 3 * 4096);
         assert_eq!(buffer.as_ptr().addr() % ALIGNMENT_MIN, 0);
+        assert!(buffer.iter().all(|&byte| byte == 0));
+    }
+
+    #[test]
+    fn a_buffer_of_whole_huge_pages_lies_on_them() {
+        let buffer = AlignedBuffer::zeroed(2 * HUGE_PAGE_LEN, 4096);
+        assert_eq!(buffer.as_ptr().addr() % HUGE_PAGE_LEN, 0);
         assert!(buffer.iter().all(|&byte| byte == 0));
     }
 

@@ -18,7 +18,7 @@ use crate::plan::WINDOW_LEN;
 const BUFFERS_LEN: usize = 32 << 20;
 
 /// Length of each buffer: one window.
-const WINDOW: usize = 1 << 20;
+const WINDOW: usize = 2 << 20;
 const _: () = assert!(WINDOW as u64 == WINDOW_LEN);
 
 /// Transfers in flight: as many as the engine takes, for guests whose data lies in small pieces.

@@ -40,7 +40,7 @@ pub use ram_loader::LoadError;
 pub use restore_error::{Mismatch, RestoreError};
 pub use snapshot::{Manifest, Snapshot, SnapshotError};
 pub use source::process::ProcessRamError;
-pub use vmfile_engine::{Backend, DirectIo, Existing, PublishError, inherited};
+pub use vmfile_engine::{Backend, DirectIo, Existing, PublishError, Unpublished, inherited};
 pub use vmfile_qemu::{
     CommandLineError, DiscoverError, LaunchedQemu, Vm, VmAddress, VmError, resolve,
 };

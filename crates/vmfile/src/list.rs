@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use serde::Serialize;
-use vmfile_qemu::{DiscoverError, Found, RunState, Vm};
+use vmfile_qemu::{DiscoverError, Feature, Found, RunState, Vm};
 
 /// A VM that runs on this host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -18,7 +18,7 @@ pub struct ListedVm {
     pub ram_bytes: Option<u64>,
     /// Where its RAM lies: `private`, `memfd`, `file`, ... , each once.
     pub backing: Vec<String>,
-    /// How it could be saved now: `direct`, `stream`, or nothing. Whether `direct` is permitted shows
+    /// How it could be saved now: `direct`, `stream`, `native`, or nothing. Whether `direct` is permitted shows
     /// when it is tried.
     pub routes: Vec<String>,
     /// Why there is no route.
@@ -97,5 +97,8 @@ fn ask(vm: &mut Vm, listed: &mut ListedVm) -> Result<(), String> {
         listed.routes.push("direct".to_owned());
     }
     listed.routes.push("stream".to_owned());
+    if vm.version().map_err(text)?.has(Feature::MigrationDirectIo) {
+        listed.routes.push("native".to_owned());
+    }
     Ok(())
 }

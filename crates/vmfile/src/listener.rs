@@ -13,6 +13,9 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use crate::receive::ReceiveError;
 use crate::source::stream::{Patience, Pulse};
 
+/// Where a socket gets a directory of its own: a short path, and one that QEMU sees as well.
+const SOCKETS: &str = "/tmp";
+
 /// A socket with a name; dropping it removes the name.
 #[derive(Debug)]
 pub(crate) struct Listener {
@@ -36,7 +39,7 @@ impl Listener {
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         // Short: a socket's path has at most 107 bytes.
         let name = format!("vmfile-{}-{number}", std::process::id());
-        let directory = std::env::temp_dir().join(name);
+        let directory = Path::new(SOCKETS).join(name);
         let error = |source| ReceiveError::Listen { path: directory.clone(), source };
         // It fails if anything is there, so that nobody can have put it there before.
         DirBuilder::new().mode(0o700).create(&directory).map_err(error)?;

@@ -94,9 +94,9 @@ pub(crate) fn empty(file: &DataFile, range: Range<u64>) -> io::Result<()> {
         Err(error) if error.raw_os_error() == Some(EOPNOTSUPP) => {}
         result => return result,
     }
-    let zeros = vec![0; usize::try_from(WINDOW_LEN).expect("1 MiB")];
+    let zeros = vec![0; usize::try_from(WINDOW_LEN).expect("a window")];
     for piece in pieces(range, WINDOW_LEN) {
-        let len = usize::try_from(piece.end - piece.start).expect("1 MiB at most");
+        let len = usize::try_from(piece.end - piece.start).expect("a window");
         file.buffered().write_all_at(&zeros[..len], piece.start)?;
     }
     Ok(())

@@ -8,9 +8,9 @@ use std::ops::Range;
 /// many workers end together.
 pub(crate) const UNIT_LEN: u64 = 16 << 20;
 
-/// The largest single transfer. Larger ones gain nothing on any disk that was tried, and smaller
-/// ones cost calls.
-pub(crate) const WINDOW_LEN: u64 = 1 << 20;
+/// The largest single transfer: a huge page, so that a buffer is one piece of memory for the device.
+/// Larger ones gain nothing on any disk that was tried, and smaller ones cost calls.
+pub(crate) const WINDOW_LEN: u64 = 2 << 20;
 
 /// A part of one RAM block in which there may be data.
 #[derive(Clone, Debug, PartialEq, Eq)]

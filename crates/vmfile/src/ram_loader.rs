@@ -4,8 +4,10 @@
 //! a zero page and the destination has bytes (firmware it loaded itself, a file that was used
 //! before), zeros are written.
 
+use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
@@ -26,6 +28,10 @@ use crate::ranges;
 pub(crate) enum Writer {
     /// The block's memory is mapped here as well: read into where it lies.
     Region(Arc<Region>),
+    /// The block is shared memory, from this offset of its file on: copied, which makes its pages
+    /// without zeroing and mapping each of them first, and costs half of reading into a mapping
+    /// (Linux 6.18).
+    File(Arc<File>, u64),
     /// The block lies in another process, from this address on: copied.
     Process(Arc<ProcessMemory>, u64),
 }
@@ -145,10 +151,10 @@ impl Loader<'_> {
             self.complete_one(lane)?;
         }
         let target = &self.targets[block];
-        let len = usize::try_from(window.end - window.start).expect("1 MiB");
+        let len = usize::try_from(window.end - window.start).expect("a window");
         let memory = match &target.writer {
             Writer::Region(region) => Memory::Region(Arc::clone(region), window.clone()),
-            Writer::Process(..) => Memory::Owned(self.buffer(lane)?, 0..len),
+            Writer::File(..) | Writer::Process(..) => Memory::Owned(self.buffer(lane)?, 0..len),
         };
         let file_offset = target.placed.pages_offset + window.start;
         let direction = Direction::Read;
@@ -174,37 +180,39 @@ impl Loader<'_> {
         completion.result.map_err(LoadError::Read)?;
         let transfer = completion.transfer;
         let target = &self.targets[usize::try_from(transfer.tag).expect("a block's number")];
-        if let (Memory::Owned(buffer, range), Writer::Process(process, address)) =
-            (transfer.memory, &target.writer)
-        {
+        if let Memory::Owned(buffer, range) = transfer.memory {
             let block_offset = transfer.file_offset - target.placed.pages_offset;
-            let bytes = &buffer[range];
-            process
-                .write(address + block_offset, bytes)
-                .map_err(|source| write_error(target, block_offset, bytes.len(), source))?;
+            target.copy(block_offset, &buffer[range])?;
         }
         Ok(Some(()))
     }
 
     /// Writes zeros where the destination has bytes and the file has a zero page.
     fn clear_stale(&self, target: &LoadTarget) -> Result<(), LoadError> {
-        let zeros = vec![0; usize::try_from(WINDOW_LEN).expect("1 MiB")];
+        let zeros = vec![0; usize::try_from(WINDOW_LEN).expect("a window")];
         for stale in ranges::subtract(&target.touched, &data_ranges(target)) {
             for piece in pieces(stale, WINDOW_LEN) {
-                let len = usize::try_from(piece.end - piece.start).expect("1 MiB");
-                match &target.writer {
-                    Writer::Region(region) => region.store(piece.start, &zeros[..len]),
-                    Writer::Process(process, address) => process
-                        .write(address + piece.start, &zeros[..len])
-                        .map_err(|source| write_error(target, piece.start, len, source))?,
-                }
+                let len = usize::try_from(piece.end - piece.start).expect("a window");
+                target.copy(piece.start, &zeros[..len])?;
             }
         }
         Ok(())
     }
 }
 
-fn write_error(target: &LoadTarget, block_offset: u64, len: usize, source: io::Error) -> LoadError {
-    let block = target.placed.block.name().to_owned();
-    LoadError::Write { block, block_offset, len, source }
+impl LoadTarget {
+    /// Copies `bytes` to where the block has them.
+    fn copy(&self, block_offset: u64, bytes: &[u8]) -> Result<(), LoadError> {
+        let copied = match &self.writer {
+            Writer::Region(region) => {
+                region.store(block_offset, bytes);
+                Ok(())
+            }
+            Writer::File(file, offset) => file.write_all_at(bytes, offset + block_offset),
+            Writer::Process(process, address) => process.write(address + block_offset, bytes),
+        };
+        let block = || self.placed.block.name().to_owned();
+        let len = bytes.len();
+        copied.map_err(|source| LoadError::Write { block: block(), block_offset, len, source })
+    }
 }

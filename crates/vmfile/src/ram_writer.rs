@@ -323,5 +323,5 @@ impl Scan {
 
 /// A length or an offset inside a window.
 fn in_window(bytes: u64) -> usize {
-    usize::try_from(bytes).expect("a window has 1 MiB")
+    usize::try_from(bytes).expect("a window")
 }

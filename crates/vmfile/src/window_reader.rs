@@ -115,7 +115,7 @@ impl WindowReader<'_> {
         let index = shared.next.fetch_add(1, Ordering::Relaxed);
         let Some(window) = self.windows.get(index) else { return Ok(false) };
         let placed = &self.blocks[window.block];
-        let len = usize::try_from(window.range.end - window.range.start).expect("1 MiB");
+        let len = usize::try_from(window.range.end - window.range.start).expect("a window");
         let transfer = Transfer {
             direction: Direction::Read,
             file_offset: placed.pages_offset + window.range.start,

@@ -1,5 +1,6 @@
 //! One verb, one file: words into options, a report into words.
 
+pub(crate) mod bench;
 pub(crate) mod check;
 pub(crate) mod convert;
 pub(crate) mod info;

@@ -1,5 +1,6 @@
 //! `vmfile save`.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -54,10 +55,15 @@ pub(crate) fn run(arguments: &SaveArguments, voice: &Voice) -> Result<ExitCode, 
     Ok(ExitCode::SUCCESS)
 }
 
+/// Finds the QMP socket of the VM that the user named.
+pub(crate) fn socket_of(name: &str) -> Result<PathBuf, Failure> {
+    let address: VmAddress = name.parse().unwrap_or_else(|never| match never {});
+    vmfile::resolve(&address).map_err(|error| Failure::from(&error))
+}
+
 /// Connects to the VM that the user named.
 pub(crate) fn connect(name: &str) -> Result<Vm, Failure> {
-    let address: VmAddress = name.parse().unwrap_or_else(|never| match never {});
-    let socket = vmfile::resolve(&address).map_err(|error| Failure::from(&error))?;
+    let socket = socket_of(name)?;
     Vm::connect(&socket).map_err(|error| {
         let failure = Failure::from(&error);
         if failure.hint.is_some() {

@@ -209,7 +209,11 @@ pub(crate) fn info(info: &Info, verbose: bool) -> String {
         let _ = writeln!(text, "\ndisks, not in the file");
         for disk in &info.disks {
             let access = if disk.read_only { "read-only" } else { "writable" };
-            let _ = writeln!(text, "  {}: {} ({}, {access})", disk.device, disk.path, disk.format);
+            let _ = write!(text, "  {}: {} ({}, {access})", disk.device, disk.path, disk.format);
+            if let Some(overlay) = &disk.overlay {
+                let _ = write!(text, ", belongs to the file; the VM went on in {overlay}");
+            }
+            text.push('\n');
         }
     }
     if verbose {

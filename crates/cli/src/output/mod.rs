@@ -4,7 +4,7 @@ pub(crate) mod human;
 pub(crate) mod progress;
 pub(crate) mod size;
 
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 
 use serde::Serialize;
 use serde_json::json;
@@ -79,6 +79,20 @@ impl Voice {
             return Ok(Some(text));
         }
         Ok((!self.quiet).then(|| printable(&text(value))))
+    }
+
+    /// Says on stderr what is being done, where progress is shown.
+    pub(crate) fn step(&self, verb: &str, line: &str) {
+        let text = match self.progress {
+            ProgressMode::Off => return,
+            ProgressMode::Json => {
+                format!("{}\n", json!({ "type": "step", "verb": verb, "step": line }))
+            }
+            ProgressMode::Auto if !io::stderr().is_terminal() => return,
+            ProgressMode::Auto | ProgressMode::Bar => printable(&format!("{line}\n")),
+        };
+        // There is nobody left to tell.
+        let _ = io::stderr().lock().write_all(text.as_bytes());
     }
 
     fn warn(&self, message: &str) {

@@ -7,7 +7,8 @@ use vmfile_testing::TestResult;
 
 use crate::run::vmfile;
 
-const VERBS: [&str; 6] = ["save", "restore", "send", "info", "check", "list"];
+const VERBS: [&str; 9] =
+    ["save", "restore", "receive", "send", "convert", "info", "check", "bench", "list"];
 
 const BEGIN: &str = "<!-- The help of the program; `VMFILE_BLESS=1 cargo test` writes it. -->\n";
 
@@ -41,6 +42,15 @@ pub(crate) fn fields_of(chapter: &str) -> Vec<String> {
         cell.split(',').map(|name| name.trim().trim_matches('`').to_owned()).collect::<Vec<_>>()
     });
     names.collect()
+}
+
+#[test]
+fn no_verb_is_left_out() {
+    let help = vmfile(["--help"]).stdout;
+    let list = help.lines().skip_while(|line| *line != "Commands:").skip(1);
+    let names = list.map_while(|line| line.strip_prefix("  ")?.split(' ').next());
+    let names: Vec<&str> = names.filter(|name| *name != "help").collect();
+    assert_eq!(names, VERBS);
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! The program as its users meet it: words in, words and a status out.
 
+mod bench;
 mod damage;
 mod endings;
 mod guests;

@@ -79,7 +79,7 @@ fn a_vm_is_listed_and_saved_by_its_process_and_by_its_name() -> TestResult {
     let vm = vms.iter().find(|vm| vm["pid"] == pid).ok_or("the VM is listed")?;
     assert_documented("list", vm);
     assert_eq!(vm["name"], "cli-32");
-    assert_eq!(vm["routes"], json!(["direct", "stream"]));
+    assert_eq!(vm["routes"], json!(["direct", "stream", "native"]));
     assert_eq!(vm["qmp"], guest.qmp_path().display().to_string());
     assert!(vm["ram_bytes"].as_u64() > Some(32 << 20), "{vm}");
     vmfile(["list"]).assert(0, &["PID", "cli-32", "direct"]);

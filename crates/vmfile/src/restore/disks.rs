@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 
 use serde::Serialize;
 use vmfile_format::manifest::DiskMeta;
-use vmfile_qemu::{CommandLine, NewImage, find_program};
+use vmfile_qemu::{CommandLine, NewImage};
 
 use crate::restore_error::RestoreError;
 use crate::save::overlay_names;
@@ -124,8 +124,7 @@ fn make_overlay(
         }
     };
     let beside = executable.with_file_name(QEMU_IMG);
-    let program = find_program(&beside, std::env::var_os("PATH").as_ref());
-    let program = program.ok_or(RestoreError::NoQemuImg)?;
+    let program = if beside.is_file() { beside } else { PathBuf::from(QEMU_IMG) };
     let mut command = Command::new(program);
     command.args(["create", "-q", "-f", "qcow2", "-F", format, "-b"]).arg(image).arg(&overlay);
     let output = command.stdin(Stdio::null()).output();
@@ -133,9 +132,12 @@ fn make_overlay(
         let words = String::from_utf8_lossy(&output.stderr).trim().to_owned();
         if output.status.success() { Ok(()) } else { Err(io::Error::other(words)) }
     });
-    if let Err(error) = made {
+    made.map(|()| overlay.clone()).map_err(|error| {
         let _ = fs::remove_file(&overlay);
-        return Err(failed(error));
-    }
-    Ok(overlay)
+        if error.kind() == io::ErrorKind::NotFound {
+            RestoreError::NoQemuImg
+        } else {
+            failed(error)
+        }
+    })
 }

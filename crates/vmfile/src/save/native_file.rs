@@ -221,9 +221,9 @@ mod tests {
 
     #[test]
     fn a_window_spans_its_data_and_crosses_no_border() {
-        let block = RamBlock::new("pc.ram".to_owned(), 8 << 20, PageSize::KIB_4).unwrap();
+        let block = RamBlock::new("pc.ram".to_owned(), 16 << 20, PageSize::KIB_4).unwrap();
         let mut bitmap = PageBitmap::new(block.page_count());
-        for page in [3, 9, 255, 256, 1024] {
+        for page in [3, 9, 511, 512, 2048] {
             bitmap.set(PageIndex(page), true);
         }
         let placed =
@@ -232,6 +232,6 @@ mod tests {
             .into_iter()
             .map(|window| window.range.start / 4096..window.range.end / 4096)
             .collect();
-        assert_eq!(found, [3..256, 256..257, 1024..1025]);
+        assert_eq!(found, [3..512, 512..513, 2048..2049]);
     }
 }

@@ -53,7 +53,7 @@ pub(crate) struct BlockContents<'a> {
     pub(crate) zero_pages: bool,
 }
 
-/// Pages that are sent together, at most 1 MiB of one block.
+/// Pages that are sent together, at most a window of one block.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Window {
     /// The place of the block in [`Contents::blocks`].
@@ -65,9 +65,9 @@ pub(crate) struct Window {
 }
 
 impl Window {
-    /// Returns how many bytes are read for it; at most 1 MiB.
+    /// Returns how many bytes are read for it; at most a window.
     pub(crate) fn read_len(&self) -> usize {
-        usize::try_from(self.bytes.end - self.bytes.start).expect("1 MiB")
+        usize::try_from(self.bytes.end - self.bytes.start).expect("a window")
     }
 }
 

@@ -150,6 +150,9 @@ impl ProcessRam {
                 RamBacking::Private { .. } => {
                     Writer::Process(Arc::clone(&self.memory), block.at.address)
                 }
+                RamBacking::Shared { file, offset, file_system: FileSystem::Tmpfs, .. } => {
+                    Writer::File(Arc::clone(file), *offset)
+                }
                 RamBacking::Shared { region, .. } => Writer::Region(Arc::clone(region)),
             };
             Ok(Writable { touched, writer })

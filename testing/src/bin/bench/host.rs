@@ -35,11 +35,6 @@ pub(crate) fn memory_kib(name: &str) -> TestResult<u64> {
     number_of(&fs::read_to_string("/proc/meminfo")?, name)
 }
 
-/// Returns the page cache without shared memory, in KiB: guest RAM counts as shared memory.
-pub(crate) fn page_cache_kib() -> TestResult<u64> {
-    Ok(memory_kib("Cached")?.saturating_sub(memory_kib("Shmem")?))
-}
-
 /// Reads `NAME:  N kB` from one of the kernel's lists.
 pub(crate) fn number_of(list: &str, name: &str) -> TestResult<u64> {
     let line = list.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));

@@ -10,7 +10,6 @@ use serde_json::json;
 use vmfile_testing::{Guest, Ram, TestResult};
 
 use crate::Bench;
-use crate::native::{Way, wait_for_completion};
 use crate::report::Report;
 use crate::saving::mib;
 use crate::series::Series;
@@ -23,6 +22,8 @@ const ROUNDS: usize = 3;
 
 /// How long a guest is sent that writes faster.
 const BUSY: Duration = Duration::from_secs(15);
+
+const TIMEOUT: Duration = Duration::from_secs(120);
 
 pub(crate) fn measure(bench: &Bench, report: &mut Report) -> TestResult {
     for (ram_mib, fill_mib) in SIZES {
@@ -56,6 +57,22 @@ fn pause(bench: &Bench, (ram_mib, fill_mib): (u64, u32), report: &mut Report) ->
     Ok(())
 }
 
+/// Waits until QEMU has sent the guest.
+fn wait_for_completion(guest: &mut Guest) -> TestResult {
+    let deadline = Instant::now() + TIMEOUT;
+    loop {
+        let status = guest.qmp("query-migrate", json!({}))?;
+        match status["status"].as_str() {
+            Some("completed") => return Ok(()),
+            Some("failed" | "cancelled") => {
+                return Err(format!("QEMU's migration: {status}").into());
+            }
+            _ if Instant::now() > deadline => return Err("QEMU does not end".into()),
+            _ => thread::sleep(Duration::from_millis(5)),
+        }
+    }
+}
+
 fn save_live(bench: &Bench, guest: &Guest) -> TestResult<crate::tools::Run> {
     let (file, socket) = (bench.tools.file("live.vmf"), guest.qmp_path());
     bench.tools.make_way(&file)?;
@@ -73,7 +90,6 @@ fn growth(bench: &Bench, report: &mut Report) -> TestResult {
         let mut guest = config.boot(&bench.qemu)?;
         guest.wait_for_count(1)?;
         bench.tools.make_way(&file)?;
-        Way::Stream.prepare(&mut guest)?;
         let limits = json!({ "max-bandwidth": 100 << 20, "downtime-limit": 300 });
         guest.qmp("migrate-set-parameters", limits)?;
         let uri = if ours {

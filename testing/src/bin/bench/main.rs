@@ -1,4 +1,5 @@
-//! `cargo xtask bench`: vmfile beside the disk's limit and QEMU's own ways, in one run.
+//! `cargo xtask bench`: vmfile beside the disk's limit and QEMU's own ways, and against its targets, in
+//! one run. Saves are measured by `vmfile bench`, as everybody can.
 //!
 //! Every comparison is made in rounds: A B C, A B C, never A A B B, because a disk that others share
 //! changes its mind within seconds. Medians and ratios are over rounds; the first round warms up and
@@ -6,11 +7,8 @@
 
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a program, not a library")]
 
-mod fio;
 mod host;
-mod libvirt;
 mod live;
-mod native;
 mod reading;
 mod report;
 mod restoring;
@@ -44,8 +42,6 @@ pub(crate) struct Scale {
     ram_mib: u64,
     /// Of which the guest fills this with pages that are not zero.
     fill_mib: u32,
-    /// Numbers of multifd channels to try.
-    channels: &'static [u32],
 }
 
 /// What every part works with.
@@ -111,12 +107,7 @@ fn run(is_quick: bool) -> TestResult {
 /// Chooses sizes that fit: two guests' RAM, a file in the page cache, and room for the rest.
 fn scale(is_quick: bool) -> TestResult<Scale> {
     let available_mib = host::memory_kib("MemAvailable")? >> 10;
-    let small = Scale {
-        rounds: if is_quick { 3 } else { 5 },
-        ram_mib: 2048,
-        fill_mib: 1500,
-        channels: if is_quick { &[2, 4] } else { &[1, 2, 4, 8] },
-    };
+    let small = Scale { rounds: if is_quick { 3 } else { 5 }, ram_mib: 2048, fill_mib: 1500 };
     match available_mib {
         0..7_000 => Err(format!("needs 7 GiB of free memory, found {available_mib} MiB").into()),
         7_000..14_000 => Ok(small),

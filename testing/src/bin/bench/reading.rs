@@ -2,19 +2,22 @@
 
 use std::ffi::OsStr;
 use std::fs;
+use std::sync::atomic::AtomicBool;
 
+use vmfile_bench::fio;
 use vmfile_testing::TestResult;
 
 use crate::report::Report;
 use crate::series::Series;
 use crate::tools::{make_cold, make_warm};
-use crate::{Bench, Saved, fio};
+use crate::{Bench, Saved};
 
 pub(crate) fn measure(bench: &Bench, saved: &Saved, report: &mut Report) -> TestResult {
     let Bench { tools, qemu, scale } = bench;
+    let never = AtomicBool::new(false);
     let dense = tools.file("dense");
     tools.make_way(&dense)?;
-    fio::write(&dense, saved.bytes)?;
+    fio::write(&dense, saved.bytes, &never)?;
     let mut limit = Series::new("fio read limit");
     let mut load = Series::new("restore by load: guest runs, after QEMU's start");
     let mut whole_load = Series::new("restore by load, with QEMU's start");
@@ -24,7 +27,7 @@ pub(crate) fn measure(bench: &Bench, saved: &Saved, report: &mut Report) -> Test
     let file = saved.file.as_os_str();
     for round in 0..=scale.rounds {
         make_cold(&dense)?;
-        let limit_seconds = fio::read(&dense, saved.bytes)?;
+        let limit_seconds = fio::read(&dense, saved.bytes, &never)?;
         make_cold(&saved.file)?;
         let (run, guest) = tools.restore(qemu, &saved.config, &saved.file, "load")?;
         drop(guest);

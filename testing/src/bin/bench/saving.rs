@@ -1,127 +1,137 @@
-//! One stopped guest, saved by everybody.
+//! One paused guest, saved by everybody: what `vmfile bench` measures.
 
 use std::ffi::OsStr;
-use std::fs;
-use std::path::Path;
 
+use serde_json::Value;
 use vmfile_testing::{Guest, GuestConfig, Ram, TestResult};
 
-use crate::libvirt::{self, Libvirt};
-use crate::native::{Way, as_before, send};
 use crate::report::Report;
 use crate::series::Series;
-use crate::tools::Tools;
-use crate::{Bench, Saved, Scale, fio, host};
+use crate::{Bench, Saved};
 
 /// Pages of 256 with random words; 26 more are all alike, so that none of the filled ones is zero.
 const DATA_SHARE: u32 = 230;
 
+/// What the RAM of the guests that everybody saves holds, in percent.
+const DATA_PERCENT: &str = "65";
+const REPEATED_PERCENT: &str = "8";
+
 /// Most memory of its own that a save may take.
-const MEMORY_KIB_MAX: u64 = 64 << 10;
+const MEMORY_MIB_MAX: f64 = 64.0;
 
-/// Most that the page cache may change by in a direct save.
-const PAGE_CACHE_KIB_MAX: u64 = 16 << 10;
+/// Most that a direct save may leave in the page cache.
+const CACHED_MIB_MAX: f64 = 16.0;
 
-/// Who writes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Writer {
-    Disk,
-    VmfileShared,
-    VmfilePrivate,
-    /// By QEMU's stream, from private RAM.
-    VmfileStream,
-    /// `migrate "exec:vmfile receive"`, from private RAM.
-    VmfileReceive,
-    Qemu(Way),
-    /// As above, but from shared RAM.
-    QemuShared(Way),
-    /// From shared RAM as well.
-    Virsh(libvirt::Way),
-}
-
-impl Writer {
-    fn name(self) -> String {
-        match self {
-            Writer::Disk => "fio write limit".to_owned(),
-            Writer::VmfileShared => "vmfile save, shared RAM".to_owned(),
-            Writer::VmfilePrivate => "vmfile save, private RAM".to_owned(),
-            Writer::VmfileStream => "vmfile save --route stream, private RAM".to_owned(),
-            Writer::VmfileReceive => "QEMU `exec:vmfile receive`".to_owned(),
-            Writer::Qemu(way) => way.name(),
-            Writer::QemuShared(way) => format!("{}, shared RAM", way.name()),
-            Writer::Virsh(way) => format!("{}, shared RAM", way.name()),
-        }
-    }
-}
-
-/// Saves one guest in all ways and leaves it as a file.
+/// Saves guests in all ways, and leaves one of its own kind as a file.
 pub(crate) fn measure(bench: &Bench, report: &mut Report) -> TestResult<Saved> {
-    let Bench { tools, qemu, scale } = bench;
-    let config = |ram| Guest::linux(ram).fill_mib(scale.fill_mib).data_share(DATA_SHARE);
-    let shared_config = config(Ram::memfd(scale.ram_mib));
-    let mut shared = boot(bench, &shared_config)?;
-    let mut private = boot(bench, &config(Ram::private(scale.ram_mib)))?;
-    println!(
-        "{} is at rest, twice: shared and private RAM of {} MiB",
-        qemu.version(),
-        scale.ram_mib
-    );
-    let file = tools.file("saved.vmf");
-    let bytes = tools.save(&shared, &file)?.count("bytes_written")?;
-    report.data_bytes = bytes;
-
-    let libvirt = match Libvirt::is_here() {
-        true => Some(Libvirt::start(&shared_config, qemu, scale.ram_mib)?),
-        false => None,
-    };
-    let writers = writers(*scale, libvirt.is_some());
-    let mut all: Vec<(Writer, Series)> =
-        writers.into_iter().map(|writer| (writer, Series::new(writer.name()))).collect();
-    for round in 0..=scale.rounds {
-        for (writer, series) in &mut all {
-            let seconds = match writer {
-                Writer::Disk => disk(tools, bytes)?,
-                Writer::VmfileShared => tools.save(&shared, &file)?.seconds,
-                Writer::VmfilePrivate => tools.save(&private, &tools.file("private.vmf"))?.seconds,
-                Writer::VmfileStream => by_stream(tools, &mut private)?,
-                Writer::VmfileReceive => receive(tools, &mut private)?,
-                Writer::Qemu(way) => native(tools, *way, &mut private)?,
-                Writer::QemuShared(way) => native(tools, *way, &mut shared)?,
-                Writer::Virsh(way) => virsh(tools, *way, libvirt.as_ref())?,
-            };
-            if round > 0 {
-                series.push(seconds);
-            }
+    let Bench { tools, scale, .. } = bench;
+    let (size, rounds) = (format!("{}M", scale.ram_mib / 2), scale.rounds.to_string());
+    let words = ["bench", "--saves-only", "--ram", "shared,private", "--size", &size, "--runs"];
+    let more = [&rounds, "--data", DATA_PERCENT, "--repeated", REPEATED_PERCENT, "--dir"];
+    let words: Vec<&OsStr> = words.iter().chain(&more).map(OsStr::new).collect();
+    let measured = tools.run(&[&words[..], &[tools.directory().as_os_str()]].concat())?;
+    let scenes = measured.report["scenes"].as_array().ok_or("no scenes")?;
+    for scene in scenes {
+        let ways: Vec<Way> = scene["saves"].as_array().ok_or("no ways")?.iter().map(way).collect();
+        let guest = scene["guest"]["name"].as_str().ok_or("no name")?;
+        let data_bytes = scene["guest"]["data_bytes"].as_u64().ok_or("no data")?;
+        let disk = ways.iter().find(|way| way.family == "disk").ok_or("no fio")?.series.clone();
+        report.begin_table(guest, data_bytes);
+        for way in &ways {
+            report.save_row(&way.series, &disk);
         }
-        println!("round {round} of {}", scale.rounds);
+        match scene["guest"]["backing"].as_str() {
+            Some("shared") => judge_shared(&ways, &disk, report)?,
+            _ => judge_private(&ways, &disk, report)?,
+        }
     }
-    fs::remove_file(tools.file("private.vmf"))?;
-    drop(libvirt);
-    judge(&all, report);
-    cache_and_memory(tools, &shared, &file, report)?;
-    // Saved as it ran, so that it comes back running.
-    shared.resume()?;
-    tools.make_way(&file)?;
-    let socket = shared.qmp_path();
-    tools.run(&[OsStr::new("save"), socket.as_os_str(), file.as_os_str()])?;
-    Ok(Saved { config: shared_config, file, bytes })
+    for note in measured.report["not_measured"].as_array().into_iter().flatten() {
+        let text = |name| note[name].as_str().unwrap_or_default();
+        report.not_measured(text("what"), text("why"));
+    }
+    save_one(bench)
 }
 
-fn writers(scale: Scale, with_libvirt: bool) -> Vec<Writer> {
-    let mut all = vec![
-        Writer::Disk,
-        Writer::VmfileShared,
-        Writer::VmfilePrivate,
-        Writer::VmfileStream,
-        Writer::VmfileReceive,
-    ];
-    all.extend(scale.channels.iter().map(|&channels| Writer::Qemu(Way::Multifd(channels))));
-    all.extend([Way::Stream, Way::MappedRam, Way::Exec].map(Writer::Qemu));
-    all.push(Writer::QemuShared(Way::Multifd(2)));
-    if with_libvirt {
-        all.extend(libvirt::Way::ALL.map(Writer::Virsh));
+/// A way, as `vmfile bench` reports it.
+struct Way {
+    name: String,
+    family: String,
+    series: Series,
+    /// Most that its runs left in the page cache, and had of memory, in MiB.
+    cached_mib: f64,
+    peak_mib: f64,
+}
+
+fn way(value: &Value) -> Way {
+    let text = |name| value[name].as_str().unwrap_or_default().to_owned();
+    let mut series = Series::new(text("name"));
+    let (mut cached_mib, mut peak_mib) = (0.0, 0.0);
+    for run in value["runs"].as_array().into_iter().flatten() {
+        series.push(run["seconds"].as_f64().unwrap_or(f64::NAN));
+        let mib = |name| run[name].as_f64().unwrap_or(0.0) / f64::from(1 << 20);
+        cached_mib = f64::max(cached_mib, mib("cached_bytes"));
+        peak_mib = f64::max(peak_mib, mib("peak_memory_bytes"));
     }
-    all
+    Way { name: text("name"), family: text("family"), series, cached_mib, peak_mib }
+}
+
+fn find<'a>(ways: &'a [Way], name: &str) -> TestResult<&'a Way> {
+    ways.iter().find(|way| way.name == name).ok_or_else(|| format!("no {name}").into())
+}
+
+fn best_of_qemu(ways: &[Way]) -> TestResult<&Way> {
+    let qemu = ways.iter().filter(|way| way.family == "qemu");
+    let best = qemu.min_by(|a, b| a.series.median().total_cmp(&b.series.median()));
+    best.ok_or_else(|| "QEMU saved nothing".into())
+}
+
+fn judge_shared(ways: &[Way], disk: &Series, report: &mut Report) -> TestResult {
+    let ours = find(ways, "vmfile save")?;
+    let ratio =
+        |name| Ok::<_, vmfile_testing::TestError>(find(ways, name)?.series.ratio(&ours.series));
+    report.at_most("save, shared RAM: / fio write", ours.series.ratio(disk), 1.05, "x");
+    let best = best_of_qemu(ways)?;
+    let what = "save, shared RAM: QEMU's best / ours";
+    report.at_least(what, best.series.ratio(&ours.series), 1.6, "x");
+    report.at_least("save, shared RAM: `exec:cat` / ours", ratio("QEMU exec:cat >")?, 3.5, "x");
+    let what = "save, shared RAM: `virsh save --bypass-cache` / ours";
+    match ratio("virsh save --bypass-cache") {
+        Ok(ratio) => report.at_least(what, ratio, 2.2, "x"),
+        Err(_) => report.not_measured(what, "no libvirt"),
+    }
+    report.at_most("page cache: left by a direct save", ours.cached_mib, CACHED_MIB_MAX, "MiB");
+    report.at_most("our memory: peak of a save", ours.peak_mib, MEMORY_MIB_MAX, "MiB");
+    report.note(format!("QEMU's best is, with shared RAM: {}.", best.name));
+    Ok(())
+}
+
+fn judge_private(ways: &[Way], disk: &Series, report: &mut Report) -> TestResult {
+    let ours = find(ways, "vmfile save")?;
+    let best = best_of_qemu(ways)?;
+    report.at_most("save, private RAM: / fio write", ours.series.ratio(disk), 1.1, "x");
+    let what = "save, private RAM: QEMU's best / ours";
+    report.at_least(what, best.series.ratio(&ours.series), 1.4, "x");
+    let stream = &find(ways, "vmfile save --route stream")?.series;
+    report.at_least("save, stream: QEMU's best / ours", best.series.ratio(stream), 1.0, "x");
+    let receive = &find(ways, "QEMU exec:vmfile receive")?.series;
+    let exec = find(ways, "QEMU exec:cat >")?.series.ratio(receive);
+    report.at_least("`exec:cat` / `exec:vmfile receive`", exec, 2.0, "x");
+    report.note(format!("With private RAM: {}.", best.name));
+    Ok(())
+}
+
+/// Saves a Linux guest as it runs, so that it comes back running.
+fn save_one(bench: &Bench) -> TestResult<Saved> {
+    let Bench { tools, scale, .. } = bench;
+    let config =
+        Guest::linux(Ram::memfd(scale.ram_mib)).fill_mib(scale.fill_mib).data_share(DATA_SHARE);
+    let mut guest = boot(bench, &config)?;
+    guest.resume()?;
+    let file = tools.file("saved.vmf");
+    tools.make_way(&file)?;
+    let socket = guest.qmp_path();
+    let run = tools.run(&[OsStr::new("save"), socket.as_os_str(), file.as_os_str()])?;
+    Ok(Saved { config, file, bytes: run.count("bytes_written")? })
 }
 
 /// Boots a guest, waits until its memory is filled and judged, and stops it.
@@ -130,108 +140,6 @@ pub(crate) fn boot(bench: &Bench, config: &GuestConfig) -> TestResult<Guest> {
     guest.wait_for_count(1)?;
     guest.stop()?;
     Ok(guest)
-}
-
-fn disk(tools: &Tools, bytes: u64) -> TestResult<f64> {
-    let file = tools.file("fio");
-    tools.make_way(&file)?;
-    let seconds = fio::write(&file, bytes)?;
-    fs::remove_file(&file)?;
-    Ok(seconds)
-}
-
-fn by_stream(tools: &Tools, guest: &mut Guest) -> TestResult<f64> {
-    let (file, socket) = (tools.file("stream.vmf"), guest.qmp_path());
-    tools.make_way(&file)?;
-    let words = ["save", "--route", "stream", "--after", "pause", "--direct-io", "required"];
-    let words = words.map(OsStr::new);
-    let run = tools.run(&[&words[..], &[socket.as_os_str(), file.as_os_str()]].concat())?;
-    as_before(guest)?;
-    fs::remove_file(&file)?;
-    Ok(run.seconds)
-}
-
-fn receive(tools: &Tools, guest: &mut Guest) -> TestResult<f64> {
-    let file = tools.file("received.vmf");
-    tools.make_way(&file)?;
-    Way::Exec.prepare(guest)?;
-    let program = tools.program().display();
-    let words = "receive --quiet --direct-io required";
-    let seconds = send(guest, &format!("'{program}' {words} '{}'", file.display()))?;
-    fs::remove_file(&file)?;
-    Ok(seconds)
-}
-
-fn native(tools: &Tools, way: Way, guest: &mut Guest) -> TestResult<f64> {
-    let file = tools.file("native");
-    tools.make_way(&file)?;
-    let seconds = way.save(guest, &file)?;
-    fs::remove_file(&file)?;
-    Ok(seconds)
-}
-
-fn virsh(tools: &Tools, way: libvirt::Way, libvirt: Option<&Libvirt>) -> TestResult<f64> {
-    let file = tools.file("virsh");
-    tools.make_way(&file)?;
-    let seconds = libvirt.ok_or("no libvirt")?.save(way, &file)?;
-    fs::remove_file(&file)?;
-    Ok(seconds)
-}
-
-fn best_of_qemu(all: &[(Writer, Series)]) -> Option<&(Writer, Series)> {
-    let is_qemu = |writer| matches!(writer, Writer::Qemu(_) | Writer::QemuShared(_));
-    let qemu = all.iter().filter(|(writer, _)| is_qemu(*writer));
-    qemu.min_by(|(_, a), (_, b)| a.median().total_cmp(&b.median()))
-}
-
-fn judge(all: &[(Writer, Series)], report: &mut Report) {
-    let series =
-        |wanted| all.iter().find(|(writer, _)| *writer == wanted).map(|(_, series)| series);
-    let (Some(disk), Some(shared), Some(private), Some(exec), Some((_, best))) = (
-        series(Writer::Disk),
-        series(Writer::VmfileShared),
-        series(Writer::VmfilePrivate),
-        series(Writer::Qemu(Way::Exec)),
-        best_of_qemu(all),
-    ) else {
-        return;
-    };
-    for (_, series) in all {
-        report.save_row(series, disk);
-    }
-    report.at_most("save, shared RAM: / fio write", shared.ratio(disk), 1.05, "x");
-    report.at_least("save, shared RAM: QEMU's best / ours", best.ratio(shared), 1.6, "x");
-    report.at_least("save, shared RAM: `exec:cat` / ours", exec.ratio(shared), 3.5, "x");
-    let what = "save, shared RAM: `virsh save --bypass-cache` / ours";
-    match series(Writer::Virsh(libvirt::Way::BypassCache)) {
-        Some(virsh) => report.at_least(what, virsh.ratio(shared), 2.2, "x"),
-        None => report.not_measured(what, "no libvirt"),
-    }
-    report.at_most("save, private RAM: / fio write", private.ratio(disk), 1.1, "x");
-    report.at_least("save, private RAM: QEMU's best / ours", best.ratio(private), 1.4, "x");
-    let (stream, receive) = (series(Writer::VmfileStream), series(Writer::VmfileReceive));
-    if let (Some(stream), Some(receive)) = (stream, receive) {
-        report.at_least("save, stream: QEMU's best / ours", best.ratio(stream), 1.0, "x");
-        let what = "`exec:cat` / `exec:vmfile receive`";
-        report.at_least(what, exec.ratio(receive), 2.0, "x");
-    }
-    report.note(format!("QEMU's best is: {}.", best.name));
-}
-
-fn cache_and_memory(tools: &Tools, guest: &Guest, file: &Path, report: &mut Report) -> TestResult {
-    tools.make_way(file)?;
-    let before = host::page_cache_kib()?;
-    tools.save(guest, file)?;
-    let change_kib = host::page_cache_kib()?.abs_diff(before);
-    report.at_most(
-        "page cache: change by a direct save",
-        mib(change_kib),
-        mib(PAGE_CACHE_KIB_MAX),
-        "MiB",
-    );
-    let peak = tools.memory_of_save(guest, file)?;
-    report.at_most("our memory: peak of a save", mib(peak), mib(MEMORY_KIB_MAX), "MiB");
-    Ok(())
 }
 
 /// Returns KiB as MiB.

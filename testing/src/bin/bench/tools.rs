@@ -5,16 +5,13 @@ use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::process::Command;
+use std::time::Instant;
 
 use rustix::fs::{Advice, fadvise, syncfs};
 use serde_json::Value;
 use tempfile::TempDir;
 use vmfile_testing::{Guest, GuestConfig, Qemu, TestResult};
-
-use crate::host::number_of;
 
 /// The program, and a directory for its files on the file system of the build directory.
 #[derive(Debug)]
@@ -98,32 +95,6 @@ impl Tools {
         let socket = guest.qmp_path();
         let words = ["save", "--after", "pause", "--direct-io", "required"].map(OsStr::new);
         self.run(&[&words[..], &[socket.as_os_str(), file.as_os_str()]].concat())
-    }
-
-    /// Saves the guest and returns the most memory of its own that the program held, in KiB.
-    pub(crate) fn memory_of_save(&self, guest: &Guest, file: &Path) -> TestResult<u64> {
-        self.make_way(file)?;
-        let mut child = self
-            .vmfile()
-            .args(["--json", "save", "--after", "pause"])
-            .args([guest.qmp_path().as_path(), file])
-            .stdout(Stdio::piped())
-            .spawn()?;
-        let status = format!("/proc/{}/status", child.id());
-        let mut peak = 0;
-        let outcome = loop {
-            if let Some(outcome) = child.try_wait()? {
-                break outcome;
-            }
-            let list = fs::read_to_string(&status).unwrap_or_default();
-            // A process that is ending has no memory any more.
-            peak = peak.max(number_of(&list, "RssAnon").unwrap_or(0));
-            thread::sleep(Duration::from_millis(1));
-        };
-        if !outcome.success() {
-            return Err(format!("vmfile save: {outcome}").into());
-        }
-        Ok(peak)
     }
 
     /// Restores the guest of `config` from `file` into a QEMU of its own.

@@ -1,0 +1,194 @@
+//! A VM that stands still, to be saved by everybody.
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::AtomicBool;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+use vmfile_qemu::{RunState, Vm};
+
+use crate::contents::fill;
+use crate::error::BenchError;
+use crate::options::{Backing, Contents};
+
+/// How long QEMU may take to answer.
+const START_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How a guest is started, and started again to be restored into.
+#[derive(Clone, Debug)]
+pub(crate) struct Machine {
+    pub(crate) qemu: PathBuf,
+    pub(crate) ram_bytes: u64,
+    pub(crate) backing: Backing,
+}
+
+impl Machine {
+    /// Returns the command line of a QEMU of this kind, the program first, with its sockets in
+    /// `directory`.
+    ///
+    /// Emulation everywhere: the guest stands still, and what its firmware does takes no time.
+    pub(crate) fn command_line(&self, directory: &Path) -> Vec<OsString> {
+        let mut words: Vec<OsString> = vec![self.qemu.clone().into()];
+        let mebibytes = self.ram_bytes >> 20;
+        words.extend(["-nodefaults", "-no-user-config", "-display", "none"].map(OsString::from));
+        words.extend(["-m".into(), format!("{mebibytes}M").into()]);
+        match self.backing {
+            Backing::Private => words.extend(["-machine", "pc,accel=tcg"].map(OsString::from)),
+            Backing::Shared => {
+                let object = format!("memory-backend-memfd,id=ram0,size={mebibytes}M,share=on");
+                words.extend(["-object".into(), object.into()]);
+                let machine = "pc,accel=tcg,memory-backend=ram0";
+                words.extend(["-machine", machine].map(OsString::from));
+            }
+        }
+        let socket = socket_in(directory);
+        let mut qmp = OsString::from("unix:");
+        qmp.push(&socket);
+        qmp.push(",server=on,wait=off");
+        words.extend(["-qmp".into(), qmp]);
+        words
+    }
+}
+
+pub(crate) fn socket_in(directory: &Path) -> PathBuf {
+    directory.join("qmp")
+}
+
+/// Makes a directory for sockets, whose paths must be short.
+pub(crate) fn sockets() -> Result<TempDir, BenchError> {
+    let made = tempfile::Builder::new().prefix("vmfile-bench-").tempdir();
+    made.map_err(BenchError::system("make a directory for sockets"))
+}
+
+/// A QEMU that was started here; it ends when this is dropped.
+#[derive(Debug)]
+pub(crate) struct Qemu {
+    child: Child,
+    directory: TempDir,
+}
+
+impl Qemu {
+    /// Starts a QEMU with these options besides the machine's own.
+    pub(crate) fn start(machine: &Machine, more: &[&str]) -> Result<Qemu, BenchError> {
+        let directory = sockets()?;
+        let words = machine.command_line(directory.path());
+        let log = directory.path().join("stderr");
+        let stderr = File::create_new(&log).map_err(BenchError::system("make QEMU's log"))?;
+        let child = Command::new(&machine.qemu)
+            .args(&words[1..])
+            .args(more)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(stderr)
+            .spawn()
+            .map_err(|error| no_qemu(machine, error.to_string()))?;
+        let mut qemu = Qemu { child, directory };
+        let deadline = Instant::now() + START_TIMEOUT;
+        // The socket is there before anybody listens.
+        while Vm::connect(&qemu.socket()).is_err() {
+            let ended = qemu.child.try_wait().ok().flatten().is_some();
+            if ended || Instant::now() > deadline {
+                let said = fs::read_to_string(&log).unwrap_or_default();
+                return Err(no_qemu(machine, said.trim().to_owned()));
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+        Ok(qemu)
+    }
+
+    pub(crate) fn socket(&self) -> PathBuf {
+        socket_in(self.directory.path())
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+}
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        // Both fail only when the child is gone already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn no_qemu(machine: &Machine, said: String) -> BenchError {
+    BenchError::NoQemu { program: machine.qemu.clone(), said }
+}
+
+/// The VM that is saved: started here, or the user's.
+#[derive(Debug)]
+pub(crate) struct Subject {
+    socket: PathBuf,
+    pid: u32,
+    /// How it can be started again; `None` for the user's.
+    machine: Option<Machine>,
+    /// Whether it must be resumed in the end.
+    ran: bool,
+    /// Held for its end.
+    _qemu: Option<Qemu>,
+}
+
+impl Subject {
+    /// Starts a guest, fills its RAM, and leaves it paused.
+    pub(crate) fn start(
+        machine: &Machine,
+        contents: Contents,
+        stop: &AtomicBool,
+    ) -> Result<Subject, BenchError> {
+        let qemu = Qemu::start(machine, &["-S"])?;
+        let mut vm = Vm::connect(&qemu.socket())?;
+        // A VM that has never run is not saved. The firmware finds nothing to boot, and rests.
+        vm.cont()?;
+        thread::sleep(Duration::from_millis(500));
+        vm.stop()?;
+        fill(qemu.pid(), &vm.ram_blocks()?, contents, stop)?;
+        Ok(Subject {
+            socket: qemu.socket(),
+            pid: qemu.pid(),
+            machine: Some(machine.clone()),
+            ran: false,
+            _qemu: Some(qemu),
+        })
+    }
+
+    /// Takes a VM that runs already, and pauses it.
+    pub(crate) fn take(socket: &Path) -> Result<Subject, BenchError> {
+        let mut vm = Vm::connect(socket)?;
+        let ran = vm.run_state()? == RunState::Running;
+        let pid = vm.pid()?;
+        if ran {
+            vm.stop()?;
+        }
+        Ok(Subject { socket: socket.to_path_buf(), pid, machine: None, ran, _qemu: None })
+    }
+
+    pub(crate) fn connect(&self) -> Result<Vm, BenchError> {
+        Ok(Vm::connect(&self.socket)?)
+    }
+
+    pub(crate) fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    pub(crate) fn machine(&self) -> Option<&Machine> {
+        self.machine.as_ref()
+    }
+}
+
+impl Drop for Subject {
+    fn drop(&mut self) {
+        if self.ran {
+            let _ = self.connect().map(|mut vm| vm.cont());
+        }
+    }
+}

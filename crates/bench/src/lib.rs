@@ -1,0 +1,30 @@
+//! vmfile beside QEMU's own ways, libvirt and the disk's limit, measured on this host.
+//!
+//! Every comparison is made in rounds: A B C, A B C, never A A B B, because a disk that others share
+//! changes its mind within seconds. The first round warms up and is not counted; ratios are medians
+//! of the rounds' ratios. Whoever writes a file makes it durable within the time that is measured.
+
+mod contents;
+mod error;
+pub mod fio;
+mod grid;
+mod guest;
+mod host;
+pub mod html;
+mod libvirt;
+mod options;
+mod process;
+mod qemu_ways;
+pub mod report;
+mod restoring;
+mod run;
+mod saving;
+mod scene;
+pub mod series;
+mod sweep;
+mod tell;
+
+pub use error::BenchError;
+pub use options::{Backing, BenchOptions, Contents};
+pub use run::run;
+pub mod table;

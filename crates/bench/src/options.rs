@@ -1,0 +1,64 @@
+//! What is measured.
+
+use std::num::NonZeroU32;
+use std::path::PathBuf;
+
+/// Where a guest's RAM lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Backing {
+    /// Anonymous memory of QEMU's own, as without any option.
+    Private,
+    /// A memfd that others may map.
+    Shared,
+}
+
+impl Backing {
+    /// Returns its name.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Backing::Private => "private",
+            Backing::Shared => "shared",
+        }
+    }
+}
+
+/// What the pages of a guest hold, in percent of its RAM; the rest was never touched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Contents {
+    /// Pages of random words.
+    pub data_percent: u8,
+    /// Pages in which one word repeats.
+    pub repeated_percent: u8,
+}
+
+/// What is measured, and how often.
+#[derive(Clone, Debug)]
+pub struct BenchOptions {
+    /// A VM that runs already, by its QMP socket, instead of guests that are started for it. It is
+    /// paused meanwhile.
+    pub vm: Option<PathBuf>,
+    /// RAM of the guests, in bytes.
+    pub sizes: Vec<u64>,
+    /// Where their RAM lies.
+    pub backings: Vec<Backing>,
+    /// What it holds.
+    pub contents: Contents,
+    /// Rounds that count, after one that warms up.
+    pub rounds: NonZeroU32,
+    /// Where the files are written.
+    pub directory: PathBuf,
+    /// QEMU's program.
+    pub qemu: PathBuf,
+    /// The program `vmfile`.
+    pub program: PathBuf,
+    /// Measure restores, too.
+    pub restores: bool,
+    /// Measure how cost grows with one thing, too.
+    pub sweep: bool,
+}
+
+impl BenchOptions {
+    /// Numbers of channels that QEMU may choose the best of.
+    pub const CHANNELS: [u32; 4] = [1, 2, 4, 8];
+}

@@ -1,0 +1,149 @@
+//! QEMU's own ways of writing a paused VM to a file, each with everything that makes it fast.
+
+use std::fs::File;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use vmfile_qemu::{Outgoing, Vm};
+
+use crate::error::BenchError;
+use crate::guest::Subject;
+use crate::process::{Meter, Usage};
+
+/// How long QEMU may take: a slow disk, and much RAM.
+const TIMEOUT: Duration = Duration::from_secs(1800);
+
+/// How often QEMU is asked whether it is done.
+const POLL_INTERVAL: Duration = Duration::from_millis(2);
+
+/// A way of QEMU's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum QemuWay {
+    /// The stream, to `file:`.
+    Stream,
+    /// Pages at fixed offsets, one thread.
+    MappedRam,
+    /// Pages at fixed offsets, this many channels, with direct I/O or without.
+    Multifd { channels: u32, direct_io: bool },
+    /// The stream, through a pipe, to `cat`.
+    Exec,
+}
+
+impl QemuWay {
+    pub(crate) fn name(self) -> String {
+        match self {
+            QemuWay::Stream => "QEMU file: stream".to_owned(),
+            QemuWay::MappedRam => "QEMU file: mapped-ram".to_owned(),
+            QemuWay::Multifd { channels, direct_io } => {
+                let direct_io = if direct_io { ", direct-io" } else { "" };
+                format!("QEMU file: mapped-ram, multifd {channels}{direct_io}")
+            }
+            QemuWay::Exec => "QEMU exec:cat >".to_owned(),
+        }
+    }
+
+    pub(crate) fn short(self) -> String {
+        match self {
+            QemuWay::Stream => "file:".to_owned(),
+            QemuWay::MappedRam => "mapped-ram".to_owned(),
+            QemuWay::Multifd { channels, direct_io: false } => format!("+multifd {channels}"),
+            QemuWay::Multifd { channels, direct_io: true } => format!("+{channels} direct"),
+            QemuWay::Exec => "exec:cat".to_owned(),
+        }
+    }
+
+    /// Writes the VM to `file`, durably; it is paused again afterwards, and QEMU as it was.
+    pub(crate) fn save(
+        self,
+        subject: &Subject,
+        file: &Path,
+        stop: &AtomicBool,
+    ) -> Result<Usage, BenchError> {
+        let uri = match self {
+            QemuWay::Exec => {
+                let file = file.display();
+                format!("exec:cat > '{file}' && sync '{file}'")
+            }
+            _ => format!("file:{}", file.display()),
+        };
+        let sync = || {
+            let synced = File::open(file).and_then(|file| file.sync_all());
+            synced.map_err(BenchError::system("sync the file"))
+        };
+        send(subject, self, &uri, sync, stop)
+    }
+
+    fn capabilities(self) -> Value {
+        let is_mapped = !matches!(self, QemuWay::Stream | QemuWay::Exec);
+        let is_multifd = matches!(self, QemuWay::Multifd { .. });
+        json!([
+            { "capability": "mapped-ram", "state": is_mapped },
+            { "capability": "multifd", "state": is_multifd },
+        ])
+    }
+
+    fn parameters(self) -> Value {
+        match self {
+            QemuWay::Multifd { channels, direct_io } => {
+                json!({ "max-bandwidth": 0, "multifd-channels": channels, "direct-io": direct_io })
+            }
+            _ => json!({ "max-bandwidth": 0 }),
+        }
+    }
+
+    /// Tells a QEMU that waits for the VM how it was written.
+    pub(crate) fn expect(self, vm: &mut Vm) -> Result<(), BenchError> {
+        let capabilities = json!({ "capabilities": self.capabilities() });
+        vm.execute("migrate-set-capabilities", capabilities)?;
+        if let QemuWay::Multifd { .. } = self {
+            vm.execute("migrate-set-parameters", self.parameters())?;
+        }
+        Ok(())
+    }
+}
+
+/// Sends the VM to `uri` with the settings of `way`, and does what makes it durable.
+pub(crate) fn send(
+    subject: &Subject,
+    way: QemuWay,
+    uri: &str,
+    sync: impl FnOnce() -> Result<(), BenchError>,
+    stop: &AtomicBool,
+) -> Result<Usage, BenchError> {
+    let mut vm = subject.connect()?;
+    let before = vm.stream_settings()?;
+    vm.execute("migrate-set-capabilities", json!({ "capabilities": way.capabilities() }))?;
+    vm.execute("migrate-set-parameters", way.parameters())?;
+    let changed = vm.stream_settings()?;
+    let mut meter = Meter::start(subject.pid());
+    let sent = vm.execute("migrate", json!({ "uri": uri })).map_err(BenchError::from);
+    let sent = sent.and_then(|_| wait(&mut vm, &mut meter, stop)).and_then(|()| sync());
+    let usage = meter.finish();
+    // A VM that was sent waits for its end: one that has run once more is as it was.
+    vm.cont()?;
+    vm.stop()?;
+    vm.change_stream_settings(&changed, &before)?;
+    sent.map(|()| usage)
+}
+
+fn wait(vm: &mut Vm, meter: &mut Meter, stop: &AtomicBool) -> Result<(), BenchError> {
+    let deadline = Instant::now() + TIMEOUT;
+    loop {
+        match vm.outgoing()? {
+            Outgoing::Completed => return Ok(()),
+            Outgoing::Failed(reason) => return Err(BenchError::program("QEMU", reason)),
+            Outgoing::Cancelled => return Err(BenchError::program("QEMU", "cancelled")),
+            _ => {}
+        }
+        if stop.load(Ordering::Relaxed) || Instant::now() > deadline {
+            // Threads of QEMU that write must run dry first.
+            vm.cancel_file(Duration::from_secs(60))?;
+            return Err(BenchError::Stopped);
+        }
+        meter.sample();
+        thread::sleep(POLL_INTERVAL);
+    }
+}

@@ -1,0 +1,159 @@
+//! What was measured, in full: everything that is printed is made of it.
+
+use serde::Serialize;
+
+use crate::series::Summary;
+
+/// What a run of the benchmark found.
+#[derive(Clone, Debug, Serialize)]
+pub struct BenchReport {
+    /// Where it was measured.
+    pub host: Host,
+    /// One for each guest that was measured.
+    pub scenes: Vec<Scene>,
+    /// How cost grows with one thing while the rest stays, where that was asked for.
+    pub sweeps: Vec<Sweep>,
+    /// What could not be measured, and why.
+    pub not_measured: Vec<NotMeasured>,
+    /// How long it all took, in seconds.
+    pub total_seconds: f64,
+}
+
+/// The machine, and what was measured on it.
+#[derive(Clone, Debug, Serialize)]
+pub struct Host {
+    /// Such as `2 x AMD EPYC`.
+    pub cpu: String,
+    /// Length of its memory, in bytes.
+    pub memory_bytes: u64,
+    /// Such as `Linux 6.18.44`.
+    pub kernel: String,
+    /// The file system that was written to, such as `ext4 on vda`.
+    pub file_system: String,
+    /// QEMU's version.
+    pub qemu: String,
+    /// Whether guests ran under KVM.
+    pub kvm: bool,
+    /// fio's version, where it is installed.
+    pub fio: Option<String>,
+    /// libvirt's version, where it is installed.
+    pub libvirt: Option<String>,
+    /// vmfile's version.
+    pub vmfile: String,
+    /// When it began, in seconds since 1970-01-01 UTC.
+    pub began_unix_seconds: u64,
+    /// Processes that were ready to run when it began, over the last minute.
+    pub load: f64,
+    /// The command line.
+    pub command: Vec<String>,
+}
+
+/// One guest, saved and restored in every way.
+#[derive(Clone, Debug, Serialize)]
+pub struct Scene {
+    /// The guest.
+    pub guest: GuestShape,
+    /// The ways of saving it, in the order in which they were measured in each round.
+    pub saves: Vec<Way>,
+    /// The ways of restoring it.
+    pub restores: Vec<Way>,
+}
+
+/// What the RAM of a guest is like.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct GuestShape {
+    /// Its name, for headings: `4 GiB, private, 75 % data`.
+    pub name: String,
+    /// Length of its RAM, in bytes.
+    pub ram_bytes: u64,
+    /// `private` or `shared`.
+    pub backing: &'static str,
+    /// Bytes of pages that are not zero.
+    pub data_bytes: u64,
+    /// Bytes of pages, among those, in which one word repeats.
+    pub repeated_bytes: u64,
+}
+
+/// One way, and what each round of it took.
+#[derive(Clone, Debug, Serialize)]
+pub struct Way {
+    /// Its name, such as `vmfile save` or `QEMU mapped-ram, multifd 4, direct-io`.
+    pub name: String,
+    /// A short name, for the heads of columns: `vmfile`, `multifd 4 dio`.
+    pub short: String,
+    /// Who wrote it: decides about colors and what is compared.
+    pub family: Family,
+    /// One for each round that counts.
+    pub runs: Vec<Run>,
+    /// Of the runs' seconds.
+    pub seconds: Summary,
+    /// The median of the rounds' ratios, this way's time to the best of vmfile's in the same round:
+    /// 2 is twice as long.
+    pub ratio_to_vmfile: Option<f64>,
+    /// The median of the rounds' ratios, this way's time to the disk's limit in the same round.
+    pub ratio_to_disk: Option<f64>,
+}
+
+/// Who does the work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Family {
+    /// fio: the disk's limit.
+    Disk,
+    /// This program.
+    Vmfile,
+    /// QEMU alone, or with `cat`.
+    Qemu,
+    /// `virsh`.
+    Libvirt,
+}
+
+/// One time one way.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct Run {
+    /// From the order to the durable file, or to the VM that has its memory, in seconds.
+    pub seconds: f64,
+    /// Bytes of pages for each second, in GiB.
+    pub gib_per_second: f64,
+    /// Seconds of processors, of all processes that take part.
+    pub cpu_seconds: Option<f64>,
+    /// Most memory that the writing processes had beside the guest's, in bytes.
+    pub peak_memory_bytes: Option<u64>,
+    /// How much of the file is left in the page cache, in bytes.
+    pub cached_bytes: Option<u64>,
+    /// How long a guest that ran stood still, in seconds.
+    pub pause_seconds: Option<f64>,
+}
+
+/// How cost grows with one thing.
+#[derive(Clone, Debug, Serialize)]
+pub struct Sweep {
+    /// What grows: `RAM`, `share of zero pages`, `jobs`, `clones`.
+    pub name: String,
+    /// In what it is counted: `MiB`, `%`, or nothing.
+    pub unit: &'static str,
+    /// What is measured, in the order of `points`' values: `vmfile save`, `restore by map`.
+    pub lines: Vec<String>,
+    /// In what that is counted: `s` or `MiB`.
+    pub value_unit: &'static str,
+    /// From the smallest on.
+    pub points: Vec<SweepPoint>,
+}
+
+/// One point of a sweep.
+#[derive(Clone, Debug, Serialize)]
+pub struct SweepPoint {
+    /// How much of what grows.
+    pub x: f64,
+    /// A value for each line, `None` where it was not measured.
+    pub values: Vec<Option<Summary>>,
+}
+
+/// Something that could not be measured.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct NotMeasured {
+    /// What.
+    pub what: String,
+    /// Why not.
+    pub why: String,
+}

@@ -1,0 +1,131 @@
+//! All of it, from the options to the report.
+
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+use std::time::Instant;
+
+use vmfile_qemu::{QemuVersion, Vm, program_version};
+
+use crate::error::{BenchError, in_words};
+use crate::guest::{Machine, Subject};
+use crate::host::{available_memory, describe};
+use crate::options::{Backing, BenchOptions};
+use crate::report::{BenchReport, GuestShape};
+use crate::saving::{Bench, gib};
+use crate::scene;
+use crate::sweep;
+use crate::tell::Tell;
+
+/// Measures what `options` say; `tell` is called with a line for each step, and `command` is what the
+/// user typed, for the report.
+///
+/// # Errors
+///
+/// Returns [`BenchError`] if nothing could be measured, or `stop` was set. A way that cannot be
+/// measured is no error: the report says why. Whatever happens, guests are ended, files are removed,
+/// and a VM of the user's runs on if it ran.
+pub fn run(
+    options: &BenchOptions,
+    command: Vec<String>,
+    stop: &AtomicBool,
+    tell: &dyn Fn(&str),
+) -> Result<BenchReport, BenchError> {
+    let started = Instant::now();
+    let tell = Tell(tell);
+    let directory = tempfile::Builder::new()
+        .prefix("vmfile-bench-")
+        .tempdir_in(&options.directory)
+        .map_err(BenchError::system(format!("write to {}", options.directory.display())))?;
+    let mut bench = Bench { options, stop, directory, not_measured: Vec::new() };
+    let mut host = describe(options, command);
+    let mut scenes = Vec::new();
+    let mut refused = None;
+    if let Some(socket) = &options.vm {
+        let version = {
+            let mut vm = Vm::connect(socket)?;
+            host.qemu = vm.version()?.to_string();
+            host.kvm = is_kvm(&mut vm);
+            vm.version()?
+        };
+        let subject = Subject::take(socket)?;
+        let shape = shape_of(&subject, socket)?;
+        scenes.push(scene::measure(&mut bench, &subject, shape, version, &tell)?);
+    } else {
+        let version = version_of(&options.qemu)?;
+        for &ram_bytes in &options.sizes {
+            for &backing in &options.backings {
+                let machine = Machine { qemu: options.qemu.clone(), ram_bytes, backing };
+                let shape = shape(&machine, options);
+                match guest(&mut bench, &machine, shape.clone(), version, &tell) {
+                    Ok(scene) => scenes.push(scene),
+                    Err(BenchError::Stopped) => return Err(BenchError::Stopped),
+                    // The others may still be measured.
+                    Err(error @ (BenchError::NoMemory { .. } | BenchError::NoRoom { .. })) => {
+                        bench.note(&shape.name, error.in_words());
+                        refused = Some(error);
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+    }
+    if let (true, Some(error)) = (scenes.is_empty(), refused) {
+        return Err(error);
+    }
+    let sweeps = if options.sweep { sweep::measure(&mut bench, &tell)? } else { Vec::new() };
+    let total_seconds = started.elapsed().as_secs_f64();
+    Ok(BenchReport { host, scenes, sweeps, not_measured: bench.not_measured, total_seconds })
+}
+
+fn guest(
+    bench: &mut Bench<'_>,
+    machine: &Machine,
+    shape: GuestShape,
+    version: QemuVersion,
+    tell: &Tell<'_>,
+) -> Result<crate::report::Scene, BenchError> {
+    // The guest, and the one that is restored while it is there.
+    let (needed_bytes, available_bytes) = (machine.ram_bytes * 2, available_memory());
+    if needed_bytes > available_bytes {
+        return Err(BenchError::NoMemory { needed_bytes, available_bytes });
+    }
+    let subject = Subject::start(machine, bench.options.contents, bench.stop)?;
+    scene::measure(bench, &subject, shape, version, tell)
+}
+
+fn version_of(program: &Path) -> Result<QemuVersion, BenchError> {
+    program_version(program).map_err(|error| BenchError::NoQemu {
+        program: program.to_path_buf(),
+        said: in_words(&error),
+    })
+}
+
+fn shape(machine: &Machine, options: &BenchOptions) -> GuestShape {
+    let contents = options.contents;
+    let backing = machine.backing.name();
+    let size = gib(machine.ram_bytes);
+    let (data, repeated) = (contents.data_percent, contents.repeated_percent);
+    GuestShape {
+        name: format!("{size} GiB, {backing} RAM, {data} % data, {repeated} % repeated"),
+        ram_bytes: machine.ram_bytes,
+        backing,
+        data_bytes: 0,
+        repeated_bytes: machine.ram_bytes / 100 * u64::from(repeated),
+    }
+}
+
+/// Describes a VM of the user's.
+fn shape_of(subject: &Subject, socket: &Path) -> Result<GuestShape, BenchError> {
+    let mut vm = subject.connect()?;
+    let ram_bytes = vm.ram_blocks()?.iter().map(|block| block.used_length).sum();
+    let shared = vm.memory_backends()?.iter().any(|backend| backend.share);
+    let backing = if shared { Backing::Shared } else { Backing::Private }.name();
+    let name = vm.name()?.unwrap_or_else(|| socket.display().to_string());
+    let name = format!("{name}: {:.2} GiB, {backing} RAM", gib(ram_bytes));
+    Ok(GuestShape { name, ram_bytes, backing, data_bytes: 0, repeated_bytes: 0 })
+}
+
+fn is_kvm(vm: &mut Vm) -> bool {
+    let answer = vm.execute("query-kvm", serde_json::Value::Null).unwrap_or_default();
+    answer.get("enabled").and_then(serde_json::Value::as_bool).unwrap_or(false)
+}

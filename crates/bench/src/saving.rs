@@ -1,0 +1,238 @@
+//! One paused VM, saved in every way there is.
+
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::AtomicBool;
+
+use rustix::fs::syncfs;
+use serde_json::Value;
+use tempfile::TempDir;
+use vmfile_engine::resident_bytes;
+
+use crate::error::BenchError;
+use crate::fio;
+use crate::guest::Subject;
+use crate::libvirt::{Libvirt, VirshWay};
+use crate::options::BenchOptions;
+use crate::process;
+use crate::qemu_ways::{QemuWay, send};
+use crate::report::{Family, NotMeasured, Run};
+
+/// A way of saving.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum SaveWay {
+    /// fio writes as many bytes.
+    Disk,
+    /// By the route that it chooses.
+    Vmfile,
+    VmfileStream,
+    VmfileNative,
+    /// While the guest runs.
+    VmfileLive,
+    /// `migrate "exec:vmfile receive"`.
+    VmfileReceive,
+    Qemu(QemuWay),
+    Virsh(VirshWay),
+}
+
+impl SaveWay {
+    pub(crate) fn name(self) -> String {
+        match self {
+            SaveWay::Disk => "fio write limit".to_owned(),
+            SaveWay::Vmfile => "vmfile save".to_owned(),
+            SaveWay::VmfileStream => "vmfile save --route stream".to_owned(),
+            SaveWay::VmfileNative => "vmfile save --route native".to_owned(),
+            SaveWay::VmfileLive => "vmfile save --live".to_owned(),
+            SaveWay::VmfileReceive => "QEMU exec:vmfile receive".to_owned(),
+            SaveWay::Qemu(way) => way.name(),
+            SaveWay::Virsh(way) => way.name(),
+        }
+    }
+
+    pub(crate) fn short(self) -> String {
+        match self {
+            SaveWay::Disk => "fio".to_owned(),
+            SaveWay::Vmfile => "vmfile".to_owned(),
+            SaveWay::VmfileStream => "stream".to_owned(),
+            SaveWay::VmfileNative => "native".to_owned(),
+            SaveWay::VmfileLive => "live".to_owned(),
+            SaveWay::VmfileReceive => "receive".to_owned(),
+            SaveWay::Qemu(way) => way.short(),
+            SaveWay::Virsh(way) => way.short(),
+        }
+    }
+
+    pub(crate) fn family(self) -> Family {
+        match self {
+            SaveWay::Disk => Family::Disk,
+            SaveWay::Qemu(_) => Family::Qemu,
+            SaveWay::Virsh(_) => Family::Libvirt,
+            _ => Family::Vmfile,
+        }
+    }
+}
+
+/// What every measurement works with.
+#[derive(Debug)]
+pub(crate) struct Bench<'a> {
+    pub(crate) options: &'a BenchOptions,
+    pub(crate) stop: &'a AtomicBool,
+    /// Where the files lie; it vanishes with all of them.
+    pub(crate) directory: TempDir,
+    pub(crate) not_measured: Vec<NotMeasured>,
+}
+
+impl Bench<'_> {
+    pub(crate) fn file(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// Removes `file` and waits until the disk is at rest, so that nobody pays for another's file.
+    pub(crate) fn make_way(&self, file: &Path) -> Result<(), BenchError> {
+        let removed = fs::remove_file(file);
+        if removed.as_ref().is_err_and(|error| error.kind() != std::io::ErrorKind::NotFound) {
+            removed.map_err(BenchError::system("remove a file"))?;
+        }
+        let synced = File::open(self.directory.path())
+            .and_then(|directory| syncfs(&directory).map_err(Into::into));
+        synced.map_err(BenchError::system("wait for the disk"))
+    }
+
+    /// Notes that something could not be measured.
+    pub(crate) fn note(&mut self, what: &str, why: impl Into<String>) {
+        let note = NotMeasured { what: what.to_owned(), why: why.into() };
+        if !self.not_measured.contains(&note) {
+            self.not_measured.push(note);
+        }
+    }
+
+    /// Runs the program with `arguments`, and returns its report and what it used.
+    pub(crate) fn vmfile(
+        &self,
+        arguments: &[&OsStr],
+    ) -> Result<(Value, process::Usage), BenchError> {
+        let mut command = Command::new(&self.options.program);
+        command.arg("--json").args(arguments);
+        let (output, usage) = process::run(&mut command, self.stop)?;
+        Ok((serde_json::from_slice(&output.stdout).unwrap_or_default(), usage))
+    }
+}
+
+/// Saves the subject in one way. `data_bytes` is what a save writes of pages.
+pub(crate) fn save(
+    bench: &Bench<'_>,
+    subject: &Subject,
+    libvirt: Option<&Libvirt>,
+    way: SaveWay,
+    (file, data_bytes): (&Path, u64),
+) -> Result<Run, BenchError> {
+    bench.make_way(file)?;
+    let route = |route: &'static str| vmfile(bench, subject, file, &["--route", route]);
+    let mut run = match way {
+        SaveWay::Disk => {
+            Run { seconds: fio::write(file, data_bytes, bench.stop)?, ..Run::default() }
+        }
+        SaveWay::Vmfile => route("auto")?,
+        SaveWay::VmfileStream => route("stream")?,
+        SaveWay::VmfileNative => route("native")?,
+        SaveWay::VmfileLive => live(bench, subject, file)?,
+        SaveWay::VmfileReceive => stands_still(receive(bench, subject, file)?),
+        SaveWay::Qemu(way) => stands_still(way.save(subject, file, bench.stop)?),
+        SaveWay::Virsh(way) => {
+            let libvirt = libvirt.ok_or_else(|| BenchError::program("virsh", "no libvirt"))?;
+            let seconds = libvirt.save(way, file, bench.stop)?;
+            Run { seconds, pause_seconds: Some(seconds), ..Run::default() }
+        }
+    };
+    if way != SaveWay::Disk {
+        run.cached_bytes = File::open(file)
+            .and_then(|file| resident_bytes(file.as_fd(), 0..file.metadata()?.len()))
+            .ok();
+    }
+    run.gib_per_second = gib(data_bytes) / run.seconds;
+    Ok(run)
+}
+
+/// Returns bytes as GiB.
+pub(crate) fn gib(bytes: u64) -> f64 {
+    bytes as f64 / (1_u64 << 30) as f64
+}
+
+/// A VM that is sent stands still all the time.
+fn stands_still(usage: process::Usage) -> Run {
+    Run { pause_seconds: Some(usage.seconds), ..used(usage) }
+}
+
+pub(crate) fn used(usage: process::Usage) -> Run {
+    Run {
+        seconds: usage.seconds,
+        cpu_seconds: Some(usage.cpu_seconds),
+        peak_memory_bytes: Some(usage.peak_bytes),
+        ..Run::default()
+    }
+}
+
+fn vmfile(
+    bench: &Bench<'_>,
+    subject: &Subject,
+    file: &Path,
+    more: &[&str],
+) -> Result<Run, BenchError> {
+    let meter = process::Meter::start(subject.pid());
+    let mut words: Vec<&OsStr> = ["save", "--force"].map(OsStr::new).to_vec();
+    words.extend(more.iter().map(OsStr::new));
+    if !more.contains(&"--live") {
+        words.extend(["--after", "pause"].map(OsStr::new));
+    }
+    words.extend([subject.socket().as_os_str(), file.as_os_str()]);
+    let (report, usage) = bench.vmfile(&words)?;
+    let theirs = meter.finish();
+    let mut run = used(usage);
+    run.cpu_seconds = Some(usage.cpu_seconds + theirs.cpu_seconds);
+    run.pause_seconds = report["pause_seconds"].as_f64();
+    if report["route"] != "direct" && !more.contains(&"--live") {
+        // A VM that was sent waits for its end: one that has run once more is as it was.
+        let mut vm = subject.connect()?;
+        vm.cont()?;
+        vm.stop()?;
+    }
+    Ok(run)
+}
+
+/// The guest runs before, meanwhile, and is paused again afterwards.
+fn live(bench: &Bench<'_>, subject: &Subject, file: &Path) -> Result<Run, BenchError> {
+    subject.connect()?.cont()?;
+    let run = vmfile(bench, subject, file, &["--live"]);
+    subject.connect()?.stop()?;
+    run
+}
+
+fn receive(
+    bench: &Bench<'_>,
+    subject: &Subject,
+    file: &Path,
+) -> Result<process::Usage, BenchError> {
+    let program = bench.options.program.display();
+    let done = bench.file("done");
+    // The shell ends after QEMU is done with the pipe: the file is there when `done` is.
+    let uri = format!(
+        "exec:'{program}' receive --quiet --force '{}' && touch '{}'",
+        file.display(),
+        done.display()
+    );
+    let wait = || {
+        let began = std::time::Instant::now();
+        while !done.exists() {
+            if began.elapsed().as_secs() > 60 {
+                let what = "vmfile receive".to_owned();
+                return Err(BenchError::TimedOut { what, seconds: 60 });
+            }
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        fs::remove_file(&done).map_err(BenchError::system("remove a file"))
+    };
+    send(subject, QemuWay::Exec, &uri, wait, bench.stop)
+}

@@ -1,0 +1,290 @@
+//! One guest: all ways, round by round.
+
+use std::path::{Path, PathBuf};
+
+use vmfile_qemu::{Feature, QemuVersion};
+
+use crate::error::BenchError;
+use crate::guest::Subject;
+use crate::host::{available_memory, said};
+use crate::libvirt::{Libvirt, VirshWay};
+use crate::options::BenchOptions;
+use crate::qemu_ways::QemuWay;
+use crate::report::{Family, GuestShape, Run, Scene, Way};
+use crate::restoring::{By, RestoreWay, restore};
+use crate::saving::{Bench, SaveWay, gib, save};
+use crate::series::{Summary, ratio};
+use crate::tell::Tell;
+
+/// Files that lie on the disk at once, of as many bytes as the guest has data.
+const FILES: u64 = 7;
+
+/// A way, its file, and what its rounds took.
+struct Entry<W> {
+    way: W,
+    file: PathBuf,
+    runs: Vec<Run>,
+}
+
+/// Measures one guest.
+pub(crate) fn measure(
+    bench: &mut Bench<'_>,
+    subject: &Subject,
+    shape: GuestShape,
+    version: QemuVersion,
+    tell: &Tell<'_>,
+) -> Result<Scene, BenchError> {
+    tell.say(&format!("guest: {}", shape.name));
+    let data_bytes = data_of(bench, subject)?;
+    check_room(bench, data_bytes)?;
+    let libvirt = libvirt(bench, subject);
+    let ways = ways(bench, version, libvirt.is_some());
+    let ways = tuned(bench, subject, ways, version, data_bytes, tell);
+    let mut entries: Vec<Entry<SaveWay>> = ways
+        .into_iter()
+        .map(|way| Entry { way, file: bench.file(file_name(way)), runs: Vec::new() })
+        .collect();
+    for round in 0..=bench.options.rounds.get() {
+        let mut failed = Vec::new();
+        for (index, entry) in entries.iter_mut().enumerate() {
+            tell.step(round, bench.options.rounds.get(), &entry.way.name());
+            let file = (entry.file.as_path(), data_bytes);
+            match save(bench, subject, libvirt.as_ref(), entry.way, file) {
+                Ok(run) if round > 0 => entry.runs.push(run),
+                Ok(_) => {}
+                Err(BenchError::Stopped) => return Err(BenchError::Stopped),
+                Err(error) => failed.push((index, error)),
+            }
+            if !is_kept(entry.way) {
+                bench.make_way(&entry.file)?;
+            }
+        }
+        for (index, error) in failed.into_iter().rev() {
+            let entry = entries.remove(index);
+            bench.note(&entry.way.name(), error.in_words());
+        }
+    }
+    let saves = compared(entries, |way| (way.name(), way.short(), way.family()));
+    let restores = restores(bench, subject, libvirt.as_ref(), (version, data_bytes), tell)?;
+    Ok(Scene { guest: GuestShape { data_bytes, ..shape }, saves, restores })
+}
+
+/// Saves once, to learn how many bytes there are.
+fn data_of(bench: &Bench<'_>, subject: &Subject) -> Result<u64, BenchError> {
+    let file = bench.file("first.vmf");
+    let words = ["save", "--force", "--after", "pause"].map(std::ffi::OsStr::new);
+    let words = [&words[..], &[subject.socket().as_os_str(), file.as_os_str()]].concat();
+    let (report, _) = bench.vmfile(&words)?;
+    bench.make_way(&file)?;
+    let bytes = report["bytes_written"].as_u64();
+    bytes.ok_or_else(|| BenchError::program("vmfile", "the report has no bytes_written"))
+}
+
+fn check_room(bench: &Bench<'_>, data_bytes: u64) -> Result<(), BenchError> {
+    let needed_bytes = data_bytes * FILES;
+    let directory = std::fs::File::open(bench.directory.path());
+    let available = directory.and_then(|directory| vmfile_engine::available_space(&directory));
+    let available_bytes = available.map_err(BenchError::system("ask for free space"))?;
+    if needed_bytes > available_bytes {
+        return Err(BenchError::NoRoom { needed_bytes, available_bytes });
+    }
+    Ok(())
+}
+
+/// Starts a libvirt where there is one and room for its guest.
+fn libvirt(bench: &mut Bench<'_>, subject: &Subject) -> Option<Libvirt> {
+    const WHAT: &str = "virsh save";
+    let Some(machine) = subject.machine() else {
+        bench.note(WHAT, "the VM is not libvirt's");
+        return None;
+    };
+    let is_here = ["virsh", "libvirtd"]
+        .iter()
+        .all(|name| said(std::process::Command::new(name).arg("--version")).is_some());
+    if !is_here {
+        bench.note(WHAT, "libvirt is not installed: virsh, libvirtd and its driver for QEMU");
+        return None;
+    }
+    if available_memory() < machine.ram_bytes + (1 << 30) {
+        bench.note(
+            WHAT,
+            format!("no memory for another guest of {:.0} GiB", gib(machine.ram_bytes)),
+        );
+        return None;
+    }
+    let started = Libvirt::start(machine, bench.options.contents, bench.stop);
+    started.map_err(|error| bench.note(WHAT, error.in_words())).ok()
+}
+
+/// Returns the ways that this host has.
+fn ways(bench: &mut Bench<'_>, version: QemuVersion, with_libvirt: bool) -> Vec<SaveWay> {
+    let mut ways = Vec::new();
+    if said(std::process::Command::new("fio").arg("--version")).is_some() {
+        ways.push(SaveWay::Disk);
+    } else {
+        bench.note("fio write limit", "fio is not installed");
+    }
+    ways.extend([SaveWay::Vmfile, SaveWay::VmfileStream]);
+    let mut since = |way: SaveWay, feature: Feature| {
+        if version.has(feature) {
+            ways.push(way);
+        } else {
+            let why = format!("QEMU {version} cannot, {} can", feature.since());
+            bench.note(&way.name(), why);
+        }
+    };
+    since(SaveWay::VmfileNative, Feature::MigrationDirectIo);
+    since(SaveWay::VmfileLive, Feature::BackgroundSnapshot);
+    since(SaveWay::Qemu(QemuWay::Stream), Feature::FileUri);
+    since(SaveWay::Qemu(QemuWay::MappedRam), Feature::MappedRam);
+    ways.extend([SaveWay::VmfileReceive, SaveWay::Qemu(QemuWay::Exec)]);
+    if with_libvirt {
+        ways.extend(VirshWay::ALL.map(SaveWay::Virsh));
+    }
+    ways
+}
+
+/// Adds QEMU's multifd, with the number of channels that suits it best, tried twice each.
+fn tuned(
+    bench: &mut Bench<'_>,
+    subject: &Subject,
+    mut ways: Vec<SaveWay>,
+    version: QemuVersion,
+    data_bytes: u64,
+    tell: &Tell<'_>,
+) -> Vec<SaveWay> {
+    let file = bench.file("tuned");
+    for (direct_io, feature) in [(false, Feature::MappedRam), (true, Feature::MigrationDirectIo)] {
+        if !version.has(feature) {
+            continue;
+        }
+        let mut best: Option<(f64, QemuWay)> = None;
+        for channels in [BenchOptions::CHANNELS, BenchOptions::CHANNELS].concat() {
+            let way = QemuWay::Multifd { channels, direct_io };
+            tell.say(&format!("trying {}", way.name()));
+            match save(bench, subject, None, SaveWay::Qemu(way), (&file, data_bytes)) {
+                Ok(run) if best.is_none_or(|(seconds, _)| run.seconds < seconds) => {
+                    best = Some((run.seconds, way));
+                }
+                Ok(_) => {}
+                Err(error) => bench.note(&way.name(), error.in_words()),
+            }
+        }
+        // Beside the other ways of QEMU's.
+        let at = ways.iter().position(|way| *way == SaveWay::VmfileReceive).unwrap_or(ways.len());
+        ways.splice(at..at, best.map(|(_, way)| SaveWay::Qemu(way)));
+    }
+    ways
+}
+
+/// Whether what was saved is restored later.
+fn is_kept(way: SaveWay) -> bool {
+    let kept = [SaveWay::Disk, SaveWay::Vmfile, SaveWay::Qemu(QemuWay::Exec)];
+    kept.contains(&way) || matches!(way, SaveWay::Virsh(_))
+}
+
+fn file_name(way: SaveWay) -> &'static str {
+    match way {
+        SaveWay::Disk => "fio",
+        SaveWay::Vmfile => "saved.vmf",
+        SaveWay::Qemu(QemuWay::Exec) => "stream",
+        SaveWay::Virsh(way) => way.file_name(),
+        _ => "other",
+    }
+}
+
+/// Restores what was saved.
+fn restores(
+    bench: &mut Bench<'_>,
+    subject: &Subject,
+    libvirt: Option<&Libvirt>,
+    (version, data_bytes): (QemuVersion, u64),
+    tell: &Tell<'_>,
+) -> Result<Vec<Way>, BenchError> {
+    if !bench.options.restores {
+        return Ok(Vec::new());
+    }
+    let Some(machine) = subject.machine().cloned() else {
+        bench.note("restore", "the VM runs, and a second one would take its sockets and disks");
+        return Ok(Vec::new());
+    };
+    let mut entries: Vec<Entry<RestoreWay>> = restore_ways(bench, version, libvirt.is_some())
+        .into_iter()
+        .map(|way| Entry { file: way.file.clone(), way, runs: Vec::new() })
+        .collect();
+    for round in 0..=bench.options.rounds.get() {
+        let mut failed = Vec::new();
+        for (index, entry) in entries.iter_mut().enumerate() {
+            tell.step(round, bench.options.rounds.get(), &entry.way.name());
+            match restore(bench, &machine, libvirt, &entry.way, data_bytes) {
+                Ok(run) if round > 0 => entry.runs.push(run),
+                Ok(_) => {}
+                Err(BenchError::Stopped) => return Err(BenchError::Stopped),
+                Err(error) => failed.push((index, error)),
+            }
+        }
+        for (index, error) in failed.into_iter().rev() {
+            let entry = entries.remove(index);
+            bench.note(&entry.way.name(), error.in_words());
+        }
+    }
+    Ok(compared(entries, |way| (way.name(), way.short(), way.family())))
+}
+
+fn restore_ways(bench: &Bench<'_>, version: QemuVersion, with_libvirt: bool) -> Vec<RestoreWay> {
+    let file = |name: &str| bench.file(name);
+    let exists = |path: &Path| path.exists();
+    let mut ways = Vec::new();
+    for is_cold in [false, true] {
+        let mut add = |by, file: PathBuf| {
+            if exists(&file) {
+                ways.push(RestoreWay { by, file, is_cold });
+            }
+        };
+        if is_cold {
+            add(By::Disk, file("fio"));
+        }
+        for mode in ["map", "load", "stream"] {
+            add(By::Vmfile(mode), file("saved.vmf"));
+        }
+        if version.has(Feature::MappedRam) {
+            add(By::Qemu(QemuWay::MappedRam), file("saved.vmf"));
+        }
+        if version.has(Feature::MigrationDirectIo) {
+            let way = QemuWay::Multifd { channels: 2, direct_io: true };
+            add(By::Qemu(way), file("saved.vmf"));
+        }
+        add(By::Qemu(QemuWay::Exec), file("stream"));
+        if with_libvirt {
+            for way in VirshWay::ALL {
+                add(By::Virsh(way), file(way.file_name()));
+            }
+        }
+    }
+    ways
+}
+
+/// Sums up, and compares with the disk's limit and the best of vmfile's ways.
+fn compared<W>(entries: Vec<Entry<W>>, names: impl Fn(&W) -> (String, String, Family)) -> Vec<Way> {
+    let seconds = |runs: &[Run]| runs.iter().map(|run| run.seconds).collect::<Vec<f64>>();
+    let mut ways: Vec<Way> = Vec::new();
+    for Entry { way, runs, .. } in entries {
+        let Some(summary) = Summary::of(&seconds(&runs)) else { continue };
+        let (name, short, family) = names(&way);
+        let (ratio_to_vmfile, ratio_to_disk) = (None, None);
+        let seconds = summary;
+        ways.push(Way { name, short, family, runs, seconds, ratio_to_vmfile, ratio_to_disk });
+    }
+    let best = |family| {
+        let of_family = ways.iter().filter(|way| way.family == family);
+        let best = of_family.min_by(|a, b| a.seconds.median.total_cmp(&b.seconds.median));
+        best.map(|way| seconds(&way.runs))
+    };
+    let (disk, ours) = (best(Family::Disk), best(Family::Vmfile));
+    for way in &mut ways {
+        let theirs = seconds(&way.runs);
+        way.ratio_to_disk = disk.as_ref().and_then(|disk| ratio(&theirs, disk));
+        way.ratio_to_vmfile = ours.as_ref().and_then(|ours| ratio(&theirs, ours));
+    }
+    ways
+}

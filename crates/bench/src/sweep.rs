@@ -1,0 +1,206 @@
+//! How cost grows with one thing while the rest stays.
+
+use std::ffi::OsStr;
+
+use crate::error::BenchError;
+use crate::guest::{Machine, Subject};
+use crate::host::available_memory;
+use crate::options::{Backing, Contents};
+use crate::process;
+use crate::report::{Sweep, SweepPoint};
+use crate::restoring::{by_vmfile, make_cold};
+use crate::saving::Bench;
+use crate::series::Summary;
+use crate::tell::Tell;
+
+/// Sizes of RAM, in MiB.
+const SIZES_MIB: [u64; 7] = [256, 512, 1024, 2048, 4096, 8192, 16384];
+
+/// RAM where something else grows, in MiB.
+const SIZE_MIB: u64 = 1024;
+
+const ZERO_PERCENT: [u8; 5] = [0, 25, 50, 75, 95];
+const JOBS: [u32; 5] = [1, 2, 4, 8, 16];
+const CLONES: [usize; 6] = [1, 2, 4, 8, 16, 32];
+
+/// Rounds of each point, after one that warms up.
+const ROUNDS: usize = 5;
+
+/// What was measured at a point, in the order of the lines.
+type Values = Vec<Vec<f64>>;
+
+/// Measures all that grows.
+pub(crate) fn measure(bench: &mut Bench<'_>, tell: &Tell<'_>) -> Result<Vec<Sweep>, BenchError> {
+    let mut sweeps = vec![by_size(bench, tell)?, by_share(bench, tell)?];
+    sweeps.push(by_jobs(bench, tell)?);
+    sweeps.extend(by_clones(bench, tell)?);
+    let why = "they are constants of this build: `cargo xtask bench --compare` compares builds";
+    bench.note("sweep of queue depth and request size", why);
+    Ok(sweeps)
+}
+
+fn machine(bench: &Bench<'_>, mebibytes: u64) -> Machine {
+    let backing = bench.options.backings.first().copied().unwrap_or(Backing::Private);
+    Machine { qemu: bench.options.qemu.clone(), ram_bytes: mebibytes << 20, backing }
+}
+
+fn by_size(bench: &mut Bench<'_>, tell: &Tell<'_>) -> Result<Sweep, BenchError> {
+    let mut points = Vec::new();
+    for mebibytes in SIZES_MIB {
+        // The guest, the one that is restored, and the page cache between them.
+        if (mebibytes << 20) * 5 / 2 > available_memory() {
+            bench.note(&format!("sweep of RAM: {mebibytes} MiB"), "not enough free memory");
+            continue;
+        }
+        tell.say(&format!("sweep of RAM: {mebibytes} MiB"));
+        let machine = machine(bench, mebibytes);
+        let subject = Subject::start(&machine, bench.options.contents, bench.stop)?;
+        let mut values: Values = vec![Vec::new(); 3];
+        for round in 0..=ROUNDS {
+            let mut times = vec![save(bench, &subject, &[])?];
+            for mode in ["map", "load"] {
+                make_cold(&bench.file("sweep.vmf"))?;
+                let (run, pid) = by_vmfile(bench, &machine, &bench.file("sweep.vmf"), mode)?;
+                process::end(pid)?;
+                times.push(run.seconds);
+            }
+            keep(&mut values, &times, round);
+        }
+        points.push(point(mebibytes as f64, &values));
+    }
+    bench.make_way(&bench.file("sweep.vmf"))?;
+    let lines = ["vmfile save", "restore --mode map, cold", "restore --mode load, cold"];
+    Ok(sweep("RAM", ("MiB", "s"), &lines, points))
+}
+
+fn by_share(bench: &Bench<'_>, tell: &Tell<'_>) -> Result<Sweep, BenchError> {
+    let machine = machine(bench, SIZE_MIB);
+    let mut points = Vec::new();
+    for percent in ZERO_PERCENT {
+        tell.say(&format!("sweep of zero pages: {percent} %"));
+        let contents = Contents { data_percent: 100 - percent, repeated_percent: 0 };
+        let subject = Subject::start(&machine, contents, bench.stop)?;
+        points.push(point(percent.into(), &rounds(bench, |b| Ok(vec![save(b, &subject, &[])?]))?));
+    }
+    Ok(sweep("share of zero pages, 1 GiB of RAM", ("%", "s"), &["vmfile save"], points))
+}
+
+fn by_jobs(bench: &Bench<'_>, tell: &Tell<'_>) -> Result<Sweep, BenchError> {
+    let machine = machine(bench, SIZE_MIB);
+    let subject = Subject::start(&machine, bench.options.contents, bench.stop)?;
+    let file = bench.file("sweep.vmf");
+    let mut points = Vec::new();
+    for jobs in JOBS {
+        tell.say(&format!("sweep of jobs: {jobs}"));
+        let text = jobs.to_string();
+        let values = rounds(bench, |bench| {
+            let saved = save(bench, &subject, &["--jobs", &text])?;
+            make_cold(&file)?;
+            let words = ["check", "--jobs", &text].map(OsStr::new);
+            let (_, usage) = bench.vmfile(&[&words[..], &[file.as_os_str()]].concat())?;
+            Ok(vec![saved, usage.seconds])
+        })?;
+        points.push(point(jobs.into(), &values));
+    }
+    let lines = ["vmfile save", "vmfile check, cold"];
+    Ok(sweep("jobs, 1 GiB of RAM", ("", "s"), &lines, points))
+}
+
+/// Time until all run, and memory of each.
+fn by_clones(bench: &Bench<'_>, tell: &Tell<'_>) -> Result<Vec<Sweep>, BenchError> {
+    let machine = machine(bench, SIZE_MIB);
+    let subject = Subject::start(&machine, bench.options.contents, bench.stop)?;
+    save(bench, &subject, &[])?;
+    drop(subject);
+    let (mut times, mut memories) = (Vec::new(), Vec::new());
+    for clones in CLONES {
+        tell.say(&format!("sweep of clones: {clones}"));
+        let values = rounds(bench, |bench| start_clones(bench, &machine, clones))?;
+        times.push(point(clones as f64, &values[..1]));
+        memories.push(point(clones as f64, &values[1..]));
+    }
+    bench.make_way(&bench.file("sweep.vmf"))?;
+    Ok(vec![
+        sweep("clones of one file, 1 GiB of RAM", ("", "s"), &["all restored by map"], times),
+        sweep("clones of one file, 1 GiB of RAM: memory", ("", "MiB"), &["of each"], memories),
+    ])
+}
+
+/// Restores so many at once; returns the seconds until the last is there, and the MiB of each.
+fn start_clones(
+    bench: &Bench<'_>,
+    machine: &Machine,
+    clones: usize,
+) -> Result<Vec<f64>, BenchError> {
+    let file = bench.file("sweep.vmf");
+    make_cold(&file)?;
+    let started = std::time::Instant::now();
+    let restored: Vec<_> = std::thread::scope(|scope| {
+        let start = |_| scope.spawn(|| by_vmfile(bench, machine, &file, "map"));
+        let started: Vec<_> = (0..clones).map(start).collect();
+        started.into_iter().map(|clone| clone.join().expect("no panic")).collect()
+    });
+    let seconds = started.elapsed().as_secs_f64();
+    let mut memory_bytes = 0;
+    let mut failed = None;
+    let pids: Vec<u32> = restored
+        .into_iter()
+        .filter_map(|clone| clone.map_err(|error| failed = Some(error)).ok())
+        .map(|(_, pid)| pid)
+        .collect();
+    for &pid in &pids {
+        memory_bytes += process::proportional_bytes(pid).unwrap_or(0);
+    }
+    // Whatever failed, those that run are ended.
+    for pid in pids {
+        process::end(pid)?;
+    }
+    match failed {
+        Some(error) => Err(error),
+        None => Ok(vec![seconds, memory_bytes as f64 / clones as f64 / f64::from(1 << 20)]),
+    }
+}
+
+/// Saves to `sweep.vmf`; returns the seconds.
+fn save(bench: &Bench<'_>, subject: &Subject, more: &[&str]) -> Result<f64, BenchError> {
+    let file = bench.file("sweep.vmf");
+    bench.make_way(&file)?;
+    let mut words = ["save", "--after", "pause"].map(OsStr::new).to_vec();
+    words.extend(more.iter().map(OsStr::new));
+    words.extend([subject.socket().as_os_str(), file.as_os_str()]);
+    Ok(bench.vmfile(&words)?.1.seconds)
+}
+
+fn rounds(
+    bench: &Bench<'_>,
+    measure: impl Fn(&Bench<'_>) -> Result<Vec<f64>, BenchError>,
+) -> Result<Values, BenchError> {
+    let mut values = Values::new();
+    for round in 0..=ROUNDS {
+        let times = measure(bench)?;
+        values.resize(times.len(), Vec::new());
+        keep(&mut values, &times, round);
+    }
+    Ok(values)
+}
+
+/// Keeps what was measured, but for the round that warms up.
+fn keep(values: &mut Values, times: &[f64], round: usize) {
+    if round > 0 {
+        values.iter_mut().zip(times).for_each(|(values, &time)| values.push(time));
+    }
+}
+
+fn point(x: f64, values: &[Vec<f64>]) -> SweepPoint {
+    SweepPoint { x, values: values.iter().map(|values| Summary::of(values)).collect() }
+}
+
+fn sweep(
+    name: &str,
+    (unit, value_unit): (&'static str, &'static str),
+    lines: &[&str],
+    points: Vec<SweepPoint>,
+) -> Sweep {
+    let lines = lines.iter().map(|&line| line.to_owned()).collect();
+    Sweep { name: name.to_owned(), unit, lines, value_unit, points }
+}

@@ -1,0 +1,27 @@
+//! What somebody who waits is told.
+
+use std::fmt;
+
+/// Takes lines that say what is being measured.
+pub(crate) struct Tell<'a>(pub(crate) &'a dyn Fn(&str));
+
+impl Tell<'_> {
+    pub(crate) fn say(&self, words: &str) {
+        (self.0)(words);
+    }
+
+    /// Says which way of which round is next.
+    pub(crate) fn step(&self, round: u32, rounds: u32, way: &str) {
+        if round == 0 {
+            self.say(&format!("warm-up: {way}"));
+        } else {
+            self.say(&format!("round {round} of {rounds}: {way}"));
+        }
+    }
+}
+
+impl fmt::Debug for Tell<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Tell").finish_non_exhaustive()
+    }
+}

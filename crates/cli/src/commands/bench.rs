@@ -1,0 +1,70 @@
+//! `vmfile bench`.
+
+use std::fs;
+use std::path::Path;
+use std::process::ExitCode;
+
+use vmfile::Existing;
+use vmfile_bench::{Backing, BenchError, BenchOptions, Contents};
+
+use crate::args::{BenchArguments, RamMode};
+use crate::commands::save::socket_of;
+use crate::failure::Failure;
+use crate::output::Voice;
+use crate::signals::Signals;
+
+pub(crate) fn run(arguments: &BenchArguments, voice: &Voice) -> Result<ExitCode, Failure> {
+    let signals = Signals::listen().map_err(|error| Failure::system("signals", &error))?;
+    if arguments.data + arguments.repeated > 100 {
+        return Err(Failure::usage(
+            "--data and --repeated are more than 100 % together".to_owned(),
+        ));
+    }
+    let program = std::env::current_exe();
+    let options = BenchOptions {
+        vm: arguments.vm.as_deref().map(socket_of).transpose()?,
+        sizes: arguments.size.clone(),
+        backings: arguments.ram.iter().map(|&ram| ram.into()).collect(),
+        contents: Contents { data_percent: arguments.data, repeated_percent: arguments.repeated },
+        rounds: arguments.runs,
+        directory: arguments.dir.clone(),
+        qemu: arguments.qemu.clone(),
+        program: program.map_err(|error| Failure::system("find this program", &error))?,
+        restores: !arguments.saves_only,
+        sweep: arguments.sweep,
+    };
+    let command = std::env::args().collect();
+    let result =
+        vmfile_bench::run(&options, command, &signals.stop, &|line| voice.step("bench", line));
+    let report = result.map_err(|error| match error {
+        BenchError::Stopped => Failure { code: signals.code(), ..Failure::from(&error) }
+            .hint("guests were ended and files removed"),
+        error => Failure::from(&error),
+    })?;
+    if let Some(file) = &arguments.html {
+        write(file, &vmfile_bench::html::html(&report))?;
+    }
+    voice.answer(&report, vmfile_bench::table::table)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Writes the page; an older one of that name is replaced.
+fn write(file: &Path, page: &str) -> Result<(), Failure> {
+    let unpublished = vmfile::Unpublished::create_beside(file, Existing::Replace)
+        .map_err(|error| Failure::from(&error))?;
+    std::io::Write::write_all(&mut unpublished.file(), page.as_bytes())
+        .map_err(|error| Failure::system("write the page", &error))?;
+    let file = unpublished.publish().map_err(|error| Failure::from(&error))?;
+    // A page is for everybody to read, unlike a VM.
+    let readable = std::os::unix::fs::PermissionsExt::from_mode(0o644);
+    fs::File::set_permissions(&file, readable).map_err(|error| Failure::system("chmod", &error))
+}
+
+impl From<RamMode> for Backing {
+    fn from(mode: RamMode) -> Backing {
+        match mode {
+            RamMode::Private => Backing::Private,
+            RamMode::Shared => Backing::Shared,
+        }
+    }
+}
