@@ -174,6 +174,8 @@ fn tuned(
         let at = ways.iter().position(|way| *way == SaveWay::VmfileReceive).unwrap_or(ways.len());
         ways.splice(at..at, best.map(|(_, way)| SaveWay::Qemu(way)));
     }
+    // It goes with the directory at the latest.
+    let _ = bench.make_way(&file);
     ways
 }
 
