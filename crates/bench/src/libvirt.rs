@@ -58,8 +58,12 @@ impl VirshWay {
         [VirshWay::Plain, VirshWay::BypassCache, VirshWay::Sparse];
 
     pub(crate) fn name(self) -> String {
-        let options: String = self.options().iter().map(|option| format!(" {option}")).collect();
-        format!("virsh save{options}")
+        let name = match self {
+            VirshWay::Plain => "virsh save",
+            VirshWay::BypassCache => "virsh save --bypass-cache",
+            VirshWay::Sparse => "virsh save, sparse, 2 channels",
+        };
+        name.to_owned()
     }
 
     pub(crate) fn short(self) -> String {

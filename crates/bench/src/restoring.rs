@@ -51,7 +51,7 @@ impl RestoreWay {
             By::Vmfile(mode) => format!("vmfile restore --mode {mode}"),
             By::Qemu(QemuWay::Exec) => "QEMU -incoming exec:cat <".to_owned(),
             By::Qemu(way) => way.name().replacen("QEMU", "QEMU -incoming", 1),
-            By::Virsh(way) => way.name().replacen("save", "restore, from save", 1),
+            By::Virsh(way) => way.name().replacen("save", "restore", 1),
         };
         format!("{by}, {}", self.state())
     }
