@@ -1,6 +1,6 @@
 //! QEMU's own ways of writing a paused VM to a file, each with everything that makes it fast.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -15,6 +15,9 @@ use crate::process::{Meter, Usage};
 
 /// How long QEMU may take: a slow disk, and much RAM.
 const TIMEOUT: Duration = Duration::from_secs(1800);
+
+/// How long the command at the end of a pipe may take when QEMU is done: the disk's cache is flushed.
+const SHELL_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How often QEMU is asked whether it is done.
 const POLL_INTERVAL: Duration = Duration::from_millis(2);
@@ -62,18 +65,15 @@ impl QemuWay {
         file: &Path,
         stop: &AtomicBool,
     ) -> Result<Usage, BenchError> {
-        let uri = match self {
-            QemuWay::Exec => {
-                let file = file.display();
-                format!("exec:cat > '{file}' && sync '{file}'")
-            }
-            _ => format!("file:{}", file.display()),
-        };
+        let name = file.display();
+        if self == QemuWay::Exec {
+            return save_by_shell(subject, &format!("cat > '{name}' && sync '{name}'"), file, stop);
+        }
         let sync = || {
             let synced = File::open(file).and_then(|file| file.sync_all());
             synced.map_err(BenchError::system("sync the file"))
         };
-        send(subject, self, &uri, sync, stop)
+        send(subject, self, &format!("file:{name}"), sync, stop)
     }
 
     fn capabilities(self) -> Value {
@@ -105,8 +105,32 @@ impl QemuWay {
     }
 }
 
+/// Sends the VM through a pipe to a shell's `command`, which writes `file` and makes it durable; QEMU
+/// may be done before that command is.
+pub(crate) fn save_by_shell(
+    subject: &Subject,
+    command: &str,
+    file: &Path,
+    stop: &AtomicBool,
+) -> Result<Usage, BenchError> {
+    let done = file.with_extension("done");
+    let uri = format!("exec:{command} && touch '{}'", done.display());
+    let wait = || {
+        let began = Instant::now();
+        while !done.exists() {
+            if began.elapsed() > SHELL_TIMEOUT {
+                let what = "the shell that QEMU started".to_owned();
+                return Err(BenchError::TimedOut { what, seconds: SHELL_TIMEOUT.as_secs() });
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+        fs::remove_file(&done).map_err(BenchError::system("remove a file"))
+    };
+    send(subject, QemuWay::Exec, &uri, wait, stop)
+}
+
 /// Sends the VM to `uri` with the settings of `way`, and does what makes it durable.
-pub(crate) fn send(
+fn send(
     subject: &Subject,
     way: QemuWay,
     uri: &str,

@@ -18,7 +18,7 @@ use crate::guest::Subject;
 use crate::libvirt::{Libvirt, VirshWay};
 use crate::options::BenchOptions;
 use crate::process;
-use crate::qemu_ways::{QemuWay, send};
+use crate::qemu_ways::{QemuWay, save_by_shell};
 use crate::report::{Family, NotMeasured, Run};
 
 /// A way of saving.
@@ -216,23 +216,6 @@ fn receive(
     file: &Path,
 ) -> Result<process::Usage, BenchError> {
     let program = bench.options.program.display();
-    let done = bench.file("done");
-    // The shell ends after QEMU is done with the pipe: the file is there when `done` is.
-    let uri = format!(
-        "exec:'{program}' receive --quiet --force '{}' && touch '{}'",
-        file.display(),
-        done.display()
-    );
-    let wait = || {
-        let began = std::time::Instant::now();
-        while !done.exists() {
-            if began.elapsed().as_secs() > 60 {
-                let what = "vmfile receive".to_owned();
-                return Err(BenchError::TimedOut { what, seconds: 60 });
-            }
-            std::thread::sleep(std::time::Duration::from_millis(1));
-        }
-        fs::remove_file(&done).map_err(BenchError::system("remove a file"))
-    };
-    send(subject, QemuWay::Exec, &uri, wait, bench.stop)
+    let command = format!("'{program}' receive --quiet --force '{}'", file.display());
+    save_by_shell(subject, &command, file, bench.stop)
 }

@@ -59,12 +59,17 @@ impl AlignedBuffer {
         let start = unsafe { alloc::alloc(layout) };
         let Some(start) = NonNull::new(start) else { alloc::handle_alloc_error(layout) };
         if is_huge {
-            // SAFETY: the range is the allocation, whole pages of it, and the advice changes no byte.
-            let advised = unsafe { madvise(start.as_ptr().cast(), len, Advice::LinuxHugepage) };
-            // A kernel without huge pages is slower and nothing else.
-            let _ = advised;
+            // Before the first touch, so that it counts. A kernel without huge pages is slower and
+            // nothing else.
+            //
+            // SAFETY:
+            // - The range is this allocation and nothing else, in whole pages.
+            // - The advice changes neither bytes nor what may be done with them.
+            let _ = unsafe { madvise(start.as_ptr().cast(), len, Advice::LinuxHugepage) };
         }
-        // SAFETY: the allocation has `len` bytes. Nobody has touched them, so that the advice counts.
+        // SAFETY:
+        // - `start` points to `len` bytes of an allocation that nobody else has yet.
+        // - Bytes need no alignment.
         unsafe { start.as_ptr().write_bytes(0, len) };
         AlignedBuffer { start, layout }
     }

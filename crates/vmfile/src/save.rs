@@ -26,9 +26,9 @@ use vmfile_qemu::{RunState, Vm};
 
 use self::describe::{describe_vm, is_out_of_reach};
 use self::direct::DirectRoute;
-use self::disks::Disks;
 pub use self::disks::SavedDisk;
 pub(crate) use self::disks::overlay_names;
+use self::disks::{Disks, saved_disks};
 use self::live::LiveRoute;
 use self::native::NativeRoute;
 use self::stream::StreamRoute;
@@ -409,7 +409,7 @@ impl<'a> Save<'a> {
             pages_zero: written.pages_total - written.pages_data,
             bytes_written: written.bytes_written,
             bytes_rewritten: written.bytes_rewritten,
-            disks: self.disks.saved(&self.meta),
+            disks: saved_disks(&self.meta),
             pause_seconds: self.pause_seconds,
             total_seconds: self.started.elapsed().as_secs_f64(),
         }

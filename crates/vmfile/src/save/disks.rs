@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::Serialize;
-use vmfile_format::manifest::VmMeta;
+use vmfile_format::manifest::{DiskMeta, VmMeta};
 use vmfile_qemu::{Disk, Overlay, Vm, VmError};
 
 use crate::error::SaveError;
@@ -96,15 +96,15 @@ impl Disks {
         }
         result
     }
+}
 
-    /// Returns the disks that belong to the file.
-    pub(super) fn saved(&self, meta: &VmMeta) -> Vec<SavedDisk> {
-        let saved = |disk: &vmfile_format::manifest::DiskMeta| {
-            let (device, image) = (disk.device.clone(), disk.path.clone());
-            Some(SavedDisk { device, image, overlay: disk.overlay.clone()? })
-        };
-        meta.disks.iter().filter_map(saved).collect()
-    }
+/// Returns the disks that belong to the file.
+pub(super) fn saved_disks(meta: &VmMeta) -> Vec<SavedDisk> {
+    let saved = |disk: &DiskMeta| {
+        let (device, image) = (disk.device.clone(), disk.path.clone());
+        Some(SavedDisk { device, image, overlay: disk.overlay.clone()? })
+    };
+    meta.disks.iter().filter_map(saved).collect()
 }
 
 /// Returns the path of a disk's image, or why it cannot have an overlay.
