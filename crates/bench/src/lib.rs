@@ -13,6 +13,7 @@ mod host;
 pub mod html;
 mod libvirt;
 mod options;
+pub mod page_cache;
 mod process;
 mod qemu_ways;
 pub mod report;

@@ -1,14 +1,11 @@
 //! A saved VM, restored in every way there is, from a file in the page cache and from the disk.
 
 use std::ffi::{OsStr, OsString};
-use std::fs::File;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::fs::{Advice, fadvise};
 use serde_json::{Value, json};
 use vmfile_qemu::Vm;
 
@@ -16,6 +13,7 @@ use crate::error::BenchError;
 use crate::fio;
 use crate::guest::{Machine, Qemu, sockets};
 use crate::libvirt::{Libvirt, VirshWay};
+use crate::page_cache::{make_cold, make_warm};
 use crate::process;
 use crate::qemu_ways::QemuWay;
 use crate::report::{Family, Run};
@@ -93,11 +91,12 @@ pub(crate) fn restore(
         let libvirt = libvirt.ok_or_else(|| BenchError::program("virsh", "no libvirt"))?;
         libvirt.destroy()?;
     }
-    if way.is_cold {
-        make_cold(&way.file)?;
-    } else {
-        make_warm(bench, &way.file)?;
-    };
+    let file = way.file.as_path();
+    let cached = if way.is_cold { make_cold(file) } else { make_warm(file, bench.stop) };
+    cached.map_err(BenchError::system("make the page cache what it is to be"))?;
+    if bench.stop.load(Ordering::Relaxed) {
+        return Err(BenchError::Stopped);
+    }
     let mut run = match way.by {
         By::Disk => {
             Run { seconds: fio::read(&way.file, data_bytes, bench.stop)?, ..Run::default() }
@@ -173,26 +172,4 @@ fn by_qemu(
     let seconds = started.elapsed().as_secs_f64();
     let cpu_seconds = process::cpu_seconds(qemu.pid());
     Ok(Run { seconds, cpu_seconds, ..Run::default() })
-}
-
-/// Drops the file from the page cache.
-pub(crate) fn make_cold(file: &Path) -> Result<(), BenchError> {
-    let dropped = File::open(file).and_then(|file| {
-        file.sync_all()?;
-        Ok(fadvise(&file, 0, None, Advice::DontNeed)?)
-    });
-    dropped.map_err(BenchError::system("drop a file from the page cache"))
-}
-
-/// Reads the file into the page cache.
-fn make_warm(bench: &Bench<'_>, file: &Path) -> Result<(), BenchError> {
-    let system = |error| BenchError::system("read a file into the page cache")(error);
-    let mut file = File::open(file).map_err(system)?;
-    let mut buffer = vec![0; 1 << 20];
-    while file.read(&mut buffer).map_err(system)? > 0 {
-        if bench.stop.load(Ordering::Relaxed) {
-            return Err(BenchError::Stopped);
-        }
-    }
-    Ok(())
 }

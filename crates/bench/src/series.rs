@@ -72,6 +72,12 @@ mod tests {
     }
 
     #[test]
+    fn the_median_of_an_even_count_lies_between_two() {
+        assert!((median(&[1.0, 2.0, 4.0, 9.0]) - 3.0).abs() < 1e-12);
+        assert!((median(&[1.0, 2.0, 9.0]) - 2.0).abs() < 1e-12);
+    }
+
+    #[test]
     fn a_slow_round_does_not_change_the_ratio() {
         let ratio = ratio(&[2.0, 20.0, 2.0], &[1.0, 10.0, 1.0]).unwrap();
         assert!((ratio - 2.0).abs() < 1e-12);

@@ -1,14 +1,16 @@
 //! How cost grows with one thing while the rest stays.
 
 use std::ffi::OsStr;
+use std::path::Path;
 
 use crate::error::BenchError;
 use crate::guest::{Machine, Subject};
 use crate::host::available_memory;
 use crate::options::{Backing, Contents};
+use crate::page_cache;
 use crate::process;
 use crate::report::{Sweep, SweepPoint};
-use crate::restoring::{by_vmfile, make_cold};
+use crate::restoring::by_vmfile;
 use crate::saving::Bench;
 use crate::series::Summary;
 use crate::tell::Tell;
@@ -203,4 +205,8 @@ fn sweep(
 ) -> Sweep {
     let lines = lines.iter().map(|&line| line.to_owned()).collect();
     Sweep { name: name.to_owned(), unit, lines, value_unit, points }
+}
+
+fn make_cold(file: &Path) -> Result<(), BenchError> {
+    page_cache::make_cold(file).map_err(BenchError::system("drop a file from the page cache"))
 }

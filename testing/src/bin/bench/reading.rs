@@ -5,11 +5,11 @@ use std::fs;
 use std::sync::atomic::AtomicBool;
 
 use vmfile_bench::fio;
+use vmfile_bench::page_cache::{make_cold, make_warm};
 use vmfile_testing::TestResult;
 
 use crate::report::Report;
 use crate::series::Series;
-use crate::tools::{make_cold, make_warm};
 use crate::{Bench, Saved};
 
 pub(crate) fn measure(bench: &Bench, saved: &Saved, report: &mut Report) -> TestResult {
@@ -35,7 +35,7 @@ pub(crate) fn measure(bench: &Bench, saved: &Saved, report: &mut Report) -> Test
         let cold_seconds = tools.run(&[OsStr::new("check"), file])?.seconds;
         make_cold(&saved.file)?;
         let info_seconds = tools.run(&[OsStr::new("info"), file])?.seconds;
-        make_warm(&saved.file)?;
+        make_warm(&saved.file, &never)?;
         let cached_seconds = tools.run(&[OsStr::new("check"), file])?.seconds;
         if round == 0 {
             continue;

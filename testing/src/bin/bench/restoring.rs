@@ -6,13 +6,13 @@ use std::process::Stdio;
 use std::time::Instant;
 
 use serde_json::Value;
+use vmfile_bench::page_cache::make_cold;
 use vmfile_testing::{Guest, Prepared, Ram, TestResult};
 
 use crate::host::number_of;
 use crate::report::Report;
 use crate::saving::{boot, mib};
 use crate::series::Series;
-use crate::tools::make_cold;
 use crate::{Bench, Saved};
 
 /// How many guests run from one file.

@@ -1,5 +1,7 @@
 //! Measurements of one thing, round by round, and how two things compare.
 
+use vmfile_bench::series::{Summary, ratio};
+
 /// What one thing took, in seconds, one value for each round.
 #[derive(Debug, Clone)]
 pub(crate) struct Series {
@@ -17,33 +19,25 @@ impl Series {
     }
 
     pub(crate) fn median(&self) -> f64 {
-        median(&self.values)
+        self.summary().map_or(f64::NAN, |summary| summary.median)
     }
 
     pub(crate) fn min(&self) -> f64 {
-        self.values.iter().copied().fold(f64::INFINITY, f64::min)
+        self.summary().map_or(f64::NAN, |summary| summary.min)
     }
 
     pub(crate) fn max(&self) -> f64 {
-        self.values.iter().copied().fold(0.0, f64::max)
+        self.summary().map_or(f64::NAN, |summary| summary.max)
     }
 
     /// Returns the median of the ratios to `other` of the same round: what the disk did to both
     /// cancels out.
     pub(crate) fn ratio(&self, other: &Series) -> f64 {
-        let pairs = self.values.iter().zip(&other.values);
-        median(&pairs.map(|(ours, theirs)| ours / theirs).collect::<Vec<_>>())
+        ratio(&self.values, &other.values).unwrap_or(f64::NAN)
     }
-}
 
-fn median(values: &[f64]) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    let middle = sorted.len() / 2;
-    match sorted.len() {
-        0 => f64::NAN,
-        even if even % 2 == 0 => f64::midpoint(sorted[middle - 1], sorted[middle]),
-        _ => sorted[middle],
+    fn summary(&self) -> Option<Summary> {
+        Summary::of(&self.values)
     }
 }
 
@@ -57,8 +51,8 @@ mod tests {
 
     #[test]
     fn the_median_lies_in_the_middle() {
-        assert!((median(&[3.0, 1.0, 2.0]) - 2.0).abs() < 1e-9);
-        assert!((median(&[4.0, 1.0, 2.0, 3.0]) - 2.5).abs() < 1e-9);
+        assert!((series(&[3.0, 1.0, 2.0]).median() - 2.0).abs() < 1e-9);
+        assert!((series(&[4.0, 1.0, 2.0, 3.0]).median() - 2.5).abs() < 1e-9);
     }
 
     #[test]

@@ -3,13 +3,13 @@
 use std::ffi::OsStr;
 use std::path::Path;
 
+use vmfile_bench::page_cache::make_cold;
 use vmfile_testing::{Guest, GuestConfig, Ram, TestResult};
 
 use crate::Bench;
 use crate::report::Report;
 use crate::saving::boot;
 use crate::series::Series;
-use crate::tools::make_cold;
 
 /// Pages of 256 with random words, so that what the guest fills is data.
 const DATA_SHARE: u32 = 230;

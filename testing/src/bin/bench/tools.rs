@@ -3,12 +3,11 @@
 use std::env;
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
-use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 
-use rustix::fs::{Advice, fadvise, syncfs};
+use rustix::fs::syncfs;
 use serde_json::Value;
 use tempfile::TempDir;
 use vmfile_testing::{Guest, GuestConfig, Qemu, TestResult};
@@ -122,19 +121,4 @@ impl Tools {
         }
         Ok(syncfs(File::open(self.directory())?)?)
     }
-}
-
-/// Drops the file from the page cache.
-pub(crate) fn make_cold(file: &Path) -> TestResult {
-    let file = File::open(file)?;
-    file.sync_all()?;
-    Ok(fadvise(&file, 0, None, Advice::DontNeed)?)
-}
-
-/// Reads the file into the page cache.
-pub(crate) fn make_warm(file: &Path) -> TestResult {
-    let mut file = File::open(file)?;
-    let mut buffer = vec![0; 1 << 20];
-    while file.read(&mut buffer)? > 0 {}
-    Ok(())
 }

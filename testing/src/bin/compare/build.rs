@@ -3,14 +3,15 @@
 use std::env;
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
-use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
-use rustix::fs::{Advice, fadvise, syncfs};
+use rustix::fs::syncfs;
 use serde_json::Value;
 use tempfile::TempDir;
+use vmfile_bench::page_cache::{make_cold, make_warm};
 use vmfile_testing::{Guest, TestResult};
 
 use crate::Guests;
@@ -88,7 +89,7 @@ impl Build {
                 self.check(&shared)
             }
             Task::CheckCached => {
-                make_warm(&shared)?;
+                make_warm(&shared, &AtomicBool::new(false))?;
                 self.check(&shared)
             }
             Task::RestoreByLoad => {
@@ -149,19 +150,4 @@ impl Build {
             .into()),
         }
     }
-}
-
-/// Drops the file from the page cache.
-fn make_cold(file: &Path) -> TestResult {
-    let file = File::open(file)?;
-    file.sync_all()?;
-    Ok(fadvise(&file, 0, None, Advice::DontNeed)?)
-}
-
-/// Reads the file into the page cache.
-fn make_warm(file: &Path) -> TestResult {
-    let mut file = File::open(file)?;
-    let mut buffer = vec![0; 1 << 20];
-    while file.read(&mut buffer)? > 0 {}
-    Ok(())
 }

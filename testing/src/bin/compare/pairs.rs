@@ -1,5 +1,7 @@
 //! Pairs of measurements, and what they say about two builds.
 
+use vmfile_bench::series::Summary;
+
 /// The head of the table that [`Pairs::line`] makes.
 pub(crate) const HEAD: &str = "\
 what                       base s    here s    here / base, median (min .. max)";
@@ -23,10 +25,12 @@ impl Pairs {
     /// once in 512 times.
     pub(crate) fn line(&self, name: &str) -> String {
         let pairs = self.base.iter().zip(&self.here);
-        let ratios = sorted(pairs.map(|(base, here)| here / base));
-        let (Some(&min), Some(&max)) = (ratios.first(), ratios.last()) else {
+        let ratios: Vec<f64> = pairs.map(|(base, here)| here / base).collect();
+        let all = [&self.base, &self.here, &ratios].map(|values| Summary::of(values));
+        let [Some(base), Some(here), Some(Summary { median: ratio, min, max, .. })] = all else {
             return format!("{name:<24} not measured");
         };
+        let (base, here) = (base.median, here.median);
         let verdict = if max < 1.0 {
             "faster"
         } else if min > 1.0 {
@@ -34,23 +38,10 @@ impl Pairs {
         } else {
             "no difference"
         };
-        let [base, here] = [&self.base, &self.here].map(|all| median(&sorted(all.iter().copied())));
-        let ratio = median(&ratios);
         format!(
             "{name:<24} {base:>8.4}  {here:>8.4}    {ratio:.3} ({min:.3} .. {max:.3})  {verdict}"
         )
     }
-}
-
-fn sorted(values: impl Iterator<Item = f64>) -> Vec<f64> {
-    let mut values: Vec<f64> = values.collect();
-    values.sort_by(f64::total_cmp);
-    values
-}
-
-/// Returns the median of values in order, of which there is one at least.
-fn median(sorted: &[f64]) -> f64 {
-    f64::midpoint(sorted[(sorted.len() - 1) / 2], sorted[sorted.len() / 2])
 }
 
 #[cfg(test)]
@@ -75,12 +66,6 @@ mod tests {
             line(&[(1.0, 2.0), (2.0, 6.0), (3.0, 6.0)]),
             "save                       2.0000    6.0000    2.000 (2.000 .. 3.000)  slower"
         );
-    }
-
-    #[test]
-    fn the_median_of_an_even_count_lies_between_two() {
-        assert!((median(&[1.0, 2.0, 4.0, 9.0]) - 3.0).abs() < 1e-12);
-        assert!((median(&[1.0, 2.0, 9.0]) - 2.0).abs() < 1e-12);
     }
 
     #[test]
