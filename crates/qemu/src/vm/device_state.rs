@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use rustix::fs::{MemfdFlags, memfd_create};
 use serde_json::json;
 
-use super::{RunState, Vm, VmError};
+use super::{PUT_BACK_TIMEOUT, RunState, Vm, VmError};
 use crate::pass_fd;
 
 /// Most bytes of device state accepted.
@@ -52,7 +52,8 @@ impl Vm {
         let fdset = pass_fd::add_fd(&mut self.qmp, for_qemu.as_fd())?;
         drop(for_qemu);
         let saved = self.save_device_state_into(fdset);
-        let removed = pass_fd::remove_fd(&mut self.qmp, fdset);
+        let removed =
+            self.unstoppable(PUT_BACK_TIMEOUT, |vm| pass_fd::remove_fd(&mut vm.qmp, fdset));
         saved?;
         removed?;
         read_device_state(File::from(memory))
