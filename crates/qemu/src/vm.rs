@@ -13,6 +13,8 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -105,6 +107,12 @@ impl VmError {
             VmError::ProcessUnknown { .. } => Some("name the VM by its process id"),
             _ => None,
         }
+    }
+
+    /// Tells whether the caller asked to stop, and that is why.
+    #[must_use]
+    pub fn is_stopped(&self) -> bool {
+        matches!(self, VmError::Qmp(error) if error.is_stopped())
     }
 
     /// Makes an error of a failed system call.
@@ -214,11 +222,38 @@ impl Vm {
     ///
     /// See [`Qmp::connect`].
     pub fn connect(socket: &Path) -> Result<Vm, VmError> {
-        let stream = UnixStream::connect(socket)
-            .map_err(|source| QmpError::Connect { path: socket.to_owned(), source })?;
-        let mut vm = Vm::greet(stream, None)?;
-        vm.socket = Some(socket.to_owned());
-        Ok(vm)
+        Vm::connect_with(socket, None)
+    }
+
+    /// Connects as [`Vm::connect`] does; `stop` ends this wait, and every later one as
+    /// [`Vm::set_stop`] says.
+    ///
+    /// # Errors
+    ///
+    /// See [`Qmp::connect_until`].
+    pub fn connect_until(socket: &Path, stop: &Arc<AtomicBool>) -> Result<Vm, VmError> {
+        Vm::connect_with(socket, Some(Arc::clone(stop)))
+    }
+
+    fn connect_with(socket: &Path, stop: Option<Arc<AtomicBool>>) -> Result<Vm, VmError> {
+        // A silent monitor is found out soon, without shortening every later command.
+        let mut qmp = Qmp::connect_until(socket, GREETING_TIMEOUT, stop)?;
+        qmp.set_timeout(COMMAND_TIMEOUT);
+        Ok(Vm { qmp, socket: Some(socket.to_owned()), pid: None })
+    }
+
+    /// Makes every wait for QEMU end soon after `stop` is set, as [`Qmp::set_stop`] does.
+    pub fn set_stop(&mut self, stop: &Arc<AtomicBool>) {
+        self.qmp.set_stop(Arc::clone(stop));
+    }
+
+    /// Lets `work` put things back although the stop flag is set, within `limit` in all, as
+    /// [`Qmp::unstoppable`] does.
+    pub fn unstoppable<T>(&mut self, limit: Duration, work: impl FnOnce(&mut Vm) -> T) -> T {
+        let before = self.qmp.ignore_stop(limit);
+        let result = work(self);
+        self.qmp.heed_stop(before);
+        result
     }
 
     /// Takes over a connected monitor; `pid` when the caller knows the process.
@@ -227,22 +262,15 @@ impl Vm {
     ///
     /// See [`Qmp::from_stream`].
     pub fn from_stream(stream: UnixStream, pid: Option<u32>) -> Result<Vm, VmError> {
-        Vm::greet(stream, pid)
+        let mut qmp = Qmp::from_stream(stream, GREETING_TIMEOUT)?;
+        qmp.set_timeout(COMMAND_TIMEOUT);
+        Ok(Vm::from_qmp(qmp, pid))
     }
 
     /// Makes a VM of a monitor that has greeted already.
     #[must_use]
     pub fn from_qmp(qmp: Qmp, pid: Option<u32>) -> Vm {
         Vm { qmp, socket: None, pid }
-    }
-
-    fn greet(stream: UnixStream, pid: Option<u32>) -> Result<Vm, VmError> {
-        let silent = |source| QmpError::Io { during: "greeting".to_owned(), source };
-        // A silent monitor is found out soon, without shortening every later command.
-        if !readable_within(&stream, GREETING_TIMEOUT).map_err(silent)? {
-            return Err(QmpError::NoGreeting { after: GREETING_TIMEOUT }.into());
-        }
-        Ok(Vm::from_qmp(Qmp::from_stream(stream, COMMAND_TIMEOUT)?, pid))
     }
 
     /// Stops the guest; it can be continued. Disks are drained and flushed when this returns.
