@@ -45,6 +45,10 @@ use crate::version::QemuVersion;
 /// learn that before wondering.
 const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// How long the commands may take in all that put a VM back as it was, where no disk has to be
+/// waited for.
+pub const PUT_BACK_TIMEOUT: Duration = Duration::from_secs(10);
+
 /// An error of a running VM: the monitor's, its process's, or an answer that makes no sense.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -315,7 +319,7 @@ impl Vm {
     ///
     /// See [`Qmp::from_stream`].
     pub fn from_stream(stream: UnixStream, pid: Option<u32>) -> Result<Vm, VmError> {
-        let mut qmp = Qmp::from_stream(stream, GREETING_TIMEOUT)?;
+        let mut qmp = Qmp::from_stream(stream, GREETING_TIMEOUT, None)?;
         qmp.set_timeout(COMMAND_TIMEOUT);
         Ok(Vm::from_qmp(qmp, pid))
     }

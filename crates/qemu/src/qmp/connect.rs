@@ -35,7 +35,8 @@ pub(super) fn connect_within(path: &Path, wait: &mut Wait) -> Result<UnixStream,
         match wait.pause(RETRY_INTERVAL) {
             Ok(()) => {}
             Err(WaitEnd::Stopped) => {
-                return Err(QmpError::Stopped { when: "while connecting to the monitor".into() });
+                let when = "while connecting to the monitor".to_owned();
+                return Err(QmpError::Stopped { when, is_sent: false });
             }
             Err(WaitEnd::TimedOut | WaitEnd::Io(_)) => {
                 let path = path.to_owned();

@@ -66,10 +66,7 @@ impl Qmp {
         timeout: Duration,
         stop: Option<Arc<AtomicBool>>,
     ) -> Result<Qmp, QmpError> {
-        let mut limits = Limits::default();
-        if let Some(stop) = stop {
-            limits.set_stop(stop);
-        }
+        let limits = Limits::new(stop);
         let mut wait = limits.wait(timeout);
         let stream = connect_within(path, &mut wait)?;
         let mut greeted = Qmp::greet(stream, timeout, limits, wait);
@@ -81,13 +78,17 @@ impl Qmp {
         greeted
     }
 
-    /// Takes over a connected socket; otherwise as [`Qmp::connect`].
+    /// Takes over a connected socket; otherwise as [`Qmp::connect_until`].
     ///
     /// # Errors
     ///
-    /// As for [`Qmp::connect`].
-    pub fn from_stream(stream: UnixStream, timeout: Duration) -> Result<Qmp, QmpError> {
-        let limits = Limits::default();
+    /// As for [`Qmp::connect_until`].
+    pub fn from_stream(
+        stream: UnixStream,
+        timeout: Duration,
+        stop: Option<Arc<AtomicBool>>,
+    ) -> Result<Qmp, QmpError> {
+        let limits = Limits::new(stop);
         let wait = limits.wait(timeout);
         Qmp::greet(stream, timeout, limits, wait)
     }
@@ -252,7 +253,7 @@ impl Qmp {
         timeout: Duration,
     ) -> Result<Value, QmpError> {
         if self.limits.is_stopped() {
-            return Err(QmpError::Stopped { when: format!("before {command}") });
+            return Err(QmpError::Stopped { when: format!("before {command}"), is_sent: false });
         }
         let id = self.next_id;
         self.next_id = self.next_id.wrapping_add(1);
@@ -260,9 +261,12 @@ impl Qmp {
         let when = format!("while waiting for the answer to {command}");
         self.send(command, &encode(command, arguments, id), fd, &mut wait)?;
         loop {
-            let Some(message) = self.read_message(command, &when, &mut wait)? else {
-                return Err(timed_out(command, &wait));
-            };
+            let message = self.read_message(command, &when, &mut wait);
+            let message = message.map_err(|error| match error {
+                QmpError::Stopped { when, .. } => QmpError::Stopped { when, is_sent: true },
+                error => error,
+            })?;
+            let Some(message) = message else { return Err(timed_out(command, &wait)) };
             match Event::from_message(message) {
                 Ok(event) => self.events.push(event),
                 Err(message) => {
@@ -297,7 +301,8 @@ impl Qmp {
                 Ok(()) => {}
                 Err(WaitEnd::TimedOut) => return Err(timed_out(command, wait)),
                 Err(WaitEnd::Stopped) => {
-                    return Err(QmpError::Stopped { when: format!("while sending {command}") });
+                    let when = format!("while sending {command}");
+                    return Err(QmpError::Stopped { when, is_sent: false });
                 }
                 Err(WaitEnd::Io(source)) => return Err(io(source)),
             }
@@ -344,7 +349,9 @@ impl Qmp {
             match waited {
                 Ok(()) => {}
                 Err(WaitEnd::TimedOut) => return Ok(None),
-                Err(WaitEnd::Stopped) => return Err(QmpError::Stopped { when: when.to_owned() }),
+                Err(WaitEnd::Stopped) => {
+                    return Err(QmpError::Stopped { when: when.to_owned(), is_sent: false });
+                }
                 Err(WaitEnd::Io(source)) => {
                     return Err(QmpError::Io { during: during.to_owned(), source });
                 }

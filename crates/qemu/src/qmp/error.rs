@@ -46,6 +46,8 @@ pub enum QmpError {
     Stopped {
         /// What was waited for, or was to be done next.
         when: String,
+        /// Whether QEMU has a command that it may run later.
+        is_sent: bool,
     },
     /// Whatever listens there does not speak QMP.
     #[error("not a QMP monitor: {reason}")]
@@ -151,6 +153,12 @@ impl QmpError {
     #[must_use]
     pub fn is_stopped(&self) -> bool {
         matches!(self, QmpError::Stopped { .. })
+    }
+
+    /// Tells whether QEMU has the command and may run it later: no answer came in time.
+    #[must_use]
+    pub fn may_run_later(&self) -> bool {
+        matches!(self, QmpError::Timeout { .. } | QmpError::Stopped { is_sent: true, .. })
     }
 
     /// Tells whether the peer is gone, as it is when QEMU has exited.

@@ -22,7 +22,7 @@ const ANSWER_GRACE: Duration = Duration::from_millis(300);
 const LAST_CHANCE: Duration = Duration::from_millis(100);
 
 /// What limits the waits of a connection, besides the timeout of each command.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub(super) struct Limits {
     stop: Option<Arc<AtomicBool>>,
     /// Set while things are put back: the stop flag is not looked at, and this is the end.
@@ -30,6 +30,10 @@ pub(super) struct Limits {
 }
 
 impl Limits {
+    pub(super) fn new(stop: Option<Arc<AtomicBool>>) -> Limits {
+        Limits { stop, put_back_until: None }
+    }
+
     /// Makes every wait end when `stop` is set.
     pub(super) fn set_stop(&mut self, stop: Arc<AtomicBool>) {
         self.stop = Some(stop);
@@ -144,9 +148,7 @@ mod tests {
     use super::*;
 
     fn stopped() -> Limits {
-        let mut limits = Limits::default();
-        limits.set_stop(Arc::new(AtomicBool::new(true)));
-        limits
+        Limits::new(Some(Arc::new(AtomicBool::new(true))))
     }
 
     #[test]
