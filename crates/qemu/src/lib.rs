@@ -38,6 +38,7 @@ pub use program::program_version;
 pub use qmp::{Event, Qmp, QmpError};
 pub use version::{Feature, QemuVersion};
 pub use vm::{
-    Blocker, BlockerKind, Disk, MemoryBackend, Overlay, PUT_BACK_TIMEOUT, ProcessInfo,
-    RamBlockInfo, RunState, Vm, VmError, sender,
+    Blocker, BlockerKind, Disk, Flushed, Footprint, Holder, MemoryBackend, Overlay,
+    PUT_BACK_TIMEOUT, Paused, ProcessInfo, RamBlockInfo, RunState, SaveRecord, UndoStep, Vm,
+    VmError, sender, undo_steps,
 };

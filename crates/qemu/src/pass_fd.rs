@@ -48,20 +48,39 @@ pub(crate) fn closefd(qmp: &mut Qmp, name: &str) -> Result<(), QmpError> {
 /// a set that was left over is known by it.
 pub(crate) const OPAQUE: &str = "vmfile";
 
-/// Gives QEMU `fd` in a new set of its own and returns the set's number.
-pub(crate) fn add_fd(qmp: &mut Qmp, fd: BorrowedFd<'_>) -> Result<u64, QmpError> {
-    let answer = qmp.execute_with_fd("add-fd", json!({"opaque": OPAQUE}), fd)?;
-    answer.get("fdset-id").and_then(Value::as_u64).ok_or_else(|| unexpected("add-fd", "fdset-id"))
-}
+/// The numbers of our sets. They are chosen here and not by QEMU, so that a guardian can remove a
+/// set whose number was not told yet when its process ended. A save at a time uses them.
+pub(crate) const FDSETS: [u64; 2] = [DEVICE_STATE_FDSET, FILE_FDSET];
 
-/// Gives QEMU `fd` in a set that it has already.
-pub(crate) fn add_fd_to(qmp: &mut Qmp, fdset: u64, fd: BorrowedFd<'_>) -> Result<(), QmpError> {
+/// The set of the device state's descriptor: "vmf", and a number.
+pub(crate) const DEVICE_STATE_FDSET: u64 = 0x766d_6601;
+
+/// The set of the descriptors of a file that QEMU writes.
+pub(crate) const FILE_FDSET: u64 = 0x766d_6602;
+
+/// Gives QEMU `fd` in the set `fdset`, which is made if there is none of that number.
+pub(crate) fn add_fd(qmp: &mut Qmp, fdset: u64, fd: BorrowedFd<'_>) -> Result<(), QmpError> {
     qmp.execute_with_fd("add-fd", json!({"fdset-id": fdset, "opaque": OPAQUE}), fd).map(drop)
 }
 
 /// Drops a set; QEMU closes its descriptors once nothing uses them.
 pub(crate) fn remove_fd(qmp: &mut Qmp, fdset: u64) -> Result<(), QmpError> {
     qmp.execute("remove-fd", json!({"fdset-id": fdset})).map(drop)
+}
+
+/// Drops every set of ours that a save has left.
+pub(crate) fn remove_left(qmp: &mut Qmp) -> Result<(), QmpError> {
+    let sets = qmp.execute("query-fdsets", Value::Null)?;
+    let sets = sets.as_array().ok_or_else(|| unexpected("query-fdsets", "list"))?;
+    let is_ours = |fd: &Value| fd.get("opaque").and_then(Value::as_str) == Some(OPAQUE);
+    for set in sets {
+        let mut fds = set.get("fds").and_then(Value::as_array).into_iter().flatten();
+        let number = set.get("fdset-id").and_then(Value::as_u64);
+        if let (true, Some(number)) = (fds.any(is_ours), number) {
+            remove_fd(qmp, number)?;
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]

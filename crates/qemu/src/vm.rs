@@ -3,10 +3,14 @@
 mod blockers;
 mod device_state;
 mod disks;
+mod flush;
 mod memory_backends;
 mod overlays;
+mod paused;
 mod process;
+mod put_back;
 mod ram;
+mod record;
 
 use std::fmt;
 use std::io;
@@ -23,10 +27,14 @@ use serde_json::{Value, json};
 pub use blockers::{Blocker, BlockerKind};
 pub use device_state::DEVICE_STATE_LEN_MAX;
 pub use disks::Disk;
+pub use flush::Flushed;
 pub use memory_backends::MemoryBackend;
 pub use overlays::Overlay;
+pub use paused::Paused;
 pub use process::{ProcessInfo, sender};
+pub use put_back::{Footprint, UndoStep, undo_steps};
 pub use ram::RamBlockInfo;
+pub use record::{Holder, SaveRecord};
 
 use crate::qmp::{COMMAND_TIMEOUT, Qmp, QmpError, is_missing_command, unexpected};
 use crate::version::QemuVersion;
@@ -91,6 +99,39 @@ pub enum VmError {
         /// The overlay, which the disk still needs.
         overlay: PathBuf,
     },
+    /// The guest did not stand still, or its memory was changed, while it was to be saved.
+    #[error("the VM did not stand still: {what}")]
+    NotStill {
+        /// What happened.
+        what: String,
+    },
+    /// A save of this VM is at work, or one was killed and nobody has put right what it left.
+    #[error("{by} saves this VM")]
+    Held {
+        /// The process.
+        by: Holder,
+    },
+    /// There is a record of a save that this version does not understand.
+    #[error("the record of another save, in QEMU's object \"vmfile-save\"")]
+    UnknownRecord {
+        /// What the parser said.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// The disks' newest data could not be made durable.
+    #[error("the disks could not be flushed: {reason}")]
+    NotFlushed {
+        /// QEMU's own words.
+        reason: String,
+    },
+    /// The VM was stopped, and could not be resumed after an error.
+    #[error("{cause}; and the VM is left paused")]
+    LeftPaused {
+        /// The error.
+        cause: Box<VmError>,
+        /// Why the VM could not be resumed.
+        source: Box<VmError>,
+    },
     /// QEMU took the order to quit and did not go.
     #[error("QEMU still runs {after:?} after it was told to quit")]
     StillRunning {
@@ -109,6 +150,18 @@ impl VmError {
                 Some("run as the user who owns the VM, or as root")
             }
             VmError::ProcessUnknown { .. } => Some("name the VM by its process id"),
+            VmError::NotStill { .. } => {
+                Some("see to it that no other client of QEMU changes the VM while it is saved")
+            }
+            VmError::Held { .. } => Some("wait for that save to end, or end its process"),
+            VmError::UnknownRecord { .. } => Some(
+                "use the version of vmfile that left it, or remove it by `object_del vmfile-save` \
+                 on the VM's monitor",
+            ),
+            VmError::NotFlushed { .. } => {
+                Some("look at the disks' file systems: what the guest wrote last may be lost")
+            }
+            VmError::LeftPaused { .. } => Some("`cont` on the VM's monitor makes it run again"),
             _ => None,
         }
     }
@@ -293,6 +346,27 @@ impl Vm {
     /// See [`Qmp::execute`].
     pub fn cont(&mut self) -> Result<(), VmError> {
         Ok(self.execute("cont", Value::Null).map(drop)?)
+    }
+
+    /// Lets the guest run on, and makes sure that it does.
+    ///
+    /// A guest that stops again by itself at once, for an error of a disk, has run.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Vm::cont`], and [`VmError::WrongState`] if the guest still stands as before.
+    pub fn let_run(&mut self) -> Result<(), VmError> {
+        self.cont()?;
+        let found = self.run_state()?;
+        match found {
+            RunState::Paused
+            | RunState::Prelaunch
+            | RunState::PostMigrate
+            | RunState::FinishMigrate => {
+                Err(VmError::WrongState { found, expected: "running, after `cont`" })
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Ends QEMU and waits at most `timeout` for its process to be gone.

@@ -233,6 +233,12 @@ impl Qmp {
         self.events.dropped()
     }
 
+    /// Returns how often QEMU has said that its guest runs, in events that were dropped or taken as
+    /// well.
+    pub(crate) fn resumes(&self) -> u64 {
+        self.events.resumes()
+    }
+
     /// Returns the greeting's `QMP` object: QEMU's version and abilities.
     #[must_use]
     pub fn greeting(&self) -> &Value {

@@ -11,7 +11,7 @@ mod error;
 mod event;
 mod wait;
 
-pub use command::COMMAND_TIMEOUT;
+pub use command::{COMMAND_TIMEOUT, command_line};
 pub use connect::Holders;
 pub use connection::{LINE_LEN_MAX, Qmp};
 pub use error::QmpError;
