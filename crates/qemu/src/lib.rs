@@ -34,6 +34,7 @@ pub use discover::{DiscoverError, Found, VmAddress, list, resolve};
 pub use launch::{Launch, LaunchError, LaunchedQemu, find_program};
 pub use migration::LoadError;
 pub use outgoing::{KeptFile, Outgoing, SentRam, StreamSettings};
+pub use proc::is_process_stopped;
 pub use program::program_version;
 pub use qmp::{Event, Qmp, QmpError};
 pub use version::{Feature, QemuVersion};

@@ -64,6 +64,15 @@ pub(crate) fn namespace() -> io::Result<String> {
     Ok(format!("{} of boot {}", namespace.display(), boot.trim()))
 }
 
+/// Tells whether a process stands still by SIGSTOP or for a debugger.
+#[must_use]
+pub fn is_process_stopped(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok();
+    // The name of the program stands in parentheses and may hold any.
+    let state = stat.as_deref().and_then(|stat| stat.rsplit_once(") ")?.1.chars().next());
+    matches!(state, Some('T' | 't'))
+}
+
 /// Tells whether a process runs QEMU, by the name of its program.
 ///
 /// Another user's process does not show its program, but it does show its command line.

@@ -326,7 +326,10 @@ impl Vm {
 
     /// Makes a VM of a monitor that has greeted already.
     #[must_use]
-    pub fn from_qmp(qmp: Qmp, pid: Option<u32>) -> Vm {
+    pub fn from_qmp(mut qmp: Qmp, pid: Option<u32>) -> Vm {
+        if let Some(pid) = pid {
+            qmp.set_process(pid);
+        }
         Vm { qmp, socket: None, pid }
     }
 

@@ -123,6 +123,14 @@ pub enum SaveError {
     /// A pair of sockets could not be made.
     #[error("make a pair of sockets")]
     Socket(#[source] io::Error),
+    /// QEMU did not make the connections by which it was to send the VM.
+    #[error("QEMU did not connect to {socket}: {reason}", socket = socket.display())]
+    NotConnected {
+        /// The socket, as QEMU was told.
+        socket: PathBuf,
+        /// QEMU's own words, where it gave any.
+        reason: String,
+    },
     /// QEMU did not send the VM.
     #[error("QEMU's migration: {reason}")]
     Migration {

@@ -13,6 +13,7 @@ mod disks;
 mod live;
 mod native;
 mod native_file;
+mod sending;
 mod stream;
 
 use std::num::NonZeroU8;

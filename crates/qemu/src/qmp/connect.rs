@@ -15,6 +15,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connec
 
 use super::error::QmpError;
 use super::wait::{Wait, WaitEnd};
+use crate::proc;
 
 /// How often a full backlog is tried again.
 const RETRY_INTERVAL: Duration = Duration::from_millis(20);
@@ -38,7 +39,7 @@ pub(super) fn connect_within(path: &Path, wait: &mut Wait) -> Result<UnixStream,
                 let when = "while connecting to the monitor".to_owned();
                 return Err(QmpError::Stopped { when, is_sent: false });
             }
-            Err(WaitEnd::TimedOut | WaitEnd::Io(_)) => {
+            Err(WaitEnd::TimedOut | WaitEnd::ProcessStopped { .. } | WaitEnd::Io(_)) => {
                 let path = path.to_owned();
                 let (after, holders) = (wait.lasted(), Holders::of(&path));
                 return Err(QmpError::NoRoom { path, after, holders });
@@ -94,13 +95,12 @@ fn count(table: &str, path: &Path) -> Holders {
     holders
 }
 
-/// Tells whether the process that listens on the other end of `stream` is stopped by a signal.
-pub(super) fn is_peer_stopped(stream: &UnixStream) -> bool {
-    let Ok(peer) = rustix::net::sockopt::socket_peercred(stream) else { return false };
-    let stat = fs::read_to_string(format!("/proc/{}/stat", peer.pid.as_raw_pid()));
-    // The program's name is in parentheses; the state follows.
-    let state = stat.ok().and_then(|stat| stat.rsplit_once(") ")?.1.chars().next());
-    matches!(state, Some('T' | 't'))
+/// Returns the QEMU that listens on the other end of `stream`; `None` where another process does, as
+/// libvirt may have made the socket.
+pub(super) fn process_of(stream: &UnixStream) -> Option<u32> {
+    let peer = rustix::net::sockopt::socket_peercred(stream).ok()?;
+    let pid = peer.pid.as_raw_pid().unsigned_abs();
+    proc::is_qemu(pid).then_some(pid)
 }
 
 #[cfg(test)]

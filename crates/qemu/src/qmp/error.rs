@@ -56,7 +56,7 @@ pub enum QmpError {
         reason: &'static str,
     },
     /// The connection ended, usually because QEMU did.
-    #[error("QEMU closed the QMP connection during {during}")]
+    #[error("QEMU is gone: it closed the QMP connection during {during}")]
     Closed {
         /// The command that was waiting, or `greeting`, or `events`.
         during: String,
@@ -77,6 +77,16 @@ pub enum QmpError {
         command: String,
         /// How long was waited.
         after: Duration,
+    },
+    /// QEMU's process does not run, and so QEMU does not answer.
+    #[error(
+        "QEMU's process {pid} is stopped, by SIGSTOP or a debugger, and does not answer {during}"
+    )]
+    ProcessStopped {
+        /// The process.
+        pid: u32,
+        /// The command.
+        during: String,
     },
     /// QEMU answered with an error.
     #[error("QEMU refused {command}: {desc}")]
@@ -129,7 +139,7 @@ impl QmpError {
                 }
                 _ => None,
             },
-            QmpError::NoGreeting { is_stopped: true, .. } => {
+            QmpError::NoGreeting { is_stopped: true, .. } | QmpError::ProcessStopped { .. } => {
                 Some("`kill -CONT` lets QEMU's process go on")
             }
             QmpError::NoGreeting { .. } | QmpError::NoRoom { .. } => Some(
@@ -158,7 +168,12 @@ impl QmpError {
     /// Tells whether QEMU has the command and may run it later: no answer came in time.
     #[must_use]
     pub fn may_run_later(&self) -> bool {
-        matches!(self, QmpError::Timeout { .. } | QmpError::Stopped { is_sent: true, .. })
+        matches!(
+            self,
+            QmpError::Timeout { .. }
+                | QmpError::ProcessStopped { .. }
+                | QmpError::Stopped { is_sent: true, .. }
+        )
     }
 
     /// Tells whether the peer is gone, as it is when QEMU has exited.

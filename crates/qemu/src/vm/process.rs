@@ -49,6 +49,7 @@ impl Vm {
             }
         };
         self.pid = Some(pid);
+        self.qmp.set_process(pid);
         Ok(pid)
     }
 
