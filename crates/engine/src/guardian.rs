@@ -36,7 +36,7 @@ const NAME: &[u8; 16] = b"vm-guardian\0\0\0\0\0";
 /// nothing left to be done.
 #[derive(Debug)]
 pub struct Guardian {
-    /// `None` only in `drop`.
+    /// `None` once the guardian was left to itself.
     pipe: Option<OwnedFd>,
     child: Pid,
 }
@@ -88,6 +88,13 @@ impl Guardian {
         drop(self.send(&[DISMISSED]));
     }
 
+    /// Lets the guardian carry out its will at once, and does not wait for it.
+    ///
+    /// The kernel keeps its exit status until this process ends.
+    pub fn leave(mut self) {
+        drop(self.pipe.take());
+    }
+
     /// Returns the guardian's process id.
     #[must_use]
     pub fn pid(&self) -> u32 {
@@ -95,7 +102,7 @@ impl Guardian {
     }
 
     fn send(&self, message: &[u8]) -> io::Result<()> {
-        let pipe = self.pipe.as_ref().expect("taken only by drop");
+        let pipe = self.pipe.as_ref().expect("taken with the guardian");
         let sent = rustix::net::send(pipe, message, SendFlags::NOSIGNAL)?;
         // The kernel takes a packet whole.
         if sent == message.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
@@ -105,7 +112,9 @@ impl Guardian {
 impl Drop for Guardian {
     fn drop(&mut self) {
         // The end of the pipe is what the guardian waits for.
-        drop(self.pipe.take());
+        if self.pipe.take().is_none() {
+            return;
+        }
         loop {
             match waitpid(Some(self.child), WaitOptions::empty()) {
                 Err(rustix::io::Errno::INTR) => {}

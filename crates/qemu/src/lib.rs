@@ -31,7 +31,7 @@ pub mod vm;
 
 pub use command_line::{CommandLine, CommandLineError, MappedBlock, NewImage};
 pub use discover::{DiscoverError, Found, VmAddress, list, resolve};
-pub use launch::{Launch, LaunchError, LaunchedQemu, find_program};
+pub use launch::{Launch, LaunchError, LaunchedQemu, MonitorPair, find_program};
 pub use migration::LoadError;
 pub use outgoing::{KeptFile, Outgoing, SentRam, StreamSettings};
 pub use proc::is_process_stopped;
@@ -41,5 +41,5 @@ pub use version::{Feature, QemuVersion};
 pub use vm::{
     Blocker, BlockerKind, Disk, Flushed, Footprint, Holder, MemoryBackend, Overlay,
     PUT_BACK_TIMEOUT, Paused, ProcessInfo, RamBlockInfo, RunState, SaveRecord, UndoStep, Vm,
-    VmError, sender, undo_steps,
+    VmError, sender, steps_to_end, steps_to_run, undo_steps,
 };

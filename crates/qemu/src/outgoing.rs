@@ -187,7 +187,7 @@ pub enum Outgoing {
     Completed,
     /// It was not sent; QEMU's own words.
     Failed(String),
-    /// It was told to stop, and has.
+    /// It was told to stop, and has; or it never began.
     Cancelled,
 }
 
@@ -505,7 +505,7 @@ fn outgoing(answer: &Value) -> Outgoing {
             let reason = text("error-desc").unwrap_or("it gave no reason");
             Outgoing::Failed(reason.to_owned())
         }
-        Some("cancelled") => Outgoing::Cancelled,
+        Some("cancelled") | None => Outgoing::Cancelled,
         Some("pre-switchover") => Outgoing::Held,
         _ => Outgoing::Active,
     }

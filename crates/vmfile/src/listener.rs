@@ -66,6 +66,11 @@ impl Listener {
         bound.inspect_err(|_| drop(fs::remove_dir(&directory)))
     }
 
+    /// Returns the path of the socket.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Returns the path of the socket for the sender.
     pub(crate) fn path_of_sender(&self) -> &Path {
         &self.path_of_sender

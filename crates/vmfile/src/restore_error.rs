@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use vmfile_qemu::{CommandLineError, LaunchError, QmpError, VmError};
 
+use crate::error::GuardError;
 use crate::ram_loader::LoadError;
 use crate::send::SendError;
 use crate::snapshot::SnapshotError;
@@ -106,6 +107,9 @@ pub enum RestoreError {
     /// RAM could not be loaded.
     #[error(transparent)]
     Load(LoadError),
+    /// There is no process that would end the new QEMU, should this one end.
+    #[error(transparent)]
+    Guard(#[from] GuardError),
     /// There is no way for the stream to QEMU.
     #[error("make a pair of sockets for the stream")]
     Stream(#[source] io::Error),

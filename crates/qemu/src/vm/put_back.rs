@@ -113,6 +113,24 @@ pub fn undo_steps(footprint: &Footprint<'_>) -> Vec<UndoStep> {
     steps.list
 }
 
+/// Returns the steps that end a QEMU, which may not have greeted yet: it then takes no other command
+/// before the first.
+#[must_use]
+pub fn steps_to_end() -> Vec<UndoStep> {
+    let mut steps = Steps::default();
+    steps.ask("qmp_capabilities", json!({}), LONG);
+    steps.ask("quit", json!({}), LONG);
+    steps.list
+}
+
+/// Returns the steps that let a guest run.
+#[must_use]
+pub fn steps_to_run() -> Vec<UndoStep> {
+    let mut steps = Steps::default();
+    steps.ask("cont", json!({}), PATIENT);
+    steps.list
+}
+
 /// Steps, each with an id of its own.
 #[derive(Default)]
 struct Steps {

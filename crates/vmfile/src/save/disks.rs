@@ -67,6 +67,11 @@ impl Disks {
         Ok(Disks { overlays, is_frozen: false })
     }
 
+    /// Returns the overlays that are planned, or there.
+    pub(super) fn overlays(&self) -> &[Overlay] {
+        &self.overlays
+    }
+
     /// Whether there is anything to freeze.
     pub(super) fn is_empty(&self) -> bool {
         self.overlays.is_empty()

@@ -17,7 +17,6 @@ use vmfile_qemu::{Outgoing, PUT_BACK_TIMEOUT, RunState, StreamSettings, Vm, VmEr
 use super::sending::{Peer, sent};
 use super::stream::written;
 use super::{Disks, Live, LiveDone, Work, Written};
-use crate::draft::Facts;
 use crate::error::SaveError;
 use crate::receive::ReceiveError;
 use crate::source::stream::Patience;
@@ -55,6 +54,11 @@ impl LiveRoute {
         Ok(LiveRoute { before: vm.stream_settings()?, live })
     }
 
+    /// Returns the migration settings as they were.
+    pub(super) fn settings(&self) -> &StreamSettings {
+        &self.before
+    }
+
     /// Lets QEMU send the guest, writes what comes, and then what belongs around it.
     pub(super) fn write(&self, work: &mut Work<'_>) -> Result<Written, SaveError> {
         let (method, ours) = self.choose(work.vm, !work.disks.is_empty())?;
@@ -76,12 +80,7 @@ impl LiveRoute {
             return Err(SaveError::NoRunState);
         }
         let pause_seconds = work.vm.pause_seen().unwrap_or_default().as_secs_f64();
-        let facts = Facts {
-            route: "stream",
-            live: Some(true),
-            pause_seconds: Some(pause_seconds),
-            vm: work.meta.clone(),
-        };
+        let facts = work.facts("stream", pause_seconds, true);
         work.draft.finish(&received.places, &received.bitmaps, received.tail(), facts)?;
         let method = match method {
             Method::BackgroundSnapshot => "background-snapshot".to_owned(),

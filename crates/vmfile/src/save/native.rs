@@ -14,8 +14,9 @@ use rustix::fs::OFlags;
 use vmfile_engine::{DataFile, DirectIo, DirectIoInUse};
 use vmfile_qemu::{Feature, KeptFile, Outgoing, PUT_BACK_TIMEOUT, StreamSettings, Vm};
 
+use super::route::refuse_without_space;
 use super::sending::not_sent;
-use super::{SaveOptions, Work, Written, native_file, refuse_without_space};
+use super::{SaveOptions, Work, Written, native_file};
 use crate::check::describe;
 use crate::control::Progress;
 use crate::draft::Draft;
@@ -62,6 +63,11 @@ impl NativeRoute {
         check_space(vm, draft.file())?;
         let ours = before.mapped_ram(options.channels.unwrap_or(CHANNELS), direct_io.is_ok());
         Ok(NativeRoute { before, ours, direct_io })
+    }
+
+    /// Returns the migration settings as they were.
+    pub(super) fn settings(&self) -> &StreamSettings {
+        &self.before
     }
 
     /// Says whether QEMU writes past the page cache, in the words of a report.

@@ -1,5 +1,6 @@
 //! Our ends of the connections by which QEMU sends a VM, and how a sending is ended.
 
+use std::num::NonZeroU8;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -73,10 +74,10 @@ impl Peer {
     pub(super) fn connect(
         &mut self,
         vm: &mut Vm,
-        channels: u32,
+        (listener, channels): (Listener, NonZeroU8),
         patience: &Patience<'_>,
     ) -> Result<Connections, SaveError> {
-        let listener = Listener::bind_for(vm.pid().ok())?;
+        let channels = u32::from(channels.get());
         let listener = &*self.listener.insert(listener);
         vm.send_to_socket(listener.path_of_sender())?;
         let deadline = Instant::now() + CONNECT_TIMEOUT;

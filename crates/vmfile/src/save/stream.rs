@@ -5,14 +5,15 @@
 
 use std::num::NonZeroU8;
 use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use vmfile_qemu::{PUT_BACK_TIMEOUT, StreamSettings, Vm};
 
 use super::sending::{Peer, sent};
 use super::{SaveOptions, Work, Written};
-use crate::draft::Facts;
 use crate::error::SaveError;
+use crate::listener::Listener;
 use crate::multifd::{CHANNELS_MAX, ChannelsError};
 use crate::receive::ReceiveError;
 use crate::source::stream::Patience;
@@ -25,8 +26,8 @@ const STALL_TIMEOUT: Duration = Duration::from_secs(120);
 #[derive(Debug)]
 pub(super) struct StreamRoute {
     before: StreamSettings,
-    /// How many connections beside the stream pages go by.
-    channels: Option<NonZeroU8>,
+    /// How many connections beside the stream pages go by, and where QEMU makes them.
+    channels: Option<(NonZeroU8, Listener)>,
 }
 
 impl StreamRoute {
@@ -37,17 +38,32 @@ impl StreamRoute {
         if found > CHANNELS_MAX {
             return Err(ReceiveError::from(ChannelsError::TooMany { found }).into());
         }
-        Ok(StreamRoute { before: vm.stream_settings()?, channels })
+        let before = vm.stream_settings()?;
+        let process = vm.pid().ok();
+        let listen = |channels| Ok::<_, SaveError>((channels, Listener::bind_for(process)?));
+        Ok(StreamRoute { before, channels: channels.map(listen).transpose()? })
+    }
+
+    /// Returns the migration settings as they were.
+    pub(super) fn settings(&self) -> &StreamSettings {
+        &self.before
+    }
+
+    /// Returns the socket that QEMU connects to, and its directory.
+    pub(super) fn sockets(&self) -> Vec<PathBuf> {
+        let path = self.channels.as_ref().map(|(_, listener)| listener.path());
+        path.into_iter().flat_map(|path| path.ancestors().take(2)).map(Path::to_path_buf).collect()
     }
 
     /// Lets QEMU send the paused VM, writes what comes, and then what belongs around it.
-    pub(super) fn write(&self, work: &mut Work<'_>) -> Result<Written, SaveError> {
-        let ours = match self.channels {
+    pub(super) fn write(&mut self, work: &mut Work<'_>) -> Result<Written, SaveError> {
+        let ours = match &self.channels {
             None => self.before.plain(),
-            Some(channels) => self.before.multifd(channels),
+            Some((channels, _)) => self.before.multifd(*channels),
         };
+        let channels = self.channels.take();
         let changed = work.vm.change_stream_settings(&self.before, &ours);
-        let received = changed.map_err(SaveError::from).and_then(|()| receive(work, self.channels));
+        let received = changed.map_err(SaveError::from).and_then(|()| receive(work, channels));
         // What was changed before something failed is put back, too.
         let put_back = work
             .vm
@@ -58,19 +74,17 @@ impl StreamRoute {
         if !received.set_run_state(&work.meta.run_state) {
             return Err(SaveError::NoRunState);
         }
-        let facts = Facts {
-            route: "stream",
-            live: Some(false),
-            pause_seconds: Some(work.seconds_paused()),
-            vm: work.meta.clone(),
-        };
+        let facts = work.facts("stream", work.seconds_paused(), false);
         work.draft.finish(&received.places, &received.bitmaps, received.tail(), facts)?;
         Ok(written(&received))
     }
 }
 
 /// Receives the VM; whatever comes of it, QEMU is not sending any more.
-fn receive(work: &mut Work<'_>, channels: Option<NonZeroU8>) -> Result<Received, SaveError> {
+fn receive(
+    work: &mut Work<'_>,
+    channels: Option<(NonZeroU8, Listener)>,
+) -> Result<Received, SaveError> {
     let process = work.vm.pid().ok();
     let patience =
         Patience { control: work.control, process, stall: Some(STALL_TIMEOUT), deadline: None };
@@ -80,7 +94,7 @@ fn receive(work: &mut Work<'_>, channels: Option<NonZeroU8>) -> Result<Received,
             let (ours, theirs) = UnixStream::pair().map_err(SaveError::Socket)?;
             work.vm.send_stream(theirs.into()).map(|()| ours.into()).map_err(SaveError::from)
         }
-        Some(channels) => peer.connect(work.vm, channels.get().into(), &patience),
+        Some((channels, listener)) => peer.connect(work.vm, (listener, channels), &patience),
     };
     let vm = &mut *work.vm;
     let received = connections.and_then(|connections| {
