@@ -3,12 +3,12 @@
 use std::ffi::OsString;
 use std::fs;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use vmfile_testing::{Guest, Qemu, Ram, Release, TestResult, requires};
 
-use crate::run::{Said, names_in, program, vmfile};
+use crate::run::{Said, names_in, program, vmfile, wait_until};
 use crate::words;
 
 /// A guest whose QEMU has changed its root directory.
@@ -89,5 +89,49 @@ fn a_qemu_of_another_pid_namespace_is_saved_by_its_stream() -> TestResult {
     save("stream")?.assert(0, &["saved"]);
     vmfile(words!["check", file]).assert(0, &[]);
     assert_eq!(guest.status()?, "running");
+    Ok(())
+}
+
+/// A QEMU in a mount namespace, with a file system of its own where its monitor is.
+struct Contained(Child);
+
+impl Drop for Contained {
+    fn drop(&mut self) {
+        // It may have ended: a save ends it.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// `list` and `save NAME` looked for the socket under the path that QEMU in a container calls it.
+#[test]
+fn a_vm_in_a_mount_namespace_is_listed_and_saved_by_its_name() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    requires!(vmfile_testing::root());
+    let directory = tempfile::tempdir()?;
+    let inside = directory.path().join("inside");
+    fs::create_dir(&inside)?;
+    for (number, monitor) in [inside.join("vm.sock"), "vm.sock".into()].into_iter().enumerate() {
+        let name = format!("contained-{}-{number}", std::process::id());
+        let script = "mount -t tmpfs none \"$0\" && cd \"$0\" && exec \"$@\"";
+        let socket = format!("unix:{},server=on,wait=off", monitor.display());
+        let words = words!["-m", "--propagation", "private", "sh", "-c", script, inside];
+        let line = ["-m", "16", "-display", "none", "-nodefaults", "-accel", "tcg"];
+        let mut command = Command::new("unshare");
+        command.args(words).arg(qemu.program()).args(line);
+        let child = command.args(["-name", &name, "-qmp", &socket]).spawn()?;
+        let contained = Contained(child);
+        wait_until("it is listed", || {
+            let said = vmfile(words!["list", "--json"]);
+            let vms = said.json().unwrap_or_default();
+            let mut vms = vms.as_array().into_iter().flatten();
+            vms.any(|vm| vm["name"] == *name && vm["reason"].is_null())
+        })?;
+        assert!(!inside.join("vm.sock").exists(), "it is seen from inside only");
+        let file = directory.path().join(&name);
+        vmfile(words!["save", name, file]).assert(0, &["saved"]);
+        vmfile(words!["check", file]).assert(0, &[]);
+        drop(contained);
+    }
     Ok(())
 }
