@@ -81,11 +81,12 @@ fn not_asked(found: &Found) -> ListedVm {
 
 fn look_at(found: Found) -> ListedVm {
     let mut listed = not_asked(&found);
-    let mut reason = if found.is_of_libvirt {
-        "libvirt owns its monitor".to_owned()
-    } else {
-        "its command line names no QMP socket".to_owned()
-    };
+    let mut reasons = Vec::new();
+    if found.is_of_libvirt {
+        reasons.push("libvirt owns its monitor".to_owned());
+    } else if found.qmp.is_empty() {
+        reasons.push("its command line names no QMP socket".to_owned());
+    }
     let deadline = Instant::now() + ANSWER_TIMEOUT;
     for (tried, socket) in found.qmp.iter().enumerate() {
         let left = deadline.saturating_duration_since(Instant::now());
@@ -97,10 +98,10 @@ fn look_at(found: Found) -> ListedVm {
                 listed.reason = vm.unstoppable(left, |vm| ask(vm, &mut listed)).err();
                 return listed;
             }
-            Err(error) => reason = whole(&error),
+            Err(error) => reasons.push(whole(&error)),
         }
     }
-    listed.reason = Some(reason);
+    listed.reason = Some(reasons.join("; "));
     listed
 }
 
