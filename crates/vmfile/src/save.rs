@@ -98,6 +98,7 @@ struct Save<'a> {
 /// What a route works with.
 struct Work<'a> {
     vm: &'a mut Vm,
+    guard: &'a Guard,
     /// The RAM blocks as they are since the guest was stopped; empty while it runs.
     blocks: &'a [RamBlockInfo],
     draft: &'a Draft,
@@ -248,6 +249,7 @@ impl<'a> Save<'a> {
         let paused_at = paused.stopped_at();
         let mut work = Work {
             vm: paused.vm(),
+            guard: &self.guard,
             blocks: &blocks,
             draft: self.draft.as_ref().expect("published once"),
             disks: &mut self.disks,
@@ -281,6 +283,7 @@ impl<'a> Save<'a> {
         let ReadyRoute::Live(route) = &self.route.route else { unreachable!("chosen by `save`") };
         let mut work = Work {
             vm: &mut *vm,
+            guard: &self.guard,
             blocks: &[],
             draft: self.draft.as_ref().expect("published once"),
             disks: &mut self.disks,

@@ -7,6 +7,7 @@ mod endings;
 mod guests;
 mod hard_times;
 mod help;
+mod kills;
 mod matrix;
 mod run;
 mod send;
