@@ -88,6 +88,10 @@ impl From<&SnapshotError> for Failure {
         match error {
             SnapshotError::Format { .. } => Failure::new(Code::File, "damaged", error)
                 .hint("expected a file of `vmfile save`, or of QEMU's migration with mapped-ram"),
+            SnapshotError::DamagedPage { .. } | SnapshotError::DamagedPart { .. } => {
+                Failure::new(Code::File, "damaged", error)
+                    .hint("`vmfile check FILE` lists everything that is damaged")
+            }
             SnapshotError::LostEnd { .. } => Failure::new(Code::File, "truncated", error)
                 .hint("the file was cut, or is still being copied"),
             SnapshotError::NotAFile { .. } => Failure::new(Code::File, "not_a_file", error),

@@ -8,19 +8,17 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
 
 use serde::Serialize;
-use vmfile_engine::{
-    Backend, DataFile, DirectIo, DirectIoInUse, PageHasher, data_ranges, is_zero, page_hash,
-};
-use vmfile_format::manifest::{FOOTER_LEN, HASH_LEN, encode_hash, table_len};
+use vmfile_engine::{Backend, DataFile, DirectIo, DirectIoInUse, data_ranges, is_zero};
+use vmfile_format::manifest::{FOOTER_LEN, HASH_LEN, table_len};
 use vmfile_format::mapped_ram::PlacedBlock;
 use vmfile_format::{PageBitmap, PageIndex};
 
 use crate::control::Control;
 use crate::jobs::Jobs;
-use crate::plan::{UNIT_LEN, Unit, WINDOW_LEN, pieces, units};
+use crate::page_hashes::{Hash, PageHashes, is_page};
+use crate::plan::{Unit, WINDOW_LEN, pieces, units};
 use crate::ranges;
 use crate::reading::open_for_reading;
 use crate::snapshot::{Manifest, Snapshot, SnapshotError};
@@ -215,12 +213,7 @@ fn check_extents(
     findings: &mut Findings,
 ) -> Result<(), CheckError> {
     for extent in &manifest.meta.extents {
-        let mut hasher = PageHasher::new();
-        let range = extent.offset..extent.offset + extent.bytes;
-        for piece in pieces(range, WINDOW_LEN) {
-            hasher.write(&snapshot.read(piece.start, piece.end - piece.start)?);
-        }
-        if !extent.has_hash(hasher.finish()) {
+        if !extent.has_hash(snapshot.checksum(extent)?) {
             findings.section(FindingKind::Checksum, &extent.what, extent.offset);
         }
     }
@@ -276,7 +269,6 @@ fn check_zeros(
 #[derive(Debug)]
 struct PageCheck<'a> {
     snapshot: &'a Snapshot,
-    manifest: &'a Manifest,
     bitmaps: Vec<PageBitmap>,
     windows: Vec<Window>,
     file: DataFile,
@@ -287,10 +279,11 @@ struct PageCheck<'a> {
 
 /// What a worker has seen.
 #[derive(Debug, Default)]
-struct Checked {
+struct Checked<'a> {
     pages: u64,
     found: Findings,
-    hashes: Hashes,
+    /// `None` before the first page.
+    hashes: Option<PageHashes<'a>>,
 }
 
 impl From<WindowError> for CheckError {
@@ -332,7 +325,6 @@ impl<'a> PageCheck<'a> {
         let (file, direct_io) = opened.map_err(io("the file once more"))?;
         Ok(PageCheck {
             snapshot,
-            manifest,
             bitmaps,
             windows: windows.collect(),
             file,
@@ -348,7 +340,8 @@ impl<'a> PageCheck<'a> {
         let blocks = &self.snapshot.structure().blocks;
         let (file, windows, control) = (&self.file, &self.windows, self.control);
         let reader = WindowReader { file, blocks, windows, control };
-        let take = |checked: &mut Checked, window: &Window, read: io::Result<&[u8]>| match read {
+        let take = |checked: &mut Checked<'a>, window: &Window, read: io::Result<&[u8]>| match read
+        {
             Ok(bytes) => self.verify(window, bytes, checked),
             Err(_) => self.verify_one_by_one(window, checked),
         };
@@ -366,25 +359,26 @@ impl<'a> PageCheck<'a> {
         &self,
         window: &Window,
         bytes: &[u8],
-        checked: &mut Checked,
+        checked: &mut Checked<'a>,
     ) -> Result<(), CheckError> {
         let Checked { pages, found, hashes } = checked;
+        let hashes = hashes.get_or_insert_with(|| PageHashes::new(self.snapshot));
         let placed = &self.snapshot.structure().blocks[window.block];
         let bitmap = &self.bitmaps[window.block];
         let page_len = usize::try_from(placed.block.page_size().bytes()).expect("64 KiB at most");
         let first = window.range.start / page_len as u64;
         for (page, bytes) in (first..).zip(bytes.chunks(page_len)) {
-            let recorded = hashes.of(self, window.block, page)?;
+            let recorded = hashes.recorded(window.block, PageIndex(page))?.unwrap_or_default();
             if bitmap.contains(PageIndex(page)) {
                 *pages += 1;
-                if encode_hash(page_hash(bytes)) != recorded {
+                if !is_page(bytes, recorded) {
                     found.page(FindingKind::PageHash, placed, page);
                 }
             } else {
                 if !is_zero(bytes) {
                     found.page(FindingKind::StalePage, placed, page);
                 }
-                if recorded != [0; 16] {
+                if recorded != Hash::default() {
                     found.page(FindingKind::StrayHash, placed, page);
                 }
             }
@@ -393,7 +387,11 @@ impl<'a> PageCheck<'a> {
     }
 
     /// A window of which some bytes cannot be read: finds out which pages.
-    fn verify_one_by_one(&self, window: &Window, checked: &mut Checked) -> Result<(), CheckError> {
+    fn verify_one_by_one(
+        &self,
+        window: &Window,
+        checked: &mut Checked<'a>,
+    ) -> Result<(), CheckError> {
         let placed = &self.snapshot.structure().blocks[window.block];
         let page_len = placed.block.page_size().bytes();
         let mut bytes = vec![0; usize::try_from(page_len).expect("64 KiB at most")];
@@ -407,36 +405,6 @@ impl<'a> PageCheck<'a> {
             self.verify(&window, &bytes, checked)?;
         }
         Ok(())
-    }
-}
-
-/// The hashes of the unit that a worker looks at.
-#[derive(Debug, Default)]
-struct Hashes {
-    unit: Option<(usize, u64)>,
-    bytes: Arc<Vec<u8>>,
-}
-
-impl Hashes {
-    /// Returns the recorded hash of a page; reads the table of its unit when it is the first.
-    fn of(
-        &mut self,
-        check: &PageCheck<'_>,
-        block: usize,
-        page: u64,
-    ) -> Result<[u8; 16], CheckError> {
-        let placed = &check.snapshot.structure().blocks[block];
-        let pages_in_unit = UNIT_LEN / placed.block.page_size().bytes();
-        let unit = page / pages_in_unit;
-        if self.unit != Some((block, unit)) {
-            let first = unit * pages_in_unit;
-            let pages = pages_in_unit.min(placed.block.page_count().0 - first);
-            let offset = check.manifest.meta.blocks[block].hashes_offset + first * HASH_LEN;
-            self.bytes = Arc::new(check.snapshot.read(offset, pages * HASH_LEN)?);
-            self.unit = Some((block, unit));
-        }
-        let index = usize::try_from((page % pages_in_unit) * HASH_LEN).expect("64 KiB");
-        Ok(<[u8; 16]>::try_from(&self.bytes[index..index + 16]).expect("16 bytes"))
     }
 }
 

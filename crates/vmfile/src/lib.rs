@@ -16,6 +16,7 @@ mod lane;
 pub mod list;
 mod listener;
 mod multifd;
+mod page_hashes;
 mod page_writer;
 mod plan;
 mod ram_loader;

@@ -5,10 +5,13 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use vmfile_engine::PageHasher;
 use vmfile_format::limits::FILE_LEN_MAX;
-use vmfile_format::manifest::{FOOTER_LEN, Footer, Meta};
+use vmfile_format::manifest::{ExtentMeta, FOOTER_LEN, Footer, Meta};
 use vmfile_format::mapped_ram::{MARK, MappedRamFile, PlacedBlock};
 use vmfile_format::{FormatError, PageBitmap, ReadError};
+
+use crate::plan::{WINDOW_LEN, pieces};
 
 /// A file that holds a saved VM: a vmfile, or a mapped-ram file that QEMU wrote.
 ///
@@ -68,6 +71,40 @@ pub enum SnapshotError {
         path: PathBuf,
         /// What is wrong, and where.
         source: FormatError,
+    },
+    /// A page, or its recorded hash, is not what was written.
+    #[error(
+        "{path} is damaged: page {page} of RAM block {block:?}, at file offset {offset:#x}, \
+         does not have the hash that was recorded",
+        path = path.display()
+    )]
+    DamagedPage {
+        /// The file.
+        path: PathBuf,
+        /// The RAM block.
+        block: String,
+        /// The page's number in its block.
+        page: u64,
+        /// File offset of the page.
+        offset: u64,
+    },
+    /// A part of the file with a checksum is not what was written.
+    #[error(
+        "{path} is damaged: its {what} at file offset {offset:#x} has the checksum {found}, \
+         expected {expected}",
+        path = path.display()
+    )]
+    DamagedPart {
+        /// The file.
+        path: PathBuf,
+        /// What it is: `head`, `record`, `bitmap`, `device_state`, ...
+        what: String,
+        /// File offset of the part.
+        offset: u64,
+        /// The checksum of the bytes that are there: XXH3-128, 32 hexadecimal digits.
+        found: String,
+        /// The checksum that was recorded.
+        expected: String,
     },
     /// vmfile wrote it, and its last bytes are missing or damaged.
     #[error(
@@ -133,6 +170,39 @@ impl Snapshot {
     pub fn device_state(&self) -> Result<Vec<u8>, SnapshotError> {
         let state = &self.structure.device_state;
         self.read(state.start, state.end - state.start)
+    }
+
+    /// Compares every part of the file that has a checksum, which is everything but pages, their
+    /// hashes and zeros, with that checksum. A file that QEMU wrote has none.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`SnapshotError::DamagedPart`] for the first part that is not what was written, and
+    /// [`SnapshotError::Read`] if the kernel refuses.
+    pub(crate) fn verify_parts(&self) -> Result<(), SnapshotError> {
+        for extent in self.manifest.iter().flat_map(|manifest| &manifest.meta.extents) {
+            let found = self.checksum(extent)?;
+            if !extent.has_hash(found) {
+                return Err(SnapshotError::DamagedPart {
+                    path: self.path.clone(),
+                    what: extent.what.clone(),
+                    offset: extent.offset,
+                    found: format!("{found:032x}"),
+                    expected: extent.xxh3_128.clone(),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns the checksum of the bytes that lie in `extent`, which are read in pieces: the bitmap
+    /// of a large block takes megabytes.
+    pub(crate) fn checksum(&self, extent: &ExtentMeta) -> Result<u128, SnapshotError> {
+        let mut hasher = PageHasher::new();
+        for piece in pieces(extent.offset..extent.offset + extent.bytes, WINDOW_LEN) {
+            hasher.write(&self.read(piece.start, piece.end - piece.start)?);
+        }
+        Ok(hasher.finish())
     }
 
     /// Returns the file's path as it was given.
