@@ -252,6 +252,10 @@ impl From<&RestoreError> for Failure {
                      see `vmfile info`",
                 )
             }
+            RestoreError::NoHashes { .. } => Failure::new(Code::Usage, "no_hashes", error).hint(
+                "`vmfile convert FILE NEW --to mapped-ram` makes a file that has hashes; \
+                 without --verify this one is restored as it is",
+            ),
             RestoreError::CannotMap { .. } => Failure::new(Code::Incompatible, "cannot_map", error)
                 .hint("--mode load works with every file and every QEMU since 8.0"),
             RestoreError::CannotLoad { .. } => {
@@ -287,6 +291,7 @@ impl From<&RestoreError> for Failure {
             RestoreError::File(_)
             | RestoreError::Process(_)
             | RestoreError::Load(_)
+            | RestoreError::Verify(_)
             | RestoreError::Send(_) => Failure::new(Code::System, "io", error),
             RestoreError::Stopped => Failure::new(Code::Interrupted, "stopped", error),
             _ => Failure::new(Code::Vm, "vm", error),

@@ -10,7 +10,9 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 
 use serde::Serialize;
-use vmfile_engine::{Backend, DataFile, DirectIo, DirectIoInUse, data_ranges, is_zero};
+use vmfile_engine::{
+    Backend, BackendInUse, DataFile, DirectIo, DirectIoInUse, data_ranges, is_zero,
+};
 use vmfile_format::manifest::{FOOTER_LEN, HASH_LEN, table_len};
 use vmfile_format::mapped_ram::PlacedBlock;
 use vmfile_format::{PageBitmap, PageIndex};
@@ -165,6 +167,36 @@ pub fn check(
     report.findings = findings.list;
     report.total_seconds = start.elapsed().as_secs_f64();
     Ok(report)
+}
+
+/// Compares every page of `snapshot`, and every place that must be zero, with its hash; a file that
+/// QEMU wrote has none.
+///
+/// # Errors
+///
+/// Returns [`SnapshotError::DamagedPage`] in [`CheckError::Snapshot`] for a page that is not what was
+/// written, as soon as one is found; otherwise [`CheckError`] if the pages cannot be read.
+pub(crate) fn verify_pages(
+    snapshot: &Snapshot,
+    options: &CheckOptions,
+    control: &Control<'_>,
+) -> Result<(), CheckError> {
+    let Some(manifest) = snapshot.manifest() else { return Ok(()) };
+    // What this finds besides is in the bitmaps, which have checksums.
+    let pages = PageCheck::new(snapshot, manifest, options, control, &mut Findings::default())?;
+    pages.read(|checked, window, read| {
+        pages.verify(window, read.map_err(io("the pages"))?, checked)?;
+        checked.found.list.first().map_or(Ok(()), |found| Err(damaged(snapshot, found)))
+    })?;
+    Ok(())
+}
+
+/// Makes an error of the finding that a page is wrong.
+fn damaged(snapshot: &Snapshot, found: &Finding) -> CheckError {
+    let path = snapshot.path().to_path_buf();
+    let block = found.block.clone().unwrap_or_default();
+    let (page, offset) = (found.page.unwrap_or_default(), found.offset);
+    SnapshotError::DamagedPage { path, block, page, offset }.into()
 }
 
 /// Findings, of which only the first are kept.
@@ -336,22 +368,28 @@ impl<'a> PageCheck<'a> {
 
     /// Checks all pages in parallel; returns how many, and the back end.
     fn run(&self, findings: &mut Findings) -> Result<(u64, String), CheckError> {
-        let width = (self.options.io, self.options.jobs.count());
-        let blocks = &self.snapshot.structure().blocks;
-        let (file, windows, control) = (&self.file, &self.windows, self.control);
-        let reader = WindowReader { file, blocks, windows, control };
-        let take = |checked: &mut Checked<'a>, window: &Window, read: io::Result<&[u8]>| match read
-        {
+        let (all, backend) = self.read(|checked, window, read| match read {
             Ok(bytes) => self.verify(window, bytes, checked),
             Err(_) => self.verify_one_by_one(window, checked),
-        };
-        let (all, backend) = reader.read(width, take)?;
+        })?;
         let mut pages = 0;
         for checked in all {
             pages += checked.pages;
             findings.append(checked.found);
         }
         Ok((pages, backend.to_string()))
+    }
+
+    /// Reads all windows in parallel and hands each to `take`; returns what every worker has seen,
+    /// and the back end.
+    fn read(
+        &self,
+        take: impl Fn(&mut Checked<'a>, &Window, io::Result<&[u8]>) -> Result<(), CheckError> + Sync,
+    ) -> Result<(Vec<Checked<'a>>, BackendInUse), CheckError> {
+        let width = (self.options.io, self.options.jobs.count());
+        let blocks = &self.snapshot.structure().blocks;
+        let (file, windows, control) = (&self.file, &self.windows, self.control);
+        WindowReader { file, blocks, windows, control }.read(width, take)
     }
 
     /// Compares the pages of a window with their hashes.

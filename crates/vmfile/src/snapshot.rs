@@ -75,7 +75,7 @@ pub enum SnapshotError {
     /// A page, or its recorded hash, is not what was written.
     #[error(
         "{path} is damaged: page {page} of RAM block {block:?}, at file offset {offset:#x}, \
-         does not have the hash that was recorded",
+         and its recorded hash do not agree",
         path = path.display()
     )]
     DamagedPage {
