@@ -8,8 +8,8 @@ use vmfile::error::SaveError;
 use vmfile::receive::ReceiveError;
 use vmfile::send::SendError;
 use vmfile::{
-    ChannelsError, CommandLineError, DiscoverError, PublishError, RestoreError, SnapshotError,
-    VmError,
+    ChannelsError, CommandLineError, DiscoverError, ProofError, PublishError, RestoreError,
+    SnapshotError, VmError,
 };
 use vmfile_bench::BenchError;
 
@@ -114,6 +114,10 @@ impl From<&PublishError> for Failure {
             PublishError::NotAFile { .. } => {
                 Failure::new(Code::System, "not_a_file", error).hint("choose another name")
             }
+            PublishError::NotDurable { .. } => Failure::new(Code::System, "not_durable", error).hint(
+                "a power failure may take the name away; `sync` on the directory's file system says \
+                 whether it can be written now",
+            ),
             PublishError::NoName { .. } => {
                 Failure::new(Code::Usage, "usage", error).hint("name a file, not a directory")
             }
@@ -121,6 +125,18 @@ impl From<&PublishError> for Failure {
                 Failure::new(Code::System, "no_directory", error).hint("create the directory first")
             }
             _ => Failure::new(Code::System, "publish", error),
+        }
+    }
+}
+
+impl From<&ProofError> for Failure {
+    fn from(error: &ProofError) -> Failure {
+        match error {
+            ProofError::Publish(error) => Failure::from(error),
+            _ => Failure::new(Code::System, "does_not_read_back", error).hint(
+                "the kernel or the disk lost what was written: the file was dropped; \
+                 look at the kernel's messages, and save to another disk",
+            ),
         }
     }
 }
@@ -147,6 +163,7 @@ impl From<&SaveError> for Failure {
             SaveError::QemuTooOld { .. } => Failure::new(Code::Vm, "qemu_too_old", error)
                 .hint("--route stream works with every QEMU"),
             SaveError::NoDirectIo { .. } => Failure::new(Code::System, "no_direct_io", error),
+            SaveError::Proof(error) => Failure::from(error),
             SaveError::Migration { .. } => Failure::new(Code::Vm, "migration", error),
             SaveError::Receive(error) => Failure::from(error),
             SaveError::DeviceState(_)
@@ -187,6 +204,7 @@ impl From<&ReceiveError> for Failure {
         match error {
             ReceiveError::Publish(error) => Failure::from(error),
             ReceiveError::Channels(error) => Failure::from(error),
+            ReceiveError::Proof(error) => Failure::from(error),
             ReceiveError::Channel { source, .. } => {
                 let failure = Failure::from(source.as_ref());
                 let message = Failure::new(failure.code, failure.kind, error).message;

@@ -1,8 +1,8 @@
 //! Giving a finished file its name, so that a name never means part of a file.
 //!
 //! The file is written without a name (`O_TMPFILE`) or, where the file system cannot do that,
-//! under the name `.NAME.XXXXXX.partial` beside its place. [`Unpublished::publish`] makes it
-//! durable, names it, and makes the name durable.
+//! under the name `.NAME.XXXXXX.partial` beside its place. [`Unpublished::make_durable`] makes it
+//! durable; [`Durable::publish`] names it and makes the name durable.
 
 use std::error::Error;
 use std::ffi::{OsStr, OsString};
@@ -98,26 +98,20 @@ impl Unpublished {
     ///
     /// # Errors
     ///
-    /// Returns [`PublishError`], and no name appears, if the file cannot be made durable or named.
-    /// Only if the directory cannot be made durable after that, the name is there, the file whole,
-    /// and the error says that a power failure may still take the name away.
-    pub fn publish(mut self) -> Result<File, PublishError> {
-        let io_error = |step, error| PublishError::io(&self.path, step, error);
-        // Everything that can fail and is not naming comes before it.
-        let file = self.file.try_clone().map_err(|error| io_error("duplicate", error))?;
-        file.sync_all().map_err(|error| io_error("sync", error))?;
-        match self.existing {
-            Existing::Refuse => self.name_if_free(),
-            Existing::Replace => self.name_or_replace(),
-        }
-        .map_err(|errno| match errno {
-            Errno::EXIST => PublishError::Exists { path: self.path.clone() },
-            errno => PublishError::io(&self.path, "name", errno.into()),
-        })?;
-        rustix::fs::fsync(&self.directory).map_err(|errno| {
-            PublishError::io(&self.path, "sync the directory of the finished", errno.into())
-        })?;
-        Ok(file)
+    /// As [`Unpublished::make_durable`] and [`Durable::publish`].
+    pub fn publish(self) -> Result<File, PublishError> {
+        self.make_durable()?.publish()
+    }
+
+    /// Makes the file durable. It has no name then.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`PublishError::Io`] if the kernel cannot write the file to the disk.
+    pub fn make_durable(self) -> Result<Durable, PublishError> {
+        let synced = self.file.sync_all();
+        synced.map_err(|error| PublishError::io(&self.path, "sync", error))?;
+        Ok(Durable { unpublished: self })
     }
 
     /// Returns the file, open for reading and writing.
@@ -164,6 +158,51 @@ impl Unpublished {
         rustix::fs::renameat(&self.directory, temporary, &self.directory, &self.name)?;
         self.temporary = None;
         Ok(())
+    }
+}
+
+/// A file that is on the disk and has no name yet. Dropping it leaves no file behind.
+#[derive(Debug)]
+pub struct Durable {
+    unpublished: Unpublished,
+}
+
+impl Durable {
+    /// Gives the file its name, makes the name durable, and returns the file.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`PublishError`], and no name appears, if the file cannot be named. Only with
+    /// [`PublishError::NotDurable`] the file has its name.
+    pub fn publish(self) -> Result<File, PublishError> {
+        let Durable { mut unpublished } = self;
+        let path = unpublished.path.clone();
+        // Everything that can fail and is not naming comes before it.
+        let file = unpublished.file.try_clone();
+        let file = file.map_err(|error| PublishError::io(&path, "duplicate", error))?;
+        let named = match unpublished.existing {
+            Existing::Refuse => unpublished.name_if_free(),
+            Existing::Replace => unpublished.name_or_replace(),
+        };
+        named.map_err(|errno| match errno {
+            Errno::EXIST => PublishError::Exists { path: path.clone() },
+            errno => PublishError::io(&path, "name", errno.into()),
+        })?;
+        let synced = rustix::fs::fsync(&unpublished.directory);
+        synced.map_err(|errno| PublishError::NotDurable { path, source: errno.into() })?;
+        Ok(file)
+    }
+
+    /// Returns the file, open for reading and writing.
+    #[must_use]
+    pub fn file(&self) -> &File {
+        &self.unpublished.file
+    }
+
+    /// Returns the name that the file will have.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.unpublished.path
     }
 }
 
@@ -312,6 +351,14 @@ pub enum PublishError {
         /// The name.
         path: PathBuf,
     },
+    /// The file is whole, durable, and has its name; but the kernel could not write the directory, so
+    /// that a power failure may take the name away.
+    NotDurable {
+        /// The name.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
     /// The kernel refused a step.
     Io {
         /// The name that the file has or would have.
@@ -343,6 +390,11 @@ impl fmt::Display for PublishError {
             PublishError::NotAFile { path } => {
                 write!(f, "{} exists and is not a regular file", path.display())
             }
+            PublishError::NotDurable { path, .. } => write!(
+                f,
+                "{} is whole and has its name, but the directory that names it cannot be synced",
+                path.display()
+            ),
             PublishError::Io { path, step, .. } => write!(f, "cannot {step} {}", path.display()),
         }
     }
@@ -351,7 +403,9 @@ impl fmt::Display for PublishError {
 impl Error for PublishError {
     fn source(&self) -> Option<&(dyn Error + 'static)> {
         match self {
-            PublishError::Io { source, .. } => Some(source),
+            PublishError::Io { source, .. } | PublishError::NotDurable { source, .. } => {
+                Some(source)
+            }
             _ => None,
         }
     }
@@ -445,6 +499,13 @@ mod tests {
             (PublishError::NotADirectory { directory: path.clone() }, "a/b is not a directory"),
             (PublishError::Exists { path: path.clone() }, "a/b exists"),
             (PublishError::NotAFile { path: path.clone() }, "a/b exists and is not a regular file"),
+            (
+                PublishError::NotDurable {
+                    path: path.clone(),
+                    source: io::Error::from_raw_os_error(libc::EIO),
+                },
+                "a/b is whole and has its name, but the directory that names it cannot be synced",
+            ),
             (PublishError::Io { path, step: "sync", source }, "cannot sync a/b"),
         ] {
             assert_eq!(error.to_string(), words);

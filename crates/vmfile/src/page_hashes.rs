@@ -3,8 +3,6 @@
 //! `check`, a restore by `load` or `stream`, `send` and `convert` verify here every page that they read,
 //! before they hand it on. A file that QEMU wrote has no hashes: there nothing is compared.
 
-use std::path::PathBuf;
-
 use vmfile_engine::page_hash;
 use vmfile_format::manifest::{HASH_LEN, encode_hash};
 use vmfile_format::{PageBitmap, PageIndex};
@@ -72,7 +70,9 @@ impl<'a> PageHashes<'a> {
         bytes: &[u8],
     ) -> Result<(), SnapshotError> {
         match self.recorded(block, page)? {
-            Some(recorded) if !is_page(bytes, recorded) => Err(self.damaged(block, page)),
+            Some(recorded) if !is_page(bytes, recorded) => {
+                Err(damaged_page(self.snapshot, block, page))
+            }
             _ => Ok(()),
         }
     }
@@ -101,15 +101,16 @@ impl<'a> PageHashes<'a> {
         let index = usize::try_from((page.0 % pages_in_unit) * HASH_LEN).expect("64 KiB");
         Ok(Some(Hash::try_from(&self.bytes[index..index + 16]).expect("16 bytes")))
     }
+}
 
-    fn damaged(&self, block: usize, page: PageIndex) -> SnapshotError {
-        let placed = &self.snapshot.structure().blocks[block];
-        SnapshotError::DamagedPage {
-            path: PathBuf::from(self.snapshot.path()),
-            block: placed.block.name().to_owned(),
-            page: page.0,
-            offset: placed.page_offset(page).unwrap_or(u64::MAX),
-        }
+/// Says that a page, or its hash, is not what was written.
+pub(crate) fn damaged_page(snapshot: &Snapshot, block: usize, page: PageIndex) -> SnapshotError {
+    let placed = &snapshot.structure().blocks[block];
+    SnapshotError::DamagedPage {
+        path: snapshot.path().to_path_buf(),
+        block: placed.block.name().to_owned(),
+        page: page.0,
+        offset: placed.page_offset(page).unwrap_or(u64::MAX),
     }
 }
 

@@ -23,6 +23,7 @@ use crate::control::Control;
 use crate::draft::{Draft, DraftError, Facts};
 use crate::listener::Listener;
 use crate::multifd::{CHANNELS_MAX, ChannelsError, Connections};
+use crate::proof::ProofError;
 use crate::source::stream::{Patience, WaitError};
 use crate::stream_receiver::{Received, StreamReceiver};
 
@@ -158,6 +159,9 @@ pub enum ReceiveError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// What was written does not read back.
+    #[error(transparent)]
+    Proof(ProofError),
     /// The caller stopped it.
     #[error("stopped")]
     Stopped,
@@ -187,6 +191,15 @@ impl ReceiveError {
 
     pub(crate) fn write_ram(source: io::Error) -> ReceiveError {
         ReceiveError::Write { what: "guest RAM", source }
+    }
+}
+
+impl From<ProofError> for ReceiveError {
+    fn from(error: ProofError) -> ReceiveError {
+        match error {
+            ProofError::Publish(error) => ReceiveError::Publish(error),
+            error => ReceiveError::Proof(error),
+        }
     }
 }
 
@@ -231,7 +244,7 @@ pub fn receive(
         return Err(ReceiveError::Stopped);
     }
     let direct_io = describe(draft.file().direct());
-    draft.publish()?;
+    draft.prove()?.publish()?;
     let pages_data: u64 = received.bitmaps.iter().map(|bitmap| bitmap.data_count().0).sum();
     let pages_total = received.places.pages_total();
     Ok(ReceiveReport {

@@ -351,7 +351,7 @@ impl<'a> Save<'a> {
         if self.control.is_stopped() {
             return Err(SaveError::Stopped);
         }
-        Ok(self.draft.take().expect("published once").publish()?)
+        Ok(self.draft.take().expect("published once").prove()?.publish()?)
     }
 
     fn pause(&mut self) -> Result<(), SaveError> {

@@ -219,6 +219,25 @@ fn a_limit_on_file_sizes_leaves_the_vm_running() -> TestResult {
     Ok(())
 }
 
+/// A disk may say that it has written and not have done so. Here the kernel says it of the first 64
+/// bytes that each thread writes: the save once ended with 0, QEMU was gone, and the file was of no use.
+#[test]
+fn a_write_that_only_was_claimed_is_found_before_the_vm_ends() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    requires!(strace());
+    let directory = directory()?;
+    let (said, stops) = fails(&qemu, directory.path(), |qmp, file| {
+        let mut strace = Command::new("strace");
+        strace.args(["-f", "-qq", "-o", "/dev/null", "-e", "trace=pwrite64"]);
+        strace.args(["-e", "inject=pwrite64:retval=64:when=1"]);
+        strace.args(words![program(), "save", qmp, file, "--io", "threads", "--jobs", "1"]);
+        Ok(strace.output()?.into())
+    })?;
+    assert_eq!(stops, 1, "{said:?}");
+    said.assert(5, &["does not read back as it was written", "hint: "]);
+    Ok(())
+}
+
 /// Runs a save of which the kernel refuses every call of `call` with `error`.
 fn with_fault(qmp: &Path, file: &Path, call: &str, error: &str) -> TestResult<Said> {
     let arguments = words![
