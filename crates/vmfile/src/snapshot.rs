@@ -2,10 +2,11 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use vmfile_engine::PageHasher;
+use vmfile_engine::{PageHasher, begin_reading};
 use vmfile_format::limits::FILE_LEN_MAX;
 use vmfile_format::manifest::{ExtentMeta, FOOTER_LEN, Footer, Meta};
 use vmfile_format::mapped_ram::{MARK, MappedRamFile, PlacedBlock};
@@ -146,8 +147,12 @@ impl Snapshot {
     ) -> Result<Snapshot, SnapshotError> {
         let open = |source| SnapshotError::Open { path: path.to_path_buf(), source };
         let len = file.metadata().map_err(open)?.len().min(FILE_LEN_MAX);
+        let manifest = read_manifest(path, &file, len)?;
+        if let Some(manifest) = &manifest {
+            ask_for_parts(&file, &manifest.meta.extents);
+        }
         let structure = read_structure(path, &file, len, start)?;
-        let manifest = read_manifest(path, &file, len, &structure)?;
+        check_manifest(path, &file, len, &structure, manifest.as_ref())?;
         Ok(Snapshot { path: path.to_path_buf(), file, len, structure, manifest })
     }
 
@@ -266,27 +271,45 @@ fn read_structure(
     })
 }
 
-fn read_manifest(
-    path: &Path,
-    file: &File,
-    len: u64,
-    structure: &MappedRamFile,
-) -> Result<Option<Manifest>, SnapshotError> {
+fn read_manifest(path: &Path, file: &File, len: u64) -> Result<Option<Manifest>, SnapshotError> {
     let format = |source| SnapshotError::Format { path: path.to_path_buf(), source };
     let footer_offset = len.saturating_sub(FOOTER_LEN);
     let footer_len = usize::try_from(len - footer_offset).expect("at most FOOTER_LEN");
     let footer = read_at(path, file, footer_offset, footer_len)?;
-    let Some(footer) = Footer::decode(&footer, len).map_err(format)? else {
-        if is_ours(path, file, structure)? {
-            return Err(SnapshotError::LostEnd { path: path.to_path_buf(), offset: footer_offset });
-        }
-        return Ok(None);
-    };
+    let Some(footer) = Footer::decode(&footer, len).map_err(format)? else { return Ok(None) };
     let metadata_len = usize::try_from(footer.metadata_len).expect("at most MANIFEST_LEN_MAX");
     let bytes = read_at(path, file, footer.metadata_offset, metadata_len)?;
     let meta = Meta::decode(&bytes, &footer).map_err(format)?;
-    meta.check(structure, &footer).map_err(format)?;
     Ok(Some(Manifest { footer, meta }))
+}
+
+/// Asks the disk for all small parts at once: they lie all over the file, and one after the other they
+/// would take milliseconds.
+fn ask_for_parts(file: &File, parts: &[ExtentMeta]) {
+    for part in parts.iter().filter(|part| part.bytes <= WINDOW_LEN) {
+        // A wish. What the kernel does not read now it reads later, and then says what is wrong.
+        let _ = begin_reading(file.as_fd(), part.offset..part.offset.saturating_add(part.bytes));
+    }
+}
+
+/// Compares the manifest with the structure, or finds that the file must have had one.
+fn check_manifest(
+    path: &Path,
+    file: &File,
+    len: u64,
+    structure: &MappedRamFile,
+    manifest: Option<&Manifest>,
+) -> Result<(), SnapshotError> {
+    match manifest {
+        Some(Manifest { footer, meta }) => meta
+            .check(structure, footer)
+            .map_err(|source| SnapshotError::Format { path: path.to_path_buf(), source }),
+        None if is_ours(path, file, structure)? => {
+            let offset = len.saturating_sub(FOOTER_LEN);
+            Err(SnapshotError::LostEnd { path: path.to_path_buf(), offset })
+        }
+        None => Ok(()),
+    }
 }
 
 /// Whether vmfile wrote the file: then a footer must be there.
