@@ -114,6 +114,8 @@ impl From<&PublishError> for Failure {
             PublishError::NotAFile { .. } => {
                 Failure::new(Code::System, "not_a_file", error).hint("choose another name")
             }
+            PublishError::InUse { .. } => Failure::new(Code::System, "in_use", error)
+                .hint("choose another name; --force does not replace what a VM uses, whose QEMU locks its images"),
             PublishError::NotDurable { .. } => Failure::new(Code::System, "not_durable", error).hint(
                 "a power failure may take the name away; `sync` on the directory's file system says \
                  whether it can be written now",

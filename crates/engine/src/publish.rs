@@ -7,7 +7,7 @@
 use std::error::Error;
 use std::ffi::{OsStr, OsString};
 use std::fmt;
-use std::fs::File;
+use std::fs::{self, File, Metadata};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -16,6 +16,8 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 use rustix::rand::GetRandomFlags;
+
+use crate::locks::is_locked;
 
 /// Only the owner reads and writes: the file holds everything that was in memory.
 const MODE: Mode = Mode::RUSR.union(Mode::WUSR);
@@ -35,17 +37,20 @@ pub enum Existing {
     Replace,
 }
 
+/// Finds who uses the file at a path, in words for an error; `None` if it may lose its name.
+pub type UserOf = Box<dyn Fn(&Path, &Metadata) -> Option<String> + Send + Sync>;
+
 /// A file that has no name yet, or only a temporary one.
 ///
 /// Dropping it leaves no file behind. Killing the process leaves none either where the file system
 /// has `O_TMPFILE` (ext4, XFS, btrfs and tmpfs do).
-#[derive(Debug)]
 pub struct Unpublished {
     file: File,
     directory: OwnedFd,
     path: PathBuf,
     name: OsString,
     existing: Existing,
+    user_of: Option<UserOf>,
     /// The name to remove if it does not come to publishing.
     temporary: Option<OsString>,
 }
@@ -59,6 +64,25 @@ impl Unpublished {
     /// not or cannot be replaced, or if the kernel refuses.
     pub fn create_beside(path: &Path, existing: Existing) -> Result<Unpublished, PublishError> {
         Unpublished::create(path, existing, Way::NamelessIfPossible)
+    }
+
+    /// Does the same, unless the name leads to a file that is in use: one that `user_of` knows a user
+    /// of, or that another program has locked. Both are asked now and again at the moment of naming,
+    /// and only if there is a file of that name, be it by a symbolic link.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`PublishError::InUse`] for such a file, whatever `existing` says, and otherwise what
+    /// [`Unpublished::create_beside`] returns.
+    pub fn create_unless_used(
+        path: &Path,
+        existing: Existing,
+        user_of: UserOf,
+    ) -> Result<Unpublished, PublishError> {
+        refuse_if_used(path, &user_of)?;
+        let mut unpublished = Unpublished::create_beside(path, existing)?;
+        unpublished.user_of = Some(user_of);
+        Ok(unpublished)
     }
 
     fn create(path: &Path, existing: Existing, way: Way) -> Result<Unpublished, PublishError> {
@@ -87,6 +111,7 @@ impl Unpublished {
             path: path.into(),
             name: name.into(),
             existing,
+            user_of: None,
             temporary,
         };
         // The umask may have taken bits away.
@@ -180,6 +205,9 @@ impl Durable {
         // Everything that can fail and is not naming comes before it.
         let file = unpublished.file.try_clone();
         let file = file.map_err(|error| PublishError::io(&path, "duplicate", error))?;
+        if let Some(user_of) = &unpublished.user_of {
+            refuse_if_used(&path, user_of)?;
+        }
         let named = match unpublished.existing {
             Existing::Refuse => unpublished.name_if_free(),
             Existing::Replace => unpublished.name_or_replace(),
@@ -218,6 +246,15 @@ impl Drop for Unpublished {
             // Nobody is left to tell; the name says what the file is.
             let _ = rustix::fs::unlinkat(&self.directory, temporary, AtFlags::empty());
         }
+    }
+}
+
+impl fmt::Debug for Unpublished {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Unpublished { file, path, existing, temporary, .. } = self;
+        let mut debug = f.debug_struct("Unpublished");
+        debug.field("file", file).field("path", path).field("existing", existing);
+        debug.field("temporary", temporary).finish_non_exhaustive()
     }
 }
 
@@ -260,6 +297,29 @@ fn refuse_if_taken(
         // A rename would put a file in the place of, say, /dev/null.
         (Existing::Replace, _) => Err(PublishError::NotAFile { path: path.into() }),
     }
+}
+
+/// Refuses a name that leads to a file which is in use.
+fn refuse_if_used(path: &Path, user_of: &UserOf) -> Result<(), PublishError> {
+    // What cannot be looked at is for those who create and name the file.
+    let Ok(metadata) = fs::metadata(path) else { return Ok(()) };
+    let user = user_of(path, &metadata).or_else(|| {
+        let words = "another program has locked it";
+        is_locked_file(path, &metadata).then(|| words.to_owned())
+    });
+    match user {
+        Some(user) => Err(PublishError::InUse { path: path.into(), user }),
+        None => Ok(()),
+    }
+}
+
+/// Whether another program has locked a file, as far as that can be told: a file that may not be
+/// opened, and a file system without locks, do not tell.
+fn is_locked_file(path: &Path, metadata: &Metadata) -> bool {
+    if !metadata.is_file() {
+        return false;
+    }
+    File::open(path).and_then(|file| is_locked(&file)).unwrap_or(false)
 }
 
 /// Creates a file without a name, or returns `None` where the file system has none.
@@ -351,6 +411,13 @@ pub enum PublishError {
         /// The name.
         path: PathBuf,
     },
+    /// The name leads to a file that is in use.
+    InUse {
+        /// The name.
+        path: PathBuf,
+        /// Who uses it.
+        user: String,
+    },
     /// The file is whole, durable, and has its name; but the kernel could not write the directory, so
     /// that a power failure may take the name away.
     NotDurable {
@@ -390,6 +457,9 @@ impl fmt::Display for PublishError {
             PublishError::NotAFile { path } => {
                 write!(f, "{} exists and is not a regular file", path.display())
             }
+            PublishError::InUse { path, user } => {
+                write!(f, "{} is in use: {user}", path.display())
+            }
             PublishError::NotDurable { path, .. } => write!(
                 f,
                 "{} is whole and has its name, but the directory that names it cannot be synced",
@@ -423,7 +493,6 @@ pub fn available_space(file: impl AsFd) -> io::Result<u64> {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
     use std::io::Write;
     use std::os::unix::fs::PermissionsExt;
 
@@ -498,6 +567,10 @@ mod tests {
             (PublishError::NoDirectory { directory: path.clone() }, "no directory a/b"),
             (PublishError::NotADirectory { directory: path.clone() }, "a/b is not a directory"),
             (PublishError::Exists { path: path.clone() }, "a/b exists"),
+            (
+                PublishError::InUse { path: path.clone(), user: "somebody reads it".to_owned() },
+                "a/b is in use: somebody reads it",
+            ),
             (PublishError::NotAFile { path: path.clone() }, "a/b exists and is not a regular file"),
             (
                 PublishError::NotDurable {

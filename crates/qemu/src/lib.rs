@@ -10,6 +10,7 @@
 //! | [`launch`] | a QEMU of our own, killed unless it is kept |
 //! | [`program`] | a QEMU on disk: its version |
 //! | [`discover`] | the VMs that run on this host |
+//! | [`files`] | which of them uses a file |
 //! | [`version`] | what each QEMU version can do |
 //!
 //! This crate never reads guest RAM nor a snapshot: it passes descriptors. It prints nothing.
@@ -19,6 +20,7 @@
 
 pub mod command_line;
 pub mod discover;
+pub mod files;
 pub mod launch;
 pub mod migration;
 pub mod outgoing;
@@ -31,6 +33,7 @@ pub mod vm;
 
 pub use command_line::{CommandLine, CommandLineError, MappedBlock, NewImage};
 pub use discover::{DiscoverError, Found, VmAddress, list, resolve};
+pub use files::{FileUse, FileUser, user_of_file};
 pub use launch::{Launch, LaunchError, LaunchedQemu, find_program};
 pub use migration::LoadError;
 pub use outgoing::{KeptFile, Outgoing, SentRam, StreamSettings};

@@ -15,10 +15,11 @@ use std::thread;
 use std::time::Instant;
 
 use serde::Serialize;
-use vmfile_engine::{Backend, DirectIo, Existing, PublishError, Unpublished};
+use vmfile_engine::{Backend, DirectIo, Existing, PublishError};
 use vmfile_format::stream::decoder::{EVENT_LEN_MAX, Event, StreamDecoder};
 
 use crate::control::Control;
+use crate::new_file::new_file;
 use crate::receive::{ReceiveError, ReceiveOptions, StreamFrom, receive};
 use crate::send::{SendError, SendOptions, SendReport, SendTo, send};
 use crate::snapshot::{Snapshot, SnapshotError};
@@ -221,7 +222,7 @@ fn to_stream(
     options: &ConvertOptions,
     control: &Control<'_>,
 ) -> Result<Converted, ConvertError> {
-    let unpublished = Unpublished::create_beside(destination, options.existing)?;
+    let unpublished = new_file(destination, options.existing, None)?;
     let file = unpublished.file().try_clone().map_err(io("open the new file once more"))?;
     let sent = send(snapshot, SendTo::Descriptor(file.into()), &send_options(options), control)?;
     unpublished.publish()?;

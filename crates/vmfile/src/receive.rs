@@ -1,7 +1,7 @@
 //! `vmfile receive`: a migration stream into a file.
 //!
 //! ```text
-//! begin - connect - RAM, as it comes - devices - metadata - publish
+//! begin - connect - RAM, as it comes - devices - metadata - prove - publish
 //! ```
 //!
 //! Whoever sends decides what comes; every page goes to its fixed place, and one that comes again
@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
-use vmfile_engine::{Backend, DirectIo, Existing, PublishError, Unpublished};
+use vmfile_engine::{Backend, DirectIo, Existing, PublishError};
 use vmfile_format::FormatError;
 use vmfile_format::manifest::VmMeta;
 use vmfile_qemu::ProcessInfo;
@@ -23,6 +23,7 @@ use crate::control::Control;
 use crate::draft::{Draft, DraftError, Facts};
 use crate::listener::Listener;
 use crate::multifd::{CHANNELS_MAX, ChannelsError, Connections};
+use crate::new_file::new_file;
 use crate::proof::ProofError;
 use crate::source::stream::{Patience, WaitError};
 use crate::stream_receiver::{Received, StreamReceiver};
@@ -226,7 +227,7 @@ pub fn receive(
     control: &Control<'_>,
 ) -> Result<ReceiveReport, ReceiveError> {
     let started = Instant::now();
-    let unpublished = Unpublished::create_beside(destination, options.existing)?;
+    let unpublished = new_file(destination, options.existing, None)?;
     let draft = Draft::new(unpublished, options.direct_io)?;
     let patience = Patience {
         control,

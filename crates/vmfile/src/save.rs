@@ -1,7 +1,7 @@
 //! `vmfile save`: a running VM into a file.
 //!
 //! ```text
-//! begin - pause - the route: device state and RAM, metadata - publish - release
+//! begin - pause - the route: device state and RAM, metadata - prove - publish - release
 //! ```
 //!
 //! Everything that can be refused is refused in `begin`, while the VM runs. From `pause` on, every
@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
-use vmfile_engine::{Backend, DataFile, DirectIo, Existing, Unpublished, available_space};
+use vmfile_engine::{Backend, DataFile, DirectIo, Existing, available_space};
 use vmfile_format::manifest::VmMeta;
 use vmfile_qemu::{RunState, Vm};
 
@@ -37,6 +37,7 @@ use crate::control::Control;
 use crate::draft::Draft;
 use crate::error::SaveError;
 use crate::jobs::Jobs;
+use crate::new_file::new_file;
 
 /// How long QEMU may take to flush its disks and end.
 const QUIT_TIMEOUT: Duration = Duration::from_secs(60);
@@ -285,7 +286,7 @@ impl<'a> Save<'a> {
         control: &'a Control<'a>,
     ) -> Result<(Save<'a>, Taken), SaveError> {
         let started = Instant::now();
-        let unpublished = Unpublished::create_beside(destination, options.existing)?;
+        let unpublished = new_file(destination, options.existing, vm.pid().ok())?;
         let state = vm.run_state()?;
         let was_running = match state {
             RunState::Running => true,

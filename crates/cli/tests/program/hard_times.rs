@@ -269,6 +269,25 @@ fn a_disk_that_fails_to_sync_leaves_the_vm_running_and_no_file() -> TestResult {
     Ok(())
 }
 
+/// The directory is synced after the file has its name. Where that fails, the file is whole and stands: no
+/// other failure of a save leaves one, and what is done about its disks depends on it.
+#[test]
+fn a_directory_that_fails_to_sync_leaves_the_vm_running_and_a_whole_file() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    requires!(strace());
+    let mut guest = Guest::boot_sector(Ram::private(64)).seed(53).boot(&qemu)?;
+    guest.wait_for_count(1)?;
+    let directory = directory()?;
+    let file = directory.path().join("vm.vmf");
+    // The first call syncs the file itself.
+    let said = with_fault(&guest.qmp_path(), &file, "fsync", "EIO:when=2")?;
+    said.assert(5, &["vm.vmf is whole and has its name, but the directory", "Input/output error"]);
+    assert_eq!(guest.status()?, "running");
+    vmfile(words!["check", file]).assert(0, &["ok: "]);
+    guest.wait_for_passes(1)?;
+    guest.judge_counts()
+}
+
 #[test]
 fn a_disk_that_fills_up_meanwhile_leaves_the_vm_running_and_no_file() -> TestResult {
     let qemu = requires!(qemu >= "9.0");

@@ -6,6 +6,7 @@ mod endings;
 mod guests;
 mod hard_times;
 mod help;
+mod in_use;
 mod matrix;
 mod run;
 mod send;
