@@ -79,6 +79,9 @@ impl From<&DiscoverError> for Failure {
 
 impl From<&VmError> for Failure {
     fn from(error: &VmError) -> Failure {
+        if error.is_stopped() {
+            return Failure::new(Code::Interrupted, "stopped", error);
+        }
         Failure::new(Code::Vm, "vm", error).hint_if(error.hint())
     }
 }
@@ -147,7 +150,12 @@ impl From<&SaveError> for Failure {
     fn from(error: &SaveError) -> Failure {
         match error {
             SaveError::Publish(error) => Failure::from(error),
+            SaveError::Vm(VmError::LeftPaused { .. }) => {
+                Failure::new(Code::LeftPaused, "left_paused", error).hint(CONT)
+            }
             SaveError::Vm(error) => Failure::from(error),
+            SaveError::QemuGone { .. } => Failure::new(Code::Vm, "qemu_gone", error)
+                .hint("there is no file; what QEMU said is where its standard error goes"),
             SaveError::RunState { .. } => Failure::new(Code::Vm, "run_state", error).hint(
                 "a VM that QEMU has already migrated or that has ended cannot be saved; \
                  after a migration, `cont` makes it run again",
@@ -167,7 +175,9 @@ impl From<&SaveError> for Failure {
             SaveError::NoDirectIo { .. } => Failure::new(Code::System, "no_direct_io", error),
             SaveError::Proof(error) => Failure::from(error),
             SaveError::Migration { .. } => Failure::new(Code::Vm, "migration", error),
-            SaveError::Receive(error) => Failure::from(error),
+            SaveError::NotConnected { .. } => Failure::new(Code::Vm, "not_connected", error)
+                .hint("without --channels the stream needs no socket"),
+            SaveError::Receive(error) => received(error),
             SaveError::DeviceState(_)
             | SaveError::NoRunState
             | SaveError::Block { .. }
@@ -180,17 +190,43 @@ impl From<&SaveError> for Failure {
             }
             SaveError::NoSpace { .. } => Failure::new(Code::System, "no_space", error)
                 .hint("free some space, or save to another file system"),
-            SaveError::LeftPaused { cause, .. } => with_cause(error, cause, "left_paused")
-                .hint("`cont` on the VM's monitor makes it run again"),
+            // Scripts see by the status that the VM does not run, whatever the cause was.
+            SaveError::LeftPaused { .. } => {
+                Failure::new(Code::LeftPaused, "left_paused", error).hint(CONT)
+            }
             SaveError::LeftOverlays { cause, .. } => with_cause(error, cause, "left_overlays")
                 .hint("the VM is sound; `block-commit` on its monitor merges the overlay"),
             SaveError::Disk { .. } => Failure::new(Code::Vm, "disk", error)
                 .hint("--with-disks needs images in files, qcow2 or raw; without it keep copies"),
+            SaveError::Release { .. } if !error.leaves_paused() => {
+                Failure::new(Code::Vm, "qemu_gone", error).hint("the file can be restored")
+            }
             SaveError::Release { .. } => Failure::new(Code::LeftPaused, "left_paused", error)
                 .hint("`cont` on the VM's monitor makes it run again, `quit` ends it"),
             SaveError::Stopped => Failure::new(Code::Interrupted, "stopped", error),
             _ => Failure::new(Code::System, "io", error),
         }
+    }
+}
+
+/// What the user can do about a VM that was left paused.
+const CONT: &str = "vmfile's guardian lets the VM run on once QEMU answers; so does `cont` on its \
+                    monitor, and `kill -CONT` a process that is stopped";
+
+/// A failure to receive what the VM that is saved sends: the options are those of `save`.
+fn received(error: &ReceiveError) -> Failure {
+    let failure = Failure::from(error);
+    match error {
+        ReceiveError::Stream(_) | ReceiveError::Channel { .. } => Failure {
+            code: Code::Vm,
+            hint: Some("QEMU did not send what it should; --route direct needs no stream".into()),
+            ..failure
+        },
+        ReceiveError::Stalled { .. } => {
+            failure.hint("QEMU sent nothing: its disks may be slow; --route direct needs no stream")
+        }
+        ReceiveError::Listen { .. } => failure.hint("without --channels no socket is needed"),
+        _ => failure,
     }
 }
 
@@ -217,6 +253,8 @@ impl From<&ReceiveError> for Failure {
             ReceiveError::Stalled { .. } => {
                 Failure::new(Code::Vm, "stalled", error).hint("--stall-timeout waits longer")
             }
+            ReceiveError::ProcessStopped { .. } => Failure::new(Code::Vm, "process_stopped", error)
+                .hint("`kill -CONT` lets QEMU's process go on"),
             ReceiveError::TimedOut { .. } => Failure::new(Code::Vm, "timed_out", error).hint(
                 "--timeout waits longer; a guest that writes faster than it is sent never ends",
             ),

@@ -145,6 +145,12 @@ impl Unpublished {
         &self.file
     }
 
+    /// Returns the name that the file has until then, where the file system has no nameless files.
+    #[must_use]
+    pub fn temporary_path(&self) -> Option<PathBuf> {
+        self.temporary.as_ref().map(|name| self.path.with_file_name(name))
+    }
+
     /// Returns the name that the file will have.
     #[must_use]
     pub fn path(&self) -> &Path {
@@ -418,12 +424,11 @@ pub enum PublishError {
         /// Who uses it.
         user: String,
     },
-    /// The file is whole, durable, and has its name; but the kernel could not write the directory, so
-    /// that a power failure may take the name away.
+    /// The file is whole and has its name, and a power failure may still take the name away.
     NotDurable {
         /// The name.
         path: PathBuf,
-        /// What the kernel said.
+        /// What the kernel said of the directory.
         source: io::Error,
     },
     /// The kernel refused a step.
@@ -460,11 +465,9 @@ impl fmt::Display for PublishError {
             PublishError::InUse { path, user } => {
                 write!(f, "{} is in use: {user}", path.display())
             }
-            PublishError::NotDurable { path, .. } => write!(
-                f,
-                "{} is whole and has its name, but the directory that names it cannot be synced",
-                path.display()
-            ),
+            PublishError::NotDurable { path, .. } => {
+                write!(f, "{} is whole, but its directory cannot be synced", path.display())
+            }
             PublishError::Io { path, step, .. } => write!(f, "cannot {step} {}", path.display()),
         }
     }
@@ -577,7 +580,7 @@ mod tests {
                     path: path.clone(),
                     source: io::Error::from_raw_os_error(libc::EIO),
                 },
-                "a/b is whole and has its name, but the directory that names it cannot be synced",
+                "a/b is whole, but its directory cannot be synced",
             ),
             (PublishError::Io { path, step: "sync", source }, "cannot sync a/b"),
         ] {

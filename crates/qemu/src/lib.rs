@@ -34,13 +34,15 @@ pub mod vm;
 pub use command_line::{CommandLine, CommandLineError, MappedBlock, NewImage};
 pub use discover::{DiscoverError, Found, VmAddress, list, resolve};
 pub use files::{FileUse, FileUser, user_of_file};
-pub use launch::{Launch, LaunchError, LaunchedQemu, find_program};
+pub use launch::{Launch, LaunchError, LaunchedQemu, MonitorPair, find_program};
 pub use migration::LoadError;
 pub use outgoing::{KeptFile, Outgoing, SentRam, StreamSettings};
+pub use proc::is_process_stopped;
 pub use program::program_version;
 pub use qmp::{Event, Qmp, QmpError};
 pub use version::{Feature, QemuVersion};
 pub use vm::{
-    Blocker, BlockerKind, Disk, MemoryBackend, Overlay, ProcessInfo, RamBlockInfo, RunState, Vm,
-    VmError, sender,
+    Blocker, BlockerKind, Disk, Flushed, Footprint, Holder, MemoryBackend, Overlay,
+    PUT_BACK_TIMEOUT, Paused, ProcessInfo, RamBlockInfo, RunState, SaveRecord, UndoStep, Vm,
+    VmError, sender, steps_to_end, steps_to_run, undo_steps,
 };

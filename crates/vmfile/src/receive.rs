@@ -140,6 +140,12 @@ pub enum ReceiveError {
         /// How long was waited.
         after: Duration,
     },
+    /// The sender's process does not run.
+    #[error("QEMU's process {pid} is stopped, by SIGSTOP or a debugger, and sends nothing")]
+    ProcessStopped {
+        /// The process.
+        pid: u32,
+    },
     /// The sender does not come to its end.
     #[error("the stream has not ended in time; it was read up to offset {offset:#x}")]
     TimedOut {
@@ -174,6 +180,7 @@ impl ReceiveError {
         match error {
             WaitError::Io(source) => ReceiveError::Read { offset, source },
             WaitError::Stalled(after) => ReceiveError::Stalled { offset, after },
+            WaitError::ProcessStopped(pid) => ReceiveError::ProcessStopped { pid },
             WaitError::TimedOut => ReceiveError::TimedOut { offset },
             // Who gives up for another is not asked why.
             WaitError::Stopped | WaitError::GivenUp => ReceiveError::Stopped,
@@ -231,6 +238,7 @@ pub fn receive(
     let draft = Draft::new(unpublished, options.direct_io)?;
     let patience = Patience {
         control,
+        process: None,
         stall: options.stall_timeout,
         deadline: options.timeout.map(|timeout| started + timeout),
     };

@@ -281,7 +281,7 @@ fn a_directory_that_fails_to_sync_leaves_the_vm_running_and_a_whole_file() -> Te
     let file = directory.path().join("vm.vmf");
     // The first call syncs the file itself.
     let said = with_fault(&guest.qmp_path(), &file, "fsync", "EIO:when=2")?;
-    said.assert(5, &["vm.vmf is whole and has its name, but the directory", "Input/output error"]);
+    said.assert(5, &["vm.vmf is whole, but its directory cannot be synced", "Input/output error"]);
     assert_eq!(guest.status()?, "running");
     vmfile(words!["check", file]).assert(0, &["ok: "]);
     guest.wait_for_passes(1)?;
