@@ -10,6 +10,7 @@
 //! | [`launch`] | a QEMU of our own, killed unless it is kept |
 //! | [`program`] | a QEMU on disk: its version |
 //! | [`discover`] | the VMs that run on this host |
+//! | [`unix_socket`] | connecting without waiting in the kernel |
 //! | [`files`] | which of them uses a file |
 //! | [`version`] | what each QEMU version can do |
 //!
@@ -28,6 +29,7 @@ mod pass_fd;
 mod proc;
 pub mod program;
 pub mod qmp;
+pub mod unix_socket;
 pub mod version;
 pub mod vm;
 

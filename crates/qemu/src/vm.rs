@@ -297,6 +297,17 @@ impl Vm {
         Vm::connect_with(socket, Some(Arc::clone(stop)))
     }
 
+    /// Connects as [`Vm::connect`] does, within `timeout`.
+    ///
+    /// # Errors
+    ///
+    /// See [`Qmp::connect`].
+    pub fn connect_within(socket: &Path, timeout: Duration) -> Result<Vm, VmError> {
+        let mut qmp = Qmp::connect(socket, timeout)?;
+        qmp.set_timeout(COMMAND_TIMEOUT);
+        Ok(Vm { qmp, socket: Some(socket.to_owned()), pid: None, has_released_disks: false })
+    }
+
     fn connect_with(socket: &Path, stop: Option<Arc<AtomicBool>>) -> Result<Vm, VmError> {
         // A silent monitor is found out soon, without shortening every later command.
         let mut qmp = Qmp::connect_until(socket, GREETING_TIMEOUT, stop)?;

@@ -34,7 +34,7 @@ use vmfile_qemu::{
 use self::describe::describe_vm;
 pub use self::disks::SavedDisk;
 pub(crate) use self::disks::overlay_names;
-use self::disks::{Disks, saved_disks};
+use self::disks::{Disks, deep_disks, saved_disks};
 pub use self::options::{After, Live, Route, SaveOptions};
 pub use self::report::SaveReport;
 use self::route::{ChosenRoute, ReadyRoute, choose, choose_live};
@@ -99,6 +99,7 @@ struct Save<'a> {
 /// What a route works with.
 struct Work<'a> {
     vm: &'a mut Vm,
+    guard: &'a Guard,
     /// The RAM blocks as they are since the guest was stopped; empty while it runs.
     blocks: &'a [RamBlockInfo],
     draft: &'a Draft,
@@ -180,11 +181,8 @@ impl<'a> Save<'a> {
         }
         let found = vm.disks()?;
         let mut meta = describe_vm(vm, was_running, &found)?;
-        let disks = if options.with_disks {
-            Disks::plan(&found, &mut meta, destination)?
-        } else {
-            Disks::default()
-        };
+        let disks =
+            if options.with_disks { Disks::plan(&found, &mut meta)? } else { Disks::default() };
         let draft = Draft::new(unpublished, options.direct_io)?;
         let route = match options.live.filter(|_| was_running) {
             Some(live) => choose_live(vm, options.route, live)?,
@@ -252,6 +250,7 @@ impl<'a> Save<'a> {
         let paused_at = paused.stopped_at();
         let mut work = Work {
             vm: paused.vm(),
+            guard: &self.guard,
             blocks: &blocks,
             draft: self.draft.as_ref().expect("proven once"),
             disks: &mut self.disks,
@@ -286,6 +285,7 @@ impl<'a> Save<'a> {
         let ReadyRoute::Live(route) = &self.route.route else { unreachable!("chosen by `save`") };
         let mut work = Work {
             vm: &mut *vm,
+            guard: &self.guard,
             blocks: &[],
             draft: self.draft.as_ref().expect("proven once"),
             disks: &mut self.disks,
@@ -363,6 +363,8 @@ impl<'a> Save<'a> {
                 self.guard.leave();
             }
         }
+        let disks = saved_disks(&self.meta);
+        self.warnings.extend(deep_disks(&disks));
         SaveReport {
             file: self.path,
             route: self.route.route.name(),
@@ -375,7 +377,7 @@ impl<'a> Save<'a> {
             pages_zero: self.written.pages_total - self.written.pages_data,
             bytes_written: self.written.bytes_written,
             bytes_rewritten: self.written.bytes_rewritten,
-            disks: saved_disks(&self.meta),
+            disks,
             warnings: self.warnings,
             pause_seconds: self.pause_seconds,
             total_seconds: self.started.elapsed().as_secs_f64(),

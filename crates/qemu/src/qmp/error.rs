@@ -31,6 +31,12 @@ pub enum QmpError {
         /// Whether QEMU's process is stopped, by SIGSTOP or a debugger.
         is_stopped: bool,
     },
+    /// The monitor is libvirt's own.
+    #[error("libvirt owns the monitor {path:?}")]
+    OfLibvirt {
+        /// The path as given.
+        path: PathBuf,
+    },
     /// Others wait for the monitor already, as many as the kernel lets wait.
     #[error("no room at the monitor {path:?} within {after:?}{holders}")]
     NoRoom {
@@ -125,6 +131,10 @@ pub enum QmpError {
     },
 }
 
+/// What the user can do about a VM of libvirt's.
+pub(crate) const LIBVIRT_HINT: &str = "`virsh save` saves it; or give the domain a second monitor, by \
+    <qemu:commandline> with -qmp unix:PATH,server=on,wait=off";
+
 impl QmpError {
     /// Returns what the user could try, where we know it.
     #[must_use]
@@ -146,6 +156,7 @@ impl QmpError {
                 "another client may hold this monitor; give QEMU a second one with \
                  -qmp unix:PATH,server=on,wait=off",
             ),
+            QmpError::OfLibvirt { .. } => Some(LIBVIRT_HINT),
             QmpError::NotQmp { .. } => {
                 Some("name a QMP socket (-qmp), not a console or a human monitor (-monitor)")
             }

@@ -1,7 +1,7 @@
 //! Our ends of the connections by which QEMU sends a VM, and how a sending is ended.
 
 use std::num::NonZeroU8;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -12,6 +12,7 @@ use rustix::net::{RecvFlags, recv};
 use vmfile_qemu::{Outgoing, Vm, VmError};
 
 use crate::error::SaveError;
+use crate::guard::Guard;
 use crate::listener::Listener;
 use crate::multifd::Connections;
 use crate::receive::ReceiveError;
@@ -73,17 +74,19 @@ impl Peer {
     /// Lets QEMU send the VM to a socket, and waits for the stream and `channels` beside it.
     pub(super) fn connect(
         &mut self,
-        vm: &mut Vm,
+        (vm, guard): (&mut Vm, &Guard),
         (listener, channels): (Listener, NonZeroU8),
         patience: &Patience<'_>,
     ) -> Result<Connections, SaveError> {
         let channels = u32::from(channels.get());
         let listener = &*self.listener.insert(listener);
+        guard.keep_listening(listener.as_fd())?;
         vm.send_to_socket(listener.path_of_sender())?;
         let deadline = Instant::now() + CONNECT_TIMEOUT;
         let mut accepted = Vec::new();
         while accepted.len() <= channels as usize {
             if let Some(connection) = listener.accept_waiting()? {
+                guard.keep_open(connection.as_fd())?;
                 self.held.push(connection.try_clone().map_err(SaveError::Socket)?);
                 accepted.push(connection);
                 continue;

@@ -94,7 +94,9 @@ fn receive(
             let (ours, theirs) = UnixStream::pair().map_err(SaveError::Socket)?;
             work.vm.send_stream(theirs.into()).map(|()| ours.into()).map_err(SaveError::from)
         }
-        Some((channels, listener)) => peer.connect(work.vm, (listener, channels), &patience),
+        Some((channels, listener)) => {
+            peer.connect((work.vm, work.guard), (listener, channels), &patience)
+        }
     };
     let vm = &mut *work.vm;
     let received = connections.and_then(|connections| {

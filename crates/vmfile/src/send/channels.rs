@@ -51,7 +51,7 @@ pub(super) fn write_channels(
     let parts = parts(&contents.configuration().machine)?;
     let failed = AtomicBool::new(false);
     let is_stopped = || control.is_stopped() || failed.load(Ordering::Relaxed);
-    let open = || Outlet::new(connect(path)?.into(), &is_stopped).map_err(SendError::Descriptor);
+    let open = || Outlet::new(connect(path, control)?, &is_stopped).map_err(SendError::Descriptor);
     let mut outlet = open()?;
     let mut counts = vec![outlet.sent()];
     let stream = StreamWriter::begin(contents, &mut outlet, parts)?;

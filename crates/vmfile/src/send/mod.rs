@@ -19,14 +19,16 @@ mod stream;
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::thread;
+use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
 use serde::Serialize;
 use vmfile_engine::{Backend, DirectIo};
 use vmfile_format::RamBlock;
+use vmfile_qemu::unix_socket;
 
 use self::channels::{CHANNELS_MAX, write_channels};
 pub(crate) use self::contents::{Contents, LARGE_BLOCK_LEN, Pages};
@@ -189,7 +191,7 @@ pub fn send(
     let (io, bytes_sent) = match (to, options.channels) {
         (SendTo::Descriptor(descriptor), _) => send_one(&contents, &source, descriptor, control)?,
         (SendTo::Connect(path), 0) => {
-            send_one(&contents, &source, connect(&path)?.into(), control)?
+            send_one(&contents, &source, connect(&path, control)?, control)?
         }
         (SendTo::Connect(path), channels) => {
             write_channels(&contents, &source, &path, channels, control)?
@@ -236,7 +238,25 @@ fn pages(block: &RamBlock, options: &SendOptions) -> Pages {
     }
 }
 
-fn connect(path: &Path) -> Result<UnixStream, SendError> {
-    UnixStream::connect(path)
-        .map_err(|source| SendError::Connect { path: path.to_path_buf(), source })
+/// How long QEMU may take until it has room for one more connection.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How often a QEMU that has no room for one more connection is tried again.
+const RETRY_INTERVAL: Duration = Duration::from_millis(10);
+
+fn connect(path: &Path, control: &Control<'_>) -> Result<OwnedFd, SendError> {
+    let deadline = Instant::now() + CONNECT_TIMEOUT;
+    loop {
+        match unix_socket::connect(path) {
+            Ok(socket) => return Ok(socket),
+            Err(Errno::AGAIN | Errno::INTR) if Instant::now() < deadline => {}
+            Err(errno) => {
+                return Err(SendError::Connect { path: path.to_path_buf(), source: errno.into() });
+            }
+        }
+        if control.is_stopped() {
+            return Err(SendError::Stopped);
+        }
+        thread::sleep(RETRY_INTERVAL);
+    }
 }
