@@ -9,6 +9,7 @@ mod hard_times;
 mod help;
 mod kills;
 mod matrix;
+mod qemu_ends;
 mod run;
 mod send;
 mod streams;
