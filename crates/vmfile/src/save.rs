@@ -127,6 +127,23 @@ impl Work<'_> {
         self.options.after == After::Quit
     }
 
+    /// Whether the guest stands still after the save, in a QEMU that lives on.
+    fn stays_paused(&self) -> bool {
+        match self.options.after {
+            After::Quit => false,
+            After::Pause => true,
+            After::Resume => self.meta.run_state != "running",
+        }
+    }
+
+    /// Notes that QEMU will be in a state from which it does not send the VM once more.
+    fn warn_of_postmigrate(&mut self, reason: &str) {
+        self.warnings.push(format!(
+            "the VM is paused in QEMU's state postmigrate and cannot be saved again before it has \
+             run; --route direct leaves it as it was ({reason})"
+        ));
+    }
+
     /// Notes what QEMU said of its disks, if that is not that they are durable.
     fn note(&mut self, flushed: Flushed) {
         if let Flushed::Unknown { reason } = flushed {
