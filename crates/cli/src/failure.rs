@@ -8,8 +8,8 @@ use vmfile::error::SaveError;
 use vmfile::receive::ReceiveError;
 use vmfile::send::SendError;
 use vmfile::{
-    ChannelsError, CommandLineError, DiscoverError, PublishError, RestoreError, SnapshotError,
-    VmError,
+    ChannelsError, CommandLineError, DiscoverError, ProofError, PublishError, RestoreError,
+    SnapshotError, VmError,
 };
 use vmfile_bench::BenchError;
 
@@ -91,6 +91,10 @@ impl From<&SnapshotError> for Failure {
         match error {
             SnapshotError::Format { .. } => Failure::new(Code::File, "damaged", error)
                 .hint("expected a file of `vmfile save`, or of QEMU's migration with mapped-ram"),
+            SnapshotError::DamagedPage { .. } | SnapshotError::DamagedPart { .. } => {
+                Failure::new(Code::File, "damaged", error)
+                    .hint("`vmfile check FILE` lists everything that is damaged")
+            }
             SnapshotError::LostEnd { .. } => Failure::new(Code::File, "truncated", error)
                 .hint("the file was cut, or is still being copied"),
             SnapshotError::NotAFile { .. } => Failure::new(Code::File, "not_a_file", error),
@@ -113,6 +117,12 @@ impl From<&PublishError> for Failure {
             PublishError::NotAFile { .. } => {
                 Failure::new(Code::System, "not_a_file", error).hint("choose another name")
             }
+            PublishError::InUse { .. } => Failure::new(Code::System, "in_use", error)
+                .hint("choose another name; --force does not replace what a VM uses, whose QEMU locks its images"),
+            PublishError::NotDurable { .. } => Failure::new(Code::System, "not_durable", error).hint(
+                "a power failure may take the name away; `sync` on the directory's file system says \
+                 whether it can be written now",
+            ),
             PublishError::NoName { .. } => {
                 Failure::new(Code::Usage, "usage", error).hint("name a file, not a directory")
             }
@@ -120,6 +130,18 @@ impl From<&PublishError> for Failure {
                 Failure::new(Code::System, "no_directory", error).hint("create the directory first")
             }
             _ => Failure::new(Code::System, "publish", error),
+        }
+    }
+}
+
+impl From<&ProofError> for Failure {
+    fn from(error: &ProofError) -> Failure {
+        match error {
+            ProofError::Publish(error) => Failure::from(error),
+            _ => Failure::new(Code::System, "does_not_read_back", error).hint(
+                "the kernel or the disk lost what was written: the file was dropped; \
+                 look at the kernel's messages, and save to another disk",
+            ),
         }
     }
 }
@@ -151,6 +173,7 @@ impl From<&SaveError> for Failure {
             SaveError::QemuTooOld { .. } => Failure::new(Code::Vm, "qemu_too_old", error)
                 .hint("--route stream works with every QEMU"),
             SaveError::NoDirectIo { .. } => Failure::new(Code::System, "no_direct_io", error),
+            SaveError::Proof(error) => Failure::from(error),
             SaveError::Migration { .. } => Failure::new(Code::Vm, "migration", error),
             SaveError::NotConnected { .. } => Failure::new(Code::Vm, "not_connected", error)
                 .hint("without --channels the stream needs no socket"),
@@ -219,6 +242,7 @@ impl From<&ReceiveError> for Failure {
         match error {
             ReceiveError::Publish(error) => Failure::from(error),
             ReceiveError::Channels(error) => Failure::from(error),
+            ReceiveError::Proof(error) => Failure::from(error),
             ReceiveError::Channel { source, .. } => {
                 let failure = Failure::from(source.as_ref());
                 let message = Failure::new(failure.code, failure.kind, error).message;
@@ -286,6 +310,10 @@ impl From<&RestoreError> for Failure {
                      see `vmfile info`",
                 )
             }
+            RestoreError::NoHashes { .. } => Failure::new(Code::Usage, "no_hashes", error).hint(
+                "`vmfile convert FILE NEW --to mapped-ram` makes a file that has hashes; \
+                 without --verify this one is restored as it is",
+            ),
             RestoreError::CannotMap { .. } => Failure::new(Code::Incompatible, "cannot_map", error)
                 .hint("--mode load works with every file and every QEMU since 8.0"),
             RestoreError::CannotLoad { .. } => {
@@ -321,6 +349,7 @@ impl From<&RestoreError> for Failure {
             RestoreError::File(_)
             | RestoreError::Process(_)
             | RestoreError::Load(_)
+            | RestoreError::Verify(_)
             | RestoreError::Send(_) => Failure::new(Code::System, "io", error),
             RestoreError::Stopped => Failure::new(Code::Interrupted, "stopped", error),
             _ => Failure::new(Code::Vm, "vm", error),

@@ -11,6 +11,7 @@
 //! | [`program`] | a QEMU on disk: its version |
 //! | [`discover`] | the VMs that run on this host |
 //! | [`unix_socket`] | connecting without waiting in the kernel |
+//! | [`files`] | which of them uses a file |
 //! | [`version`] | what each QEMU version can do |
 //!
 //! This crate never reads guest RAM nor a snapshot: it passes descriptors. It prints nothing.
@@ -20,6 +21,7 @@
 
 pub mod command_line;
 pub mod discover;
+pub mod files;
 pub mod launch;
 pub mod migration;
 pub mod outgoing;
@@ -33,6 +35,7 @@ pub mod vm;
 
 pub use command_line::{CommandLine, CommandLineError, MappedBlock, NewImage};
 pub use discover::{DiscoverError, Found, VmAddress, list, resolve};
+pub use files::{FileUse, FileUser, user_of_file};
 pub use launch::{Launch, LaunchError, LaunchedQemu, MonitorPair, find_program};
 pub use migration::LoadError;
 pub use outgoing::{KeptFile, Outgoing, SentRam, StreamSettings};

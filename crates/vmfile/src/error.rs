@@ -9,6 +9,7 @@ use vmfile_format::FormatError;
 use vmfile_qemu::VmError;
 
 use crate::draft::DraftError;
+use crate::proof::ProofError;
 use crate::ram_writer::RamError;
 use crate::receive::ReceiveError;
 use crate::snapshot::SnapshotError;
@@ -131,6 +132,9 @@ pub enum SaveError {
     /// The pages that QEMU wrote cannot be read.
     #[error("read the pages that QEMU wrote")]
     Reread(#[source] io::Error),
+    /// What was written does not read back.
+    #[error(transparent)]
+    Proof(ProofError),
     /// A pair of sockets could not be made.
     #[error("make a pair of sockets")]
     Socket(#[source] io::Error),
@@ -249,6 +253,15 @@ impl From<RamError> for SaveError {
             }
             RamError::Write { source } => SaveError::Write { what: "guest RAM", source },
             RamError::Stopped => SaveError::Stopped,
+        }
+    }
+}
+
+impl From<ProofError> for SaveError {
+    fn from(error: ProofError) -> SaveError {
+        match error {
+            ProofError::Publish(error) => SaveError::Publish(error),
+            error => SaveError::Proof(error),
         }
     }
 }

@@ -1,7 +1,7 @@
 //! `vmfile save`: a running VM into a file.
 //!
 //! ```text
-//! begin - pause - the route: device state and RAM, metadata - verify - publish - release
+//! begin - pause - the route: device state and RAM, metadata - prove - verify - publish - release
 //! ```
 //!
 //! Everything that can be refused is refused in `begin`, while the VM runs. From `pause` on, every
@@ -24,7 +24,7 @@ mod stream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use vmfile_engine::{PublishError, Unpublished};
+use vmfile_engine::PublishError;
 use vmfile_format::manifest::VmMeta;
 use vmfile_qemu::{
     Flushed, Footprint, Holder, PUT_BACK_TIMEOUT, Paused, RamBlockInfo, RunState, SaveRecord, Vm,
@@ -39,10 +39,11 @@ pub use self::options::{After, Live, Route, SaveOptions};
 pub use self::report::SaveReport;
 use self::route::{ChosenRoute, ReadyRoute, choose, choose_live};
 use crate::control::Control;
-use crate::draft::{Draft, Facts};
+use crate::draft::{Draft, Facts, Proven};
 use crate::error::SaveError;
 use crate::guard::Guard;
 use crate::leftover::put_right;
+use crate::new_file::new_file;
 
 /// How long QEMU may take to flush its disks and end.
 const QUIT_TIMEOUT: Duration = Duration::from_secs(60);
@@ -179,7 +180,7 @@ impl<'a> Save<'a> {
         control: &'a Control<'a>,
     ) -> Result<Save<'a>, SaveError> {
         let started = Instant::now();
-        let unpublished = Unpublished::create_beside(destination, options.existing)?;
+        let unpublished = new_file(destination, options.existing, vm.pid().ok())?;
         // Forked before there is much memory to copy.
         let mut guard = Guard::of_vm(vm)?;
         guard.add_files(unpublished.temporary_path());
@@ -268,7 +269,7 @@ impl<'a> Save<'a> {
             vm: paused.vm(),
             guard: &self.guard,
             blocks: &blocks,
-            draft: self.draft.as_ref().expect("published once"),
+            draft: self.draft.as_ref().expect("proven once"),
             disks: &mut self.disks,
             options: self.options,
             control: self.control,
@@ -282,8 +283,9 @@ impl<'a> Save<'a> {
             ReadyRoute::Live(route) => route.write(&mut work)?,
             ReadyRoute::Native(route) => route.write(&mut work)?,
         };
+        let proven = self.prove()?;
         paused.verify()?;
-        self.publish()
+        self.publish(proven)
     }
 
     /// The guest was stopped by another client, or by itself, between the first look and the pause:
@@ -302,7 +304,7 @@ impl<'a> Save<'a> {
             vm: &mut *vm,
             guard: &self.guard,
             blocks: &[],
-            draft: self.draft.as_ref().expect("published once"),
+            draft: self.draft.as_ref().expect("proven once"),
             disks: &mut self.disks,
             options: self.options,
             control: self.control,
@@ -311,7 +313,8 @@ impl<'a> Save<'a> {
             paused_at: None,
         };
         self.written = route.write(&mut work)?;
-        self.publish()?;
+        let proven = self.prove()?;
+        self.publish(proven)?;
         self.pause_seconds = self.written.live.as_ref().map_or(0.0, |live| live.pause_seconds);
         let after = self.options.after;
         let released = vm.unstoppable(QUIT_TIMEOUT, |vm| match after {
@@ -322,14 +325,19 @@ impl<'a> Save<'a> {
         released.map_err(|source| SaveError::Release { file: self.path.clone(), source })
     }
 
-    /// Makes the file durable and gives it its name.
-    fn publish(&mut self) -> Result<(), SaveError> {
+    /// Makes the file durable and reads it back.
+    fn prove(&mut self) -> Result<Proven, SaveError> {
+        Ok(self.draft.take().expect("proven once").prove()?)
+    }
+
+    /// Gives the file its name.
+    fn publish(&mut self, proven: Proven) -> Result<(), SaveError> {
         if self.control.is_stopped() {
             return Err(SaveError::Stopped);
         }
         // Once the file has its name the overlays are its own.
         self.watch(self.options.after != After::Pause, true)?;
-        match self.draft.take().expect("published once").publish() {
+        match proven.publish() {
             Ok(()) => {
                 self.is_named = true;
                 Ok(())

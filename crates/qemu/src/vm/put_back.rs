@@ -90,8 +90,15 @@ const UNDER_WAY: [&str; 8] = [
 pub fn undo_steps(footprint: &Footprint<'_>) -> Vec<UndoStep> {
     let mut steps = Steps::default();
     let record = footprint.record;
-    if let Some(before) = &record.settings {
+    if record.settings.is_some() {
         steps.end_migration(footprint.writes_file);
+    }
+    if footprint.is_to_run && record.was_running {
+        let (command, arguments) = flush::taking(true);
+        steps.ask(command, arguments, SHORT);
+        steps.ask("cont", json!({}), PATIENT);
+    }
+    if let Some(before) = &record.settings {
         for (command, arguments) in before.commands() {
             steps.ask(command, arguments, SHORT);
         }
@@ -99,11 +106,6 @@ pub fn undo_steps(footprint: &Footprint<'_>) -> Vec<UndoStep> {
     }
     for fdset in FDSETS {
         steps.ask("remove-fd", json!({ "fdset-id": fdset }), SHORT);
-    }
-    if footprint.is_to_run && record.was_running {
-        let (command, arguments) = flush::taking(true);
-        steps.ask(command, arguments, SHORT);
-        steps.ask("cont", json!({}), PATIENT);
     }
     if !footprint.keeps_overlays {
         record.overlays.iter().for_each(|overlay| steps.merge(overlay));
@@ -218,8 +220,15 @@ impl Vm {
         record: &SaveRecord,
         is_kept: impl Fn(&Path) -> bool,
     ) -> Result<(), VmError> {
-        if let Some(before) = &record.settings {
+        if record.settings.is_some() {
             self.end_left_migration()?;
+        }
+        let state = self.run_state()?;
+        if record.was_running && matches!(state, RunState::Paused | RunState::PostMigrate) {
+            self.take_back_disks()?;
+            self.let_run()?;
+        }
+        if let Some(before) = &record.settings {
             let current = self.stream_settings()?;
             self.change_stream_settings(&current, before)?;
             match pass_fd::closefd(&mut self.qmp, outgoing::STREAM_NAME) {
@@ -229,11 +238,6 @@ impl Vm {
             }
         }
         pass_fd::remove_left(&mut self.qmp)?;
-        let state = self.run_state()?;
-        if record.was_running && matches!(state, RunState::Paused | RunState::PostMigrate) {
-            self.take_back_disks()?;
-            self.let_run()?;
-        }
         let nodes = self.disks()?;
         let is_there = |overlay: &&Overlay| {
             nodes.iter().any(|disk| disk.node.as_deref() == Some(overlay.node()))

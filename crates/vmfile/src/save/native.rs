@@ -5,7 +5,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::num::NonZeroU8;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::thread;
 use std::time::Duration;
@@ -97,6 +97,7 @@ impl NativeRoute {
     /// Gives QEMU the file for as long as it writes; returns the bytes of all RAM.
     fn send(&self, work: &mut Work<'_>) -> Result<u64, SaveError> {
         let file = work.draft.file().buffered();
+        work.guard.keep_open(file.as_fd())?;
         let mut descriptors = vec![reopen(file, OFlags::empty())?];
         if self.direct_io.is_ok() {
             descriptors.push(reopen(file, OFlags::DIRECT)?);
