@@ -7,10 +7,8 @@ use crate::command::run as run_command;
 use crate::workspace::Workspace;
 
 /// What ends, the test that tries it, and the variable that says how often.
-const MODES: [(&str, &str, &str); 2] = [
-    ("vmfile", "kills::", "VMFILE_KILLS"),
-    ("qemu", "qemu_ends::", "VMFILE_MOMENTS"),
-];
+const MODES: [(&str, &str, &str); 2] =
+    [("vmfile", "kills::", "VMFILE_KILLS"), ("qemu", "qemu_ends::", "VMFILE_MOMENTS")];
 
 /// How often it is tried if the user does not say.
 const MOMENTS: &str = "300";
