@@ -80,7 +80,8 @@ impl Qmp {
         greeted
     }
 
-    /// Takes over a connected socket; otherwise as [`Qmp::connect_until`].
+    /// Takes over a connected socket, of QEMU's process `process` where that is known; otherwise as
+    /// [`Qmp::connect_until`].
     ///
     /// # Errors
     ///
@@ -89,9 +90,13 @@ impl Qmp {
         stream: UnixStream,
         timeout: Duration,
         stop: Option<Arc<AtomicBool>>,
+        process: Option<u32>,
     ) -> Result<Qmp, QmpError> {
-        let limits = Limits::new(stop);
-        let wait = limits.wait(timeout);
+        let mut limits = Limits::new(stop);
+        if let Some(pid) = process {
+            limits.set_process(pid);
+        }
+        let wait = limits.wait_for_answer(timeout);
         Qmp::greet(stream, timeout, limits, wait)
     }
 
