@@ -1,49 +1,32 @@
 //! Pages of a file into the RAM of another process.
 //!
-//! The destination has not run yet. Its memory is zero where nothing touched it; where the file has
-//! a zero page and the destination has bytes (firmware it loaded itself, a file that was used
-//! before), zeros are written.
+//! A page is read into a buffer of ours, compared with its hash, and copied to where it belongs: what the
+//! guest gets is what was verified. The destination has not run yet. Its memory is zero where nothing
+//! touched it; where the file has a zero page and the destination has bytes (firmware it loaded itself, a
+//! file that was used before), zeros are written.
 
-use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
-use vmfile_engine::{
-    Backend, BackendInUse, DataFile, Direction, Memory, PooledBuffer, ProcessMemory, Region,
-    Transfer,
-};
-use vmfile_format::PageBitmap;
+use vmfile_engine::{Backend, BackendInUse, DataFile, page_hash};
+use vmfile_format::manifest::{HASH_LEN, encode_hash};
 use vmfile_format::mapped_ram::PlacedBlock;
+use vmfile_format::{PageBitmap, PageRange};
 
-use crate::control::{Control, Progress};
-use crate::lane::{Lane, on_lanes};
-use crate::plan::{Unit, WINDOW_LEN, pieces, units};
-use crate::ranges;
-
-/// Where the bytes of one block go.
-#[derive(Clone, Debug)]
-pub(crate) enum Writer {
-    /// The block's memory is mapped here as well: read into where it lies.
-    Region(Arc<Region>),
-    /// The block is shared memory, from this offset of its file on: copied, which makes its pages
-    /// without zeroing and mapping each of them first, and costs half of reading into a mapping
-    /// (Linux 6.18).
-    File(Arc<File>, u64),
-    /// The block lies in another process, from this address on: copied.
-    Process(Arc<ProcessMemory>, u64),
-}
+use crate::control::Control;
+use crate::plan::pieces;
+use crate::snapshot::{Snapshot, SnapshotError};
+use crate::source::process::BlockMemory;
+use crate::window_reader::{MorePlaces, Window, WindowError, WindowReader};
 
 /// One block to load.
 #[derive(Debug)]
 pub(crate) struct LoadTarget {
     pub(crate) placed: PlacedBlock,
     pub(crate) bitmap: PageBitmap,
-    pub(crate) writer: Writer,
-    /// Byte ranges of the destination's block that may not be zero.
-    pub(crate) touched: Vec<Range<u64>>,
+    /// Where the table of its hashes begins; `None` in a file that QEMU wrote, which has none.
+    pub(crate) hashes_offset: Option<u64>,
+    pub(crate) memory: BlockMemory,
 }
 
 /// Why RAM could not be loaded.
@@ -52,6 +35,25 @@ pub enum LoadError {
     /// The file could not be read.
     #[error("read guest RAM from the file")]
     Read(#[source] io::Error),
+    /// The file's hashes could not be read.
+    #[error(transparent)]
+    Hashes(#[from] SnapshotError),
+    /// A page of the file is not what was saved.
+    #[error(
+        "page {page} of RAM block {block:?}, at {file_offset:#x} in the file, is damaged: its bytes \
+         do not have the hash that was recorded"
+    )]
+    Damaged {
+        /// The block.
+        block: String,
+        /// The page's number in its block.
+        page: u64,
+        /// Where it lies in the file, in bytes.
+        file_offset: u64,
+    },
+    /// It could not be found out where the destination has bytes already.
+    #[error("ask for the touched pages of the new process")]
+    Touched(#[source] io::Error),
     /// The destination's memory could not be written.
     #[error("write {len} bytes of guest RAM at {block_offset:#x} of RAM block {block:?}")]
     Write {
@@ -69,150 +71,142 @@ pub enum LoadError {
     Stopped,
 }
 
-/// Loads all pages with data, and zeros over what must be zero; returns the bytes that were read
+impl From<WindowError> for LoadError {
+    fn from(error: WindowError) -> LoadError {
+        match error {
+            WindowError::Open(source) | WindowError::Read(source) => LoadError::Read(source),
+            WindowError::Places(source) => LoadError::Touched(source),
+            WindowError::Stopped => LoadError::Stopped,
+        }
+    }
+}
+
+/// Loads all pages with data, and zeros over what must be zero; returns the bytes of data that were read
 /// and the back end.
 ///
 /// # Errors
 ///
 /// Returns the first [`LoadError`] that any worker met.
 pub(crate) fn load_ram(
+    snapshot: &Snapshot,
     file: &DataFile,
     targets: &[LoadTarget],
     width: (Backend, usize),
     control: &Control<'_>,
 ) -> Result<(u64, BackendInUse), LoadError> {
-    let data: Vec<_> = targets.iter().map(data_ranges).collect();
-    let units = units(&data);
-    let total_bytes = crate::plan::total_len(&data);
-    let loader = Loader {
-        targets,
-        units: &units,
-        next: AtomicUsize::new(0),
-        done: AtomicU64::new(0),
-        failed: AtomicBool::new(false),
-        total_bytes,
-        control,
+    let blocks: Vec<PlacedBlock> = targets.iter().map(|target| target.placed.clone()).collect();
+    let bitmaps: Vec<PageBitmap> = targets.iter().map(|target| target.bitmap.clone()).collect();
+    let touched = Touched { targets };
+    let reader =
+        WindowReader { file, blocks: &blocks, bitmaps: &bitmaps, more: Some(&touched), control };
+    let take = |(): &mut (), window: &Window, read: io::Result<&[u8]>| {
+        let bytes = read.map_err(LoadError::Read)?;
+        let target = &targets[window.block];
+        let runs = target.runs(window);
+        target.verify(snapshot, window, &runs, bytes)?;
+        target.clear_stale(window)?;
+        target.copy(window.range.start, &runs, bytes)
     };
-    for target in targets {
-        loader.clear_stale(target)?;
-    }
-    let (results, backend) =
-        on_lanes(file, width, |lane| loader.work(lane)).map_err(LoadError::Read)?;
-    results.into_iter().collect::<Result<(), LoadError>>()?;
-    Ok((total_bytes, backend))
+    let (_, backend) = reader.read(width, take)?;
+    Ok((reader.data_bytes(), backend))
 }
 
-/// Returns the byte ranges of the block whose pages are in the file.
-fn data_ranges(target: &LoadTarget) -> Vec<Range<u64>> {
-    let page = target.placed.block.page_size().bytes();
-    target.bitmap.data_runs().map(|run| run.start.0 * page..run.end.0 * page).collect()
-}
-
-struct Loader<'a> {
+/// Windows in which the destination has bytes already, which must be zero if the file has none there.
+struct Touched<'a> {
     targets: &'a [LoadTarget],
-    units: &'a [Unit],
-    next: AtomicUsize,
-    done: AtomicU64,
-    failed: AtomicBool,
-    total_bytes: u64,
-    control: &'a Control<'a>,
 }
 
-impl Loader<'_> {
-    fn work(&self, lane: Lane) -> Result<(), LoadError> {
-        let result = self.units(lane);
-        if result.is_err() {
-            self.failed.store(true, Ordering::Relaxed);
-        }
-        result
+impl MorePlaces for Touched<'_> {
+    fn first(&self, block: usize, range: &Range<u64>) -> io::Result<Option<u64>> {
+        self.targets[block].memory.first_data(range)
     }
 
-    fn units(&self, mut lane: Lane) -> Result<(), LoadError> {
-        while !self.failed.load(Ordering::Relaxed) {
-            if self.control.is_stopped() {
-                return Err(LoadError::Stopped);
-            }
-            let index = self.next.fetch_add(1, Ordering::Relaxed);
-            let Some(unit) = self.units.get(index) else { break };
-            let windows = unit.ranges.iter().flat_map(|range| pieces(range.clone(), WINDOW_LEN));
-            for window in windows {
-                self.submit(&mut lane, unit.block, window)?;
-            }
-            let len: u64 = unit.ranges.iter().map(|range| range.end - range.start).sum();
-            let done_bytes = self.done.fetch_add(len, Ordering::Relaxed) + len;
-            self.control.report(Progress { done_bytes, total_bytes: self.total_bytes });
-        }
-        while self.complete_one(&mut lane)?.is_some() {}
-        Ok(())
-    }
-
-    fn submit(&self, lane: &mut Lane, block: usize, window: Range<u64>) -> Result<(), LoadError> {
-        while !lane.has_room() {
-            self.complete_one(lane)?;
-        }
-        let target = &self.targets[block];
-        let len = usize::try_from(window.end - window.start).expect("a window");
-        let memory = match &target.writer {
-            Writer::Region(region) => Memory::Region(Arc::clone(region), window.clone()),
-            Writer::File(..) | Writer::Process(..) => Memory::Owned(self.buffer(lane)?, 0..len),
-        };
-        let file_offset = target.placed.pages_offset + window.start;
-        let direction = Direction::Read;
-        // The completion says which block: its offset says the rest.
-        let transfer = Transfer { direction, file_offset, memory, tag: block as u64 };
-        lane.submit(transfer).map_err(LoadError::Read)
-    }
-
-    /// Returns a free buffer, after completing reads that hold all of them.
-    fn buffer(&self, lane: &mut Lane) -> Result<PooledBuffer, LoadError> {
-        loop {
-            if let Some(buffer) = lane.free_buffer() {
-                return Ok(buffer);
-            }
-            let completed = self.complete_one(lane)?;
-            assert!(completed.is_some(), "a buffer is free or in flight");
-        }
-    }
-
-    /// Waits for one read and hands its bytes on; `None` if nothing is in flight.
-    fn complete_one(&self, lane: &mut Lane) -> Result<Option<()>, LoadError> {
-        let Some(completion) = lane.next_read().map_err(LoadError::Read)? else { return Ok(None) };
-        completion.result.map_err(LoadError::Read)?;
-        let transfer = completion.transfer;
-        let target = &self.targets[usize::try_from(transfer.tag).expect("a block's number")];
-        if let Memory::Owned(buffer, range) = transfer.memory {
-            let block_offset = transfer.file_offset - target.placed.pages_offset;
-            target.copy(block_offset, &buffer[range])?;
-        }
-        Ok(Some(()))
-    }
-
-    /// Writes zeros where the destination has bytes and the file has a zero page.
-    fn clear_stale(&self, target: &LoadTarget) -> Result<(), LoadError> {
-        let zeros = vec![0; usize::try_from(WINDOW_LEN).expect("a window")];
-        for stale in ranges::subtract(&target.touched, &data_ranges(target)) {
-            for piece in pieces(stale, WINDOW_LEN) {
-                let len = usize::try_from(piece.end - piece.start).expect("a window");
-                target.copy(piece.start, &zeros[..len])?;
-            }
-        }
-        Ok(())
+    fn to_read(&self, _: usize, _: &Range<u64>) -> io::Result<Option<Range<u64>>> {
+        Ok(None)
     }
 }
 
 impl LoadTarget {
-    /// Copies `bytes` to where the block has them.
-    fn copy(&self, block_offset: u64, bytes: &[u8]) -> Result<(), LoadError> {
-        let copied = match &self.writer {
-            Writer::Region(region) => {
-                region.store(block_offset, bytes);
-                Ok(())
-            }
-            Writer::File(file, offset) => file.write_all_at(bytes, offset + block_offset),
-            Writer::Process(process, address) => process.write(address + block_offset, bytes),
-        };
-        let block = || self.placed.block.name().to_owned();
-        let len = bytes.len();
-        copied.map_err(|source| LoadError::Write { block: block(), block_offset, len, source })
+    fn page_len(&self) -> u64 {
+        self.placed.block.page_size().bytes()
     }
+
+    fn pages(&self, range: &Range<u64>) -> PageRange {
+        PageRange::new(range.start / self.page_len(), range.end / self.page_len())
+    }
+
+    /// Returns the bytes of the block, inside a window, that are data.
+    fn runs(&self, window: &Window) -> Vec<Range<u64>> {
+        let page_len = self.page_len();
+        let runs = self.bitmap.runs_within(self.pages(&window.whole));
+        runs.map(|run| run.start.0 * page_len..run.end.0 * page_len).collect()
+    }
+
+    /// Compares the pages of a window, whose `bytes` were read, with their hashes.
+    fn verify(
+        &self,
+        snapshot: &Snapshot,
+        window: &Window,
+        runs: &[Range<u64>],
+        bytes: &[u8],
+    ) -> Result<(), LoadError> {
+        let Some(hashes_offset) = self.hashes_offset else { return Ok(()) };
+        let page_len = self.page_len();
+        let read = &window.range;
+        let first = read.start / page_len;
+        let pages = (read.end - read.start) / page_len;
+        let recorded = snapshot.read(hashes_offset + first * HASH_LEN, pages * HASH_LEN)?;
+        for page in runs.iter().flat_map(|run| pieces(run.clone(), page_len)) {
+            let bytes =
+                &bytes[in_window(page.start - read.start)..in_window(page.end - read.start)];
+            let number = page.start / page_len;
+            let hash = in_window((number - first) * HASH_LEN);
+            if encode_hash(page_hash(bytes))[..] != recorded[hash..hash + in_window(HASH_LEN)] {
+                return Err(LoadError::Damaged {
+                    block: self.placed.block.name().to_owned(),
+                    page: number,
+                    file_offset: self.placed.pages_offset + page.start,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes zeros where the destination has bytes and the file has a zero page.
+    fn clear_stale(&self, window: &Window) -> Result<(), LoadError> {
+        static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+        let page_len = self.page_len();
+        for gap in self.bitmap.gaps_within(self.pages(&window.whole)) {
+            let gap = gap.start.0 * page_len..gap.end.0 * page_len;
+            for stale in self.memory.data(&gap).map_err(LoadError::Touched)? {
+                for piece in pieces(stale, ZEROS.len() as u64) {
+                    let zeros = 0..in_window(piece.end - piece.start);
+                    self.write(piece.start, &[zeros], &ZEROS)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies `runs` of `bytes`, which begin at `start` in the block, to where the block has them.
+    fn copy(&self, start: u64, runs: &[Range<u64>], bytes: &[u8]) -> Result<(), LoadError> {
+        let place = |run: &Range<u64>| in_window(run.start - start)..in_window(run.end - start);
+        let pieces: Vec<Range<usize>> = runs.iter().map(place).collect();
+        self.write(start, &pieces, bytes)
+    }
+
+    fn write(&self, start: u64, pieces: &[Range<usize>], bytes: &[u8]) -> Result<(), LoadError> {
+        let written = self.memory.write(start, pieces, bytes);
+        written.map_err(|source| LoadError::Write {
+            block: self.placed.block.name().to_owned(),
+            block_offset: start,
+            len: bytes.len(),
+            source,
+        })
+    }
+}
+
+/// A length or an offset inside a window.
+fn in_window(bytes: u64) -> usize {
+    usize::try_from(bytes).expect("a window")
 }

@@ -441,7 +441,7 @@ fn choose(vm: &mut Vm, options: &SaveOptions, draft: &Draft) -> Result<Taken, Sa
         let way = Way::Native(NativeRoute::prepare(vm, options, draft)?);
         return Ok(Taken { way, reason: "asked for".to_owned() });
     }
-    match DirectRoute::prepare(vm, draft) {
+    match DirectRoute::prepare(vm, draft, options) {
         Ok(direct) => {
             let reason = match route {
                 Route::Direct => "asked for",
