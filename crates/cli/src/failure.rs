@@ -8,8 +8,8 @@ use vmfile::error::SaveError;
 use vmfile::receive::ReceiveError;
 use vmfile::send::SendError;
 use vmfile::{
-    ChannelsError, CommandLineError, DiscoverError, PublishError, RestoreError, SnapshotError,
-    VmError,
+    ChannelsError, CommandLineError, DiscoverError, LoadError, PublishError, RestoreError,
+    SnapshotError, VmError,
 };
 use vmfile_bench::BenchError;
 
@@ -280,6 +280,10 @@ impl From<&RestoreError> for Failure {
                 .hint("the command line after `--` begins with QEMU's program"),
             RestoreError::DeviceState { .. } => Failure::new(Code::Vm, "device_state", error)
                 .hint("QEMU needs the devices that the VM had when it was saved"),
+            RestoreError::Load(LoadError::Damaged { .. }) => {
+                Failure::new(Code::File, "damaged", error)
+                    .hint("`vmfile check` lists every page that is damaged")
+            }
             RestoreError::File(_)
             | RestoreError::Process(_)
             | RestoreError::Load(_)
