@@ -15,8 +15,10 @@ pub mod buffer;
 pub mod crew;
 pub mod direct_io;
 pub mod extents;
+pub mod guardian;
 pub mod hash;
 pub mod inherited;
+pub mod locks;
 mod maps;
 mod pagemap;
 pub mod probe;
@@ -35,13 +37,15 @@ pub use direct_io::{DataFile, DirectIo, DirectIoInUse};
 pub use extents::{
     DataSeeker, FileSystem, data_ranges, file_system, hugetlb_allocated_bytes, punch_hole,
 };
+pub use guardian::{Guardian, Step, Will};
 pub use hash::{PageHasher, page_hash};
 pub use inherited::inherited;
+pub use locks::is_locked;
 pub use maps::{Device, Mapping, Permissions};
 pub use probe::{KernelProbe, Support};
 pub use process_memory::{Access, Backing, BackingError, BackingFile, Fault, ProcessMemory};
-pub use publish::{Existing, PublishError, Unpublished, available_space};
-pub use residency::{drop_cached, resident_bytes};
+pub use publish::{Durable, Existing, PublishError, Unpublished, UserOf, available_space};
+pub use residency::{begin_reading, drop_cached, resident_bytes};
 pub use storage::{Backend, BackendInUse, OpenStorage, Storage, open_storage};
 pub use transfer::{Completion, Direction, Memory, Transfer};
 pub use zero::is_zero;

@@ -8,12 +8,12 @@
 use std::io;
 use std::ops::Range;
 
-use vmfile_engine::{Backend, BackendInUse, DataFile, page_hash};
-use vmfile_format::manifest::{HASH_LEN, encode_hash};
+use vmfile_engine::{Backend, BackendInUse, DataFile};
 use vmfile_format::mapped_ram::PlacedBlock;
-use vmfile_format::{PageBitmap, PageRange};
+use vmfile_format::{PageBitmap, PageIndex, PageRange};
 
 use crate::control::Control;
+use crate::page_hashes::PageHashes;
 use crate::plan::pieces;
 use crate::snapshot::{Snapshot, SnapshotError};
 use crate::source::process::BlockMemory;
@@ -22,10 +22,10 @@ use crate::window_reader::{MorePlaces, Window, WindowError, WindowReader};
 /// One block to load.
 #[derive(Debug)]
 pub(crate) struct LoadTarget {
+    /// The block's number in the file.
+    pub(crate) block: usize,
     pub(crate) placed: PlacedBlock,
     pub(crate) bitmap: PageBitmap,
-    /// Where the table of its hashes begins; `None` in a file that QEMU wrote, which has none.
-    pub(crate) hashes_offset: Option<u64>,
     pub(crate) memory: BlockMemory,
 }
 
@@ -35,22 +35,9 @@ pub enum LoadError {
     /// The file could not be read.
     #[error("read guest RAM from the file")]
     Read(#[source] io::Error),
-    /// The file's hashes could not be read.
+    /// A page is not what was written, or its hash could not be read.
     #[error(transparent)]
-    Hashes(#[from] SnapshotError),
-    /// A page of the file is not what was saved.
-    #[error(
-        "page {page} of RAM block {block:?}, at {file_offset:#x} in the file, is damaged: its bytes \
-         do not have the hash that was recorded"
-    )]
-    Damaged {
-        /// The block.
-        block: String,
-        /// The page's number in its block.
-        page: u64,
-        /// Where it lies in the file, in bytes.
-        file_offset: u64,
-    },
+    Snapshot(#[from] SnapshotError),
     /// It could not be found out where the destination has bytes already.
     #[error("ask for the touched pages of the new process")]
     Touched(#[source] io::Error),
@@ -87,9 +74,8 @@ impl From<WindowError> for LoadError {
 /// # Errors
 ///
 /// Returns the first [`LoadError`] that any worker met.
-pub(crate) fn load_ram(
-    snapshot: &Snapshot,
-    file: &DataFile,
+pub(crate) fn load_ram<'a>(
+    (snapshot, file): (&'a Snapshot, &DataFile),
     targets: &[LoadTarget],
     width: (Backend, usize),
     control: &Control<'_>,
@@ -99,13 +85,14 @@ pub(crate) fn load_ram(
     let touched = Touched { targets };
     let reader =
         WindowReader { file, blocks: &blocks, bitmaps: &bitmaps, more: Some(&touched), control };
-    let take = |(): &mut (), window: &Window, read: io::Result<&[u8]>| {
+    let take = |hashes: &mut Option<PageHashes<'a>>, window: &Window, read: io::Result<&[u8]>| {
         let bytes = read.map_err(LoadError::Read)?;
         let target = &targets[window.block];
-        let runs = target.runs(window);
-        target.verify(snapshot, window, &runs, bytes)?;
+        let hashes = hashes.get_or_insert_with(|| PageHashes::new(snapshot));
+        let first = PageIndex(window.range.start / target.page_len());
+        hashes.verify(target.block, &target.bitmap, first, bytes)?;
         target.clear_stale(window)?;
-        target.copy(window.range.start, &runs, bytes)
+        target.copy(window, bytes)
     };
     let (_, backend) = reader.read(width, take)?;
     Ok((reader.data_bytes(), backend))
@@ -135,43 +122,6 @@ impl LoadTarget {
         PageRange::new(range.start / self.page_len(), range.end / self.page_len())
     }
 
-    /// Returns the bytes of the block, inside a window, that are data.
-    fn runs(&self, window: &Window) -> Vec<Range<u64>> {
-        let page_len = self.page_len();
-        let runs = self.bitmap.runs_within(self.pages(&window.whole));
-        runs.map(|run| run.start.0 * page_len..run.end.0 * page_len).collect()
-    }
-
-    /// Compares the pages of a window, whose `bytes` were read, with their hashes.
-    fn verify(
-        &self,
-        snapshot: &Snapshot,
-        window: &Window,
-        runs: &[Range<u64>],
-        bytes: &[u8],
-    ) -> Result<(), LoadError> {
-        let Some(hashes_offset) = self.hashes_offset else { return Ok(()) };
-        let page_len = self.page_len();
-        let read = &window.range;
-        let first = read.start / page_len;
-        let pages = (read.end - read.start) / page_len;
-        let recorded = snapshot.read(hashes_offset + first * HASH_LEN, pages * HASH_LEN)?;
-        for page in runs.iter().flat_map(|run| pieces(run.clone(), page_len)) {
-            let bytes =
-                &bytes[in_window(page.start - read.start)..in_window(page.end - read.start)];
-            let number = page.start / page_len;
-            let hash = in_window((number - first) * HASH_LEN);
-            if encode_hash(page_hash(bytes))[..] != recorded[hash..hash + in_window(HASH_LEN)] {
-                return Err(LoadError::Damaged {
-                    block: self.placed.block.name().to_owned(),
-                    page: number,
-                    file_offset: self.placed.pages_offset + page.start,
-                });
-            }
-        }
-        Ok(())
-    }
-
     /// Writes zeros where the destination has bytes and the file has a zero page.
     fn clear_stale(&self, window: &Window) -> Result<(), LoadError> {
         static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
@@ -188,10 +138,12 @@ impl LoadTarget {
         Ok(())
     }
 
-    /// Copies `runs` of `bytes`, which begin at `start` in the block, to where the block has them.
-    fn copy(&self, start: u64, runs: &[Range<u64>], bytes: &[u8]) -> Result<(), LoadError> {
-        let place = |run: &Range<u64>| in_window(run.start - start)..in_window(run.end - start);
-        let pieces: Vec<Range<usize>> = runs.iter().map(place).collect();
+    /// Copies the data of a window, of which `bytes` were read, to where the block has it.
+    fn copy(&self, window: &Window, bytes: &[u8]) -> Result<(), LoadError> {
+        let (page_len, start) = (self.page_len(), window.range.start);
+        let place = |page: u64| in_window(page * page_len - start);
+        let runs = self.bitmap.runs_within(self.pages(&window.range));
+        let pieces: Vec<_> = runs.map(|run| place(run.start.0)..place(run.end.0)).collect();
         self.write(start, &pieces, bytes)
     }
 

@@ -4,6 +4,8 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use super::connect::Holders;
+
 /// An error on a QMP connection, or QEMU's refusal of a command.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -20,10 +22,38 @@ pub enum QmpError {
     /// The socket accepted us and then said nothing.
     ///
     /// QEMU's monitor serves one client at a time: a second one is accepted by the kernel and waits.
-    #[error("no QMP greeting within {after:?}")]
+    #[error("no QMP greeting within {after:?}{}", because(*.is_stopped, .holders))]
     NoGreeting {
         /// How long was waited.
         after: Duration,
+        /// Who uses the monitor.
+        holders: Holders,
+        /// Whether QEMU's process is stopped, by SIGSTOP or a debugger.
+        is_stopped: bool,
+    },
+    /// The monitor is libvirt's own.
+    #[error("libvirt owns the monitor {path:?}")]
+    OfLibvirt {
+        /// The path as given.
+        path: PathBuf,
+    },
+    /// Others wait for the monitor already, as many as the kernel lets wait.
+    #[error("no room at the monitor {path:?} within {after:?}{holders}")]
+    NoRoom {
+        /// The path as given.
+        path: PathBuf,
+        /// How long was waited.
+        after: Duration,
+        /// Who uses the monitor.
+        holders: Holders,
+    },
+    /// The caller asked to stop.
+    #[error("stopped {when}")]
+    Stopped {
+        /// What was waited for, or was to be done next.
+        when: String,
+        /// Whether QEMU has a command that it may run later.
+        is_sent: bool,
     },
     /// Whatever listens there does not speak QMP.
     #[error("not a QMP monitor: {reason}")]
@@ -32,7 +62,7 @@ pub enum QmpError {
         reason: &'static str,
     },
     /// The connection ended, usually because QEMU did.
-    #[error("QEMU closed the QMP connection during {during}")]
+    #[error("QEMU is gone: it closed the QMP connection during {during}")]
     Closed {
         /// The command that was waiting, or `greeting`, or `events`.
         during: String,
@@ -53,6 +83,16 @@ pub enum QmpError {
         command: String,
         /// How long was waited.
         after: Duration,
+    },
+    /// QEMU's process does not run, and so QEMU does not answer.
+    #[error(
+        "QEMU's process {pid} is stopped, by SIGSTOP or a debugger, and does not answer {during}"
+    )]
+    ProcessStopped {
+        /// The process.
+        pid: u32,
+        /// The command.
+        during: String,
     },
     /// QEMU answered with an error.
     #[error("QEMU refused {command}: {desc}")]
@@ -91,6 +131,10 @@ pub enum QmpError {
     },
 }
 
+/// What the user can do about a VM of libvirt's.
+pub(crate) const LIBVIRT_HINT: &str = "`virsh save` saves it; or give the domain a second monitor, by \
+    <qemu:commandline> with -qmp unix:PATH,server=on,wait=off";
+
 impl QmpError {
     /// Returns what the user could try, where we know it.
     #[must_use]
@@ -105,10 +149,14 @@ impl QmpError {
                 }
                 _ => None,
             },
-            QmpError::NoGreeting { .. } => Some(
+            QmpError::NoGreeting { is_stopped: true, .. } | QmpError::ProcessStopped { .. } => {
+                Some("`kill -CONT` lets QEMU's process go on")
+            }
+            QmpError::NoGreeting { .. } | QmpError::NoRoom { .. } => Some(
                 "another client may hold this monitor; give QEMU a second one with \
                  -qmp unix:PATH,server=on,wait=off",
             ),
+            QmpError::OfLibvirt { .. } => Some(LIBVIRT_HINT),
             QmpError::NotQmp { .. } => {
                 Some("name a QMP socket (-qmp), not a console or a human monitor (-monitor)")
             }
@@ -120,6 +168,23 @@ impl QmpError {
     #[must_use]
     pub fn is_refused(&self) -> bool {
         matches!(self, QmpError::Refused { .. })
+    }
+
+    /// Tells whether the caller asked to stop, and that is why.
+    #[must_use]
+    pub fn is_stopped(&self) -> bool {
+        matches!(self, QmpError::Stopped { .. })
+    }
+
+    /// Tells whether QEMU has the command and may run it later: no answer came in time.
+    #[must_use]
+    pub fn may_run_later(&self) -> bool {
+        matches!(
+            self,
+            QmpError::Timeout { .. }
+                | QmpError::ProcessStopped { .. }
+                | QmpError::Stopped { is_sent: true, .. }
+        )
     }
 
     /// Tells whether the peer is gone, as it is when QEMU has exited.
@@ -138,6 +203,11 @@ impl QmpError {
     }
 }
 
+/// Says why no greeting came, as far as is known.
+fn because(is_stopped: bool, holders: &Holders) -> String {
+    if is_stopped { ": QEMU's process is stopped".to_owned() } else { holders.to_string() }
+}
+
 /// Makes the error for an answer of another shape than the command promises.
 pub(crate) fn unexpected(command: &str, expected: &'static str) -> QmpError {
     QmpError::Unexpected { command: command.to_owned(), expected }
@@ -149,8 +219,11 @@ mod tests {
 
     #[test]
     fn a_silent_monitor_hints_at_another_client() {
-        let error = QmpError::NoGreeting { after: Duration::from_secs(5) };
-        assert_eq!(error.to_string(), "no QMP greeting within 5s");
+        let holders = Holders { serving: 1, waiting: 0 };
+        let after = Duration::from_secs(5);
+        let error = QmpError::NoGreeting { after, holders, is_stopped: false };
+        let words = "no QMP greeting within 5s: another client holds this monitor";
+        assert_eq!(error.to_string(), words);
         assert!(error.hint().is_some_and(|hint| hint.contains("another client")));
     }
 

@@ -1,17 +1,19 @@
 //! Which QEMU the VM goes into, how its RAM comes back, and why in that way.
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use vmfile_format::mapped_ram::PlacedBlock;
 use vmfile_qemu::{
-    CommandLine, Feature, Launch, LaunchedQemu, MappedBlock, QemuVersion, RunState, Vm,
-    program_version,
+    CommandLine, Feature, Launch, LaunchedQemu, MappedBlock, MonitorPair, QemuVersion, RunState,
+    Vm, program_version,
 };
 
 use super::disks::{NewOverlays, choose_images};
 use super::{Destination, Mode, RestoreOptions};
+use crate::control::Control;
+use crate::guard::Guard;
 use crate::restore_error::{Mismatch, RestoreError};
 use crate::snapshot::Snapshot;
 
@@ -34,6 +36,8 @@ pub(super) struct Prepared {
     pub(super) overlays: NewOverlays,
     pub(super) qmp: Option<PathBuf>,
     pub(super) start_seconds: f64,
+    /// Ends the QEMU that was started, should this process end. It is the last to be dropped.
+    pub(super) guard: Option<Guard>,
 }
 
 /// The mode that was chosen.
@@ -102,10 +106,14 @@ pub(super) fn prepare(
     snapshot: &Snapshot,
     destination: Destination,
     options: &RestoreOptions,
+    control: &Control<'_>,
 ) -> Result<Prepared, RestoreError> {
     let is_saved = matches!(destination, Destination::Saved);
     let (executable, mut command_line, directory) = match destination {
-        Destination::Waiting(vm) => return prepare_waiting(vm, options),
+        Destination::Waiting(mut vm) => {
+            vm.set_stop(control.stop_flag());
+            return prepare_waiting(vm, options);
+        }
         Destination::Command(mut words) => {
             if words.is_empty() {
                 return Err(RestoreError::NoCommand);
@@ -150,9 +158,15 @@ pub(super) fn prepare(
         .collect();
     let names = blocks.iter().map(|block| block.block_name.clone()).collect();
     let qmp = command_line.qmp_sockets().into_iter().next();
+    let monitor = MonitorPair::new()?;
+    let mut guard = Guard::of_monitor(monitor.as_fd())?;
+    guard.add_files(overlays.files());
+    guard.watch_start()?;
     let start = Instant::now();
     let mut launch = Launch::new(executable, command_line.for_incoming(&blocks)?)
+        .monitor(monitor)
         .foreground(options.foreground)
+        .until(control.stop_flag())
         .inherit(inherited);
     if let Some(directory) = directory {
         launch = launch.working_directory(directory);
@@ -168,6 +182,7 @@ pub(super) fn prepare(
         overlays,
         qmp,
         start_seconds,
+        guard: Some(guard),
     })
 }
 
@@ -194,6 +209,7 @@ fn prepare_waiting(mut vm: Vm, options: &RestoreOptions) -> Result<Prepared, Res
         overlays: NewOverlays::default(),
         qmp: None,
         start_seconds: 0.0,
+        guard: None,
     })
 }
 

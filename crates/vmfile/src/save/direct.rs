@@ -1,7 +1,5 @@
 //! The route `direct`: RAM from the memory of QEMU's process, device state from its monitor.
 
-use std::cell::RefCell;
-
 use vmfile_engine::Access;
 use vmfile_format::error::FormatErrorKind;
 use vmfile_format::stream::configuration::Configuration;
@@ -10,8 +8,9 @@ use vmfile_format::stream::encoder;
 use vmfile_format::{FormatError, PageSize, RamBlock, RamLayout};
 use vmfile_qemu::{RamBlockInfo, Vm};
 
-use super::{SaveOptions, Work, Written, refuse_without_space};
-use crate::draft::{Draft, Facts, Places, Tail};
+use super::route::refuse_without_space;
+use super::{SaveOptions, Work, Written};
+use crate::draft::{Draft, Places, Tail};
 use crate::error::SaveError;
 use crate::lane::Workers;
 use crate::ram_writer::{BRIDGE_LEN, PAGE_LEN, Target, write_ram};
@@ -20,12 +19,14 @@ use crate::source::process::{BlockAt, ProcessRam};
 /// The RAM of a VM, found in the memory of its process.
 #[derive(Debug)]
 pub(super) struct DirectRoute {
+    /// The blocks as QEMU told them.
+    found: Vec<RamBlockInfo>,
     ram: RamLayout,
     process: ProcessRam,
-    /// Threads, rings and memory, which are taken while the VM runs.
-    workers: RefCell<Option<Workers>>,
     /// How many bytes there may be, with the gaps that are written as well.
     data_bytes: u64,
+    /// Threads, rings and memory, which are taken while the VM runs; `None` once they were used.
+    workers: Option<Workers>,
 }
 
 impl DirectRoute {
@@ -35,20 +36,29 @@ impl DirectRoute {
         draft: &Draft,
         options: &SaveOptions,
     ) -> Result<DirectRoute, SaveError> {
-        let (ram, blocks) = ram_layout(&vm.ram_blocks()?)?;
-        let process = ProcessRam::open(vm.pid()?, &blocks, Access::Read)?;
+        let found = vm.ram_blocks()?;
+        let (ram, process) = find(vm, &found)?;
         // Pages that the guest touched and that are zero again count here and not in the end: the
         // check errs towards refusing only where a guest has filled much of its RAM with zeros and the
         // disk is nearly full.
         let data_bytes = process.data_len(BRIDGE_LEN)?;
         refuse_without_space(data_bytes, draft.file())?;
         let width = (options.io, options.jobs.count());
-        let workers = Workers::start(draft.file(), width).map_err(SaveError::Workers)?;
-        Ok(DirectRoute { ram, process, workers: RefCell::new(Some(workers)), data_bytes })
+        let workers = Some(Workers::start(draft.file(), width).map_err(SaveError::Workers)?);
+        Ok(DirectRoute { found, ram, process, data_bytes, workers })
     }
 
     /// Places everything, writes RAM, and then what belongs around it.
-    pub(super) fn write(&self, work: &mut Work<'_>) -> Result<Written, SaveError> {
+    pub(super) fn write(&mut self, work: &mut Work<'_>) -> Result<Written, SaveError> {
+        // Memory may have been plugged in or have grown since it was found.
+        if self.found != work.blocks {
+            self.found = work.blocks.to_vec();
+            (self.ram, self.process) = find(work.vm, &self.found)?;
+        }
+        self.write_found(work)
+    }
+
+    fn write_found(&mut self, work: &mut Work<'_>) -> Result<Written, SaveError> {
         let (state, sections) = device_state(work)?;
         let machine = work.meta.machine.clone();
         let source = Configuration { machine, ..Configuration::default() };
@@ -60,12 +70,7 @@ impl DirectRoute {
         work.draft.reserve(places.tables())?;
 
         let written = self.ram(work, &places)?;
-        let facts = Facts {
-            route: "direct",
-            live: Some(false),
-            pause_seconds: Some(work.seconds_paused()),
-            vm: work.meta.clone(),
-        };
+        let facts = work.facts("direct", work.seconds_paused(), false);
         work.draft.finish(&places, &written.bitmaps, tail, facts)?;
         let pages_data = written.bitmaps.iter().map(|bitmap| bitmap.data_count().0).sum();
         Ok(Written {
@@ -79,7 +84,7 @@ impl DirectRoute {
     }
 
     fn ram(
-        &self,
+        &mut self,
         work: &Work<'_>,
         places: &Places,
     ) -> Result<crate::ram_writer::Written, SaveError> {
@@ -96,11 +101,18 @@ impl DirectRoute {
     }
 }
 
+/// Finds where the blocks lie in the memory of QEMU's process.
+fn find(vm: &mut Vm, found: &[RamBlockInfo]) -> Result<(RamLayout, ProcessRam), SaveError> {
+    let (ram, blocks) = ram_layout(found)?;
+    Ok((ram, ProcessRam::open(vm.pid()?, &blocks, Access::Read)?))
+}
+
 /// Takes everything that is not RAM: the sections from the first to EOF, and where each is.
 fn device_state(work: &mut Work<'_>) -> Result<(DeviceState, Vec<u8>), SaveError> {
     // QEMU writes magic and version, then the sections.
     const HEADER_LEN: usize = 8;
-    let bytes = work.vm.save_device_state()?;
+    let (bytes, flushed) = work.vm.save_device_state(work.is_last())?;
+    work.note(flushed);
     let mut sections = bytes.get(HEADER_LEN..).unwrap_or_default().to_vec();
     let state = DeviceState::locate(&sections, 0, 0).map_err(SaveError::DeviceState)?;
     // QEMU's last byte is EOF, and the last section says whether the VM runs: with both the
