@@ -19,6 +19,7 @@ use vmfile_format::{PageBitmap, PageIndex};
 
 use crate::control::Control;
 use crate::jobs::Jobs;
+use crate::lane::Workers;
 use crate::page_hashes::{Hash, PageHashes, is_page};
 use crate::plan::{WINDOW_LEN, pieces};
 use crate::reading::open_for_reading;
@@ -327,9 +328,6 @@ struct Checked<'a> {
 impl From<WindowError> for CheckError {
     fn from(error: WindowError) -> CheckError {
         match error {
-            WindowError::Open(source) => {
-                CheckError::Io { what: "the file, with the back end that was asked for", source }
-            }
             WindowError::Places(source) => CheckError::Io { what: "the holes of the file", source },
             WindowError::Read(source) => CheckError::Io { what: "the pages", source },
             WindowError::Stopped => CheckError::Stopped,
@@ -390,8 +388,10 @@ impl<'a> PageCheck<'a> {
     ) -> Result<(Vec<Checked<'a>>, BackendInUse), CheckError> {
         let width = (self.options.io, self.options.jobs.count());
         let blocks = &self.snapshot.structure().blocks;
-        let (file, bitmaps, control) = (&self.file, &self.bitmaps[..], self.control);
-        WindowReader { file, blocks, bitmaps, more: Some(self), control }.read(width, take)
+        let workers = Workers::start(&self.file, width);
+        let workers = workers.map_err(io("the file, with the back end that was asked for"))?;
+        let (bitmaps, control) = (&self.bitmaps[..], self.control);
+        WindowReader { blocks, bitmaps, more: Some(self), control }.read(workers, take)
     }
 
     /// Compares the pages of a window with their hashes.

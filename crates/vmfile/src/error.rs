@@ -272,9 +272,7 @@ impl From<ProofError> for SaveError {
 impl From<WindowError> for SaveError {
     fn from(error: WindowError) -> SaveError {
         match error {
-            WindowError::Open(source) | WindowError::Places(source) | WindowError::Read(source) => {
-                SaveError::Reread(source)
-            }
+            WindowError::Places(source) | WindowError::Read(source) => SaveError::Reread(source),
             WindowError::Stopped => SaveError::Stopped,
         }
     }

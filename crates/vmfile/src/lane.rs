@@ -56,29 +56,36 @@ impl Workers {
         Ok(Workers { crew: Crew::start(jobs)?, lanes, backend })
     }
 
-    /// Lets each thread do `work` with its lane and waits for all of them; returns what each
-    /// returned, and the back end that was used.
+    /// Returns how many threads there are.
+    pub(crate) fn count(&self) -> usize {
+        self.crew.count()
+    }
+
+    /// Returns the back end that is used.
+    pub(crate) fn backend(&self) -> &BackendInUse {
+        &self.backend
+    }
+
+    /// Lets each thread do `work` with its number, from 0, and its lane, and waits for all of them;
+    /// returns what each returned.
     ///
     /// # Errors
     ///
     /// Returns an error if `work` panicked in one of them.
-    pub(crate) fn run<T: Send>(
-        self,
-        work: impl Fn(Lane) -> T + Sync,
-    ) -> io::Result<(Vec<T>, BackendInUse)> {
-        let Workers { mut crew, lanes, backend } = self;
+    pub(crate) fn run<T: Send>(self, work: impl Fn(usize, Lane) -> T + Sync) -> io::Result<Vec<T>> {
+        let Workers { mut crew, lanes, .. } = self;
         let lanes: Vec<_> = lanes.into_iter().map(|lane| Mutex::new(Some(lane))).collect();
         let results: Vec<_> = lanes.iter().map(|_| Mutex::new(None)).collect();
         crew.run(&|number| {
             let lane = lanes[number].lock().unwrap_or_else(PoisonError::into_inner).take();
-            let result = work(lane.expect("each thread has its own number"));
+            let result = work(number, lane.expect("each thread has its own number"));
             *results[number].lock().unwrap_or_else(PoisonError::into_inner) = Some(result);
         })?;
         let result = |result: Mutex<Option<T>>| {
             let result = result.into_inner().unwrap_or_else(PoisonError::into_inner);
             result.expect("no thread panicked")
         };
-        Ok((results.into_iter().map(result).collect(), backend))
+        Ok(results.into_iter().map(result).collect())
     }
 }
 
@@ -89,16 +96,14 @@ pub(crate) fn on_lanes<T: Send>(
     width: (Backend, usize),
     work: impl Fn(Lane) -> T + Sync,
 ) -> io::Result<(Vec<T>, BackendInUse)> {
-    Workers::start(file, width)?.run(work)
+    let workers = Workers::start(file, width)?;
+    let backend = workers.backend().clone();
+    Ok((workers.run(|_, lane| work(lane))?, backend))
 }
 
 impl Lane {
     /// Opens one of `lanes` lanes to `file`, and takes the memory of its buffers.
-    pub(crate) fn open(
-        file: &DataFile,
-        backend: Backend,
-        lanes: usize,
-    ) -> io::Result<(Lane, BackendInUse)> {
+    fn open(file: &DataFile, backend: Backend, lanes: usize) -> io::Result<(Lane, BackendInUse)> {
         let buffers = (BUFFERS_LEN / WINDOW / lanes.max(1)).max(2);
         let opened = open_storage(file, backend, DEPTH)?;
         // Several transfers may share a buffer; one buffer is being filled while others are in flight.
@@ -165,11 +170,7 @@ mod tests {
     fn a_worker_that_panics_is_an_error_for_the_caller() {
         let file = DataFile::new(tempfile::tempfile().unwrap(), DirectIo::Off).unwrap();
         let workers = Workers::start(&file, (Backend::Threads, 2)).unwrap();
-        let number = std::sync::atomic::AtomicUsize::new(0);
-        let work = |_: Lane| {
-            let number = number.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-            assert_ne!(number, 1, "the test's own panic");
-        };
+        let work = |number: usize, _: Lane| assert_ne!(number, 1, "the test's own panic");
         let error = workers.run(work).unwrap_err();
         assert_eq!(error.to_string(), "a worker thread panicked, which is a bug in vmfile");
     }

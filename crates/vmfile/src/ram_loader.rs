@@ -8,11 +8,12 @@
 use std::io;
 use std::ops::Range;
 
-use vmfile_engine::{Backend, BackendInUse, DataFile};
+use vmfile_engine::BackendInUse;
 use vmfile_format::mapped_ram::PlacedBlock;
 use vmfile_format::{PageBitmap, PageIndex, PageRange};
 
 use crate::control::Control;
+use crate::lane::Workers;
 use crate::page_hashes::PageHashes;
 use crate::plan::pieces;
 use crate::snapshot::{Snapshot, SnapshotError};
@@ -61,7 +62,7 @@ pub enum LoadError {
 impl From<WindowError> for LoadError {
     fn from(error: WindowError) -> LoadError {
         match error {
-            WindowError::Open(source) | WindowError::Read(source) => LoadError::Read(source),
+            WindowError::Read(source) => LoadError::Read(source),
             WindowError::Places(source) => LoadError::Touched(source),
             WindowError::Stopped => LoadError::Stopped,
         }
@@ -75,16 +76,14 @@ impl From<WindowError> for LoadError {
 ///
 /// Returns the first [`LoadError`] that any worker met.
 pub(crate) fn load_ram<'a>(
-    (snapshot, file): (&'a Snapshot, &DataFile),
+    (snapshot, workers): (&'a Snapshot, Workers),
     targets: &[LoadTarget],
-    width: (Backend, usize),
     control: &Control<'_>,
 ) -> Result<(u64, BackendInUse), LoadError> {
     let blocks: Vec<PlacedBlock> = targets.iter().map(|target| target.placed.clone()).collect();
     let bitmaps: Vec<PageBitmap> = targets.iter().map(|target| target.bitmap.clone()).collect();
     let touched = Touched { targets };
-    let reader =
-        WindowReader { file, blocks: &blocks, bitmaps: &bitmaps, more: Some(&touched), control };
+    let reader = WindowReader { blocks: &blocks, bitmaps: &bitmaps, more: Some(&touched), control };
     let take = |hashes: &mut Option<PageHashes<'a>>, window: &Window, read: io::Result<&[u8]>| {
         let bytes = read.map_err(LoadError::Read)?;
         let target = &targets[window.block];
@@ -94,7 +93,7 @@ pub(crate) fn load_ram<'a>(
         target.clear_stale(window)?;
         target.copy(window, bytes)
     };
-    let (_, backend) = reader.read(width, take)?;
+    let (_, backend) = reader.read(workers, take)?;
     Ok((reader.data_bytes(), backend))
 }
 

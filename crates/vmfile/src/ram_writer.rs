@@ -79,8 +79,9 @@ pub(crate) fn write_ram(
         meter: Meter::new(control, total_bytes),
         control,
     };
-    let work = |lane| shared.units.work(|| Worker { shared: &shared, lane }.units());
-    let (results, backend) = workers.run(work).map_err(|source| RamError::Write { source })?;
+    let work = |_, lane| shared.units.work(|| Worker { shared: &shared, lane }.units());
+    let backend = workers.backend().clone();
+    let results = workers.run(work).map_err(|source| RamError::Write { source })?;
     results.into_iter().collect::<Result<(), RamError>>()?;
     let bitmap = |bitmap: Mutex<_>| bitmap.into_inner().unwrap_or_else(PoisonError::into_inner);
     Ok(Written { bitmaps: shared.bitmaps.into_iter().map(bitmap).collect(), backend })

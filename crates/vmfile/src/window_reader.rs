@@ -3,12 +3,12 @@
 use std::io;
 use std::ops::Range;
 
-use vmfile_engine::{Backend, BackendInUse, DataFile, Direction, Memory, Transfer};
+use vmfile_engine::{BackendInUse, Direction, Memory, Transfer};
 use vmfile_format::mapped_ram::PlacedBlock;
 use vmfile_format::{PageBitmap, PageRange};
 
 use crate::control::{Control, Meter};
-use crate::lane::{Lane, on_lanes};
+use crate::lane::{Lane, Workers};
 use crate::plan::{Unit, Units, WINDOW_LEN};
 
 /// A window of one block, and the part of it that is read at once.
@@ -35,7 +35,6 @@ pub(crate) trait MorePlaces: Sync {
 /// What is read, and who may stop it: windows with data, each from its first such page to its last, and
 /// those that `more` adds.
 pub(crate) struct WindowReader<'a> {
-    pub(crate) file: &'a DataFile,
     pub(crate) blocks: &'a [PlacedBlock],
     /// Which pages of each block have data.
     pub(crate) bitmaps: &'a [PageBitmap],
@@ -47,8 +46,6 @@ pub(crate) struct WindowReader<'a> {
 /// that takes the window gets the error in place of its bytes.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum WindowError {
-    #[error("the file, with the back end that was asked for")]
-    Open(#[source] io::Error),
     #[error("where there are pages to look at")]
     Places(#[source] io::Error),
     #[error("the pages")]
@@ -64,11 +61,11 @@ struct Shared<'a> {
 }
 
 impl WindowReader<'_> {
-    /// Reads all windows and hands each to `take`, with what the worker remembers; returns what all
-    /// workers remember in the end, and the back end.
+    /// Reads all windows by `workers`, whose lanes lead to the file, and hands each to `take`, with what
+    /// the worker remembers; returns what all workers remember in the end, and the back end.
     pub(crate) fn read<T, E>(
         &self,
-        width: (Backend, usize),
+        workers: Workers,
         take: impl Fn(&mut T, &Window, io::Result<&[u8]>) -> Result<(), E> + Sync,
     ) -> Result<(Vec<T>, BackendInUse), E>
     where
@@ -78,8 +75,9 @@ impl WindowReader<'_> {
         let lens = self.blocks.iter().map(|placed| placed.block.used_length());
         let units = Units::new(lens, WINDOW_LEN);
         let shared = Shared { units, meter: Meter::new(self.control, self.data_bytes()) };
-        let work = |lane: Lane| shared.units.work(|| self.work(&shared, lane, &take));
-        let (results, backend) = on_lanes(self.file, width, work).map_err(WindowError::Open)?;
+        let backend = workers.backend().clone();
+        let work = |_, lane: Lane| shared.units.work(|| self.work(&shared, lane, &take));
+        let results = workers.run(work).map_err(WindowError::Read)?;
         Ok((results.into_iter().collect::<Result<_, E>>()?, backend))
     }
 
@@ -207,7 +205,7 @@ mod tests {
     use std::os::unix::fs::FileExt;
     use std::sync::Mutex;
 
-    use vmfile_engine::DirectIo;
+    use vmfile_engine::{Backend, DataFile, DirectIo};
     use vmfile_format::{PageIndex, PageSize, RamBlock};
 
     use super::*;
@@ -234,13 +232,8 @@ mod tests {
         }
         let placed =
             PlacedBlock { block, record_offset: 0, bitmap_offset: 64, pages_offset: 1 << 20 };
-        let reader = WindowReader {
-            file: &DataFile::new(file, DirectIo::Off).unwrap(),
-            blocks: &[placed],
-            bitmaps: &[bitmap],
-            more,
-            control: &Control::none(),
-        };
+        let reader =
+            WindowReader { blocks: &[placed], bitmaps: &[bitmap], more, control: &Control::none() };
         let found = Mutex::new(Vec::new());
         let take = |(): &mut (), window: &Window, read: io::Result<&[u8]>| {
             assert_eq!(read.unwrap().len() as u64, window.range.end - window.range.start);
@@ -248,7 +241,9 @@ mod tests {
             found.lock().unwrap().push((window.whole.start / 4096, read));
             Ok::<_, WindowError>(())
         };
-        reader.read((Backend::Threads, 2), take).unwrap();
+        let file = DataFile::new(file, DirectIo::Off).unwrap();
+        let workers = Workers::start(&file, (Backend::Threads, 2)).unwrap();
+        reader.read(workers, take).unwrap();
         let mut found = found.into_inner().unwrap();
         found.sort_by_key(|(start, _)| *start);
         found

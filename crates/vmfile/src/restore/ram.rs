@@ -12,6 +12,7 @@ use super::prepare::{Chosen, Prepared};
 use super::stream::send_to;
 use crate::check::{CheckError, CheckOptions, verify_pages};
 use crate::control::Control;
+use crate::lane::Workers;
 use crate::ram_loader::{LoadTarget, load_ram};
 use crate::reading::{open_for_reading, verified};
 use crate::restore_error::RestoreError;
@@ -167,7 +168,8 @@ impl<'a> Loadable<'a> {
         let opened = open_for_reading(snapshot, options.direct_io);
         let (file, direct_io) = opened.map_err(RestoreError::File)?;
         let width = (options.io, options.jobs.count());
-        let (bytes_read, _) = load_ram((snapshot, &file), &targets, width, control)?;
+        let workers = Workers::start(&file, width).map_err(RestoreError::File)?;
+        let (bytes_read, _) = load_ram((snapshot, workers), &targets, control)?;
         Ok((bytes_read, direct_io))
     }
 }

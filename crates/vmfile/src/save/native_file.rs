@@ -21,12 +21,17 @@ use super::{Work, Written};
 use crate::control::Progress;
 use crate::draft::Tables;
 use crate::error::SaveError;
+use crate::lane::Workers;
 use crate::page_writer::empty;
 use crate::snapshot::Snapshot;
 use crate::window_reader::{Window, WindowReader};
 
 /// Makes what QEMU wrote a vmfile, in everything but the name; `ram_bytes` are those of all RAM.
-pub(super) fn complete(work: &Work<'_>, ram_bytes: u64) -> Result<Written, SaveError> {
+pub(super) fn complete(
+    work: &Work<'_>,
+    workers: Workers,
+    ram_bytes: u64,
+) -> Result<Written, SaveError> {
     let snapshot = work.draft.snapshot().map_err(SaveError::Written)?;
     let structure = snapshot.structure();
     let stream_end = structure.device_state.stream_end;
@@ -46,7 +51,7 @@ pub(super) fn complete(work: &Work<'_>, ram_bytes: u64) -> Result<Written, SaveE
     work.draft.reserve(&tables)?;
     let file = NativeFile { work, snapshot: &snapshot, bitmaps: &bitmaps, tables: &tables };
     file.empty_stale_places()?;
-    let io = file.hash(ram_bytes)?;
+    let io = file.hash(workers, ram_bytes)?;
     let extents = file.extents(&tail)?;
     let facts = work.facts("native", work.seconds_paused(), false);
     work.draft.put_manifest(&tables, stream_end, &bitmaps, extents, facts)?;
@@ -121,7 +126,7 @@ impl NativeFile<'_> {
     }
 
     /// Reads every page with data and writes its hash; returns the back end.
-    fn hash(&self, ram_bytes: u64) -> Result<String, SaveError> {
+    fn hash(&self, workers: Workers, ram_bytes: u64) -> Result<String, SaveError> {
         // QEMU has done the first half.
         let second_half = |progress: Progress| {
             let Progress { done_bytes, total_bytes: all } = progress;
@@ -130,17 +135,15 @@ impl NativeFile<'_> {
             self.work.control.report(Progress { done_bytes, total_bytes: total_bytes(ram_bytes) });
         };
         let reader = WindowReader {
-            file: self.work.draft.file(),
             blocks: self.blocks(),
             bitmaps: self.bitmaps,
             more: None,
             control: &self.work.control.with_progress(&second_half),
         };
-        let width = (self.work.options.io, self.work.options.jobs.count());
         let take = |(): &mut (), window: &Window, read: io::Result<&[u8]>| {
             self.put_hashes(window, read.map_err(SaveError::Reread)?)
         };
-        let (_, backend) = reader.read(width, take)?;
+        let (_, backend) = reader.read(workers, take)?;
         Ok(backend.to_string())
     }
 

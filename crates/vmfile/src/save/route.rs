@@ -88,7 +88,10 @@ pub(super) fn choose(
 ) -> Result<ChosenRoute, SaveError> {
     let route = options.route;
     let stream = |vm: &mut Vm, reason: String| {
-        Ok(ChosenRoute { route: ReadyRoute::Stream(StreamRoute::prepare(vm, options)?), reason })
+        Ok(ChosenRoute {
+            route: ReadyRoute::Stream(StreamRoute::prepare(vm, options, draft)?),
+            reason,
+        })
     };
     if route == Route::Stream {
         return stream(vm, "asked for".to_owned());
