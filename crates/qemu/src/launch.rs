@@ -322,8 +322,9 @@ impl LaunchedQemu {
     #[must_use]
     pub fn detach(mut self) -> Vm {
         if let Some(mut child) = self.running.child.take() {
-            // Somebody must take its exit status, or it stays in the process table while we live.
-            thread::spawn(move || child.wait());
+            // Without a thread that takes its exit status it stays in the process table while we live, and
+            // that is all.
+            let _ = thread::Builder::new().spawn(move || child.wait());
         }
         self.vm.take().expect("the VM leaves only with self")
     }

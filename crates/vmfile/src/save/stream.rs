@@ -12,7 +12,9 @@ use vmfile_qemu::{Feature, PUT_BACK_TIMEOUT, StreamSettings, Vm, VmError};
 
 use super::sending::{Peer, sent};
 use super::{SaveOptions, Work, Written};
+use crate::draft::Draft;
 use crate::error::SaveError;
+use crate::lane::Workers;
 use crate::listener::Listener;
 use crate::multifd::{CHANNELS_MAX, ChannelsError};
 use crate::receive::ReceiveError;
@@ -28,11 +30,17 @@ pub(super) struct StreamRoute {
     before: StreamSettings,
     /// How many connections beside the stream pages go by, and where QEMU makes them.
     channels: Option<(NonZeroU8, Listener)>,
+    /// A thread for each connection, started while the VM runs; `None` once they were used.
+    workers: Option<Workers>,
 }
 
 impl StreamRoute {
     /// Asks for the settings, which must be put back.
-    pub(super) fn prepare(vm: &mut Vm, options: &SaveOptions) -> Result<StreamRoute, SaveError> {
+    pub(super) fn prepare(
+        vm: &mut Vm,
+        options: &SaveOptions,
+        draft: &Draft,
+    ) -> Result<StreamRoute, SaveError> {
         let channels = options.channels;
         let found = channels.map_or(0, |channels| channels.get().into());
         if found > CHANNELS_MAX {
@@ -41,7 +49,9 @@ impl StreamRoute {
         let before = vm.stream_settings()?;
         let process = vm.pid().ok();
         let listen = |channels| Ok::<_, SaveError>((channels, Listener::bind_for(process)?));
-        Ok(StreamRoute { before, channels: channels.map(listen).transpose()? })
+        let width = (options.io, channels.map_or(0, |channels| channels.get().into()) + 1);
+        let workers = Some(Workers::start(draft.file(), width).map_err(SaveError::Workers)?);
+        Ok(StreamRoute { before, channels: channels.map(listen).transpose()?, workers })
     }
 
     /// Returns the migration settings as they were.
@@ -59,7 +69,10 @@ impl StreamRoute {
     pub(super) fn write(&mut self, work: &mut Work<'_>) -> Result<Written, SaveError> {
         let (ours, changed) = self.change_settings(work);
         let channels = self.channels.take();
-        let received = changed.map_err(SaveError::from).and_then(|()| receive(work, channels));
+        let received = changed.map_err(SaveError::from).and_then(|()| {
+            let workers = self.workers.take().expect("a route writes once");
+            receive(work, channels, workers)
+        });
         // What was changed before something failed is put back, too.
         let put_back = work
             .vm
@@ -116,6 +129,7 @@ impl StreamRoute {
 fn receive(
     work: &mut Work<'_>,
     channels: Option<(NonZeroU8, Listener)>,
+    workers: Workers,
 ) -> Result<Received, SaveError> {
     let process = work.vm.pid().ok();
     let patience =
@@ -132,7 +146,7 @@ fn receive(
     };
     let vm = &mut *work.vm;
     let received = connections.and_then(|connections| {
-        let receiver = StreamReceiver { draft: work.draft, io: work.options.io, patience };
+        let receiver = StreamReceiver { draft: work.draft, workers, patience };
         receiver.run(connections, || sent(vm))
     });
     received.map_err(|error| peer.give_up(work.vm, error))
