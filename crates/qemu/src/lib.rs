@@ -38,6 +38,6 @@ pub use program::program_version;
 pub use qmp::{Event, Qmp, QmpError};
 pub use version::{Feature, QemuVersion};
 pub use vm::{
-    Blocker, BlockerKind, Disk, MemoryBackend, Overlay, ProcessInfo, RamBlockInfo, RunState, Vm,
-    VmError, sender,
+    Blocker, BlockerKind, DeviceName, Drive, Image, MemoryBackend, Overlay, ProcessInfo,
+    RamBlockInfo, RunState, Vm, VmError, sender,
 };

@@ -297,7 +297,7 @@ impl<'a> Save<'a> {
             let reasons = blockers.iter().map(ToString::to_string).collect();
             return Err(SaveError::Blocked { reasons });
         }
-        let found = vm.disks()?;
+        let found = vm.drives()?;
         let mut meta = describe_vm(vm, was_running, &found)?;
         let disks = if options.with_disks {
             Disks::plan(&found, &mut meta, destination)?

@@ -5,15 +5,15 @@ use std::io;
 use std::path::Path;
 
 use vmfile_format::manifest::{DiskMeta, VmMeta};
-use vmfile_qemu::{Disk, Vm, VmError};
+use vmfile_qemu::{Drive, Vm, VmError};
 
 use crate::error::SaveError;
 
-/// Describes the VM, with `disks`, which are those that it has.
+/// Describes the VM, with `drives`, which are those that it has.
 pub(super) fn describe_vm(
     vm: &mut Vm,
     was_running: bool,
-    disks: &[Disk],
+    drives: &[Drive],
 ) -> Result<VmMeta, SaveError> {
     let process = match vm.process() {
         Ok(process) => Some(process),
@@ -22,13 +22,16 @@ pub(super) fn describe_vm(
         Err(error) => return Err(error.into()),
     };
     let text = |path: &Path| path.to_string_lossy().into_owned();
-    let disks = disks.iter().map(|disk| DiskMeta {
-        device: disk.device.clone(),
-        path: disk.file.clone(),
-        format: disk.format.clone(),
-        backing_files: disk.backing_files.clone(),
-        read_only: disk.read_only,
-        overlay: None,
+    let disks = drives.iter().filter_map(|drive| {
+        let (top, below) = drive.images.split_first()?;
+        Some(DiskMeta {
+            device: drive.name().to_owned(),
+            path: top.path.clone(),
+            format: top.format.clone(),
+            backing_files: below.iter().map(|image| image.path.clone()).collect(),
+            read_only: drive.read_only,
+            overlay: None,
+        })
     });
     Ok(VmMeta {
         disks: disks.collect(),
