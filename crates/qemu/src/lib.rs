@@ -29,7 +29,9 @@ pub mod qmp;
 pub mod version;
 pub mod vm;
 
-pub use command_line::{CommandLine, CommandLineError, MappedBlock, NewImage};
+pub use command_line::{
+    CommandLine, CommandLineError, LineDrive, LineImage, MappedBlock, NewImage,
+};
 pub use discover::{DiscoverError, Found, VmAddress, list, resolve};
 pub use launch::{Launch, LaunchError, LaunchedQemu, find_program};
 pub use migration::LoadError;

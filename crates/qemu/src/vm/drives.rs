@@ -85,6 +85,8 @@ pub enum DeviceName {
     Id(String),
     /// By its number among the devices that have no id, in the order in which QEMU made them.
     Number(usize),
+    /// One of the machine's flash chips.
+    Flash(usize),
 }
 
 impl DeviceName {
@@ -100,6 +102,9 @@ impl DeviceName {
         }
         if let Some(rest) = qdev.strip_prefix(PERIPHERAL_ANON) {
             return rest.split(']').next()?.parse().ok().map(DeviceName::Number);
+        }
+        if let Some((_, chip)) = qdev.rsplit_once(".flash") {
+            return chip.parse().ok().map(DeviceName::Flash);
         }
         (!qdev.is_empty() && !qdev.starts_with('/')).then(|| DeviceName::Id(qdev.to_owned()))
     }
@@ -323,6 +328,7 @@ mod tests {
         assert_eq!(DeviceName::of_qdev("/machine/peripheral/vb/virtio-backend"), id("vb"));
         let number = DeviceName::of_qdev("/machine/peripheral-anon/device[12]/virtio-backend");
         assert_eq!(number, Some(DeviceName::Number(12)));
+        assert_eq!(DeviceName::of_qdev("/machine/system.flash1"), Some(DeviceName::Flash(1)));
         assert_eq!(DeviceName::of_qdev("/machine/unattached/device[4]"), None);
         assert_eq!(DeviceName::of_qdev(""), None);
     }
