@@ -4,8 +4,10 @@
 use std::fs;
 use std::path::Path;
 
-use vmfile::Vm;
+use vmfile::restore::{Destination, RestoreOptions, Restored};
+use vmfile::{Control, RestoreError, Snapshot, Vm};
 use vmfile_qemu::CommandLine;
+use vmfile_testing::verbs::save;
 use vmfile_testing::{Guest, GuestConfig, Qemu, Ram, Release, TestResult, requires};
 
 /// Makes an empty raw image.
@@ -135,4 +137,37 @@ fn every_spelling_of_an_image_is_found_on_the_command_line_of_the_oldest() -> Te
 #[test]
 fn every_spelling_of_an_image_is_found_on_the_command_line_of_the_newest() -> TestResult {
     every_spelling(&requires!(Qemu::of(Release::Newest)))
+}
+
+/// A1: a VM that was started with `-readconfig` came back with whatever the file said by then, and
+/// its drives were on no line that a restore could read.
+#[test]
+fn a_configuration_file_is_in_the_saved_line_and_not_needed_any_more() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let files = tempfile::tempdir()?;
+    let image = files.path().join("data.raw");
+    raw(&image)?;
+    let config = files.path().join("vm.conf");
+    let text = format!(
+        "[drive \"d0\"]\n  file = \"{}\"\n  format = \"raw\"\n  if = \"virtio\"\n",
+        image.display()
+    );
+    fs::write(&config, text)?;
+    let mut guest = guest(&["-readconfig", &config.display().to_string()]).boot(&qemu)?;
+    guest.wait_for_count(1)?;
+    let file = files.path().join("vm.vmf");
+    save(&guest, &file)?;
+    guest.wait_for_exit()?;
+    fs::remove_file(&config)?;
+    let mut restored = restore_saved(&file, &RestoreOptions::default())?;
+    let drives = restored.qemu.as_mut().ok_or("a QEMU was started")?.vm().drives()?;
+    let drive = drives.iter().find(|drive| drive.id == "d0").ok_or("no drive d0")?;
+    assert_eq!(drive.image().map(|image| Path::new(&image.path)), Some(&*image));
+    Ok(())
+}
+
+/// Restores into a QEMU that is started with the saved command line.
+fn restore_saved(file: &Path, options: &RestoreOptions) -> Result<Restored, RestoreError> {
+    let snapshot = Snapshot::open(file, 0)?;
+    vmfile::restore::restore(&snapshot, Destination::Saved, options, &Control::none())
 }

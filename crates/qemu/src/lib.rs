@@ -40,6 +40,6 @@ pub use program::program_version;
 pub use qmp::{Event, Qmp, QmpError};
 pub use version::{Feature, QemuVersion};
 pub use vm::{
-    Blocker, BlockerKind, DeviceName, Drive, Image, MemoryBackend, Overlay, ProcessInfo,
+    Blocker, BlockerKind, DeviceName, Drive, FileId, Image, MemoryBackend, Overlay, ProcessInfo,
     RamBlockInfo, RunState, Vm, VmError, sender,
 };

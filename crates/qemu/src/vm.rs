@@ -3,6 +3,7 @@
 mod blockers;
 mod device_state;
 mod drives;
+mod files;
 mod memory_backends;
 mod overlays;
 mod process;
@@ -21,6 +22,7 @@ use serde_json::{Value, json};
 pub use blockers::{Blocker, BlockerKind};
 pub use device_state::DEVICE_STATE_LEN_MAX;
 pub use drives::{DeviceName, Drive, Image};
+pub use files::FileId;
 pub use memory_backends::MemoryBackend;
 pub use overlays::Overlay;
 pub use process::{ProcessInfo, sender};
