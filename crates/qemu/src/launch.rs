@@ -9,6 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -98,6 +99,7 @@ pub struct Launch {
     working_directory: Option<PathBuf>,
     inherited: Vec<OwnedFd>,
     foreground: bool,
+    stop: Option<Arc<AtomicBool>>,
 }
 
 impl Launch {
@@ -109,6 +111,7 @@ impl Launch {
             working_directory: None,
             inherited: Vec::new(),
             foreground: false,
+            stop: None,
         }
     }
 
@@ -140,6 +143,14 @@ impl Launch {
         self
     }
 
+    /// Makes the wait for QEMU's first answer, and every later wait for QEMU, end soon after `stop`
+    /// is set.
+    #[must_use]
+    pub fn until(mut self, stop: &Arc<AtomicBool>) -> Launch {
+        self.stop = Some(Arc::clone(stop));
+        self
+    }
+
     /// Starts QEMU and waits at most `timeout` until its monitor answers.
     ///
     /// The monitor is a pair of sockets between QEMU and us, beside those in the options.
@@ -167,7 +178,7 @@ impl Launch {
         drop(command);
         drop(theirs);
         let mut running = Running { child: Some(child), stderr };
-        match Qmp::from_stream(ours, timeout) {
+        match Qmp::from_stream(ours, timeout, self.stop) {
             Ok(mut qmp) => {
                 // The start may take longer than a command, or less.
                 qmp.set_timeout(COMMAND_TIMEOUT);

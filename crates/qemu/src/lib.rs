@@ -40,6 +40,7 @@ pub use program::program_version;
 pub use qmp::{Event, Qmp, QmpError};
 pub use version::{Feature, QemuVersion};
 pub use vm::{
-    Blocker, BlockerKind, DeviceName, Drive, FileId, Image, MemoryBackend, Overlay, ProcessInfo,
-    RamBlockInfo, RunState, Vm, VmError, sender,
+    Blocker, BlockerKind, DeviceName, Drive, FileId, Flushed, Footprint, Holder, Image,
+    MemoryBackend, Overlay, PUT_BACK_TIMEOUT, Paused, ProcessInfo, RamBlockInfo, RunState,
+    SaveRecord, UndoStep, Vm, VmError, sender, undo_steps,
 };

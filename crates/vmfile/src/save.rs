@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 use vmfile_engine::{Backend, DataFile, DirectIo, Existing, Unpublished, available_space};
 use vmfile_format::manifest::VmMeta;
-use vmfile_qemu::{RunState, Vm};
+use vmfile_qemu::{PUT_BACK_TIMEOUT, RunState, Vm};
 
 use self::describe::{describe_vm, is_out_of_reach};
 use self::direct::DirectRoute;
@@ -172,6 +172,7 @@ pub fn save(
     options: &SaveOptions,
     control: &Control<'_>,
 ) -> Result<SaveReport, SaveError> {
+    vm.set_stop(control.stop_flag());
     let (mut save, route) = Save::begin(vm, destination, options, control)?;
     match save.write(&route) {
         Ok(()) => {}
@@ -271,7 +272,7 @@ impl Drop for Save<'_> {
     /// panic.
     fn drop(&mut self) {
         if self.paused_at.is_some() && self.was_running {
-            let _ = self.vm.cont();
+            let _ = self.vm.unstoppable(PUT_BACK_TIMEOUT, Vm::cont);
         }
     }
 }
@@ -364,12 +365,15 @@ impl<'a> Save<'a> {
 
     /// The file is whole: does with the VM what was asked for.
     fn release(&mut self) -> Result<(), SaveError> {
-        let released = match self.options.after {
-            After::Quit => self.vm.quit(QUIT_TIMEOUT),
-            After::Resume if self.was_running => self.vm.cont(),
-            After::Pause if self.written.live.is_some() => self.vm.stop(),
+        let (after, was_running) = (self.options.after, self.was_running);
+        let is_live = self.written.live.is_some();
+        // The file has its name: there is nothing left that a stop could undo.
+        let released = self.vm.unstoppable(QUIT_TIMEOUT, |vm| match after {
+            After::Quit => vm.quit(QUIT_TIMEOUT),
+            After::Resume if was_running => vm.cont(),
+            After::Pause if is_live => vm.stop(),
             After::Resume | After::Pause => Ok(()),
-        };
+        });
         if let Some(live) = &self.written.live {
             self.pause_seconds = live.pause_seconds;
         }
@@ -384,7 +388,7 @@ impl<'a> Save<'a> {
         self.draft = None;
         let error = match self.paused_at.take().filter(|_| self.was_running) {
             None => error,
-            Some(_) => match self.vm.cont() {
+            Some(_) => match self.vm.unstoppable(PUT_BACK_TIMEOUT, Vm::cont) {
                 Ok(()) => error,
                 Err(source) => SaveError::LeftPaused { cause: Box::new(error), source },
             },

@@ -7,8 +7,8 @@ use std::os::fd::{AsFd, AsRawFd};
 use rustix::fs::{MemfdFlags, memfd_create};
 use serde_json::json;
 
-use super::{RunState, Vm, VmError};
-use crate::pass_fd;
+use super::{PUT_BACK_TIMEOUT, RunState, Vm, VmError};
+use crate::pass_fd::{self, DEVICE_STATE_FDSET};
 
 /// Most bytes of device state accepted.
 ///
@@ -49,10 +49,12 @@ impl Vm {
             .write(true)
             .open(format!("/proc/self/fd/{}", memory.as_raw_fd()))
             .map_err(|source| VmError::system("open memory for the device state", source))?;
-        let fdset = pass_fd::add_fd(&mut self.qmp, for_qemu.as_fd())?;
+        pass_fd::add_fd(&mut self.qmp, DEVICE_STATE_FDSET, for_qemu.as_fd())?;
         drop(for_qemu);
-        let saved = self.save_device_state_into(fdset);
-        let removed = pass_fd::remove_fd(&mut self.qmp, fdset);
+        let saved = self.save_device_state_into(DEVICE_STATE_FDSET);
+        let removed = self.unstoppable(PUT_BACK_TIMEOUT, |vm| {
+            pass_fd::remove_fd(&mut vm.qmp, DEVICE_STATE_FDSET)
+        });
         saved?;
         removed?;
         read_device_state(File::from(memory))

@@ -20,7 +20,7 @@ use std::time::Instant;
 
 use serde::Serialize;
 use vmfile_engine::{Backend, DirectIo};
-use vmfile_qemu::{LaunchedQemu, Vm};
+use vmfile_qemu::{LaunchedQemu, PUT_BACK_TIMEOUT, RunState, Vm, VmError};
 
 use self::compare::compare;
 pub use self::disks::RestoredDisk;
@@ -138,7 +138,7 @@ pub fn restore(
     control: &Control<'_>,
 ) -> Result<Restored, RestoreError> {
     let started = Instant::now();
-    let mut prepared = prepare(snapshot, destination, options)?;
+    let mut prepared = prepare(snapshot, destination, options, control)?;
     let answered = Instant::now();
     let qmp = prepared.qmp.take();
     let vm = prepared.vm();
@@ -146,7 +146,15 @@ pub fn restore(
     compare(snapshot, &vm.machine_type()?, &found)?;
     let brought = bring(snapshot, &mut prepared, &found, options, control);
     let brought = brought.map_err(|error| prepared.explain(error))?;
-    let running = run(snapshot, prepared.vm(), options)?;
+    let running = match run(snapshot, prepared.vm(), options) {
+        Err(error @ RestoreError::Unanswered { .. }) => {
+            // The guest may run, and ending its QEMU would take what it does.
+            drop(prepared.overlays.keep());
+            drop(prepared.qemu.into_launched().map(LaunchedQemu::detach));
+            return Err(error);
+        }
+        running => running?,
+    };
     let report = RestoreReport {
         pid: prepared.vm().pid()?,
         qmp,
@@ -170,8 +178,17 @@ fn run(snapshot: &Snapshot, vm: &mut Vm, options: &RestoreOptions) -> Result<boo
     if options.paused || !was_running {
         return Ok(false);
     }
-    vm.cont()?;
-    Ok(true)
+    match vm.cont() {
+        Err(VmError::Qmp(source)) if source.may_run_later() => {
+            let state = vm.unstoppable(PUT_BACK_TIMEOUT, Vm::run_state);
+            match state {
+                Ok(RunState::Running) => Ok(true),
+                Ok(_) => Err(VmError::from(source).into()),
+                Err(_) => Err(RestoreError::Unanswered { pid: vm.pid().ok(), source }),
+            }
+        }
+        told => told.map(|()| true).map_err(RestoreError::from),
+    }
 }
 
 impl From<LoadError> for RestoreError {

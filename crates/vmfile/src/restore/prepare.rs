@@ -13,6 +13,7 @@ use vmfile_qemu::{
 
 use super::disks::{NewOverlays, choose_images};
 use super::{Destination, Mode, RestoreOptions};
+use crate::control::Control;
 use crate::restore_error::{Mismatch, RestoreError};
 use crate::snapshot::Snapshot;
 
@@ -103,10 +104,14 @@ pub(super) fn prepare(
     snapshot: &Snapshot,
     destination: Destination,
     options: &RestoreOptions,
+    control: &Control<'_>,
 ) -> Result<Prepared, RestoreError> {
     let is_saved = matches!(destination, Destination::Saved);
     let (executable, mut command_line, directory) = match destination {
-        Destination::Waiting(vm) => return prepare_waiting(vm, options),
+        Destination::Waiting(mut vm) => {
+            vm.set_stop(control.stop_flag());
+            return prepare_waiting(vm, options);
+        }
         Destination::Command(mut words) => {
             if words.is_empty() {
                 return Err(RestoreError::NoCommand);
@@ -155,6 +160,7 @@ pub(super) fn prepare(
     let start = Instant::now();
     let mut launch = Launch::new(executable, command_line.for_incoming(&blocks)?)
         .foreground(options.foreground)
+        .until(control.stop_flag())
         .inherit(inherited);
     if let Some(directory) = directory {
         launch = launch.working_directory(directory);

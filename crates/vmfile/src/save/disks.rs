@@ -90,7 +90,9 @@ impl Disks {
         }
         let mut result = Ok(());
         for overlay in &self.overlays {
-            match vm.merge_overlay(overlay, MERGE_TIMEOUT) {
+            let merged =
+                vm.unstoppable(MERGE_TIMEOUT, |vm| vm.merge_overlay(overlay, MERGE_TIMEOUT));
+            match merged {
                 // QEMU has closed it, and all it held is in the image below.
                 Ok(()) => drop(fs::remove_file(overlay.file())),
                 Err(error) => result = Err(error),
