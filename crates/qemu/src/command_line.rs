@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 pub use drives::{LineDrive, LineImage};
-pub use images::NewImage;
+pub use images::Medium;
 use keys::Keys;
 
 /// The id of the monitor that [`Launch`](crate::Launch) adds for us.
@@ -367,22 +367,6 @@ impl CommandLine {
     #[must_use]
     pub fn drives(&self) -> Vec<LineDrive> {
         drives::drives(self)
-    }
-
-    /// Puts a disk image into the place of another; returns in how many places that was.
-    ///
-    /// `directory` is what relative paths refer to.
-    ///
-    /// # Errors
-    ///
-    /// [`CommandLineError::ImageInPlace`] where the old image is a part of its file, and
-    /// [`CommandLineError::NotJson`].
-    pub fn replace_image(
-        &mut self,
-        image: &NewImage,
-        directory: &Path,
-    ) -> Result<usize, CommandLineError> {
-        images::replace(self, image, directory)
     }
 
     /// Checks that a block of this name can be mapped from a file.

@@ -29,9 +29,7 @@ pub mod qmp;
 pub mod version;
 pub mod vm;
 
-pub use command_line::{
-    CommandLine, CommandLineError, LineDrive, LineImage, MappedBlock, NewImage,
-};
+pub use command_line::{CommandLine, CommandLineError, LineDrive, LineImage, MappedBlock, Medium};
 pub use discover::{DiscoverError, Found, VmAddress, list, resolve};
 pub use launch::{Launch, LaunchError, LaunchedQemu, find_program};
 pub use migration::LoadError;

@@ -10,6 +10,7 @@
 mod describe;
 mod direct;
 mod disks;
+mod images;
 mod live;
 mod native;
 mod native_file;
@@ -29,6 +30,7 @@ use self::direct::DirectRoute;
 pub use self::disks::SavedDisk;
 pub(crate) use self::disks::overlay_names;
 use self::disks::{Disks, saved_disks};
+pub(crate) use self::images::is_file;
 use self::live::LiveRoute;
 use self::native::NativeRoute;
 use self::stream::StreamRoute;
@@ -151,6 +153,8 @@ pub struct SaveReport {
     pub bytes_rewritten: u64,
     /// The disks that belong to the file, and where the guest writes since.
     pub disks: Vec<SavedDisk>,
+    /// What the user should know about the file, such as disks that it needs and that go on.
+    pub warnings: Vec<String>,
     /// How long the guest stood still, in seconds: to the end of the save, where it did not run on.
     pub pause_seconds: f64,
     /// How long it all took, in seconds.
@@ -197,6 +201,7 @@ struct Save<'a> {
     disks: Disks,
     direct_io: String,
     meta: VmMeta,
+    warnings: Vec<String>,
     written: Written,
 }
 
@@ -300,6 +305,7 @@ impl<'a> Save<'a> {
         }
         let found = vm.drives()?;
         let mut meta = describe_vm(vm, was_running, &found)?;
+        let warnings = images::look(vm, &mut meta, options, was_running)?;
         let disks = if options.with_disks {
             Disks::plan(&found, &mut meta, destination)?
         } else {
@@ -323,6 +329,7 @@ impl<'a> Save<'a> {
             draft: Some(draft),
             disks,
             meta,
+            warnings,
             written: Written::default(),
         };
         Ok((save, taken))
@@ -414,6 +421,7 @@ impl<'a> Save<'a> {
             bytes_written: written.bytes_written,
             bytes_rewritten: written.bytes_rewritten,
             disks: saved_disks(&self.meta),
+            warnings: self.warnings.clone(),
             pause_seconds: self.pause_seconds,
             total_seconds: self.started.elapsed().as_secs_f64(),
         }

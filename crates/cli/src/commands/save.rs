@@ -51,6 +51,9 @@ pub(crate) fn run(arguments: &SaveArguments, voice: &Voice) -> Result<ExitCode, 
             .hint("the VM is as it was, and there is no file"),
         error => Failure::from(&error),
     })?;
+    for warning in &report.warnings {
+        voice.warn(warning);
+    }
     voice.report(&report, human::save);
     Ok(ExitCode::SUCCESS)
 }

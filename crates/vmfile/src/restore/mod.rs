@@ -9,6 +9,7 @@
 //! then gets a short stream of its own kind: the block list, the pages of the small blocks, and
 //! the device state. `stream`: all of it comes that way, which any QEMU takes.
 
+mod changed_images;
 mod compare;
 mod disks;
 mod prepare;
@@ -68,6 +69,8 @@ pub struct RestoreOptions {
     pub io: Backend,
     /// How many threads `load` has.
     pub jobs: Jobs,
+    /// Restore although disk images are not what they were when the VM was saved.
+    pub disks_changed_ok: bool,
     /// Leave the guest paused, even if it ran when it was saved.
     pub paused: bool,
     /// Let QEMU share this process's standard streams and end with it.
@@ -81,6 +84,7 @@ impl Default for RestoreOptions {
             direct_io: DirectIo::Preferred,
             io: Backend::Auto,
             jobs: Jobs::default(),
+            disks_changed_ok: false,
             paused: false,
             foreground: false,
         }
@@ -102,6 +106,8 @@ pub struct RestoreReport {
     pub running: bool,
     /// The disks whose images belong to the file, and where the guest writes.
     pub disks: Vec<RestoredDisk>,
+    /// What the user should know, such as images that are not what they were.
+    pub warnings: Vec<String>,
     /// Whether `load` or `stream` used direct I/O; if not, why.
     pub direct_io: Option<String>,
     /// Bytes of pages that `load` or `stream` read from the file.
@@ -162,6 +168,7 @@ pub fn restore(
         mode_reason: brought.reason,
         running,
         disks: prepared.overlays.keep(),
+        warnings: prepared.warnings,
         direct_io: (brought.bytes_read > 0).then_some(brought.direct_io),
         bytes_read: brought.bytes_read,
         qemu_start_seconds: prepared.start_seconds,

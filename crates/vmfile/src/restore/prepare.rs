@@ -11,7 +11,8 @@ use vmfile_qemu::{
     program_version,
 };
 
-use super::disks::{NewOverlays, choose_images};
+use super::changed_images;
+use super::disks::{Images, NewOverlays, Start, place_given, place_saved};
 use super::{Destination, Mode, RestoreOptions};
 use crate::control::Control;
 use crate::restore_error::{Mismatch, RestoreError};
@@ -34,6 +35,8 @@ pub(super) struct Prepared {
     pub(super) mapped: Vec<String>,
     /// The images that were made for it.
     pub(super) overlays: NewOverlays,
+    /// What the user should know.
+    pub(super) warnings: Vec<String>,
     pub(super) qmp: Option<PathBuf>,
     pub(super) start_seconds: f64,
 }
@@ -110,7 +113,7 @@ pub(super) fn prepare(
     let (executable, mut command_line, directory) = match destination {
         Destination::Waiting(mut vm) => {
             vm.set_stop(control.stop_flag());
-            return prepare_waiting(vm, options);
+            return prepare_waiting(snapshot, vm, options);
         }
         Destination::Command(mut words) => {
             if words.is_empty() {
@@ -119,19 +122,7 @@ pub(super) fn prepare(
             let executable = PathBuf::from(words.remove(0));
             (executable, CommandLine::new(words)?, None)
         }
-        Destination::Saved => {
-            let meta = snapshot.manifest().map(|manifest| &manifest.meta.vm);
-            let meta = meta.ok_or(RestoreError::NoSavedCommand)?;
-            let executable = meta.executable.as_ref().ok_or(RestoreError::NoSavedCommand)?;
-            let words = meta.command_line.get(1..).unwrap_or_default().to_vec();
-            let command_line = CommandLine::new(words)?;
-            let lost = command_line.what_cannot_be_recreated();
-            if !lost.is_empty() {
-                return Err(RestoreError::CannotRecreate { what: lost });
-            }
-            let directory = meta.working_directory.as_ref().map(PathBuf::from);
-            (PathBuf::from(executable), command_line, directory)
-        }
+        Destination::Saved => saved_command(snapshot)?,
     };
     let here = directory.as_deref().unwrap_or(Path::new("."));
     command_line.expand_config(|path| fs::read_to_string(here.join(path)))?;
@@ -141,7 +132,12 @@ pub(super) fn prepare(
     let version = program_version(&executable)?;
     compare_memory_size(snapshot, &command_line)?;
     let (mapped, mode, reason) = choose(snapshot, &command_line, version, options.mode)?;
-    let overlays = choose_images(snapshot, &mut command_line, (&executable, here), is_saved)?;
+    let start = Start { snapshot, executable: &executable, directory: here, options };
+    let Images { overlays, warnings } = if is_saved {
+        place_saved(start, &mut command_line)?
+    } else {
+        place_given(start, &mut command_line)?
+    };
     let file = snapshot.file().try_clone().map_err(RestoreError::File)?;
     let inherited = OwnedFd::from(file);
     // The descriptor of the file that was checked: what lies under the name later does not matter.
@@ -174,12 +170,34 @@ pub(super) fn prepare(
         may_stream: options.mode == Mode::Auto,
         mapped: names,
         overlays,
+        warnings,
         qmp,
         start_seconds,
     })
 }
 
-fn prepare_waiting(mut vm: Vm, options: &RestoreOptions) -> Result<Prepared, RestoreError> {
+/// Returns the program, the command line and the working directory that were saved.
+fn saved_command(
+    snapshot: &Snapshot,
+) -> Result<(PathBuf, CommandLine, Option<PathBuf>), RestoreError> {
+    let meta = snapshot.manifest().map(|manifest| &manifest.meta.vm);
+    let meta = meta.ok_or(RestoreError::NoSavedCommand)?;
+    let executable = meta.executable.as_ref().ok_or(RestoreError::NoSavedCommand)?;
+    let words = meta.command_line.get(1..).unwrap_or_default().to_vec();
+    let command_line = CommandLine::new(words)?;
+    let lost = command_line.what_cannot_be_recreated();
+    if !lost.is_empty() {
+        return Err(RestoreError::CannotRecreate { what: lost });
+    }
+    let directory = meta.working_directory.as_ref().map(PathBuf::from);
+    Ok((PathBuf::from(executable), command_line, directory))
+}
+
+fn prepare_waiting(
+    snapshot: &Snapshot,
+    mut vm: Vm,
+    options: &RestoreOptions,
+) -> Result<Prepared, RestoreError> {
     if options.mode == Mode::Map {
         let reason = "a QEMU that runs already has its RAM".to_owned();
         return Err(RestoreError::CannotMap { reason });
@@ -188,6 +206,7 @@ fn prepare_waiting(mut vm: Vm, options: &RestoreOptions) -> Result<Prepared, Res
     if found != RunState::InMigrate {
         return Err(RestoreError::NotWaiting { found: found.to_string() });
     }
+    let warnings = check_waiting(snapshot, &mut vm, options)?;
     let (mode, reason) = match options.mode {
         Mode::Stream => (Chosen::Stream, "asked for"),
         Mode::Load => (Chosen::Load, "asked for"),
@@ -200,9 +219,26 @@ fn prepare_waiting(mut vm: Vm, options: &RestoreOptions) -> Result<Prepared, Res
         may_stream: options.mode == Mode::Auto,
         mapped: Vec::new(),
         overlays: NewOverlays::default(),
+        warnings,
         qmp: None,
         start_seconds: 0.0,
     })
+}
+
+/// Compares the images that a QEMU which waits has with what the file says of them.
+fn check_waiting(
+    snapshot: &Snapshot,
+    vm: &mut Vm,
+    options: &RestoreOptions,
+) -> Result<Vec<String>, RestoreError> {
+    let Some(manifest) = snapshot.manifest() else { return Ok(Vec::new()) };
+    let saved = &manifest.meta.vm;
+    let directory = saved.working_directory.as_deref().map_or(Path::new("."), Path::new);
+    let here = vm.process().map(|process| process.working_directory).unwrap_or_default();
+    let drives = vm.drives()?;
+    let tops = drives.iter().filter_map(|drive| drive.image());
+    let named: Vec<PathBuf> = tops.map(|image| here.join(&image.path)).collect();
+    changed_images::check_named(saved, directory, &named, options)
 }
 
 /// Compares `-m` with the machine's RAM in the file: QEMU would refuse to start with a mapped file

@@ -48,7 +48,7 @@ impl DirectRoute {
             route: "direct",
             live: Some(false),
             pause_seconds: Some(work.seconds_paused()),
-            vm: work.meta.clone(),
+            vm: super::images::recorded(work)?,
         };
         work.draft.finish(&places, &written.bitmaps, tail, facts)?;
         let pages_data = written.bitmaps.iter().map(|bitmap| bitmap.data_count().0).sum();

@@ -77,7 +77,7 @@ impl LiveRoute {
             route: "stream",
             live: Some(true),
             pause_seconds: Some(pause_seconds),
-            vm: work.meta.clone(),
+            vm: super::images::recorded(work)?,
         };
         work.draft.finish(&received.places, &received.bitmaps, received.tail(), facts)?;
         let method = match method {

@@ -80,7 +80,8 @@ impl NativeRoute {
         let put_back = work.vm.change_stream_settings(&self.ours, &self.before);
         let ram_bytes = sent?;
         put_back?;
-        native_file::complete(work, ram_bytes)
+        let meta = super::images::recorded(work)?;
+        native_file::complete(work, meta, ram_bytes)
     }
 
     /// Gives QEMU the file for as long as it writes; returns the bytes of all RAM.

@@ -65,7 +65,7 @@ impl StreamRoute {
             route: "stream",
             live: Some(false),
             pause_seconds: Some(work.seconds_paused()),
-            vm: work.meta.clone(),
+            vm: super::images::recorded(work)?,
         };
         work.draft.finish(&received.places, &received.bitmaps, received.tail(), facts)?;
         Ok(written(&received))
