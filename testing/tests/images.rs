@@ -19,7 +19,7 @@ use vmfile_testing::{Guest, GuestConfig, Qemu, Ram, Release, TestResult, require
 
 /// Makes an empty raw image.
 fn raw(path: &Path) -> TestResult {
-    Ok(fs::File::create(path)?.set_len(4 << 20)?)
+    Ok(fs::File::create_new(path)?.set_len(4 << 20)?)
 }
 
 /// A guest in the boot sector, with `more` arguments.

@@ -13,14 +13,23 @@ use vmfile_format::qcow2::{QCOW2_HEADER_LEN_MAX, Qcow2Header};
 /// The format whose header is compared.
 const QCOW2: &str = "qcow2";
 
+/// What QEMU still does with an image when it is looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Use {
+    /// Nothing: it is closed, or open for reading only.
+    None,
+    /// It has it open for writing, and writes what some formats need when it closes it.
+    Writes,
+    /// It writes dirty bitmaps into it when it closes it.
+    WritesBitmaps,
+}
+
 /// Looks at an image that was found with `O_PATH`.
-///
-/// `is_in_use` says that a QEMU still has it open for writing, and writes the rest when it closes it.
 ///
 /// # Errors
 ///
 /// What the kernel says, or that it is neither a regular file nor a block device.
-pub(crate) fn look_at(found: &File, format: &str, is_in_use: bool) -> io::Result<FileMeta> {
+pub(crate) fn look_at(found: &File, format: &str, usage: Use) -> io::Result<FileMeta> {
     let metadata = found.metadata()?;
     let is_block_device = metadata.file_type().is_block_device();
     if !metadata.is_file() && !is_block_device {
@@ -43,7 +52,12 @@ pub(crate) fn look_at(found: &File, format: &str, is_in_use: bool) -> io::Result
     }
     if format == QCOW2 {
         let header = header(found)?;
-        if is_in_use && header.changes_when_closed {
+        let changes = match usage {
+            Use::None => false,
+            Use::Writes => header.changes_when_closed,
+            Use::WritesBitmaps => true,
+        };
+        if changes {
             (facts.modified_unix_seconds, facts.modified_nanoseconds) = (None, None);
             facts.bytes = None;
         } else {
@@ -97,7 +111,7 @@ pub(crate) fn compare(image: &ImageMeta, path: &Path, may_open: bool) -> io::Res
     let may_open = may_open && expected.qcow2_header.is_some();
     let format = if may_open { image.format.as_str() } else { "" };
     let file = find(path)?;
-    let found = look_at(&file, format, false)?;
+    let found = look_at(&file, format, Use::None)?;
     let mut changes = Vec::new();
     let mut differ = |what, found: Option<String>, expected: Option<String>| {
         if let (Some(found), Some(expected)) = (found, expected)
@@ -137,7 +151,7 @@ mod tests {
     use super::*;
 
     fn noted(path: &Path, format: &str) -> ImageMeta {
-        let file = look_at(&find(path).unwrap(), format, false).unwrap();
+        let file = look_at(&find(path).unwrap(), format, Use::None).unwrap();
         ImageMeta { format: format.to_owned(), file: Some(file), ..ImageMeta::default() }
     }
 
@@ -170,7 +184,7 @@ mod tests {
     fn what_is_no_file_is_not_opened() {
         // A FIFO that nobody writes to would hold an open for ever; so would a terminal.
         let directory = tempfile::tempdir().unwrap();
-        assert!(look_at(&find(directory.path()).unwrap(), "qcow2", false).is_err());
-        assert!(look_at(&find(Path::new("/dev/null")).unwrap(), "qcow2", false).is_err());
+        assert!(look_at(&find(directory.path()).unwrap(), "qcow2", Use::None).is_err());
+        assert!(look_at(&find(Path::new("/dev/null")).unwrap(), "qcow2", Use::None).is_err());
     }
 }

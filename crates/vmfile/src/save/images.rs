@@ -12,7 +12,7 @@ use vmfile_qemu::{Drive, FileId, Image, ProcessInfo, Vm};
 use super::describe::is_out_of_reach;
 use super::{After, SaveOptions, Work};
 use crate::error::SaveError;
-use crate::image_facts;
+use crate::image_facts::{self, Use};
 
 /// Names of files that mean something else in every process.
 const DESCRIPTORS: [&str; 3] = ["/dev/fdset/", "/dev/fd/", "/proc/self/fd/"];
@@ -86,7 +86,7 @@ pub(super) fn look(
     for disk in &mut meta.disks {
         let belongs = options.with_disks && !disk.read_only;
         for image in disk.images.iter_mut().filter(|image| is_file(&image.path)) {
-            match find_again(&process, &open, &directory, image, !disk.read_only) {
+            match find_again(&process, &open, &directory, image) {
                 Ok(facts) => image.file = Some(facts),
                 Err(Unseen::Lost(reason)) => {
                     let (device, image) = (disk.device.clone(), PathBuf::from(&image.path));
@@ -147,9 +147,14 @@ pub(super) fn record(vm: &mut Vm, meta: &mut VmMeta) -> Result<(), SaveError> {
         let Some(process) = &process else { continue };
         let is_written = !disk.read_only;
         for (index, image) in disk.images.iter_mut().enumerate().filter(|(_, i)| i.file.is_some()) {
-            let in_use = is_written && index == 0 && disk.overlay.is_none();
+            let usage = match drive {
+                Some(drive) if is_written && index == 0 && disk.overlay.is_none() => {
+                    if drive.keeps_bitmaps { Use::WritesBitmaps } else { Use::Writes }
+                }
+                _ => Use::None,
+            };
             let looked = process.find(Path::new(&image.path));
-            let looked = looked.and_then(|f| image_facts::look_at(&f, &image.format, in_use));
+            let looked = looked.and_then(|f| image_facts::look_at(&f, &image.format, usage));
             image.file = Some(looked.map_err(|error| SaveError::ImageLost {
                 device: disk.device.clone(),
                 image: PathBuf::from(&image.path),
@@ -183,7 +188,6 @@ fn find_again(
     open: &HashSet<FileId>,
     directory: &Path,
     image: &ImageMeta,
-    is_written: bool,
 ) -> Result<FileMeta, Unseen> {
     let path = Path::new(&image.path);
     let lost = |reason: &str| Err(Unseen::Lost(reason.to_owned()));
@@ -212,7 +216,7 @@ fn find_again(
         }
         Err(error) => return Err(Unseen::Unknown(error)),
     }
-    image_facts::look_at(&found, &image.format, is_written).map_err(Unseen::Unknown)
+    image_facts::look_at(&found, &image.format, Use::None).map_err(Unseen::Unknown)
 }
 
 /// Refuses overlays that would hold in clear text what the image below hides.
