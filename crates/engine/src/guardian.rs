@@ -11,21 +11,25 @@
 
 #![expect(unsafe_code, reason = "forks, and calls what rustix has no safe wrapper for")]
 
+mod kept;
 mod steps;
 mod will;
 
-use std::io;
-use std::mem;
+use std::io::{self, IoSlice};
+use std::mem::{self, MaybeUninit};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::ptr;
 
-use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, socketpair};
+use rustix::net::{
+    AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
+    sendmsg, socketpair,
+};
 use rustix::process::{Pid, WaitOptions, waitpid};
 
 pub use will::{Step, Will};
 
 use self::steps::Room;
-use self::will::{DISMISSED, WILL_LEN_MAX};
+use self::will::{CONNECTION, DISMISSED, LISTENER, WILL_LEN_MAX};
 
 /// The name of the process, as `ps` shows it: not the program's own, which a user may end by name.
 const NAME: &[u8; 16] = b"vm-guardian\0\0\0\0\0";
@@ -36,7 +40,7 @@ const NAME: &[u8; 16] = b"vm-guardian\0\0\0\0\0";
 /// nothing left to be done.
 #[derive(Debug)]
 pub struct Guardian {
-    /// `None` only in `drop`.
+    /// `None` once the guardian was left to itself.
     pipe: Option<OwnedFd>,
     child: Pid,
 }
@@ -82,10 +86,47 @@ impl Guardian {
         self.send(will.bytes())
     }
 
+    /// Has a connection kept open, and what comes by it read and thrown away, while a will is carried
+    /// out. Its peer then sees no end of it before it was told to stop.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Guardian::entrust`].
+    pub fn keep_open(&self, connection: BorrowedFd<'_>) -> io::Result<()> {
+        self.send_with(CONNECTION, connection)
+    }
+
+    /// Has new connections to a listening socket taken and kept open as well.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Guardian::entrust`].
+    pub fn keep_listening(&self, listener: BorrowedFd<'_>) -> io::Result<()> {
+        self.send_with(LISTENER, listener)
+    }
+
+    fn send_with(&self, what: u8, fd: BorrowedFd<'_>) -> io::Result<()> {
+        let pipe = self.pipe.as_ref().expect("taken with the guardian");
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        let fds = [fd];
+        let fits = control.push(SendAncillaryMessage::ScmRights(&fds));
+        assert!(fits, "the buffer was made for one descriptor");
+        sendmsg(pipe, &[IoSlice::new(&[what])], &mut control, SendFlags::NOSIGNAL)?;
+        Ok(())
+    }
+
     /// Lets the guardian go: nothing is left to be done.
     pub fn dismiss(self) {
         // One that was ended need not be told.
         drop(self.send(&[DISMISSED]));
+    }
+
+    /// Lets the guardian carry out its will at once, and does not wait for it.
+    ///
+    /// The kernel keeps its exit status until this process ends.
+    pub fn leave(mut self) {
+        drop(self.pipe.take());
     }
 
     /// Returns the guardian's process id.
@@ -95,7 +136,7 @@ impl Guardian {
     }
 
     fn send(&self, message: &[u8]) -> io::Result<()> {
-        let pipe = self.pipe.as_ref().expect("taken only by drop");
+        let pipe = self.pipe.as_ref().expect("taken with the guardian");
         let sent = rustix::net::send(pipe, message, SendFlags::NOSIGNAL)?;
         // The kernel takes a packet whole.
         if sent == message.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
@@ -105,7 +146,9 @@ impl Guardian {
 impl Drop for Guardian {
     fn drop(&mut self) {
         // The end of the pipe is what the guardian waits for.
-        drop(self.pipe.take());
+        if self.pipe.take().is_none() {
+            return;
+        }
         loop {
             match waitpid(Some(self.child), WaitOptions::empty()) {
                 Err(rustix::io::Errno::INTR) => {}

@@ -10,6 +10,8 @@
 //! | [`launch`] | a QEMU of our own, killed unless it is kept |
 //! | [`program`] | a QEMU on disk: its version |
 //! | [`discover`] | the VMs that run on this host |
+//! | [`unix_socket`] | connecting without waiting in the kernel |
+//! | [`files`] | which of them uses a file |
 //! | [`version`] | what each QEMU version can do |
 //!
 //! This crate never reads guest RAM nor a snapshot: it passes descriptors. It prints nothing.
@@ -19,6 +21,7 @@
 
 pub mod command_line;
 pub mod discover;
+pub mod files;
 pub mod launch;
 pub mod migration;
 pub mod outgoing;
@@ -26,19 +29,22 @@ mod pass_fd;
 mod proc;
 pub mod program;
 pub mod qmp;
+pub mod unix_socket;
 pub mod version;
 pub mod vm;
 
 pub use command_line::{CommandLine, CommandLineError, LineDrive, LineImage, MappedBlock, Medium};
 pub use discover::{DiscoverError, Found, VmAddress, list, resolve};
-pub use launch::{Launch, LaunchError, LaunchedQemu, find_program};
+pub use files::{FileUse, FileUser, user_of_file};
+pub use launch::{Launch, LaunchError, LaunchedQemu, MonitorPair, find_program};
 pub use migration::LoadError;
 pub use outgoing::{KeptFile, Outgoing, SentRam, StreamSettings};
+pub use proc::is_process_stopped;
 pub use program::program_version;
 pub use qmp::{Event, Qmp, QmpError};
 pub use version::{Feature, QemuVersion};
 pub use vm::{
     Blocker, BlockerKind, DeviceName, Drive, FileId, Flushed, Footprint, Holder, Image,
     MemoryBackend, Overlay, PUT_BACK_TIMEOUT, Paused, ProcessInfo, RamBlockInfo, RunState,
-    SaveRecord, UndoStep, Vm, VmError, sender, undo_steps,
+    SaveRecord, UndoStep, Vm, VmError, sender, steps_to_end, steps_to_run, undo_steps,
 };

@@ -34,7 +34,7 @@ pub use memory_backends::MemoryBackend;
 pub use overlays::Overlay;
 pub use paused::Paused;
 pub use process::{ProcessInfo, sender};
-pub use put_back::{Footprint, UndoStep, undo_steps};
+pub use put_back::{Footprint, UndoStep, steps_to_end, steps_to_run, undo_steps};
 pub use ram::RamBlockInfo;
 pub use record::{Holder, SaveRecord};
 
@@ -150,6 +150,9 @@ impl VmError {
             VmError::Qmp(error) => error.hint(),
             VmError::System { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
                 Some("run as the user who owns the VM, or as root")
+            }
+            VmError::ProcessUnknown { reason } if reason.contains("PID namespace") => {
+                Some("run vmfile on the host of the container, or inside it")
             }
             VmError::ProcessUnknown { .. } => Some("name the VM by its process id"),
             VmError::NotStill { .. } => {
@@ -272,6 +275,8 @@ pub struct Vm {
     socket: Option<PathBuf>,
     /// Known when we started this QEMU, or found by [`Vm::pid`].
     pid: Option<u32>,
+    /// Whether [`Vm::release_disks`] was the last word about its disks.
+    has_released_disks: bool,
 }
 
 impl Vm {
@@ -294,11 +299,22 @@ impl Vm {
         Vm::connect_with(socket, Some(Arc::clone(stop)))
     }
 
+    /// Connects as [`Vm::connect`] does, within `timeout`.
+    ///
+    /// # Errors
+    ///
+    /// See [`Qmp::connect`].
+    pub fn connect_within(socket: &Path, timeout: Duration) -> Result<Vm, VmError> {
+        let mut qmp = Qmp::connect(socket, timeout)?;
+        qmp.set_timeout(COMMAND_TIMEOUT);
+        Ok(Vm { qmp, socket: Some(socket.to_owned()), pid: None, has_released_disks: false })
+    }
+
     fn connect_with(socket: &Path, stop: Option<Arc<AtomicBool>>) -> Result<Vm, VmError> {
         // A silent monitor is found out soon, without shortening every later command.
         let mut qmp = Qmp::connect_until(socket, GREETING_TIMEOUT, stop)?;
         qmp.set_timeout(COMMAND_TIMEOUT);
-        Ok(Vm { qmp, socket: Some(socket.to_owned()), pid: None })
+        Ok(Vm { qmp, socket: Some(socket.to_owned()), pid: None, has_released_disks: false })
     }
 
     /// Makes every wait for QEMU end soon after `stop` is set, as [`Qmp::set_stop`] does.
@@ -328,8 +344,11 @@ impl Vm {
 
     /// Makes a VM of a monitor that has greeted already.
     #[must_use]
-    pub fn from_qmp(qmp: Qmp, pid: Option<u32>) -> Vm {
-        Vm { qmp, socket: None, pid }
+    pub fn from_qmp(mut qmp: Qmp, pid: Option<u32>) -> Vm {
+        if let Some(pid) = pid {
+            qmp.set_process(pid);
+        }
+        Vm { qmp, socket: None, pid, has_released_disks: false }
     }
 
     /// Stops the guest; it can be continued. Disks are drained and flushed when this returns.
@@ -358,6 +377,9 @@ impl Vm {
     ///
     /// As for [`Vm::cont`], and [`VmError::WrongState`] if the guest still stands as before.
     pub fn let_run(&mut self) -> Result<(), VmError> {
+        if self.has_released_disks {
+            self.take_back_disks()?;
+        }
         self.cont()?;
         let found = self.run_state()?;
         match found {

@@ -9,6 +9,7 @@ use vmfile_format::FormatError;
 use vmfile_qemu::{CommandLineError, VmError};
 
 use crate::draft::DraftError;
+use crate::proof::ProofError;
 use crate::ram_writer::RamError;
 use crate::receive::ReceiveError;
 use crate::snapshot::SnapshotError;
@@ -25,6 +26,17 @@ pub enum SaveError {
     /// QEMU refused, or could not be asked.
     #[error(transparent)]
     Vm(#[from] VmError),
+    /// There is no process that would put things back, should this one end.
+    #[error(transparent)]
+    Guard(#[from] GuardError),
+    /// QEMU ended in the middle of the save.
+    #[error("QEMU ended while the VM was saved; before that: {cause}")]
+    QemuGone {
+        /// What the save met first.
+        cause: Box<SaveError>,
+        /// What the monitor said.
+        source: VmError,
+    },
     /// The VM is in a state in which it cannot be saved.
     #[error("the VM is in run state {found:?}, expected running or paused")]
     RunState {
@@ -123,9 +135,20 @@ pub enum SaveError {
     /// The pages that QEMU wrote cannot be read.
     #[error("read the pages that QEMU wrote")]
     Reread(#[source] io::Error),
+    /// What was written does not read back.
+    #[error(transparent)]
+    Proof(ProofError),
     /// A pair of sockets could not be made.
     #[error("make a pair of sockets")]
     Socket(#[source] io::Error),
+    /// QEMU did not make the connections by which it was to send the VM.
+    #[error("QEMU did not connect to {socket}: {reason}", socket = socket.display())]
+    NotConnected {
+        /// The socket, as QEMU was told.
+        socket: PathBuf,
+        /// QEMU's own words, where it gave any.
+        reason: String,
+    },
     /// QEMU did not send the VM.
     #[error("QEMU's migration: {reason}")]
     Migration {
@@ -213,13 +236,52 @@ pub enum SaveError {
         source: VmError,
     },
     /// The file is whole, but the VM could not be told to go on or to end.
-    #[error("{file} is whole, but the VM is left paused", file = file.display())]
+    #[error("{file} is whole, but {}", left(source), file = file.display())]
     Release {
         /// The file.
         file: PathBuf,
         /// Why.
         source: VmError,
     },
+}
+
+impl SaveError {
+    /// Whether the VM is left paused that ran before.
+    #[must_use]
+    pub fn leaves_paused(&self) -> bool {
+        match self {
+            SaveError::Release { source, .. } => !is_gone(source),
+            SaveError::LeftPaused { .. } | SaveError::Vm(VmError::LeftPaused { .. }) => true,
+            _ => false,
+        }
+    }
+
+    /// Says that QEMU is gone, unless this error says so already.
+    pub(crate) fn with_qemu_gone(self, source: VmError) -> SaveError {
+        SaveError::QemuGone { cause: Box::new(self), source }
+    }
+}
+
+/// Whether QEMU has ended.
+fn is_gone(error: &VmError) -> bool {
+    matches!(error, VmError::Qmp(error) if error.is_closed())
+}
+
+/// Says what became of a VM that was not released, for `error`.
+fn left(error: &VmError) -> &'static str {
+    if is_gone(error) {
+        "QEMU ended before it was told what to do"
+    } else {
+        "the VM is left paused"
+    }
+}
+
+/// A guardian could not be started, or has ended.
+#[derive(Debug, thiserror::Error)]
+#[error("the process that would let the VM run on, should this one be ended")]
+pub struct GuardError {
+    /// What the kernel said.
+    pub(crate) source: io::Error,
 }
 
 impl From<RamError> for SaveError {
@@ -230,6 +292,15 @@ impl From<RamError> for SaveError {
             }
             RamError::Write { source } => SaveError::Write { what: "guest RAM", source },
             RamError::Stopped => SaveError::Stopped,
+        }
+    }
+}
+
+impl From<ProofError> for SaveError {
+    fn from(error: ProofError) -> SaveError {
+        match error {
+            ProofError::Publish(error) => SaveError::Publish(error),
+            error => SaveError::Proof(error),
         }
     }
 }

@@ -15,7 +15,7 @@ use crate::version::Feature;
 pub enum Flushed {
     /// QEMU says that they are.
     Yes,
-    /// This QEMU has no command that says so, or something uses the disks besides the guest.
+    /// Something uses the disks besides the guest, and QEMU flushes none of them then.
     Unknown {
         /// Why.
         reason: String,
@@ -24,6 +24,7 @@ pub enum Flushed {
 
 impl Vm {
     /// Flushes the disks of a stopped VM and releases them: another QEMU may open them from now on.
+    /// QEMU needs [`Feature::BlockdevSetActive`].
     ///
     /// This is for a VM that is about to end. [`Vm::take_back_disks`] makes them this VM's again.
     ///
@@ -31,15 +32,8 @@ impl Vm {
     ///
     /// [`VmError::NotFlushed`] when a disk does not take what the guest wrote; the disks are this VM's
     /// again then.
-    pub fn release_disks(&mut self) -> Result<Flushed, VmError> {
-        if !self.version()?.has(Feature::BlockdevSetActive) {
-            let reason = format!(
-                "QEMU {} has no command that says so, {} has one",
-                self.version()?,
-                Feature::BlockdevSetActive.since()
-            );
-            return Ok(Flushed::Unknown { reason });
-        }
+    pub(super) fn release_disks(&mut self) -> Result<Flushed, VmError> {
+        self.has_released_disks = true;
         match self.set_disks_active(false) {
             Ok(()) => Ok(Flushed::Yes),
             Err(QmpError::Refused { desc, .. }) => {
@@ -64,11 +58,13 @@ impl Vm {
         if self.version()?.has(Feature::BlockdevSetActive) {
             self.set_disks_active(true)?;
         }
+        self.has_released_disks = false;
         Ok(())
     }
 
     fn set_disks_active(&mut self, active: bool) -> Result<(), QmpError> {
-        self.execute("blockdev-set-active", taking(active).1).map(drop)
+        let (command, arguments) = taking(active);
+        self.execute(command, arguments).map(drop)
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::{RamBlockInfo, RunState, Vm, VmError};
+use super::{PUT_BACK_TIMEOUT, RamBlockInfo, RunState, Vm, VmError};
 
 /// A VM whose guest was stopped.
 ///
@@ -125,7 +125,12 @@ impl Paused<'_> {
     /// Whatever QEMU says, and [`VmError::WrongState`] if the guest does not run all the same.
     pub fn resume(&mut self) -> Result<(), VmError> {
         self.is_over = true;
-        if self.ran { self.vm.let_run() } else { Ok(()) }
+        let vm = &mut *self.vm;
+        match self.ran {
+            true => vm.unstoppable(PUT_BACK_TIMEOUT, Vm::let_run),
+            false if vm.has_released_disks => vm.unstoppable(PUT_BACK_TIMEOUT, Vm::take_back_disks),
+            false => Ok(()),
+        }
     }
 
     /// Leaves the guest as it is: stopped, or ended with its QEMU; returns how long it stood still

@@ -1,6 +1,5 @@
 //! The disks of the saved moment: images that belong to the file get overlays, for the VM to write to.
 
-use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileTypeExt as _;
@@ -34,6 +33,11 @@ pub struct RestoredDisk {
 pub(super) struct NewOverlays(Vec<RestoredDisk>);
 
 impl NewOverlays {
+    /// Returns their files.
+    pub(super) fn files(&self) -> Vec<PathBuf> {
+        self.0.iter().map(|disk| disk.overlay.clone()).collect()
+    }
+
     /// Leaves them: the VM runs with them.
     pub(super) fn keep(mut self) -> Vec<RestoredDisk> {
         std::mem::take(&mut self.0)
@@ -64,12 +68,6 @@ pub(super) struct Start<'a> {
     pub(super) executable: &'a Path,
     pub(super) directory: &'a Path,
     pub(super) options: &'a RestoreOptions,
-}
-
-impl Start<'_> {
-    fn stem(&self) -> &OsStr {
-        self.snapshot.path().file_stem().unwrap_or(OsStr::new("vm"))
-    }
 }
 
 /// Makes the saved line name the images that the VM had when it was saved: an overlay where the
@@ -234,7 +232,7 @@ pub(super) fn place_given(
 /// Makes an empty overlay beside `image`, under a name that nobody else has.
 fn make_overlay(start: Start<'_>, image: &Path, format: &str) -> Result<PathBuf, RestoreError> {
     let failed = |source| RestoreError::Overlay { image: image.to_path_buf(), source };
-    let mut names = overlay_names(image, start.stem());
+    let mut names = overlay_names(image);
     let overlay = loop {
         let name = names.next().expect("there are more names than files");
         match File::options().write(true).create_new(true).open(&name) {

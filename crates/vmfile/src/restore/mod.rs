@@ -1,13 +1,14 @@
 //! `vmfile restore`: a file into a running VM.
 //!
 //! ```text
-//! prepare - start QEMU - compare - RAM (map, load or stream) - device state - run
+//! verify all but pages - prepare - start QEMU - compare - RAM (map, load or stream) - device state - run
 //! ```
 //!
 //! `map`: the file's pages *are* the RAM, copy-on-write; QEMU is started with them and nothing is
 //! read. `load`: the file is read straight into the memory of a QEMU that waits. Either way QEMU
 //! then gets a short stream of its own kind: the block list, the pages of the small blocks, and
-//! the device state. `stream`: all of it comes that way, which any QEMU takes.
+//! the device state. `stream`: all of it comes that way, which any QEMU takes. Pages that are read are
+//! compared with their hashes, before the guest runs on them.
 
 mod changed_images;
 mod compare;
@@ -28,6 +29,7 @@ pub use self::disks::RestoredDisk;
 use self::prepare::prepare;
 use self::ram::bring;
 use crate::control::Control;
+use crate::guard::Guard;
 use crate::jobs::Jobs;
 use crate::ram_loader::LoadError;
 use crate::restore_error::RestoreError;
@@ -71,6 +73,9 @@ pub struct RestoreOptions {
     pub jobs: Jobs,
     /// Restore although disk images are not what they were when the VM was saved.
     pub disks_changed_ok: bool,
+    /// Before a guest runs on pages that are mapped, read them all and compare them with their
+    /// hashes. What is read anyway is always compared.
+    pub verify: bool,
     /// Leave the guest paused, even if it ran when it was saved.
     pub paused: bool,
     /// Let QEMU share this process's standard streams and end with it.
@@ -85,6 +90,7 @@ impl Default for RestoreOptions {
             io: Backend::Auto,
             jobs: Jobs::default(),
             disks_changed_ok: false,
+            verify: false,
             paused: false,
             foreground: false,
         }
@@ -112,6 +118,8 @@ pub struct RestoreReport {
     pub direct_io: Option<String>,
     /// Bytes of pages that `load` or `stream` read from the file.
     pub bytes_read: u64,
+    /// Whether the file was compared with its checksums and each page with its hash; if not, why.
+    pub verified: &'static str,
     /// From the start of QEMU to its first answer, in seconds; 0 for a QEMU that waited.
     pub qemu_start_seconds: f64,
     /// From QEMU's first answer to the guest running, in seconds.
@@ -144,6 +152,10 @@ pub fn restore(
     control: &Control<'_>,
 ) -> Result<Restored, RestoreError> {
     let started = Instant::now();
+    if options.verify && snapshot.manifest().is_none() {
+        return Err(RestoreError::NoHashes { path: snapshot.path().to_path_buf() });
+    }
+    snapshot.verify_parts()?;
     let mut prepared = prepare(snapshot, destination, options, control)?;
     let answered = Instant::now();
     let qmp = prepared.qmp.take();
@@ -152,25 +164,33 @@ pub fn restore(
     compare(snapshot, &vm.machine_type()?, &found)?;
     let brought = bring(snapshot, &mut prepared, &found, options, control);
     let brought = brought.map_err(|error| prepared.explain(error))?;
-    let running = match run(snapshot, prepared.vm(), options) {
+    let is_to_run = is_to_run(snapshot, options)?;
+    if let Some(guard) = prepared.guard.as_ref().filter(|_| is_to_run) {
+        // The VM is there: should this process end now, its guest runs on all the same.
+        guard.watch_run()?;
+    }
+    match run(prepared.vm(), is_to_run) {
         Err(error @ RestoreError::Unanswered { .. }) => {
             // The guest may run, and ending its QEMU would take what it does.
+            prepared.guard.map(Guard::leave).unwrap_or_default();
             drop(prepared.overlays.keep());
             drop(prepared.qemu.into_launched().map(LaunchedQemu::detach));
             return Err(error);
         }
-        running => running?,
-    };
+        told => told?,
+    }
+    prepared.guard.take().map(Guard::dismiss).unwrap_or_default();
     let report = RestoreReport {
         pid: prepared.vm().pid()?,
         qmp,
         mode: brought.mode.name(),
         mode_reason: brought.reason,
-        running,
+        running: is_to_run,
         disks: prepared.overlays.keep(),
         warnings: prepared.warnings,
         direct_io: (brought.bytes_read > 0).then_some(brought.direct_io),
         bytes_read: brought.bytes_read,
+        verified: brought.verified,
         qemu_start_seconds: prepared.start_seconds,
         resume_seconds: answered.elapsed().as_secs_f64(),
         total_seconds: started.elapsed().as_secs_f64(),
@@ -178,23 +198,28 @@ pub fn restore(
     Ok(Restored { report, qemu: prepared.qemu.into_launched() })
 }
 
-/// Lets the guest run if it is to; returns whether it does.
-fn run(snapshot: &Snapshot, vm: &mut Vm, options: &RestoreOptions) -> Result<bool, RestoreError> {
+/// Whether the guest is to run: it ran when it was saved.
+fn is_to_run(snapshot: &Snapshot, options: &RestoreOptions) -> Result<bool, RestoreError> {
     let state = &snapshot.structure().device_state;
     let was_running = state.run_state(&snapshot.device_state()?) == Some("running");
-    if options.paused || !was_running {
-        return Ok(false);
+    Ok(was_running && !options.paused)
+}
+
+/// Lets the guest run if it is to.
+fn run(vm: &mut Vm, is_to_run: bool) -> Result<(), RestoreError> {
+    if !is_to_run {
+        return Ok(());
     }
     match vm.cont() {
         Err(VmError::Qmp(source)) if source.may_run_later() => {
             let state = vm.unstoppable(PUT_BACK_TIMEOUT, Vm::run_state);
             match state {
-                Ok(RunState::Running) => Ok(true),
+                Ok(RunState::Running) => Ok(()),
                 Ok(_) => Err(VmError::from(source).into()),
                 Err(_) => Err(RestoreError::Unanswered { pid: vm.pid().ok(), source }),
             }
         }
-        told => told.map(|()| true).map_err(RestoreError::from),
+        told => told.map_err(RestoreError::from),
     }
 }
 
@@ -202,6 +227,7 @@ impl From<LoadError> for RestoreError {
     fn from(error: LoadError) -> RestoreError {
         match error {
             LoadError::Stopped => RestoreError::Stopped,
+            LoadError::Snapshot(error) => RestoreError::Snapshot(error),
             error => RestoreError::Load(error),
         }
     }

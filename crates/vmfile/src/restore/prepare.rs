@@ -1,20 +1,21 @@
 //! Which QEMU the VM goes into, how its RAM comes back, and why in that way.
 
 use std::fs;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use vmfile_format::mapped_ram::PlacedBlock;
 use vmfile_qemu::{
-    CommandLine, Feature, Launch, LaunchedQemu, MappedBlock, QemuVersion, RunState, Vm,
-    program_version,
+    CommandLine, Feature, Launch, LaunchedQemu, MappedBlock, MonitorPair, QemuVersion, RunState,
+    Vm, program_version,
 };
 
 use super::changed_images;
 use super::disks::{Images, NewOverlays, Start, place_given, place_saved};
 use super::{Destination, Mode, RestoreOptions};
 use crate::control::Control;
+use crate::guard::Guard;
 use crate::restore_error::{Mismatch, RestoreError};
 use crate::snapshot::Snapshot;
 
@@ -39,6 +40,8 @@ pub(super) struct Prepared {
     pub(super) warnings: Vec<String>,
     pub(super) qmp: Option<PathBuf>,
     pub(super) start_seconds: f64,
+    /// Ends the QEMU that was started, should this process end. It is the last to be dropped.
+    pub(super) guard: Option<Guard>,
 }
 
 /// The mode that was chosen.
@@ -153,8 +156,13 @@ pub(super) fn prepare(
         .collect();
     let names = blocks.iter().map(|block| block.block_name.clone()).collect();
     let qmp = command_line.qmp_sockets().into_iter().next();
+    let monitor = MonitorPair::new()?;
+    let mut guard = Guard::of_monitor(monitor.as_fd())?;
+    guard.add_files(overlays.files());
+    guard.watch_start()?;
     let start = Instant::now();
     let mut launch = Launch::new(executable, command_line.for_incoming(&blocks)?)
+        .monitor(monitor)
         .foreground(options.foreground)
         .until(control.stop_flag())
         .inherit(inherited);
@@ -173,6 +181,7 @@ pub(super) fn prepare(
         warnings,
         qmp,
         start_seconds,
+        guard: Some(guard),
     })
 }
 
@@ -222,6 +231,7 @@ fn prepare_waiting(
         warnings,
         qmp: None,
         start_seconds: 0.0,
+        guard: None,
     })
 }
 

@@ -10,7 +10,7 @@ use vmfile_format::manifest::{DiskMeta, EmptyDriveMeta, FileMeta, ImageMeta, VmM
 use vmfile_qemu::{Drive, FileId, Image, ProcessInfo, Vm};
 
 use super::describe::is_out_of_reach;
-use super::{After, SaveOptions, Work};
+use super::{After, SaveOptions};
 use crate::error::SaveError;
 use crate::image_facts::{self, Use};
 
@@ -107,17 +107,10 @@ pub(super) fn look(
     Ok(warnings)
 }
 
-/// Returns what the manifest says of the VM, with its images as they are now.
+/// Notes what the images are now, and refuses a drive whose medium changed since [`look`].
 ///
 /// It is to be called when the guest's last writes are in the images, right before the manifest is
 /// written: a qcow2 image may be written when QEMU releases it.
-pub(super) fn recorded(work: &mut Work<'_>) -> Result<VmMeta, SaveError> {
-    let mut meta = work.meta.clone();
-    record(work.vm, &mut meta)?;
-    Ok(meta)
-}
-
-/// Notes what the images are now, and refuses a drive whose medium changed since [`look`].
 pub(super) fn record(vm: &mut Vm, meta: &mut VmMeta) -> Result<(), SaveError> {
     let drives = vm.drives()?;
     let process = match vm.process() {

@@ -12,11 +12,11 @@ use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use vmfile_qemu::{Outgoing, RunState, StreamSettings, Vm, VmError};
+use vmfile_qemu::{Outgoing, PUT_BACK_TIMEOUT, RunState, StreamSettings, Vm, VmError};
 
-use super::stream::{sent, why_not, written};
+use super::sending::{Peer, sent};
+use super::stream::written;
 use super::{Disks, Live, LiveDone, Work, Written};
-use crate::draft::Facts;
 use crate::error::SaveError;
 use crate::receive::ReceiveError;
 use crate::source::stream::Patience;
@@ -54,12 +54,19 @@ impl LiveRoute {
         Ok(LiveRoute { before: vm.stream_settings()?, live })
     }
 
+    /// Returns the migration settings as they were.
+    pub(super) fn settings(&self) -> &StreamSettings {
+        &self.before
+    }
+
     /// Lets QEMU send the guest, writes what comes, and then what belongs around it.
     pub(super) fn write(&self, work: &mut Work<'_>) -> Result<Written, SaveError> {
         let (method, ours) = self.choose(work.vm, !work.disks.is_empty())?;
         let received = self.receive(work, &method);
-        let runs = let_run(work.vm);
-        let put_back = work.vm.change_stream_settings(&ours, &self.before);
+        let runs = work.vm.unstoppable(PUT_BACK_TIMEOUT, let_run);
+        let put_back = work
+            .vm
+            .unstoppable(PUT_BACK_TIMEOUT, |vm| vm.change_stream_settings(&ours, &self.before));
         let mut received = match (received, runs) {
             (Ok(received), Ok(())) => received,
             (Err(error), Ok(())) => return Err(error),
@@ -73,12 +80,8 @@ impl LiveRoute {
             return Err(SaveError::NoRunState);
         }
         let pause_seconds = work.vm.pause_seen().unwrap_or_default().as_secs_f64();
-        let facts = Facts {
-            route: "stream",
-            live: Some(true),
-            pause_seconds: Some(pause_seconds),
-            vm: super::images::recorded(work)?,
-        };
+        super::images::record(work.vm, work.meta)?;
+        let facts = work.facts("stream", pause_seconds, true);
         work.draft.finish(&received.places, &received.bitmaps, received.tail(), facts)?;
         let method = match method {
             Method::BackgroundSnapshot => "background-snapshot".to_owned(),
@@ -114,6 +117,7 @@ impl LiveRoute {
         work.vm.send_stream(theirs.into())?;
         let patience = Patience {
             control: work.control,
+            process: work.vm.pid().ok(),
             stall: Some(STALL_TIMEOUT),
             deadline: Some(Instant::now() + self.live.timeout),
         };
@@ -124,7 +128,7 @@ impl LiveRoute {
             let watched = watch.until(|| receiving.is_finished());
             if watched.is_err() {
                 // Its stream ends then, and with it the receiving.
-                let _ = watch.vm.cancel_sending(CANCEL_TIMEOUT);
+                let _ = watch.vm.end_sending(CANCEL_TIMEOUT);
             }
             (receiving.join().expect("no panic"), watched)
         });
@@ -135,9 +139,9 @@ impl LiveRoute {
         received.map_err(|error| match error {
             SaveError::Receive(ReceiveError::TimedOut { .. }) => {
                 let timeout = self.live.timeout;
-                why_not(work.vm, SaveError::NotConverged { timeout })
+                Peer::default().give_up(work.vm, SaveError::NotConverged { timeout })
             }
-            error => why_not(work.vm, error),
+            error => Peer::default().give_up(work.vm, error),
         })
     }
 }

@@ -5,17 +5,18 @@
 
 use std::fs::{File, OpenOptions};
 use std::num::NonZeroU8;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::thread;
 use std::time::Duration;
 
 use rustix::fs::OFlags;
 use vmfile_engine::{DataFile, DirectIo, DirectIoInUse};
-use vmfile_qemu::{Feature, KeptFile, Outgoing, StreamSettings, Vm};
+use vmfile_qemu::{Feature, KeptFile, Outgoing, PUT_BACK_TIMEOUT, StreamSettings, Vm};
 
-use super::stream::not_sent;
-use super::{SaveOptions, Work, Written, native_file, refuse_without_space};
+use super::route::refuse_without_space;
+use super::sending::not_sent;
+use super::{SaveOptions, Work, Written, native_file};
 use crate::check::describe;
 use crate::control::Progress;
 use crate::draft::Draft;
@@ -64,6 +65,11 @@ impl NativeRoute {
         Ok(NativeRoute { before, ours, direct_io })
     }
 
+    /// Returns the migration settings as they were.
+    pub(super) fn settings(&self) -> &StreamSettings {
+        &self.before
+    }
+
     /// Says whether QEMU writes past the page cache, in the words of a report.
     pub(super) fn direct_io(&self) -> String {
         match &self.direct_io {
@@ -77,16 +83,19 @@ impl NativeRoute {
         let changed = work.vm.change_stream_settings(&self.before, &self.ours);
         let sent = changed.map_err(SaveError::from).and_then(|()| self.send(work));
         // What was changed before something failed is put back, too.
-        let put_back = work.vm.change_stream_settings(&self.ours, &self.before);
+        let put_back = work.vm.unstoppable(PUT_BACK_TIMEOUT, |vm| {
+            vm.change_stream_settings(&self.ours, &self.before)
+        });
         let ram_bytes = sent?;
         put_back?;
-        let meta = super::images::recorded(work)?;
-        native_file::complete(work, meta, ram_bytes)
+        super::images::record(work.vm, work.meta)?;
+        native_file::complete(work, ram_bytes)
     }
 
     /// Gives QEMU the file for as long as it writes; returns the bytes of all RAM.
     fn send(&self, work: &mut Work<'_>) -> Result<u64, SaveError> {
         let file = work.draft.file().buffered();
+        work.guard.keep_open(file.as_fd())?;
         let mut descriptors = vec![reopen(file, OFlags::empty())?];
         if self.direct_io.is_ok() {
             descriptors.push(reopen(file, OFlags::DIRECT)?);
@@ -94,7 +103,7 @@ impl NativeRoute {
         let kept = work.vm.keep_file(&descriptors)?;
         drop(descriptors);
         let sent = send_to(work, &kept);
-        let dropped = work.vm.drop_file(kept);
+        let dropped = work.vm.unstoppable(PUT_BACK_TIMEOUT, |vm| vm.drop_file(kept));
         let ram_bytes = sent?;
         dropped?;
         Ok(ram_bytes)
@@ -135,10 +144,11 @@ fn reopen(file: &File, flags: OFlags) -> Result<OwnedFd, SaveError> {
 
 /// Waits until QEMU has written all; returns the bytes of all RAM.
 fn send_to(work: &mut Work<'_>, kept: &KeptFile) -> Result<u64, SaveError> {
-    work.vm.send_to_file(kept)?;
+    work.vm.send_to_file(kept).map_err(|error| cancel(work.vm, error.into()))?;
     let mut ram_bytes = 0;
     loop {
-        let (outgoing, ram) = work.vm.outgoing_ram()?;
+        let asked = work.vm.outgoing_ram();
+        let (outgoing, ram) = asked.map_err(|error| cancel(work.vm, error.into()))?;
         if let Some(ram) = ram {
             ram_bytes = ram.total_bytes;
             let done_bytes = ram_bytes.saturating_sub(ram.remaining_bytes);
@@ -150,19 +160,19 @@ fn send_to(work: &mut Work<'_>, kept: &KeptFile) -> Result<u64, SaveError> {
             other => return Err(not_sent(other)),
         }
         if work.control.is_stopped() {
-            return Err(cancel(work.vm));
+            return Err(cancel(work.vm, SaveError::Stopped));
         }
         thread::sleep(POLL_INTERVAL);
     }
 }
 
-fn cancel(vm: &mut Vm) -> SaveError {
-    match vm.cancel_file(CANCEL_TIMEOUT) {
+/// Ends the writing after `error`, and returns the error to report.
+fn cancel(vm: &mut Vm, error: SaveError) -> SaveError {
+    match vm.unstoppable(CANCEL_TIMEOUT, |vm| vm.cancel_file(CANCEL_TIMEOUT)) {
         Ok(Outgoing::Active | Outgoing::Held) => {
             SaveError::Migration { reason: "it does not stop".to_owned() }
         }
-        Ok(_) => SaveError::Stopped,
-        Err(error) => error.into(),
+        Ok(_) | Err(_) => error,
     }
 }
 

@@ -13,14 +13,14 @@ use std::os::fd::AsFd;
 
 use vmfile_engine::{data_ranges, page_hash};
 use vmfile_format::error::FormatErrorKind;
-use vmfile_format::manifest::{ExtentMeta, HASH_LEN, VmMeta, encode_hash};
+use vmfile_format::manifest::{ExtentMeta, HASH_LEN, encode_hash};
 use vmfile_format::mapped_ram::{MARK, PlacedBlock};
 use vmfile_format::{FormatError, PageBitmap, PageIndex};
 
 use super::native::total_bytes;
 use super::{Work, Written};
 use crate::control::Progress;
-use crate::draft::{Facts, Tables};
+use crate::draft::Tables;
 use crate::error::SaveError;
 use crate::page_writer::empty;
 use crate::plan::{WINDOW_LEN, pieces};
@@ -29,11 +29,7 @@ use crate::snapshot::Snapshot;
 use crate::window_reader::{Window, WindowReader};
 
 /// Makes what QEMU wrote a vmfile, in everything but the name; `ram_bytes` are those of all RAM.
-pub(super) fn complete(
-    work: &Work<'_>,
-    meta: VmMeta,
-    ram_bytes: u64,
-) -> Result<Written, SaveError> {
+pub(super) fn complete(work: &Work<'_>, ram_bytes: u64) -> Result<Written, SaveError> {
     let snapshot = work.draft.snapshot().map_err(SaveError::Written)?;
     let structure = snapshot.structure();
     let stream_end = structure.device_state.stream_end;
@@ -55,12 +51,7 @@ pub(super) fn complete(
     file.empty_stale_places()?;
     let io = file.hash(ram_bytes)?;
     let extents = file.extents(&tail)?;
-    let facts = Facts {
-        route: "native",
-        live: Some(false),
-        pause_seconds: Some(work.seconds_paused()),
-        vm: meta,
-    };
+    let facts = work.facts("native", work.seconds_paused(), false);
     work.draft.put_manifest(&tables, stream_end, &bitmaps, extents, facts)?;
     let pages_data = |bitmap: &PageBitmap| bitmap.data_count().0;
     let bytes_data = |(placed, bitmap): (&PlacedBlock, &PageBitmap)| {
