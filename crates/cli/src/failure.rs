@@ -188,6 +188,8 @@ impl From<&SaveError> for Failure {
                      or root; --route stream needs neither",
                 )
             }
+            SaveError::Options(_) => Failure::new(Code::Vm, "command_line", error)
+                .hint("a restore needs what QEMU was started with: run as the VM's user, or root"),
             SaveError::NoSpace { .. } => Failure::new(Code::System, "no_space", error)
                 .hint("free some space, or save to another file system"),
             // Scripts see by the status that the VM does not run, whatever the cause was.
@@ -198,6 +200,14 @@ impl From<&SaveError> for Failure {
                 .hint("the VM is sound; `block-commit` on its monitor merges the overlay"),
             SaveError::Disk { .. } => Failure::new(Code::Vm, "disk", error)
                 .hint("--with-disks needs images in files, qcow2 or raw; without it keep copies"),
+            SaveError::ImageLost { .. } => Failure::new(Code::Vm, "image_lost", error).hint(
+                "--after resume saves it all the same; give the images that the VM is to have \
+                 on a command line after `--` when it is restored",
+            ),
+            SaveError::DiskChanged { .. } => Failure::new(Code::Vm, "disk_changed", error)
+                .hint("save again once the block job is done or the medium is in"),
+            SaveError::DisksGoOn { .. } => Failure::new(Code::Vm, "disks_go_on", error)
+                .hint("--with-disks keeps the disks of the saved moment; or save without --live"),
             SaveError::Release { .. } if !error.leaves_paused() => {
                 Failure::new(Code::Vm, "qemu_gone", error).hint("the file can be restored")
             }
@@ -334,6 +344,14 @@ impl From<&RestoreError> for Failure {
             }
             RestoreError::DiskNotNamed { .. } => Failure::new(Code::Usage, "disk", error)
                 .hint("give a command line with the disks that the VM is to have, after `--`"),
+            RestoreError::DisksChanged { .. } => {
+                Failure::new(Code::Incompatible, "disks_changed", error).hint(
+                    "the guest would corrupt them: put back the images of that moment; \
+                     --disks-changed-ok restores all the same",
+                )
+            }
+            RestoreError::FormatNotSaid { .. } => Failure::new(Code::Usage, "format", error)
+                .hint("say it: -drive file=IMAGE,format=qcow2, or raw"),
             RestoreError::NoQemuImg => Failure::new(Code::System, "no_qemu_img", error)
                 .hint("Debian has it in the package qemu-utils"),
             RestoreError::Overlay { .. } => Failure::new(Code::System, "overlay", error),

@@ -33,7 +33,7 @@ pub mod unix_socket;
 pub mod version;
 pub mod vm;
 
-pub use command_line::{CommandLine, CommandLineError, MappedBlock, NewImage};
+pub use command_line::{CommandLine, CommandLineError, LineDrive, LineImage, MappedBlock, Medium};
 pub use discover::{DiscoverError, Found, VmAddress, list, resolve};
 pub use files::{FileUse, FileUser, user_of_file};
 pub use launch::{Launch, LaunchError, LaunchedQemu, MonitorPair, find_program};
@@ -44,7 +44,7 @@ pub use program::program_version;
 pub use qmp::{Event, Qmp, QmpError};
 pub use version::{Feature, QemuVersion};
 pub use vm::{
-    Blocker, BlockerKind, Disk, Footprint, Holder, MemoryBackend, Overlay, PUT_BACK_TIMEOUT,
-    Paused, ProcessInfo, RamBlockInfo, RunState, SaveRecord, UndoStep, Vm, VmError, sender,
-    steps_to_end, steps_to_run, undo_steps,
+    Blocker, BlockerKind, DeviceName, Drive, FileId, Footprint, Holder, Image, MemoryBackend,
+    Overlay, PUT_BACK_TIMEOUT, Paused, ProcessInfo, RamBlockInfo, RunState, SaveRecord, UndoStep,
+    Vm, VmError, sender, steps_to_end, steps_to_run, undo_steps,
 };

@@ -215,6 +215,7 @@ mod tests {
             command_line: Vec::new(),
             working_directory: None,
             disks: Vec::new(),
+            empty_drives: Vec::new(),
         };
         Facts { route: "direct", live: Some(false), pause_seconds: None, vm }
     }

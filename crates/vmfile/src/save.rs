@@ -12,6 +12,7 @@
 mod describe;
 mod direct;
 mod disks;
+mod images;
 mod live;
 mod native;
 mod native_file;
@@ -34,6 +35,7 @@ use self::describe::describe_vm;
 pub use self::disks::SavedDisk;
 pub(crate) use self::disks::overlay_names;
 use self::disks::{Disks, deep_disks, saved_disks};
+pub(crate) use self::images::is_file;
 pub use self::options::{After, Live, Route, SaveOptions};
 pub use self::report::SaveReport;
 use self::route::{ChosenRoute, ReadyRoute, choose, choose_live};
@@ -176,7 +178,7 @@ impl<'a> Save<'a> {
         // Forked before there is much memory to copy.
         let mut guard = Guard::of_vm(vm)?;
         guard.add_files(unpublished.temporary_path());
-        let warnings = put_right(vm)?.into_iter().collect();
+        let mut warnings: Vec<String> = put_right(vm)?.into_iter().collect();
         let state = vm.run_state()?;
         let was_running = match state {
             RunState::Running => true,
@@ -188,8 +190,9 @@ impl<'a> Save<'a> {
             let reasons = blockers.iter().map(ToString::to_string).collect();
             return Err(SaveError::Blocked { reasons });
         }
-        let found = vm.disks()?;
+        let found = vm.drives()?;
         let mut meta = describe_vm(vm, was_running, &found)?;
+        warnings.extend(images::look(vm, &mut meta, options, was_running)?);
         let disks =
             if options.with_disks { Disks::plan(&found, &mut meta)? } else { Disks::default() };
         let draft = Draft::new(unpublished, options.direct_io)?;

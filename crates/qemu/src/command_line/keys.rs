@@ -14,11 +14,7 @@ impl Keys {
     /// those of nested objects by keys joined with dots.
     pub(super) fn parse(text: &str, implied: &str) -> Keys {
         if text.trim_start().starts_with('{') {
-            let mut keys = Vec::new();
-            if let Ok(value) = serde_json::from_str(text) {
-                flatten(&value, "", &mut keys);
-            }
-            return Keys(keys);
+            return serde_json::from_str(text).map_or(Keys(Vec::new()), |value| Keys::of(&value));
         }
         let mut keys = Vec::new();
         let mut rest = text;
@@ -44,18 +40,30 @@ impl Keys {
         Keys(keys)
     }
 
+    /// Returns the scalars of a tree by their keys, those of nested objects by keys joined with dots.
+    pub(super) fn of(tree: &Value) -> Keys {
+        let mut keys = Vec::new();
+        flatten(tree, "", &mut keys);
+        Keys(keys)
+    }
+
     /// Returns the value of `key`; the last one, as QEMU does.
     pub(super) fn get(&self, key: &str) -> Option<&str> {
         self.0.iter().rev().find(|(name, _)| name == key).map(|(_, value)| value.as_str())
     }
 
     pub(super) fn is_on(&self, key: &str) -> bool {
-        matches!(self.get(key), Some("on" | "yes" | "true" | "y"))
+        self.get(key).is_some_and(is_on)
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
         self.0.iter().map(|(key, value)| (key.as_str(), value.as_str()))
     }
+}
+
+/// Tells whether a value is one of those that QEMU takes for on.
+pub(super) fn is_on(value: &str) -> bool {
+    matches!(value, "on" | "yes" | "true" | "y")
 }
 
 /// Writes one `key=value`, with the commas doubled.

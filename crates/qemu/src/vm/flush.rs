@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::{Vm, VmError};
+use super::{Drive, Vm, VmError};
 use crate::qmp::QmpError;
 use crate::version::Feature;
 
@@ -24,17 +24,20 @@ impl Vm {
     /// [`VmError::NotFlushed`] when a disk does not take what the guest wrote.
     pub fn flush_disks(&mut self) -> Result<Vec<String>, VmError> {
         let mut unknown = Vec::new();
-        for disk in self.disks()?.into_iter().filter(|disk| !disk.read_only) {
-            let Some(node) = &disk.node else { continue };
+        for drive in self.drives()?.into_iter().filter(Drive::is_writable) {
+            let Some(node) = &drive.node else { continue };
             let arguments = json!({ "node": node, "overlay": NO_NODE });
             match self.execute("blockdev-snapshot", arguments) {
                 Err(QmpError::Refused { desc, .. }) if desc.contains(NO_NODE) => {}
                 Err(QmpError::Refused { desc, .. }) if is_io_error(&desc) => {
-                    return Err(VmError::NotFlushed { disk: disk.device, reason: desc });
+                    return Err(VmError::NotFlushed {
+                        disk: drive.name().to_owned(),
+                        reason: desc,
+                    });
                 }
                 Err(QmpError::Refused { desc, .. }) => unknown.push(format!(
                     "QEMU does not say whether disk {:?} is durable: {desc}",
-                    disk.device
+                    drive.name()
                 )),
                 Ok(_) => unreachable!("there is no node {NO_NODE}"),
                 Err(error) => return Err(error.into()),

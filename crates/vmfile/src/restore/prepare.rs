@@ -1,5 +1,6 @@
 //! Which QEMU the VM goes into, how its RAM comes back, and why in that way.
 
+use std::fs;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -10,7 +11,8 @@ use vmfile_qemu::{
     Vm, program_version,
 };
 
-use super::disks::{NewOverlays, choose_images};
+use super::changed_images;
+use super::disks::{Images, NewOverlays, Start, place_given, place_saved};
 use super::{Destination, Mode, RestoreOptions};
 use crate::control::Control;
 use crate::guard::Guard;
@@ -34,6 +36,8 @@ pub(super) struct Prepared {
     pub(super) mapped: Vec<String>,
     /// The images that were made for it.
     pub(super) overlays: NewOverlays,
+    /// What the user should know.
+    pub(super) warnings: Vec<String>,
     pub(super) qmp: Option<PathBuf>,
     pub(super) start_seconds: f64,
     /// Ends the QEMU that was started, should this process end. It is the last to be dropped.
@@ -112,7 +116,7 @@ pub(super) fn prepare(
     let (executable, mut command_line, directory) = match destination {
         Destination::Waiting(mut vm) => {
             vm.set_stop(control.stop_flag());
-            return prepare_waiting(vm, options);
+            return prepare_waiting(snapshot, vm, options);
         }
         Destination::Command(mut words) => {
             if words.is_empty() {
@@ -124,13 +128,19 @@ pub(super) fn prepare(
         Destination::Saved => saved_command(snapshot)?,
     };
     let here = directory.as_deref().unwrap_or(Path::new("."));
+    command_line.expand_config(|path| fs::read_to_string(here.join(path)))?;
     if let Some(socket) = command_line.sockets_in_use(here)?.into_iter().next() {
         return Err(RestoreError::SocketInUse { socket });
     }
     let version = program_version(&executable)?;
     compare_memory_size(snapshot, &command_line)?;
     let (mapped, mode, reason) = choose(snapshot, &command_line, version, options.mode)?;
-    let overlays = choose_images(snapshot, &mut command_line, (&executable, here), is_saved)?;
+    let start = Start { snapshot, executable: &executable, directory: here, options };
+    let Images { overlays, warnings } = if is_saved {
+        place_saved(start, &mut command_line)?
+    } else {
+        place_given(start, &mut command_line)?
+    };
     let file = snapshot.file().try_clone().map_err(RestoreError::File)?;
     let inherited = OwnedFd::from(file);
     // The descriptor of the file that was checked: what lies under the name later does not matter.
@@ -168,13 +178,14 @@ pub(super) fn prepare(
         may_stream: options.mode == Mode::Auto,
         mapped: names,
         overlays,
+        warnings,
         qmp,
         start_seconds,
         guard: Some(guard),
     })
 }
 
-/// Returns the program, the options and the directory with which the VM was started.
+/// Returns the program, the command line and the working directory that were saved.
 fn saved_command(
     snapshot: &Snapshot,
 ) -> Result<(PathBuf, CommandLine, Option<PathBuf>), RestoreError> {
@@ -191,7 +202,11 @@ fn saved_command(
     Ok((PathBuf::from(executable), command_line, directory))
 }
 
-fn prepare_waiting(mut vm: Vm, options: &RestoreOptions) -> Result<Prepared, RestoreError> {
+fn prepare_waiting(
+    snapshot: &Snapshot,
+    mut vm: Vm,
+    options: &RestoreOptions,
+) -> Result<Prepared, RestoreError> {
     if options.mode == Mode::Map {
         let reason = "a QEMU that runs already has its RAM".to_owned();
         return Err(RestoreError::CannotMap { reason });
@@ -200,6 +215,7 @@ fn prepare_waiting(mut vm: Vm, options: &RestoreOptions) -> Result<Prepared, Res
     if found != RunState::InMigrate {
         return Err(RestoreError::NotWaiting { found: found.to_string() });
     }
+    let warnings = check_waiting(snapshot, &mut vm, options)?;
     let (mode, reason) = match options.mode {
         Mode::Stream => (Chosen::Stream, "asked for"),
         Mode::Load => (Chosen::Load, "asked for"),
@@ -212,10 +228,27 @@ fn prepare_waiting(mut vm: Vm, options: &RestoreOptions) -> Result<Prepared, Res
         may_stream: options.mode == Mode::Auto,
         mapped: Vec::new(),
         overlays: NewOverlays::default(),
+        warnings,
         qmp: None,
         start_seconds: 0.0,
         guard: None,
     })
+}
+
+/// Compares the images that a QEMU which waits has with what the file says of them.
+fn check_waiting(
+    snapshot: &Snapshot,
+    vm: &mut Vm,
+    options: &RestoreOptions,
+) -> Result<Vec<String>, RestoreError> {
+    let Some(manifest) = snapshot.manifest() else { return Ok(Vec::new()) };
+    let saved = &manifest.meta.vm;
+    let directory = saved.working_directory.as_deref().map_or(Path::new("."), Path::new);
+    let here = vm.process().map(|process| process.working_directory).unwrap_or_default();
+    let drives = vm.drives()?;
+    let tops = drives.iter().filter_map(|drive| drive.image());
+    let named: Vec<PathBuf> = tops.map(|image| here.join(&image.path)).collect();
+    changed_images::check_named(saved, directory, &named, options)
 }
 
 /// Compares `-m` with the machine's RAM in the file: QEMU would refuse to start with a mapped file
