@@ -131,6 +131,8 @@ impl From<&SaveError> for Failure {
                  after a migration, `cont` makes it run again",
             ),
             SaveError::Blocked { .. } => Failure::new(Code::Vm, "blocked", error),
+            SaveError::Changed { .. } => Failure::new(Code::Vm, "changed", error)
+                .hint("--changed-ok saves and ends it all the same; --after resume lets it run on"),
             SaveError::NoAddress { .. } => Failure::new(Code::Vm, "no_address", error).hint(
                 "--route direct needs a QEMU that prints addresses, 8.0 or later; stream none",
             ),
@@ -259,6 +261,10 @@ impl From<&RestoreError> for Failure {
             RestoreError::CannotRecreate { .. } => {
                 Failure::new(Code::Usage, "cannot_recreate", error)
                     .hint("give a whole command line after `--`")
+            }
+            RestoreError::CannotRemake { .. } => {
+                Failure::new(Code::Incompatible, "cannot_remake", error)
+                    .hint("give a whole command line that makes them after `--`")
             }
             RestoreError::CommandLine(error @ CommandLineError::SizeDiffers { .. }) => {
                 Failure::new(Code::Incompatible, "incompatible", error).hint_if(error.hint())

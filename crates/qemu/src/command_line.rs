@@ -3,6 +3,7 @@
 //! QEMU has no way to say how it was started but its own arguments. They are kept word for word;
 //! only what must change for a restore is taken apart.
 
+mod devices;
 mod images;
 mod incoming;
 mod keys;
@@ -15,6 +16,8 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+pub(crate) use devices::value_in_json;
+pub use devices::{LineDevice, Pin};
 pub use images::NewImage;
 use keys::Keys;
 
@@ -338,6 +341,33 @@ impl CommandLine {
         directory: &Path,
     ) -> Result<usize, CommandLineError> {
         images::replace(self, image, directory)
+    }
+
+    /// Returns the devices that this command line makes, in the order in which QEMU makes them.
+    #[must_use]
+    pub fn devices(&self) -> Vec<LineDevice> {
+        devices::devices(self)
+    }
+
+    /// Tells whether an option defines a drive, node, netdev, object or the like with this id.
+    #[must_use]
+    pub fn defines(&self, id: &str) -> bool {
+        devices::defines(self, id)
+    }
+
+    /// Gives devices properties of their own.
+    ///
+    /// # Errors
+    ///
+    /// [`CommandLineError::NotJson`].
+    pub fn pin_devices(&mut self, pins: &[Pin]) -> Result<(), CommandLineError> {
+        devices::pin(self, pins)
+    }
+
+    /// Leaves out the `-device` options of these numbers, counted from 0, and the back ends that
+    /// nothing else uses.
+    pub fn leave_out_devices(&mut self, numbers: &[usize]) {
+        devices::leave_out(self, numbers);
     }
 
     /// Checks that a block of this name can be mapped from a file.

@@ -9,6 +9,7 @@
 //! | [`command_line`] | a QEMU command line, understood enough to start the VM again |
 //! | [`launch`] | a QEMU of our own, killed unless it is kept |
 //! | [`program`] | a QEMU on disk: its version |
+//! | [`identity`] | what a VM is made of, and how that differs from what its command line would make |
 //! | [`discover`] | the VMs that run on this host |
 //! | [`version`] | what each QEMU version can do |
 //!
@@ -19,6 +20,7 @@
 
 pub mod command_line;
 pub mod discover;
+pub mod identity;
 pub mod launch;
 pub mod migration;
 pub mod outgoing;
@@ -29,8 +31,9 @@ pub mod qmp;
 pub mod version;
 pub mod vm;
 
-pub use command_line::{CommandLine, CommandLineError, MappedBlock, NewImage};
+pub use command_line::{CommandLine, CommandLineError, LineDevice, MappedBlock, NewImage, Pin};
 pub use discover::{DiscoverError, Found, VmAddress, list, resolve};
+pub use identity::{Cpu, Device, Difference, MemoryDevice, Parts, Remedy, differences};
 pub use launch::{Launch, LaunchError, LaunchedQemu, find_program};
 pub use migration::LoadError;
 pub use outgoing::{KeptFile, Outgoing, SentRam, StreamSettings};

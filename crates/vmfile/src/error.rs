@@ -11,6 +11,7 @@ use vmfile_qemu::VmError;
 use crate::draft::DraftError;
 use crate::ram_writer::RamError;
 use crate::receive::ReceiveError;
+use crate::save::Change;
 use crate::snapshot::SnapshotError;
 use crate::source::process::ProcessRamError;
 use crate::window_reader::WindowError;
@@ -36,6 +37,12 @@ pub enum SaveError {
     Blocked {
         /// Each with what to do about it.
         reasons: Vec<String>,
+    },
+    /// The VM would end, and a QEMU started with its command line would be another VM.
+    #[error("the VM is not what its command line would make: {}", list(changes))]
+    Changed {
+        /// Each with what makes it good.
+        changes: Vec<Change>,
     },
     /// QEMU does not say where a block lies.
     #[error("QEMU prints no address of RAM block {block:?}")]
@@ -181,6 +188,11 @@ pub enum SaveError {
         /// Why.
         source: VmError,
     },
+}
+
+fn list(changes: &[Change]) -> String {
+    let texts: Vec<String> = changes.iter().map(ToString::to_string).collect();
+    texts.join("; ")
 }
 
 impl From<RamError> for SaveError {

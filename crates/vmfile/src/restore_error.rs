@@ -53,6 +53,12 @@ pub enum RestoreError {
         /// The options at fault.
         what: Vec<String>,
     },
+    /// The VM had parts that no option makes again.
+    #[error("the VM cannot be made again: {}", what.join("; "))]
+    CannotRemake {
+        /// Each part, and why.
+        what: Vec<String>,
+    },
     /// The saved command line names no image of a disk that belongs to the file.
     #[error("the saved command line does not name {image}", image = image.display())]
     DiskNotNamed {

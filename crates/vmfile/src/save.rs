@@ -7,6 +7,7 @@
 //! Everything that can be refused is refused in `begin`, while the VM runs. From `pause` on, every
 //! exit but the last resumes the VM as it ran and leaves no file.
 
+mod changed;
 mod describe;
 mod direct;
 mod disks;
@@ -24,6 +25,7 @@ use vmfile_engine::{Backend, DataFile, DirectIo, Existing, Unpublished, availabl
 use vmfile_format::manifest::VmMeta;
 use vmfile_qemu::{RunState, Vm};
 
+pub use self::changed::Change;
 use self::describe::{describe_vm, is_out_of_reach};
 use self::direct::DirectRoute;
 pub use self::disks::SavedDisk;
@@ -106,6 +108,8 @@ pub struct SaveOptions {
     pub channels: Option<NonZeroU8>,
     /// Whether a file of that name may be replaced.
     pub existing: Existing,
+    /// Save and end a VM even if it is not what its command line would make.
+    pub changed_ok: bool,
 }
 
 impl Default for SaveOptions {
@@ -120,6 +124,7 @@ impl Default for SaveOptions {
             jobs: Jobs::default(),
             channels: None,
             existing: Existing::Refuse,
+            changed_ok: false,
         }
     }
 }
@@ -151,6 +156,8 @@ pub struct SaveReport {
     pub bytes_rewritten: u64,
     /// The disks that belong to the file, and where the guest writes since.
     pub disks: Vec<SavedDisk>,
+    /// What of the VM is not as its command line would make it.
+    pub changes: Vec<Change>,
     /// How long the guest stood still, in seconds: to the end of the save, where it did not run on.
     pub pause_seconds: f64,
     /// How long it all took, in seconds.
@@ -299,6 +306,7 @@ impl<'a> Save<'a> {
         }
         let found = vm.disks()?;
         let mut meta = describe_vm(vm, was_running, &found)?;
+        changed::compare(vm, &mut meta, options)?;
         let disks = if options.with_disks {
             Disks::plan(&found, &mut meta, destination)?
         } else {
@@ -410,6 +418,7 @@ impl<'a> Save<'a> {
             bytes_written: written.bytes_written,
             bytes_rewritten: written.bytes_rewritten,
             disks: saved_disks(&self.meta),
+            changes: changed::report(&self.meta),
             pause_seconds: self.pause_seconds,
             total_seconds: self.started.elapsed().as_secs_f64(),
         }

@@ -9,6 +9,7 @@ use alloc::vec::Vec;
 use serde::{Deserialize, Serialize};
 
 use super::footer::Footer;
+use super::machine::{ChangeMeta, PartsMeta};
 use super::page_hashes::{TABLE_ALIGNMENT, table_len};
 use crate::checksum;
 use crate::error::{FormatError, FormatErrorKind};
@@ -59,6 +60,12 @@ pub struct VmMeta {
     pub working_directory: Option<String>,
     /// The disks, which are not in the file and must be kept as they were.
     pub disks: Vec<DiskMeta>,
+    /// The parts that can come and go, where they are known: a stream does not tell.
+    #[serde(default)]
+    pub parts: Option<PartsMeta>,
+    /// What was not as the command line makes it.
+    #[serde(default)]
+    pub changes: Vec<ChangeMeta>,
 }
 
 /// A disk image that the VM uses.
@@ -239,6 +246,8 @@ mod tests {
                 command_line: vec!["qemu-system-x86_64".into(), "-m".into(), "64M".into()],
                 working_directory: Some("/".into()),
                 disks: Vec::new(),
+                parts: None,
+                changes: Vec::new(),
             },
             blocks: Vec::new(),
             extents: vec![ExtentMeta::of("head", 0, b"QEVM")],

@@ -13,10 +13,12 @@
 //! writers need no order, and one page is checked without reading about the others.
 
 mod footer;
+mod machine;
 mod meta;
 mod page_hashes;
 
 pub use footer::{FOOTER_LEN, Footer};
+pub use machine::{ChangeMeta, CpuMeta, DeviceMeta, MemoryDeviceMeta, PartsMeta, PinMeta};
 pub use meta::{BlockMeta, DiskMeta, ExtentMeta, Meta, VmMeta};
 pub use page_hashes::{
     HASH_LEN, TABLE_ALIGNMENT, decode_hash, encode_hash, place_tables, table_len,

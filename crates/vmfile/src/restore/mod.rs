@@ -11,6 +11,7 @@
 
 mod compare;
 mod disks;
+mod parts;
 mod prepare;
 mod ram;
 mod stream;
@@ -24,6 +25,7 @@ use vmfile_qemu::{LaunchedQemu, Vm};
 
 use self::compare::compare;
 pub use self::disks::RestoredDisk;
+use self::parts::compare_parts;
 use self::prepare::prepare;
 use self::ram::bring;
 use crate::control::Control;
@@ -144,6 +146,7 @@ pub fn restore(
     let vm = prepared.vm();
     let found = vm.ram_blocks()?;
     compare(snapshot, &vm.machine_type()?, &found)?;
+    compare_parts(snapshot, vm)?;
     let brought = bring(snapshot, &mut prepared, &found, options, control);
     let brought = brought.map_err(|error| prepared.explain(error))?;
     let running = run(snapshot, prepared.vm(), options)?;

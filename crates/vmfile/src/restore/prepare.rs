@@ -11,6 +11,7 @@ use vmfile_qemu::{
 };
 
 use super::disks::{NewOverlays, choose_images};
+use super::parts::remake;
 use super::{Destination, Mode, RestoreOptions};
 use crate::restore_error::{Mismatch, RestoreError};
 use crate::snapshot::Snapshot;
@@ -118,11 +119,12 @@ pub(super) fn prepare(
             let meta = meta.ok_or(RestoreError::NoSavedCommand)?;
             let executable = meta.executable.as_ref().ok_or(RestoreError::NoSavedCommand)?;
             let words = meta.command_line.get(1..).unwrap_or_default().to_vec();
-            let command_line = CommandLine::new(words)?;
+            let mut command_line = CommandLine::new(words)?;
             let lost = command_line.what_cannot_be_recreated();
             if !lost.is_empty() {
                 return Err(RestoreError::CannotRecreate { what: lost });
             }
+            remake(meta, &mut command_line)?;
             let directory = meta.working_directory.as_ref().map(PathBuf::from);
             (PathBuf::from(executable), command_line, directory)
         }

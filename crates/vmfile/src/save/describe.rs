@@ -32,6 +32,8 @@ pub(super) fn describe_vm(
     });
     Ok(VmMeta {
         disks: disks.collect(),
+        parts: None,
+        changes: Vec::new(),
         name: vm.name()?,
         uuid: vm.uuid()?,
         machine: vm.machine_type()?,
