@@ -196,9 +196,10 @@ fn a_vm_that_went_on_in_an_overlay_comes_back_with_its_saved_command_line() -> T
         assert_eq!(restored.report.disks.len(), expected, "{:?}", restored.report.disks);
         let passes = guest.counts().len();
         let mut qemu = restored.qemu.ok_or("a QEMU was started")?;
-        let disks = qemu.vm().disks()?;
-        let disk = disks.iter().find(|disk| disk.device == "disk0").ok_or("no disk")?;
-        assert_eq!(disk.file == overlay, expected == 0, "{}", disk.file);
+        let drives = qemu.vm().drives()?;
+        let disk = drives.iter().find(|drive| drive.id == "disk0").ok_or("no disk")?;
+        let image = &disk.image().ok_or("no image")?.path;
+        assert_eq!(*image == overlay, expected == 0, "{image}");
         // It writes to the log of the guest that is gone.
         while guest.counts().len() < passes + 2 {
             assert!(qemu.ended()?.is_none(), "it runs");

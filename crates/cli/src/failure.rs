@@ -157,6 +157,8 @@ impl From<&SaveError> for Failure {
                      or root; --route stream needs neither",
                 )
             }
+            SaveError::Options(_) => Failure::new(Code::Vm, "command_line", error)
+                .hint("a restore needs what QEMU was started with: run as the VM's user, or root"),
             SaveError::NoSpace { .. } => Failure::new(Code::System, "no_space", error)
                 .hint("free some space, or save to another file system"),
             SaveError::LeftPaused { cause, .. } => with_cause(error, cause, "left_paused")

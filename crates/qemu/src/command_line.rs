@@ -3,7 +3,9 @@
 //! QEMU has no way to say how it was started but its own arguments. They are kept word for word;
 //! only what must change for a restore is taken apart.
 
+mod config_file;
 mod devices;
+mod drives;
 mod images;
 mod incoming;
 mod keys;
@@ -18,6 +20,7 @@ use serde_json::Value;
 
 pub(crate) use devices::value_in_json;
 pub use devices::{LineDevice, Pin};
+pub use drives::{LineDrive, LineImage};
 pub use images::NewImage;
 use keys::Keys;
 
@@ -90,6 +93,25 @@ pub enum CommandLineError {
     /// An image that is to take the place of another has a path that QEMU cannot be given.
     #[error("the path of a disk image is not UTF-8")]
     ImageNotText,
+    /// A configuration file cannot be read.
+    #[error("read {path}, which -readconfig names", path = path.display())]
+    ConfigFile {
+        /// The file.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// A configuration file is not one that we understand.
+    #[error("line {line} of {path}: {what}", path = path.display())]
+    ConfigLine {
+        /// The file.
+        path: PathBuf,
+        /// Which line, counted from 1.
+        line: usize,
+        /// What is wrong with it, without its value.
+        what: String,
+    },
     /// The sockets in use could not be listed.
     #[error("list the listening sockets")]
     Sockets {
@@ -325,6 +347,29 @@ impl CommandLine {
     /// [`CommandLineError::NotMappable`], and [`CommandLineError::SizeDiffers`].
     pub fn for_incoming(&self, ram: &[MappedBlock]) -> Result<CommandLine, CommandLineError> {
         incoming::for_incoming(self, ram)
+    }
+
+    /// Writes out what stands in configuration files (`-readconfig`) and what `-set` changes.
+    ///
+    /// `read` is given the path as written and returns the file's text.
+    ///
+    /// # Errors
+    ///
+    /// [`CommandLineError::ConfigFile`] and [`CommandLineError::ConfigLine`].
+    pub fn expand_config(
+        &mut self,
+        read: impl FnMut(&Path) -> io::Result<String>,
+    ) -> Result<(), CommandLineError> {
+        config_file::expand(self, read)
+    }
+
+    /// Returns the drives that this command line makes, with the images that it names for them.
+    ///
+    /// The empty drives that a machine makes by itself are not among them, nor what stands in a
+    /// configuration file that was not expanded.
+    #[must_use]
+    pub fn drives(&self) -> Vec<LineDrive> {
+        drives::drives(self)
     }
 
     /// Puts a disk image into the place of another; returns in how many places that was.

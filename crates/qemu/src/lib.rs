@@ -31,7 +31,9 @@ pub mod qmp;
 pub mod version;
 pub mod vm;
 
-pub use command_line::{CommandLine, CommandLineError, LineDevice, MappedBlock, NewImage, Pin};
+pub use command_line::{
+    CommandLine, CommandLineError, LineDevice, LineDrive, LineImage, MappedBlock, NewImage, Pin,
+};
 pub use discover::{DiscoverError, Found, VmAddress, list, resolve};
 pub use identity::{Cpu, Device, Difference, MemoryDevice, Parts, Remedy, differences};
 pub use launch::{Launch, LaunchError, LaunchedQemu, find_program};
@@ -41,6 +43,6 @@ pub use program::program_version;
 pub use qmp::{Event, Qmp, QmpError};
 pub use version::{Feature, QemuVersion};
 pub use vm::{
-    Blocker, BlockerKind, Disk, MemoryBackend, Overlay, ProcessInfo, RamBlockInfo, RunState, Vm,
-    VmError, sender,
+    Blocker, BlockerKind, DeviceName, Drive, FileId, Image, MemoryBackend, Overlay, ProcessInfo,
+    RamBlockInfo, RunState, Vm, VmError, sender,
 };

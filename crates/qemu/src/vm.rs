@@ -2,7 +2,8 @@
 
 mod blockers;
 mod device_state;
-mod disks;
+mod drives;
+mod files;
 mod memory_backends;
 mod overlays;
 mod process;
@@ -20,7 +21,8 @@ use serde_json::{Value, json};
 
 pub use blockers::{Blocker, BlockerKind};
 pub use device_state::DEVICE_STATE_LEN_MAX;
-pub use disks::Disk;
+pub use drives::{DeviceName, Drive, Image};
+pub use files::FileId;
 pub use memory_backends::MemoryBackend;
 pub use overlays::Overlay;
 pub use process::{ProcessInfo, sender};

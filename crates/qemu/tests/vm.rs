@@ -183,14 +183,14 @@ fn the_disks_are_listed_with_their_images() {
         "-device",
         "floppy",
     ]);
-    let disks = qemu.vm().disks().unwrap();
-    assert_eq!(disks.len(), 1, "{disks:?}");
-    let disk = disks.first().unwrap();
-    assert_eq!(disk.file, path);
-    assert_eq!(disk.format, "raw");
+    let drives = qemu.vm().drives().unwrap();
+    let [disk, floppy] = &*drives else { panic!("{drives:?}") };
+    let image = disk.image().unwrap();
+    assert_eq!((image.path.as_str(), image.format.as_str()), (path, "raw"));
     assert_eq!(disk.node.as_deref(), Some("r0"));
-    assert!(disk.device.contains("/vb/"), "{disk:?}");
-    assert!(disk.read_only && !disk.temporary);
+    assert!(disk.name().contains("/vb/"), "{disk:?}");
+    assert!(disk.read_only && !disk.temporary && !disk.is_writable());
+    assert!(floppy.removable && floppy.image().is_none(), "{floppy:?}");
 }
 
 #[test]

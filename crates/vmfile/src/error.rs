@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use vmfile_engine::PublishError;
 use vmfile_format::FormatError;
-use vmfile_qemu::VmError;
+use vmfile_qemu::{CommandLineError, VmError};
 
 use crate::draft::DraftError;
 use crate::ram_writer::RamError;
@@ -78,6 +78,9 @@ pub enum SaveError {
     /// The command line cannot be written into the manifest.
     #[error("the VM's command line is not UTF-8")]
     CommandLine,
+    /// What the command line names cannot be written into the manifest.
+    #[error("the VM's command line cannot be kept")]
+    Options(#[source] CommandLineError),
     /// The file cannot be laid out.
     #[error("the layout of the file")]
     Layout(#[source] FormatError),

@@ -304,7 +304,7 @@ impl<'a> Save<'a> {
             let reasons = blockers.iter().map(ToString::to_string).collect();
             return Err(SaveError::Blocked { reasons });
         }
-        let found = vm.disks()?;
+        let found = vm.drives()?;
         let mut meta = describe_vm(vm, was_running, &found)?;
         changed::compare(vm, &mut meta, options)?;
         let disks = if options.with_disks {

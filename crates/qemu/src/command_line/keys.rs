@@ -50,12 +50,17 @@ impl Keys {
     }
 
     pub(super) fn is_on(&self, key: &str) -> bool {
-        matches!(self.get(key), Some("on" | "yes" | "true" | "y"))
+        self.get(key).is_some_and(is_on)
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
         self.0.iter().map(|(key, value)| (key.as_str(), value.as_str()))
     }
+}
+
+/// Tells whether a value is one of those that QEMU takes for on.
+pub(super) fn is_on(value: &str) -> bool {
+    matches!(value, "on" | "yes" | "true" | "y")
 }
 
 /// Writes one `key=value`, with the commas doubled.

@@ -102,8 +102,8 @@ impl Vm {
         blockers.extend(self.encrypted_guest()?);
         let replay = self.query_if_known("query-replay")?.unwrap_or_default();
         blockers.extend(replayed(&replay));
-        for disk in self.disks()?.into_iter().filter(|disk| disk.temporary) {
-            let reason = format!("disk {} keeps its changes in a temporary file", disk.device);
+        for drive in self.drives()?.into_iter().filter(|drive| drive.temporary) {
+            let reason = format!("disk {} keeps its changes in a temporary file", drive.name());
             blockers.push(Blocker::new(BlockerKind::TemporaryDisk, reason));
         }
         let machine = self.machine_type()?;

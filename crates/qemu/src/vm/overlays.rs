@@ -91,7 +91,7 @@ impl Vm {
         }
         // A job that failed is gone like one that ended well; the disk tells them apart.
         let is_on_top = |node: Option<&str>| node == Some(job);
-        if self.disks()?.iter().any(|disk| is_on_top(disk.node.as_deref())) {
+        if self.drives()?.iter().any(|drive| is_on_top(drive.node.as_deref())) {
             return Err(VmError::NotMerged { overlay: overlay.file.clone() });
         }
         Ok(())

@@ -1,5 +1,6 @@
 //! Which QEMU the VM goes into, how its RAM comes back, and why in that way.
 
+use std::fs;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -130,6 +131,7 @@ pub(super) fn prepare(
         }
     };
     let here = directory.as_deref().unwrap_or(Path::new("."));
+    command_line.expand_config(|path| fs::read_to_string(here.join(path)))?;
     if let Some(socket) = command_line.sockets_in_use(here)?.into_iter().next() {
         return Err(RestoreError::SocketInUse { socket });
     }

@@ -1,19 +1,21 @@
 //! What a file says of the VM in it.
 
 use std::ffi::OsString;
-use std::io;
+use std::fs::File;
+use std::io::{self, Read as _};
+use std::os::fd::AsRawFd as _;
 use std::path::Path;
 
 use vmfile_format::manifest::{DiskMeta, VmMeta};
-use vmfile_qemu::{Disk, Vm, VmError};
+use vmfile_qemu::{CommandLine, Drive, ProcessInfo, Vm, VmError};
 
 use crate::error::SaveError;
 
-/// Describes the VM, with `disks`, which are those that it has.
+/// Describes the VM, with `drives`, which are those that it has.
 pub(super) fn describe_vm(
     vm: &mut Vm,
     was_running: bool,
-    disks: &[Disk],
+    drives: &[Drive],
 ) -> Result<VmMeta, SaveError> {
     let process = match vm.process() {
         Ok(process) => Some(process),
@@ -22,13 +24,16 @@ pub(super) fn describe_vm(
         Err(error) => return Err(error.into()),
     };
     let text = |path: &Path| path.to_string_lossy().into_owned();
-    let disks = disks.iter().map(|disk| DiskMeta {
-        device: disk.device.clone(),
-        path: disk.file.clone(),
-        format: disk.format.clone(),
-        backing_files: disk.backing_files.clone(),
-        read_only: disk.read_only,
-        overlay: None,
+    let disks = drives.iter().filter_map(|drive| {
+        let (top, below) = drive.images.split_first()?;
+        Some(DiskMeta {
+            device: drive.name().to_owned(),
+            path: top.path.clone(),
+            format: top.format.clone(),
+            backing_files: below.iter().map(|image| image.path.clone()).collect(),
+            read_only: drive.read_only,
+            overlay: None,
+        })
     });
     Ok(VmMeta {
         disks: disks.collect(),
@@ -40,7 +45,7 @@ pub(super) fn describe_vm(
         qemu_version: Some(vm.version()?.to_string()),
         run_state: if was_running { "running" } else { "paused" }.to_owned(),
         executable: process.as_ref().map(|process| text(&process.executable)),
-        command_line: process.as_ref().map_or(Ok(Vec::new()), |p| texts(&p.arguments))?,
+        command_line: process.as_ref().map_or(Ok(Vec::new()), command_line)?,
         working_directory: process.as_ref().map(|process| text(&process.working_directory)),
     })
 }
@@ -54,7 +59,36 @@ pub(super) fn is_out_of_reach(error: &VmError) -> bool {
     }
 }
 
-/// Returns the command line as the manifest holds it.
+/// Longest configuration file read, in bytes: QEMU's own examples have ten thousand.
+const CONFIG_LEN_MAX: u64 = 1 << 20;
+
+/// Returns the command line as the manifest holds it: with what stands in configuration files
+/// written out, so that a restore does not depend on them.
+fn command_line(process: &ProcessInfo) -> Result<Vec<String>, SaveError> {
+    let words = texts(&process.arguments)?;
+    let is_elsewhere = |word: &String| matches!(word.trim_start_matches('-'), "readconfig" | "set");
+    let Some(program) = words.first().filter(|_| words.iter().any(is_elsewhere)) else {
+        return Ok(words);
+    };
+    let mut line = CommandLine::from_process(&process.arguments).map_err(SaveError::Options)?;
+    line.expand_config(|path| read_as(process, path)).map_err(SaveError::Options)?;
+    Ok([program.clone()].into_iter().chain(line.to_arguments()).collect())
+}
+
+/// Reads a configuration file that QEMU was started with.
+fn read_as(process: &ProcessInfo, path: &Path) -> io::Result<String> {
+    let found = process.find(path)?;
+    if !found.metadata()?.is_file() {
+        return Err(io::Error::other("it is not a regular file"));
+    }
+    // What was found is opened, whatever lies under the name by now.
+    let file = File::open(format!("/proc/self/fd/{}", found.as_raw_fd()))?;
+    let mut text = String::new();
+    file.take(CONFIG_LEN_MAX).read_to_string(&mut text)?;
+    Ok(text)
+}
+
+/// Returns arguments as text.
 fn texts(arguments: &[OsString]) -> Result<Vec<String>, SaveError> {
     let text = |argument: &OsString| argument.to_str().map(str::to_owned);
     arguments.iter().map(text).collect::<Option<_>>().ok_or(SaveError::CommandLine)

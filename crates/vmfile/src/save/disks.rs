@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 use vmfile_format::manifest::{DiskMeta, VmMeta};
-use vmfile_qemu::{Disk, Overlay, Vm, VmError};
+use vmfile_qemu::{Drive, Overlay, Vm, VmError};
 
 use crate::error::SaveError;
 
@@ -38,19 +38,21 @@ pub(super) struct Disks {
 impl Disks {
     /// Finds a place for the overlay of every disk that the guest can write, and notes it in `meta`.
     pub(super) fn plan(
-        found: &[Disk],
+        found: &[Drive],
         meta: &mut VmMeta,
         destination: &Path,
     ) -> Result<Disks, SaveError> {
         let stem = destination.file_stem().unwrap_or(OsStr::new("vm"));
         let mut overlays: Vec<Overlay> = Vec::new();
-        for (disk, noted) in found.iter().zip(&mut meta.disks) {
-            if disk.read_only {
+        let with_medium = found.iter().filter(|drive| drive.image().is_some());
+        for (drive, noted) in with_medium.zip(&mut meta.disks) {
+            if !drive.is_writable() {
                 continue;
             }
-            let refuse = |reason: String| SaveError::Disk { device: disk.device.clone(), reason };
-            let node = disk.node.as_ref().ok_or_else(|| refuse("it has no node".to_owned()))?;
-            let image = image_of(disk, meta.working_directory.as_deref()).map_err(refuse)?;
+            let device = || drive.name().to_owned();
+            let refuse = |reason: String| SaveError::Disk { device: device(), reason };
+            let node = drive.node.as_ref().ok_or_else(|| refuse("it has no node".to_owned()))?;
+            let image = image_of(drive, meta.working_directory.as_deref()).map_err(refuse)?;
             let is_free = |file: &Path| {
                 !file.exists() && overlays.iter().all(|overlay| overlay.file() != file)
             };
@@ -108,15 +110,16 @@ pub(super) fn saved_disks(meta: &VmMeta) -> Vec<SavedDisk> {
 }
 
 /// Returns the path of a disk's image, or why it cannot have an overlay.
-fn image_of(disk: &Disk, directory: Option<&str>) -> Result<PathBuf, String> {
-    if !FORMATS.contains(&disk.format.as_str()) {
-        return Err(format!("its format is {:?}, expected qcow2 or raw", disk.format));
+fn image_of(drive: &Drive, directory: Option<&str>) -> Result<PathBuf, String> {
+    let top = drive.image().ok_or("it is empty")?;
+    if !FORMATS.contains(&top.format.as_str()) {
+        return Err(format!("its format is {:?}, expected qcow2 or raw", top.format));
     }
-    let image = Path::new(&disk.file);
+    let image = Path::new(&top.path);
     // QEMU writes the image's name as it knows it into the overlay, where a name with a directory
     // refers to the overlay's own directory (10.0).
     if image.is_relative() && image.parent() != Some(Path::new("")) {
-        return Err(format!("its path {:?} is relative: name it by an absolute path", disk.file));
+        return Err(format!("its path {:?} is relative: name it by an absolute path", top.path));
     }
     let image = directory.map_or(image.to_path_buf(), |directory| Path::new(directory).join(image));
     match fs::metadata(&image) {

@@ -1,0 +1,114 @@
+//! Files as QEMU's process sees them: in its own root directory and mount namespace.
+
+use std::collections::HashSet;
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
+use std::path::Path;
+
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat, openat2};
+use rustix::io::Errno;
+
+use super::ProcessInfo;
+
+/// What tells a file from every other one on this host, while it exists.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct FileId {
+    /// The device of its file system.
+    pub device: u64,
+    /// Its inode there.
+    pub inode: u64,
+}
+
+impl FileId {
+    /// Returns the id of a file, given what the kernel says of it.
+    #[must_use]
+    pub fn of(metadata: &fs::Metadata) -> FileId {
+        FileId { device: metadata.dev(), inode: metadata.ino() }
+    }
+}
+
+impl ProcessInfo {
+    /// Finds the file to which `path` leads this process, without opening it: the descriptor is one
+    /// of `O_PATH`.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says; it lets root, and the user who owns the process, look.
+    pub fn find(&self, path: &Path) -> io::Result<File> {
+        let flags = OFlags::PATH | OFlags::CLOEXEC;
+        let Ok(inside) = path.strip_prefix("/") else {
+            // From the working directory; a symbolic link from there to an absolute path would
+            // lead into our own root directory, and whoever compares inodes notices.
+            let path = Path::new(&format!("/proc/{}/cwd", self.pid)).join(path);
+            return Ok(openat(CWD, path, flags, Mode::empty())?.into());
+        };
+        let root = format!("/proc/{}/root", self.pid);
+        let root = openat(CWD, root, flags | OFlags::DIRECTORY, Mode::empty())?;
+        let inside = if inside.as_os_str().is_empty() { Path::new(".") } else { inside };
+        match openat2(&root, inside, flags, Mode::empty(), ResolveFlags::IN_ROOT) {
+            Ok(file) => Ok(file.into()),
+            // Linux before 5.6, and sandboxes that know no openat2.
+            Err(Errno::NOSYS | Errno::PERM) => {
+                Ok(openat(&root, inside, flags, Mode::empty())?.into())
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Returns the regular files and the block devices that this process has open.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says; it lets root, and the user who owns the process, look.
+    pub fn open_files(&self) -> io::Result<HashSet<FileId>> {
+        let mut files = HashSet::new();
+        for entry in fs::read_dir(format!("/proc/{}/fd", self.pid))? {
+            // A descriptor may be closed while we look.
+            let Ok(metadata) = fs::metadata(entry?.path()) else { continue };
+            if metadata.is_file() || metadata.file_type().is_block_device() {
+                files.insert(FileId::of(&metadata));
+            }
+        }
+        Ok(files)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::env;
+    use std::path::PathBuf;
+
+    use super::*;
+
+    fn ourselves() -> ProcessInfo {
+        ProcessInfo {
+            pid: std::process::id(),
+            executable: PathBuf::new(),
+            arguments: Vec::new(),
+            working_directory: env::current_dir().unwrap(),
+        }
+    }
+
+    #[test]
+    fn an_open_file_is_found_by_its_path_and_a_deleted_one_is_not() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("image");
+        let file = File::create_new(&path).unwrap();
+        let id = FileId::of(&file.metadata().unwrap());
+        let process = ourselves();
+        assert_eq!(FileId::of(&process.find(&path).unwrap().metadata().unwrap()), id);
+        assert!(process.open_files().unwrap().contains(&id));
+        fs::remove_file(&path).unwrap();
+        assert_eq!(process.find(&path).unwrap_err().kind(), io::ErrorKind::NotFound);
+        assert!(process.open_files().unwrap().contains(&id));
+        drop(file);
+    }
+
+    #[test]
+    fn a_relative_path_begins_in_the_working_directory() {
+        let found = ourselves().find(Path::new("Cargo.toml")).unwrap().metadata().unwrap();
+        assert_eq!(FileId::of(&found), FileId::of(&fs::metadata("Cargo.toml").unwrap()));
+        assert!(ourselves().find(Path::new("/")).unwrap().metadata().unwrap().is_dir());
+    }
+}
