@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -149,7 +150,7 @@ fn a_save_that_is_stopped_leaves_the_disk_as_it_was() -> TestResult {
         guest.wait_for_count(1)?;
         let directory = tempfile::tempdir()?;
         let file = directory.path().join("vm.vmf");
-        let flag = AtomicBool::new(false);
+        let flag = Arc::new(AtomicBool::new(false));
         let progress = |_: Progress| flag.store(true, Ordering::Relaxed);
         let mut vm = Vm::connect(&guest.qmp_path())?;
         let control = Control::new(&flag, &progress);

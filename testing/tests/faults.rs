@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use vmfile::check::CheckOptions;
@@ -41,7 +42,7 @@ fn save_with_meddling(
     meddle: impl Fn(&AtomicBool) + Sync,
 ) -> TestResult<SaveError> {
     let mut vm = Vm::connect(&guest.qmp_path())?;
-    let stop = AtomicBool::new(false);
+    let stop = Arc::new(AtomicBool::new(false));
     let calls = AtomicU32::new(0);
     let progress = |_: Progress| {
         if calls.fetch_add(1, Ordering::Relaxed) == 0 {

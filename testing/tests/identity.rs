@@ -144,7 +144,7 @@ fn full_q35(ram: Ram, image: &Path) -> GuestConfig {
 
 fn image(directory: &Path) -> TestResult<std::path::PathBuf> {
     let image = directory.join("a,b.raw");
-    std::fs::File::create(&image)?.set_len(1 << 20)?;
+    std::fs::File::create_new(&image)?.set_len(1 << 20)?;
     Ok(image)
 }
 

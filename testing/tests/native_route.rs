@@ -4,6 +4,7 @@ use std::fs;
 use std::num::NonZeroU8;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde_json::{Value, json};
@@ -209,7 +210,7 @@ fn a_qemu_that_is_too_old_is_refused_and_its_guest_runs_on() -> TestResult {
 /// settings, and no file be left.
 fn harms_nobody(guest: &mut Guest, directory: &Path, stop_at: f64) -> TestResult<SaveError> {
     let mut vm = Vm::connect(&guest.qmp_path())?;
-    let flag = AtomicBool::new(false);
+    let flag = Arc::new(AtomicBool::new(false));
     let progress = |progress: Progress| {
         let part = |bytes: u64| u32::try_from(bytes >> 10).map_or(f64::MAX, f64::from);
         if part(progress.done_bytes) >= part(progress.total_bytes) * stop_at {

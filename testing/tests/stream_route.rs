@@ -4,6 +4,7 @@ use std::fs;
 use std::num::NonZeroU8;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use serde_json::{Value, json};
@@ -163,7 +164,7 @@ fn harms_nobody(
     (stop, channels): (bool, u8),
 ) -> TestResult<SaveError> {
     let mut vm = Vm::connect(&guest.qmp_path())?;
-    let flag = AtomicBool::new(false);
+    let flag = Arc::new(AtomicBool::new(false));
     let calls = AtomicU32::new(0);
     let progress = |_: Progress| {
         // In the middle: some pages have come.

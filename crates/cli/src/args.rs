@@ -21,7 +21,7 @@ Exit status:
     5  the operating system refused: space, permission, I/O
     6  the file and the VM do not fit: machine type, RAM size, QEMU version
     7  the file is whole, but the VM was left paused
-  129, 130, 143  stopped by SIGHUP, SIGINT, SIGTERM
+  129, 130, 131, 143  stopped by SIGHUP, SIGINT, SIGQUIT, SIGTERM
 An unknown status means failure.";
 
 /// Saves a running QEMU virtual machine to a file and brings it back.

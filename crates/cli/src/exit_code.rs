@@ -18,12 +18,14 @@ pub(crate) enum Code {
     System = 5,
     /// The file and the VM do not fit: machine type, RAM size, QEMU version.
     Incompatible = 6,
-    /// The file is whole, but the VM was left paused.
+    /// The VM was left paused, whether the file is whole or not.
     LeftPaused = 7,
     /// Stopped by SIGHUP.
     HungUp = 129,
     /// Stopped by SIGINT.
     Interrupted = 130,
+    /// Stopped by SIGQUIT.
+    Quit = 131,
     /// Stopped by SIGTERM.
     Terminated = 143,
 }

@@ -79,6 +79,9 @@ impl From<&DiscoverError> for Failure {
 
 impl From<&VmError> for Failure {
     fn from(error: &VmError) -> Failure {
+        if error.is_stopped() {
+            return Failure::new(Code::Interrupted, "stopped", error);
+        }
         Failure::new(Code::Vm, "vm", error).hint_if(error.hint())
     }
 }

@@ -1,11 +1,13 @@
-//! SIGINT, SIGTERM and SIGHUP stop a verb cleanly; SIGUSR1 asks how far it is.
+//! SIGINT, SIGTERM, SIGQUIT and SIGHUP stop a verb cleanly; SIGUSR1 asks how far it is; SIGTSTP waits
+//! until the VM runs.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGXFSZ};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTSTP, SIGUSR1, SIGXFSZ};
 
 use crate::exit_code::Code;
+use crate::failure::Failure;
 
 /// What the signals have said so far.
 #[derive(Debug)]
@@ -23,9 +25,10 @@ impl Signals {
             which: Arc::new(AtomicUsize::new(0)),
             asked: Arc::new(AtomicBool::new(false)),
         };
-        // A lost connection must not leave the VM paused; under nohup it is nothing.
-        let hang_up = (!is_ignored(SIGHUP)).then_some(SIGHUP);
-        for signal in [SIGINT, SIGTERM].into_iter().chain(hang_up) {
+        // A lost connection must not leave the VM paused; under nohup it is nothing. A shell without
+        // job control has its background processes ignore SIGQUIT.
+        let others = [SIGHUP, SIGQUIT].into_iter().filter(|&signal| !is_ignored(signal));
+        for signal in [SIGINT, SIGTERM].into_iter().chain(others) {
             let number = usize::try_from(signal).unwrap_or_default();
             // `which` first: whoever sees `stop` finds it set.
             signal_hook::flag::register_usize(signal, Arc::clone(&signals.which), number)?;
@@ -38,6 +41,16 @@ impl Signals {
         Ok(signals)
     }
 
+    /// Gives a failure that is due to a signal that signal's status, and the hint `left`: what was
+    /// left as it was.
+    pub(crate) fn explain(&self, failure: Failure, left: &str) -> Failure {
+        if failure.code == Code::Interrupted {
+            Failure { code: self.code(), ..failure }.hint(left)
+        } else {
+            failure
+        }
+    }
+
     /// Whether a signal has asked to stop.
     pub(crate) fn are_set(&self) -> bool {
         self.stop.load(Ordering::Relaxed)
@@ -48,7 +61,40 @@ impl Signals {
         match i32::try_from(self.which.load(Ordering::Relaxed)) {
             Ok(SIGTERM) => Code::Terminated,
             Ok(SIGHUP) => Code::HungUp,
+            Ok(SIGQUIT) => Code::Quit,
             _ => Code::Interrupted,
+        }
+    }
+}
+
+/// Holds SIGTSTP (Ctrl-Z) back until it is dropped: a process that stands still cannot let the VM
+/// go on that it has paused.
+#[derive(Debug)]
+pub(crate) struct NoSuspend {
+    asked: Arc<AtomicBool>,
+    is_over: Arc<AtomicBool>,
+}
+
+impl NoSuspend {
+    /// Holds it back from now on.
+    pub(crate) fn begin() -> std::io::Result<NoSuspend> {
+        let held = NoSuspend { asked: Arc::default(), is_over: Arc::default() };
+        if !is_ignored(SIGTSTP) {
+            let is_over = Arc::clone(&held.is_over);
+            signal_hook::flag::register_conditional_default(SIGTSTP, is_over)?;
+            signal_hook::flag::register(SIGTSTP, Arc::clone(&held.asked))?;
+        }
+        Ok(held)
+    }
+}
+
+impl Drop for NoSuspend {
+    /// Stops this process now if it was asked to; SIGCONT lets it go on.
+    fn drop(&mut self) {
+        self.is_over.store(true, Ordering::Relaxed);
+        if self.asked.load(Ordering::Relaxed) {
+            // It cannot fail for a signal that has a default.
+            let _ = signal_hook::low_level::emulate_default_handler(SIGTSTP);
         }
     }
 }

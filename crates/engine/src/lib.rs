@@ -14,6 +14,7 @@
 pub mod buffer;
 pub mod direct_io;
 pub mod extents;
+pub mod guardian;
 pub mod hash;
 pub mod inherited;
 mod maps;
@@ -32,6 +33,7 @@ pub mod zero;
 pub use buffer::{AlignedBuffer, BufferPool, PooledBuffer, SharedBuffer};
 pub use direct_io::{DataFile, DirectIo, DirectIoInUse};
 pub use extents::{FileSystem, data_ranges, file_system, hugetlb_allocated_bytes, punch_hole};
+pub use guardian::{Guardian, Step, Will};
 pub use hash::{PageHasher, page_hash};
 pub use inherited::inherited;
 pub use maps::{Device, Mapping, Permissions};

@@ -114,8 +114,9 @@ impl Unpublished {
             Errno::EXIST => PublishError::Exists { path: self.path.clone() },
             errno => PublishError::io(&self.path, "name", errno.into()),
         })?;
-        rustix::fs::fsync(&self.directory).map_err(|errno| {
-            PublishError::io(&self.path, "sync the directory of the finished", errno.into())
+        rustix::fs::fsync(&self.directory).map_err(|errno| PublishError::NotDurable {
+            path: self.path.clone(),
+            source: errno.into(),
         })?;
         Ok(file)
     }
@@ -124,6 +125,12 @@ impl Unpublished {
     #[must_use]
     pub fn file(&self) -> &File {
         &self.file
+    }
+
+    /// Returns the name that the file has until then, where the file system has no nameless files.
+    #[must_use]
+    pub fn temporary_path(&self) -> Option<PathBuf> {
+        self.temporary.as_ref().map(|name| self.path.with_file_name(name))
     }
 
     /// Returns the name that the file will have.
@@ -312,6 +319,13 @@ pub enum PublishError {
         /// The name.
         path: PathBuf,
     },
+    /// The file is whole and has its name, and a power failure may still take the name away.
+    NotDurable {
+        /// The name.
+        path: PathBuf,
+        /// What the kernel said of the directory.
+        source: io::Error,
+    },
     /// The kernel refused a step.
     Io {
         /// The name that the file has or would have.
@@ -343,6 +357,9 @@ impl fmt::Display for PublishError {
             PublishError::NotAFile { path } => {
                 write!(f, "{} exists and is not a regular file", path.display())
             }
+            PublishError::NotDurable { path, .. } => {
+                write!(f, "{} is whole, but its directory cannot be synced", path.display())
+            }
             PublishError::Io { path, step, .. } => write!(f, "cannot {step} {}", path.display()),
         }
     }
@@ -351,7 +368,9 @@ impl fmt::Display for PublishError {
 impl Error for PublishError {
     fn source(&self) -> Option<&(dyn Error + 'static)> {
         match self {
-            PublishError::Io { source, .. } => Some(source),
+            PublishError::Io { source, .. } | PublishError::NotDurable { source, .. } => {
+                Some(source)
+            }
             _ => None,
         }
     }

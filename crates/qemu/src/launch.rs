@@ -1,39 +1,29 @@
 //! A QEMU of our own: started, watched while it starts, and killed unless it is kept.
 
+mod stderr;
+
 use std::ffi::OsString;
-use std::fmt;
-use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, poll};
-use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::{FdFlags, fcntl_getfd, fcntl_setfd};
 use rustix::pipe::{PipeFlags, pipe_with};
 
+use self::stderr::StderrTail;
 use crate::command_line::{CONTROL_ID, CommandLine};
 use crate::qmp::{COMMAND_TIMEOUT, Qmp, QmpError};
 use crate::vm::Vm;
 
-/// Most bytes of QEMU's standard error kept, the last ones.
-///
-/// A refused device state makes a dozen lines; a QEMU that logs without end must not fill us.
-const STDERR_LEN_MAX: usize = 16 << 10;
-
 /// How long a QEMU that has closed its monitor may take to be gone.
 const EXIT_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// How long the last words may take to arrive once QEMU is gone.
-///
-/// They are in the pipe by then, unless a child of QEMU's holds it open.
-const LAST_WORDS_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// One start at a time: between two of them descriptors are inheritable that only one shall have.
 static SPAWNING: Mutex<()> = Mutex::new(());
@@ -98,6 +88,35 @@ pub struct Launch {
     working_directory: Option<PathBuf>,
     inherited: Vec<OwnedFd>,
     foreground: bool,
+    stop: Option<Arc<AtomicBool>>,
+    monitor: Option<MonitorPair>,
+}
+
+/// The two ends of the connection to the monitor of a QEMU that is to be started.
+#[derive(Debug)]
+pub struct MonitorPair {
+    ours: UnixStream,
+    theirs: UnixStream,
+}
+
+impl MonitorPair {
+    /// Makes a connection.
+    ///
+    /// # Errors
+    ///
+    /// [`LaunchError::System`] when the kernel has no sockets left.
+    pub fn new() -> Result<MonitorPair, LaunchError> {
+        let what = "make the monitor's pair of sockets";
+        let made = UnixStream::pair().map_err(|source| LaunchError::System { what, source });
+        made.map(|(ours, theirs)| MonitorPair { ours, theirs })
+    }
+}
+
+impl AsFd for MonitorPair {
+    /// Returns the end at which commands are written.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.ours.as_fd()
+    }
 }
 
 impl Launch {
@@ -109,6 +128,8 @@ impl Launch {
             working_directory: None,
             inherited: Vec::new(),
             foreground: false,
+            stop: None,
+            monitor: None,
         }
     }
 
@@ -140,6 +161,21 @@ impl Launch {
         self
     }
 
+    /// Makes the wait for QEMU's first answer, and every later wait for QEMU, end soon after `stop`
+    /// is set.
+    #[must_use]
+    pub fn until(mut self, stop: &Arc<AtomicBool>) -> Launch {
+        self.stop = Some(Arc::clone(stop));
+        self
+    }
+
+    /// Chooses the connection to the monitor, which the caller may have given to a guardian.
+    #[must_use]
+    pub fn monitor(mut self, monitor: MonitorPair) -> Launch {
+        self.monitor = Some(monitor);
+        self
+    }
+
     /// Starts QEMU and waits at most `timeout` until its monitor answers.
     ///
     /// The monitor is a pair of sockets between QEMU and us, beside those in the options.
@@ -147,10 +183,10 @@ impl Launch {
     /// # Errors
     ///
     /// [`LaunchError::Ended`] with QEMU's own words when it does not like its options.
-    pub fn spawn(self, timeout: Duration) -> Result<LaunchedQemu, LaunchError> {
+    pub fn spawn(mut self, timeout: Duration) -> Result<LaunchedQemu, LaunchError> {
         let system = |what| move |source| LaunchError::System { what, source };
-        let (ours, theirs) =
-            UnixStream::pair().map_err(system("make the monitor's pair of sockets"))?;
+        let monitor = self.monitor.take().map_or_else(MonitorPair::new, Ok)?;
+        let MonitorPair { ours, theirs } = monitor;
         let mut stderr = StderrTail::default();
         let mut command = self.command(theirs.as_raw_fd());
         if !self.foreground {
@@ -167,7 +203,7 @@ impl Launch {
         drop(command);
         drop(theirs);
         let mut running = Running { child: Some(child), stderr };
-        match Qmp::from_stream(ours, timeout) {
+        match Qmp::from_stream(ours, timeout, self.stop) {
             Ok(mut qmp) => {
                 // The start may take longer than a command, or less.
                 qmp.set_timeout(COMMAND_TIMEOUT);
@@ -330,88 +366,6 @@ impl Drop for Running {
     }
 }
 
-/// The end of a QEMU's standard error: a thread reads while QEMU writes, so that QEMU never waits.
-#[derive(Clone, Default)]
-struct StderrTail(Arc<Mutex<Tail>>);
-
-#[derive(Default)]
-struct Tail {
-    bytes: Vec<u8>,
-    /// Does not block; `None` once all was read.
-    pipe: Option<File>,
-}
-
-impl StderrTail {
-    /// Keeps the end of what comes by `pipe`.
-    fn keep(pipe: OwnedFd) -> io::Result<StderrTail> {
-        fcntl_setfl(&pipe, fcntl_getfl(&pipe)? | OFlags::NONBLOCK)?;
-        let watched = pipe.try_clone()?;
-        let tail = Tail { bytes: Vec::new(), pipe: Some(File::from(pipe)) };
-        let kept = StderrTail(Arc::new(Mutex::new(tail)));
-        let reader = kept.clone();
-        thread::spawn(move || {
-            while !reader.lock().read() {
-                // An error of poll says no more than that there is something to find out.
-                let _ = poll(&mut [PollFd::new(&watched, PollFlags::IN)], None);
-            }
-        });
-        Ok(kept)
-    }
-
-    /// Returns all that QEMU has written so far, from the start of a line.
-    fn text(&self) -> String {
-        let mut tail = self.lock();
-        tail.read();
-        String::from_utf8_lossy(&tail.bytes).into_owned()
-    }
-
-    /// Returns the text once all of it has arrived, or after a short while.
-    fn last_words(&self) -> String {
-        let deadline = Instant::now() + LAST_WORDS_TIMEOUT;
-        while !self.lock().read() && Instant::now() < deadline {
-            thread::sleep(Duration::from_millis(2));
-        }
-        self.text()
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Tail> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Tail {
-    /// Reads what is there; returns whether nothing can come any more.
-    fn read(&mut self) -> bool {
-        let mut piece = [0_u8; 4096];
-        while let Some(pipe) = &mut self.pipe {
-            match pipe.read(&mut piece) {
-                Ok(len) if len > 0 => self.push(piece.get(..len).unwrap_or_default()),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return false,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Ok(_) | Err(_) => self.pipe = None,
-            }
-        }
-        true
-    }
-
-    fn push(&mut self, piece: &[u8]) {
-        self.bytes.extend_from_slice(piece);
-        let excess = self.bytes.len().saturating_sub(STDERR_LEN_MAX);
-        if excess > 0 {
-            // Whole lines only, where there are lines.
-            let rest = self.bytes.get(excess..).unwrap_or_default();
-            let line = rest.iter().position(|&byte| byte == b'\n').map_or(0, |end| end + 1);
-            self.bytes.drain(..excess + line);
-        }
-    }
-}
-
-impl fmt::Debug for StderrTail {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("StderrTail").finish_non_exhaustive()
-    }
-}
-
 /// Returns the program to start for a saved VM: `saved` if it is there, or the one of that name on
 /// the search path `search` (the value of `PATH`).
 #[must_use]
@@ -426,41 +380,7 @@ pub fn find_program(saved: &Path, search: Option<&OsString>) -> Option<PathBuf> 
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
-
     use super::*;
-
-    #[test]
-    fn the_end_of_a_long_log_is_kept_from_the_start_of_a_line() {
-        let mut tail = Tail::default();
-        for number in 0..10_000 {
-            tail.push(format!("line {number}\n").as_bytes());
-        }
-        let text = String::from_utf8(tail.bytes).unwrap();
-        assert!(text.len() <= STDERR_LEN_MAX);
-        assert!(text.starts_with("line "), "{:?}", text.lines().next());
-        assert!(text.ends_with("line 9999\n"));
-    }
-
-    #[test]
-    fn a_log_without_lines_is_bounded_too() {
-        let mut tail = Tail::default();
-        tail.push(&[b'x'; STDERR_LEN_MAX * 3]);
-        assert_eq!(tail.bytes.len(), STDERR_LEN_MAX);
-    }
-
-    #[test]
-    fn what_was_written_is_there_at_once() {
-        let (read, write) = pipe_with(PipeFlags::CLOEXEC).unwrap();
-        let tail = StderrTail::keep(read).unwrap();
-        let mut write = File::from(write);
-        for number in 0..1000 {
-            writeln!(write, "{number}").unwrap();
-            assert!(tail.text().ends_with(&format!("{number}\n")));
-        }
-        drop(write);
-        assert!(tail.last_words().ends_with("999\n"));
-    }
 
     #[test]
     fn a_program_that_is_not_there_is_named() {

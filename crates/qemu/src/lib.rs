@@ -36,13 +36,14 @@ pub use command_line::{
 };
 pub use discover::{DiscoverError, Found, VmAddress, list, resolve};
 pub use identity::{Cpu, Device, Difference, MemoryDevice, Parts, Remedy, differences};
-pub use launch::{Launch, LaunchError, LaunchedQemu, find_program};
+pub use launch::{Launch, LaunchError, LaunchedQemu, MonitorPair, find_program};
 pub use migration::LoadError;
 pub use outgoing::{KeptFile, Outgoing, SentRam, StreamSettings};
 pub use program::program_version;
 pub use qmp::{Event, Qmp, QmpError};
 pub use version::{Feature, QemuVersion};
 pub use vm::{
-    Blocker, BlockerKind, DeviceName, Drive, FileId, Image, MemoryBackend, Overlay, ProcessInfo,
-    RamBlockInfo, RunState, Vm, VmError, sender,
+    Blocker, BlockerKind, DeviceName, Drive, FileId, Flushed, Footprint, Holder, Image,
+    MemoryBackend, Overlay, PUT_BACK_TIMEOUT, Paused, ProcessInfo, RamBlockInfo, RunState,
+    SaveRecord, UndoStep, Vm, VmError, sender, steps_to_end, steps_to_run, undo_steps,
 };

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use crate::pass_fd;
 use crate::qmp::QmpError;
 use crate::version::Feature;
-use crate::vm::{RunState, Vm, VmError};
+use crate::vm::{PUT_BACK_TIMEOUT, RunState, Vm, VmError};
 
 /// The name under which QEMU keeps the stream's descriptor until it reads it.
 const STREAM_NAME: &str = "vmfile-stream";
@@ -99,7 +99,8 @@ impl Vm {
         };
         if let Err(error) = self.execute("migrate-incoming", arguments) {
             // What matters is why the stream was refused; QEMU is of no more use either way.
-            let _ = pass_fd::closefd(&mut self.qmp, STREAM_NAME);
+            let _ =
+                self.unstoppable(PUT_BACK_TIMEOUT, |vm| pass_fd::closefd(&mut vm.qmp, STREAM_NAME));
             return Err(error.into());
         }
         Ok(())
@@ -126,6 +127,7 @@ impl Vm {
                     Progress::Loading => {}
                 },
                 Err(QmpError::Timeout { .. }) => {}
+                Err(QmpError::Stopped { .. }) => return Err(LoadError::Cancelled),
                 Err(error) => return Err(error.into()),
             }
             if cancelled() {

@@ -7,14 +7,15 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use crate::pass_fd;
+use crate::pass_fd::{self, FILE_FDSET};
 use crate::qmp::unexpected;
 use crate::vm::{Vm, VmError};
 
 /// The name under which QEMU keeps the stream's descriptor until it writes to it.
-const STREAM_NAME: &str = "vmfile-outgoing";
+pub(crate) const STREAM_NAME: &str = "vmfile-outgoing";
 
 /// How often QEMU is asked how far it is.
 const POLL_INTERVAL: Duration = Duration::from_millis(2);
@@ -25,6 +26,14 @@ const TRICKLE: u64 = 4096;
 
 /// How long QEMU has handed out nothing when its threads have run dry.
 const QUIET: Duration = Duration::from_millis(30);
+
+/// How long QEMU's threads may take to run dry where that is not looked at.
+pub(crate) const RUN_DRY: Duration = Duration::from_millis(200);
+
+/// Returns the command by which QEMU hands its threads hardly any page from now on.
+pub(crate) fn trickle() -> (&'static str, Value) {
+    ("migrate-set-parameters", json!({ "max-bandwidth": TRICKLE }))
+}
 
 /// Parameters that decide about what is sent and how fast, as far as a QEMU has them.
 const PARAMETERS: [&str; 7] = [
@@ -46,7 +55,7 @@ const HARMLESS: [&str; 1] = ["events"];
 /// How QEMU is to send: capabilities and parameters, by QEMU's names.
 ///
 /// Read from a VM, it is what the VM had, and can be given back.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StreamSettings {
     capabilities: BTreeMap<String, bool>,
     parameters: Map<String, Value>,
@@ -124,6 +133,14 @@ impl StreamSettings {
         file
     }
 
+    pub(crate) fn capabilities(&self) -> &BTreeMap<String, bool> {
+        &self.capabilities
+    }
+
+    pub(crate) fn parameters(&self) -> &Map<String, Value> {
+        &self.parameters
+    }
+
     /// Whether this QEMU can write past the page cache.
     #[must_use]
     pub fn has_direct_io(&self) -> bool {
@@ -144,7 +161,7 @@ impl StreamSettings {
 #[derive(Debug)]
 #[must_use = "QEMU keeps the descriptors until it is told to drop them"]
 pub struct KeptFile {
-    fdset: u64,
+    _private: (),
 }
 
 /// How much of its RAM a VM has sent.
@@ -313,15 +330,15 @@ impl Vm {
     ///
     /// Whatever QEMU says; it keeps none of them then.
     pub fn keep_file(&mut self, descriptors: &[OwnedFd]) -> Result<KeptFile, VmError> {
-        let (first, others) = descriptors.split_first().expect("a file has a descriptor");
-        let kept = KeptFile { fdset: pass_fd::add_fd(&mut self.qmp, first.as_fd())? };
-        for fd in others {
-            if let Err(error) = pass_fd::add_fd_to(&mut self.qmp, kept.fdset, fd.as_fd()) {
-                let _ = self.drop_file(kept);
-                return Err(error.into());
+        for fd in descriptors {
+            if let Err(error) = pass_fd::add_fd(&mut self.qmp, FILE_FDSET, fd.as_fd()) {
+                return match pass_fd::remove_left(&mut self.qmp) {
+                    Ok(()) => Err(error.into()),
+                    Err(other) => Err(other.into()),
+                };
             }
         }
-        Ok(kept)
+        Ok(KeptFile { _private: () })
     }
 
     /// Makes QEMU let go of a file.
@@ -329,8 +346,8 @@ impl Vm {
     /// # Errors
     ///
     /// See [`Qmp::execute`](crate::Qmp::execute).
-    pub fn drop_file(&mut self, file: KeptFile) -> Result<(), VmError> {
-        Ok(pass_fd::remove_fd(&mut self.qmp, file.fdset)?)
+    pub fn drop_file(&mut self, _file: KeptFile) -> Result<(), VmError> {
+        Ok(pass_fd::remove_fd(&mut self.qmp, FILE_FDSET)?)
     }
 
     /// Makes QEMU write the VM into `file` from its beginning; returns as soon as it has begun.
@@ -338,8 +355,8 @@ impl Vm {
     /// # Errors
     ///
     /// Whatever QEMU says: the VM is not in a state to be sent, or something blocks it.
-    pub fn send_to_file(&mut self, file: &KeptFile) -> Result<(), VmError> {
-        let uri = format!("file:/dev/fdset/{}", file.fdset);
+    pub fn send_to_file(&mut self, _file: &KeptFile) -> Result<(), VmError> {
+        let uri = format!("file:/dev/fdset/{FILE_FDSET}");
         Ok(self.execute("migrate", json!({ "uri": uri })).map(drop)?)
     }
 
@@ -408,7 +425,8 @@ impl Vm {
     /// See [`Qmp::execute`](crate::Qmp::execute).
     pub fn cancel_file(&mut self, timeout: Duration) -> Result<Outgoing, VmError> {
         let deadline = Instant::now() + timeout;
-        self.execute("migrate-set-parameters", json!({ "max-bandwidth": TRICKLE }))?;
+        let (command, arguments) = trickle();
+        self.execute(command, arguments)?;
         let mut seen = None;
         let mut quiet_since = Instant::now();
         loop {

@@ -4,7 +4,7 @@
 //! numbered sets (`add-fd`), which stand for a file as `/dev/fdset/N`. Neither needs QEMU to have
 //! any right in the file system.
 
-use std::io::{self, IoSlice};
+use std::io::IoSlice;
 use std::mem::MaybeUninit;
 use std::os::fd::BorrowedFd;
 
@@ -14,28 +14,8 @@ use serde_json::{Value, json};
 
 use crate::qmp::{Qmp, QmpError, unexpected};
 
-/// Sends all of `bytes`, and `fd` along with the first of them.
-pub(crate) fn send(
-    socket: BorrowedFd<'_>,
-    bytes: &[u8],
-    fd: Option<BorrowedFd<'_>>,
-) -> io::Result<()> {
-    let mut rest = bytes;
-    let mut fd = fd;
-    while !rest.is_empty() {
-        match send_some(socket, rest, fd) {
-            Ok(sent) => {
-                rest = rest.get(sent..).unwrap_or_default();
-                fd = None;
-            }
-            Err(Errno::INTR) => {}
-            Err(errno) => return Err(errno.into()),
-        }
-    }
-    Ok(())
-}
-
-fn send_some(
+/// Sends as many of `bytes` as the socket takes at once, and `fd` along with the first of them.
+pub(crate) fn send_some(
     socket: BorrowedFd<'_>,
     bytes: &[u8],
     fd: Option<BorrowedFd<'_>>,
@@ -48,7 +28,8 @@ fn send_some(
         assert!(fits, "the buffer was made for one descriptor");
     }
     // No SIGPIPE: a library cannot know what its program does with that signal.
-    sendmsg(socket, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL)
+    let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+    sendmsg(socket, &[IoSlice::new(bytes)], &mut control, flags)
 }
 
 /// Gives QEMU `fd` under `name`, replacing one of that name.
@@ -61,15 +42,25 @@ pub(crate) fn closefd(qmp: &mut Qmp, name: &str) -> Result<(), QmpError> {
     qmp.execute("closefd", json!({"fdname": name})).map(drop)
 }
 
-/// Gives QEMU `fd` in a new set of its own and returns the set's number.
-pub(crate) fn add_fd(qmp: &mut Qmp, fd: BorrowedFd<'_>) -> Result<u64, QmpError> {
-    let answer = qmp.execute_with_fd("add-fd", Value::Null, fd)?;
-    answer.get("fdset-id").and_then(Value::as_u64).ok_or_else(|| unexpected("add-fd", "fdset-id"))
-}
+/// What stands beside each of our descriptors in QEMU's sets.
+///
+/// libvirtd (11.3) ends with SIGSEGV when `query-fdsets` shows a descriptor without such a text; and
+/// a set that was left over is known by it.
+pub(crate) const OPAQUE: &str = "vmfile";
 
-/// Gives QEMU `fd` in a set that it has already.
-pub(crate) fn add_fd_to(qmp: &mut Qmp, fdset: u64, fd: BorrowedFd<'_>) -> Result<(), QmpError> {
-    qmp.execute_with_fd("add-fd", json!({"fdset-id": fdset}), fd).map(drop)
+/// The numbers of our sets. They are chosen here and not by QEMU, so that a guardian can remove a
+/// set whose number was not told yet when its process ended. A save at a time uses them.
+pub(crate) const FDSETS: [u64; 2] = [DEVICE_STATE_FDSET, FILE_FDSET];
+
+/// The set of the device state's descriptor: "vmf", and a number.
+pub(crate) const DEVICE_STATE_FDSET: u64 = 0x766d_6601;
+
+/// The set of the descriptors of a file that QEMU writes.
+pub(crate) const FILE_FDSET: u64 = 0x766d_6602;
+
+/// Gives QEMU `fd` in the set `fdset`, which is made if there is none of that number.
+pub(crate) fn add_fd(qmp: &mut Qmp, fdset: u64, fd: BorrowedFd<'_>) -> Result<(), QmpError> {
+    qmp.execute_with_fd("add-fd", json!({"fdset-id": fdset, "opaque": OPAQUE}), fd).map(drop)
 }
 
 /// Drops a set; QEMU closes its descriptors once nothing uses them.
@@ -77,9 +68,24 @@ pub(crate) fn remove_fd(qmp: &mut Qmp, fdset: u64) -> Result<(), QmpError> {
     qmp.execute("remove-fd", json!({"fdset-id": fdset})).map(drop)
 }
 
+/// Drops every set of ours that a save has left.
+pub(crate) fn remove_left(qmp: &mut Qmp) -> Result<(), QmpError> {
+    let sets = qmp.execute("query-fdsets", Value::Null)?;
+    let sets = sets.as_array().ok_or_else(|| unexpected("query-fdsets", "list"))?;
+    let is_ours = |fd: &Value| fd.get("opaque").and_then(Value::as_str) == Some(OPAQUE);
+    for set in sets {
+        let mut fds = set.get("fds").and_then(Value::as_array).into_iter().flatten();
+        let number = set.get("fdset-id").and_then(Value::as_u64);
+        if let (true, Some(number)) = (fds.any(is_ours), number) {
+            remove_fd(qmp, number)?;
+        }
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
-    use std::io::{Read, Write};
+    use std::io::{self, Read, Write};
     use std::mem::MaybeUninit;
     use std::os::fd::AsFd;
     use std::os::unix::net::UnixStream;
@@ -92,7 +98,8 @@ mod tests {
     fn a_descriptor_arrives_once_with_all_the_bytes() {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         let (carried, mut other_end) = UnixStream::pair().unwrap();
-        send(ours.as_fd(), b"line\n", Some(carried.as_fd())).unwrap();
+        let sent = send_some(ours.as_fd(), b"line\n", Some(carried.as_fd())).unwrap();
+        assert_eq!(sent, 5);
         drop((ours, carried));
 
         let mut bytes = [0_u8; 16];

@@ -49,6 +49,21 @@ pub(crate) fn parent(pid: u32) -> Option<u32> {
     rest.split(' ').nth(1)?.parse().ok().filter(|&parent| parent > 0)
 }
 
+/// Returns when a process was started, in the kernel's ticks since the boot.
+pub(crate) fn started_at_ticks(pid: u32) -> io::Result<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    // The name of the program stands in parentheses and may hold any. Field 3 follows it.
+    let ticks = stat.rsplit_once(") ").and_then(|(_, rest)| rest.split(' ').nth(19)?.parse().ok());
+    ticks.ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+/// Names the boot of this host and the process namespace of this process.
+pub(crate) fn namespace() -> io::Result<String> {
+    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
+    let namespace = fs::read_link("/proc/self/ns/pid")?;
+    Ok(format!("{} of boot {}", namespace.display(), boot.trim()))
+}
+
 /// Tells whether a process runs QEMU, by the name of its program.
 ///
 /// Another user's process does not show its program, but it does show its command line.

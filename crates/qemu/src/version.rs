@@ -97,6 +97,8 @@ pub enum Feature {
     MigrationDirectIo,
     /// `migrate-incoming` takes `exit-on-error`.
     ExitOnError,
+    /// The command `blockdev-set-active`, whose answer says whether the disks could be flushed.
+    BlockdevSetActive,
     /// Machine types of this version send SWITCHOVER_START.
     SwitchoverStart,
     /// Multifd packets of device state.
@@ -136,7 +138,7 @@ impl Row {
 /// compares both with QEMUs (testing/tests/versions.rs).
 // A row is two lines, as wide as they are.
 #[rustfmt::skip]
-const TABLE: [Row; 15] = [
+const TABLE: [Row; 16] = [
     Row::new(Feature::PlainFileDescriptor, (0, 0), "`fd:` with a plain file",
         "having QEMU write a stream").until((11, 0)),
     Row::new(Feature::CompressedPages, (2, 4), "capability `compress`",
@@ -161,6 +163,8 @@ const TABLE: [Row; 15] = [
         "`save --route native`: QEMU writes past the page cache"),
     Row::new(Feature::ExitOnError, (9, 1), "`migrate-incoming` with `exit-on-error`",
         "`restore`: QEMU stays and says why it refused"),
+    Row::new(Feature::BlockdevSetActive, (10, 0), "`blockdev-set-active`",
+        "`save --after quit`: disks that cannot be flushed are seen"),
     Row::new(Feature::SwitchoverStart, (10, 0), "SWITCHOVER_START, by machine type",
         "reading a stream"),
     Row::new(Feature::MultifdDeviceState, (10, 0), "multifd packets of device state",

@@ -4,16 +4,22 @@ mod blockers;
 mod device_state;
 mod drives;
 mod files;
+mod flush;
 mod memory_backends;
 mod overlays;
+mod paused;
 mod process;
+mod put_back;
 mod ram;
+mod record;
 
 use std::fmt;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -23,10 +29,14 @@ pub use blockers::{Blocker, BlockerKind};
 pub use device_state::DEVICE_STATE_LEN_MAX;
 pub use drives::{DeviceName, Drive, Image};
 pub use files::FileId;
+pub use flush::Flushed;
 pub use memory_backends::MemoryBackend;
 pub use overlays::Overlay;
+pub use paused::Paused;
 pub use process::{ProcessInfo, sender};
+pub use put_back::{Footprint, UndoStep, steps_to_end, steps_to_run, undo_steps};
 pub use ram::RamBlockInfo;
+pub use record::{Holder, SaveRecord};
 
 use crate::qmp::{COMMAND_TIMEOUT, Qmp, QmpError, is_missing_command, unexpected};
 use crate::version::QemuVersion;
@@ -36,6 +46,10 @@ use crate::version::QemuVersion;
 /// A free monitor greets at once. One that another client holds stays silent, and the user should
 /// learn that before wondering.
 const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long the commands may take in all that put a VM back as it was, where no disk has to be
+/// waited for.
+pub const PUT_BACK_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// An error of a running VM: the monitor's, its process's, or an answer that makes no sense.
 #[derive(Debug, thiserror::Error)]
@@ -87,6 +101,39 @@ pub enum VmError {
         /// The overlay, which the disk still needs.
         overlay: PathBuf,
     },
+    /// The guest did not stand still, or its memory was changed, while it was to be saved.
+    #[error("the VM did not stand still: {what}")]
+    NotStill {
+        /// What happened.
+        what: String,
+    },
+    /// A save of this VM is at work, or one was killed and nobody has put right what it left.
+    #[error("{by} saves this VM")]
+    Held {
+        /// The process.
+        by: Holder,
+    },
+    /// There is a record of a save that this version does not understand.
+    #[error("the record of another save, in QEMU's object \"vmfile-save\"")]
+    UnknownRecord {
+        /// What the parser said.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// The disks' newest data could not be made durable.
+    #[error("the disks could not be flushed: {reason}")]
+    NotFlushed {
+        /// QEMU's own words.
+        reason: String,
+    },
+    /// The VM was stopped, and could not be resumed after an error.
+    #[error("{cause}; and the VM is left paused")]
+    LeftPaused {
+        /// The error.
+        cause: Box<VmError>,
+        /// Why the VM could not be resumed.
+        source: Box<VmError>,
+    },
     /// QEMU took the order to quit and did not go.
     #[error("QEMU still runs {after:?} after it was told to quit")]
     StillRunning {
@@ -105,8 +152,26 @@ impl VmError {
                 Some("run as the user who owns the VM, or as root")
             }
             VmError::ProcessUnknown { .. } => Some("name the VM by its process id"),
+            VmError::NotStill { .. } => {
+                Some("see to it that no other client of QEMU changes the VM while it is saved")
+            }
+            VmError::Held { .. } => Some("wait for that save to end, or end its process"),
+            VmError::UnknownRecord { .. } => Some(
+                "use the version of vmfile that left it, or remove it by `object_del vmfile-save` \
+                 on the VM's monitor",
+            ),
+            VmError::NotFlushed { .. } => {
+                Some("look at the disks' file systems: what the guest wrote last may be lost")
+            }
+            VmError::LeftPaused { .. } => Some("`cont` on the VM's monitor makes it run again"),
             _ => None,
         }
+    }
+
+    /// Tells whether the caller asked to stop, and that is why.
+    #[must_use]
+    pub fn is_stopped(&self) -> bool {
+        matches!(self, VmError::Qmp(error) if error.is_stopped())
     }
 
     /// Makes an error of a failed system call.
@@ -207,6 +272,8 @@ pub struct Vm {
     socket: Option<PathBuf>,
     /// Known when we started this QEMU, or found by [`Vm::pid`].
     pid: Option<u32>,
+    /// Whether [`Vm::release_disks`] was the last word about its disks.
+    has_released_disks: bool,
 }
 
 impl Vm {
@@ -216,11 +283,38 @@ impl Vm {
     ///
     /// See [`Qmp::connect`].
     pub fn connect(socket: &Path) -> Result<Vm, VmError> {
-        let stream = UnixStream::connect(socket)
-            .map_err(|source| QmpError::Connect { path: socket.to_owned(), source })?;
-        let mut vm = Vm::greet(stream, None)?;
-        vm.socket = Some(socket.to_owned());
-        Ok(vm)
+        Vm::connect_with(socket, None)
+    }
+
+    /// Connects as [`Vm::connect`] does; `stop` ends this wait, and every later one as
+    /// [`Vm::set_stop`] says.
+    ///
+    /// # Errors
+    ///
+    /// See [`Qmp::connect_until`].
+    pub fn connect_until(socket: &Path, stop: &Arc<AtomicBool>) -> Result<Vm, VmError> {
+        Vm::connect_with(socket, Some(Arc::clone(stop)))
+    }
+
+    fn connect_with(socket: &Path, stop: Option<Arc<AtomicBool>>) -> Result<Vm, VmError> {
+        // A silent monitor is found out soon, without shortening every later command.
+        let mut qmp = Qmp::connect_until(socket, GREETING_TIMEOUT, stop)?;
+        qmp.set_timeout(COMMAND_TIMEOUT);
+        Ok(Vm { qmp, socket: Some(socket.to_owned()), pid: None, has_released_disks: false })
+    }
+
+    /// Makes every wait for QEMU end soon after `stop` is set, as [`Qmp::set_stop`] does.
+    pub fn set_stop(&mut self, stop: &Arc<AtomicBool>) {
+        self.qmp.set_stop(Arc::clone(stop));
+    }
+
+    /// Lets `work` put things back although the stop flag is set, within `limit` in all, as
+    /// [`Qmp::unstoppable`] does.
+    pub fn unstoppable<T>(&mut self, limit: Duration, work: impl FnOnce(&mut Vm) -> T) -> T {
+        let before = self.qmp.ignore_stop(limit);
+        let result = work(self);
+        self.qmp.heed_stop(before);
+        result
     }
 
     /// Takes over a connected monitor; `pid` when the caller knows the process.
@@ -229,22 +323,15 @@ impl Vm {
     ///
     /// See [`Qmp::from_stream`].
     pub fn from_stream(stream: UnixStream, pid: Option<u32>) -> Result<Vm, VmError> {
-        Vm::greet(stream, pid)
+        let mut qmp = Qmp::from_stream(stream, GREETING_TIMEOUT, None)?;
+        qmp.set_timeout(COMMAND_TIMEOUT);
+        Ok(Vm::from_qmp(qmp, pid))
     }
 
     /// Makes a VM of a monitor that has greeted already.
     #[must_use]
     pub fn from_qmp(qmp: Qmp, pid: Option<u32>) -> Vm {
-        Vm { qmp, socket: None, pid }
-    }
-
-    fn greet(stream: UnixStream, pid: Option<u32>) -> Result<Vm, VmError> {
-        let silent = |source| QmpError::Io { during: "greeting".to_owned(), source };
-        // A silent monitor is found out soon, without shortening every later command.
-        if !readable_within(&stream, GREETING_TIMEOUT).map_err(silent)? {
-            return Err(QmpError::NoGreeting { after: GREETING_TIMEOUT }.into());
-        }
-        Ok(Vm::from_qmp(Qmp::from_stream(stream, COMMAND_TIMEOUT)?, pid))
+        Vm { qmp, socket: None, pid, has_released_disks: false }
     }
 
     /// Stops the guest; it can be continued. Disks are drained and flushed when this returns.
@@ -263,6 +350,30 @@ impl Vm {
     /// See [`Qmp::execute`].
     pub fn cont(&mut self) -> Result<(), VmError> {
         Ok(self.execute("cont", Value::Null).map(drop)?)
+    }
+
+    /// Lets the guest run on, and makes sure that it does.
+    ///
+    /// A guest that stops again by itself at once, for an error of a disk, has run.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Vm::cont`], and [`VmError::WrongState`] if the guest still stands as before.
+    pub fn let_run(&mut self) -> Result<(), VmError> {
+        if self.has_released_disks {
+            self.take_back_disks()?;
+        }
+        self.cont()?;
+        let found = self.run_state()?;
+        match found {
+            RunState::Paused
+            | RunState::Prelaunch
+            | RunState::PostMigrate
+            | RunState::FinishMigrate => {
+                Err(VmError::WrongState { found, expected: "running, after `cont`" })
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Ends QEMU and waits at most `timeout` for its process to be gone.

@@ -3,10 +3,15 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot be arranged has failed")]
 
 use std::io::{BufRead, BufReader, Write};
+use std::os::fd::OwnedFd as Socket;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use vmfile_qemu::qmp::{EVENT_COUNT_MAX, LINE_LEN_MAX};
@@ -157,4 +162,120 @@ fn an_event_is_waited_for_and_the_deadline_is_kept() {
     let none = qmp.wait_for_event(&["STOP"], Instant::now() + SHORT).unwrap();
     assert_eq!(none, None);
     assert_eq!(qmp.take_events().first().unwrap().name, "FROM_THE_FUTURE");
+}
+
+/// A flag that is set after `delay`.
+fn set_after(delay: Duration) -> Arc<AtomicBool> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let flag = Arc::clone(&stop);
+    thread::spawn(move || {
+        thread::sleep(delay);
+        flag.store(true, Ordering::Relaxed);
+    });
+    stop
+}
+
+/// A socket whose backlog is full, as QEMU's is when one client is served and two wait; the clients
+/// hold it full.
+fn full(directory: &TempDir) -> (UnixListener, Vec<Socket>, PathBuf) {
+    let path = directory.path().join("full.sock");
+    let listener = UnixListener::bind(&path).unwrap();
+    rustix::net::listen(&listener, 1).unwrap();
+    let address = SocketAddrUnix::new(&path).unwrap();
+    let mut clients = Vec::new();
+    loop {
+        let flags = SocketFlags::NONBLOCK;
+        let client = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).unwrap();
+        if rustix::net::connect(&client, &address).is_err() {
+            return (listener, clients, path);
+        }
+        clients.push(client);
+    }
+}
+
+/// `connect` of a Unix socket blocks while the backlog is full, for ever, and is not ended by a signal
+/// that has a handler: `vmfile list` and `save` hung and took no SIGINT (found with a monitor that
+/// one client held and two waited for).
+#[test]
+fn a_connect_that_finds_no_room_has_a_limit_and_says_who_waits() {
+    let directory = TempDir::new().unwrap();
+    let (_listener, clients, path) = full(&directory);
+    let started = Instant::now();
+    let error = Qmp::connect(&path, SHORT).unwrap_err();
+    assert!(started.elapsed() < SHORT * 5, "{:?}", started.elapsed());
+    let words = error.to_string();
+    assert!(words.contains("full.sock"), "{words}");
+    assert!(words.contains(&format!("and {} wait", clients.len())), "{words}");
+    assert!(error.hint().is_some_and(|hint| hint.contains("second one")), "{error}");
+}
+
+#[test]
+fn a_connect_that_finds_no_room_ends_when_it_is_stopped() {
+    let directory = TempDir::new().unwrap();
+    let (_listener, _clients, path) = full(&directory);
+    let started = Instant::now();
+    let error = Qmp::connect_until(&path, LONG, Some(set_after(SHORT))).unwrap_err();
+    assert!(error.is_stopped(), "{error}");
+    assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
+}
+
+#[test]
+fn a_wait_for_the_greeting_ends_when_it_is_stopped() {
+    let directory = TempDir::new().unwrap();
+    let path = directory.path().join("silent.sock");
+    let _listener = UnixListener::bind(&path).unwrap();
+    let started = Instant::now();
+    let error = Qmp::connect_until(&path, LONG, Some(set_after(SHORT))).unwrap_err();
+    assert_eq!(error.to_string(), "stopped while waiting for QEMU's greeting");
+    assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
+}
+
+/// `stop` may take minutes where disks are slow, and `save` took no SIGINT meanwhile, which invites
+/// `kill -9`. What puts the VM back has to get through all the same.
+#[test]
+fn a_wait_for_an_answer_ends_when_it_is_stopped_and_what_puts_back_is_sent() {
+    let mut qmp = connect(LONG, |stream| {
+        let mut peer = greet(stream);
+        let _stop = read_id(&mut peer);
+        let cont = read_id(&mut peer);
+        answer(&mut peer, &json!({"return": {}, "id": cont}));
+        hold(peer);
+    })
+    .unwrap();
+    qmp.set_stop(set_after(SHORT));
+    let started = Instant::now();
+    let error = qmp.execute("stop", Value::Null).unwrap_err();
+    assert_eq!(error.to_string(), "stopped while waiting for the answer to stop");
+    assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
+    // Nothing more is sent but by what puts things back.
+    let error = qmp.execute("query-status", Value::Null).unwrap_err();
+    assert_eq!(error.to_string(), "stopped before query-status");
+    qmp.unstoppable(LONG, |qmp| qmp.execute("cont", Value::Null)).unwrap();
+    assert!(qmp.execute("query-status", Value::Null).unwrap_err().is_stopped());
+}
+
+/// A QEMU that answers does so within the grace: what the command did is then known, and can be
+/// undone.
+#[test]
+fn the_answer_that_comes_soon_after_a_stop_is_taken() {
+    let mut qmp = connect(LONG, |stream| {
+        let mut peer = greet(stream);
+        let id = read_id(&mut peer);
+        thread::sleep(SHORT);
+        answer(&mut peer, &json!({"return": {"fdset-id": 3}, "id": id}));
+        hold(peer);
+    })
+    .unwrap();
+    qmp.set_stop(set_after(SHORT / 2));
+    assert_eq!(qmp.execute("add-fd", Value::Null).unwrap(), json!({"fdset-id": 3}));
+}
+
+#[test]
+fn what_puts_back_has_a_limit_of_its_own() {
+    let mut qmp = connect(LONG, |stream| hold(greet(stream))).unwrap();
+    qmp.set_stop(set_after(Duration::ZERO));
+    let started = Instant::now();
+    let error = qmp.unstoppable(SHORT, |qmp| qmp.execute("cont", Value::Null)).unwrap_err();
+    assert!(matches!(error, QmpError::Timeout { .. }), "{error}");
+    assert!(started.elapsed() < SHORT * 3, "{:?}", started.elapsed());
 }

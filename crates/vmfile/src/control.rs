@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, LazyLock};
 
 /// How far the long part of a verb is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,21 +15,21 @@ pub struct Progress {
 
 /// A caller's hold on a verb at work.
 pub struct Control<'a> {
-    stop: &'a AtomicBool,
+    stop: &'a Arc<AtomicBool>,
     progress: &'a (dyn Fn(Progress) + Sync),
 }
 
 impl<'a> Control<'a> {
     /// Returns a control by which setting `stop` ends the verb at its next step, with everything
     /// as it was before; `progress` is called now and then, from several threads.
-    pub fn new(stop: &'a AtomicBool, progress: &'a (dyn Fn(Progress) + Sync)) -> Control<'a> {
+    pub fn new(stop: &'a Arc<AtomicBool>, progress: &'a (dyn Fn(Progress) + Sync)) -> Control<'a> {
         Control { stop, progress }
     }
 
     /// Returns a control that never stops and hears nothing.
     #[must_use]
     pub fn none() -> Control<'static> {
-        static NEVER: AtomicBool = AtomicBool::new(false);
+        static NEVER: LazyLock<Arc<AtomicBool>> = LazyLock::new(Arc::default);
         Control { stop: &NEVER, progress: &|_| {} }
     }
 
@@ -43,6 +44,11 @@ impl<'a> Control<'a> {
         'a: 'b,
     {
         Control { stop: self.stop, progress }
+    }
+
+    /// Returns the flag, for those who wait for QEMU.
+    pub(crate) fn stop_flag(&self) -> &Arc<AtomicBool> {
+        self.stop
     }
 
     pub(crate) fn is_stopped(&self) -> bool {

@@ -26,6 +26,17 @@ pub enum SaveError {
     /// QEMU refused, or could not be asked.
     #[error(transparent)]
     Vm(#[from] VmError),
+    /// There is no process that would put things back, should this one end.
+    #[error(transparent)]
+    Guard(#[from] GuardError),
+    /// QEMU ended in the middle of the save.
+    #[error("QEMU ended while the VM was saved; before that: {cause}")]
+    QemuGone {
+        /// What the save met first.
+        cause: Box<SaveError>,
+        /// What the monitor said.
+        source: VmError,
+    },
     /// The VM is in a state in which it cannot be saved.
     #[error("the VM is in run state {found:?}, expected running or paused")]
     RunState {
@@ -196,6 +207,28 @@ pub enum SaveError {
 fn list(changes: &[Change]) -> String {
     let texts: Vec<String> = changes.iter().map(ToString::to_string).collect();
     texts.join("; ")
+}
+
+impl SaveError {
+    /// Whether the VM is left paused that ran before.
+    #[must_use]
+    pub fn leaves_paused(&self) -> bool {
+        matches!(self, SaveError::LeftPaused { .. } | SaveError::Release { .. })
+            || matches!(self, SaveError::Vm(VmError::LeftPaused { .. }))
+    }
+
+    /// Says that QEMU is gone, unless this error says so already.
+    pub(crate) fn with_qemu_gone(self, source: VmError) -> SaveError {
+        SaveError::QemuGone { cause: Box::new(self), source }
+    }
+}
+
+/// A guardian could not be started, or has ended.
+#[derive(Debug, thiserror::Error)]
+#[error("the process that would let the VM run on, should this one be ended")]
+pub struct GuardError {
+    /// What the kernel said.
+    pub(crate) source: io::Error,
 }
 
 impl From<RamError> for SaveError {

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use crate::leftover::put_right;
 use serde::Serialize;
 use vmfile_qemu::{DiscoverError, Feature, Found, RunState, Vm};
 
@@ -23,6 +24,8 @@ pub struct ListedVm {
     pub routes: Vec<String>,
     /// Why there is no route.
     pub reason: Option<String>,
+    /// What a killed save had left in the VM, which is put right now.
+    pub note: Option<String>,
 }
 
 /// Returns the VMs that run on this host, in the order of their process ids.
@@ -46,6 +49,7 @@ fn look_at(found: Found) -> ListedVm {
         backing: Vec::new(),
         routes: Vec::new(),
         reason: None,
+        note: None,
     };
     let mut reason = "its command line names no QMP socket".to_owned();
     for socket in found.qmp {
@@ -65,6 +69,7 @@ fn look_at(found: Found) -> ListedVm {
 /// Asks a VM for what is listed; `Err` says why it cannot be saved.
 fn ask(vm: &mut Vm, listed: &mut ListedVm) -> Result<(), String> {
     let text = |error: vmfile_qemu::VmError| error.to_string();
+    listed.note = put_right(vm).map_err(text)?;
     if listed.name.is_none() {
         listed.name = vm.name().map_err(text)?;
     }

@@ -4,8 +4,9 @@ use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
-use vmfile_qemu::{CommandLineError, LaunchError, VmError};
+use vmfile_qemu::{CommandLineError, LaunchError, QmpError, VmError};
 
+use crate::error::GuardError;
 use crate::ram_loader::LoadError;
 use crate::send::SendError;
 use crate::snapshot::SnapshotError;
@@ -112,12 +113,24 @@ pub enum RestoreError {
     /// RAM could not be loaded.
     #[error(transparent)]
     Load(LoadError),
+    /// There is no process that would end the new QEMU, should this one end.
+    #[error(transparent)]
+    Guard(#[from] GuardError),
     /// There is no way for the stream to QEMU.
     #[error("make a pair of sockets for the stream")]
     Stream(#[source] io::Error),
     /// The stream to QEMU broke.
     #[error("send the VM to QEMU")]
     Send(#[source] SendError),
+    /// QEMU was told to let the guest run, and has not answered: it was left as it is.
+    #[error("QEMU{} was told to let the guest run and has not answered; it was not ended, for the \
+             guest may run", of(*pid))]
+    Unanswered {
+        /// QEMU's process.
+        pid: Option<u32>,
+        /// How long was waited.
+        source: QmpError,
+    },
     /// The caller stopped it.
     #[error("stopped")]
     Stopped,
@@ -138,6 +151,10 @@ impl fmt::Display for Mismatch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {} in the file, {} in this VM", self.what, self.file, self.vm)
     }
+}
+
+fn of(pid: Option<u32>) -> String {
+    pid.map(|pid| format!(" of process {pid}")).unwrap_or_default()
 }
 
 fn said(stderr: &str) -> String {

@@ -1,11 +1,13 @@
 //! `vmfile save`: a running VM into a file.
 //!
 //! ```text
-//! begin - pause - the route: device state and RAM, metadata - publish - release
+//! begin - pause - the route: device state and RAM, metadata - verify - publish - release
 //! ```
 //!
 //! Everything that can be refused is refused in `begin`, while the VM runs. From `pause` on, every
-//! exit but the last resumes the VM as it ran and leaves no file.
+//! exit but the last resumes the VM as it ran and leaves no file. Should this process end, a guardian
+//! does the same in its place; and a record inside QEMU tells the next vmfile, should the guardian be
+//! ended as well.
 
 mod changed;
 mod describe;
@@ -14,155 +16,37 @@ mod disks;
 mod live;
 mod native;
 mod native_file;
+mod options;
+mod report;
+mod route;
 mod stream;
 
-use std::num::NonZeroU8;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use serde::Serialize;
-use vmfile_engine::{Backend, DataFile, DirectIo, Existing, Unpublished, available_space};
+use vmfile_engine::{PublishError, Unpublished};
 use vmfile_format::manifest::VmMeta;
-use vmfile_qemu::{RunState, Vm};
+use vmfile_qemu::{
+    Flushed, Footprint, Holder, PUT_BACK_TIMEOUT, Paused, RamBlockInfo, RunState, SaveRecord, Vm,
+    VmError,
+};
 
 pub use self::changed::Change;
-use self::describe::{describe_vm, is_out_of_reach};
-use self::direct::DirectRoute;
+use self::describe::describe_vm;
 pub use self::disks::SavedDisk;
 pub(crate) use self::disks::overlay_names;
 use self::disks::{Disks, saved_disks};
-use self::live::LiveRoute;
-use self::native::NativeRoute;
-use self::stream::StreamRoute;
-use crate::check::describe;
+pub use self::options::{After, Live, Route, SaveOptions};
+pub use self::report::SaveReport;
+use self::route::{ChosenRoute, ReadyRoute, choose, choose_live};
 use crate::control::Control;
-use crate::draft::Draft;
+use crate::draft::{Draft, Facts};
 use crate::error::SaveError;
-use crate::jobs::Jobs;
+use crate::guard::Guard;
+use crate::leftover::put_right;
 
 /// How long QEMU may take to flush its disks and end.
 const QUIT_TIMEOUT: Duration = Duration::from_secs(60);
-
-/// What becomes of the VM once the file is durable.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum After {
-    /// QEMU ends, as after `virsh save`.
-    #[default]
-    Quit,
-    /// The guest runs on, if it ran before.
-    Resume,
-    /// The guest stays paused.
-    Pause,
-}
-
-/// How RAM is taken.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Route {
-    /// `Direct` where it can be, else `Stream`; the report says which and why.
-    #[default]
-    Auto,
-    /// From the memory of QEMU's process.
-    Direct,
-    /// From the migration stream, which every QEMU has.
-    Stream,
-    /// By QEMU itself, 9.1 and later, which writes the file's pages.
-    Native,
-}
-
-/// How a guest is saved while it runs.
-#[derive(Clone, Copy, Debug)]
-pub struct Live {
-    /// How long it may take, before it is given up: a guest may write faster than it is saved.
-    pub timeout: Duration,
-    /// How long the guest may stand still at the end, where its memory must be sent more than once.
-    pub pause_max: Duration,
-}
-
-impl Default for Live {
-    fn default() -> Live {
-        Live { timeout: Duration::from_secs(600), pause_max: Duration::from_millis(300) }
-    }
-}
-
-/// How a VM is saved.
-#[derive(Clone, Debug)]
-pub struct SaveOptions {
-    /// Let the guest run while its memory is written; the file holds one moment. A guest that is
-    /// paused is saved as it is.
-    pub live: Option<Live>,
-    /// Put an overlay on top of every disk that the guest can write, in the same instant: the images
-    /// below stay as they were then, and belong to the file.
-    pub with_disks: bool,
-    /// How RAM is taken.
-    pub route: Route,
-    /// What becomes of the VM.
-    pub after: After,
-    /// Whether pages are written past the page cache.
-    pub direct_io: DirectIo,
-    /// Who moves the bytes.
-    pub io: Backend,
-    /// How many threads read, hash and write.
-    pub jobs: Jobs,
-    /// How many threads of QEMU send or write, by the routes `stream` and `native`: its parameter
-    /// `multifd-channels`. `None`: one stream without channels, or two threads that write.
-    pub channels: Option<NonZeroU8>,
-    /// Whether a file of that name may be replaced.
-    pub existing: Existing,
-    /// Save and end a VM even if it is not what its command line would make.
-    pub changed_ok: bool,
-}
-
-impl Default for SaveOptions {
-    fn default() -> SaveOptions {
-        SaveOptions {
-            live: None,
-            with_disks: false,
-            route: Route::default(),
-            after: After::default(),
-            direct_io: DirectIo::Preferred,
-            io: Backend::Auto,
-            jobs: Jobs::default(),
-            channels: None,
-            existing: Existing::Refuse,
-            changed_ok: false,
-        }
-    }
-}
-
-/// What a save did.
-#[derive(Clone, Debug, Serialize)]
-pub struct SaveReport {
-    /// The file.
-    pub file: PathBuf,
-    /// How RAM was taken: `direct`, `stream` or `native`.
-    pub route: &'static str,
-    /// Why it was that route.
-    pub route_reason: String,
-    /// Whether the guest ran meanwhile.
-    pub live: bool,
-    /// How: `background-snapshot` or `pre-copy`; and why not the first. `None` if it stood still.
-    pub live_method: Option<String>,
-    /// Whether direct I/O was used; if not, why.
-    pub direct_io: String,
-    /// The back end that was used.
-    pub io: String,
-    /// Pages of all RAM blocks.
-    pub pages_total: u64,
-    /// Pages that are zero and take no room.
-    pub pages_zero: u64,
-    /// Bytes of pages that were written, those that came again as often as they came.
-    pub bytes_written: u64,
-    /// Bytes of pages that were written again, because the guest had changed them.
-    pub bytes_rewritten: u64,
-    /// The disks that belong to the file, and where the guest writes since.
-    pub disks: Vec<SavedDisk>,
-    /// What of the VM is not as its command line would make it.
-    pub changes: Vec<Change>,
-    /// How long the guest stood still, in seconds: to the end of the save, where it did not run on.
-    pub pause_seconds: f64,
-    /// How long it all took, in seconds.
-    pub total_seconds: f64,
-}
 
 /// Saves `vm` to a new file at `destination`.
 ///
@@ -179,79 +63,75 @@ pub fn save(
     options: &SaveOptions,
     control: &Control<'_>,
 ) -> Result<SaveReport, SaveError> {
-    let (mut save, route) = Save::begin(vm, destination, options, control)?;
-    match save.write(&route) {
-        Ok(()) => {}
-        Err(error) => return Err(save.give_up(error)),
+    vm.set_stop(control.stop_flag());
+    let mut save = Save::begin(vm, destination, options, control)?;
+    let done = match save.route.route {
+        ReadyRoute::Live(_) => save.live(vm),
+        _ => save.paused(vm),
+    };
+    match done {
+        Ok(()) => Ok(save.finish(vm)),
+        Err(error) => Err(save.give_up(vm, error)),
     }
-    save.release()?;
-    Ok(save.report(&route))
 }
 
 /// A save at work.
 struct Save<'a> {
-    vm: &'a mut Vm,
     options: &'a SaveOptions,
     control: &'a Control<'a>,
     path: PathBuf,
     started: Instant,
-    was_running: bool,
-    paused_at: Option<Instant>,
-    pause_seconds: f64,
+    guard: Guard,
+    record: SaveRecord,
+    route: ChosenRoute,
     /// `None` once it was published or given up.
     draft: Option<Draft>,
+    /// Whether the file has its name: then the overlays belong to it.
+    is_named: bool,
     disks: Disks,
     direct_io: String,
     meta: VmMeta,
     written: Written,
-}
-
-/// The route that was taken, ready to go, and why.
-struct Taken {
-    way: Way,
-    reason: String,
-}
-
-enum Way {
-    Direct(DirectRoute),
-    Stream(StreamRoute),
-    Live(LiveRoute),
-    Native(NativeRoute),
-}
-
-impl Way {
-    /// Says whether pages are written past the page cache, in the words of a report.
-    fn direct_io(&self, draft: &Draft) -> String {
-        match self {
-            Way::Native(route) => route.direct_io(),
-            Way::Direct(_) | Way::Stream(_) | Way::Live(_) => describe(draft.file().direct()),
-        }
-    }
-
-    fn name(&self) -> &'static str {
-        match self {
-            Way::Direct(_) => "direct",
-            Way::Stream(_) | Way::Live(_) => "stream",
-            Way::Native(_) => "native",
-        }
-    }
+    warnings: Vec<String>,
+    pause_seconds: f64,
 }
 
 /// What a route works with.
 struct Work<'a> {
     vm: &'a mut Vm,
+    /// The RAM blocks as they are since the guest was stopped; empty while it runs.
+    blocks: &'a [RamBlockInfo],
     draft: &'a Draft,
     disks: &'a mut Disks,
     options: &'a SaveOptions,
     control: &'a Control<'a>,
-    meta: &'a VmMeta,
+    meta: &'a mut VmMeta,
+    warnings: &'a mut Vec<String>,
     /// When the guest was paused for the save; `None` while it runs.
     paused_at: Option<Instant>,
 }
 
 impl Work<'_> {
+    /// Returns what the manifest says of this save.
+    fn facts(&self, route: &'static str, pause_seconds: f64, live: bool) -> Facts {
+        let vm = self.meta.clone();
+        Facts { route, live: Some(live), pause_seconds: Some(pause_seconds), vm }
+    }
+
     fn seconds_paused(&self) -> f64 {
         self.paused_at.map_or(0.0, |at| at.elapsed().as_secs_f64())
+    }
+
+    /// Whether the VM ends once the file is durable.
+    fn is_last(&self) -> bool {
+        self.options.after == After::Quit
+    }
+
+    /// Notes what QEMU said of its disks, if that is not that they are durable.
+    fn note(&mut self, flushed: Flushed) {
+        if let Flushed::Unknown { reason } = flushed {
+            self.warnings.push(format!("QEMU did not say whether the disks are durable: {reason}"));
+        }
     }
 }
 
@@ -273,26 +153,20 @@ struct LiveDone {
     pause_seconds: f64,
 }
 
-impl Drop for Save<'_> {
-    /// Nobody returns early with the VM paused: `give_up` resumes it and says so. This is for a
-    /// panic.
-    fn drop(&mut self) {
-        if self.paused_at.is_some() && self.was_running {
-            let _ = self.vm.cont();
-        }
-    }
-}
-
 impl<'a> Save<'a> {
     /// Refuses what can be refused while the VM runs, and chooses the route.
     fn begin(
-        vm: &'a mut Vm,
+        vm: &mut Vm,
         destination: &Path,
         options: &'a SaveOptions,
         control: &'a Control<'a>,
-    ) -> Result<(Save<'a>, Taken), SaveError> {
+    ) -> Result<Save<'a>, SaveError> {
         let started = Instant::now();
         let unpublished = Unpublished::create_beside(destination, options.existing)?;
+        // Forked before there is much memory to copy.
+        let mut guard = Guard::of_vm(vm)?;
+        guard.add_files(unpublished.temporary_path());
+        let warnings = put_right(vm)?.into_iter().collect();
         let state = vm.run_state()?;
         let was_running = match state {
             RunState::Running => true,
@@ -313,180 +187,229 @@ impl<'a> Save<'a> {
             Disks::default()
         };
         let draft = Draft::new(unpublished, options.direct_io)?;
-        let taken = match options.live.filter(|_| was_running) {
-            Some(live) => live_way(vm, options.route, live)?,
+        let route = match options.live.filter(|_| was_running) {
+            Some(live) => choose_live(vm, options.route, live)?,
             None => choose(vm, options, &draft)?,
         };
+        guard.add_files(route.route.sockets());
+        let record = SaveRecord {
+            holder: Holder::this_process()?,
+            destination: std::path::absolute(destination).unwrap_or(destination.to_path_buf()),
+            was_running,
+            settings: route.route.settings().cloned(),
+            overlays: disks.overlays().to_vec(),
+        };
+        vm.hold(&record)?;
         let save = Save {
-            vm,
             options,
             control,
             path: destination.to_path_buf(),
             started,
-            was_running,
-            paused_at: None,
-            pause_seconds: 0.0,
-            direct_io: taken.way.direct_io(&draft),
+            guard,
+            record,
+            direct_io: route.route.direct_io(&draft),
+            route,
             draft: Some(draft),
+            is_named: false,
             disks,
             meta,
             written: Written::default(),
+            warnings,
+            pause_seconds: 0.0,
         };
-        Ok((save, taken))
+        match save.watch(true, false) {
+            Ok(()) => Ok(save),
+            Err(error) => Err(save.give_up(vm, error)),
+        }
+    }
+
+    /// Tells the guardian what is to be put back from now on.
+    fn watch(&self, is_to_run: bool, keeps_overlays: bool) -> Result<(), SaveError> {
+        let writes_file = matches!(self.route.route, ReadyRoute::Native(_));
+        let record = &self.record;
+        let footprint = Footprint { record, writes_file, is_to_run, keeps_overlays };
+        Ok(self.guard.watch_save(&footprint)?)
+    }
+
+    /// Saves a VM that stands still, from the pause to the release.
+    fn paused(&mut self, vm: &mut Vm) -> Result<(), SaveError> {
+        let mut paused = vm.pause()?;
+        match self.write(&mut paused) {
+            Ok(()) => self.release(paused),
+            Err(error) => Err(resume_after(error, paused)),
+        }
     }
 
     /// From the pause to the durable file.
-    fn write(&mut self, taken: &Taken) -> Result<(), SaveError> {
-        if !matches!(taken.way, Way::Live(_)) {
-            self.pause()?;
-            self.disks.freeze(self.vm)?;
+    fn write(&mut self, paused: &mut Paused<'_>) -> Result<(), SaveError> {
+        if *paused.state() != RunState::Paused {
+            return Err(SaveError::RunState { found: paused.state().to_string() });
         }
+        if paused.ran() != self.record.was_running {
+            self.note_that_it_ran(paused)?;
+        }
+        self.disks.freeze(paused.vm())?;
+        let blocks = paused.blocks().to_vec();
+        let paused_at = paused.stopped_at();
         let mut work = Work {
-            vm: &mut *self.vm,
+            vm: paused.vm(),
+            blocks: &blocks,
             draft: self.draft.as_ref().expect("published once"),
             disks: &mut self.disks,
             options: self.options,
             control: self.control,
-            meta: &self.meta,
-            paused_at: self.paused_at,
+            meta: &mut self.meta,
+            warnings: &mut self.warnings,
+            paused_at: Some(paused_at),
         };
-        self.written = match &taken.way {
-            Way::Direct(route) => route.write(&mut work)?,
-            Way::Stream(route) => route.write(&mut work)?,
-            Way::Live(route) => route.write(&mut work)?,
-            Way::Native(route) => route.write(&mut work)?,
+        self.written = match &mut self.route.route {
+            ReadyRoute::Direct(route) => route.write(&mut work)?,
+            ReadyRoute::Stream(route) => route.write(&mut work)?,
+            ReadyRoute::Live(route) => route.write(&mut work)?,
+            ReadyRoute::Native(route) => route.write(&mut work)?,
         };
-        if self.control.is_stopped() {
-            return Err(SaveError::Stopped);
-        }
-        Ok(self.draft.take().expect("published once").publish()?)
+        paused.verify()?;
+        self.publish()
     }
 
-    fn pause(&mut self) -> Result<(), SaveError> {
-        self.paused_at = Some(Instant::now());
-        if self.was_running {
-            self.vm.stop()?;
-        }
-        Ok(())
+    /// The guest was stopped by another client, or by itself, between the first look and the pause:
+    /// it is not to be let run.
+    fn note_that_it_ran(&mut self, paused: &mut Paused<'_>) -> Result<(), SaveError> {
+        self.record.was_running = paused.ran();
+        describe::set_run_state(&mut self.meta, paused.ran());
+        paused.vm().update_record(&self.record)?;
+        self.watch(true, false)
     }
 
-    /// The file is whole: does with the VM what was asked for.
-    fn release(&mut self) -> Result<(), SaveError> {
-        let released = match self.options.after {
-            After::Quit => self.vm.quit(QUIT_TIMEOUT),
-            After::Resume if self.was_running => self.vm.cont(),
-            After::Pause if self.written.live.is_some() => self.vm.stop(),
-            After::Resume | After::Pause => Ok(()),
+    /// Saves a VM whose guest runs meanwhile.
+    fn live(&mut self, vm: &mut Vm) -> Result<(), SaveError> {
+        let ReadyRoute::Live(route) = &self.route.route else { unreachable!("chosen by `save`") };
+        let mut work = Work {
+            vm: &mut *vm,
+            blocks: &[],
+            draft: self.draft.as_ref().expect("published once"),
+            disks: &mut self.disks,
+            options: self.options,
+            control: self.control,
+            meta: &mut self.meta,
+            warnings: &mut self.warnings,
+            paused_at: None,
         };
-        if let Some(live) = &self.written.live {
-            self.pause_seconds = live.pause_seconds;
-        }
-        if let Some(at) = self.paused_at.take() {
-            self.pause_seconds = at.elapsed().as_secs_f64();
-        }
+        self.written = route.write(&mut work)?;
+        self.publish()?;
+        self.pause_seconds = self.written.live.as_ref().map_or(0.0, |live| live.pause_seconds);
+        let after = self.options.after;
+        let released = vm.unstoppable(QUIT_TIMEOUT, |vm| match after {
+            After::Quit => vm.quit(QUIT_TIMEOUT),
+            After::Resume => Ok(()),
+            After::Pause => vm.stop(),
+        });
         released.map_err(|source| SaveError::Release { file: self.path.clone(), source })
     }
 
-    /// Resumes the VM if it ran, drops the file, and returns the error to report.
-    fn give_up(&mut self, error: SaveError) -> SaveError {
-        self.draft = None;
-        let error = match self.paused_at.take().filter(|_| self.was_running) {
-            None => error,
-            Some(_) => match self.vm.cont() {
-                Ok(()) => error,
-                Err(source) => SaveError::LeftPaused { cause: Box::new(error), source },
-            },
-        };
-        match self.disks.thaw(self.vm) {
-            Ok(()) => error,
-            Err(source) => SaveError::LeftOverlays { cause: Box::new(error), source },
+    /// Makes the file durable and gives it its name.
+    fn publish(&mut self) -> Result<(), SaveError> {
+        if self.control.is_stopped() {
+            return Err(SaveError::Stopped);
+        }
+        // Once the file has its name the overlays are its own.
+        self.watch(self.options.after != After::Pause, true)?;
+        match self.draft.take().expect("published once").publish() {
+            Ok(()) => {
+                self.is_named = true;
+                Ok(())
+            }
+            Err(error) => {
+                self.is_named = matches!(error, PublishError::NotDurable { .. });
+                self.watch(true, self.is_named)?;
+                Err(error.into())
+            }
         }
     }
 
-    fn report(&self, taken: &Taken) -> SaveReport {
-        let written = &self.written;
+    /// The file is whole: does with the VM what was asked for.
+    fn release(&mut self, mut paused: Paused<'_>) -> Result<(), SaveError> {
+        let after = self.options.after;
+        // The file has its name: there is nothing left that a stop could undo.
+        let vm_timeout = QUIT_TIMEOUT;
+        let released = match after {
+            After::Quit => {
+                let quit = |vm: &mut Vm| vm.quit(QUIT_TIMEOUT);
+                paused.vm().unstoppable(vm_timeout, quit)
+            }
+            After::Resume => paused.resume(),
+            After::Pause => Ok(()),
+        };
+        self.pause_seconds = paused.leave().as_secs_f64();
+        released.map_err(|source| SaveError::Release { file: self.path.clone(), source })
+    }
+
+    /// The VM is as it was, or as was asked for: nothing is left to be put back.
+    fn finish(mut self, vm: &mut Vm) -> SaveReport {
+        let freed = match self.options.after {
+            After::Quit => Ok(()),
+            _ => vm.unstoppable(PUT_BACK_TIMEOUT, Vm::let_go),
+        };
+        match freed {
+            Ok(()) => self.guard.dismiss(),
+            Err(error) => {
+                self.warnings.push(format!("the record of this save is left in QEMU: {error}"));
+                self.guard.leave();
+            }
+        }
         SaveReport {
-            file: self.path.clone(),
-            route: taken.way.name(),
-            route_reason: taken.reason.clone(),
-            live: written.live.is_some(),
-            live_method: written.live.as_ref().map(|live| live.method.clone()),
-            direct_io: self.direct_io.clone(),
-            io: written.io.clone(),
-            pages_total: written.pages_total,
-            pages_zero: written.pages_total - written.pages_data,
-            bytes_written: written.bytes_written,
-            bytes_rewritten: written.bytes_rewritten,
+            file: self.path,
+            route: self.route.route.name(),
+            route_reason: self.route.reason,
+            live: self.written.live.is_some(),
+            live_method: self.written.live.map(|live| live.method),
+            direct_io: self.direct_io,
+            io: self.written.io,
+            pages_total: self.written.pages_total,
+            pages_zero: self.written.pages_total - self.written.pages_data,
+            bytes_written: self.written.bytes_written,
+            bytes_rewritten: self.written.bytes_rewritten,
             disks: saved_disks(&self.meta),
             changes: changed::report(&self.meta),
+            warnings: self.warnings,
             pause_seconds: self.pause_seconds,
             total_seconds: self.started.elapsed().as_secs_f64(),
         }
     }
-}
 
-/// Makes the one route ready by which a guest can run meanwhile.
-fn live_way(vm: &mut Vm, route: Route, live: Live) -> Result<Taken, SaveError> {
-    let reason = match route {
-        Route::Direct => return Err(SaveError::NotLive { route: "direct" }),
-        Route::Native => return Err(SaveError::NotLive { route: "native" }),
-        Route::Stream => "asked for",
-        Route::Auto => "the guest runs meanwhile",
-    };
-    let way = Way::Live(LiveRoute::prepare(vm, live)?);
-    Ok(Taken { way, reason: reason.to_owned() })
-}
-
-/// Chooses the route and makes it ready; nothing has been stopped yet.
-fn choose(vm: &mut Vm, options: &SaveOptions, draft: &Draft) -> Result<Taken, SaveError> {
-    let route = options.route;
-    let stream = |vm: &mut Vm, reason: String| {
-        Ok(Taken { way: Way::Stream(StreamRoute::prepare(vm, options)?), reason })
-    };
-    if route == Route::Stream {
-        return stream(vm, "asked for".to_owned());
-    }
-    if route == Route::Native {
-        let way = Way::Native(NativeRoute::prepare(vm, options, draft)?);
-        return Ok(Taken { way, reason: "asked for".to_owned() });
-    }
-    match DirectRoute::prepare(vm, draft) {
-        Ok(direct) => {
-            let reason = match route {
-                Route::Direct => "asked for",
-                _ => "QEMU's memory can be reached",
-            };
-            Ok(Taken { way: Way::Direct(direct), reason: reason.to_owned() })
+    /// Drops the file, puts back what was changed in QEMU, and returns the error to report. The guest
+    /// runs already, if it ran.
+    fn give_up(mut self, vm: &mut Vm, error: SaveError) -> SaveError {
+        self.draft = None;
+        let thawed = if self.is_named { Ok(()) } else { self.disks.thaw(vm) };
+        let freed = vm.unstoppable(PUT_BACK_TIMEOUT, Vm::let_go);
+        let is_clean = thawed.is_ok() && freed.is_ok() && !error.leaves_paused();
+        if is_clean {
+            self.guard.dismiss();
+        } else {
+            // It tries once more, and waits longer than the user may want to.
+            self.guard.leave();
         }
-        // What keeps this process out of QEMU's memory does not keep QEMU from sending it.
-        Err(error) if route == Route::Auto && keeps_out(&error) => {
-            let because = std::error::Error::source(&error);
-            let because = because.map(|source| format!(": {source}")).unwrap_or_default();
-            stream(vm, format!("not direct: {error}{because}"))
+        match thawed {
+            Err(source) if !is_closed(&source) => {
+                SaveError::LeftOverlays { cause: Box::new(error), source }
+            }
+            _ => error,
         }
-        Err(error) => Err(error),
     }
 }
 
-/// Refuses a disk that `data` bytes of pages would fill up.
-fn refuse_without_space(data: u64, file: &DataFile) -> Result<(), SaveError> {
-    // Bitmaps, hashes, device state and the file system's own needs.
-    const OVERHEAD_PERCENT: u64 = 1;
-    const OVERHEAD: u64 = 16 << 20;
-    let needed_bytes = data + data / 100 * OVERHEAD_PERCENT + OVERHEAD;
-    let available_bytes = available_space(file.buffered())
-        .map_err(|source| SaveError::Write { what: "the file system's free space", source })?;
-    if needed_bytes > available_bytes {
-        return Err(SaveError::NoSpace { needed_bytes, available_bytes });
+/// Resumes the guest after `error`, and returns the error to report.
+fn resume_after(error: SaveError, mut paused: Paused<'_>) -> SaveError {
+    match paused.resume() {
+        Ok(()) => error,
+        // There is no VM any more that could be paused.
+        Err(source) if is_closed(&source) => error.with_qemu_gone(source),
+        Err(source) => SaveError::LeftPaused { cause: Box::new(error), source },
     }
-    Ok(())
 }
 
-/// Whether an error of the route `direct` says that QEMU's memory cannot be reached.
-fn keeps_out(error: &SaveError) -> bool {
-    match error {
-        SaveError::NoAddress { .. } | SaveError::Process(_) => true,
-        SaveError::Vm(error) => is_out_of_reach(error),
-        _ => false,
-    }
+/// Whether QEMU has ended.
+fn is_closed(error: &VmError) -> bool {
+    matches!(error, VmError::Qmp(error) if error.is_closed())
 }

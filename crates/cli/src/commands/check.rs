@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use vmfile::Control;
-use vmfile::check::{CheckError, CheckOptions};
+use vmfile::check::CheckOptions;
 
 use crate::args::CheckArguments;
 use crate::exit_code::Code;
@@ -24,9 +24,8 @@ pub(crate) fn run(arguments: &CheckArguments, voice: &Voice) -> Result<ExitCode,
     let show = |progress| meter.show(progress);
     let result = vmfile::check::check(&snapshot, &options, &Control::new(&signals.stop, &show));
     drop(meter);
-    let report = result.map_err(|error| match error {
-        CheckError::Stopped => Failure { code: signals.code(), ..Failure::from(&error) },
-        error => Failure::from(&error),
+    let report = result.map_err(|error| {
+        signals.explain(Failure::from(&error), "what was not looked at may be damaged")
     })?;
     voice.answer(&report, human::check)?;
     Ok(if report.findings_total == 0 { ExitCode::SUCCESS } else { Code::Found.into() })

@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use vmfile::convert::{ConvertError, ConvertOptions, Format};
+use vmfile::convert::{ConvertOptions, Format};
 use vmfile::{Control, Existing};
 
 use crate::args::{ConvertArguments, FileName, FormatMode};
@@ -29,12 +29,8 @@ pub(crate) fn run(arguments: &ConvertArguments, voice: &Voice) -> Result<ExitCod
     let from = (source.path.as_path(), source.offset);
     let result = vmfile::convert::convert(from, &arguments.destination, to, &options, &control);
     drop(meter);
-    let report = result.map_err(|error| match error {
-        ConvertError::Stopped => {
-            Failure { code: signals.code(), ..Failure::from(&error) }.hint("there is no new file")
-        }
-        error => Failure::from(&error),
-    })?;
+    let report =
+        result.map_err(|error| signals.explain(Failure::from(&error), "there is no new file"))?;
     voice.report(&report, human::convert);
     Ok(ExitCode::SUCCESS)
 }

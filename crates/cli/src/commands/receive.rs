@@ -5,7 +5,7 @@ use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use vmfile::receive::{ReceiveError, ReceiveOptions, StreamFrom};
+use vmfile::receive::{ReceiveOptions, StreamFrom};
 use vmfile::{Control, Existing};
 
 use crate::args::ReceiveArguments;
@@ -31,10 +31,8 @@ pub(crate) fn run(arguments: &ReceiveArguments, voice: &Voice) -> Result<ExitCod
     let control = Control::new(&signals.stop, &show);
     let result = vmfile::receive::receive(from, &arguments.file, &options, &control);
     drop(meter);
-    let report = result.map_err(|error| match error {
-        ReceiveError::Stopped => Failure { code: signals.code(), ..Failure::from(&error) }
-            .hint("there is no file, and the sender runs on"),
-        error => Failure::from(&error),
+    let report = result.map_err(|error| {
+        signals.explain(Failure::from(&error), "there is no file, and the sender runs on")
     })?;
     voice.report(&report, human::receive);
     Ok(ExitCode::SUCCESS)

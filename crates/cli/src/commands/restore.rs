@@ -15,14 +15,16 @@ use crate::args::{RestoreArguments, RestoreMode};
 use crate::failure::Failure;
 use crate::output::progress::Meter;
 use crate::output::{Voice, human};
-use crate::signals::Signals;
+use crate::signals::{NoSuspend, Signals};
 
 pub(crate) fn run(arguments: &RestoreArguments, voice: &Voice) -> Result<ExitCode, Failure> {
     let signals = Signals::listen().map_err(|error| Failure::system("signals", &error))?;
+    let held = NoSuspend::begin().map_err(|error| Failure::system("signals", &error))?;
     let snapshot = super::open(&arguments.file)?;
     let destination = match &arguments.qmp {
         Some(socket) => {
-            let vm = vmfile::Vm::connect(socket).map_err(|error| Failure::from(&error))?;
+            let vm = vmfile::Vm::connect_until(socket, &signals.stop)
+                .map_err(|error| signals.explain(Failure::from(&error), "QEMU waits as it did"))?;
             Destination::Waiting(vm)
         }
         None if arguments.command.is_empty() => Destination::Saved,
@@ -46,6 +48,7 @@ pub(crate) fn run(arguments: &RestoreArguments, voice: &Voice) -> Result<ExitCod
     let control = Control::new(&signals.stop, &show);
     let result = vmfile::restore::restore(&snapshot, destination, &options, &control);
     drop(meter);
+    drop(held);
     let restored = result.map_err(|error| failure(&error, &signals))?;
     voice.report(&restored.report, human::restore);
     match restored.qemu {
@@ -64,7 +67,7 @@ pub(crate) fn run(arguments: &RestoreArguments, voice: &Voice) -> Result<ExitCod
 /// A signal from the terminal also reaches a QEMU in the foreground: whatever then goes wrong, the
 /// signal was the reason.
 fn failure(error: &RestoreError, signals: &Signals) -> Failure {
-    if signals.are_set() {
+    if signals.are_set() && !matches!(error, RestoreError::Unanswered { .. }) {
         let failure = Failure::from(&RestoreError::Stopped);
         return Failure { code: signals.code(), ..failure }
             .hint("no QEMU was left running; one that waited may have to be started again");

@@ -4,7 +4,6 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use vmfile::error::SaveError;
 use vmfile::save::{After, Live, Route, SaveOptions};
 use vmfile::{Control, Existing, Vm, VmAddress};
 
@@ -12,11 +11,12 @@ use crate::args::{AfterMode, RouteMode, SaveArguments};
 use crate::failure::Failure;
 use crate::output::progress::Meter;
 use crate::output::{Voice, human};
-use crate::signals::Signals;
+use crate::signals::{NoSuspend, Signals};
 
 pub(crate) fn run(arguments: &SaveArguments, voice: &Voice) -> Result<ExitCode, Failure> {
     let signals = Signals::listen().map_err(|error| Failure::system("signals", &error))?;
-    let mut vm = connect(&arguments.vm)?;
+    let held = NoSuspend::begin().map_err(|error| Failure::system("signals", &error))?;
+    let mut vm = connect(&arguments.vm, &signals)?;
     let options = SaveOptions {
         route: match arguments.route {
             RouteMode::Auto => Route::Auto,
@@ -47,10 +47,10 @@ pub(crate) fn run(arguments: &SaveArguments, voice: &Voice) -> Result<ExitCode, 
     let control = Control::new(&signals.stop, &show);
     let result = vmfile::save::save(&mut vm, &arguments.file, &options, &control);
     drop(meter);
-    let report = result.map_err(|error| match error {
-        SaveError::Stopped => Failure { code: signals.code(), ..Failure::from(&error) }
-            .hint("the VM is as it was, and there is no file"),
-        error => Failure::from(&error),
+    drop(held);
+    let report = result.map_err(|error| {
+        let failure = Failure::from(&error);
+        signals.explain(failure, "the VM is as it was, and there is no file")
     })?;
     voice.report(&report, human::save);
     Ok(ExitCode::SUCCESS)
@@ -63,10 +63,10 @@ pub(crate) fn socket_of(name: &str) -> Result<PathBuf, Failure> {
 }
 
 /// Connects to the VM that the user named.
-pub(crate) fn connect(name: &str) -> Result<Vm, Failure> {
+pub(crate) fn connect(name: &str, signals: &Signals) -> Result<Vm, Failure> {
     let socket = socket_of(name)?;
-    Vm::connect(&socket).map_err(|error| {
-        let failure = Failure::from(&error);
+    Vm::connect_until(&socket, &signals.stop).map_err(|error| {
+        let failure = signals.explain(Failure::from(&error), "the VM was not touched");
         if failure.hint.is_some() {
             return failure;
         }

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::process::ExitCode;
 
 use vmfile::Control;
-use vmfile::send::{SendError, SendOptions, SendTo};
+use vmfile::send::{SendOptions, SendTo};
 
 use crate::args::SendArguments;
 use crate::failure::Failure;
@@ -28,10 +28,9 @@ pub(crate) fn run(arguments: &SendArguments, voice: &Voice) -> Result<ExitCode, 
     let control = Control::new(&signals.stop, &show);
     let result = vmfile::send::send(&snapshot, to, &options, &control);
     drop(meter);
-    let report = result.map_err(|error| match error {
-        SendError::Stopped => Failure { code: signals.code(), ..Failure::from(&error) }
-            .hint("the QEMU that was to take the stream has to be started again"),
-        error => Failure::from(&error),
+    let report = result.map_err(|error| {
+        let left = "the QEMU that was to take the stream has to be started again";
+        signals.explain(Failure::from(&error), left)
     })?;
     if arguments.connect.is_some() {
         voice.report(&report, human::send);

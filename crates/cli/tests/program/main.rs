@@ -11,4 +11,5 @@ mod run;
 mod send;
 mod streams;
 mod verbs;
+mod waits;
 mod wrong_input;

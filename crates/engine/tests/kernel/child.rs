@@ -14,6 +14,8 @@ use rustix::fs::MemfdFlags;
 use rustix::mm::{MapFlags, ProtFlags};
 use vmfile_engine::{Access, Backing, Existing, ProcessMemory, Unpublished};
 
+use crate::guardian;
+
 const ROLE: &str = "ENGINE_TEST_ROLE";
 const ARGUMENT: &str = "ENGINE_TEST_ARGUMENT";
 const MARK: &str = "child: ";
@@ -52,6 +54,7 @@ fn a_child_plays_its_role_and_nothing_happens_without_one() {
             wait_for_the_end();
             drop(file);
         }
+        "ward" => guardian::ward(Path::new(&argument)),
         _ => panic!("no role {role}"),
     }
 }
@@ -117,11 +120,11 @@ fn look_at_ourselves() {
     say(format!("{}", links.is_err()));
 }
 
-fn say(words: String) {
+pub(crate) fn say(words: String) {
     println!("\n{MARK}{words}");
 }
 
-fn wait_for_the_end() {
+pub(crate) fn wait_for_the_end() {
     let _ = io::stdin().read_to_end(&mut Vec::new());
 }
 
@@ -164,6 +167,12 @@ impl Playing {
 
     pub(crate) fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Closes the child's standard input and waits for its end.
+    pub(crate) fn let_end(&mut self) {
+        drop(self.child.stdin.take());
+        self.child.wait().unwrap();
     }
 
     pub(crate) fn kill(&mut self) {

@@ -12,6 +12,7 @@
 mod child;
 mod direct_io;
 mod extents;
+mod guardian;
 mod host;
 mod process_memory;
 mod publish;

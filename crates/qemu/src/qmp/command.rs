@@ -37,6 +37,17 @@ pub(super) fn encode(command: &str, arguments: &Value, id: u64) -> Vec<u8> {
     line
 }
 
+/// Returns one command as the line that QEMU reads; its answer has `id` in it, in quotes.
+///
+/// This is for a connection that goes on in other hands: numbers are the ids of [`Qmp`](super::Qmp).
+#[must_use]
+pub fn command_line(command: &str, arguments: &Value, id: &str) -> Vec<u8> {
+    let message = json!({"execute": command, "arguments": arguments, "id": id});
+    let mut line = message.to_string().into_bytes();
+    line.push(b'\n');
+    line
+}
+
 /// Reads a received object as the answer to command `id`; `None` when it answers another one.
 ///
 /// An answer to another id belongs to a command that we stopped waiting for.

@@ -1,16 +1,22 @@
 //! The connection: greeting, one command at a time, events aside.
 
-use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
+use rustix::event::PollFlags;
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, recv};
 use serde_json::Value;
 
 use super::command::{decode_answer, encode, timeout_for};
+use super::connect::{Holders, connect_within, is_peer_stopped};
 use super::error::QmpError;
 use super::event::{Event, EventQueue};
+use super::wait::{Limits, Wait, WaitEnd};
 use crate::pass_fd;
 
 /// Longest line read from QEMU, in bytes.
@@ -32,6 +38,7 @@ pub struct Qmp {
     events: EventQueue,
     greeting: Value,
     timeout: Duration,
+    limits: Limits,
     next_id: u64,
 }
 
@@ -43,20 +50,55 @@ impl Qmp {
     ///
     /// # Errors
     ///
-    /// [`QmpError::Connect`], [`QmpError::NoGreeting`] when the socket stays silent, and
-    /// [`QmpError::NotQmp`] when it says something else.
+    /// [`QmpError::Connect`], [`QmpError::NoRoom`] when others wait already, [`QmpError::NoGreeting`]
+    /// when the socket stays silent, and [`QmpError::NotQmp`] when it says something else.
     pub fn connect(path: &Path, timeout: Duration) -> Result<Qmp, QmpError> {
-        let stream = UnixStream::connect(path)
-            .map_err(|source| QmpError::Connect { path: path.to_owned(), source })?;
-        Qmp::from_stream(stream, timeout)
+        Qmp::connect_until(path, timeout, None)
     }
 
-    /// Takes over a connected socket; otherwise as [`Qmp::connect`].
+    /// Connects as [`Qmp::connect`] does; `stop` ends this wait and those of every command.
     ///
     /// # Errors
     ///
-    /// As for [`Qmp::connect`].
-    pub fn from_stream(stream: UnixStream, timeout: Duration) -> Result<Qmp, QmpError> {
+    /// As for [`Qmp::connect`], and [`QmpError::Stopped`].
+    pub fn connect_until(
+        path: &Path,
+        timeout: Duration,
+        stop: Option<Arc<AtomicBool>>,
+    ) -> Result<Qmp, QmpError> {
+        let limits = Limits::new(stop);
+        let mut wait = limits.wait(timeout);
+        let stream = connect_within(path, &mut wait)?;
+        let mut greeted = Qmp::greet(stream, timeout, limits, wait);
+        if let Err(QmpError::NoGreeting { holders, .. }) = &mut greeted {
+            *holders = Holders::of(path);
+            // This connection is one of those that wait.
+            holders.waiting = holders.waiting.saturating_sub(1);
+        }
+        greeted
+    }
+
+    /// Takes over a connected socket; otherwise as [`Qmp::connect_until`].
+    ///
+    /// # Errors
+    ///
+    /// As for [`Qmp::connect_until`].
+    pub fn from_stream(
+        stream: UnixStream,
+        timeout: Duration,
+        stop: Option<Arc<AtomicBool>>,
+    ) -> Result<Qmp, QmpError> {
+        let limits = Limits::new(stop);
+        let wait = limits.wait(timeout);
+        Qmp::greet(stream, timeout, limits, wait)
+    }
+
+    fn greet(
+        stream: UnixStream,
+        timeout: Duration,
+        limits: Limits,
+        wait: Wait,
+    ) -> Result<Qmp, QmpError> {
         let mut qmp = Qmp {
             stream,
             received: Vec::new(),
@@ -64,11 +106,45 @@ impl Qmp {
             events: EventQueue::default(),
             greeting: Value::Null,
             timeout,
+            limits,
             next_id: 1,
         };
-        qmp.greeting = qmp.read_greeting()?;
+        qmp.greeting = qmp.read_greeting(wait)?;
         qmp.execute("qmp_capabilities", Value::Null)?;
         Ok(qmp)
+    }
+
+    /// Makes every wait of this connection end soon after `stop` is set, with
+    /// [`QmpError::Stopped`].
+    ///
+    /// The flag is looked at every tenth of a second. The answer to a command that QEMU has already
+    /// is waited for 0.3 s more, so that it is known what the command did, unless QEMU hangs.
+    pub fn set_stop(&mut self, stop: Arc<AtomicBool>) {
+        self.limits.set_stop(stop);
+    }
+
+    /// Lets `work` put things back: its commands run although the stop flag is set, and wait for
+    /// `limit` in all.
+    ///
+    /// When the time is over, the commands that are left are sent all the same.
+    ///
+    /// QEMU forgets a command that it has not begun when the connection closes (seen with QEMU
+    /// 10.0.2: `cont`, sent to a stopped process, is lost when the client ends before that process
+    /// goes on). After [`QmpError::Timeout`] the connection has to stay open for the command to run.
+    pub fn unstoppable<T>(&mut self, limit: Duration, work: impl FnOnce(&mut Qmp) -> T) -> T {
+        let before = self.ignore_stop(limit);
+        let result = work(self);
+        self.limits.leave(before);
+        result
+    }
+
+    /// Begins what [`Qmp::unstoppable`] does; [`Qmp::heed_stop`] ends it.
+    pub(crate) fn ignore_stop(&mut self, limit: Duration) -> Option<Instant> {
+        self.limits.ignore_stop(limit)
+    }
+
+    pub(crate) fn heed_stop(&mut self, before: Option<Instant>) {
+        self.limits.leave(before);
     }
 
     /// Sets the ordinary timeout of the commands that follow.
@@ -133,11 +209,13 @@ impl Qmp {
         names: &[&str],
         deadline: Instant,
     ) -> Result<Option<Event>, QmpError> {
+        let timeout = deadline.saturating_duration_since(Instant::now());
+        let mut wait = self.limits.wait(timeout);
         loop {
             if let Some(event) = self.events.take_named(names) {
                 return Ok(Some(event));
             }
-            match self.read_message("events", deadline)? {
+            match self.read_message("events", "while waiting for an event", &mut wait)? {
                 None => return Ok(None),
                 // Anything else answers a command that we no longer wait for.
                 Some(message) => {
@@ -155,6 +233,12 @@ impl Qmp {
         self.events.dropped()
     }
 
+    /// Returns how often QEMU has said that its guest runs, in events that were dropped or taken as
+    /// well.
+    pub(crate) fn resumes(&self) -> u64 {
+        self.events.resumes()
+    }
+
     /// Returns the greeting's `QMP` object: QEMU's version and abilities.
     #[must_use]
     pub fn greeting(&self) -> &Value {
@@ -168,14 +252,21 @@ impl Qmp {
         fd: Option<BorrowedFd<'_>>,
         timeout: Duration,
     ) -> Result<Value, QmpError> {
+        if self.limits.is_stopped() {
+            return Err(QmpError::Stopped { when: format!("before {command}"), is_sent: false });
+        }
         let id = self.next_id;
         self.next_id = self.next_id.wrapping_add(1);
-        let deadline = deadline_after(timeout);
-        self.send(command, &encode(command, arguments, id), fd, timeout)?;
+        let mut wait = self.limits.wait_for_answer(timeout);
+        let when = format!("while waiting for the answer to {command}");
+        self.send(command, &encode(command, arguments, id), fd, &mut wait)?;
         loop {
-            let Some(message) = self.read_message(command, deadline)? else {
-                return Err(QmpError::Timeout { command: command.to_owned(), after: timeout });
-            };
+            let message = self.read_message(command, &when, &mut wait);
+            let message = message.map_err(|error| match error {
+                QmpError::Stopped { when, .. } => QmpError::Stopped { when, is_sent: true },
+                error => error,
+            })?;
+            let Some(message) = message else { return Err(timed_out(command, &wait)) };
             match Event::from_message(message) {
                 Ok(event) => self.events.push(event),
                 Err(message) => {
@@ -191,26 +282,43 @@ impl Qmp {
         &mut self,
         command: &str,
         line: &[u8],
-        fd: Option<BorrowedFd<'_>>,
-        timeout: Duration,
+        mut fd: Option<BorrowedFd<'_>>,
+        wait: &mut Wait,
     ) -> Result<(), QmpError> {
-        let failed = |source: io::Error| match source.kind() {
-            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
-                QmpError::Timeout { command: command.to_owned(), after: timeout }
+        let io = |source| QmpError::Io { during: command.to_owned(), source };
+        let mut rest = line;
+        while !rest.is_empty() {
+            match pass_fd::send_some(self.stream.as_fd(), rest, fd) {
+                Ok(sent) => {
+                    rest = rest.get(sent..).unwrap_or_default();
+                    fd = None;
+                    continue;
+                }
+                Err(Errno::AGAIN | Errno::INTR) => {}
+                Err(errno) => return Err(io(errno.into())),
             }
-            _ => QmpError::Io { during: command.to_owned(), source },
-        };
-        self.stream.set_write_timeout(Some(at_least_1_ms(timeout))).map_err(failed)?;
-        pass_fd::send(self.stream.as_fd(), line, fd).map_err(failed)
+            match wait.until_ready(&self.stream, PollFlags::OUT) {
+                Ok(()) => {}
+                Err(WaitEnd::TimedOut) => return Err(timed_out(command, wait)),
+                Err(WaitEnd::Stopped) => {
+                    let when = format!("while sending {command}");
+                    return Err(QmpError::Stopped { when, is_sent: false });
+                }
+                Err(WaitEnd::Io(source)) => return Err(io(source)),
+            }
+        }
+        Ok(())
     }
 
-    fn read_greeting(&mut self) -> Result<Value, QmpError> {
-        let deadline = deadline_after(self.timeout);
+    fn read_greeting(&mut self, mut wait: Wait) -> Result<Value, QmpError> {
         let not_qmp = |reason| QmpError::NotQmp { reason };
-        let message = match self.read_message("greeting", deadline) {
+        let when = "while waiting for QEMU's greeting";
+        let message = match self.read_message("greeting", when, &mut wait) {
             Ok(Some(message)) => message,
             Ok(None) if self.received.is_empty() => {
-                return Err(QmpError::NoGreeting { after: self.timeout });
+                let is_stopped = is_peer_stopped(&self.stream);
+                let (after, holders) = (wait.lasted(), Holders::default());
+                return Err(QmpError::NoGreeting { after, holders, is_stopped });
             }
             Ok(None) => return Err(not_qmp("its first line does not end")),
             Err(QmpError::NotJson { .. }) => return Err(not_qmp("its first line is not JSON")),
@@ -226,15 +334,30 @@ impl Qmp {
         }
     }
 
-    /// Reads one JSON object; `None` when `deadline` passed first.
-    fn read_message(&mut self, during: &str, deadline: Instant) -> Result<Option<Value>, QmpError> {
+    /// Reads one JSON object; `None` when the time of `wait` is over first.
+    fn read_message(
+        &mut self,
+        during: &str,
+        when: &str,
+        wait: &mut Wait,
+    ) -> Result<Option<Value>, QmpError> {
         loop {
-            // The deadline also ends a flood of lines, none of which is the one waited for.
-            if Instant::now() >= deadline {
-                return Ok(None);
+            // A flood of lines, none of which is the one waited for, has an end as well.
+            let waited = wait.check().and_then(|_| {
+                if self.has_line() { Ok(()) } else { wait.until_ready(&self.stream, PollFlags::IN) }
+            });
+            match waited {
+                Ok(()) => {}
+                Err(WaitEnd::TimedOut) => return Ok(None),
+                Err(WaitEnd::Stopped) => {
+                    return Err(QmpError::Stopped { when: when.to_owned(), is_sent: false });
+                }
+                Err(WaitEnd::Io(source)) => {
+                    return Err(QmpError::Io { during: during.to_owned(), source });
+                }
             }
             let Some(line) = self.take_line(during)? else {
-                self.receive(during, deadline)?;
+                self.receive(during)?;
                 continue;
             };
             if line.iter().all(u8::is_ascii_whitespace) {
@@ -244,6 +367,11 @@ impl Qmp {
                 .map(Some)
                 .map_err(|source| QmpError::NotJson { during: during.to_owned(), source });
         }
+    }
+
+    /// Whether a whole line was received and not taken.
+    fn has_line(&self) -> bool {
+        self.received.get(self.scanned..).unwrap_or_default().contains(&b'\n')
     }
 
     /// Takes one line out of the received bytes, if a whole one is there.
@@ -262,25 +390,17 @@ impl Qmp {
         Ok(Some(std::mem::replace(&mut self.received, rest)))
     }
 
-    /// Receives some bytes, or none when `deadline` passed.
-    fn receive(&mut self, during: &str, deadline: Instant) -> Result<(), QmpError> {
-        let failed = |source| QmpError::Io { during: during.to_owned(), source };
-        let left = deadline.saturating_duration_since(Instant::now());
-        self.stream.set_read_timeout(Some(at_least_1_ms(left))).map_err(failed)?;
+    /// Receives the bytes that are there.
+    fn receive(&mut self, during: &str) -> Result<(), QmpError> {
         let mut piece = vec![0_u8; READ_LEN];
-        match self.stream.read(&mut piece) {
-            Ok(0) => Err(QmpError::Closed { during: during.to_owned() }),
-            Ok(len) => {
+        match recv(&self.stream, &mut piece[..], RecvFlags::DONTWAIT) {
+            Ok((_, 0)) => Err(QmpError::Closed { during: during.to_owned() }),
+            Ok((_, len)) => {
                 self.received.extend(piece.iter().take(len));
                 Ok(())
             }
-            Err(error) => match error.kind() {
-                // The caller looks at the clock again.
-                io::ErrorKind::WouldBlock
-                | io::ErrorKind::TimedOut
-                | io::ErrorKind::Interrupted => Ok(()),
-                _ => Err(failed(error)),
-            },
+            Err(Errno::AGAIN | Errno::INTR) => Ok(()),
+            Err(errno) => Err(QmpError::Io { during: during.to_owned(), source: errno.into() }),
         }
     }
 }
@@ -291,13 +411,6 @@ impl AsFd for Qmp {
     }
 }
 
-/// The socket options take a zero timeout for "forever".
-fn at_least_1_ms(duration: Duration) -> Duration {
-    duration.max(Duration::from_millis(1))
-}
-
-fn deadline_after(timeout: Duration) -> Instant {
-    let now = Instant::now();
-    // A timeout past the end of the clock means a day.
-    now.checked_add(timeout).unwrap_or_else(|| now + Duration::from_secs(86_400))
+fn timed_out(command: &str, wait: &Wait) -> QmpError {
+    QmpError::Timeout { command: command.to_owned(), after: wait.lasted() }
 }

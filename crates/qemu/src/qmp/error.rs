@@ -4,6 +4,8 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use super::connect::Holders;
+
 /// An error on a QMP connection, or QEMU's refusal of a command.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -20,10 +22,32 @@ pub enum QmpError {
     /// The socket accepted us and then said nothing.
     ///
     /// QEMU's monitor serves one client at a time: a second one is accepted by the kernel and waits.
-    #[error("no QMP greeting within {after:?}")]
+    #[error("no QMP greeting within {after:?}{}", because(*.is_stopped, .holders))]
     NoGreeting {
         /// How long was waited.
         after: Duration,
+        /// Who uses the monitor.
+        holders: Holders,
+        /// Whether QEMU's process is stopped, by SIGSTOP or a debugger.
+        is_stopped: bool,
+    },
+    /// Others wait for the monitor already, as many as the kernel lets wait.
+    #[error("no room at the monitor {path:?} within {after:?}{holders}")]
+    NoRoom {
+        /// The path as given.
+        path: PathBuf,
+        /// How long was waited.
+        after: Duration,
+        /// Who uses the monitor.
+        holders: Holders,
+    },
+    /// The caller asked to stop.
+    #[error("stopped {when}")]
+    Stopped {
+        /// What was waited for, or was to be done next.
+        when: String,
+        /// Whether QEMU has a command that it may run later.
+        is_sent: bool,
     },
     /// Whatever listens there does not speak QMP.
     #[error("not a QMP monitor: {reason}")]
@@ -105,7 +129,10 @@ impl QmpError {
                 }
                 _ => None,
             },
-            QmpError::NoGreeting { .. } => Some(
+            QmpError::NoGreeting { is_stopped: true, .. } => {
+                Some("`kill -CONT` lets QEMU's process go on")
+            }
+            QmpError::NoGreeting { .. } | QmpError::NoRoom { .. } => Some(
                 "another client may hold this monitor; give QEMU a second one with \
                  -qmp unix:PATH,server=on,wait=off",
             ),
@@ -120,6 +147,18 @@ impl QmpError {
     #[must_use]
     pub fn is_refused(&self) -> bool {
         matches!(self, QmpError::Refused { .. })
+    }
+
+    /// Tells whether the caller asked to stop, and that is why.
+    #[must_use]
+    pub fn is_stopped(&self) -> bool {
+        matches!(self, QmpError::Stopped { .. })
+    }
+
+    /// Tells whether QEMU has the command and may run it later: no answer came in time.
+    #[must_use]
+    pub fn may_run_later(&self) -> bool {
+        matches!(self, QmpError::Timeout { .. } | QmpError::Stopped { is_sent: true, .. })
     }
 
     /// Tells whether the peer is gone, as it is when QEMU has exited.
@@ -138,6 +177,11 @@ impl QmpError {
     }
 }
 
+/// Says why no greeting came, as far as is known.
+fn because(is_stopped: bool, holders: &Holders) -> String {
+    if is_stopped { ": QEMU's process is stopped".to_owned() } else { holders.to_string() }
+}
+
 /// Makes the error for an answer of another shape than the command promises.
 pub(crate) fn unexpected(command: &str, expected: &'static str) -> QmpError {
     QmpError::Unexpected { command: command.to_owned(), expected }
@@ -149,8 +193,11 @@ mod tests {
 
     #[test]
     fn a_silent_monitor_hints_at_another_client() {
-        let error = QmpError::NoGreeting { after: Duration::from_secs(5) };
-        assert_eq!(error.to_string(), "no QMP greeting within 5s");
+        let holders = Holders { serving: 1, waiting: 0 };
+        let after = Duration::from_secs(5);
+        let error = QmpError::NoGreeting { after, holders, is_stopped: false };
+        let words = "no QMP greeting within 5s: another client holds this monitor";
+        assert_eq!(error.to_string(), words);
         assert!(error.hint().is_some_and(|hint| hint.contains("another client")));
     }
 

@@ -11,6 +11,9 @@ use serde_json::Value;
 /// grow with the guest's wishes.
 pub const EVENT_COUNT_MAX: usize = 256;
 
+/// The event that says that the guest runs from now on.
+const RESUME: &str = "RESUME";
+
 /// One event, as QEMU sent it.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
@@ -44,10 +47,14 @@ impl Event {
 pub(super) struct EventQueue {
     events: VecDeque<Event>,
     dropped: u64,
+    resumes: u64,
 }
 
 impl EventQueue {
     pub(super) fn push(&mut self, event: Event) {
+        if event.name == RESUME {
+            self.resumes = self.resumes.saturating_add(1);
+        }
         if self.events.len() == EVENT_COUNT_MAX {
             self.events.pop_front();
             self.dropped = self.dropped.saturating_add(1);
@@ -67,6 +74,11 @@ impl EventQueue {
 
     pub(super) fn dropped(&self) -> u64 {
         self.dropped
+    }
+
+    /// Returns how often the guest was said to run, in events that were dropped or taken as well.
+    pub(super) fn resumes(&self) -> u64 {
+        self.resumes
     }
 }
 
@@ -108,6 +120,17 @@ mod tests {
         assert_eq!(queue.dropped(), 1);
         assert_eq!(queue.take_named(&["FIRST"]), None);
         assert_eq!(queue.take_all().len(), EVENT_COUNT_MAX);
+    }
+
+    #[test]
+    fn a_guest_that_was_let_run_is_counted_whatever_became_of_the_event() {
+        let mut queue = EventQueue::default();
+        queue.push(event(RESUME));
+        for _ in 0..EVENT_COUNT_MAX {
+            queue.push(event("RTC_CHANGE"));
+        }
+        assert_eq!(queue.take_named(&[RESUME]), None);
+        assert_eq!(queue.resumes(), 1);
     }
 
     #[test]

@@ -5,11 +5,14 @@
 //! does not know, so that a newer QEMU is not an error.
 
 mod command;
+mod connect;
 mod connection;
 mod error;
 mod event;
+mod wait;
 
-pub use command::COMMAND_TIMEOUT;
+pub use command::{COMMAND_TIMEOUT, command_line};
+pub use connect::Holders;
 pub use connection::{LINE_LEN_MAX, Qmp};
 pub use error::QmpError;
 pub use event::{EVENT_COUNT_MAX, Event};

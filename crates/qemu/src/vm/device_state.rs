@@ -7,8 +7,10 @@ use std::os::fd::{AsFd, AsRawFd};
 use rustix::fs::{MemfdFlags, memfd_create};
 use serde_json::json;
 
-use super::{RunState, Vm, VmError};
-use crate::pass_fd;
+use super::{Flushed, PUT_BACK_TIMEOUT, RunState, Vm, VmError};
+use crate::pass_fd::{self, DEVICE_STATE_FDSET};
+use crate::qmp::QmpError;
+use crate::version::Feature;
 
 /// Most bytes of device state accepted.
 ///
@@ -30,17 +32,21 @@ impl Vm {
     /// one zero byte. Tried on 10.0.2: no configuration section, no RAM section, no description.
     /// The `globalstate` section in it says `running`, whatever the VM did before.
     ///
-    /// The VM stays as it is, stopped, and `cont` lets it run on.
+    /// The VM stays as it is, stopped, and [`Vm::let_run`] lets it run on. With `is_last` its disks
+    /// are made durable and released, as is fit for a VM that ends soon; the answer says whether QEMU
+    /// told what came of that.
     ///
     /// # Errors
     ///
     /// [`VmError::WrongState`] when the guest runs, [`VmError::DeviceState`] when QEMU hands over
     /// something else.
-    pub fn save_device_state(&mut self) -> Result<Vec<u8>, VmError> {
+    pub fn save_device_state(&mut self, is_last: bool) -> Result<(Vec<u8>, Flushed), VmError> {
         let state = self.run_state()?;
         if state == RunState::Running || self.is_running()? {
             return Err(VmError::WrongState { found: state, expected: "a stopped VM" });
         }
+        let can_release = self.version()?.has(Feature::BlockdevSetActive);
+        let flushed = if is_last && can_release { self.release_disks()? } else { Flushed::Yes };
         let memory = memfd_create("vmfile-device-state", MemfdFlags::CLOEXEC)
             .map_err(|errno| VmError::system("create memory for the device state", errno))?;
         // QEMU opens the set for writing only and takes a descriptor of just that access mode, so
@@ -49,24 +55,33 @@ impl Vm {
             .write(true)
             .open(format!("/proc/self/fd/{}", memory.as_raw_fd()))
             .map_err(|source| VmError::system("open memory for the device state", source))?;
-        let fdset = pass_fd::add_fd(&mut self.qmp, for_qemu.as_fd())?;
+        pass_fd::add_fd(&mut self.qmp, DEVICE_STATE_FDSET, for_qemu.as_fd())?;
         drop(for_qemu);
-        let saved = self.save_device_state_into(fdset);
-        let removed = pass_fd::remove_fd(&mut self.qmp, fdset);
+        let saved = self.save_device_state_into(DEVICE_STATE_FDSET, is_last && !can_release);
+        let removed = self.unstoppable(PUT_BACK_TIMEOUT, |vm| {
+            pass_fd::remove_fd(&mut vm.qmp, DEVICE_STATE_FDSET)
+        });
         saved?;
         removed?;
-        read_device_state(File::from(memory))
+        Ok((read_device_state(File::from(memory))?, flushed))
     }
 
-    fn save_device_state_into(&mut self, fdset: u64) -> Result<(), VmError> {
+    fn save_device_state_into(&mut self, fdset: u64, release: bool) -> Result<(), VmError> {
         // `live` decides about the disks, not about the guest. With `true` and a stopped VM QEMU
-        // releases the disks, as Xen's tools want before the domain is destroyed: another QEMU may
-        // then open them for writing, and whoever wants the VM to run on depends on `cont` to take
-        // them back. With `false` the disks stay active and locked, and a VM that was stopped stays
-        // stopped. Both write the same bytes. (All tried on 10.0.2.) So whatever fails from here on,
-        // the VM is only paused.
-        let arguments = json!({"filename": format!("/dev/fdset/{fdset}"), "live": false});
-        Ok(self.execute("xen-save-devices-state", arguments).map(drop)?)
+        // flushes and releases the disks, as Xen's tools want before the domain is destroyed: another
+        // QEMU may then open them for writing, and the VM depends on `cont` to take them back. Up to
+        // 9.2 QEMU says if a disk cannot be flushed; 10.0 and later do not, and have a command that
+        // does. With `false` the disks stay active and locked. Both write the same bytes. (Tried on
+        // 7.2, 10.0.2 and 11.1.)
+        let filename = format!("/dev/fdset/{fdset}");
+        let arguments = json!({ "filename": filename, "live": release });
+        match self.execute("xen-save-devices-state", arguments) {
+            Ok(_) => Ok(()),
+            Err(QmpError::Refused { desc, .. }) if desc.contains("bdrv_inactivate_all") => {
+                Err(VmError::NotFlushed { reason: desc })
+            }
+            Err(error) => Err(error.into()),
+        }
     }
 }
 

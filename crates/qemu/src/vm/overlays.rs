@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{Vm, VmError};
@@ -14,7 +15,7 @@ use crate::qmp::unexpected;
 const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
 /// A qcow2 image that is put, or was put, on top of a disk's image.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Overlay {
     /// The block node that is below it.
     below: String,
@@ -33,6 +34,18 @@ impl Overlay {
         // QEMU (10.0) takes 31 characters.
         let node = format!("vmf-{since:x}-{:x}-{number:x}", std::process::id());
         Overlay { below: below.to_owned(), node, file: file.to_path_buf() }
+    }
+
+    /// Returns the name of its block node.
+    #[must_use]
+    pub fn node(&self) -> &str {
+        &self.node
+    }
+
+    /// Returns the name of the block node that is below it.
+    #[must_use]
+    pub fn below(&self) -> &str {
+        &self.below
     }
 
     /// Returns the image.

@@ -31,6 +31,11 @@ pub struct RestoredDisk {
 pub(super) struct NewOverlays(Vec<RestoredDisk>);
 
 impl NewOverlays {
+    /// Returns their files.
+    pub(super) fn files(&self) -> Vec<PathBuf> {
+        self.0.iter().map(|disk| disk.overlay.clone()).collect()
+    }
+
     /// Leaves them: the VM runs with them.
     pub(super) fn keep(mut self) -> Vec<RestoredDisk> {
         std::mem::take(&mut self.0)

@@ -21,7 +21,7 @@ use std::time::Instant;
 
 use serde::Serialize;
 use vmfile_engine::{Backend, DirectIo};
-use vmfile_qemu::{LaunchedQemu, Vm};
+use vmfile_qemu::{LaunchedQemu, PUT_BACK_TIMEOUT, RunState, Vm, VmError};
 
 use self::compare::compare;
 pub use self::disks::RestoredDisk;
@@ -29,6 +29,7 @@ use self::parts::compare_parts;
 use self::prepare::prepare;
 use self::ram::bring;
 use crate::control::Control;
+use crate::guard::Guard;
 use crate::jobs::Jobs;
 use crate::ram_loader::LoadError;
 use crate::restore_error::RestoreError;
@@ -140,7 +141,7 @@ pub fn restore(
     control: &Control<'_>,
 ) -> Result<Restored, RestoreError> {
     let started = Instant::now();
-    let mut prepared = prepare(snapshot, destination, options)?;
+    let mut prepared = prepare(snapshot, destination, options, control)?;
     let answered = Instant::now();
     let qmp = prepared.qmp.take();
     let vm = prepared.vm();
@@ -149,13 +150,28 @@ pub fn restore(
     compare_parts(snapshot, vm)?;
     let brought = bring(snapshot, &mut prepared, &found, options, control);
     let brought = brought.map_err(|error| prepared.explain(error))?;
-    let running = run(snapshot, prepared.vm(), options)?;
+    let is_to_run = is_to_run(snapshot, options)?;
+    if let Some(guard) = prepared.guard.as_ref().filter(|_| is_to_run) {
+        // The VM is there: should this process end now, its guest runs on all the same.
+        guard.watch_run()?;
+    }
+    match run(prepared.vm(), is_to_run) {
+        Err(error @ RestoreError::Unanswered { .. }) => {
+            // The guest may run, and ending its QEMU would take what it does.
+            prepared.guard.map(Guard::leave).unwrap_or_default();
+            drop(prepared.overlays.keep());
+            drop(prepared.qemu.into_launched().map(LaunchedQemu::detach));
+            return Err(error);
+        }
+        told => told?,
+    }
+    prepared.guard.take().map(Guard::dismiss).unwrap_or_default();
     let report = RestoreReport {
         pid: prepared.vm().pid()?,
         qmp,
         mode: brought.mode.name(),
         mode_reason: brought.reason,
-        running,
+        running: is_to_run,
         disks: prepared.overlays.keep(),
         direct_io: (brought.bytes_read > 0).then_some(brought.direct_io),
         bytes_read: brought.bytes_read,
@@ -166,15 +182,29 @@ pub fn restore(
     Ok(Restored { report, qemu: prepared.qemu.into_launched() })
 }
 
-/// Lets the guest run if it is to; returns whether it does.
-fn run(snapshot: &Snapshot, vm: &mut Vm, options: &RestoreOptions) -> Result<bool, RestoreError> {
+/// Whether the guest is to run: it ran when it was saved.
+fn is_to_run(snapshot: &Snapshot, options: &RestoreOptions) -> Result<bool, RestoreError> {
     let state = &snapshot.structure().device_state;
     let was_running = state.run_state(&snapshot.device_state()?) == Some("running");
-    if options.paused || !was_running {
-        return Ok(false);
+    Ok(was_running && !options.paused)
+}
+
+/// Lets the guest run if it is to.
+fn run(vm: &mut Vm, is_to_run: bool) -> Result<(), RestoreError> {
+    if !is_to_run {
+        return Ok(());
     }
-    vm.cont()?;
-    Ok(true)
+    match vm.cont() {
+        Err(VmError::Qmp(source)) if source.may_run_later() => {
+            let state = vm.unstoppable(PUT_BACK_TIMEOUT, Vm::run_state);
+            match state {
+                Ok(RunState::Running) => Ok(()),
+                Ok(_) => Err(VmError::from(source).into()),
+                Err(_) => Err(RestoreError::Unanswered { pid: vm.pid().ok(), source }),
+            }
+        }
+        told => told.map_err(RestoreError::from),
+    }
 }
 
 impl From<LoadError> for RestoreError {

@@ -1,19 +1,21 @@
 //! Which QEMU the VM goes into, how its RAM comes back, and why in that way.
 
 use std::fs;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use vmfile_format::mapped_ram::PlacedBlock;
 use vmfile_qemu::{
-    CommandLine, Feature, Launch, LaunchedQemu, MappedBlock, QemuVersion, RunState, Vm,
-    program_version,
+    CommandLine, Feature, Launch, LaunchedQemu, MappedBlock, MonitorPair, QemuVersion, RunState,
+    Vm, program_version,
 };
 
 use super::disks::{NewOverlays, choose_images};
 use super::parts::remake;
 use super::{Destination, Mode, RestoreOptions};
+use crate::control::Control;
+use crate::guard::Guard;
 use crate::restore_error::{Mismatch, RestoreError};
 use crate::snapshot::Snapshot;
 
@@ -36,6 +38,8 @@ pub(super) struct Prepared {
     pub(super) overlays: NewOverlays,
     pub(super) qmp: Option<PathBuf>,
     pub(super) start_seconds: f64,
+    /// Ends the QEMU that was started, should this process end. It is the last to be dropped.
+    pub(super) guard: Option<Guard>,
 }
 
 /// The mode that was chosen.
@@ -104,10 +108,14 @@ pub(super) fn prepare(
     snapshot: &Snapshot,
     destination: Destination,
     options: &RestoreOptions,
+    control: &Control<'_>,
 ) -> Result<Prepared, RestoreError> {
     let is_saved = matches!(destination, Destination::Saved);
     let (executable, mut command_line, directory) = match destination {
-        Destination::Waiting(vm) => return prepare_waiting(vm, options),
+        Destination::Waiting(mut vm) => {
+            vm.set_stop(control.stop_flag());
+            return prepare_waiting(vm, options);
+        }
         Destination::Command(mut words) => {
             if words.is_empty() {
                 return Err(RestoreError::NoCommand);
@@ -115,20 +123,7 @@ pub(super) fn prepare(
             let executable = PathBuf::from(words.remove(0));
             (executable, CommandLine::new(words)?, None)
         }
-        Destination::Saved => {
-            let meta = snapshot.manifest().map(|manifest| &manifest.meta.vm);
-            let meta = meta.ok_or(RestoreError::NoSavedCommand)?;
-            let executable = meta.executable.as_ref().ok_or(RestoreError::NoSavedCommand)?;
-            let words = meta.command_line.get(1..).unwrap_or_default().to_vec();
-            let mut command_line = CommandLine::new(words)?;
-            let lost = command_line.what_cannot_be_recreated();
-            if !lost.is_empty() {
-                return Err(RestoreError::CannotRecreate { what: lost });
-            }
-            remake(meta, &mut command_line)?;
-            let directory = meta.working_directory.as_ref().map(PathBuf::from);
-            (PathBuf::from(executable), command_line, directory)
-        }
+        Destination::Saved => saved_command(snapshot)?,
     };
     let here = directory.as_deref().unwrap_or(Path::new("."));
     command_line.expand_config(|path| fs::read_to_string(here.join(path)))?;
@@ -154,9 +149,15 @@ pub(super) fn prepare(
         .collect();
     let names = blocks.iter().map(|block| block.block_name.clone()).collect();
     let qmp = command_line.qmp_sockets().into_iter().next();
+    let monitor = MonitorPair::new()?;
+    let mut guard = Guard::of_monitor(monitor.as_fd())?;
+    guard.add_files(overlays.files());
+    guard.watch_start()?;
     let start = Instant::now();
     let mut launch = Launch::new(executable, command_line.for_incoming(&blocks)?)
+        .monitor(monitor)
         .foreground(options.foreground)
+        .until(control.stop_flag())
         .inherit(inherited);
     if let Some(directory) = directory {
         launch = launch.working_directory(directory);
@@ -172,7 +173,27 @@ pub(super) fn prepare(
         overlays,
         qmp,
         start_seconds,
+        guard: Some(guard),
     })
+}
+
+/// Returns the program, the command line and the directory of the VM that was saved, so that they make
+/// what it had in the end.
+fn saved_command(
+    snapshot: &Snapshot,
+) -> Result<(PathBuf, CommandLine, Option<PathBuf>), RestoreError> {
+    let meta = snapshot.manifest().map(|manifest| &manifest.meta.vm);
+    let meta = meta.ok_or(RestoreError::NoSavedCommand)?;
+    let executable = meta.executable.as_ref().ok_or(RestoreError::NoSavedCommand)?;
+    let words = meta.command_line.get(1..).unwrap_or_default().to_vec();
+    let mut command_line = CommandLine::new(words)?;
+    let lost = command_line.what_cannot_be_recreated();
+    if !lost.is_empty() {
+        return Err(RestoreError::CannotRecreate { what: lost });
+    }
+    remake(meta, &mut command_line)?;
+    let directory = meta.working_directory.as_ref().map(PathBuf::from);
+    Ok((PathBuf::from(executable), command_line, directory))
 }
 
 fn prepare_waiting(mut vm: Vm, options: &RestoreOptions) -> Result<Prepared, RestoreError> {
@@ -198,6 +219,7 @@ fn prepare_waiting(mut vm: Vm, options: &RestoreOptions) -> Result<Prepared, Res
         overlays: NewOverlays::default(),
         qmp: None,
         start_seconds: 0.0,
+        guard: None,
     })
 }
 

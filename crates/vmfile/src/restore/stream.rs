@@ -1,6 +1,7 @@
 //! A stream into the QEMU that waits, over a pair of sockets.
 
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -30,7 +31,7 @@ pub(super) fn send_to(
     let refused = |source: LoadError| RestoreError::DeviceState { source, stderr: String::new() };
     let (ours, theirs) = UnixStream::pair().map_err(RestoreError::Stream)?;
     vm.load_stream(theirs.into()).map_err(refused)?;
-    let over = AtomicBool::new(false);
+    let over = Arc::new(AtomicBool::new(false));
     let is_over = || over.load(Ordering::Relaxed);
     let mut outlet = Outlet::new(ours.into(), &is_over).map_err(RestoreError::Stream)?;
     let sent = outlet.sent();

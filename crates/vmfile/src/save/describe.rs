@@ -43,11 +43,20 @@ pub(super) fn describe_vm(
         uuid: vm.uuid()?,
         machine: vm.machine_type()?,
         qemu_version: Some(vm.version()?.to_string()),
-        run_state: if was_running { "running" } else { "paused" }.to_owned(),
+        run_state: run_state(was_running),
         executable: process.as_ref().map(|process| text(&process.executable)),
         command_line: process.as_ref().map_or(Ok(Vec::new()), command_line)?,
         working_directory: process.as_ref().map(|process| text(&process.working_directory)),
     })
+}
+
+/// Notes whether the guest ran until it was paused for the save.
+pub(super) fn set_run_state(meta: &mut VmMeta, ran: bool) {
+    meta.run_state = run_state(ran);
+}
+
+fn run_state(ran: bool) -> String {
+    if ran { "running" } else { "paused" }.to_owned()
 }
 
 /// Whether QEMU's process cannot be found or looked at, which leaves its monitor.

@@ -8,8 +8,9 @@ use vmfile_format::stream::encoder;
 use vmfile_format::{FormatError, PageSize, RamBlock, RamLayout};
 use vmfile_qemu::{RamBlockInfo, Vm};
 
-use super::{Work, Written, refuse_without_space};
-use crate::draft::{Draft, Facts, Places, Tail};
+use super::route::refuse_without_space;
+use super::{Work, Written};
+use crate::draft::{Draft, Places, Tail};
 use crate::error::SaveError;
 use crate::plan::{total_len, units};
 use crate::ram_writer::{PAGE_LEN, Reader, Target, write_ram};
@@ -18,6 +19,8 @@ use crate::source::process::{BlockAt, ProcessRam};
 /// The RAM of a VM, found in the memory of its process.
 #[derive(Debug)]
 pub(super) struct DirectRoute {
+    /// The blocks as QEMU told them.
+    found: Vec<RamBlockInfo>,
     ram: RamLayout,
     process: ProcessRam,
 }
@@ -25,14 +28,29 @@ pub(super) struct DirectRoute {
 impl DirectRoute {
     /// Finds the RAM, and refuses what can be refused while the VM runs.
     pub(super) fn prepare(vm: &mut Vm, draft: &Draft) -> Result<DirectRoute, SaveError> {
-        let (ram, blocks) = ram_layout(&vm.ram_blocks()?)?;
+        let found = vm.ram_blocks()?;
+        let route = DirectRoute::find(vm, found)?;
+        check_space(&route.process, draft.file())?;
+        Ok(route)
+    }
+
+    /// Finds where the blocks lie in the memory of QEMU's process.
+    fn find(vm: &mut Vm, found: Vec<RamBlockInfo>) -> Result<DirectRoute, SaveError> {
+        let (ram, blocks) = ram_layout(&found)?;
         let process = ProcessRam::open(vm.pid()?, &blocks, Access::Read)?;
-        check_space(&process, draft.file())?;
-        Ok(DirectRoute { ram, process })
+        Ok(DirectRoute { found, ram, process })
     }
 
     /// Places everything, writes RAM, and then what belongs around it.
     pub(super) fn write(&self, work: &mut Work<'_>) -> Result<Written, SaveError> {
+        // Memory may have been plugged in or have grown since it was found.
+        if self.found != work.blocks {
+            return DirectRoute::find(work.vm, work.blocks.to_vec())?.write_found(work);
+        }
+        self.write_found(work)
+    }
+
+    fn write_found(&self, work: &mut Work<'_>) -> Result<Written, SaveError> {
         let (state, sections) = device_state(work)?;
         let machine = work.meta.machine.clone();
         let source = Configuration { machine, ..Configuration::default() };
@@ -44,12 +62,7 @@ impl DirectRoute {
         work.draft.reserve(places.tables())?;
 
         let written = self.ram(work, &places)?;
-        let facts = Facts {
-            route: "direct",
-            live: Some(false),
-            pause_seconds: Some(work.seconds_paused()),
-            vm: work.meta.clone(),
-        };
+        let facts = work.facts("direct", work.seconds_paused(), false);
         work.draft.finish(&places, &written.bitmaps, tail, facts)?;
         let pages_data = written.bitmaps.iter().map(|bitmap| bitmap.data_count().0).sum();
         Ok(Written {
@@ -86,7 +99,8 @@ impl DirectRoute {
 fn device_state(work: &mut Work<'_>) -> Result<(DeviceState, Vec<u8>), SaveError> {
     // QEMU writes magic and version, then the sections.
     const HEADER_LEN: usize = 8;
-    let bytes = work.vm.save_device_state()?;
+    let (bytes, flushed) = work.vm.save_device_state(work.is_last())?;
+    work.note(flushed);
     let mut sections = bytes.get(HEADER_LEN..).unwrap_or_default().to_vec();
     let state = DeviceState::locate(&sections, 0, 0).map_err(SaveError::DeviceState)?;
     // QEMU's last byte is EOF, and the last section says whether the VM runs: with both the

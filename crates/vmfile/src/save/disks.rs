@@ -69,6 +69,11 @@ impl Disks {
         Ok(Disks { overlays, is_frozen: false })
     }
 
+    /// Returns the overlays that are planned, or there.
+    pub(super) fn overlays(&self) -> &[Overlay] {
+        &self.overlays
+    }
+
     /// Whether there is anything to freeze.
     pub(super) fn is_empty(&self) -> bool {
         self.overlays.is_empty()
@@ -90,7 +95,9 @@ impl Disks {
         }
         let mut result = Ok(());
         for overlay in &self.overlays {
-            match vm.merge_overlay(overlay, MERGE_TIMEOUT) {
+            let merged =
+                vm.unstoppable(MERGE_TIMEOUT, |vm| vm.merge_overlay(overlay, MERGE_TIMEOUT));
+            match merged {
                 // QEMU has closed it, and all it held is in the image below.
                 Ok(()) => drop(fs::remove_file(overlay.file())),
                 Err(error) => result = Err(error),

@@ -12,11 +12,10 @@ use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use vmfile_qemu::{Outgoing, RunState, StreamSettings, Vm, VmError};
+use vmfile_qemu::{Outgoing, PUT_BACK_TIMEOUT, RunState, StreamSettings, Vm, VmError};
 
 use super::stream::{sent, why_not, written};
 use super::{Disks, Live, LiveDone, Work, Written};
-use crate::draft::Facts;
 use crate::error::SaveError;
 use crate::receive::ReceiveError;
 use crate::source::stream::Patience;
@@ -54,12 +53,19 @@ impl LiveRoute {
         Ok(LiveRoute { before: vm.stream_settings()?, live })
     }
 
+    /// Returns the migration settings as they were.
+    pub(super) fn settings(&self) -> &StreamSettings {
+        &self.before
+    }
+
     /// Lets QEMU send the guest, writes what comes, and then what belongs around it.
     pub(super) fn write(&self, work: &mut Work<'_>) -> Result<Written, SaveError> {
         let (method, ours) = self.choose(work.vm, !work.disks.is_empty())?;
         let received = self.receive(work, &method);
         let runs = let_run(work.vm);
-        let put_back = work.vm.change_stream_settings(&ours, &self.before);
+        let put_back = work
+            .vm
+            .unstoppable(PUT_BACK_TIMEOUT, |vm| vm.change_stream_settings(&ours, &self.before));
         let mut received = match (received, runs) {
             (Ok(received), Ok(())) => received,
             (Err(error), Ok(())) => return Err(error),
@@ -73,12 +79,7 @@ impl LiveRoute {
             return Err(SaveError::NoRunState);
         }
         let pause_seconds = work.vm.pause_seen().unwrap_or_default().as_secs_f64();
-        let facts = Facts {
-            route: "stream",
-            live: Some(true),
-            pause_seconds: Some(pause_seconds),
-            vm: work.meta.clone(),
-        };
+        let facts = work.facts("stream", pause_seconds, true);
         work.draft.finish(&received.places, &received.bitmaps, received.tail(), facts)?;
         let method = match method {
             Method::BackgroundSnapshot => "background-snapshot".to_owned(),

@@ -12,10 +12,11 @@ use std::time::Duration;
 
 use rustix::fs::OFlags;
 use vmfile_engine::{DataFile, DirectIo, DirectIoInUse};
-use vmfile_qemu::{Feature, KeptFile, Outgoing, StreamSettings, Vm};
+use vmfile_qemu::{Feature, KeptFile, Outgoing, PUT_BACK_TIMEOUT, StreamSettings, Vm};
 
+use super::route::refuse_without_space;
 use super::stream::not_sent;
-use super::{SaveOptions, Work, Written, native_file, refuse_without_space};
+use super::{SaveOptions, Work, Written, native_file};
 use crate::check::describe;
 use crate::control::Progress;
 use crate::draft::Draft;
@@ -64,6 +65,11 @@ impl NativeRoute {
         Ok(NativeRoute { before, ours, direct_io })
     }
 
+    /// Returns the migration settings as they were.
+    pub(super) fn settings(&self) -> &StreamSettings {
+        &self.before
+    }
+
     /// Says whether QEMU writes past the page cache, in the words of a report.
     pub(super) fn direct_io(&self) -> String {
         match &self.direct_io {
@@ -77,7 +83,9 @@ impl NativeRoute {
         let changed = work.vm.change_stream_settings(&self.before, &self.ours);
         let sent = changed.map_err(SaveError::from).and_then(|()| self.send(work));
         // What was changed before something failed is put back, too.
-        let put_back = work.vm.change_stream_settings(&self.ours, &self.before);
+        let put_back = work.vm.unstoppable(PUT_BACK_TIMEOUT, |vm| {
+            vm.change_stream_settings(&self.ours, &self.before)
+        });
         let ram_bytes = sent?;
         put_back?;
         native_file::complete(work, ram_bytes)
@@ -93,7 +101,7 @@ impl NativeRoute {
         let kept = work.vm.keep_file(&descriptors)?;
         drop(descriptors);
         let sent = send_to(work, &kept);
-        let dropped = work.vm.drop_file(kept);
+        let dropped = work.vm.unstoppable(PUT_BACK_TIMEOUT, |vm| vm.drop_file(kept));
         let ram_bytes = sent?;
         dropped?;
         Ok(ram_bytes)

@@ -20,7 +20,7 @@ use vmfile_format::{FormatError, PageBitmap, PageIndex};
 use super::native::total_bytes;
 use super::{Work, Written};
 use crate::control::Progress;
-use crate::draft::{Facts, Tables};
+use crate::draft::Tables;
 use crate::error::SaveError;
 use crate::page_writer::empty;
 use crate::plan::{WINDOW_LEN, pieces};
@@ -51,12 +51,7 @@ pub(super) fn complete(work: &Work<'_>, ram_bytes: u64) -> Result<Written, SaveE
     file.empty_stale_places()?;
     let io = file.hash(ram_bytes)?;
     let extents = file.extents(&tail)?;
-    let facts = Facts {
-        route: "native",
-        live: Some(false),
-        pause_seconds: Some(work.seconds_paused()),
-        vm: work.meta.clone(),
-    };
+    let facts = work.facts("native", work.seconds_paused(), false);
     work.draft.put_manifest(&tables, stream_end, &bitmaps, extents, facts)?;
     let pages_data = |bitmap: &PageBitmap| bitmap.data_count().0;
     let bytes_data = |(placed, bitmap): (&PlacedBlock, &PageBitmap)| {

@@ -7,12 +7,12 @@ use std::fs;
 use std::num::NonZeroU8;
 use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use vmfile_qemu::{Outgoing, StreamSettings, Vm};
+use vmfile_qemu::{Outgoing, PUT_BACK_TIMEOUT, StreamSettings, Vm};
 
 use super::{SaveOptions, Work, Written};
-use crate::draft::Facts;
 use crate::error::SaveError;
 use crate::listener::Listener;
 use crate::multifd::{CHANNELS_MAX, ChannelsError, Connections};
@@ -30,8 +30,8 @@ const END_TIMEOUT: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub(super) struct StreamRoute {
     before: StreamSettings,
-    /// How many connections beside the stream pages go by.
-    channels: Option<NonZeroU8>,
+    /// How many connections beside the stream pages go by, and where QEMU makes them.
+    channels: Option<(NonZeroU8, Listener)>,
 }
 
 impl StreamRoute {
@@ -42,38 +42,53 @@ impl StreamRoute {
         if found > CHANNELS_MAX {
             return Err(ReceiveError::from(ChannelsError::TooMany { found }).into());
         }
-        Ok(StreamRoute { before: vm.stream_settings()?, channels })
+        let before = vm.stream_settings()?;
+        let user = user_of(vm);
+        let listen = |channels| Ok::<_, SaveError>((channels, Listener::bind_for(user)?));
+        Ok(StreamRoute { before, channels: channels.map(listen).transpose()? })
+    }
+
+    /// Returns the migration settings as they were.
+    pub(super) fn settings(&self) -> &StreamSettings {
+        &self.before
+    }
+
+    /// Returns the socket that QEMU connects to, and its directory.
+    pub(super) fn sockets(&self) -> Vec<PathBuf> {
+        let path = self.channels.as_ref().map(|(_, listener)| listener.path());
+        path.into_iter().flat_map(|path| path.ancestors().take(2)).map(Path::to_path_buf).collect()
     }
 
     /// Lets QEMU send the paused VM, writes what comes, and then what belongs around it.
-    pub(super) fn write(&self, work: &mut Work<'_>) -> Result<Written, SaveError> {
-        let ours = match self.channels {
+    pub(super) fn write(&mut self, work: &mut Work<'_>) -> Result<Written, SaveError> {
+        let ours = match &self.channels {
             None => self.before.plain(),
-            Some(channels) => self.before.multifd(channels),
+            Some((channels, _)) => self.before.multifd(*channels),
         };
+        let channels = self.channels.take();
         let changed = work.vm.change_stream_settings(&self.before, &ours);
-        let received = changed.map_err(SaveError::from).and_then(|()| receive(work, self.channels));
+        let received = changed.map_err(SaveError::from).and_then(|()| receive(work, channels));
         // What was changed before something failed is put back, too.
-        let put_back = work.vm.change_stream_settings(&ours, &self.before);
+        let put_back = work
+            .vm
+            .unstoppable(PUT_BACK_TIMEOUT, |vm| vm.change_stream_settings(&ours, &self.before));
         let mut received = received?;
         put_back?;
         // QEMU writes "paused": the VM was paused for the save.
         if !received.set_run_state(&work.meta.run_state) {
             return Err(SaveError::NoRunState);
         }
-        let facts = Facts {
-            route: "stream",
-            live: Some(false),
-            pause_seconds: Some(work.seconds_paused()),
-            vm: work.meta.clone(),
-        };
+        let facts = work.facts("stream", work.seconds_paused(), false);
         work.draft.finish(&received.places, &received.bitmaps, received.tail(), facts)?;
         Ok(written(&received))
     }
 }
 
 /// Receives the VM; whatever comes of it, QEMU is not sending any more.
-fn receive(work: &mut Work<'_>, channels: Option<NonZeroU8>) -> Result<Received, SaveError> {
+fn receive(
+    work: &mut Work<'_>,
+    channels: Option<(NonZeroU8, Listener)>,
+) -> Result<Received, SaveError> {
     let patience = Patience { control: work.control, stall: Some(STALL_TIMEOUT), deadline: None };
     let connections = match channels {
         None => {
@@ -81,8 +96,7 @@ fn receive(work: &mut Work<'_>, channels: Option<NonZeroU8>) -> Result<Received,
             work.vm.send_stream(theirs.into())?;
             ours.into()
         }
-        Some(channels) => {
-            let listener = Listener::bind_for(user_of(work.vm))?;
+        Some((channels, listener)) => {
             work.vm.send_to_socket(listener.path())?;
             let accepted = Connections::accept(listener, channels.get().into(), &patience);
             accepted.map_err(|error| why_not(work.vm, error.into()))?

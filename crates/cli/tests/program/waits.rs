@@ -1,0 +1,177 @@
+//! Waits for QEMU: each has an end, says what it waited for, and obeys signals.
+
+use std::fs;
+use std::io::Read as _;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::{Child, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::json;
+use vmfile_testing::{Guest, Monitor, Qemu, Ram, TestResult, requires};
+
+use crate::guests::directory;
+use crate::run::{Said, command, names_in, vmfile, wait_until};
+use crate::words;
+
+/// How long a verb may take to end after a signal.
+const AT_ONCE: Duration = Duration::from_secs(1);
+
+fn pid(number: u32) -> Pid {
+    Pid::from_raw(i32::try_from(number).expect("a pid")).expect("a pid")
+}
+
+fn small(qemu: &Qemu, name: &str) -> TestResult<Guest> {
+    let config = Guest::boot_sector(Ram::private(16)).seed(71);
+    config.arguments(["-name", name]).boot(qemu)
+}
+
+/// A process that stands still until this is dropped.
+struct Stopped(u32);
+
+impl Stopped {
+    fn new(process: u32) -> TestResult<Stopped> {
+        kill_process(pid(process), Signal::STOP)?;
+        wait_until("the process is stopped", || state(process) == Some('T'))?;
+        Ok(Stopped(process))
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        // It may have been ended meanwhile.
+        let _ = kill_process(pid(self.0), Signal::CONT);
+    }
+}
+
+fn state(process: u32) -> Option<char> {
+    let stat = fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
+    stat.rsplit_once(") ")?.1.chars().next()
+}
+
+/// Starts the program and waits until it catches signals.
+fn start<S: AsRef<std::ffi::OsStr>>(arguments: impl IntoIterator<Item = S>) -> TestResult<Child> {
+    let mut command = command();
+    let child = command.args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    let status = format!("/proc/{}/status", child.id());
+    wait_until("the program catches signals", || {
+        let text = fs::read_to_string(&status).unwrap_or_default();
+        let caught = text.lines().find_map(|line| line.strip_prefix("SigCgt:"));
+        let caught = caught.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+        caught.unwrap_or(0) & (1 << (Signal::USR1.as_raw() - 1)) != 0
+    })?;
+    Ok(child)
+}
+
+/// Sends `signal` and returns what the program said, if it ended at once.
+fn end_by(child: Child, signal: Signal) -> TestResult<Said> {
+    let sent = Instant::now();
+    kill_process(pid(child.id()), signal)?;
+    let said = Said::from(child.wait_with_output()?);
+    assert!(sent.elapsed() < AT_ONCE, "{:?}: {said:?}", sent.elapsed());
+    Ok(said)
+}
+
+/// Another client, which is served, and two that wait: as many as QEMU's backlog takes.
+fn hold(path: &Path) -> TestResult<(Monitor, Vec<UnixStream>)> {
+    let held = Monitor::connect(path, Duration::from_secs(10))?;
+    let waiting = (0..2).map(|_| UnixStream::connect(path)).collect::<Result<_, _>>()?;
+    Ok((held, waiting))
+}
+
+/// `connect` blocks in the kernel while the backlog is full: `save` and `list` hung for ever and took
+/// no SIGINT, with one client at the monitor and two that waited.
+#[test]
+fn a_monitor_that_others_wait_for_is_given_up_and_signals_are_obeyed() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    let guest = small(&qemu, "held")?;
+    let (mut held, waiting) = hold(&guest.qmp_path())?;
+    let file = guest.directory().join("vm.vmf");
+    let started = Instant::now();
+    let said = vmfile(words!["save", guest.qmp_path(), file]);
+    assert!(started.elapsed() < Duration::from_secs(7), "{:?}", started.elapsed());
+    let words = ["another client holds this monitor, and 2 wait", "give QEMU a second one"];
+    said.assert(3, &words);
+    for (signal, status) in [(Signal::INT, 130), (Signal::TERM, 143), (Signal::QUIT, 131)] {
+        let child = start(words!["save", guest.qmp_path(), file])?;
+        thread::sleep(Duration::from_millis(300));
+        let said = end_by(child, signal)?;
+        said.assert(status, &["stopped while connecting to the monitor", "was not touched"]);
+    }
+    held.execute("query-status", json!({}))?;
+    drop(waiting);
+    Ok(())
+}
+
+/// A QEMU that is stopped takes connections, by its kernel, and says nothing.
+#[test]
+fn a_qemu_whose_process_is_stopped_is_said_to_be_and_signals_are_obeyed() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    let mut guest = small(&qemu, "stopped")?;
+    let file = guest.directory().join("vm.vmf");
+    let stopped = Stopped::new(guest.pid()?)?;
+    let said = vmfile(words!["save", guest.qmp_path(), file]);
+    said.assert(3, &["QEMU's process is stopped", "kill -CONT"]);
+    let child = start(words!["save", guest.qmp_path(), file])?;
+    thread::sleep(Duration::from_millis(300));
+    let said = end_by(child, Signal::INT)?;
+    said.assert(130, &["stopped while waiting for QEMU's greeting", "was not touched"]);
+    drop(stopped);
+    assert_eq!(guest.status()?, "running");
+    Ok(())
+}
+
+/// The answer to `stop` was waited for up to ten minutes, and no signal ended that.
+#[test]
+fn a_qemu_that_stops_answering_before_the_pause_does_not_hold_a_save() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    let mut guest = small(&qemu, "silent")?;
+    let directory = directory()?;
+    let file = directory.path().join("vm.vmf");
+    // The greeting comes, and QEMU stands still some time after it.
+    for delay in [0, 2, 5, 10, 20, 40] {
+        let arguments = words!["save", guest.qmp_path(), file, "--after", "resume", "--force"];
+        let child = start(arguments)?;
+        thread::sleep(Duration::from_millis(delay));
+        let stopped = Stopped::new(guest.pid()?)?;
+        thread::sleep(Duration::from_millis(300));
+        kill_process(pid(child.id()), Signal::TERM)?;
+        // What the save has changed is put back as soon as QEMU answers.
+        thread::sleep(Duration::from_millis(1000));
+        drop(stopped);
+        let said = Said::from(child.wait_with_output()?);
+        assert!(matches!(said.code, Some(0 | 143)), "{delay} ms: {said:?}");
+        assert_eq!(guest.status()?, "running", "{delay} ms: {said:?}");
+        assert_eq!(names_in(directory.path()).len(), usize::from(file.exists()), "{said:?}");
+        let _ = fs::remove_file(&file);
+    }
+    Ok(())
+}
+
+/// Ctrl-Z in the middle of a save left the guest paused until `fg`, hours later perhaps.
+#[test]
+fn sigtstp_waits_until_the_guest_runs() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    let config = Guest::boot_sector(Ram::private(600)).seed(72).data_share(200);
+    let mut guest = config.boot(&qemu)?;
+    guest.wait_for_count(1)?;
+    let file = guest.directory().join("vm.vmf");
+    let arguments = ["--after", "resume", "--jobs", "1", "--direct-io", "required"];
+    let mut child = command()
+        .args(words!["save", guest.qmp_path(), file, "--progress", "json"])
+        .args(arguments)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    let mut byte = [0];
+    child.stderr.as_mut().ok_or("piped")?.read_exact(&mut byte)?;
+    kill_process(pid(child.id()), Signal::TSTP)?;
+    wait_until("the program is stopped", || state(child.id()) == Some('T'))?;
+    assert_eq!(guest.status()?, "running");
+    assert!(file.exists(), "it has done its work");
+    kill_process(pid(child.id()), Signal::CONT)?;
+    Said::from(child.wait_with_output()?).assert(0, &["saved"]);
+    guest.judge_counts()
+}

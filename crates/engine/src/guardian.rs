@@ -1,0 +1,212 @@
+//! A process that outlives this one and carries out its will.
+//!
+//! A [`Guardian`] is forked, has a session of its own, and holds a copy of one socket. It is told
+//! what is to be done over that socket, and waits. When this process ends in any way (`SIGKILL`, the
+//! kernel's out-of-memory killer, an abort), the kernel closes the other end of the guardian's pipe,
+//! and the guardian does it. When all is well it is dismissed and does nothing.
+//!
+//! The child of a process with several threads may only call what is safe in a signal handler
+//! (fork(2)): another thread may have held the allocator's lock. So the guardian allocates nothing: a
+//! will is bytes, and the child carries it out with system calls on memory that was made before.
+
+#![expect(unsafe_code, reason = "forks, and calls what rustix has no safe wrapper for")]
+
+mod steps;
+mod will;
+
+use std::io;
+use std::mem;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::ptr;
+
+use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, socketpair};
+use rustix::process::{Pid, WaitOptions, waitpid};
+
+pub use will::{Step, Will};
+
+use self::steps::Room;
+use self::will::{DISMISSED, WILL_LEN_MAX};
+
+/// The name of the process, as `ps` shows it: not the program's own, which a user may end by name.
+const NAME: &[u8; 16] = b"vm-guardian\0\0\0\0\0";
+
+/// A process that carries out a will when this one has ended without dismissing it.
+///
+/// Dropping a guardian has the will carried out, too: call [`Guardian::dismiss`] where there is
+/// nothing left to be done.
+#[derive(Debug)]
+pub struct Guardian {
+    /// `None` once the guardian was left to itself.
+    pipe: Option<OwnedFd>,
+    child: Pid,
+}
+
+impl Guardian {
+    /// Starts a guardian that holds `socket`; its will is empty.
+    ///
+    /// Take one before memory is made: the child has a copy of this process's memory, which the
+    /// kernel shares until this process writes to it.
+    ///
+    /// # Errors
+    ///
+    /// Returns the kernel's error; `EAGAIN` where there may be no further process.
+    pub fn start(socket: BorrowedFd<'_>) -> io::Result<Guardian> {
+        let (ours, theirs) =
+            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+        let room = Room::new();
+        let blocked = BlockedSignals::block_all()?;
+        // SAFETY:
+        // - The child calls `guard`, which never returns and calls only what fork(2) allows in the
+        //   child of a process with several threads: it allocates nothing and takes no lock.
+        // - What it reads was made before the fork: `room`, and two descriptors.
+        let child = unsafe { libc::fork() };
+        if child == 0 {
+            guard(theirs.as_raw_fd(), socket.as_raw_fd(), room);
+        }
+        drop(blocked);
+        let child = Pid::from_raw(child).filter(|_| child > 0);
+        let child = child.ok_or_else(io::Error::last_os_error)?;
+        Ok(Guardian { pipe: Some(ours), child })
+    }
+
+    /// Replaces the will: what is to be done if this process ends from now on.
+    ///
+    /// # Errors
+    ///
+    /// Returns the kernel's error: `EPIPE` where the guardian itself was ended, and
+    /// [`io::ErrorKind::InvalidInput`] for a will that is too long.
+    pub fn entrust(&self, will: &Will) -> io::Result<()> {
+        if will.bytes().len() > WILL_LEN_MAX {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        self.send(will.bytes())
+    }
+
+    /// Lets the guardian go: nothing is left to be done.
+    pub fn dismiss(self) {
+        // One that was ended need not be told.
+        drop(self.send(&[DISMISSED]));
+    }
+
+    /// Lets the guardian carry out its will at once, and does not wait for it.
+    ///
+    /// The kernel keeps its exit status until this process ends.
+    pub fn leave(mut self) {
+        drop(self.pipe.take());
+    }
+
+    /// Returns the guardian's process id.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.as_raw_nonzero().get().unsigned_abs()
+    }
+
+    fn send(&self, message: &[u8]) -> io::Result<()> {
+        let pipe = self.pipe.as_ref().expect("taken with the guardian");
+        let sent = rustix::net::send(pipe, message, SendFlags::NOSIGNAL)?;
+        // The kernel takes a packet whole.
+        if sent == message.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
+    }
+}
+
+impl Drop for Guardian {
+    fn drop(&mut self) {
+        // The end of the pipe is what the guardian waits for.
+        if self.pipe.take().is_none() {
+            return;
+        }
+        loop {
+            match waitpid(Some(self.child), WaitOptions::empty()) {
+                Err(rustix::io::Errno::INTR) => {}
+                // Gone, or taken by a caller who waits for all children.
+                _ => return,
+            }
+        }
+    }
+}
+
+/// All signals are blocked for this thread while this lives, so that a child inherits the block.
+struct BlockedSignals(libc::sigset_t);
+
+impl BlockedSignals {
+    fn block_all() -> io::Result<BlockedSignals> {
+        // SAFETY: a set of signals is plain bytes, and the next call fills it.
+        let mut all: libc::sigset_t = unsafe { mem::zeroed() };
+        // SAFETY: `all` is valid for writes.
+        unsafe { libc::sigfillset(&raw mut all) };
+        // SAFETY: a set of signals is plain bytes, and the next call fills it.
+        let mut before: libc::sigset_t = unsafe { mem::zeroed() };
+        // SAFETY: both sets are valid; the call changes the mask of this thread only.
+        let code =
+            unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, &raw mut before) };
+        if code == 0 { Ok(BlockedSignals(before)) } else { Err(io::Error::from_raw_os_error(code)) }
+    }
+}
+
+impl Drop for BlockedSignals {
+    fn drop(&mut self) {
+        // SAFETY: the set was filled by the same call, which cannot fail with a valid set.
+        unsafe {
+            libc::pthread_sigmask(libc::SIG_SETMASK, &raw const self.0, ptr::null_mut());
+        }
+    }
+}
+
+/// What the child does: waits for the end of the other process, and carries out its will.
+fn guard(pipe: RawFd, socket: RawFd, mut room: Room) -> ! {
+    become_a_process_of_its_own();
+    close_all_but(pipe, socket);
+    // SAFETY: the descriptor was inherited, and stays open until the process ends.
+    let pipe = unsafe { BorrowedFd::borrow_raw(pipe) };
+    // SAFETY: as above.
+    let socket = unsafe { BorrowedFd::borrow_raw(socket) };
+    let is_dismissed = room.wait_for_the_end(pipe);
+    if !is_dismissed {
+        room.carry_out(socket);
+    }
+    // No destructor runs, and no handler that the other process registered: `room` is never freed.
+    //
+    // SAFETY: the call takes a number.
+    unsafe { libc::_exit(0) }
+}
+
+fn become_a_process_of_its_own() {
+    // Signals for the terminal's processes, or for the process group, do not reach it.
+    //
+    // SAFETY: the call takes nothing. It fails only for the leader of a process group, which a
+    // child that was just forked is not.
+    unsafe { libc::setsid() };
+    // SAFETY: the name is 16 bytes with their terminator, as PR_SET_NAME wants.
+    unsafe { libc::prctl(libc::PR_SET_NAME, NAME.as_ptr()) };
+    // The out-of-memory killer takes others first. A process without the right to ask for that
+    // keeps what it has.
+    //
+    // SAFETY: the path is a C string.
+    let file = unsafe { libc::open(c"/proc/self/oom_score_adj".as_ptr(), libc::O_WRONLY) };
+    if file >= 0 {
+        // SAFETY: the bytes are a constant of that length.
+        unsafe { libc::write(file, b"-1000".as_ptr().cast(), 5) };
+        // SAFETY: it was opened above.
+        unsafe { libc::close(file) };
+    }
+}
+
+/// Closes every descriptor but two: the other process's files are not kept open for it.
+fn close_all_but(one: RawFd, other: RawFd) {
+    let number = |fd: RawFd| u32::try_from(fd).unwrap_or_default();
+    let (low, high) = (number(one.min(other)), number(one.max(other)));
+    let ranges = [
+        (0, low.checked_sub(1)),
+        (low.saturating_add(1), high.checked_sub(1)),
+        (high.saturating_add(1), Some(libc::c_uint::MAX)),
+    ];
+    for (first, last) in ranges {
+        let Some(last) = last.filter(|&last| first <= last) else { continue };
+        // A kernel before 5.9 has no such call; the descriptors then stay open as long as the
+        // guardian lives, a second after the other process at most.
+        //
+        // SAFETY: the descriptors of this process belong to no value that is used again: the child
+        // never returns from `guard`.
+        unsafe { libc::syscall(libc::SYS_close_range, first, last, 0_u32) };
+    }
+}

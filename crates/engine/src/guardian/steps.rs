@@ -1,0 +1,260 @@
+//! A will carried out by a process that must not allocate.
+//!
+//! Nothing here allocates, locks or panics: it runs in the child of a process with several threads.
+
+use std::ffi::CStr;
+use std::os::fd::BorrowedFd;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{AtFlags, CWD, unlinkat};
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendFlags, recv, send};
+
+use super::will::{
+    ASK, AWAIT, AWAIT_NONE, DISMISSED, REMOVE, REMOVE_IF_LAST, REST, Reader, WILL_LEN_MAX,
+};
+
+/// How much of an answer is looked at together: words are found if they lie this close together.
+const ANSWER_LEN: usize = 64 << 10;
+
+/// What is kept of an answer that is longer: no word is.
+const WORD_LEN_MAX: usize = 256;
+
+/// Most words of one step.
+const WORDS_MAX: usize = 16;
+
+/// How long the same question waits before it is asked again.
+const INTERVAL: Duration = Duration::from_millis(10);
+
+/// A control character ends a line that was cut and is an error to those who read JSON: what comes
+/// after it is read as if nothing had been there before.
+const BREAK: &[u8] = b"\x01\n";
+
+/// The memory in which a will is kept and carried out; made before there is a child.
+pub(super) struct Room {
+    will: Box<[u8]>,
+    /// Bytes of `will` that the newest will has.
+    will_len: usize,
+    answer: Box<[u8]>,
+}
+
+/// What an answer held.
+#[derive(Clone, Copy, Default)]
+struct Seen {
+    answer: bool,
+    word: bool,
+}
+
+/// What is sent, what its answer holds, and until when it is waited for.
+struct Asking<'a> {
+    line: &'a [u8],
+    answer: &'a [u8],
+    deadline: Option<Instant>,
+}
+
+impl Room {
+    pub(super) fn new() -> Room {
+        let will = vec![0; WILL_LEN_MAX].into_boxed_slice();
+        Room { will, will_len: 0, answer: vec![0; ANSWER_LEN].into_boxed_slice() }
+    }
+
+    /// Takes each new will, until the other end is closed or says that it is over; returns whether
+    /// it said so.
+    pub(super) fn wait_for_the_end(&mut self, pipe: BorrowedFd<'_>) -> bool {
+        loop {
+            // A packet comes whole, and leaves the last one where it is only if it is empty.
+            match recv(pipe, &mut *self.will, RecvFlags::empty()) {
+                Ok((0, _)) => return false,
+                Ok((len, _)) => match self.will.first() {
+                    Some(&DISMISSED) => return true,
+                    _ => self.will_len = len,
+                },
+                Err(Errno::INTR | Errno::AGAIN) => {}
+                Err(_) => return false,
+            }
+        }
+    }
+
+    /// Does what the will says over `socket`.
+    pub(super) fn carry_out(&mut self, socket: BorrowedFd<'_>) {
+        let Room { will, will_len, answer } = self;
+        let mut reader = Reader(will.get(1..*will_len).unwrap_or_default());
+        if reader.0.is_empty() {
+            return;
+        }
+        put(socket, BREAK, None);
+        let mut last = false;
+        while carry_out_one(&mut reader, socket, answer, &mut last).is_some() {}
+    }
+}
+
+/// Carries out the next step; `None` where there is none.
+fn carry_out_one(
+    reader: &mut Reader<'_>,
+    socket: BorrowedFd<'_>,
+    answer: &mut [u8],
+    last: &mut bool,
+) -> Option<()> {
+    match reader.byte()? {
+        ASK => {
+            asking(reader)?.ask(socket, answer, &[]);
+        }
+        kind @ (AWAIT | AWAIT_NONE) => {
+            let asking = asking(reader)?;
+            let mut words: [&[u8]; WORDS_MAX] = [&[]; WORDS_MAX];
+            let count = reader.number()?;
+            for index in 0..count {
+                let word = reader.bytes()?;
+                let place = usize::try_from(index).ok().and_then(|index| words.get_mut(index));
+                if let Some(place) = place {
+                    *place = word;
+                }
+            }
+            let count = usize::try_from(count).ok()?;
+            let words = words.get(..count.min(WORDS_MAX)).unwrap_or_default();
+            *last = asking.ask_until(socket, answer, words, kind == AWAIT);
+        }
+        REST => rest(reader.milliseconds()?),
+        REMOVE => remove(reader.bytes()?),
+        REMOVE_IF_LAST => {
+            let path = reader.bytes()?;
+            if *last {
+                remove(path);
+            }
+        }
+        _ => return None,
+    }
+    Some(())
+}
+
+fn asking<'a>(reader: &mut Reader<'a>) -> Option<Asking<'a>> {
+    let limit = reader.milliseconds()?;
+    let (line, answer) = (reader.bytes()?, reader.bytes()?);
+    Some(Asking { line, answer, deadline: Instant::now().checked_add(limit) })
+}
+
+impl Asking<'_> {
+    /// Asks until the answer holds one of `words`, or none of them; returns whether it did in time.
+    fn ask_until(
+        &self,
+        socket: BorrowedFd<'_>,
+        room: &mut [u8],
+        words: &[&[u8]],
+        is_wanted: bool,
+    ) -> bool {
+        loop {
+            let Some(seen) = self.ask(socket, room, words) else { return false };
+            if seen.answer && seen.word == is_wanted {
+                return true;
+            }
+            if left(self.deadline).is_none() {
+                return false;
+            }
+            rest(INTERVAL);
+        }
+    }
+
+    /// Sends the line and reads up to its answer; `None` if the socket has ended.
+    fn ask(&self, socket: BorrowedFd<'_>, room: &mut [u8], words: &[&[u8]]) -> Option<Seen> {
+        put(socket, self.line, self.deadline)?;
+        let mut len = 0;
+        let mut seen = Seen::default();
+        loop {
+            while let Some(end) = room.get(..len)?.iter().position(|&byte| byte == b'\n') {
+                seen.look(room.get(..end)?, self.answer, words);
+                room.copy_within(end + 1..len, 0);
+                len -= end + 1;
+                if seen.answer {
+                    // What came after the answer belongs to nobody.
+                    return Some(seen);
+                }
+                seen = Seen::default();
+            }
+            if len == room.len() {
+                // A long line: what it holds so far is known.
+                seen.look(room, self.answer, words);
+                let kept = len.checked_sub(WORD_LEN_MAX)?;
+                room.copy_within(kept..len, 0);
+                len = WORD_LEN_MAX;
+            }
+            if !wait(socket, PollFlags::IN, self.deadline) {
+                return Some(Seen::default());
+            }
+            match recv(socket, room.get_mut(len..)?, RecvFlags::empty()) {
+                Ok((0, _)) => return None,
+                Ok((received, _)) => len += received,
+                Err(Errno::INTR | Errno::AGAIN) => {}
+                Err(_) => return None,
+            }
+        }
+    }
+}
+
+impl Seen {
+    fn look(&mut self, line: &[u8], answer: &[u8], words: &[&[u8]]) {
+        self.answer |= holds(line, answer);
+        self.word |= words.iter().any(|word| holds(line, word));
+    }
+}
+
+fn holds(line: &[u8], word: &[u8]) -> bool {
+    !word.is_empty() && line.windows(word.len()).any(|window| window == word)
+}
+
+/// Sends all of `bytes`; `None` if the socket has ended, or takes none before `deadline`.
+fn put(socket: BorrowedFd<'_>, bytes: &[u8], deadline: Option<Instant>) -> Option<()> {
+    let deadline = deadline.or_else(|| Instant::now().checked_add(Duration::from_secs(1)));
+    let mut bytes = bytes;
+    while !bytes.is_empty() {
+        match send(socket, bytes, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
+            Ok(sent) => bytes = bytes.get(sent..)?,
+            Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) if wait(socket, PollFlags::OUT, deadline) => {}
+            Err(_) => return None,
+        }
+    }
+    Some(())
+}
+
+/// Waits until the socket is ready, and returns whether it is before `deadline`.
+fn wait(socket: BorrowedFd<'_>, flags: PollFlags, deadline: Option<Instant>) -> bool {
+    loop {
+        let Some(left) = left(deadline) else { return false };
+        let Ok(left) = Timespec::try_from(left) else { return false };
+        match poll(&mut [PollFd::from_borrowed_fd(socket, flags)], Some(&left)) {
+            Ok(0) => return false,
+            Ok(_) => return true,
+            Err(Errno::INTR) => {}
+            Err(_) => return false,
+        }
+    }
+}
+
+/// Returns how much time is left; `None` if none is.
+fn left(deadline: Option<Instant>) -> Option<Duration> {
+    let left = deadline?.saturating_duration_since(Instant::now());
+    (!left.is_zero()).then_some(left)
+}
+
+fn rest(duration: Duration) {
+    let deadline = Instant::now().checked_add(duration);
+    while let Some(left) = left(deadline) {
+        let Ok(left) = Timespec::try_from(left) else { return };
+        // A signal ends the call early, and the loop goes on; another error ends the rest.
+        if poll(&mut [], Some(&left)).is_err_and(|errno| errno != Errno::INTR) {
+            return;
+        }
+    }
+}
+
+/// Removes the file or the empty directory at `path`, which ends in a zero byte.
+fn remove(path: &[u8]) {
+    let Ok(path) = CStr::from_bytes_with_nul(path) else { return };
+    let removed = match unlinkat(CWD, path, AtFlags::empty()) {
+        Err(Errno::ISDIR) => unlinkat(CWD, path, AtFlags::REMOVEDIR),
+        removed => removed,
+    };
+    // One that is not there needs no removing, and there is no place to tell of another error.
+    removed.unwrap_or_default();
+}

@@ -1,0 +1,157 @@
+//! A guardian does what was entrusted to it when its ward ends, and nothing otherwise.
+
+use std::ffi::CString;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::time::Duration;
+
+use vmfile_engine::{Guardian, Step, Will};
+
+use crate::child::{Playing, say, wait_for_the_end};
+
+const LIMIT: Duration = Duration::from_secs(10);
+
+fn ask(word: &str) -> Step {
+    Step::Ask {
+        line: format!("{word}\n").into_bytes(),
+        answer: word.as_bytes().to_vec(),
+        limit: LIMIT,
+    }
+}
+
+/// The role of a process that is killed: connects to `socket` and takes a guardian.
+pub(crate) fn ward(socket: &Path) {
+    let stream = UnixStream::connect(socket).unwrap();
+    let guardian = Guardian::start(stream.as_fd()).unwrap();
+    guardian.entrust(&Will::new(&[ask("old")])).unwrap();
+    guardian.entrust(&Will::new(&[ask("first"), ask("second")])).unwrap();
+    say(format!("{}", guardian.pid()));
+    wait_for_the_end();
+    guardian.dismiss();
+}
+
+/// The other end of the ward's socket.
+fn peer(playing: &mut Playing, listener: &UnixListener) -> (BufReader<UnixStream>, u32) {
+    let (stream, _) = listener.accept().unwrap();
+    stream.set_read_timeout(Some(LIMIT)).unwrap();
+    let guardian = playing.words().parse().unwrap();
+    (BufReader::new(stream), guardian)
+}
+
+fn next_line(peer: &mut BufReader<UnixStream>) -> String {
+    let mut line = String::new();
+    peer.read_line(&mut line).unwrap();
+    line
+}
+
+#[test]
+fn the_newest_will_of_a_killed_process_is_carried_out_in_order() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("peer");
+    let listener = UnixListener::bind(&path).unwrap();
+    let mut playing = Playing::start("ward", path.to_str().unwrap(), None).unwrap();
+    let (mut peer, guardian) = peer(&mut playing, &listener);
+
+    playing.kill();
+
+    // What the ward may have begun to say is broken off first.
+    assert_eq!(next_line(&mut peer), "\u{1}\n");
+    assert_eq!(next_line(&mut peer), "first\n");
+    // Lines that are no answer are skipped, however they are cut.
+    peer.get_mut().write_all(b"an error\n an event\nthe fi").unwrap();
+    peer.get_mut().write_all(b"rst answer\n").unwrap();
+    assert_eq!(next_line(&mut peer), "second\n");
+    peer.get_mut().write_all(b"second\n").unwrap();
+    // The end of the socket: the guardian has ended, and its ward before it.
+    assert_eq!(peer.read(&mut [0; 1]).unwrap(), 0);
+    let status = std::fs::read_to_string(format!("/proc/{guardian}/stat")).unwrap_or_default();
+    assert!(status.is_empty() || status.contains(") Z "), "{status}");
+}
+
+#[test]
+fn a_guardian_that_is_dismissed_does_nothing() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("peer");
+    let listener = UnixListener::bind(&path).unwrap();
+    let mut playing = Playing::start("ward", path.to_str().unwrap(), None).unwrap();
+    let (mut peer, guardian) = peer(&mut playing, &listener);
+    let name = std::fs::read_to_string(format!("/proc/{guardian}/comm")).unwrap();
+    assert_eq!(name, "vm-guardian\n");
+    let open = std::fs::read_dir(format!("/proc/{guardian}/fd")).unwrap().count();
+    assert_eq!(open, 2, "the guardian keeps its pipe and the socket, nothing else");
+
+    // The end of its standard input lets the ward end in good order.
+    playing.let_end();
+
+    assert_eq!(peer.read(&mut [0; 1]).unwrap(), 0);
+}
+
+#[test]
+fn a_question_is_asked_until_its_answer_has_the_word() {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    theirs.set_read_timeout(Some(LIMIT)).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let (kept, removed) = (directory.path().join("kept"), directory.path().join("removed"));
+    for path in [&kept, &removed] {
+        std::fs::write(path, b"").unwrap();
+    }
+    let path = |path: &Path| CString::new(path.as_os_str().as_bytes()).unwrap();
+    let wait = |words: &[&str], limit| Step::Await {
+        line: b"how far?\n".to_vec(),
+        answer: b"answer".to_vec(),
+        words: words.iter().map(|word| word.as_bytes().to_vec()).collect(),
+        limit,
+    };
+    let guardian = Guardian::start(ours.as_fd()).unwrap();
+    let steps = [
+        wait(&["done", "failed"], LIMIT),
+        Step::RemoveIfLast(path(&removed)),
+        wait(&["never"], Duration::from_millis(50)),
+        Step::RemoveIfLast(path(&kept)),
+        ask("bye"),
+    ];
+    guardian.entrust(&Will::new(&steps)).unwrap();
+    let asked = std::thread::spawn(move || {
+        let mut peer = BufReader::new(theirs);
+        let mut lines = Vec::new();
+        loop {
+            let line = next_line(&mut peer);
+            let answers = lines.iter().filter(|line| *line == "how far?\n").count();
+            let answer: String = match line.as_str() {
+                // Longer than any buffer: what comes first still counts.
+                "how far?\n" if answers == 2 => format!("answer done {}\n", "x".repeat(200_000)),
+                "how far?\n" => "answer active\n".to_owned(),
+                "bye\n" => "bye\n".to_owned(),
+                _ => String::new(),
+            };
+            peer.get_mut().write_all(answer.as_bytes()).unwrap();
+            lines.push(line.clone());
+            if line == "bye\n" {
+                return lines;
+            }
+        }
+    });
+
+    drop(guardian);
+
+    let lines = asked.join().unwrap();
+    assert!(lines.iter().filter(|line| *line == "how far?\n").count() > 3, "{lines:?}");
+    assert!(!removed.exists() && kept.exists());
+}
+
+#[test]
+fn a_peer_that_never_answers_holds_a_guardian_only_so_long() {
+    let (ours, _theirs) = UnixStream::pair().unwrap();
+    let guardian = Guardian::start(ours.as_fd()).unwrap();
+    let steps = [Step::Ask {
+        line: b"anybody?\n".to_vec(),
+        answer: b"yes".to_vec(),
+        limit: Duration::from_millis(100),
+    }];
+    guardian.entrust(&Will::new(&steps)).unwrap();
+    // The drop waits for the guardian's end.
+    drop(guardian);
+}

@@ -1,0 +1,145 @@
+//! The end of what a QEMU writes to its standard error.
+
+use std::fmt;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+
+/// Most bytes of QEMU's standard error kept, the last ones.
+///
+/// A refused device state makes a dozen lines; a QEMU that logs without end must not fill us.
+const STDERR_LEN_MAX: usize = 16 << 10;
+
+/// How long the last words may take to arrive once QEMU is gone.
+///
+/// They are in the pipe by then, unless a child of QEMU's holds it open.
+const LAST_WORDS_TIMEOUT: Duration = Duration::from_millis(500);
+
+/// The end of a QEMU's standard error: a thread reads while QEMU writes, so that QEMU never waits.
+#[derive(Clone, Default)]
+pub(super) struct StderrTail(Arc<Mutex<Tail>>);
+
+#[derive(Default)]
+struct Tail {
+    bytes: Vec<u8>,
+    /// Does not block; `None` once all was read.
+    pipe: Option<File>,
+}
+
+impl StderrTail {
+    /// Keeps the end of what comes by `pipe`.
+    pub(super) fn keep(pipe: OwnedFd) -> io::Result<StderrTail> {
+        fcntl_setfl(&pipe, fcntl_getfl(&pipe)? | OFlags::NONBLOCK)?;
+        let watched = pipe.try_clone()?;
+        let tail = Tail { bytes: Vec::new(), pipe: Some(File::from(pipe)) };
+        let kept = StderrTail(Arc::new(Mutex::new(tail)));
+        let reader = kept.clone();
+        thread::spawn(move || {
+            while !reader.lock().read() {
+                // An error of poll says no more than that there is something to find out.
+                let _ = poll(&mut [PollFd::new(&watched, PollFlags::IN)], None);
+            }
+        });
+        Ok(kept)
+    }
+
+    /// Returns all that QEMU has written so far, from the start of a line.
+    pub(super) fn text(&self) -> String {
+        let mut tail = self.lock();
+        tail.read();
+        String::from_utf8_lossy(&tail.bytes).into_owned()
+    }
+
+    /// Returns the text once all of it has arrived, or after a short while.
+    pub(super) fn last_words(&self) -> String {
+        let deadline = Instant::now() + LAST_WORDS_TIMEOUT;
+        while !self.lock().read() && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(2));
+        }
+        self.text()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Tail> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Tail {
+    /// Reads what is there; returns whether nothing can come any more.
+    fn read(&mut self) -> bool {
+        let mut piece = [0_u8; 4096];
+        while let Some(pipe) = &mut self.pipe {
+            match pipe.read(&mut piece) {
+                Ok(len) if len > 0 => self.push(piece.get(..len).unwrap_or_default()),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return false,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Ok(_) | Err(_) => self.pipe = None,
+            }
+        }
+        true
+    }
+
+    fn push(&mut self, piece: &[u8]) {
+        self.bytes.extend_from_slice(piece);
+        let excess = self.bytes.len().saturating_sub(STDERR_LEN_MAX);
+        if excess > 0 {
+            // Whole lines only, where there are lines.
+            let rest = self.bytes.get(excess..).unwrap_or_default();
+            let line = rest.iter().position(|&byte| byte == b'\n').map_or(0, |end| end + 1);
+            self.bytes.drain(..excess + line);
+        }
+    }
+}
+
+impl fmt::Debug for StderrTail {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("StderrTail").finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use rustix::pipe::{PipeFlags, pipe_with};
+
+    use super::*;
+
+    #[test]
+    fn the_end_of_a_long_log_is_kept_from_the_start_of_a_line() {
+        let mut tail = Tail::default();
+        for number in 0..10_000 {
+            tail.push(format!("line {number}\n").as_bytes());
+        }
+        let text = String::from_utf8(tail.bytes).unwrap();
+        assert!(text.len() <= STDERR_LEN_MAX);
+        assert!(text.starts_with("line "), "{:?}", text.lines().next());
+        assert!(text.ends_with("line 9999\n"));
+    }
+
+    #[test]
+    fn a_log_without_lines_is_bounded_too() {
+        let mut tail = Tail::default();
+        tail.push(&[b'x'; STDERR_LEN_MAX * 3]);
+        assert_eq!(tail.bytes.len(), STDERR_LEN_MAX);
+    }
+
+    #[test]
+    fn what_was_written_is_there_at_once() {
+        let (read, write) = pipe_with(PipeFlags::CLOEXEC).unwrap();
+        let tail = StderrTail::keep(read).unwrap();
+        let mut write = File::from(write);
+        for number in 0..1000 {
+            writeln!(write, "{number}").unwrap();
+            assert!(tail.text().ends_with(&format!("{number}\n")));
+        }
+        drop(write);
+        assert!(tail.last_words().ends_with("999\n"));
+    }
+}

@@ -1,0 +1,125 @@
+//! How a monitor's socket is connected to without waiting in the kernel, and who holds it.
+//!
+//! QEMU serves one client of a monitor at a time and keeps room for two more (its backlog is 1,
+//! QEMU 7.2 to 11.1). A blocking `connect` waits for such a room for ever and is not ended by a
+//! signal's handler (Linux); one that does not block says `EAGAIN` and is tried again.
+
+use std::fmt;
+use std::fs;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+
+use super::error::QmpError;
+use super::wait::{Wait, WaitEnd};
+
+/// How often a full backlog is tried again.
+const RETRY_INTERVAL: Duration = Duration::from_millis(20);
+
+/// Connects to the socket at `path`.
+pub(super) fn connect_within(path: &Path, wait: &mut Wait) -> Result<UnixStream, QmpError> {
+    let refused = |errno: Errno| QmpError::Connect { path: path.to_owned(), source: errno.into() };
+    let address = SocketAddrUnix::new(path).map_err(refused)?;
+    loop {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None);
+        let socket = socket.map_err(refused)?;
+        match connect(&socket, &address) {
+            Ok(()) => return Ok(UnixStream::from(socket)),
+            Err(Errno::AGAIN | Errno::INTR) => {}
+            Err(errno) => return Err(refused(errno)),
+        }
+        match wait.pause(RETRY_INTERVAL) {
+            Ok(()) => {}
+            Err(WaitEnd::Stopped) => {
+                let when = "while connecting to the monitor".to_owned();
+                return Err(QmpError::Stopped { when, is_sent: false });
+            }
+            Err(WaitEnd::TimedOut | WaitEnd::Io(_)) => {
+                let path = path.to_owned();
+                let (after, holders) = (wait.lasted(), Holders::of(&path));
+                return Err(QmpError::NoRoom { path, after, holders });
+            }
+        }
+    }
+}
+
+/// Who uses a monitor, as far as the kernel tells.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Holders {
+    /// Connections that QEMU has taken.
+    pub serving: usize,
+    /// Connections that wait until QEMU takes them.
+    pub waiting: usize,
+}
+
+impl Holders {
+    /// Looks for the connections to the socket at `path`; none where they cannot be told.
+    pub(super) fn of(path: &Path) -> Holders {
+        let path = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+        fs::read_to_string("/proc/net/unix").map(|table| count(&table, &path)).unwrap_or_default()
+    }
+}
+
+impl fmt::Display for Holders {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.serving, self.waiting) {
+            (0, 0) => Ok(()),
+            (0, waiting) => write!(f, ": QEMU takes no client, and {waiting} wait"),
+            (_, 0) => f.write_str(": another client holds this monitor"),
+            (_, waiting) => write!(f, ": another client holds this monitor, and {waiting} wait"),
+        }
+    }
+}
+
+/// Reads the kernel's table of Unix sockets: state 03 is connected, 02 a connection that was not
+/// accepted, and both have the name of the socket that listens (Linux 6).
+fn count(table: &str, path: &Path) -> Holders {
+    let mut holders = Holders::default();
+    for line in table.lines().skip(1) {
+        let columns: Vec<&str> = line.split_whitespace().collect();
+        let [_, _, _, _, _, state, _, bound @ ..] = columns.as_slice() else { continue };
+        if Path::new(&bound.join(" ")) != path {
+            continue;
+        }
+        match *state {
+            "03" => holders.serving += 1,
+            "02" => holders.waiting += 1,
+            _ => {}
+        }
+    }
+    holders
+}
+
+/// Tells whether the process that listens on the other end of `stream` is stopped by a signal.
+pub(super) fn is_peer_stopped(stream: &UnixStream) -> bool {
+    let Ok(peer) = rustix::net::sockopt::socket_peercred(stream) else { return false };
+    let stat = fs::read_to_string(format!("/proc/{}/stat", peer.pid.as_raw_pid()));
+    // The program's name is in parentheses; the state follows.
+    let state = stat.ok().and_then(|stat| stat.rsplit_once(") ")?.1.chars().next());
+    matches!(state, Some('T' | 't'))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clients_that_are_served_are_told_from_those_that_wait() {
+        let table = "\
+Num       RefCount Protocol Flags    Type St Inode Path
+ffff8c1d: 00000002 00000000 00010000 0001 01 12345 /run/vm.sock
+ffff8c1e: 00000003 00000000 00000000 0001 03   777 /run/vm.sock
+ffff8c1f: 00000002 00000000 00000000 0001 02     0 /run/vm.sock
+ffff8c20: 00000002 00000000 00000000 0001 02     0 /run/vm.sock
+ffff8c21: 00000002 00000000 00000000 0001 02     0 /run/other.sock
+";
+        let holders = count(table, Path::new("/run/vm.sock"));
+        assert_eq!(holders, Holders { serving: 1, waiting: 2 });
+        assert_eq!(holders.to_string(), ": another client holds this monitor, and 2 wait");
+        assert_eq!(count(table, Path::new("/run/none.sock")), Holders::default());
+    }
+}

@@ -1,0 +1,185 @@
+//! A VM that stands still: what it is like is asked after it was stopped, and it is let go on.
+
+use std::time::{Duration, Instant};
+
+use super::{PUT_BACK_TIMEOUT, RamBlockInfo, RunState, Vm, VmError};
+
+/// A VM whose guest was stopped.
+///
+/// What it tells was asked after the guest stood still, and holds for as long as it does;
+/// [`Paused::verify`] finds out whether another client of QEMU let it run or changed its memory
+/// meanwhile. A guest that ran runs on when this is dropped: use [`Paused::resume`], which says
+/// whether that was possible, or [`Paused::leave`].
+#[derive(Debug)]
+pub struct Paused<'vm> {
+    vm: &'vm mut Vm,
+    ran: bool,
+    state: RunState,
+    blocks: Vec<RamBlockInfo>,
+    stopped_at: Instant,
+    /// How often QEMU had said that the guest runs, when it stood still.
+    resumes: u64,
+    is_over: bool,
+}
+
+impl Vm {
+    /// Stops the guest, and asks what it is like now. Its disks are drained when this returns.
+    ///
+    /// # Errors
+    ///
+    /// Whatever QEMU says; the guest runs on then, if it ran.
+    pub fn pause(&mut self) -> Result<Paused<'_>, VmError> {
+        let before = self.run_state()?;
+        let stopped_at = Instant::now();
+        let mut paused = Paused {
+            vm: self,
+            ran: before == RunState::Running,
+            state: before,
+            blocks: Vec::new(),
+            stopped_at,
+            resumes: 0,
+            is_over: false,
+        };
+        match paused.stop() {
+            Ok(()) => Ok(paused),
+            Err(error) => match paused.resume() {
+                Ok(()) => Err(error),
+                Err(source) => {
+                    Err(VmError::LeftPaused { cause: Box::new(error), source: Box::new(source) })
+                }
+            },
+        }
+    }
+}
+
+impl Paused<'_> {
+    fn stop(&mut self) -> Result<(), VmError> {
+        if self.ran {
+            self.vm.stop()?;
+        }
+        self.resumes = self.vm.qmp.resumes();
+        self.state = self.vm.run_state()?;
+        // A guest that stopped by itself in the meantime, for an error of a disk or because it
+        // panicked, is in another state: it was not this pause that stopped it.
+        self.ran = self.ran && self.state == RunState::Paused;
+        self.blocks = self.vm.ram_blocks()?;
+        Ok(())
+    }
+
+    /// Returns the VM, for commands that leave the guest stopped.
+    pub fn vm(&mut self) -> &mut Vm {
+        self.vm
+    }
+
+    /// Tells whether the guest ran until it was stopped by this pause.
+    #[must_use]
+    pub fn ran(&self) -> bool {
+        self.ran
+    }
+
+    /// Returns the state in which QEMU is since the guest was stopped.
+    #[must_use]
+    pub fn state(&self) -> &RunState {
+        &self.state
+    }
+
+    /// Returns the RAM blocks that belong into a save, as they are since the guest was stopped.
+    #[must_use]
+    pub fn blocks(&self) -> &[RamBlockInfo] {
+        &self.blocks
+    }
+
+    /// Returns when the guest was told to stop.
+    #[must_use]
+    pub fn stopped_at(&self) -> Instant {
+        self.stopped_at
+    }
+
+    /// Finds out whether the guest stood still all the time, and has the RAM blocks that it had.
+    ///
+    /// # Errors
+    ///
+    /// [`VmError::NotStill`] says what happened meanwhile.
+    pub fn verify(&mut self) -> Result<(), VmError> {
+        let not_still = |what: String| Err(VmError::NotStill { what });
+        let found = self.vm.run_state()?;
+        let resumes = self.vm.qmp.resumes() - self.resumes;
+        if resumes > 0 {
+            return not_still("another client of QEMU let the guest run".to_owned());
+        }
+        // A migration that is over leaves the guest stopped, in a state of its own.
+        if found != self.state && found != RunState::PostMigrate {
+            return not_still(format!("its run state is {found}, expected {}", self.state));
+        }
+        let blocks = self.vm.ram_blocks()?;
+        if let Some(block) = changed_block(&self.blocks, &blocks) {
+            return not_still(format!("RAM block {block:?} is not what it was"));
+        }
+        Ok(())
+    }
+
+    /// Lets the guest run on if it ran before; returns how long it stood still.
+    ///
+    /// # Errors
+    ///
+    /// Whatever QEMU says, and [`VmError::WrongState`] if the guest does not run all the same.
+    pub fn resume(&mut self) -> Result<(), VmError> {
+        self.is_over = true;
+        let vm = &mut *self.vm;
+        match self.ran {
+            true => vm.unstoppable(PUT_BACK_TIMEOUT, Vm::let_run),
+            false if vm.has_released_disks => vm.unstoppable(PUT_BACK_TIMEOUT, Vm::take_back_disks),
+            false => Ok(()),
+        }
+    }
+
+    /// Leaves the guest as it is: stopped, or ended with its QEMU; returns how long it stood still
+    /// so far.
+    pub fn leave(mut self) -> Duration {
+        self.is_over = true;
+        self.stopped_at.elapsed()
+    }
+}
+
+impl Drop for Paused<'_> {
+    fn drop(&mut self) {
+        if !self.is_over {
+            // This is for a panic: every other exit resumes or leaves, and says what came of it.
+            drop(self.resume());
+        }
+    }
+}
+
+/// Returns the name of a block that is not the same in both lists.
+fn changed_block<'a>(before: &'a [RamBlockInfo], after: &'a [RamBlockInfo]) -> Option<&'a str> {
+    let differs = |(one, other): (&'a [RamBlockInfo], &[RamBlockInfo])| {
+        one.iter().find(|block| !other.contains(block)).map(|block| block.name.as_str())
+    };
+    [(before, after), (after, before)].into_iter().find_map(differs)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn block(name: &str, used_length: u64) -> RamBlockInfo {
+        RamBlockInfo {
+            name: name.to_owned(),
+            page_size: 4096,
+            used_length,
+            total_length: 1 << 30,
+            host_address: Some(1 << 40),
+            read_only: false,
+        }
+    }
+
+    #[test]
+    fn a_block_that_came_went_or_grew_is_named() {
+        let before = [block("pc.ram", 64 << 20), block("dimm0", 1 << 20)];
+        assert_eq!(changed_block(&before, &before), None);
+        assert_eq!(changed_block(&before, &before[..1]), Some("dimm0"));
+        assert_eq!(changed_block(&before[..1], &before), Some("dimm0"));
+        let grown = [block("pc.ram", 65 << 20), block("dimm0", 1 << 20)];
+        assert_eq!(changed_block(&before, &grown), Some("pc.ram"));
+    }
+}

@@ -1,0 +1,270 @@
+//! Putting back what a save has changed in QEMU, whoever does it: the save itself, its guardian, or
+//! the next vmfile that meets the VM.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::record::removal;
+use super::{Overlay, RunState, SaveRecord, Vm, VmError, flush};
+use crate::outgoing::{self, Outgoing, StreamSettings};
+use crate::pass_fd::{self, FDSETS};
+use crate::qmp::{QmpError, command_line};
+
+/// How long QEMU may take to end a migration, or to write an overlay into the image below it.
+const LONG: Duration = Duration::from_secs(60);
+
+/// How long a migration may take to notice that its other end is gone.
+const NOTICE: Duration = Duration::from_millis(500);
+
+/// How long QEMU may take for a command that waits for nothing.
+const SHORT: Duration = Duration::from_secs(10);
+
+/// How long QEMU may take until it lets the guest run. It forgets a command when the connection ends,
+/// so a guardian stays: QEMU may be stopped itself, by a debugger or a full host.
+const PATIENT: Duration = Duration::from_secs(3600);
+
+/// What a save may have changed, so far.
+#[derive(Clone, Copy, Debug)]
+pub struct Footprint<'a> {
+    /// Who saves, and how the VM was.
+    pub record: &'a SaveRecord,
+    /// Whether QEMU writes the file itself: its threads run dry before it is told to stop.
+    pub writes_file: bool,
+    /// Whether the guest is to run on, if it ran.
+    pub is_to_run: bool,
+    /// Whether the overlays belong to a file that has its name: then they stay.
+    pub keeps_overlays: bool,
+}
+
+/// One step of putting things back, for a process that may not ask and decide: QEMU's answer to
+/// `line` is the first line with `answer` in it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum UndoStep {
+    /// Send a line and wait for its answer, whatever it says.
+    Ask {
+        /// The line.
+        line: Vec<u8>,
+        /// What its answer holds.
+        answer: Vec<u8>,
+        /// How long it may take.
+        limit: Duration,
+    },
+    /// Send a line until its answer holds one of the words, or none of them.
+    Until {
+        /// The line.
+        line: Vec<u8>,
+        /// What its answer holds.
+        answer: Vec<u8>,
+        /// The words.
+        words: &'static [&'static str],
+        /// A further word, which is not known before.
+        word: String,
+        /// Whether one of them must be there, or none.
+        is_there: bool,
+        /// How long it may take.
+        limit: Duration,
+    },
+    /// Wait so long.
+    Rest(Duration),
+    /// Remove a file if the last [`UndoStep::Until`] ended well.
+    RemoveIfLast(PathBuf),
+}
+
+/// The states of a migration that is under way (QEMU 7.2 to 11.1).
+const UNDER_WAY: [&str; 8] = [
+    "\"setup\"",
+    "\"active\"",
+    "\"device\"",
+    "\"cancelling\"",
+    "\"pre-switchover\"",
+    "\"wait-unplug\"",
+    "\"postcopy-active\"",
+    "\"colo\"",
+];
+
+/// Returns the steps by which everything is put back that a save may have changed, whether or not it
+/// has come to it: each does nothing to a VM that is as it was.
+#[must_use]
+pub fn undo_steps(footprint: &Footprint<'_>) -> Vec<UndoStep> {
+    let mut steps = Steps::default();
+    let record = footprint.record;
+    if let Some(before) = &record.settings {
+        steps.end_migration(footprint.writes_file);
+        for (command, arguments) in before.commands() {
+            steps.ask(command, arguments, SHORT);
+        }
+        steps.ask("closefd", json!({ "fdname": outgoing::STREAM_NAME }), SHORT);
+    }
+    for fdset in FDSETS {
+        steps.ask("remove-fd", json!({ "fdset-id": fdset }), SHORT);
+    }
+    if footprint.is_to_run && record.was_running {
+        let (command, arguments) = flush::taking(true);
+        steps.ask(command, arguments, SHORT);
+        steps.ask("cont", json!({}), PATIENT);
+    }
+    if !footprint.keeps_overlays {
+        record.overlays.iter().for_each(|overlay| steps.merge(overlay));
+    }
+    let (command, arguments) = removal();
+    steps.ask(command, arguments, SHORT);
+    steps.list
+}
+
+/// Returns the steps that end a QEMU, which may not have greeted yet: it then takes no other command
+/// before the first.
+#[must_use]
+pub fn steps_to_end() -> Vec<UndoStep> {
+    let mut steps = Steps::default();
+    steps.ask("qmp_capabilities", json!({}), LONG);
+    steps.ask("quit", json!({}), LONG);
+    steps.list
+}
+
+/// Returns the steps that let a guest run.
+#[must_use]
+pub fn steps_to_run() -> Vec<UndoStep> {
+    let mut steps = Steps::default();
+    steps.ask("cont", json!({}), PATIENT);
+    steps.list
+}
+
+/// Steps, each with an id of its own.
+#[derive(Default)]
+struct Steps {
+    list: Vec<UndoStep>,
+}
+
+impl Steps {
+    fn line(&self, command: &str, arguments: &Value) -> (Vec<u8>, Vec<u8>) {
+        let id = format!("guardian-{}-", self.list.len());
+        (command_line(command, arguments, &id), id.into_bytes())
+    }
+
+    fn ask(&mut self, command: &str, arguments: Value, limit: Duration) {
+        let (line, answer) = self.line(command, &arguments);
+        self.list.push(UndoStep::Ask { line, answer, limit });
+    }
+
+    fn until(
+        &mut self,
+        (command, arguments): (&str, Value),
+        (words, word): (&'static [&'static str], String),
+        is_there: bool,
+        limit: Duration,
+    ) {
+        let (line, answer) = self.line(command, &arguments);
+        self.list.push(UndoStep::Until { line, answer, words, word, is_there, limit });
+    }
+
+    /// The other end of QEMU's stream is gone with its process: QEMU notices by itself, or is told
+    /// to stop.
+    fn end_migration(&mut self, writes_file: bool) {
+        let over = (&UNDER_WAY[..], String::new());
+        if writes_file {
+            let (command, arguments) = outgoing::trickle();
+            self.ask(command, arguments, SHORT);
+            self.list.push(UndoStep::Rest(outgoing::RUN_DRY));
+        } else {
+            self.until(("query-migrate", json!({})), over.clone(), false, NOTICE);
+        }
+        self.ask("migrate_cancel", json!({}), SHORT);
+        self.until(("query-migrate", json!({})), over, false, LONG);
+    }
+
+    /// Writes what an overlay holds into the image below it, and removes it.
+    fn merge(&mut self, overlay: &Overlay) {
+        let node = overlay.node();
+        let commit = json!({ "job-id": node, "device": node, "base-node": overlay.below() });
+        self.ask("block-commit", commit, SHORT);
+        // Refused until the job is ready; and once it is over there is none of that name.
+        let ended = (&["\"return\"", "not found"][..], String::new());
+        let complete = ("block-job-complete", json!({ "device": node }));
+        self.until(complete, ended, true, LONG);
+        let nodes = ("query-named-block-nodes", json!({ "flat": true }));
+        self.until(nodes, (&[], format!("\"{node}\"")), false, LONG);
+        self.list.push(UndoStep::RemoveIfLast(overlay.file().to_owned()));
+    }
+}
+
+impl StreamSettings {
+    /// Returns the commands that set all of these settings, whatever QEMU has now.
+    fn commands(&self) -> [(&'static str, Value); 2] {
+        let capability =
+            |(name, state): (&String, &bool)| json!({ "capability": name, "state": state });
+        let capabilities: Vec<Value> = self.capabilities().iter().map(capability).collect();
+        let parameters = Value::Object(self.parameters().clone());
+        // Capabilities first: with mapped RAM on, QEMU takes no parameter that does not go with it.
+        [
+            ("migrate-set-capabilities", json!({ "capabilities": capabilities })),
+            ("migrate-set-parameters", parameters),
+        ]
+    }
+}
+
+impl Vm {
+    /// Puts back what the save of `record` has changed and left. Overlays for which `is_kept` says so
+    /// belong to a file and stay.
+    ///
+    /// # Errors
+    ///
+    /// Whatever QEMU says; the record is still there then.
+    pub fn put_back(
+        &mut self,
+        record: &SaveRecord,
+        is_kept: impl Fn(&Path) -> bool,
+    ) -> Result<(), VmError> {
+        if let Some(before) = &record.settings {
+            self.end_left_migration()?;
+            let current = self.stream_settings()?;
+            self.change_stream_settings(&current, before)?;
+            match pass_fd::closefd(&mut self.qmp, outgoing::STREAM_NAME) {
+                // None of that name.
+                Ok(()) | Err(QmpError::Refused { .. }) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        pass_fd::remove_left(&mut self.qmp)?;
+        let state = self.run_state()?;
+        if record.was_running && matches!(state, RunState::Paused | RunState::PostMigrate) {
+            self.take_back_disks()?;
+            self.let_run()?;
+        }
+        let nodes = self.drives()?;
+        let is_there = |overlay: &&Overlay| {
+            nodes.iter().any(|disk| disk.node.as_deref() == Some(overlay.node()))
+        };
+        let left = record.overlays.iter().filter(is_there).filter(|left| !is_kept(left.file()));
+        for overlay in left {
+            self.merge_overlay(overlay, LONG)?;
+            remove(overlay.file())?;
+        }
+        self.let_go()
+    }
+
+    /// Ends a migration whose other end is gone.
+    fn end_left_migration(&mut self) -> Result<(), VmError> {
+        match self.outgoing()? {
+            Outgoing::Active | Outgoing::Held => {}
+            _ => return Ok(()),
+        }
+        match self.cancel_file(LONG)? {
+            Outgoing::Active | Outgoing::Held => {
+                let reason = "a migration that a save has left does not end".to_owned();
+                Err(VmError::NotStill { what: reason })
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+fn remove(file: &Path) -> Result<(), VmError> {
+    match std::fs::remove_file(file) {
+        Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
+            Err(VmError::system(format!("remove {}", file.display()), source))
+        }
+        _ => Ok(()),
+    }
+}

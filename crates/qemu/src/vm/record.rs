@@ -1,0 +1,154 @@
+//! The record of a save, kept inside QEMU: who saves the VM, and what must be put back.
+//!
+//! It is the data of a `secret` object of the VM, which has nothing secret in it: QEMU refuses a
+//! second object of that name, so that there is one save of a VM at a time whatever monitor it uses;
+//! every client of QEMU can read it; and it ends with QEMU. No part of the machine depends on such an
+//! object, and it is in no migration stream (tried on 7.2, 10.0 and 11.1).
+
+use std::fmt;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::{Overlay, Vm, VmError};
+use crate::outgoing::StreamSettings;
+use crate::proc;
+use crate::qmp::QmpError;
+
+/// The id of the object. QEMU takes letters, digits and `-._`.
+pub(crate) const RECORD_ID: &str = "vmfile-save";
+
+/// A save at work: its process, and what it changes in QEMU.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SaveRecord {
+    /// The process that saves.
+    pub holder: Holder,
+    /// The file that is being written.
+    pub destination: PathBuf,
+    /// Whether the guest ran when the save began: then it is to run on.
+    pub was_running: bool,
+    /// The migration settings as they were, where the save changes them.
+    pub settings: Option<StreamSettings>,
+    /// The overlays that the save puts on top of disks.
+    pub overlays: Vec<Overlay>,
+}
+
+/// A process, told from others that have or had its number.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Holder {
+    /// Its process id, as its own namespace numbers it.
+    pub pid: u32,
+    /// When it was started, in the kernel's ticks since the boot (field 22 of `/proc/PID/stat`).
+    pub started_at_ticks: u64,
+    /// The boot and the process namespace that these numbers belong to.
+    pub namespace: String,
+}
+
+impl Holder {
+    /// Describes this process.
+    ///
+    /// # Errors
+    ///
+    /// [`VmError::System`] when `/proc` cannot be read.
+    pub fn this_process() -> Result<Holder, VmError> {
+        let pid = std::process::id();
+        let unreadable = |source| VmError::system("read /proc/self/stat", source);
+        let started_at_ticks = proc::started_at_ticks(pid).map_err(unreadable)?;
+        Ok(Holder { pid, started_at_ticks, namespace: proc::namespace().map_err(unreadable)? })
+    }
+
+    /// Returns whether the process still runs; `None` if this process cannot see it, because it runs
+    /// in another process namespace or on another host.
+    #[must_use]
+    pub fn is_alive(&self) -> Option<bool> {
+        if proc::namespace().ok()? != self.namespace {
+            return None;
+        }
+        Some(proc::started_at_ticks(self.pid).is_ok_and(|ticks| ticks == self.started_at_ticks))
+    }
+}
+
+impl fmt::Display for Holder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "process {}", self.pid)?;
+        match self.is_alive() {
+            None => write!(f, " of another process namespace or host"),
+            Some(_) => Ok(()),
+        }
+    }
+}
+
+impl Vm {
+    /// Leaves `record` in QEMU, so that no other save of this VM begins.
+    ///
+    /// # Errors
+    ///
+    /// [`VmError::Held`] when there is a record already, of a save at work or of one that was killed.
+    pub fn hold(&mut self, record: &SaveRecord) -> Result<(), VmError> {
+        let data = serde_json::to_string(record).expect("plain data has a JSON form");
+        let object = json!({ "qom-type": "secret", "id": RECORD_ID, "data": data });
+        match self.execute("object-add", object) {
+            Ok(_) => Ok(()),
+            Err(error @ QmpError::Refused { .. }) => match self.record()? {
+                Some(found) => Err(VmError::Held { by: found.holder }),
+                None => Err(error.into()),
+            },
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Replaces the record that this save has left in QEMU.
+    ///
+    /// # Errors
+    ///
+    /// See [`Qmp::execute`](crate::Qmp::execute).
+    pub fn update_record(&mut self, record: &SaveRecord) -> Result<(), VmError> {
+        let path = format!("/objects/{RECORD_ID}");
+        let data = serde_json::to_string(record).expect("plain data has a JSON form");
+        let arguments = json!({ "path": path, "property": "data", "value": data });
+        Ok(self.execute("qom-set", arguments).map(drop)?)
+    }
+
+    /// Returns the record that a save has left in QEMU, if one has.
+    ///
+    /// # Errors
+    ///
+    /// [`VmError::UnknownRecord`] when it is not one that this version understands.
+    pub fn record(&mut self) -> Result<Option<SaveRecord>, VmError> {
+        let path = format!("/objects/{RECORD_ID}");
+        let Some(data) = self.qom_get(&path, "data")? else { return Ok(None) };
+        let text = data.as_str().unwrap_or_default();
+        serde_json::from_str(text).map(Some).map_err(|source| VmError::UnknownRecord { source })
+    }
+
+    /// Removes the record of a save: everything was put back.
+    ///
+    /// # Errors
+    ///
+    /// See [`Qmp::execute`](crate::Qmp::execute).
+    pub fn let_go(&mut self) -> Result<(), VmError> {
+        Ok(self.execute("object-del", json!({ "id": RECORD_ID })).map(drop)?)
+    }
+}
+
+/// Returns the arguments of `object-del` that remove a record.
+pub(crate) fn removal() -> (&'static str, Value) {
+    ("object-del", json!({ "id": RECORD_ID }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_process_is_alive_and_one_that_had_its_number_is_not() {
+        let holder = Holder::this_process().unwrap();
+        assert_eq!(holder.is_alive(), Some(true));
+        let earlier = Holder { started_at_ticks: holder.started_at_ticks - 1, ..holder.clone() };
+        assert_eq!(earlier.is_alive(), Some(false));
+        let elsewhere = Holder { namespace: "pid:[1] of another boot".to_owned(), ..holder };
+        assert_eq!(elsewhere.is_alive(), None);
+        assert!(elsewhere.to_string().ends_with("of another process namespace or host"));
+    }
+}

@@ -1,0 +1,91 @@
+//! What is put back in QEMU by another process, should this one end in the middle of a verb.
+
+use std::ffi::CString;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use vmfile_engine::{Guardian, Step, Will};
+use vmfile_qemu::{Footprint, UndoStep, Vm, steps_to_end, steps_to_run, undo_steps};
+
+use crate::error::GuardError;
+
+/// A guardian, and the files that it removes besides.
+#[derive(Debug)]
+pub(crate) struct Guard {
+    guardian: Guardian,
+    /// Files, and then directories, that go with this process.
+    files: Vec<PathBuf>,
+}
+
+impl Guard {
+    /// Starts a guardian that holds the monitor of `vm`.
+    pub(crate) fn of_vm(vm: &mut Vm) -> Result<Guard, GuardError> {
+        Guard::of_monitor(vm.qmp().as_fd())
+    }
+
+    /// Starts a guardian that holds a connection to a monitor.
+    pub(crate) fn of_monitor(monitor: BorrowedFd<'_>) -> Result<Guard, GuardError> {
+        let guardian = Guardian::start(monitor).map_err(|source| GuardError { source })?;
+        Ok(Guard { guardian, files: Vec::new() })
+    }
+
+    /// Has files removed as well, and then directories that are empty.
+    pub(crate) fn add_files(&mut self, files: impl IntoIterator<Item = PathBuf>) {
+        self.files.extend(files);
+    }
+
+    /// Has everything put back that a save may have changed, should this process end from now on.
+    pub(crate) fn watch_save(&self, footprint: &Footprint<'_>) -> Result<(), GuardError> {
+        self.entrust(undo_steps(footprint))
+    }
+
+    /// Has a QEMU that this process starts ended, should this process end from now on.
+    pub(crate) fn watch_start(&self) -> Result<(), GuardError> {
+        self.entrust(steps_to_end())
+    }
+
+    /// Has the guest of a QEMU let run that this process has started, should this process end from
+    /// now on: the VM is restored.
+    pub(crate) fn watch_run(&self) -> Result<(), GuardError> {
+        self.entrust(steps_to_run())
+    }
+
+    /// Nothing is to be put back any more.
+    pub(crate) fn dismiss(self) {
+        self.guardian.dismiss();
+    }
+
+    /// Lets it begin at once, and does not wait for it: it has more patience than this process.
+    pub(crate) fn leave(self) {
+        self.guardian.leave();
+    }
+
+    fn entrust(&self, steps: Vec<UndoStep>) -> Result<(), GuardError> {
+        let mut steps: Vec<Step> = steps.into_iter().map(step).collect();
+        steps.extend(self.files.iter().filter_map(|file| path(file)).map(Step::Remove));
+        self.guardian.entrust(&Will::new(&steps)).map_err(|source| GuardError { source })
+    }
+}
+
+fn step(undo: UndoStep) -> Step {
+    match undo {
+        UndoStep::Ask { line, answer, limit } => Step::Ask { line, answer, limit },
+        UndoStep::Until { line, answer, words, word, is_there, limit } => {
+            let mut all: Vec<Vec<u8>> = words.iter().map(|word| word.as_bytes().to_vec()).collect();
+            all.extend((!word.is_empty()).then(|| word.into_bytes()));
+            if is_there {
+                Step::Await { line, answer, words: all, limit }
+            } else {
+                Step::AwaitNone { line, answer, words: all, limit }
+            }
+        }
+        UndoStep::Rest(duration) => Step::Rest(duration),
+        // A path with a zero byte in it leads to no file.
+        UndoStep::RemoveIfLast(file) => Step::RemoveIfLast(path(&file).unwrap_or_default()),
+    }
+}
+
+fn path(file: &Path) -> Option<CString> {
+    CString::new(file.as_os_str().as_bytes()).ok()
+}

@@ -1,0 +1,94 @@
+//! How a VM is saved: what the caller chooses.
+
+use std::num::NonZeroU8;
+use std::time::Duration;
+
+use vmfile_engine::{Backend, DirectIo, Existing};
+
+use crate::jobs::Jobs;
+
+/// What becomes of the VM once the file is durable.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum After {
+    /// QEMU ends, as after `virsh save`.
+    #[default]
+    Quit,
+    /// The guest runs on, if it ran before.
+    Resume,
+    /// The guest stays paused.
+    Pause,
+}
+
+/// How RAM is taken.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Route {
+    /// `Direct` where it can be, else `Stream`; the report says which and why.
+    #[default]
+    Auto,
+    /// From the memory of QEMU's process.
+    Direct,
+    /// From the migration stream, which every QEMU has.
+    Stream,
+    /// By QEMU itself, 9.1 and later, which writes the file's pages.
+    Native,
+}
+
+/// How a guest is saved while it runs.
+#[derive(Clone, Copy, Debug)]
+pub struct Live {
+    /// How long it may take, before it is given up: a guest may write faster than it is saved.
+    pub timeout: Duration,
+    /// How long the guest may stand still at the end, where its memory must be sent more than once.
+    pub pause_max: Duration,
+}
+
+impl Default for Live {
+    fn default() -> Live {
+        Live { timeout: Duration::from_secs(600), pause_max: Duration::from_millis(300) }
+    }
+}
+
+/// How a VM is saved.
+#[derive(Clone, Debug)]
+pub struct SaveOptions {
+    /// Let the guest run while its memory is written; the file holds one moment. A guest that is
+    /// paused is saved as it is.
+    pub live: Option<Live>,
+    /// Put an overlay on top of every disk that the guest can write, in the same instant: the images
+    /// below stay as they were then, and belong to the file.
+    pub with_disks: bool,
+    /// How RAM is taken.
+    pub route: Route,
+    /// What becomes of the VM.
+    pub after: After,
+    /// Whether pages are written past the page cache.
+    pub direct_io: DirectIo,
+    /// Who moves the bytes.
+    pub io: Backend,
+    /// How many threads read, hash and write.
+    pub jobs: Jobs,
+    /// How many threads of QEMU send or write, by the routes `stream` and `native`: its parameter
+    /// `multifd-channels`. `None`: one stream without channels, or two threads that write.
+    pub channels: Option<NonZeroU8>,
+    /// Whether a file of that name may be replaced.
+    pub existing: Existing,
+    /// Save and end a VM even if it is not what its command line would make.
+    pub changed_ok: bool,
+}
+
+impl Default for SaveOptions {
+    fn default() -> SaveOptions {
+        SaveOptions {
+            live: None,
+            with_disks: false,
+            route: Route::default(),
+            after: After::default(),
+            direct_io: DirectIo::Preferred,
+            io: Backend::Auto,
+            jobs: Jobs::default(),
+            channels: None,
+            existing: Existing::Refuse,
+            changed_ok: false,
+        }
+    }
+}

@@ -1,0 +1,139 @@
+//! Which route a save takes, and why: direct, stream, live or native.
+
+use std::path::PathBuf;
+
+use vmfile_engine::{DataFile, available_space};
+use vmfile_qemu::{StreamSettings, Vm};
+
+use super::describe::is_out_of_reach;
+use super::direct::DirectRoute;
+use super::live::LiveRoute;
+use super::native::NativeRoute;
+use super::stream::StreamRoute;
+use super::{Live, Route, SaveOptions};
+use crate::check::describe;
+use crate::draft::Draft;
+use crate::error::SaveError;
+
+/// The route by which a VM is saved, and why.
+pub(super) struct ChosenRoute {
+    pub(super) route: ReadyRoute,
+    pub(super) reason: String,
+}
+
+/// A route that is ready to go.
+pub(super) enum ReadyRoute {
+    Direct(DirectRoute),
+    Stream(StreamRoute),
+    Live(LiveRoute),
+    Native(NativeRoute),
+}
+
+impl ReadyRoute {
+    /// Says whether pages are written past the page cache, in the words of a report.
+    pub(super) fn direct_io(&self, draft: &Draft) -> String {
+        match self {
+            ReadyRoute::Native(route) => route.direct_io(),
+            ReadyRoute::Direct(_) | ReadyRoute::Stream(_) | ReadyRoute::Live(_) => {
+                describe(draft.file().direct())
+            }
+        }
+    }
+
+    /// Returns its name in a report and in a manifest.
+    pub(super) fn name(&self) -> &'static str {
+        match self {
+            ReadyRoute::Direct(_) => "direct",
+            ReadyRoute::Stream(_) | ReadyRoute::Live(_) => "stream",
+            ReadyRoute::Native(_) => "native",
+        }
+    }
+
+    /// Returns the files that QEMU connects to: sockets, and then their directories.
+    pub(super) fn sockets(&self) -> Vec<PathBuf> {
+        match self {
+            ReadyRoute::Stream(route) => route.sockets(),
+            ReadyRoute::Direct(_) | ReadyRoute::Live(_) | ReadyRoute::Native(_) => Vec::new(),
+        }
+    }
+
+    /// Returns the migration settings that the route changes in QEMU, as they were.
+    pub(super) fn settings(&self) -> Option<&StreamSettings> {
+        match self {
+            ReadyRoute::Direct(_) => None,
+            ReadyRoute::Stream(route) => Some(route.settings()),
+            ReadyRoute::Live(route) => Some(route.settings()),
+            ReadyRoute::Native(route) => Some(route.settings()),
+        }
+    }
+}
+
+/// Makes the one route ready by which a guest can run meanwhile.
+pub(super) fn choose_live(vm: &mut Vm, route: Route, live: Live) -> Result<ChosenRoute, SaveError> {
+    let reason = match route {
+        Route::Direct => return Err(SaveError::NotLive { route: "direct" }),
+        Route::Native => return Err(SaveError::NotLive { route: "native" }),
+        Route::Stream => "asked for",
+        Route::Auto => "the guest runs meanwhile",
+    };
+    let route = ReadyRoute::Live(LiveRoute::prepare(vm, live)?);
+    Ok(ChosenRoute { route, reason: reason.to_owned() })
+}
+
+/// Chooses the route and makes it ready; nothing has been stopped yet.
+pub(super) fn choose(
+    vm: &mut Vm,
+    options: &SaveOptions,
+    draft: &Draft,
+) -> Result<ChosenRoute, SaveError> {
+    let route = options.route;
+    let stream = |vm: &mut Vm, reason: String| {
+        Ok(ChosenRoute { route: ReadyRoute::Stream(StreamRoute::prepare(vm, options)?), reason })
+    };
+    if route == Route::Stream {
+        return stream(vm, "asked for".to_owned());
+    }
+    if route == Route::Native {
+        let route = ReadyRoute::Native(NativeRoute::prepare(vm, options, draft)?);
+        return Ok(ChosenRoute { route, reason: "asked for".to_owned() });
+    }
+    match DirectRoute::prepare(vm, draft) {
+        Ok(direct) => {
+            let reason = match route {
+                Route::Direct => "asked for",
+                _ => "QEMU's memory can be reached",
+            };
+            Ok(ChosenRoute { route: ReadyRoute::Direct(direct), reason: reason.to_owned() })
+        }
+        // What keeps this process out of QEMU's memory does not keep QEMU from sending it.
+        Err(error) if route == Route::Auto && keeps_out(&error) => {
+            let because = std::error::Error::source(&error);
+            let because = because.map(|source| format!(": {source}")).unwrap_or_default();
+            stream(vm, format!("not direct: {error}{because}"))
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Refuses a disk that `data` bytes of pages would fill up.
+pub(super) fn refuse_without_space(data: u64, file: &DataFile) -> Result<(), SaveError> {
+    // Bitmaps, hashes, device state and the file system's own needs.
+    const OVERHEAD_PERCENT: u64 = 1;
+    const OVERHEAD: u64 = 16 << 20;
+    let needed_bytes = data + data / 100 * OVERHEAD_PERCENT + OVERHEAD;
+    let available_bytes = available_space(file.buffered())
+        .map_err(|source| SaveError::Write { what: "the file system's free space", source })?;
+    if needed_bytes > available_bytes {
+        return Err(SaveError::NoSpace { needed_bytes, available_bytes });
+    }
+    Ok(())
+}
+
+/// Whether an error of the route `direct` says that QEMU's memory cannot be reached.
+fn keeps_out(error: &SaveError) -> bool {
+    match error {
+        SaveError::NoAddress { .. } | SaveError::Process(_) => true,
+        SaveError::Vm(error) => is_out_of_reach(error),
+        _ => false,
+    }
+}
