@@ -35,7 +35,7 @@ pub use command_line::{
     CommandLine, CommandLineError, LineDevice, LineDrive, LineImage, MappedBlock, NewImage, Pin,
 };
 pub use discover::{DiscoverError, Found, VmAddress, list, resolve};
-pub use identity::{Cpu, Device, Difference, MemoryDevice, Parts, Remedy, differences};
+pub use identity::{Compared, Cpu, Device, Difference, MemoryDevice, Parts, Remedy};
 pub use launch::{Launch, LaunchError, LaunchedQemu, MonitorPair, find_program};
 pub use migration::LoadError;
 pub use outgoing::{KeptFile, Outgoing, SentRam, StreamSettings};

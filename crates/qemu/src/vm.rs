@@ -31,6 +31,7 @@ pub use drives::{DeviceName, Drive, Image};
 pub use files::FileId;
 pub use flush::Flushed;
 pub use memory_backends::MemoryBackend;
+pub(crate) use overlays::OVERLAY_PREFIX;
 pub use overlays::Overlay;
 pub use paused::Paused;
 pub use process::{ProcessInfo, sender};

@@ -114,7 +114,7 @@ fn the_device_state_holds_device_sections_only_and_the_vm_runs_on() {
     let mut vm = qemu.vm();
     vm.stop().unwrap();
 
-    let state = vm.save_device_state(false).unwrap();
+    let state = vm.save_device_state(false).unwrap().0;
 
     // "QEVM", version 3, and at once the first device: no configuration, no RAM.
     assert_eq!(state.get(..9).unwrap(), b"QEVM\0\0\0\x03\x04");
@@ -158,7 +158,7 @@ fn the_disks_stay_locked_after_a_device_state() {
     let mut vm = qemu.vm();
     vm.stop().unwrap();
 
-    vm.save_device_state(false).unwrap().0;
+    vm.save_device_state(false).unwrap();
 
     let error = launch(line(&["-drive", &drive])).unwrap_err().to_string();
     assert!(error.contains("lock"), "{error}");

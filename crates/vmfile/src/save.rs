@@ -166,7 +166,7 @@ impl<'a> Save<'a> {
         // Forked before there is much memory to copy.
         let mut guard = Guard::of_vm(vm)?;
         guard.add_files(unpublished.temporary_path());
-        let warnings = put_right(vm)?.into_iter().collect();
+        let mut warnings: Vec<String> = put_right(vm)?.into_iter().collect();
         let state = vm.run_state()?;
         let was_running = match state {
             RunState::Running => true,
@@ -180,7 +180,7 @@ impl<'a> Save<'a> {
         }
         let found = vm.drives()?;
         let mut meta = describe_vm(vm, was_running, &found)?;
-        changed::compare(vm, &mut meta, options)?;
+        warnings.extend(changed::compare(vm, &mut meta, &found, options)?);
         let disks = if options.with_disks {
             Disks::plan(&found, &mut meta, destination)?
         } else {

@@ -6,9 +6,9 @@ use std::fmt;
 use serde_json::{Value, json};
 
 use super::parts::{Cpu, Device, Parts, device_number};
-use super::plugged;
-use crate::command_line::{CommandLine, LineDevice, Pin};
-use crate::vm::{Vm, VmError};
+use super::{drives, plugged};
+use crate::command_line::{CommandLine, LineDevice, LineDrive, Pin};
+use crate::vm::{DeviceName, Drive, ProcessInfo, Vm, VmError};
 
 /// Units of the CPU topology as `-smp` and the machine's property `smp` name them.
 const TOPOLOGY: [&str; 8] =
@@ -66,16 +66,28 @@ impl fmt::Display for Difference {
     }
 }
 
-/// Compares the parts of a VM with what a QEMU started with `line` would have.
+/// How a VM compares with its command line.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Compared {
+    /// What is not as the line makes it.
+    pub differences: Vec<Difference>,
+    /// What a save of ours has made so, which a restore knows: a sentence each.
+    pub notes: Vec<String>,
+}
+
+/// Compares a VM, of which the caller knows `parts` and `drives`, with what a QEMU started with
+/// `line` would be.
 ///
 /// # Errors
 ///
 /// See [`Qmp::execute`](crate::Qmp::execute).
-pub fn differences(
+pub fn compare(
     vm: &mut Vm,
-    parts: &Parts,
+    (parts, drives): (&Parts, &[Drive]),
     line: &CommandLine,
-) -> Result<Vec<Difference>, VmError> {
+    process: &ProcessInfo,
+) -> Result<Compared, VmError> {
     let comparison = Comparison::new(vm, parts, line)?;
     let mut found = Vec::new();
     comparison.unplugged(&mut found);
@@ -94,6 +106,11 @@ pub fn differences(
         }
     }
     comparison.plugged(vm, &mut found)?;
+    let known: Vec<Drive> =
+        drives.iter().filter(|drive| !comparison.came_later(drive)).cloned().collect();
+    let is_there = |drive: &LineDrive| comparison.has_device_of(drive);
+    let (differ, notes) = drives::compare(&known, &line.drives(), process, is_there);
+    found.extend(differ);
     for lost in line.what_cannot_be_recreated() {
         let (what, found_there) = lost.split_once(": ").unwrap_or((&lost, ""));
         let reason = "it belongs to the process that runs".to_owned();
@@ -101,7 +118,7 @@ pub fn differences(
         let expected = "what any process can have";
         found.push(Difference::new(what.to_owned(), found_there, expected, remedy));
     }
-    Ok(found)
+    Ok(Compared { differences: found, notes })
 }
 
 impl Remedy {
@@ -137,6 +154,18 @@ impl<'a> Comparison<'a> {
 
     fn device_of(&self, id: &str) -> Option<&'a Device> {
         self.parts.devices.iter().find(|device| device.id.as_deref() == Some(id))
+    }
+
+    /// Tells whether a drive came with a device that was plugged in later.
+    fn came_later(&self, drive: &Drive) -> bool {
+        let path = drive.qdev.as_deref().and_then(DeviceName::of_qdev).map(|name| path_of(&name));
+        path.is_some_and(|path| self.hot_plugged.contains(&path))
+    }
+
+    /// Tells whether the device that has a drive on the line is in the VM.
+    fn has_device_of(&self, drive: &LineDrive) -> bool {
+        let path = drive.device.as_ref().map(path_of);
+        path.is_some_and(|path| self.parts.devices.iter().any(|device| device.path == path))
     }
 
     /// Devices that the line names and that are gone.
@@ -314,6 +343,15 @@ impl<'a> Comparison<'a> {
             }
         }
         Ok(pins)
+    }
+}
+
+/// Returns the QOM path of a device.
+fn path_of(name: &DeviceName) -> String {
+    match name {
+        DeviceName::Id(id) => format!("/machine/peripheral/{id}"),
+        DeviceName::Number(number) => format!("/machine/peripheral-anon/device[{number}]"),
+        DeviceName::Flash(chip) => format!("/machine/system.flash{chip}"),
     }
 }
 

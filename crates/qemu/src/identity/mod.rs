@@ -10,8 +10,9 @@
 //! the machine type.
 
 mod difference;
+mod drives;
 mod parts;
 mod plugged;
 
-pub use difference::{Difference, Remedy, differences};
+pub use difference::{Compared, Difference, Remedy, compare};
 pub use parts::{Cpu, Device, MemoryDevice, Parts};

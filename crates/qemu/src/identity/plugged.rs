@@ -6,7 +6,7 @@ use super::difference::Remedy;
 use super::parts::{Device, MemoryDevice, Parts, known};
 use crate::command_line::{CommandLine, value_in_json};
 use crate::qmp::unexpected;
-use crate::vm::{Vm, VmError};
+use crate::vm::{OVERLAY_PREFIX, Vm, VmError};
 
 /// Types whose state is in the migration stream and whose back ends, if they have any, can be asked
 /// for. Variants such as `virtio-blk-pci-non-transitional` count as their type.
@@ -255,7 +255,7 @@ fn drive(
         return Ok(Err(format!("its drive {name} has no medium")));
     };
     // A name that QEMU or a save of ours made up is no name for an option.
-    let is_given = !name.starts_with('#') && !name.starts_with("vmf-");
+    let is_given = !name.starts_with('#') && !name.starts_with(OVERLAY_PREFIX);
     let id = device.id.clone().unwrap_or_else(|| "unnamed".to_owned());
     let name = if is_given { name } else { format!("drive-{id}") };
     object.insert("drive".to_owned(), json!(name));

@@ -6,7 +6,7 @@ use serde::Serialize;
 use vmfile_format::manifest::{
     ChangeMeta, CpuMeta, DeviceMeta, MemoryDeviceMeta, PartsMeta, PinMeta, VmMeta,
 };
-use vmfile_qemu::{CommandLine, Difference, Parts, Remedy, Vm, differences};
+use vmfile_qemu::{CommandLine, Difference, Drive, Parts, Remedy, Vm, identity};
 
 use super::{After, SaveOptions};
 use crate::error::SaveError;
@@ -37,7 +37,7 @@ impl fmt::Display for Change {
             Some(obstacle) => write!(f, " (no option makes it again: {obstacle})"),
             None if !self.add.is_empty() => write!(f, " (made again by {})", shell(&self.add)),
             None if !self.leave_out.is_empty() => write!(f, " (a restore leaves it out)"),
-            None => Ok(()),
+            None => write!(f, " (a restore with the saved command line does as the VM has it)"),
         }
     }
 }
@@ -47,7 +47,8 @@ fn shell(words: &[String]) -> String {
     CommandLine::new(words.iter().cloned()).map_or_else(|_| words.join(" "), |line| line.to_shell())
 }
 
-/// Compares `vm` with what its command line would make, and notes in `meta` what it is.
+/// Compares `vm`, which has `drives`, with what its command line would make, and notes in `meta` what
+/// it is. Returns what the user should know besides.
 ///
 /// # Errors
 ///
@@ -55,20 +56,25 @@ fn shell(words: &[String]) -> String {
 pub(super) fn compare(
     vm: &mut Vm,
     meta: &mut VmMeta,
+    drives: &[Drive],
     options: &SaveOptions,
-) -> Result<(), SaveError> {
+) -> Result<Vec<String>, SaveError> {
     let parts = vm.parts()?;
+    let mut notes = Vec::new();
     if let Some(words) = meta.command_line.get(1..) {
         // A line that we cannot read is kept as it is, and a restore says what is wrong with it.
         if let Ok(line) = CommandLine::new(words.iter().cloned()) {
-            meta.changes = differences(vm, &parts, &line)?.into_iter().map(note).collect();
+            let process = vm.process()?;
+            let compared = identity::compare(vm, (&parts, drives), &line, &process)?;
+            meta.changes = compared.differences.into_iter().map(note).collect();
+            notes = compared.notes;
         }
     }
     meta.parts = Some(describe(parts));
     if options.after == After::Quit && !options.changed_ok && !meta.changes.is_empty() {
         return Err(SaveError::Changed { changes: report(meta) });
     }
-    Ok(())
+    Ok(notes)
 }
 
 /// Returns the changes in `meta` as a report has them.
