@@ -23,6 +23,7 @@ mod lock;
 pub mod migration;
 mod qemu;
 mod qmp;
+mod random;
 mod require;
 mod slow_disk;
 pub mod verbs;
@@ -35,6 +36,7 @@ pub use guest::ram::{Ram, RamKind};
 pub use guest::running::Guest;
 pub use qemu::{Qemu, Release, Version};
 pub use qmp::Monitor;
+pub use random::Random;
 pub use require::{Missing, root};
 pub use slow_disk::SlowDisk;
 

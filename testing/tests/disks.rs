@@ -11,7 +11,7 @@ use serde_json::json;
 use vmfile::error::SaveError;
 use vmfile::restore::{Destination, Mode, RestoreOptions};
 use vmfile::save::{After, Live, Route, SaveOptions};
-use vmfile::{Control, Progress, Snapshot, Vm};
+use vmfile::{Control, Existing, Progress, Snapshot, Vm};
 use vmfile_testing::verbs::{check_is_clean, restore, save_with};
 use vmfile_testing::{Guest, GuestConfig, Qemu, Ram, Release, TestResult, requires};
 
@@ -257,4 +257,28 @@ fn a_disk_that_is_no_file_is_refused_before_the_guest_is_paused() -> TestResult 
     assert_eq!(guest.status()?, "running");
     assert_eq!(fs::read_dir(directory.path())?.count(), 0);
     Ok(())
+}
+
+/// From about the 13th save on it failed for ever: each overlay was named after the one below and the
+/// file, until the names, and QEMU's names of the whole chain, were too long.
+#[test]
+fn a_vm_is_saved_with_its_disks_twenty_times_in_a_row() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    let mut guest = config(Ram::private(96)).boot(&qemu)?;
+    guest.wait_for_count(1)?;
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
+    for number in 1..=20 {
+        let file = directory.path().join("a-name-that-is-not-short-at-all.vmf");
+        let options = SaveOptions { existing: Existing::Replace, ..with_disks(Route::Auto) };
+        let report = save_with(&guest, &file, &options)?;
+        let [disk] = report.disks.as_slice() else { return Err("one disk".into()) };
+        assert_eq!(disk.depth, number + 1);
+        let expected = format!("disk.vmfile-{number}.qcow2");
+        assert!(disk.overlay.ends_with(&expected), "{} {expected}", disk.overlay);
+        let warned = report.warnings.iter().any(|warning| warning.contains("images on top"));
+        assert_eq!(warned, disk.depth >= 16, "{:?}", report.warnings);
+    }
+    assert_eq!(guest.status()?, "running");
+    guest.wait_for_passes(1)?;
+    guest.judge_counts()
 }

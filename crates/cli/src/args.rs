@@ -232,6 +232,9 @@ pub(crate) struct RestoreArguments {
     /// Restore into a QEMU that waits with -incoming defer, at this QMP socket
     #[arg(long, value_name = "SOCK", conflicts_with = "command")]
     pub(crate) qmp: Option<PathBuf>,
+    /// Compare mapped pages with their hashes before the guest runs; pages that are read always are
+    #[arg(long)]
+    pub(crate) verify: bool,
     /// Leave the guest paused
     #[arg(long)]
     pub(crate) paused: bool,

@@ -8,8 +8,8 @@ use vmfile::error::SaveError;
 use vmfile::receive::ReceiveError;
 use vmfile::send::SendError;
 use vmfile::{
-    ChannelsError, CommandLineError, DiscoverError, PublishError, RestoreError, SnapshotError,
-    VmError,
+    ChannelsError, CommandLineError, DiscoverError, ProofError, PublishError, RestoreError,
+    SnapshotError, VmError,
 };
 use vmfile_bench::BenchError;
 
@@ -91,6 +91,10 @@ impl From<&SnapshotError> for Failure {
         match error {
             SnapshotError::Format { .. } => Failure::new(Code::File, "damaged", error)
                 .hint("expected a file of `vmfile save`, or of QEMU's migration with mapped-ram"),
+            SnapshotError::DamagedPage { .. } | SnapshotError::DamagedPart { .. } => {
+                Failure::new(Code::File, "damaged", error)
+                    .hint("`vmfile check FILE` lists everything that is damaged")
+            }
             SnapshotError::LostEnd { .. } => Failure::new(Code::File, "truncated", error)
                 .hint("the file was cut, or is still being copied"),
             SnapshotError::NotAFile { .. } => Failure::new(Code::File, "not_a_file", error),
@@ -113,6 +117,12 @@ impl From<&PublishError> for Failure {
             PublishError::NotAFile { .. } => {
                 Failure::new(Code::System, "not_a_file", error).hint("choose another name")
             }
+            PublishError::InUse { .. } => Failure::new(Code::System, "in_use", error)
+                .hint("choose another name; --force does not replace what a VM uses, whose QEMU locks its images"),
+            PublishError::NotDurable { .. } => Failure::new(Code::System, "not_durable", error).hint(
+                "a power failure may take the name away; `sync` on the directory's file system says \
+                 whether it can be written now",
+            ),
             PublishError::NoName { .. } => {
                 Failure::new(Code::Usage, "usage", error).hint("name a file, not a directory")
             }
@@ -124,11 +134,28 @@ impl From<&PublishError> for Failure {
     }
 }
 
+impl From<&ProofError> for Failure {
+    fn from(error: &ProofError) -> Failure {
+        match error {
+            ProofError::Publish(error) => Failure::from(error),
+            _ => Failure::new(Code::System, "does_not_read_back", error).hint(
+                "the kernel or the disk lost what was written: the file was dropped; \
+                 look at the kernel's messages, and save to another disk",
+            ),
+        }
+    }
+}
+
 impl From<&SaveError> for Failure {
     fn from(error: &SaveError) -> Failure {
         match error {
             SaveError::Publish(error) => Failure::from(error),
+            SaveError::Vm(VmError::LeftPaused { .. }) => {
+                Failure::new(Code::LeftPaused, "left_paused", error).hint(CONT)
+            }
             SaveError::Vm(error) => Failure::from(error),
+            SaveError::QemuGone { .. } => Failure::new(Code::Vm, "qemu_gone", error)
+                .hint("there is no file; what QEMU said is where its standard error goes"),
             SaveError::RunState { .. } => Failure::new(Code::Vm, "run_state", error).hint(
                 "a VM that QEMU has already migrated or that has ended cannot be saved; \
                  after a migration, `cont` makes it run again",
@@ -148,8 +175,11 @@ impl From<&SaveError> for Failure {
             SaveError::QemuTooOld { .. } => Failure::new(Code::Vm, "qemu_too_old", error)
                 .hint("--route stream works with every QEMU"),
             SaveError::NoDirectIo { .. } => Failure::new(Code::System, "no_direct_io", error),
+            SaveError::Proof(error) => Failure::from(error),
             SaveError::Migration { .. } => Failure::new(Code::Vm, "migration", error),
-            SaveError::Receive(error) => Failure::from(error),
+            SaveError::NotConnected { .. } => Failure::new(Code::Vm, "not_connected", error)
+                .hint("without --channels the stream needs no socket"),
+            SaveError::Receive(error) => received(error),
             SaveError::DeviceState(_)
             | SaveError::NoRunState
             | SaveError::Block { .. }
@@ -164,17 +194,43 @@ impl From<&SaveError> for Failure {
                 .hint("a restore needs what QEMU was started with: run as the VM's user, or root"),
             SaveError::NoSpace { .. } => Failure::new(Code::System, "no_space", error)
                 .hint("free some space, or save to another file system"),
-            SaveError::LeftPaused { cause, .. } => with_cause(error, cause, "left_paused")
-                .hint("`cont` on the VM's monitor makes it run again"),
+            // Scripts see by the status that the VM does not run, whatever the cause was.
+            SaveError::LeftPaused { .. } => {
+                Failure::new(Code::LeftPaused, "left_paused", error).hint(CONT)
+            }
             SaveError::LeftOverlays { cause, .. } => with_cause(error, cause, "left_overlays")
                 .hint("the VM is sound; `block-commit` on its monitor merges the overlay"),
             SaveError::Disk { .. } => Failure::new(Code::Vm, "disk", error)
                 .hint("--with-disks needs images in files, qcow2 or raw; without it keep copies"),
+            SaveError::Release { .. } if !error.leaves_paused() => {
+                Failure::new(Code::Vm, "qemu_gone", error).hint("the file can be restored")
+            }
             SaveError::Release { .. } => Failure::new(Code::LeftPaused, "left_paused", error)
                 .hint("`cont` on the VM's monitor makes it run again, `quit` ends it"),
             SaveError::Stopped => Failure::new(Code::Interrupted, "stopped", error),
             _ => Failure::new(Code::System, "io", error),
         }
+    }
+}
+
+/// What the user can do about a VM that was left paused.
+const CONT: &str = "vmfile's guardian lets the VM run on once QEMU answers; so does `cont` on its \
+                    monitor, and `kill -CONT` a process that is stopped";
+
+/// A failure to receive what the VM that is saved sends: the options are those of `save`.
+fn received(error: &ReceiveError) -> Failure {
+    let failure = Failure::from(error);
+    match error {
+        ReceiveError::Stream(_) | ReceiveError::Channel { .. } => Failure {
+            code: Code::Vm,
+            hint: Some("QEMU did not send what it should; --route direct needs no stream".into()),
+            ..failure
+        },
+        ReceiveError::Stalled { .. } => {
+            failure.hint("QEMU sent nothing: its disks may be slow; --route direct needs no stream")
+        }
+        ReceiveError::Listen { .. } => failure.hint("without --channels no socket is needed"),
+        _ => failure,
     }
 }
 
@@ -190,6 +246,7 @@ impl From<&ReceiveError> for Failure {
         match error {
             ReceiveError::Publish(error) => Failure::from(error),
             ReceiveError::Channels(error) => Failure::from(error),
+            ReceiveError::Proof(error) => Failure::from(error),
             ReceiveError::Channel { source, .. } => {
                 let failure = Failure::from(source.as_ref());
                 let message = Failure::new(failure.code, failure.kind, error).message;
@@ -200,6 +257,8 @@ impl From<&ReceiveError> for Failure {
             ReceiveError::Stalled { .. } => {
                 Failure::new(Code::Vm, "stalled", error).hint("--stall-timeout waits longer")
             }
+            ReceiveError::ProcessStopped { .. } => Failure::new(Code::Vm, "process_stopped", error)
+                .hint("`kill -CONT` lets QEMU's process go on"),
             ReceiveError::TimedOut { .. } => Failure::new(Code::Vm, "timed_out", error).hint(
                 "--timeout waits longer; a guest that writes faster than it is sent never ends",
             ),
@@ -255,6 +314,10 @@ impl From<&RestoreError> for Failure {
                      see `vmfile info`",
                 )
             }
+            RestoreError::NoHashes { .. } => Failure::new(Code::Usage, "no_hashes", error).hint(
+                "`vmfile convert FILE NEW --to mapped-ram` makes a file that has hashes; \
+                 without --verify this one is restored as it is",
+            ),
             RestoreError::CannotMap { .. } => Failure::new(Code::Incompatible, "cannot_map", error)
                 .hint("--mode load works with every file and every QEMU since 8.0"),
             RestoreError::CannotLoad { .. } => {
@@ -294,6 +357,7 @@ impl From<&RestoreError> for Failure {
             RestoreError::File(_)
             | RestoreError::Process(_)
             | RestoreError::Load(_)
+            | RestoreError::Verify(_)
             | RestoreError::Send(_) => Failure::new(Code::System, "io", error),
             RestoreError::Stopped => Failure::new(Code::Interrupted, "stopped", error),
             _ => Failure::new(Code::Vm, "vm", error),

@@ -11,21 +11,25 @@
 
 #![expect(unsafe_code, reason = "forks, and calls what rustix has no safe wrapper for")]
 
+mod kept;
 mod steps;
 mod will;
 
-use std::io;
-use std::mem;
+use std::io::{self, IoSlice};
+use std::mem::{self, MaybeUninit};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::ptr;
 
-use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, socketpair};
+use rustix::net::{
+    AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
+    sendmsg, socketpair,
+};
 use rustix::process::{Pid, WaitOptions, waitpid};
 
 pub use will::{Step, Will};
 
 use self::steps::Room;
-use self::will::{DISMISSED, WILL_LEN_MAX};
+use self::will::{CONNECTION, DISMISSED, LISTENER, WILL_LEN_MAX};
 
 /// The name of the process, as `ps` shows it: not the program's own, which a user may end by name.
 const NAME: &[u8; 16] = b"vm-guardian\0\0\0\0\0";
@@ -80,6 +84,36 @@ impl Guardian {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         self.send(will.bytes())
+    }
+
+    /// Has a connection kept open, and what comes by it read and thrown away, while a will is carried
+    /// out. Its peer then sees no end of it before it was told to stop.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Guardian::entrust`].
+    pub fn keep_open(&self, connection: BorrowedFd<'_>) -> io::Result<()> {
+        self.send_with(CONNECTION, connection)
+    }
+
+    /// Has new connections to a listening socket taken and kept open as well.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Guardian::entrust`].
+    pub fn keep_listening(&self, listener: BorrowedFd<'_>) -> io::Result<()> {
+        self.send_with(LISTENER, listener)
+    }
+
+    fn send_with(&self, what: u8, fd: BorrowedFd<'_>) -> io::Result<()> {
+        let pipe = self.pipe.as_ref().expect("taken with the guardian");
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        let fds = [fd];
+        let fits = control.push(SendAncillaryMessage::ScmRights(&fds));
+        assert!(fits, "the buffer was made for one descriptor");
+        sendmsg(pipe, &[IoSlice::new(&[what])], &mut control, SendFlags::NOSIGNAL)?;
+        Ok(())
     }
 
     /// Lets the guardian go: nothing is left to be done.

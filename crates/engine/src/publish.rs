@@ -1,13 +1,13 @@
 //! Giving a finished file its name, so that a name never means part of a file.
 //!
 //! The file is written without a name (`O_TMPFILE`) or, where the file system cannot do that,
-//! under the name `.NAME.XXXXXX.partial` beside its place. [`Unpublished::publish`] makes it
-//! durable, names it, and makes the name durable.
+//! under the name `.NAME.XXXXXX.partial` beside its place. [`Unpublished::make_durable`] makes it
+//! durable; [`Durable::publish`] names it and makes the name durable.
 
 use std::error::Error;
 use std::ffi::{OsStr, OsString};
 use std::fmt;
-use std::fs::File;
+use std::fs::{self, File, Metadata};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -16,6 +16,8 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 use rustix::rand::GetRandomFlags;
+
+use crate::locks::is_locked;
 
 /// Only the owner reads and writes: the file holds everything that was in memory.
 const MODE: Mode = Mode::RUSR.union(Mode::WUSR);
@@ -35,17 +37,20 @@ pub enum Existing {
     Replace,
 }
 
+/// Finds who uses the file at a path, in words for an error; `None` if it may lose its name.
+pub type UserOf = Box<dyn Fn(&Path, &Metadata) -> Option<String> + Send + Sync>;
+
 /// A file that has no name yet, or only a temporary one.
 ///
 /// Dropping it leaves no file behind. Killing the process leaves none either where the file system
 /// has `O_TMPFILE` (ext4, XFS, btrfs and tmpfs do).
-#[derive(Debug)]
 pub struct Unpublished {
     file: File,
     directory: OwnedFd,
     path: PathBuf,
     name: OsString,
     existing: Existing,
+    user_of: Option<UserOf>,
     /// The name to remove if it does not come to publishing.
     temporary: Option<OsString>,
 }
@@ -59,6 +64,25 @@ impl Unpublished {
     /// not or cannot be replaced, or if the kernel refuses.
     pub fn create_beside(path: &Path, existing: Existing) -> Result<Unpublished, PublishError> {
         Unpublished::create(path, existing, Way::NamelessIfPossible)
+    }
+
+    /// Does the same, unless the name leads to a file that is in use: one that `user_of` knows a user
+    /// of, or that another program has locked. Both are asked now and again at the moment of naming,
+    /// and only if there is a file of that name, be it by a symbolic link.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`PublishError::InUse`] for such a file, whatever `existing` says, and otherwise what
+    /// [`Unpublished::create_beside`] returns.
+    pub fn create_unless_used(
+        path: &Path,
+        existing: Existing,
+        user_of: UserOf,
+    ) -> Result<Unpublished, PublishError> {
+        refuse_if_used(path, &user_of)?;
+        let mut unpublished = Unpublished::create_beside(path, existing)?;
+        unpublished.user_of = Some(user_of);
+        Ok(unpublished)
     }
 
     fn create(path: &Path, existing: Existing, way: Way) -> Result<Unpublished, PublishError> {
@@ -87,6 +111,7 @@ impl Unpublished {
             path: path.into(),
             name: name.into(),
             existing,
+            user_of: None,
             temporary,
         };
         // The umask may have taken bits away.
@@ -98,27 +123,20 @@ impl Unpublished {
     ///
     /// # Errors
     ///
-    /// Returns [`PublishError`], and no name appears, if the file cannot be made durable or named.
-    /// Only if the directory cannot be made durable after that, the name is there, the file whole,
-    /// and the error says that a power failure may still take the name away.
-    pub fn publish(mut self) -> Result<File, PublishError> {
-        let io_error = |step, error| PublishError::io(&self.path, step, error);
-        // Everything that can fail and is not naming comes before it.
-        let file = self.file.try_clone().map_err(|error| io_error("duplicate", error))?;
-        file.sync_all().map_err(|error| io_error("sync", error))?;
-        match self.existing {
-            Existing::Refuse => self.name_if_free(),
-            Existing::Replace => self.name_or_replace(),
-        }
-        .map_err(|errno| match errno {
-            Errno::EXIST => PublishError::Exists { path: self.path.clone() },
-            errno => PublishError::io(&self.path, "name", errno.into()),
-        })?;
-        rustix::fs::fsync(&self.directory).map_err(|errno| PublishError::NotDurable {
-            path: self.path.clone(),
-            source: errno.into(),
-        })?;
-        Ok(file)
+    /// As [`Unpublished::make_durable`] and [`Durable::publish`].
+    pub fn publish(self) -> Result<File, PublishError> {
+        self.make_durable()?.publish()
+    }
+
+    /// Makes the file durable. It has no name then.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`PublishError::Io`] if the kernel cannot write the file to the disk.
+    pub fn make_durable(self) -> Result<Durable, PublishError> {
+        let synced = self.file.sync_all();
+        synced.map_err(|error| PublishError::io(&self.path, "sync", error))?;
+        Ok(Durable { unpublished: self })
     }
 
     /// Returns the file, open for reading and writing.
@@ -174,6 +192,54 @@ impl Unpublished {
     }
 }
 
+/// A file that is on the disk and has no name yet. Dropping it leaves no file behind.
+#[derive(Debug)]
+pub struct Durable {
+    unpublished: Unpublished,
+}
+
+impl Durable {
+    /// Gives the file its name, makes the name durable, and returns the file.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`PublishError`], and no name appears, if the file cannot be named. Only with
+    /// [`PublishError::NotDurable`] the file has its name.
+    pub fn publish(self) -> Result<File, PublishError> {
+        let Durable { mut unpublished } = self;
+        let path = unpublished.path.clone();
+        // Everything that can fail and is not naming comes before it.
+        let file = unpublished.file.try_clone();
+        let file = file.map_err(|error| PublishError::io(&path, "duplicate", error))?;
+        if let Some(user_of) = &unpublished.user_of {
+            refuse_if_used(&path, user_of)?;
+        }
+        let named = match unpublished.existing {
+            Existing::Refuse => unpublished.name_if_free(),
+            Existing::Replace => unpublished.name_or_replace(),
+        };
+        named.map_err(|errno| match errno {
+            Errno::EXIST => PublishError::Exists { path: path.clone() },
+            errno => PublishError::io(&path, "name", errno.into()),
+        })?;
+        let synced = rustix::fs::fsync(&unpublished.directory);
+        synced.map_err(|errno| PublishError::NotDurable { path, source: errno.into() })?;
+        Ok(file)
+    }
+
+    /// Returns the file, open for reading and writing.
+    #[must_use]
+    pub fn file(&self) -> &File {
+        &self.unpublished.file
+    }
+
+    /// Returns the name that the file will have.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.unpublished.path
+    }
+}
+
 impl AsFd for Unpublished {
     fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
         self.file.as_fd()
@@ -186,6 +252,15 @@ impl Drop for Unpublished {
             // Nobody is left to tell; the name says what the file is.
             let _ = rustix::fs::unlinkat(&self.directory, temporary, AtFlags::empty());
         }
+    }
+}
+
+impl fmt::Debug for Unpublished {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Unpublished { file, path, existing, temporary, .. } = self;
+        let mut debug = f.debug_struct("Unpublished");
+        debug.field("file", file).field("path", path).field("existing", existing);
+        debug.field("temporary", temporary).finish_non_exhaustive()
     }
 }
 
@@ -228,6 +303,29 @@ fn refuse_if_taken(
         // A rename would put a file in the place of, say, /dev/null.
         (Existing::Replace, _) => Err(PublishError::NotAFile { path: path.into() }),
     }
+}
+
+/// Refuses a name that leads to a file which is in use.
+fn refuse_if_used(path: &Path, user_of: &UserOf) -> Result<(), PublishError> {
+    // What cannot be looked at is for those who create and name the file.
+    let Ok(metadata) = fs::metadata(path) else { return Ok(()) };
+    let user = user_of(path, &metadata).or_else(|| {
+        let words = "another program has locked it";
+        is_locked_file(path, &metadata).then(|| words.to_owned())
+    });
+    match user {
+        Some(user) => Err(PublishError::InUse { path: path.into(), user }),
+        None => Ok(()),
+    }
+}
+
+/// Whether another program has locked a file, as far as that can be told: a file that may not be
+/// opened, and a file system without locks, do not tell.
+fn is_locked_file(path: &Path, metadata: &Metadata) -> bool {
+    if !metadata.is_file() {
+        return false;
+    }
+    File::open(path).and_then(|file| is_locked(&file)).unwrap_or(false)
 }
 
 /// Creates a file without a name, or returns `None` where the file system has none.
@@ -319,6 +417,13 @@ pub enum PublishError {
         /// The name.
         path: PathBuf,
     },
+    /// The name leads to a file that is in use.
+    InUse {
+        /// The name.
+        path: PathBuf,
+        /// Who uses it.
+        user: String,
+    },
     /// The file is whole and has its name, and a power failure may still take the name away.
     NotDurable {
         /// The name.
@@ -357,6 +462,9 @@ impl fmt::Display for PublishError {
             PublishError::NotAFile { path } => {
                 write!(f, "{} exists and is not a regular file", path.display())
             }
+            PublishError::InUse { path, user } => {
+                write!(f, "{} is in use: {user}", path.display())
+            }
             PublishError::NotDurable { path, .. } => {
                 write!(f, "{} is whole, but its directory cannot be synced", path.display())
             }
@@ -388,7 +496,6 @@ pub fn available_space(file: impl AsFd) -> io::Result<u64> {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
     use std::io::Write;
     use std::os::unix::fs::PermissionsExt;
 
@@ -463,7 +570,18 @@ mod tests {
             (PublishError::NoDirectory { directory: path.clone() }, "no directory a/b"),
             (PublishError::NotADirectory { directory: path.clone() }, "a/b is not a directory"),
             (PublishError::Exists { path: path.clone() }, "a/b exists"),
+            (
+                PublishError::InUse { path: path.clone(), user: "somebody reads it".to_owned() },
+                "a/b is in use: somebody reads it",
+            ),
             (PublishError::NotAFile { path: path.clone() }, "a/b exists and is not a regular file"),
+            (
+                PublishError::NotDurable {
+                    path: path.clone(),
+                    source: io::Error::from_raw_os_error(libc::EIO),
+                },
+                "a/b is whole, but its directory cannot be synced",
+            ),
             (PublishError::Io { path, step: "sync", source }, "cannot sync a/b"),
         ] {
             assert_eq!(error.to_string(), words);

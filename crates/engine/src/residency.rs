@@ -1,4 +1,4 @@
-//! How much of a file the page cache holds, and giving it back.
+//! How much of a file the page cache holds, filling it, and giving it back.
 
 #![expect(unsafe_code, reason = "cachestat has no safe wrapper, and mincore needs a mapping")]
 
@@ -79,6 +79,17 @@ pub fn drop_cached(file: BorrowedFd<'_>, range: Range<u64>) -> io::Result<()> {
     // The kernel's length is signed, and zero means "to the end of the file": no length here.
     let len = NonZeroU64::new(range.end - range.start).filter(|_| i64::try_from(range.end).is_ok());
     Ok(rustix::fs::fadvise(file, range.start, len, Advice::DontNeed)?)
+}
+
+/// Asks the kernel to begin reading `range` into the page cache, and nothing beside it; returns before
+/// the disk has answered. What the kernel does not read now is read when it is needed.
+///
+/// # Errors
+///
+/// Returns the kernel's error.
+pub fn begin_reading(file: BorrowedFd<'_>, range: Range<u64>) -> io::Result<()> {
+    let Some(len) = NonZeroU64::new(range.end.saturating_sub(range.start)) else { return Ok(()) };
+    Ok(rustix::fs::fadvise(file, range.start, Some(len), Advice::WillNeed)?)
 }
 
 /// Says whether `cachestat` is there, by asking for a descriptor that cannot be.

@@ -109,6 +109,25 @@ impl PageBitmap {
         PageCount(self.words.iter().map(|word| u64::from(word.count_ones())).sum())
     }
 
+    /// Returns the pages with data that `ordinals` number, of all pages with data from 0 on.
+    ///
+    /// The ordinals are in order. Those past the last page with data are left out.
+    #[must_use]
+    pub fn nth_data(&self, ordinals: &[u64]) -> Vec<PageIndex> {
+        let mut pages = Vec::with_capacity(ordinals.len());
+        let mut ordinals = ordinals.iter().copied().peekable();
+        let mut before = 0_u64;
+        for (index, &word) in (0_u64..).zip(&self.words) {
+            let end = before.saturating_add(word.count_ones().into());
+            while let Some(ordinal) = ordinals.next_if(|&ordinal| ordinal < end) {
+                let bit = nth_bit(word, ordinal.saturating_sub(before));
+                pages.push(PageIndex(index.saturating_mul(64).saturating_add(bit)));
+            }
+            before = end;
+        }
+        pages
+    }
+
     /// Returns the runs of pages with data, in order.
     pub fn data_runs(&self) -> Runs<'_> {
         self.runs_within(PageRange::new(0, self.page_count.0))
@@ -157,6 +176,12 @@ impl Iterator for Runs<'_> {
         self.next = end;
         Some(PageRange::new(start, end))
     }
+}
+
+/// Returns the number of the bit of `word` that is set after `n` others are.
+fn nth_bit(word: u64, n: u64) -> u64 {
+    let without_lowest = |word: u64, _| word & word.wrapping_sub(1);
+    (0..n).fold(word, without_lowest).trailing_zeros().into()
 }
 
 /// Returns the word's index and the bit's mask.
@@ -227,6 +252,22 @@ mod tests {
             prop_assert_eq!(from_runs, naive);
             let decoded = PageBitmap::decode(&bitmap.encode(), bitmap.page_count());
             prop_assert_eq!(decoded.as_ref(), Some(&bitmap));
+        }
+
+        #[test]
+        fn pages_with_data_are_numbered_in_order(
+            bits in proptest::collection::vec(any::<bool>(), 0..400),
+        ) {
+            let mut bitmap = PageBitmap::new(PageCount(bits.len() as u64));
+            for (page, &bit) in bits.iter().enumerate() {
+                bitmap.set(PageIndex(page as u64), bit);
+            }
+            let naive: Vec<PageIndex> = (0..).zip(&bits).filter(|(_, bit)| **bit).map(|(page, _)| PageIndex(page)).collect();
+            let all: Vec<u64> = (0..naive.len() as u64 + 3).collect();
+            prop_assert_eq!(bitmap.nth_data(&all), naive.clone());
+            let odd: Vec<u64> = (0..naive.len() as u64).filter(|n| n % 2 == 1).collect();
+            let expected: Vec<PageIndex> = naive.into_iter().skip(1).step_by(2).collect();
+            prop_assert_eq!(bitmap.nth_data(&odd), expected);
         }
 
         #[test]

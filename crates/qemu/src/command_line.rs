@@ -324,6 +324,12 @@ impl CommandLine {
         sockets::qmp_descriptors(self)
     }
 
+    /// Tells whether libvirt speaks to this QEMU by a monitor of its own, which is in neither list.
+    #[must_use]
+    pub fn has_libvirt_monitor(&self) -> bool {
+        sockets::has_libvirt(self)
+    }
+
     /// Returns those sockets of this command line that somebody already listens on.
     ///
     /// A QEMU that was started with them would take the paths away from the VM that has them.

@@ -10,6 +10,7 @@ use std::str::FromStr;
 
 use crate::command_line::{CommandLine, is_program};
 use crate::proc;
+use crate::qmp::{LIBVIRT_HINT, is_of_libvirt};
 
 /// A VM cannot be found by what the user gave.
 #[derive(Debug, thiserror::Error)]
@@ -38,6 +39,12 @@ pub enum DiscoverError {
         /// The processes.
         pids: Vec<u32>,
     },
+    /// The VM has no other monitor than the one that libvirt holds.
+    #[error("libvirt owns the monitor of process {pid}")]
+    OfLibvirt {
+        /// Its process.
+        pid: u32,
+    },
     /// The VM runs without a monitor that we could connect to.
     #[error("the VM of process {pid} has no QMP socket")]
     NoMonitor {
@@ -58,6 +65,7 @@ impl DiscoverError {
             DiscoverError::NoMonitor { .. } => {
                 Some("start QEMU with -qmp unix:PATH,server=on,wait=off")
             }
+            DiscoverError::OfLibvirt { .. } => Some(LIBVIRT_HINT),
             DiscoverError::Processes { .. } => None,
         }
     }
@@ -81,8 +89,10 @@ pub struct Found {
     pub name: Option<String>,
     /// The program; as it was started when the program itself may not be seen.
     pub executable: PathBuf,
-    /// Its QMP sockets, as absolute paths.
+    /// Its QMP sockets, as paths that this process can use, without the one that libvirt holds.
     pub qmp: Vec<PathBuf>,
+    /// Whether libvirt holds a monitor of it.
+    pub is_of_libvirt: bool,
 }
 
 /// What the user may give for a VM.
@@ -163,7 +173,11 @@ fn choose(address: &VmAddress, found: Vec<Found>) -> Result<PathBuf, DiscoverErr
             let known = others.into_iter().map(known).collect();
             Err(DiscoverError::NotFound { address: address.clone(), known })
         }
-        [vm] => vm.qmp.first().cloned().ok_or(DiscoverError::NoMonitor { pid: vm.pid }),
+        [vm] => vm.qmp.first().cloned().ok_or(if vm.is_of_libvirt {
+            DiscoverError::OfLibvirt { pid: vm.pid }
+        } else {
+            DiscoverError::NoMonitor { pid: vm.pid }
+        }),
         several => Err(DiscoverError::Ambiguous {
             name: address.to_string(),
             pids: several.iter().map(|vm| vm.pid).collect(),
@@ -188,25 +202,27 @@ fn look_at(pid: u32) -> Option<Found> {
         executable.or_else(|| is_program(started_as).then(|| PathBuf::from(started_as)))?;
     // A command line that we cannot read is that of a VM all the same.
     let line = CommandLine::from_process(&arguments).ok();
-    let directory = proc::working_directory(pid).unwrap_or_default();
+    let qmp = line.as_ref().map(|line| monitors(pid, line)).unwrap_or_default();
+    let (of_libvirt, qmp): (Vec<PathBuf>, Vec<PathBuf>) =
+        qmp.into_iter().partition(|path| is_of_libvirt(path));
     Some(Found {
         pid,
         name: line.as_ref().and_then(CommandLine::name),
         executable,
-        qmp: line.map(|line| monitors(pid, &line, &directory)).unwrap_or_default(),
+        qmp,
+        is_of_libvirt: !of_libvirt.is_empty()
+            || line.is_some_and(|line| line.has_libvirt_monitor()),
     })
 }
 
-fn monitors(pid: u32, line: &CommandLine, directory: &Path) -> Vec<PathBuf> {
-    let mut paths: Vec<PathBuf> =
-        line.qmp_sockets().into_iter().map(|path| directory.join(path)).collect();
+fn monitors(pid: u32, line: &CommandLine) -> Vec<PathBuf> {
+    let mut paths = line.qmp_sockets();
     let descriptors = line.qmp_descriptors();
     if !descriptors.is_empty() {
         let sockets: HashMap<u32, PathBuf> = proc::listening_sockets(pid).unwrap_or_default();
-        let inherited = descriptors.iter().filter_map(|number| sockets.get(number));
-        paths.extend(inherited.map(|path| directory.join(path)));
+        paths.extend(descriptors.iter().filter_map(|number| sockets.get(number).cloned()));
     }
-    paths
+    paths.iter().map(|path| proc::path_for_us(pid, path)).collect()
 }
 
 #[cfg(test)]
@@ -219,6 +235,7 @@ mod tests {
             name: name.map(str::to_owned),
             executable: PathBuf::from("/usr/bin/qemu-system-x86_64"),
             qmp: qmp.iter().map(PathBuf::from).collect(),
+            is_of_libvirt: false,
         }
     }
 

@@ -11,6 +11,8 @@
 //! | [`program`] | a QEMU on disk: its version |
 //! | [`identity`] | what a VM is made of, and how that differs from what its command line would make |
 //! | [`discover`] | the VMs that run on this host |
+//! | [`unix_socket`] | connecting without waiting in the kernel |
+//! | [`files`] | which of them uses a file |
 //! | [`version`] | what each QEMU version can do |
 //!
 //! This crate never reads guest RAM nor a snapshot: it passes descriptors. It prints nothing.
@@ -20,6 +22,7 @@
 
 pub mod command_line;
 pub mod discover;
+pub mod files;
 pub mod identity;
 pub mod launch;
 pub mod migration;
@@ -28,6 +31,7 @@ mod pass_fd;
 mod proc;
 pub mod program;
 pub mod qmp;
+pub mod unix_socket;
 pub mod version;
 pub mod vm;
 
@@ -35,10 +39,12 @@ pub use command_line::{
     CommandLine, CommandLineError, LineDevice, LineDrive, LineImage, MappedBlock, NewImage, Pin,
 };
 pub use discover::{DiscoverError, Found, VmAddress, list, resolve};
+pub use files::{FileUse, FileUser, user_of_file};
 pub use identity::{Compared, Cpu, Device, Difference, MemoryDevice, Parts, Remedy};
 pub use launch::{Launch, LaunchError, LaunchedQemu, MonitorPair, find_program};
 pub use migration::LoadError;
 pub use outgoing::{KeptFile, Outgoing, SentRam, StreamSettings};
+pub use proc::is_process_stopped;
 pub use program::program_version;
 pub use qmp::{Event, Qmp, QmpError};
 pub use version::{Feature, QemuVersion};

@@ -12,7 +12,7 @@ use serde_json::{Map, Value, json};
 
 use crate::pass_fd::{self, FILE_FDSET};
 use crate::qmp::unexpected;
-use crate::vm::{Vm, VmError};
+use crate::vm::{RunState, Vm, VmError};
 
 /// The name under which QEMU keeps the stream's descriptor until it writes to it.
 pub(crate) const STREAM_NAME: &str = "vmfile-outgoing";
@@ -187,7 +187,7 @@ pub enum Outgoing {
     Completed,
     /// It was not sent; QEMU's own words.
     Failed(String),
-    /// It was told to stop, and has.
+    /// It was told to stop, and has; or it never began.
     Cancelled,
 }
 
@@ -407,11 +407,49 @@ impl Vm {
         loop {
             let outgoing = self.outgoing()?;
             let is_over = !matches!(outgoing, Outgoing::Active | Outgoing::Held);
-            if is_over || Instant::now() >= deadline {
+            if is_over {
+                return self.settle(deadline).map(|()| outgoing);
+            }
+            if Instant::now() >= deadline {
                 return Ok(outgoing);
             }
             thread::sleep(POLL_INTERVAL);
         }
+    }
+
+    /// Waits until QEMU lets go of a VM that it has sent, or not: it says that the migration is over
+    /// some moments before, and refuses `cont` meanwhile ("Migration is not finalized yet", 7.2).
+    fn settle(&mut self, deadline: Instant) -> Result<(), VmError> {
+        while self.run_state()? == RunState::FinishMigrate && Instant::now() < deadline {
+            thread::sleep(POLL_INTERVAL);
+        }
+        Ok(())
+    }
+
+    /// Ends a sending, whatever QEMU is at, and waits at most `timeout` in all until it has: the VM can
+    /// be told to go on then, or be sent again.
+    ///
+    /// Where QEMU sends by several connections, the other ends must take what comes until this
+    /// returns, connections as well as bytes, and must not close before: see the route `stream`.
+    ///
+    /// # Errors
+    ///
+    /// See [`Qmp::execute`](crate::Qmp::execute).
+    pub fn end_sending(&mut self, timeout: Duration) -> Result<Outgoing, VmError> {
+        self.unstoppable(timeout, |vm| {
+            let deadline = Instant::now() + timeout;
+            while vm.connects()? && Instant::now() < deadline {
+                thread::sleep(POLL_INTERVAL);
+            }
+            vm.execute("migrate_cancel", Value::Null)?;
+            vm.wait_sent(deadline.saturating_duration_since(Instant::now()))
+        })
+    }
+
+    /// Tells whether QEMU is about to connect to where it sends.
+    fn connects(&mut self) -> Result<bool, VmError> {
+        let answer = self.execute("query-migrate", Value::Null)?;
+        Ok(answer.get("status").and_then(Value::as_str) == Some("setup"))
     }
 
     /// As [`Vm::cancel_sending`], for a VM that several threads of QEMU write to a file.
@@ -467,7 +505,7 @@ fn outgoing(answer: &Value) -> Outgoing {
             let reason = text("error-desc").unwrap_or("it gave no reason");
             Outgoing::Failed(reason.to_owned())
         }
-        Some("cancelled") => Outgoing::Cancelled,
+        Some("cancelled") | None => Outgoing::Cancelled,
         Some("pre-switchover") => Outgoing::Held,
         _ => Outgoing::Active,
     }

@@ -64,6 +64,15 @@ pub(crate) fn namespace() -> io::Result<String> {
     Ok(format!("{} of boot {}", namespace.display(), boot.trim()))
 }
 
+/// Tells whether a process stands still by SIGSTOP or for a debugger.
+#[must_use]
+pub fn is_process_stopped(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok();
+    // The name of the program stands in parentheses and may hold any.
+    let state = stat.as_deref().and_then(|stat| stat.rsplit_once(") ")?.1.chars().next());
+    matches!(state, Some('T' | 't'))
+}
+
 /// Tells whether a process runs QEMU, by the name of its program.
 ///
 /// Another user's process does not show its program, but it does show its command line.
@@ -106,6 +115,41 @@ pub(crate) fn listening_sockets(pid: u32) -> io::Result<HashMap<u32, PathBuf>> {
 /// namespace.
 pub(crate) fn listening_paths() -> io::Result<HashSet<PathBuf>> {
     Ok(parse_listening(&fs::read_to_string("/proc/self/net/unix")?).into_values().collect())
+}
+
+/// Returns the path by which this process finds what process `pid` calls `path`.
+///
+/// A process in a container or with another root directory calls other files by the same names:
+/// they are found in its own root directory, as far as this process may look there.
+pub(crate) fn path_for_us(pid: u32, path: &Path) -> PathBuf {
+    let theirs = |base: &str, path: &Path| Path::new(&format!("/proc/{pid}/{base}")).join(path);
+    let has_our_files = has_our_mounts(pid) && is_same_directory(&theirs("root", "".as_ref()), "/");
+    match (has_our_files, path.strip_prefix("/")) {
+        (true, _) => working_directory(pid).unwrap_or_default().join(path),
+        (false, Err(_)) => theirs("cwd", path),
+        (false, Ok(below)) => {
+            let inside = theirs("root", below);
+            // A QEMU that changed its root directory made its sockets before.
+            if has_our_mounts(pid) && !inside.exists() { path.to_owned() } else { inside }
+        }
+    }
+}
+
+/// Tells whether a process is in our mount namespace; `true` where that cannot be told.
+fn has_our_mounts(pid: u32) -> bool {
+    let namespace = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/mnt"));
+    match (namespace(&pid.to_string()), namespace("self")) {
+        (Ok(theirs), Ok(ours)) => theirs == ours,
+        _ => true,
+    }
+}
+
+/// Tells whether both paths are one directory; `true` where that cannot be told.
+fn is_same_directory(one: &Path, other: impl AsRef<Path>) -> bool {
+    match (fs::metadata(one), fs::metadata(other)) {
+        (Ok(one), Ok(other)) => (one.dev(), one.ino()) == (other.dev(), other.ino()),
+        _ => true,
+    }
 }
 
 /// Tells whether `bound`, as process `pid` sees it, is the file `path` as we see it.

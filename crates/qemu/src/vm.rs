@@ -152,6 +152,9 @@ impl VmError {
             VmError::System { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
                 Some("run as the user who owns the VM, or as root")
             }
+            VmError::ProcessUnknown { reason } if reason.contains("PID namespace") => {
+                Some("run vmfile on the host of the container, or inside it")
+            }
             VmError::ProcessUnknown { .. } => Some("name the VM by its process id"),
             VmError::NotStill { .. } => {
                 Some("see to it that no other client of QEMU changes the VM while it is saved")
@@ -297,6 +300,17 @@ impl Vm {
         Vm::connect_with(socket, Some(Arc::clone(stop)))
     }
 
+    /// Connects as [`Vm::connect`] does, within `timeout`.
+    ///
+    /// # Errors
+    ///
+    /// See [`Qmp::connect`].
+    pub fn connect_within(socket: &Path, timeout: Duration) -> Result<Vm, VmError> {
+        let mut qmp = Qmp::connect(socket, timeout)?;
+        qmp.set_timeout(COMMAND_TIMEOUT);
+        Ok(Vm { qmp, socket: Some(socket.to_owned()), pid: None, has_released_disks: false })
+    }
+
     fn connect_with(socket: &Path, stop: Option<Arc<AtomicBool>>) -> Result<Vm, VmError> {
         // A silent monitor is found out soon, without shortening every later command.
         let mut qmp = Qmp::connect_until(socket, GREETING_TIMEOUT, stop)?;
@@ -331,7 +345,10 @@ impl Vm {
 
     /// Makes a VM of a monitor that has greeted already.
     #[must_use]
-    pub fn from_qmp(qmp: Qmp, pid: Option<u32>) -> Vm {
+    pub fn from_qmp(mut qmp: Qmp, pid: Option<u32>) -> Vm {
+        if let Some(pid) = pid {
+            qmp.set_process(pid);
+        }
         Vm { qmp, socket: None, pid, has_released_disks: false }
     }
 

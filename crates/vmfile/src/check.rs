@@ -8,19 +8,19 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
 
 use serde::Serialize;
 use vmfile_engine::{
-    Backend, DataFile, DirectIo, DirectIoInUse, PageHasher, data_ranges, is_zero, page_hash,
+    Backend, BackendInUse, DataFile, DirectIo, DirectIoInUse, data_ranges, is_zero,
 };
-use vmfile_format::manifest::{FOOTER_LEN, HASH_LEN, encode_hash, table_len};
+use vmfile_format::manifest::{FOOTER_LEN, HASH_LEN, table_len};
 use vmfile_format::mapped_ram::PlacedBlock;
 use vmfile_format::{PageBitmap, PageIndex};
 
 use crate::control::Control;
 use crate::jobs::Jobs;
-use crate::plan::{UNIT_LEN, Unit, WINDOW_LEN, pieces, units};
+use crate::page_hashes::{Hash, PageHashes, is_page};
+use crate::plan::{Unit, WINDOW_LEN, pieces, units};
 use crate::ranges;
 use crate::reading::open_for_reading;
 use crate::snapshot::{Manifest, Snapshot, SnapshotError};
@@ -169,6 +169,36 @@ pub fn check(
     Ok(report)
 }
 
+/// Compares every page of `snapshot`, and every place that must be zero, with its hash; a file that
+/// QEMU wrote has none.
+///
+/// # Errors
+///
+/// Returns [`SnapshotError::DamagedPage`] in [`CheckError::Snapshot`] for a page that is not what was
+/// written, as soon as one is found; otherwise [`CheckError`] if the pages cannot be read.
+pub(crate) fn verify_pages(
+    snapshot: &Snapshot,
+    options: &CheckOptions,
+    control: &Control<'_>,
+) -> Result<(), CheckError> {
+    let Some(manifest) = snapshot.manifest() else { return Ok(()) };
+    // What this finds besides is in the bitmaps, which have checksums.
+    let pages = PageCheck::new(snapshot, manifest, options, control, &mut Findings::default())?;
+    pages.read(|checked, window, read| {
+        pages.verify(window, read.map_err(io("the pages"))?, checked)?;
+        checked.found.list.first().map_or(Ok(()), |found| Err(damaged(snapshot, found)))
+    })?;
+    Ok(())
+}
+
+/// Makes an error of the finding that a page is wrong.
+fn damaged(snapshot: &Snapshot, found: &Finding) -> CheckError {
+    let path = snapshot.path().to_path_buf();
+    let block = found.block.clone().unwrap_or_default();
+    let (page, offset) = (found.page.unwrap_or_default(), found.offset);
+    SnapshotError::DamagedPage { path, block, page, offset }.into()
+}
+
 /// Findings, of which only the first are kept.
 #[derive(Debug, Default)]
 struct Findings {
@@ -215,12 +245,7 @@ fn check_extents(
     findings: &mut Findings,
 ) -> Result<(), CheckError> {
     for extent in &manifest.meta.extents {
-        let mut hasher = PageHasher::new();
-        let range = extent.offset..extent.offset + extent.bytes;
-        for piece in pieces(range, WINDOW_LEN) {
-            hasher.write(&snapshot.read(piece.start, piece.end - piece.start)?);
-        }
-        if !extent.has_hash(hasher.finish()) {
+        if !extent.has_hash(snapshot.checksum(extent)?) {
             findings.section(FindingKind::Checksum, &extent.what, extent.offset);
         }
     }
@@ -276,7 +301,6 @@ fn check_zeros(
 #[derive(Debug)]
 struct PageCheck<'a> {
     snapshot: &'a Snapshot,
-    manifest: &'a Manifest,
     bitmaps: Vec<PageBitmap>,
     windows: Vec<Window>,
     file: DataFile,
@@ -287,10 +311,11 @@ struct PageCheck<'a> {
 
 /// What a worker has seen.
 #[derive(Debug, Default)]
-struct Checked {
+struct Checked<'a> {
     pages: u64,
     found: Findings,
-    hashes: Hashes,
+    /// `None` before the first page.
+    hashes: Option<PageHashes<'a>>,
 }
 
 impl From<WindowError> for CheckError {
@@ -332,7 +357,6 @@ impl<'a> PageCheck<'a> {
         let (file, direct_io) = opened.map_err(io("the file once more"))?;
         Ok(PageCheck {
             snapshot,
-            manifest,
             bitmaps,
             windows: windows.collect(),
             file,
@@ -344,15 +368,10 @@ impl<'a> PageCheck<'a> {
 
     /// Checks all pages in parallel; returns how many, and the back end.
     fn run(&self, findings: &mut Findings) -> Result<(u64, String), CheckError> {
-        let width = (self.options.io, self.options.jobs.count());
-        let blocks = &self.snapshot.structure().blocks;
-        let (file, windows, control) = (&self.file, &self.windows, self.control);
-        let reader = WindowReader { file, blocks, windows, control };
-        let take = |checked: &mut Checked, window: &Window, read: io::Result<&[u8]>| match read {
+        let (all, backend) = self.read(|checked, window, read| match read {
             Ok(bytes) => self.verify(window, bytes, checked),
             Err(_) => self.verify_one_by_one(window, checked),
-        };
-        let (all, backend) = reader.read(width, take)?;
+        })?;
         let mut pages = 0;
         for checked in all {
             pages += checked.pages;
@@ -361,30 +380,43 @@ impl<'a> PageCheck<'a> {
         Ok((pages, backend.to_string()))
     }
 
+    /// Reads all windows in parallel and hands each to `take`; returns what every worker has seen,
+    /// and the back end.
+    fn read(
+        &self,
+        take: impl Fn(&mut Checked<'a>, &Window, io::Result<&[u8]>) -> Result<(), CheckError> + Sync,
+    ) -> Result<(Vec<Checked<'a>>, BackendInUse), CheckError> {
+        let width = (self.options.io, self.options.jobs.count());
+        let blocks = &self.snapshot.structure().blocks;
+        let (file, windows, control) = (&self.file, &self.windows, self.control);
+        WindowReader { file, blocks, windows, control }.read(width, take)
+    }
+
     /// Compares the pages of a window with their hashes.
     fn verify(
         &self,
         window: &Window,
         bytes: &[u8],
-        checked: &mut Checked,
+        checked: &mut Checked<'a>,
     ) -> Result<(), CheckError> {
         let Checked { pages, found, hashes } = checked;
+        let hashes = hashes.get_or_insert_with(|| PageHashes::new(self.snapshot));
         let placed = &self.snapshot.structure().blocks[window.block];
         let bitmap = &self.bitmaps[window.block];
         let page_len = usize::try_from(placed.block.page_size().bytes()).expect("64 KiB at most");
         let first = window.range.start / page_len as u64;
         for (page, bytes) in (first..).zip(bytes.chunks(page_len)) {
-            let recorded = hashes.of(self, window.block, page)?;
+            let recorded = hashes.recorded(window.block, PageIndex(page))?.unwrap_or_default();
             if bitmap.contains(PageIndex(page)) {
                 *pages += 1;
-                if encode_hash(page_hash(bytes)) != recorded {
+                if !is_page(bytes, recorded) {
                     found.page(FindingKind::PageHash, placed, page);
                 }
             } else {
                 if !is_zero(bytes) {
                     found.page(FindingKind::StalePage, placed, page);
                 }
-                if recorded != [0; 16] {
+                if recorded != Hash::default() {
                     found.page(FindingKind::StrayHash, placed, page);
                 }
             }
@@ -393,7 +425,11 @@ impl<'a> PageCheck<'a> {
     }
 
     /// A window of which some bytes cannot be read: finds out which pages.
-    fn verify_one_by_one(&self, window: &Window, checked: &mut Checked) -> Result<(), CheckError> {
+    fn verify_one_by_one(
+        &self,
+        window: &Window,
+        checked: &mut Checked<'a>,
+    ) -> Result<(), CheckError> {
         let placed = &self.snapshot.structure().blocks[window.block];
         let page_len = placed.block.page_size().bytes();
         let mut bytes = vec![0; usize::try_from(page_len).expect("64 KiB at most")];
@@ -407,36 +443,6 @@ impl<'a> PageCheck<'a> {
             self.verify(&window, &bytes, checked)?;
         }
         Ok(())
-    }
-}
-
-/// The hashes of the unit that a worker looks at.
-#[derive(Debug, Default)]
-struct Hashes {
-    unit: Option<(usize, u64)>,
-    bytes: Arc<Vec<u8>>,
-}
-
-impl Hashes {
-    /// Returns the recorded hash of a page; reads the table of its unit when it is the first.
-    fn of(
-        &mut self,
-        check: &PageCheck<'_>,
-        block: usize,
-        page: u64,
-    ) -> Result<[u8; 16], CheckError> {
-        let placed = &check.snapshot.structure().blocks[block];
-        let pages_in_unit = UNIT_LEN / placed.block.page_size().bytes();
-        let unit = page / pages_in_unit;
-        if self.unit != Some((block, unit)) {
-            let first = unit * pages_in_unit;
-            let pages = pages_in_unit.min(placed.block.page_count().0 - first);
-            let offset = check.manifest.meta.blocks[block].hashes_offset + first * HASH_LEN;
-            self.bytes = Arc::new(check.snapshot.read(offset, pages * HASH_LEN)?);
-            self.unit = Some((block, unit));
-        }
-        let index = usize::try_from((page % pages_in_unit) * HASH_LEN).expect("64 KiB");
-        Ok(<[u8; 16]>::try_from(&self.bytes[index..index + 16]).expect("16 bytes"))
     }
 }
 

@@ -4,7 +4,8 @@
 //! look at the source - begin - send it, or receive it, or both at once - publish
 //! ```
 //!
-//! The device sections are the same bytes in both.
+//! The device sections are the same bytes in both. The source is verified as it is read, so that
+//! bytes that fail their hash never get a new one.
 
 use std::fs::File;
 use std::io::{Read as _, Seek as _, SeekFrom};
@@ -14,12 +15,13 @@ use std::thread;
 use std::time::Instant;
 
 use serde::Serialize;
-use vmfile_engine::{Backend, DirectIo, Existing, PublishError, Unpublished};
+use vmfile_engine::{Backend, DirectIo, Existing, PublishError};
 use vmfile_format::stream::decoder::{EVENT_LEN_MAX, Event, StreamDecoder};
 
 use crate::control::Control;
+use crate::new_file::new_file;
 use crate::receive::{ReceiveError, ReceiveOptions, StreamFrom, receive};
-use crate::send::{SendError, SendOptions, SendTo, send};
+use crate::send::{SendError, SendOptions, SendReport, SendTo, send};
 use crate::snapshot::{Snapshot, SnapshotError};
 
 /// What a file is.
@@ -73,6 +75,8 @@ pub struct ConvertReport {
     pub pages_total: u64,
     /// Pages that hold data.
     pub pages_data: u64,
+    /// Whether the source was compared with its checksums and each page with its hash; if not, why.
+    pub verified: &'static str,
     /// How long it took, in seconds.
     pub total_seconds: f64,
 }
@@ -153,7 +157,7 @@ pub fn convert(
     control: &Control<'_>,
 ) -> Result<ConvertReport, ConvertError> {
     let started = Instant::now();
-    let (from, (pages_total, pages_data)) = match (Snapshot::open(source, start), to) {
+    let (from, converted) = match (Snapshot::open(source, start), to) {
         (Ok(snapshot), Format::Stream) => {
             (Format::MappedRam, to_stream(&snapshot, destination, options, control)?)
         }
@@ -181,8 +185,9 @@ pub fn convert(
         file: destination.to_path_buf(),
         from: from.name(),
         to: to.name(),
-        pages_total,
-        pages_data,
+        pages_total: converted.pages_total,
+        pages_data: converted.pages_data,
+        verified: converted.verified,
         total_seconds: started.elapsed().as_secs_f64(),
     })
 }
@@ -203,30 +208,42 @@ fn open_stream(source: &Path, start: u64) -> Result<Option<File>, ConvertError> 
     Ok(matches!(first, Some(Event::Configuration(_))).then_some(file))
 }
 
-/// Writes the VM as a stream; returns how many pages it has, and how many of them hold data.
+/// What was converted.
+struct Converted {
+    pages_total: u64,
+    pages_data: u64,
+    verified: &'static str,
+}
+
+/// Writes the VM as a stream.
 fn to_stream(
     snapshot: &Snapshot,
     destination: &Path,
     options: &ConvertOptions,
     control: &Control<'_>,
-) -> Result<(u64, u64), ConvertError> {
-    let unpublished = Unpublished::create_beside(destination, options.existing)?;
+) -> Result<Converted, ConvertError> {
+    let unpublished = new_file(destination, options.existing, None)?;
     let file = unpublished.file().try_clone().map_err(io("open the new file once more"))?;
     let sent = send(snapshot, SendTo::Descriptor(file.into()), &send_options(options), control)?;
     unpublished.publish()?;
-    Ok((sent.pages_total, sent.pages_data))
+    let SendReport { pages_total, pages_data, verified, .. } = sent;
+    Ok(Converted { pages_total, pages_data, verified })
 }
 
-/// Writes a stream at fixed places; returns how many pages it has, and how many of them hold data.
+/// Writes a stream at fixed places.
 fn from_stream(
     file: File,
     destination: &Path,
     options: &ConvertOptions,
     control: &Control<'_>,
-) -> Result<(u64, u64), ConvertError> {
+) -> Result<Converted, ConvertError> {
     let from = StreamFrom::Descriptor(file.into());
     let received = receive(from, destination, &receive_options(options), control)?;
-    Ok((received.pages_total, received.pages_total - received.pages_zero))
+    Ok(Converted {
+        pages_total: received.pages_total,
+        pages_data: received.pages_total - received.pages_zero,
+        verified: "no: a stream has no hashes",
+    })
 }
 
 /// Sends the VM to ourselves: what arrives is checked, hashed, and without stale bytes.
@@ -235,7 +252,7 @@ fn to_vmfile(
     destination: &Path,
     options: &ConvertOptions,
     control: &Control<'_>,
-) -> Result<(u64, u64), ConvertError> {
+) -> Result<Converted, ConvertError> {
     let (ours, theirs) = UnixStream::pair().map_err(io("make a pair of sockets"))?;
     let (sent, received) = thread::scope(|scope| {
         // The receiver reports how far it is.
@@ -250,9 +267,11 @@ fn to_vmfile(
         // The other one is the reason.
         (Ok(_) | Err(SendError::PeerClosed { .. }), Err(error)) => Err(error.into()),
         (Err(error), _) => Err(error.into()),
-        (Ok(_), Ok(received)) => {
-            Ok((received.pages_total, received.pages_total - received.pages_zero))
-        }
+        (Ok(sent), Ok(received)) => Ok(Converted {
+            pages_total: received.pages_total,
+            pages_data: received.pages_total - received.pages_zero,
+            verified: sent.verified,
+        }),
     }
 }
 

@@ -8,18 +8,28 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use vmfile_engine::{DataFile, DirectIo, DirectIoInUse, PublishError, Unpublished, drop_cached};
+use vmfile_engine::{
+    DataFile, DirectIo, DirectIoInUse, Durable, PublishError, Unpublished, drop_cached,
+};
 use vmfile_format::manifest::{BlockMeta, ExtentMeta, Meta, VmMeta, place_tables};
 use vmfile_format::mapped_ram::{MARK, MappedRamLayout, PlacedBlock};
 use vmfile_format::stream::configuration::Configuration;
 use vmfile_format::{FormatError, PageBitmap, RamBlock, RamLayout};
 
+use crate::proof::{ProofError, prove};
 use crate::snapshot::{Snapshot, SnapshotError};
 
 /// A file that has no name yet. Dropping it leaves none.
 #[derive(Debug)]
 pub(crate) struct Draft {
     unpublished: Unpublished,
+    file: DataFile,
+}
+
+/// A whole file that is on the disk, was read back, and has no name yet. Dropping it leaves none.
+#[derive(Debug)]
+pub(crate) struct Proven {
+    durable: Durable,
     file: DataFile,
 }
 
@@ -153,14 +163,41 @@ impl Draft {
         Snapshot::from_file(path, file, 0)
     }
 
-    /// Makes the file durable and gives it its name.
+    /// Makes the file durable and reads it back: from the disk, if it was written past the page cache.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`ProofError`] if the file is not what was written; there is none then.
+    pub(crate) fn prove(self) -> Result<Proven, ProofError> {
+        let durable = self.unpublished.make_durable()?;
+        let proven = Proven { durable, file: self.file };
+        proven.forget_cached();
+        let (path, file) = (proven.durable.path(), proven.durable.file().try_clone());
+        let open = |source| SnapshotError::Open { path: path.to_path_buf(), source };
+        let file = file.map_err(open).map_err(ProofError::Differs)?;
+        let snapshot = Snapshot::from_file(path, file, 0).map_err(ProofError::Differs)?;
+        prove(&snapshot)?;
+        Ok(proven)
+    }
+}
+
+impl Proven {
+    /// Gives the file its name.
+    ///
+    /// # Errors
+    ///
+    /// As [`Durable::publish`].
     pub(crate) fn publish(self) -> Result<(), PublishError> {
-        let file = self.unpublished.publish()?;
+        self.forget_cached();
+        self.durable.publish().map(drop)
+    }
+
+    /// Leaves the page cache as it was found, if the file was written past it.
+    fn forget_cached(&self) {
         if matches!(self.file.direct(), DirectIoInUse::Yes { .. }) {
-            // The page cache is left as it was found; if the kernel will not, nothing is lost.
-            let _ = drop_cached(file.as_fd(), 0..u64::MAX);
+            // If the kernel will not, nothing is lost.
+            let _ = drop_cached(self.file.as_fd(), 0..u64::MAX);
         }
-        Ok(())
     }
 }
 

@@ -9,6 +9,7 @@ use vmfile_format::FormatError;
 use vmfile_qemu::{CommandLineError, VmError};
 
 use crate::draft::DraftError;
+use crate::proof::ProofError;
 use crate::ram_writer::RamError;
 use crate::receive::ReceiveError;
 use crate::save::Change;
@@ -141,9 +142,20 @@ pub enum SaveError {
     /// The pages that QEMU wrote cannot be read.
     #[error("read the pages that QEMU wrote")]
     Reread(#[source] io::Error),
+    /// What was written does not read back.
+    #[error(transparent)]
+    Proof(ProofError),
     /// A pair of sockets could not be made.
     #[error("make a pair of sockets")]
     Socket(#[source] io::Error),
+    /// QEMU did not make the connections by which it was to send the VM.
+    #[error("QEMU did not connect to {socket}: {reason}", socket = socket.display())]
+    NotConnected {
+        /// The socket, as QEMU was told.
+        socket: PathBuf,
+        /// QEMU's own words, where it gave any.
+        reason: String,
+    },
     /// QEMU did not send the VM.
     #[error("QEMU's migration: {reason}")]
     Migration {
@@ -195,7 +207,7 @@ pub enum SaveError {
         source: VmError,
     },
     /// The file is whole, but the VM could not be told to go on or to end.
-    #[error("{file} is whole, but the VM is left paused", file = file.display())]
+    #[error("{file} is whole, but {}", left(source), file = file.display())]
     Release {
         /// The file.
         file: PathBuf,
@@ -213,13 +225,30 @@ impl SaveError {
     /// Whether the VM is left paused that ran before.
     #[must_use]
     pub fn leaves_paused(&self) -> bool {
-        matches!(self, SaveError::LeftPaused { .. } | SaveError::Release { .. })
-            || matches!(self, SaveError::Vm(VmError::LeftPaused { .. }))
+        match self {
+            SaveError::Release { source, .. } => !is_gone(source),
+            SaveError::LeftPaused { .. } | SaveError::Vm(VmError::LeftPaused { .. }) => true,
+            _ => false,
+        }
     }
 
     /// Says that QEMU is gone, unless this error says so already.
     pub(crate) fn with_qemu_gone(self, source: VmError) -> SaveError {
         SaveError::QemuGone { cause: Box::new(self), source }
+    }
+}
+
+/// Whether QEMU has ended.
+fn is_gone(error: &VmError) -> bool {
+    matches!(error, VmError::Qmp(error) if error.is_closed())
+}
+
+/// Says what became of a VM that was not released, for `error`.
+fn left(error: &VmError) -> &'static str {
+    if is_gone(error) {
+        "QEMU ended before it was told what to do"
+    } else {
+        "the VM is left paused"
     }
 }
 
@@ -239,6 +268,15 @@ impl From<RamError> for SaveError {
             }
             RamError::Write { source } => SaveError::Write { what: "guest RAM", source },
             RamError::Stopped => SaveError::Stopped,
+        }
+    }
+}
+
+impl From<ProofError> for SaveError {
+    fn from(error: ProofError) -> SaveError {
+        match error {
+            ProofError::Publish(error) => SaveError::Publish(error),
+            error => SaveError::Proof(error),
         }
     }
 }

@@ -35,6 +35,19 @@ impl Guard {
         self.files.extend(files);
     }
 
+    /// Has new connections to a socket taken, and what comes by them read and thrown away, until QEMU
+    /// has ended its sending: QEMU (10.0.2) may crash when several of its connections end at once.
+    pub(crate) fn keep_listening(&self, listener: BorrowedFd<'_>) -> Result<(), GuardError> {
+        self.guardian.keep_listening(listener).map_err(|source| GuardError { source })
+    }
+
+    /// Has a connection kept open and read as well; or a file kept open, so that QEMU is not the last
+    /// to close it: the kernel then frees its blocks, for which a file that QEMU wrote page by page
+    /// takes seconds (10 s for 140 MiB on a busy disk, ext4, Linux 6.18), and QEMU waits.
+    pub(crate) fn keep_open(&self, connection: BorrowedFd<'_>) -> Result<(), GuardError> {
+        self.guardian.keep_open(connection).map_err(|source| GuardError { source })
+    }
+
     /// Has everything put back that a save may have changed, should this process end from now on.
     pub(crate) fn watch_save(&self, footprint: &Footprint<'_>) -> Result<(), GuardError> {
         self.entrust(undo_steps(footprint))

@@ -1,10 +1,14 @@
 //! `vmfile list`: the VMs that run on this host.
 
+use std::error::Error;
+use std::io;
 use std::path::PathBuf;
+use std::thread::{self, ScopedJoinHandle};
+use std::time::{Duration, Instant};
 
 use crate::leftover::put_right;
 use serde::Serialize;
-use vmfile_qemu::{DiscoverError, Feature, Found, RunState, Vm};
+use vmfile_qemu::{DiscoverError, Feature, Found, RunState, Vm, VmError};
 
 /// A VM that runs on this host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -28,47 +32,94 @@ pub struct ListedVm {
     pub note: Option<String>,
 }
 
+/// How long a VM may take until it has said all: the answer is there within two seconds.
+const ANSWER_TIMEOUT: Duration = Duration::from_millis(1500);
+
 /// Returns the VMs that run on this host, in the order of their process ids.
 ///
-/// Each QEMU is asked over its QMP socket; one whose socket is held by somebody else is listed with
-/// the reason.
+/// All QEMUs are asked at once, over their QMP sockets. One that does not answer within 1.5 seconds is
+/// listed with the reason, and one whose monitor libvirt holds is not asked.
 ///
 /// # Errors
 ///
 /// Returns [`DiscoverError`] if the host's processes cannot be listed.
 pub fn list() -> Result<Vec<ListedVm>, DiscoverError> {
-    Ok(vmfile_qemu::list()?.into_iter().map(look_at).collect())
+    let found = vmfile_qemu::list()?;
+    Ok(thread::scope(|scope| {
+        let ask = |found: Found| {
+            let listed = not_asked(&found);
+            let asked = thread::Builder::new().spawn_scoped(scope, || look_at(found));
+            (listed, asked)
+        };
+        let asked: Vec<_> = found.into_iter().map(ask).collect();
+        let told = |(mut listed, asked): (ListedVm, io::Result<ScopedJoinHandle<'_, ListedVm>>)| {
+            match asked {
+                Ok(asked) => asked.join().expect("no panic"),
+                Err(error) => {
+                    listed.reason = Some(format!("no thread was to be had to ask it: {error}"));
+                    listed
+                }
+            }
+        };
+        asked.into_iter().map(told).collect()
+    }))
 }
 
-fn look_at(found: Found) -> ListedVm {
-    let mut listed = ListedVm {
+/// Says what is known of a VM without its monitor.
+fn not_asked(found: &Found) -> ListedVm {
+    ListedVm {
         pid: found.pid,
-        name: found.name,
+        name: found.name.clone(),
         qmp: found.qmp.first().cloned(),
         ram_bytes: None,
         backing: Vec::new(),
         routes: Vec::new(),
         reason: None,
         note: None,
-    };
-    let mut reason = "its command line names no QMP socket".to_owned();
-    for socket in found.qmp {
-        match Vm::connect(&socket) {
+    }
+}
+
+fn look_at(found: Found) -> ListedVm {
+    let mut listed = not_asked(&found);
+    let mut reasons = Vec::new();
+    if found.is_of_libvirt {
+        reasons.push("libvirt owns its monitor".to_owned());
+    } else if found.qmp.is_empty() {
+        reasons.push("its command line names no QMP socket".to_owned());
+    }
+    let deadline = Instant::now() + ANSWER_TIMEOUT;
+    for (tried, socket) in found.qmp.iter().enumerate() {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let share = u32::try_from(found.qmp.len() - tried).unwrap_or(u32::MAX);
+        match Vm::connect_within(socket, left / share) {
             Ok(mut vm) => {
-                listed.qmp = Some(socket);
-                listed.reason = ask(&mut vm, &mut listed).err();
+                listed.qmp = Some(socket.clone());
+                let left = deadline.saturating_duration_since(Instant::now());
+                listed.reason = vm.unstoppable(left, |vm| ask(vm, &mut listed)).err();
                 return listed;
             }
-            Err(error) => reason = error.to_string(),
+            Err(error) => reasons.push(whole(&error)),
         }
     }
-    listed.reason = Some(reason);
+    listed.reason = Some(reasons.join("; "));
     listed
+}
+
+/// Says what an error says, with its sources.
+fn whole(error: &VmError) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        source = error.source();
+    }
+    text
 }
 
 /// Asks a VM for what is listed; `Err` says why it cannot be saved.
 fn ask(vm: &mut Vm, listed: &mut ListedVm) -> Result<(), String> {
-    let text = |error: vmfile_qemu::VmError| error.to_string();
+    let text = |error: VmError| whole(&error);
     listed.note = put_right(vm).map_err(text)?;
     if listed.name.is_none() {
         listed.name = vm.name().map_err(text)?;

@@ -2,18 +2,20 @@
 
 use std::fs::{self, DirBuilder};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, chown};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt as _, chown};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 
 use crate::receive::ReceiveError;
 use crate::source::stream::{Patience, Pulse};
 
-/// Where a socket gets a directory of its own: a short path, and one that QEMU sees as well.
+/// Where a socket gets a directory of its own: a short path.
 const SOCKETS: &str = "/tmp";
 
 /// A socket with a name; dropping it removes the name.
@@ -21,6 +23,8 @@ const SOCKETS: &str = "/tmp";
 pub(crate) struct Listener {
     listener: UnixListener,
     path: PathBuf,
+    /// Its path for the sender, which may have another root directory.
+    path_of_sender: PathBuf,
     /// The directory that was made for it.
     directory: Option<PathBuf>,
 }
@@ -30,22 +34,30 @@ impl Listener {
     pub(crate) fn bind(path: &Path) -> Result<Listener, ReceiveError> {
         let error = |source| ReceiveError::Listen { path: path.to_path_buf(), source };
         let listener = UnixListener::bind(path).map_err(error)?;
-        Ok(Listener { listener, path: path.to_path_buf(), directory: None })
+        let path = path.to_path_buf();
+        Ok(Listener { listener, path_of_sender: path.clone(), path, directory: None })
     }
 
-    /// Listens in a directory of its own, which only this user and the user `uid` can enter.
-    pub(crate) fn bind_for(uid: Option<u32>) -> Result<Listener, ReceiveError> {
+    /// Listens in a directory of its own, which only this user and the one of process `pid` can enter.
+    ///
+    /// The directory is where that process sees it, in a container or another root directory, as far
+    /// as this process may look there.
+    pub(crate) fn bind_for(pid: Option<u32>) -> Result<Listener, ReceiveError> {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         // Short: a socket's path has at most 107 bytes.
         let name = format!("vmfile-{}-{number}", std::process::id());
-        let directory = Path::new(SOCKETS).join(name);
+        let root = pid.map(root_of).filter(|root| root.join("tmp").is_dir());
+        let root = root.unwrap_or_else(|| PathBuf::from("/"));
+        let of_sender = Path::new(SOCKETS).join(name);
+        let directory = root.join(of_sender.strip_prefix("/").expect("it is absolute"));
         let error = |source| ReceiveError::Listen { path: directory.clone(), source };
-        // It fails if anything is there, so that nobody can have put it there before.
+        // It fails if anything is there, so that no one else can have put it there before.
         DirBuilder::new().mode(0o700).create(&directory).map_err(error)?;
         let bound = Listener::bind(&directory.join("stream")).and_then(|mut listener| {
             listener.directory = Some(directory.clone());
-            if let Some(uid) = uid {
+            listener.path_of_sender = of_sender.join("stream");
+            if let Some(uid) = pid.and_then(user_of) {
                 hand_over(&listener.path, uid).map_err(error)?;
                 hand_over(&directory, uid).map_err(error)?;
             }
@@ -59,6 +71,33 @@ impl Listener {
         &self.path
     }
 
+    /// Returns the path of the socket for the sender.
+    pub(crate) fn path_of_sender(&self) -> &Path {
+        &self.path_of_sender
+    }
+
+    /// Waits at most `timeout` for a connection.
+    pub(crate) fn wait(&self, timeout: Duration) -> Result<bool, ReceiveError> {
+        let timeout = Timespec::try_from(timeout).expect("a short time");
+        match poll(&mut [PollFd::new(&self.listener, PollFlags::IN)], Some(&timeout)) {
+            Ok(count) => Ok(count > 0),
+            Err(Errno::INTR) => Ok(false),
+            Err(errno) => {
+                Err(ReceiveError::Listen { path: self.path.clone(), source: errno.into() })
+            }
+        }
+    }
+
+    /// Takes a connection that waits; `None` where there is none.
+    pub(crate) fn accept_waiting(&self) -> Result<Option<OwnedFd>, ReceiveError> {
+        if !self.wait(Duration::ZERO)? {
+            return Ok(None);
+        }
+        let error = |source| ReceiveError::Listen { path: self.path.clone(), source };
+        let (connection, _) = self.listener.accept().map_err(error)?;
+        Ok(Some(connection.into()))
+    }
+
     /// Waits for the next connection.
     pub(crate) fn accept(&self, patience: &Patience<'_>) -> Result<OwnedFd, ReceiveError> {
         let error = |source| ReceiveError::Listen { path: self.path.clone(), source };
@@ -68,12 +107,15 @@ impl Listener {
         Ok(connection.into())
     }
 
-    /// Returns whether somebody has connected and was not accepted.
+    /// Returns whether a connection waits that was not accepted.
     pub(crate) fn is_awaited(&self) -> Result<bool, ReceiveError> {
-        let now = Timespec::default();
-        let ready = poll(&mut [PollFd::new(&self.listener, PollFlags::IN)], Some(&now));
-        let error = |source| ReceiveError::Listen { path: self.path.clone(), source };
-        ready.map(|count| count > 0).map_err(|errno| error(errno.into()))
+        self.wait(Duration::ZERO)
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.listener.as_fd()
     }
 }
 
@@ -85,6 +127,16 @@ impl Drop for Listener {
             let _ = fs::remove_dir(directory);
         }
     }
+}
+
+/// Returns the root directory of process `pid`, by a path that this process can use.
+fn root_of(pid: u32) -> PathBuf {
+    PathBuf::from(format!("/proc/{pid}/root"))
+}
+
+/// Returns the user as whom a process runs, as far as that is known.
+fn user_of(pid: u32) -> Option<u32> {
+    Some(fs::metadata(format!("/proc/{pid}")).ok()?.uid())
 }
 
 /// Gives a file to a user, if it is not that user's already.

@@ -2,7 +2,7 @@
 //!
 //! The destination has not run yet. Its memory is zero where nothing touched it; where the file has
 //! a zero page and the destination has bytes (firmware it loaded itself, a file that was used
-//! before), zeros are written.
+//! before), zeros are written. Every page that is read is compared with its hash.
 
 use std::fs::File;
 use std::io;
@@ -15,13 +15,15 @@ use vmfile_engine::{
     Backend, BackendInUse, DataFile, Direction, Memory, PooledBuffer, ProcessMemory, Region,
     Transfer,
 };
-use vmfile_format::PageBitmap;
 use vmfile_format::mapped_ram::PlacedBlock;
+use vmfile_format::{PageBitmap, PageIndex};
 
 use crate::control::{Control, Progress};
 use crate::lane::{Lane, on_lanes};
+use crate::page_hashes::PageHashes;
 use crate::plan::{Unit, WINDOW_LEN, pieces, units};
 use crate::ranges;
+use crate::snapshot::{Snapshot, SnapshotError};
 
 /// Where the bytes of one block go.
 #[derive(Clone, Debug)]
@@ -39,6 +41,8 @@ pub(crate) enum Writer {
 /// One block to load.
 #[derive(Debug)]
 pub(crate) struct LoadTarget {
+    /// The block's number in the file.
+    pub(crate) block: usize,
     pub(crate) placed: PlacedBlock,
     pub(crate) bitmap: PageBitmap,
     pub(crate) writer: Writer,
@@ -52,6 +56,9 @@ pub enum LoadError {
     /// The file could not be read.
     #[error("read guest RAM from the file")]
     Read(#[source] io::Error),
+    /// A page is not what was written, or its hash could not be read.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
     /// The destination's memory could not be written.
     #[error("write {len} bytes of guest RAM at {block_offset:#x} of RAM block {block:?}")]
     Write {
@@ -76,7 +83,7 @@ pub enum LoadError {
 ///
 /// Returns the first [`LoadError`] that any worker met.
 pub(crate) fn load_ram(
-    file: &DataFile,
+    (snapshot, file): (&Snapshot, &DataFile),
     targets: &[LoadTarget],
     width: (Backend, usize),
     control: &Control<'_>,
@@ -85,6 +92,7 @@ pub(crate) fn load_ram(
     let units = units(&data);
     let total_bytes = crate::plan::total_len(&data);
     let loader = Loader {
+        snapshot,
         targets,
         units: &units,
         next: AtomicUsize::new(0),
@@ -109,6 +117,7 @@ fn data_ranges(target: &LoadTarget) -> Vec<Range<u64>> {
 }
 
 struct Loader<'a> {
+    snapshot: &'a Snapshot,
     targets: &'a [LoadTarget],
     units: &'a [Unit],
     next: AtomicUsize,
@@ -128,6 +137,7 @@ impl Loader<'_> {
     }
 
     fn units(&self, mut lane: Lane) -> Result<(), LoadError> {
+        let mut hashes = PageHashes::new(self.snapshot);
         while !self.failed.load(Ordering::Relaxed) {
             if self.control.is_stopped() {
                 return Err(LoadError::Stopped);
@@ -136,25 +146,33 @@ impl Loader<'_> {
             let Some(unit) = self.units.get(index) else { break };
             let windows = unit.ranges.iter().flat_map(|range| pieces(range.clone(), WINDOW_LEN));
             for window in windows {
-                self.submit(&mut lane, unit.block, window)?;
+                self.submit(&mut lane, &mut hashes, unit.block, window)?;
             }
             let len: u64 = unit.ranges.iter().map(|range| range.end - range.start).sum();
             let done_bytes = self.done.fetch_add(len, Ordering::Relaxed) + len;
             self.control.report(Progress { done_bytes, total_bytes: self.total_bytes });
         }
-        while self.complete_one(&mut lane)?.is_some() {}
+        while self.complete_one(&mut lane, &mut hashes)?.is_some() {}
         Ok(())
     }
 
-    fn submit(&self, lane: &mut Lane, block: usize, window: Range<u64>) -> Result<(), LoadError> {
+    fn submit(
+        &self,
+        lane: &mut Lane,
+        hashes: &mut PageHashes<'_>,
+        block: usize,
+        window: Range<u64>,
+    ) -> Result<(), LoadError> {
         while !lane.has_room() {
-            self.complete_one(lane)?;
+            self.complete_one(lane, hashes)?;
         }
         let target = &self.targets[block];
         let len = usize::try_from(window.end - window.start).expect("a window");
         let memory = match &target.writer {
             Writer::Region(region) => Memory::Region(Arc::clone(region), window.clone()),
-            Writer::File(..) | Writer::Process(..) => Memory::Owned(self.buffer(lane)?, 0..len),
+            Writer::File(..) | Writer::Process(..) => {
+                Memory::Owned(self.buffer(lane, hashes)?, 0..len)
+            }
         };
         let file_offset = target.placed.pages_offset + window.start;
         let direction = Direction::Read;
@@ -164,25 +182,46 @@ impl Loader<'_> {
     }
 
     /// Returns a free buffer, after completing reads that hold all of them.
-    fn buffer(&self, lane: &mut Lane) -> Result<PooledBuffer, LoadError> {
+    fn buffer(
+        &self,
+        lane: &mut Lane,
+        hashes: &mut PageHashes<'_>,
+    ) -> Result<PooledBuffer, LoadError> {
         loop {
             if let Some(buffer) = lane.free_buffer() {
                 return Ok(buffer);
             }
-            let completed = self.complete_one(lane)?;
+            let completed = self.complete_one(lane, hashes)?;
             assert!(completed.is_some(), "a buffer is free or in flight");
         }
     }
 
-    /// Waits for one read and hands its bytes on; `None` if nothing is in flight.
-    fn complete_one(&self, lane: &mut Lane) -> Result<Option<()>, LoadError> {
+    /// Waits for one read, verifies its pages and hands their bytes on; `None` if nothing is in flight.
+    fn complete_one(
+        &self,
+        lane: &mut Lane,
+        hashes: &mut PageHashes<'_>,
+    ) -> Result<Option<()>, LoadError> {
         let Some(completion) = lane.next_read().map_err(LoadError::Read)? else { return Ok(None) };
         completion.result.map_err(LoadError::Read)?;
         let transfer = completion.transfer;
         let target = &self.targets[usize::try_from(transfer.tag).expect("a block's number")];
-        if let Memory::Owned(buffer, range) = transfer.memory {
-            let block_offset = transfer.file_offset - target.placed.pages_offset;
-            target.copy(block_offset, &buffer[range])?;
+        let page_len = target.placed.block.page_size().bytes();
+        let block_offset = transfer.file_offset - target.placed.pages_offset;
+        match transfer.memory {
+            Memory::Owned(buffer, range) => {
+                let first = PageIndex(block_offset / page_len);
+                hashes.verify(target.block, &target.bitmap, first, &buffer[range.clone()])?;
+                target.copy(block_offset, &buffer[range])?;
+            }
+            Memory::Region(region, range) => {
+                let mut page = vec![0; usize::try_from(page_len).expect("64 KiB at most")];
+                for offset in pieces(range, page_len).map(|piece| piece.start) {
+                    region.load(offset, &mut page);
+                    hashes.verify_page(target.block, PageIndex(offset / page_len), &page)?;
+                }
+            }
+            Memory::Shared(..) => unreachable!("reads go into memory that may be written"),
         }
         Ok(Some(()))
     }

@@ -1,4 +1,4 @@
-//! How the pages of a file are read: past the page cache, or from it.
+//! How the pages of a file are read: past the page cache, or from it; and whether they are verified.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -33,4 +33,12 @@ pub(crate) fn open_for_reading(
     let file = DataFile::new(file.try_clone()?, wanted)?;
     let said = cached.unwrap_or_else(|| describe(file.direct()));
     Ok((file, said))
+}
+
+/// Says whether pages that are read are compared with their hashes, in the words of a report.
+pub(crate) fn verified(snapshot: &Snapshot) -> &'static str {
+    match snapshot.manifest() {
+        Some(_) => "yes",
+        None => "no: QEMU wrote the file, and its pages have no hashes",
+    }
 }

@@ -1,7 +1,7 @@
 //! `vmfile receive`: a migration stream into a file.
 //!
 //! ```text
-//! begin - connect - RAM, as it comes - devices - metadata - publish
+//! begin - connect - RAM, as it comes - devices - metadata - prove - publish
 //! ```
 //!
 //! Whoever sends decides what comes; every page goes to its fixed place, and one that comes again
@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
-use vmfile_engine::{Backend, DirectIo, Existing, PublishError, Unpublished};
+use vmfile_engine::{Backend, DirectIo, Existing, PublishError};
 use vmfile_format::FormatError;
 use vmfile_format::manifest::VmMeta;
 use vmfile_qemu::ProcessInfo;
@@ -23,6 +23,8 @@ use crate::control::Control;
 use crate::draft::{Draft, DraftError, Facts};
 use crate::listener::Listener;
 use crate::multifd::{CHANNELS_MAX, ChannelsError, Connections};
+use crate::new_file::new_file;
+use crate::proof::ProofError;
 use crate::source::stream::{Patience, WaitError};
 use crate::stream_receiver::{Received, StreamReceiver};
 
@@ -138,6 +140,12 @@ pub enum ReceiveError {
         /// How long was waited.
         after: Duration,
     },
+    /// The sender's process does not run.
+    #[error("QEMU's process {pid} is stopped, by SIGSTOP or a debugger, and sends nothing")]
+    ProcessStopped {
+        /// The process.
+        pid: u32,
+    },
     /// The sender does not come to its end.
     #[error("the stream has not ended in time; it was read up to offset {offset:#x}")]
     TimedOut {
@@ -158,6 +166,9 @@ pub enum ReceiveError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// What was written does not read back.
+    #[error(transparent)]
+    Proof(ProofError),
     /// The caller stopped it.
     #[error("stopped")]
     Stopped,
@@ -169,6 +180,7 @@ impl ReceiveError {
         match error {
             WaitError::Io(source) => ReceiveError::Read { offset, source },
             WaitError::Stalled(after) => ReceiveError::Stalled { offset, after },
+            WaitError::ProcessStopped(pid) => ReceiveError::ProcessStopped { pid },
             WaitError::TimedOut => ReceiveError::TimedOut { offset },
             // Who gives up for another is not asked why.
             WaitError::Stopped | WaitError::GivenUp => ReceiveError::Stopped,
@@ -187,6 +199,15 @@ impl ReceiveError {
 
     pub(crate) fn write_ram(source: io::Error) -> ReceiveError {
         ReceiveError::Write { what: "guest RAM", source }
+    }
+}
+
+impl From<ProofError> for ReceiveError {
+    fn from(error: ProofError) -> ReceiveError {
+        match error {
+            ProofError::Publish(error) => ReceiveError::Publish(error),
+            error => ReceiveError::Proof(error),
+        }
     }
 }
 
@@ -213,10 +234,11 @@ pub fn receive(
     control: &Control<'_>,
 ) -> Result<ReceiveReport, ReceiveError> {
     let started = Instant::now();
-    let unpublished = Unpublished::create_beside(destination, options.existing)?;
+    let unpublished = new_file(destination, options.existing, None)?;
     let draft = Draft::new(unpublished, options.direct_io)?;
     let patience = Patience {
         control,
+        process: None,
         stall: options.stall_timeout,
         deadline: options.timeout.map(|timeout| started + timeout),
     };
@@ -231,7 +253,7 @@ pub fn receive(
         return Err(ReceiveError::Stopped);
     }
     let direct_io = describe(draft.file().direct());
-    draft.publish()?;
+    draft.prove()?.publish()?;
     let pages_data: u64 = received.bitmaps.iter().map(|bitmap| bitmap.data_count().0).sum();
     let pages_total = received.places.pages_total();
     Ok(ReceiveReport {

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use vmfile_qemu::{CommandLineError, LaunchError, QmpError, VmError};
 
+use crate::check::CheckError;
 use crate::error::GuardError;
 use crate::ram_loader::LoadError;
 use crate::send::SendError;
@@ -16,12 +17,18 @@ use crate::source::process::ProcessRamError;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RestoreError {
-    /// The file could not be read.
+    /// The file could not be read, or is not what was written.
     #[error(transparent)]
     Snapshot(#[from] SnapshotError),
     /// The file could not be opened once more.
     #[error("open the file once more")]
     File(#[source] io::Error),
+    /// The pages were to be verified, and nothing is recorded that they could be compared with.
+    #[error("QEMU wrote {path}: its pages have no hashes to verify them by", path = path.display())]
+    NoHashes {
+        /// The file.
+        path: PathBuf,
+    },
     /// QEMU refused, or could not be asked.
     #[error(transparent)]
     Vm(#[from] VmError),
@@ -110,6 +117,9 @@ pub enum RestoreError {
     /// The RAM of the new process cannot be reached.
     #[error(transparent)]
     Process(#[from] ProcessRamError),
+    /// The pages that are mapped could not be verified.
+    #[error(transparent)]
+    Verify(CheckError),
     /// RAM could not be loaded.
     #[error(transparent)]
     Load(LoadError),

@@ -1,7 +1,7 @@
 //! `vmfile save`: a running VM into a file.
 //!
 //! ```text
-//! begin - pause - the route: device state and RAM, metadata - verify - publish - release
+//! begin - pause - the route: device state and RAM, metadata - prove - verify - publish - release
 //! ```
 //!
 //! Everything that can be refused is refused in `begin`, while the VM runs. From `pause` on, every
@@ -19,12 +19,13 @@ mod native_file;
 mod options;
 mod report;
 mod route;
+mod sending;
 mod stream;
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use vmfile_engine::{PublishError, Unpublished};
+use vmfile_engine::PublishError;
 use vmfile_format::manifest::VmMeta;
 use vmfile_qemu::{
     Flushed, Footprint, Holder, PUT_BACK_TIMEOUT, Paused, RamBlockInfo, RunState, SaveRecord, Vm,
@@ -35,15 +36,16 @@ pub use self::changed::Change;
 use self::describe::describe_vm;
 pub use self::disks::SavedDisk;
 pub(crate) use self::disks::overlay_names;
-use self::disks::{Disks, saved_disks};
+use self::disks::{Disks, deep_disks, saved_disks};
 pub use self::options::{After, Live, Route, SaveOptions};
 pub use self::report::SaveReport;
 use self::route::{ChosenRoute, ReadyRoute, choose, choose_live};
 use crate::control::Control;
-use crate::draft::{Draft, Facts};
+use crate::draft::{Draft, Facts, Proven};
 use crate::error::SaveError;
 use crate::guard::Guard;
 use crate::leftover::put_right;
+use crate::new_file::new_file;
 
 /// How long QEMU may take to flush its disks and end.
 const QUIT_TIMEOUT: Duration = Duration::from_secs(60);
@@ -99,6 +101,7 @@ struct Save<'a> {
 /// What a route works with.
 struct Work<'a> {
     vm: &'a mut Vm,
+    guard: &'a Guard,
     /// The RAM blocks as they are since the guest was stopped; empty while it runs.
     blocks: &'a [RamBlockInfo],
     draft: &'a Draft,
@@ -162,7 +165,7 @@ impl<'a> Save<'a> {
         control: &'a Control<'a>,
     ) -> Result<Save<'a>, SaveError> {
         let started = Instant::now();
-        let unpublished = Unpublished::create_beside(destination, options.existing)?;
+        let unpublished = new_file(destination, options.existing, vm.pid().ok())?;
         // Forked before there is much memory to copy.
         let mut guard = Guard::of_vm(vm)?;
         guard.add_files(unpublished.temporary_path());
@@ -181,11 +184,8 @@ impl<'a> Save<'a> {
         let found = vm.drives()?;
         let mut meta = describe_vm(vm, was_running, &found)?;
         warnings.extend(changed::compare(vm, &mut meta, &found, options)?);
-        let disks = if options.with_disks {
-            Disks::plan(&found, &mut meta, destination)?
-        } else {
-            Disks::default()
-        };
+        let disks =
+            if options.with_disks { Disks::plan(&found, &mut meta)? } else { Disks::default() };
         let draft = Draft::new(unpublished, options.direct_io)?;
         let route = match options.live.filter(|_| was_running) {
             Some(live) => choose_live(vm, options.route, live)?,
@@ -253,8 +253,9 @@ impl<'a> Save<'a> {
         let paused_at = paused.stopped_at();
         let mut work = Work {
             vm: paused.vm(),
+            guard: &self.guard,
             blocks: &blocks,
-            draft: self.draft.as_ref().expect("published once"),
+            draft: self.draft.as_ref().expect("proven once"),
             disks: &mut self.disks,
             options: self.options,
             control: self.control,
@@ -268,8 +269,9 @@ impl<'a> Save<'a> {
             ReadyRoute::Live(route) => route.write(&mut work)?,
             ReadyRoute::Native(route) => route.write(&mut work)?,
         };
+        let proven = self.prove()?;
         paused.verify()?;
-        self.publish()
+        self.publish(proven)
     }
 
     /// The guest was stopped by another client, or by itself, between the first look and the pause:
@@ -286,8 +288,9 @@ impl<'a> Save<'a> {
         let ReadyRoute::Live(route) = &self.route.route else { unreachable!("chosen by `save`") };
         let mut work = Work {
             vm: &mut *vm,
+            guard: &self.guard,
             blocks: &[],
-            draft: self.draft.as_ref().expect("published once"),
+            draft: self.draft.as_ref().expect("proven once"),
             disks: &mut self.disks,
             options: self.options,
             control: self.control,
@@ -296,7 +299,8 @@ impl<'a> Save<'a> {
             paused_at: None,
         };
         self.written = route.write(&mut work)?;
-        self.publish()?;
+        let proven = self.prove()?;
+        self.publish(proven)?;
         self.pause_seconds = self.written.live.as_ref().map_or(0.0, |live| live.pause_seconds);
         let after = self.options.after;
         let released = vm.unstoppable(QUIT_TIMEOUT, |vm| match after {
@@ -307,14 +311,19 @@ impl<'a> Save<'a> {
         released.map_err(|source| SaveError::Release { file: self.path.clone(), source })
     }
 
-    /// Makes the file durable and gives it its name.
-    fn publish(&mut self) -> Result<(), SaveError> {
+    /// Makes the file durable and reads it back.
+    fn prove(&mut self) -> Result<Proven, SaveError> {
+        Ok(self.draft.take().expect("proven once").prove()?)
+    }
+
+    /// Gives the file its name.
+    fn publish(&mut self, proven: Proven) -> Result<(), SaveError> {
         if self.control.is_stopped() {
             return Err(SaveError::Stopped);
         }
         // Once the file has its name the overlays are its own.
         self.watch(self.options.after != After::Pause, true)?;
-        match self.draft.take().expect("published once").publish() {
+        match proven.publish() {
             Ok(()) => {
                 self.is_named = true;
                 Ok(())
@@ -357,6 +366,8 @@ impl<'a> Save<'a> {
                 self.guard.leave();
             }
         }
+        let disks = saved_disks(&self.meta);
+        self.warnings.extend(deep_disks(&disks));
         SaveReport {
             file: self.path,
             route: self.route.route.name(),
@@ -369,7 +380,7 @@ impl<'a> Save<'a> {
             pages_zero: self.written.pages_total - self.written.pages_data,
             bytes_written: self.written.bytes_written,
             bytes_rewritten: self.written.bytes_rewritten,
-            disks: saved_disks(&self.meta),
+            disks,
             changes: changed::report(&self.meta),
             warnings: self.warnings,
             pause_seconds: self.pause_seconds,

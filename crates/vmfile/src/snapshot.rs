@@ -2,13 +2,17 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use vmfile_engine::{PageHasher, begin_reading};
 use vmfile_format::limits::FILE_LEN_MAX;
-use vmfile_format::manifest::{FOOTER_LEN, Footer, Meta};
+use vmfile_format::manifest::{ExtentMeta, FOOTER_LEN, Footer, Meta};
 use vmfile_format::mapped_ram::{MARK, MappedRamFile, PlacedBlock};
 use vmfile_format::{FormatError, PageBitmap, ReadError};
+
+use crate::plan::{WINDOW_LEN, pieces};
 
 /// A file that holds a saved VM: a vmfile, or a mapped-ram file that QEMU wrote.
 ///
@@ -69,6 +73,40 @@ pub enum SnapshotError {
         /// What is wrong, and where.
         source: FormatError,
     },
+    /// A page, or its recorded hash, is not what was written.
+    #[error(
+        "{path} is damaged: page {page} of RAM block {block:?}, at file offset {offset:#x}, \
+         and its recorded hash do not agree",
+        path = path.display()
+    )]
+    DamagedPage {
+        /// The file.
+        path: PathBuf,
+        /// The RAM block.
+        block: String,
+        /// The page's number in its block.
+        page: u64,
+        /// File offset of the page.
+        offset: u64,
+    },
+    /// A part of the file with a checksum is not what was written.
+    #[error(
+        "{path} is damaged: its {what} at file offset {offset:#x} has the checksum {found}, \
+         expected {expected}",
+        path = path.display()
+    )]
+    DamagedPart {
+        /// The file.
+        path: PathBuf,
+        /// What it is: `head`, `record`, `bitmap`, `device_state`, ...
+        what: String,
+        /// File offset of the part.
+        offset: u64,
+        /// The checksum of the bytes that are there: XXH3-128, 32 hexadecimal digits.
+        found: String,
+        /// The checksum that was recorded.
+        expected: String,
+    },
     /// vmfile wrote it, and its last bytes are missing or damaged.
     #[error(
         "{path} has lost its end: its last {FOOTER_LEN} bytes, from offset {offset:#x}, are no footer",
@@ -109,8 +147,12 @@ impl Snapshot {
     ) -> Result<Snapshot, SnapshotError> {
         let open = |source| SnapshotError::Open { path: path.to_path_buf(), source };
         let len = file.metadata().map_err(open)?.len().min(FILE_LEN_MAX);
+        let manifest = read_manifest(path, &file, len)?;
+        if let Some(manifest) = &manifest {
+            ask_for_parts(&file, &manifest.meta.extents);
+        }
         let structure = read_structure(path, &file, len, start)?;
-        let manifest = read_manifest(path, &file, len, &structure)?;
+        check_manifest(path, &file, len, &structure, manifest.as_ref())?;
         Ok(Snapshot { path: path.to_path_buf(), file, len, structure, manifest })
     }
 
@@ -133,6 +175,39 @@ impl Snapshot {
     pub fn device_state(&self) -> Result<Vec<u8>, SnapshotError> {
         let state = &self.structure.device_state;
         self.read(state.start, state.end - state.start)
+    }
+
+    /// Compares every part of the file that has a checksum, which is everything but pages, their
+    /// hashes and zeros, with that checksum. A file that QEMU wrote has none.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`SnapshotError::DamagedPart`] for the first part that is not what was written, and
+    /// [`SnapshotError::Read`] if the kernel refuses.
+    pub(crate) fn verify_parts(&self) -> Result<(), SnapshotError> {
+        for extent in self.manifest.iter().flat_map(|manifest| &manifest.meta.extents) {
+            let found = self.checksum(extent)?;
+            if !extent.has_hash(found) {
+                return Err(SnapshotError::DamagedPart {
+                    path: self.path.clone(),
+                    what: extent.what.clone(),
+                    offset: extent.offset,
+                    found: format!("{found:032x}"),
+                    expected: extent.xxh3_128.clone(),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns the checksum of the bytes that lie in `extent`, which are read in pieces: the bitmap
+    /// of a large block takes megabytes.
+    pub(crate) fn checksum(&self, extent: &ExtentMeta) -> Result<u128, SnapshotError> {
+        let mut hasher = PageHasher::new();
+        for piece in pieces(extent.offset..extent.offset + extent.bytes, WINDOW_LEN) {
+            hasher.write(&self.read(piece.start, piece.end - piece.start)?);
+        }
+        Ok(hasher.finish())
     }
 
     /// Returns the file's path as it was given.
@@ -196,27 +271,45 @@ fn read_structure(
     })
 }
 
-fn read_manifest(
-    path: &Path,
-    file: &File,
-    len: u64,
-    structure: &MappedRamFile,
-) -> Result<Option<Manifest>, SnapshotError> {
+fn read_manifest(path: &Path, file: &File, len: u64) -> Result<Option<Manifest>, SnapshotError> {
     let format = |source| SnapshotError::Format { path: path.to_path_buf(), source };
     let footer_offset = len.saturating_sub(FOOTER_LEN);
     let footer_len = usize::try_from(len - footer_offset).expect("at most FOOTER_LEN");
     let footer = read_at(path, file, footer_offset, footer_len)?;
-    let Some(footer) = Footer::decode(&footer, len).map_err(format)? else {
-        if is_ours(path, file, structure)? {
-            return Err(SnapshotError::LostEnd { path: path.to_path_buf(), offset: footer_offset });
-        }
-        return Ok(None);
-    };
+    let Some(footer) = Footer::decode(&footer, len).map_err(format)? else { return Ok(None) };
     let metadata_len = usize::try_from(footer.metadata_len).expect("at most MANIFEST_LEN_MAX");
     let bytes = read_at(path, file, footer.metadata_offset, metadata_len)?;
     let meta = Meta::decode(&bytes, &footer).map_err(format)?;
-    meta.check(structure, &footer).map_err(format)?;
     Ok(Some(Manifest { footer, meta }))
+}
+
+/// Asks the disk for all small parts at once: they lie all over the file, and one after the other they
+/// would take milliseconds.
+fn ask_for_parts(file: &File, parts: &[ExtentMeta]) {
+    for part in parts.iter().filter(|part| part.bytes <= WINDOW_LEN) {
+        // A wish. What the kernel does not read now it reads later, and then says what is wrong.
+        let _ = begin_reading(file.as_fd(), part.offset..part.offset.saturating_add(part.bytes));
+    }
+}
+
+/// Compares the manifest with the structure, or finds that the file must have had one.
+fn check_manifest(
+    path: &Path,
+    file: &File,
+    len: u64,
+    structure: &MappedRamFile,
+    manifest: Option<&Manifest>,
+) -> Result<(), SnapshotError> {
+    match manifest {
+        Some(Manifest { footer, meta }) => meta
+            .check(structure, footer)
+            .map_err(|source| SnapshotError::Format { path: path.to_path_buf(), source }),
+        None if is_ours(path, file, structure)? => {
+            let offset = len.saturating_sub(FOOTER_LEN);
+            Err(SnapshotError::LostEnd { path: path.to_path_buf(), offset })
+        }
+        None => Ok(()),
+    }
 }
 
 /// Whether vmfile wrote the file: then a footer must be there.

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::process::ExitCode;
 
-use vmfile::Existing;
+use vmfile::{Existing, Unpublished};
 use vmfile_bench::{Backing, BenchError, BenchOptions, Contents};
 
 use crate::args::{BenchArguments, RamMode};
@@ -33,6 +33,8 @@ pub(crate) fn run(arguments: &BenchArguments, voice: &Voice) -> Result<ExitCode,
         restores: !arguments.saves_only,
         sweep: arguments.sweep,
     };
+    // Before minutes of rounds, so that a name that cannot be had is refused now.
+    let page = arguments.html.as_deref().map(new_page).transpose()?;
     let command = std::env::args().collect();
     let result =
         vmfile_bench::run(&options, command, &signals.stop, &|line| voice.step("bench", line));
@@ -41,17 +43,19 @@ pub(crate) fn run(arguments: &BenchArguments, voice: &Voice) -> Result<ExitCode,
             .hint("guests were ended and files removed"),
         error => Failure::from(&error),
     })?;
-    if let Some(file) = &arguments.html {
-        write(file, &vmfile_bench::html::html(&report))?;
+    if let Some(page) = page {
+        write(page, &vmfile_bench::html::html(&report))?;
     }
     voice.answer(&report, vmfile_bench::table::table)?;
     Ok(ExitCode::SUCCESS)
 }
 
-/// Writes the page; an older one of that name is replaced.
-fn write(file: &Path, page: &str) -> Result<(), Failure> {
-    let unpublished = vmfile::Unpublished::create_beside(file, Existing::Replace)
-        .map_err(|error| Failure::from(&error))?;
+/// Makes the file of the page; an older one of that name will be replaced.
+fn new_page(path: &Path) -> Result<Unpublished, Failure> {
+    vmfile::new_file(path, Existing::Replace, None).map_err(|error| Failure::from(&error))
+}
+
+fn write(unpublished: Unpublished, page: &str) -> Result<(), Failure> {
     std::io::Write::write_all(&mut unpublished.file(), page.as_bytes())
         .map_err(|error| Failure::system("write the page", &error))?;
     let file = unpublished.publish().map_err(|error| Failure::from(&error))?;

@@ -40,6 +40,7 @@ pub(crate) fn run(arguments: &RestoreArguments, voice: &Voice) -> Result<ExitCod
         direct_io: arguments.engine.direct_io(),
         io: arguments.engine.io(),
         jobs: arguments.engine.jobs(),
+        verify: arguments.verify,
         paused: arguments.paused,
         foreground: arguments.foreground,
     };

@@ -77,6 +77,7 @@ pub(crate) fn convert(report: &ConvertReport) -> String {
     line(&mut text, "format", &format!("{} to {}", report.from, report.to));
     let memory = format!("{} of {} pages hold data", report.pages_data, report.pages_total);
     line(&mut text, "memory", &memory);
+    line(&mut text, "verified", &report.verified);
     line(&mut text, "took", &size::seconds(report.total_seconds));
     text
 }
@@ -98,6 +99,7 @@ pub(crate) fn restore(report: &RestoreReport) -> String {
         let (image, overlay) = (disk.image.display(), disk.overlay.display());
         line(&mut text, "disk", &format!("{overlay} on top of {image}"));
     }
+    line(&mut text, "verified", &report.verified);
     let took = format!(
         "QEMU started in {}, guest resumed {} later",
         size::seconds(report.qemu_start_seconds),
@@ -116,6 +118,7 @@ pub(crate) fn send(report: &SendReport) -> String {
         report.pages_data, report.pages_zero
     );
     line(&mut text, "memory", &pages);
+    line(&mut text, "verified", &report.verified);
     let took = format!(
         "{} at {}, stream of {}",
         size::seconds(report.total_seconds),

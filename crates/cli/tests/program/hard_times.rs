@@ -219,6 +219,25 @@ fn a_limit_on_file_sizes_leaves_the_vm_running() -> TestResult {
     Ok(())
 }
 
+/// A disk may say that it has written and not have done so. Here the kernel says it of the first 64
+/// bytes that each thread writes: the save once ended with 0, QEMU was gone, and the file was of no use.
+#[test]
+fn a_write_that_only_was_claimed_is_found_before_the_vm_ends() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    requires!(strace());
+    let directory = directory()?;
+    let (said, stops) = fails(&qemu, directory.path(), |qmp, file| {
+        let mut strace = Command::new("strace");
+        strace.args(["-f", "-qq", "-o", "/dev/null", "-e", "trace=pwrite64"]);
+        strace.args(["-e", "inject=pwrite64:retval=64:when=1"]);
+        strace.args(words![program(), "save", qmp, file, "--io", "threads", "--jobs", "1"]);
+        Ok(strace.output()?.into())
+    })?;
+    assert_eq!(stops, 1, "{said:?}");
+    said.assert(5, &["does not read back as it was written", "hint: "]);
+    Ok(())
+}
+
 /// Runs a save of which the kernel refuses every call of `call` with `error`.
 fn with_fault(qmp: &Path, file: &Path, call: &str, error: &str) -> TestResult<Said> {
     let arguments = words![
@@ -248,6 +267,25 @@ fn a_disk_that_fails_to_sync_leaves_the_vm_running_and_no_file() -> TestResult {
     assert_eq!(stops, 1, "{said:?}");
     said.assert(5, &["sync", "Input/output error"]);
     Ok(())
+}
+
+/// The directory is synced after the file has its name. Where that fails, the file is whole and stands: no
+/// other failure of a save leaves one, and what is done about its disks depends on it.
+#[test]
+fn a_directory_that_fails_to_sync_leaves_the_vm_running_and_a_whole_file() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    requires!(strace());
+    let mut guest = Guest::boot_sector(Ram::private(64)).seed(53).boot(&qemu)?;
+    guest.wait_for_count(1)?;
+    let directory = directory()?;
+    let file = directory.path().join("vm.vmf");
+    // The first call syncs the file itself.
+    let said = with_fault(&guest.qmp_path(), &file, "fsync", "EIO:when=2")?;
+    said.assert(5, &["vm.vmf is whole, but its directory cannot be synced", "Input/output error"]);
+    assert_eq!(guest.status()?, "running");
+    vmfile(words!["check", file]).assert(0, &["ok: "]);
+    guest.wait_for_passes(1)?;
+    guest.judge_counts()
 }
 
 #[test]

@@ -1,8 +1,8 @@
 //! Waits for QEMU: each has an end, says what it waited for, and obeys signals.
 
 use std::fs;
-use std::io::Read as _;
-use std::os::unix::net::UnixStream;
+use std::io::{self, Read as _};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Child, Stdio};
 use std::thread;
@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
-use vmfile_testing::{Guest, Monitor, Qemu, Ram, TestResult, requires};
+use vmfile_testing::{Guest, Monitor, Qemu, Ram, TestError, TestResult, requires};
 
 use crate::guests::directory;
 use crate::run::{Said, command, names_in, vmfile, wait_until};
@@ -174,4 +174,50 @@ fn sigtstp_waits_until_the_guest_runs() -> TestResult {
     kill_process(pid(child.id()), Signal::CONT)?;
     Said::from(child.wait_with_output()?).assert(0, &["saved"]);
     guest.judge_counts()
+}
+
+/// One stopped QEMU made `list` take 125 s, each held monitor 5 s more, and the reason was "connect to
+/// the QMP socket" without what the kernel had said.
+#[test]
+fn list_answers_within_two_seconds_whatever_the_vms_do() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    let free = small(&qemu, "free")?;
+    let held = small(&qemu, "held")?;
+    let stopped = small(&qemu, "stopped")?;
+    let gone = small(&qemu, "gone")?;
+    let _holders = hold(&held.qmp_path())?;
+    let process = Stopped::new(stopped.pid()?)?;
+    fs::remove_file(gone.qmp_path())?;
+    let started = Instant::now();
+    let said = vmfile(words!["list", "--json"]);
+    assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
+    let vms = said.json()?;
+    let of = |guest: &Guest| -> TestResult<serde_json::Value> {
+        let pid = guest.pid()?;
+        let vms = vms.as_array().ok_or("a list")?;
+        Ok(vms.iter().find(|vm| vm["pid"] == pid).ok_or("it is listed")?.clone())
+    };
+    assert_eq!(of(&free)?["reason"], json!(null));
+    let reason = |guest: &Guest| Ok::<_, TestError>(of(guest)?["reason"].to_string());
+    let expected = "another client holds this monitor, and 2 wait";
+    assert!(reason(&held)?.contains(expected), "{}", reason(&held)?);
+    assert!(reason(&stopped)?.contains("QEMU's process is stopped"), "{}", reason(&stopped)?);
+    assert!(reason(&gone)?.contains("No such file or directory"), "{}", reason(&gone)?);
+    drop(process);
+    Ok(())
+}
+
+/// A `save` that waited at libvirt's monitor got it when libvirtd was started anew, saved the VM and
+/// ended it: libvirt said "crashed".
+#[test]
+fn a_monitor_of_libvirt_is_not_connected_to() -> TestResult {
+    let directory = tempfile::tempdir()?;
+    let monitor = directory.path().join("libvirt/qemu/domain-1-web/monitor.sock");
+    fs::create_dir_all(monitor.parent().ok_or("a directory")?)?;
+    let listener = UnixListener::bind(&monitor)?;
+    listener.set_nonblocking(true)?;
+    let said = vmfile(words!["save", monitor, directory.path().join("vm.vmf")]);
+    said.assert(3, &["libvirt owns the monitor", "virsh save"]);
+    assert_eq!(listener.accept().unwrap_err().kind(), io::ErrorKind::WouldBlock);
+    Ok(())
 }

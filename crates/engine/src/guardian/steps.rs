@@ -11,8 +11,10 @@ use rustix::fs::{AtFlags, CWD, unlinkat};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 
+use super::kept::Kept;
 use super::will::{
-    ASK, AWAIT, AWAIT_NONE, DISMISSED, REMOVE, REMOVE_IF_LAST, REST, Reader, WILL_LEN_MAX,
+    ASK, AWAIT, AWAIT_NONE, CONNECTION, DISMISSED, LISTENER, REMOVE, REMOVE_IF_LAST, REST, Reader,
+    WILL_LEN_MAX,
 };
 
 /// How much of an answer is looked at together: words are found if they lie this close together.
@@ -37,6 +39,7 @@ pub(super) struct Room {
     /// Bytes of `will` that the newest will has.
     will_len: usize,
     answer: Box<[u8]>,
+    kept: Kept,
 }
 
 /// What an answer held.
@@ -56,19 +59,26 @@ struct Asking<'a> {
 impl Room {
     pub(super) fn new() -> Room {
         let will = vec![0; WILL_LEN_MAX].into_boxed_slice();
-        Room { will, will_len: 0, answer: vec![0; ANSWER_LEN].into_boxed_slice() }
+        let answer = vec![0; ANSWER_LEN].into_boxed_slice();
+        Room { will, will_len: 0, answer, kept: Kept::new() }
     }
 
     /// Takes each new will, until the other end is closed or says that it is over; returns whether
     /// it said so.
     pub(super) fn wait_for_the_end(&mut self, pipe: BorrowedFd<'_>) -> bool {
         loop {
-            // A packet comes whole, and leaves the last one where it is only if it is empty.
-            match recv(pipe, &mut *self.will, RecvFlags::empty()) {
+            // A short message is no will, and leaves the one that is there as it is.
+            let mut start = [0; 1];
+            match recv(pipe, &mut start[..], RecvFlags::PEEK) {
                 Ok((0, _)) => return false,
-                Ok((len, _)) => match self.will.first() {
-                    Some(&DISMISSED) => return true,
-                    _ => self.will_len = len,
+                Ok(_) => match start {
+                    [DISMISSED] => return true,
+                    [kind @ (CONNECTION | LISTENER)] => self.kept.take(pipe, kind),
+                    _ => {
+                        if let Ok((len, _)) = recv(pipe, &mut *self.will, RecvFlags::empty()) {
+                            self.will_len = len;
+                        }
+                    }
                 },
                 Err(Errno::INTR | Errno::AGAIN) => {}
                 Err(_) => return false,
@@ -78,27 +88,23 @@ impl Room {
 
     /// Does what the will says over `socket`.
     pub(super) fn carry_out(&mut self, socket: BorrowedFd<'_>) {
-        let Room { will, will_len, answer } = self;
+        let Room { will, will_len, answer, kept } = self;
         let mut reader = Reader(will.get(1..*will_len).unwrap_or_default());
         if reader.0.is_empty() {
             return;
         }
         put(socket, BREAK, None);
+        let mut peer = Peer { socket, answer, kept };
         let mut last = false;
-        while carry_out_one(&mut reader, socket, answer, &mut last).is_some() {}
+        while carry_out_one(&mut reader, &mut peer, &mut last).is_some() {}
     }
 }
 
 /// Carries out the next step; `None` where there is none.
-fn carry_out_one(
-    reader: &mut Reader<'_>,
-    socket: BorrowedFd<'_>,
-    answer: &mut [u8],
-    last: &mut bool,
-) -> Option<()> {
+fn carry_out_one(reader: &mut Reader<'_>, peer: &mut Peer<'_>, last: &mut bool) -> Option<()> {
     match reader.byte()? {
         ASK => {
-            asking(reader)?.ask(socket, answer, &[]);
+            peer.ask(&asking(reader)?, &[]);
         }
         kind @ (AWAIT | AWAIT_NONE) => {
             let asking = asking(reader)?;
@@ -113,9 +119,9 @@ fn carry_out_one(
             }
             let count = usize::try_from(count).ok()?;
             let words = words.get(..count.min(WORDS_MAX)).unwrap_or_default();
-            *last = asking.ask_until(socket, answer, words, kind == AWAIT);
+            *last = peer.ask_until(&asking, words, kind == AWAIT);
         }
-        REST => rest(reader.milliseconds()?),
+        REST => peer.rest(reader.milliseconds()?),
         REMOVE => remove(reader.bytes()?),
         REMOVE_IF_LAST => {
             let path = reader.bytes()?;
@@ -134,36 +140,37 @@ fn asking<'a>(reader: &mut Reader<'a>) -> Option<Asking<'a>> {
     Some(Asking { line, answer, deadline: Instant::now().checked_add(limit) })
 }
 
-impl Asking<'_> {
+/// Who is asked, and what is kept open meanwhile.
+struct Peer<'a> {
+    socket: BorrowedFd<'a>,
+    answer: &'a mut [u8],
+    kept: &'a mut Kept,
+}
+
+impl Peer<'_> {
     /// Asks until the answer holds one of `words`, or none of them; returns whether it did in time.
-    fn ask_until(
-        &self,
-        socket: BorrowedFd<'_>,
-        room: &mut [u8],
-        words: &[&[u8]],
-        is_wanted: bool,
-    ) -> bool {
+    fn ask_until(&mut self, asking: &Asking<'_>, words: &[&[u8]], is_wanted: bool) -> bool {
         loop {
-            let Some(seen) = self.ask(socket, room, words) else { return false };
+            let Some(seen) = self.ask(asking, words) else { return false };
             if seen.answer && seen.word == is_wanted {
                 return true;
             }
-            if left(self.deadline).is_none() {
+            if left(asking.deadline).is_none() {
                 return false;
             }
-            rest(INTERVAL);
+            self.rest(INTERVAL);
         }
     }
 
     /// Sends the line and reads up to its answer; `None` if the socket has ended.
-    fn ask(&self, socket: BorrowedFd<'_>, room: &mut [u8], words: &[&[u8]]) -> Option<Seen> {
-        put(socket, self.line, self.deadline)?;
+    fn ask(&mut self, asking: &Asking<'_>, words: &[&[u8]]) -> Option<Seen> {
+        put(self.socket, asking.line, asking.deadline)?;
         let mut len = 0;
         let mut seen = Seen::default();
         loop {
-            while let Some(end) = room.get(..len)?.iter().position(|&byte| byte == b'\n') {
-                seen.look(room.get(..end)?, self.answer, words);
-                room.copy_within(end + 1..len, 0);
+            while let Some(end) = self.answer.get(..len)?.iter().position(|&byte| byte == b'\n') {
+                seen.look(self.answer.get(..end)?, asking.answer, words);
+                self.answer.copy_within(end + 1..len, 0);
                 len -= end + 1;
                 if seen.answer {
                     // What came after the answer belongs to nobody.
@@ -171,22 +178,44 @@ impl Asking<'_> {
                 }
                 seen = Seen::default();
             }
-            if len == room.len() {
+            if len == self.answer.len() {
                 // A long line: what it holds so far is known.
-                seen.look(room, self.answer, words);
+                seen.look(self.answer, asking.answer, words);
                 let kept = len.checked_sub(WORD_LEN_MAX)?;
-                room.copy_within(kept..len, 0);
+                self.answer.copy_within(kept..len, 0);
                 len = WORD_LEN_MAX;
             }
-            if !wait(socket, PollFlags::IN, self.deadline) {
+            if !self.wait_for_words(asking.deadline) {
                 return Some(Seen::default());
             }
-            match recv(socket, room.get_mut(len..)?, RecvFlags::empty()) {
+            match recv(self.socket, self.answer.get_mut(len..)?, RecvFlags::DONTWAIT) {
                 Ok((0, _)) => return None,
                 Ok((received, _)) => len += received,
                 Err(Errno::INTR | Errno::AGAIN) => {}
                 Err(_) => return None,
             }
+        }
+    }
+
+    /// Waits until there is something to read, and returns whether there is before `deadline`.
+    fn wait_for_words(&mut self, deadline: Option<Instant>) -> bool {
+        loop {
+            let step = match left(deadline) {
+                Some(left) => left.min(self.kept.interval()),
+                None => return false,
+            };
+            if wait(self.socket, PollFlags::IN, Instant::now().checked_add(step)) {
+                return true;
+            }
+            self.kept.serve();
+        }
+    }
+
+    fn rest(&mut self, duration: Duration) {
+        let deadline = Instant::now().checked_add(duration);
+        while let Some(left) = left(deadline) {
+            rest(left.min(self.kept.interval()));
+            self.kept.serve();
         }
     }
 }

@@ -12,6 +12,12 @@ pub(crate) const DISMISSED: u8 = 0;
 /// First byte of a will.
 pub(crate) const WILL: u8 = 1;
 
+/// The message that brings a connection to be kept open.
+pub(crate) const CONNECTION: u8 = 2;
+
+/// The message that brings a socket whose connections are to be taken.
+pub(crate) const LISTENER: u8 = 3;
+
 /// The bytes that the steps of a will begin with.
 pub(crate) const ASK: u8 = 1;
 pub(crate) const AWAIT: u8 = 2;

@@ -116,6 +116,30 @@ fn replacing_a_link_leaves_its_target_alone() {
     assert!(fs::symlink_metadata(&path).unwrap().is_file());
 }
 
+/// A file that a VM uses was replaced with `--force`, and the VM's disk was gone.
+#[test]
+fn a_file_that_is_in_use_is_refused_at_once_and_at_the_moment_of_naming() {
+    let directory = host::directory();
+    let (target, path) = (directory.path().join("target"), directory.path().join("file"));
+    fs::write(&target, "target").unwrap();
+    let user_of = |found: &Path, _: &fs::Metadata| {
+        Some(format!("a VM reads {}", found.file_name()?.to_str()?))
+    };
+    let create =
+        |path: &Path| Unpublished::create_unless_used(path, Existing::Replace, Box::new(user_of));
+
+    let error = create(&target).unwrap_err().to_string();
+    assert!(error.ends_with("target is in use: a VM reads target"), "{error}");
+
+    let file = create(&path).unwrap();
+    symlink(&target, &path).unwrap();
+    let error = file.publish().unwrap_err();
+
+    assert!(matches!(error, PublishError::InUse { .. }), "{error}");
+    assert_eq!(fs::read_link(&path).unwrap(), target);
+    assert_eq!(count_in(directory.path()), 2);
+}
+
 #[test]
 fn what_is_not_a_file_is_never_replaced() {
     let directory = host::directory();

@@ -1,29 +1,35 @@
 //! The Unix sockets of a command line.
 
 use std::collections::HashSet;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use super::keys::Keys;
 use super::{CommandLine, CommandLineError};
-use crate::proc;
+use crate::{proc, unix_socket};
 
 /// Options whose value is a character device in the short form, e.g. `unix:PATH,server=on`.
 const SHORT_FORM_OPTIONS: [&str; 8] =
     ["qmp", "qmp-pretty", "monitor", "serial", "parallel", "debugcon", "gdb", "virtioconsole"];
 
+/// The monitor by which libvirt speaks to a QEMU of its own.
+const LIBVIRT_ID: &str = "charmonitor";
+
 pub(super) fn qmp_sockets(line: &CommandLine) -> Vec<PathBuf> {
     control_monitors(line)
         .iter()
-        .filter(|keys| is_server(keys))
+        .filter(|keys| is_server(keys) && keys.get("id") != Some(LIBVIRT_ID))
         .filter_map(|keys| keys.get("path").map(PathBuf::from))
         .collect()
+}
+
+pub(super) fn has_libvirt(line: &CommandLine) -> bool {
+    control_monitors(line).iter().any(|keys| keys.get("id") == Some(LIBVIRT_ID))
 }
 
 pub(super) fn qmp_descriptors(line: &CommandLine) -> Vec<u32> {
     control_monitors(line)
         .iter()
-        .filter(|keys| is_server(keys))
+        .filter(|keys| is_server(keys) && keys.get("id") != Some(LIBVIRT_ID))
         .filter_map(|keys| keys.get("fd")?.parse().ok())
         .collect()
 }
@@ -49,7 +55,7 @@ pub(super) fn in_use(
 /// paths as they were bound, and this network namespace only, so that the rest is tried; a socket
 /// file that nobody listens on refuses the connection.
 fn is_in_use(path: &Path, listening: &HashSet<PathBuf>) -> bool {
-    listening.contains(path) || UnixStream::connect(path).is_ok()
+    listening.contains(path) || unix_socket::is_served(path)
 }
 
 /// Returns the keys of the character devices that serve QMP.
@@ -144,16 +150,27 @@ mod tests {
 
     #[test]
     fn a_monitor_on_an_inherited_socket_is_found_by_its_number() {
-        // As libvirt writes it.
+        let words = ["-chardev", "socket,id=m,fd=24,server=on,wait=off", "-mon", "m,mode=control"];
+        let line = CommandLine::new(words).unwrap();
+        assert_eq!(line.qmp_descriptors(), [24]);
+        assert!(line.qmp_sockets().is_empty());
+    }
+
+    #[test]
+    fn the_monitor_of_libvirt_is_told_from_the_others() {
+        // As libvirt 11.3 writes it, and one that the user has added.
         let words = [
             "-chardev",
             "socket,id=charmonitor,fd=24,server=on,wait=off",
             "-mon",
             "chardev=charmonitor,id=monitor,mode=control",
+            "-qmp",
+            "unix:/run/mine,server=on,wait=off",
         ];
         let line = CommandLine::new(words).unwrap();
-        assert_eq!(line.qmp_descriptors(), [24]);
-        assert!(line.qmp_sockets().is_empty());
+        assert!(line.has_libvirt_monitor());
+        assert!(line.qmp_descriptors().is_empty());
+        assert_eq!(line.qmp_sockets(), [PathBuf::from("/run/mine")]);
     }
 
     #[test]

@@ -1,8 +1,7 @@
 //! How a monitor's socket is connected to without waiting in the kernel, and who holds it.
 //!
 //! QEMU serves one client of a monitor at a time and keeps room for two more (its backlog is 1,
-//! QEMU 7.2 to 11.1). A blocking `connect` waits for such a room for ever and is not ended by a
-//! signal's handler (Linux); one that does not block says `EAGAIN` and is tried again.
+//! QEMU 7.2 to 11.1). One that finds no room is told so, and tries again for a while.
 
 use std::fmt;
 use std::fs;
@@ -11,26 +10,26 @@ use std::path::Path;
 use std::time::Duration;
 
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 
 use super::error::QmpError;
 use super::wait::{Wait, WaitEnd};
+use crate::{proc, unix_socket};
 
 /// How often a full backlog is tried again.
 const RETRY_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Connects to the socket at `path`.
 pub(super) fn connect_within(path: &Path, wait: &mut Wait) -> Result<UnixStream, QmpError> {
-    let refused = |errno: Errno| QmpError::Connect { path: path.to_owned(), source: errno.into() };
-    let address = SocketAddrUnix::new(path).map_err(refused)?;
+    if is_of_libvirt(path) {
+        return Err(QmpError::OfLibvirt { path: path.to_owned() });
+    }
     loop {
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None);
-        let socket = socket.map_err(refused)?;
-        match connect(&socket, &address) {
-            Ok(()) => return Ok(UnixStream::from(socket)),
+        match unix_socket::connect(path) {
+            Ok(socket) => return Ok(UnixStream::from(socket)),
             Err(Errno::AGAIN | Errno::INTR) => {}
-            Err(errno) => return Err(refused(errno)),
+            Err(errno) => {
+                return Err(QmpError::Connect { path: path.to_owned(), source: errno.into() });
+            }
         }
         match wait.pause(RETRY_INTERVAL) {
             Ok(()) => {}
@@ -38,13 +37,26 @@ pub(super) fn connect_within(path: &Path, wait: &mut Wait) -> Result<UnixStream,
                 let when = "while connecting to the monitor".to_owned();
                 return Err(QmpError::Stopped { when, is_sent: false });
             }
-            Err(WaitEnd::TimedOut | WaitEnd::Io(_)) => {
+            Err(WaitEnd::TimedOut | WaitEnd::ProcessStopped { .. } | WaitEnd::Io(_)) => {
                 let path = path.to_owned();
                 let (after, holders) = (wait.lasted(), Holders::of(&path));
                 return Err(QmpError::NoRoom { path, after, holders });
             }
         }
     }
+}
+
+/// Tells whether this is the monitor by which libvirt speaks to a VM, of the system or of a user: its
+/// socket is `.../libvirt/qemu/.../domain-ID-NAME/monitor.sock` (libvirt 11.3).
+///
+/// libvirt holds it for good. A client that waits there gets it in the moment in which libvirtd is
+/// started anew, and libvirtd then takes the VM for crashed.
+pub(crate) fn is_of_libvirt(path: &Path) -> bool {
+    let path = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+    let words: Vec<&str> = path.iter().filter_map(|word| word.to_str()).collect();
+    let is_below = words.windows(2).any(|pair| pair == ["libvirt", "qemu"]);
+    matches!(words.as_slice(), [.., domain, "monitor.sock"] if domain.starts_with("domain-"))
+        && is_below
 }
 
 /// Who uses a monitor, as far as the kernel tells.
@@ -94,18 +106,31 @@ fn count(table: &str, path: &Path) -> Holders {
     holders
 }
 
-/// Tells whether the process that listens on the other end of `stream` is stopped by a signal.
-pub(super) fn is_peer_stopped(stream: &UnixStream) -> bool {
-    let Ok(peer) = rustix::net::sockopt::socket_peercred(stream) else { return false };
-    let stat = fs::read_to_string(format!("/proc/{}/stat", peer.pid.as_raw_pid()));
-    // The program's name is in parentheses; the state follows.
-    let state = stat.ok().and_then(|stat| stat.rsplit_once(") ")?.1.chars().next());
-    matches!(state, Some('T' | 't'))
+/// Returns the QEMU that listens on the other end of `stream`; `None` where another process does, as
+/// libvirt may have made the socket.
+pub(super) fn process_of(stream: &UnixStream) -> Option<u32> {
+    let peer = rustix::net::sockopt::socket_peercred(stream).ok()?;
+    let pid = peer.pid.as_raw_pid().unsigned_abs();
+    proc::is_qemu(pid).then_some(pid)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_monitors_of_libvirt_are_known_by_their_paths() {
+        for path in [
+            "/var/lib/libvirt/qemu/domain-3-web/monitor.sock",
+            "/run/user/1000/libvirt/qemu/run/domain-1-a b/monitor.sock",
+            "/proc/77/root/var/lib/libvirt/qemu/domain-3-web/monitor.sock",
+        ] {
+            assert!(is_of_libvirt(Path::new(path)), "{path}");
+        }
+        for path in ["/run/domain-3-web/monitor.sock", "/var/lib/libvirt/qemu/web/monitor.sock"] {
+            assert!(!is_of_libvirt(Path::new(path)), "{path}");
+        }
+    }
 
     #[test]
     fn clients_that_are_served_are_told_from_those_that_wait() {

@@ -13,11 +13,12 @@ use rustix::net::{RecvFlags, recv};
 use serde_json::Value;
 
 use super::command::{decode_answer, encode, timeout_for};
-use super::connect::{Holders, connect_within, is_peer_stopped};
+use super::connect::{Holders, connect_within, process_of};
 use super::error::QmpError;
 use super::event::{Event, EventQueue};
 use super::wait::{Limits, Wait, WaitEnd};
 use crate::pass_fd;
+use crate::proc::is_process_stopped;
 
 /// Longest line read from QEMU, in bytes.
 ///
@@ -109,6 +110,9 @@ impl Qmp {
             limits,
             next_id: 1,
         };
+        if let Some(pid) = process_of(&qmp.stream) {
+            qmp.limits.set_process(pid);
+        }
         qmp.greeting = qmp.read_greeting(wait)?;
         qmp.execute("qmp_capabilities", Value::Null)?;
         Ok(qmp)
@@ -121,6 +125,14 @@ impl Qmp {
     /// is waited for 0.3 s more, so that it is known what the command did, unless QEMU hangs.
     pub fn set_stop(&mut self, stop: Arc<AtomicBool>) {
         self.limits.set_stop(stop);
+    }
+
+    /// Makes every wait for an answer end when QEMU's process has been stopped for a while, by SIGSTOP
+    /// or a debugger, with [`QmpError::ProcessStopped`].
+    ///
+    /// Where QEMU made the socket that was connected to, its process is known without this.
+    pub fn set_process(&mut self, pid: u32) {
+        self.limits.set_process(pid);
     }
 
     /// Lets `work` put things back: its commands run although the stop flag is set, and wait for
@@ -304,6 +316,9 @@ impl Qmp {
                     let when = format!("while sending {command}");
                     return Err(QmpError::Stopped { when, is_sent: false });
                 }
+                Err(WaitEnd::ProcessStopped { pid }) => {
+                    return Err(QmpError::ProcessStopped { pid, during: command.to_owned() });
+                }
                 Err(WaitEnd::Io(source)) => return Err(io(source)),
             }
         }
@@ -316,7 +331,7 @@ impl Qmp {
         let message = match self.read_message("greeting", when, &mut wait) {
             Ok(Some(message)) => message,
             Ok(None) if self.received.is_empty() => {
-                let is_stopped = is_peer_stopped(&self.stream);
+                let is_stopped = self.limits.process().is_some_and(is_process_stopped);
                 let (after, holders) = (wait.lasted(), Holders::default());
                 return Err(QmpError::NoGreeting { after, holders, is_stopped });
             }
@@ -351,6 +366,9 @@ impl Qmp {
                 Err(WaitEnd::TimedOut) => return Ok(None),
                 Err(WaitEnd::Stopped) => {
                     return Err(QmpError::Stopped { when: when.to_owned(), is_sent: false });
+                }
+                Err(WaitEnd::ProcessStopped { pid }) => {
+                    return Err(QmpError::ProcessStopped { pid, during: during.to_owned() });
                 }
                 Err(WaitEnd::Io(source)) => {
                     return Err(QmpError::Io { during: during.to_owned(), source });

@@ -31,6 +31,12 @@ pub enum QmpError {
         /// Whether QEMU's process is stopped, by SIGSTOP or a debugger.
         is_stopped: bool,
     },
+    /// The monitor is libvirt's own.
+    #[error("libvirt owns the monitor {path:?}")]
+    OfLibvirt {
+        /// The path as given.
+        path: PathBuf,
+    },
     /// Others wait for the monitor already, as many as the kernel lets wait.
     #[error("no room at the monitor {path:?} within {after:?}{holders}")]
     NoRoom {
@@ -56,7 +62,7 @@ pub enum QmpError {
         reason: &'static str,
     },
     /// The connection ended, usually because QEMU did.
-    #[error("QEMU closed the QMP connection during {during}")]
+    #[error("QEMU is gone: it closed the QMP connection during {during}")]
     Closed {
         /// The command that was waiting, or `greeting`, or `events`.
         during: String,
@@ -77,6 +83,16 @@ pub enum QmpError {
         command: String,
         /// How long was waited.
         after: Duration,
+    },
+    /// QEMU's process does not run, and so QEMU does not answer.
+    #[error(
+        "QEMU's process {pid} is stopped, by SIGSTOP or a debugger, and does not answer {during}"
+    )]
+    ProcessStopped {
+        /// The process.
+        pid: u32,
+        /// The command.
+        during: String,
     },
     /// QEMU answered with an error.
     #[error("QEMU refused {command}: {desc}")]
@@ -115,6 +131,10 @@ pub enum QmpError {
     },
 }
 
+/// What the user can do about a VM of libvirt's.
+pub(crate) const LIBVIRT_HINT: &str = "`virsh save` saves it; or give the domain a second monitor, by \
+    <qemu:commandline> with -qmp unix:PATH,server=on,wait=off";
+
 impl QmpError {
     /// Returns what the user could try, where we know it.
     #[must_use]
@@ -129,13 +149,14 @@ impl QmpError {
                 }
                 _ => None,
             },
-            QmpError::NoGreeting { is_stopped: true, .. } => {
+            QmpError::NoGreeting { is_stopped: true, .. } | QmpError::ProcessStopped { .. } => {
                 Some("`kill -CONT` lets QEMU's process go on")
             }
             QmpError::NoGreeting { .. } | QmpError::NoRoom { .. } => Some(
                 "another client may hold this monitor; give QEMU a second one with \
                  -qmp unix:PATH,server=on,wait=off",
             ),
+            QmpError::OfLibvirt { .. } => Some(LIBVIRT_HINT),
             QmpError::NotQmp { .. } => {
                 Some("name a QMP socket (-qmp), not a console or a human monitor (-monitor)")
             }
@@ -158,7 +179,12 @@ impl QmpError {
     /// Tells whether QEMU has the command and may run it later: no answer came in time.
     #[must_use]
     pub fn may_run_later(&self) -> bool {
-        matches!(self, QmpError::Timeout { .. } | QmpError::Stopped { is_sent: true, .. })
+        matches!(
+            self,
+            QmpError::Timeout { .. }
+                | QmpError::ProcessStopped { .. }
+                | QmpError::Stopped { is_sent: true, .. }
+        )
     }
 
     /// Tells whether the peer is gone, as it is when QEMU has exited.

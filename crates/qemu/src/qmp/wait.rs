@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
+use crate::proc::is_process_stopped;
+
 /// How often a wait looks at the stop flag.
 const STOP_INTERVAL: Duration = Duration::from_millis(100);
 
@@ -18,6 +20,9 @@ const STOP_INTERVAL: Duration = Duration::from_millis(100);
 /// A QEMU that answers at all answers sooner, and then it is known what the command did.
 const ANSWER_GRACE: Duration = Duration::from_millis(300);
 
+/// How long QEMU's process may be stopped before a command that it does not answer is given up.
+const STILL_TIMEOUT: Duration = Duration::from_secs(3);
+
 /// How long each command is waited for when the time for putting things back is over.
 const LAST_CHANCE: Duration = Duration::from_millis(100);
 
@@ -25,18 +30,30 @@ const LAST_CHANCE: Duration = Duration::from_millis(100);
 #[derive(Clone, Debug)]
 pub(super) struct Limits {
     stop: Option<Arc<AtomicBool>>,
+    /// QEMU's process, where it is known.
+    process: Option<u32>,
     /// Set while things are put back: the stop flag is not looked at, and this is the end.
     put_back_until: Option<Instant>,
 }
 
 impl Limits {
     pub(super) fn new(stop: Option<Arc<AtomicBool>>) -> Limits {
-        Limits { stop, put_back_until: None }
+        Limits { stop, process: None, put_back_until: None }
     }
 
     /// Makes every wait end when `stop` is set.
     pub(super) fn set_stop(&mut self, stop: Arc<AtomicBool>) {
         self.stop = Some(stop);
+    }
+
+    /// Makes every wait for an answer end when this process, QEMU's, has been stopped for a while.
+    pub(super) fn set_process(&mut self, pid: u32) {
+        self.process = Some(pid);
+    }
+
+    /// Returns QEMU's process, where it is known.
+    pub(super) fn process(&self) -> Option<u32> {
+        self.process
     }
 
     /// Ignores the stop flag from now on, for `limit` in all; returns what [`Limits::leave`] takes.
@@ -66,12 +83,20 @@ impl Limits {
             Some(end) => after(timeout).min(end.max(after(LAST_CHANCE))),
         };
         let stop = self.stop.clone().filter(|_| self.put_back_until.is_none());
-        Wait { stop, started: Instant::now(), deadline, grace: Duration::ZERO, stopped_until: None }
+        Wait {
+            stop,
+            process: None,
+            started: Instant::now(),
+            deadline,
+            grace: Duration::ZERO,
+            stopped_until: None,
+            still_until: None,
+        }
     }
 
     /// Begins a wait for the answer to a command.
     pub(super) fn wait_for_answer(&self, timeout: Duration) -> Wait {
-        Wait { grace: ANSWER_GRACE, ..self.wait(timeout) }
+        Wait { grace: ANSWER_GRACE, process: self.process, ..self.wait(timeout) }
     }
 }
 
@@ -79,11 +104,14 @@ impl Limits {
 #[derive(Debug)]
 pub(super) struct Wait {
     stop: Option<Arc<AtomicBool>>,
+    process: Option<u32>,
     started: Instant,
     deadline: Instant,
     /// How long it goes on after the stop flag was set.
     grace: Duration,
     stopped_until: Option<Instant>,
+    /// When the process will have been stopped for too long.
+    still_until: Option<Instant>,
 }
 
 /// Why a wait ended without what it waited for.
@@ -93,6 +121,11 @@ pub(super) enum WaitEnd {
     TimedOut,
     /// The caller asked to stop.
     Stopped,
+    /// QEMU's process was stopped, by SIGSTOP or a debugger, and still is.
+    ProcessStopped {
+        /// The process.
+        pid: u32,
+    },
     /// The kernel refused to wait.
     Io(io::Error),
 }
@@ -108,6 +141,13 @@ impl Wait {
                 return Err(WaitEnd::Stopped);
             }
             until = until.min(end);
+        }
+        match self.process.filter(|&pid| is_process_stopped(pid)) {
+            Some(pid) if now >= *self.still_until.get_or_insert(now + STILL_TIMEOUT) => {
+                return Err(WaitEnd::ProcessStopped { pid });
+            }
+            Some(_) => {}
+            None => self.still_until = None,
         }
         if now >= self.deadline { Err(WaitEnd::TimedOut) } else { Ok(until - now) }
     }

@@ -37,8 +37,12 @@ impl Vm {
         if let Some(pid) = self.pid {
             return Ok(pid);
         }
-        let peer = rustix::net::sockopt::socket_peercred(self.qmp.as_fd())
-            .map_err(|errno| VmError::system("ask who answers on the monitor", errno))?;
+        let peer = rustix::net::sockopt::socket_peercred(self.qmp.as_fd());
+        // The kernel gives the number 0 for a process that this one's PID namespace does not have,
+        // which rustix takes for an error. There is no other for a Unix socket.
+        let peer = peer.map_err(|_| VmError::ProcessUnknown {
+            reason: "it belongs to a PID namespace that this process does not see".to_owned(),
+        })?;
         let peer = peer.pid.as_raw_pid().unsigned_abs();
         let pid = match self.socket() {
             Some(socket) => owner_of(socket, peer)?,
@@ -49,6 +53,7 @@ impl Vm {
             }
         };
         self.pid = Some(pid);
+        self.qmp.set_process(pid);
         Ok(pid)
     }
 

@@ -15,8 +15,8 @@ use crate::qmp::{QmpError, command_line};
 /// How long QEMU may take to end a migration, or to write an overlay into the image below it.
 const LONG: Duration = Duration::from_secs(60);
 
-/// How long a migration may take to notice that its other end is gone.
-const NOTICE: Duration = Duration::from_millis(500);
+/// How long QEMU may take to make its connections.
+const CONNECTING: Duration = Duration::from_secs(10);
 
 /// How long QEMU may take for a command that waits for nothing.
 const SHORT: Duration = Duration::from_secs(10);
@@ -90,8 +90,15 @@ const UNDER_WAY: [&str; 8] = [
 pub fn undo_steps(footprint: &Footprint<'_>) -> Vec<UndoStep> {
     let mut steps = Steps::default();
     let record = footprint.record;
-    if let Some(before) = &record.settings {
+    if record.settings.is_some() {
         steps.end_migration(footprint.writes_file);
+    }
+    if footprint.is_to_run && record.was_running {
+        let (command, arguments) = flush::taking(true);
+        steps.ask(command, arguments, SHORT);
+        steps.ask("cont", json!({}), PATIENT);
+    }
+    if let Some(before) = &record.settings {
         for (command, arguments) in before.commands() {
             steps.ask(command, arguments, SHORT);
         }
@@ -99,11 +106,6 @@ pub fn undo_steps(footprint: &Footprint<'_>) -> Vec<UndoStep> {
     }
     for fdset in FDSETS {
         steps.ask("remove-fd", json!({ "fdset-id": fdset }), SHORT);
-    }
-    if footprint.is_to_run && record.was_running {
-        let (command, arguments) = flush::taking(true);
-        steps.ask(command, arguments, SHORT);
-        steps.ask("cont", json!({}), PATIENT);
     }
     if !footprint.keeps_overlays {
         record.overlays.iter().for_each(|overlay| steps.merge(overlay));
@@ -168,7 +170,9 @@ impl Steps {
             self.ask(command, arguments, SHORT);
             self.list.push(UndoStep::Rest(outgoing::RUN_DRY));
         } else {
-            self.until(("query-migrate", json!({})), over.clone(), false, NOTICE);
+            // Told to stop while it connects, QEMU 10.0.2 may abort.
+            let connects = (&["\"setup\""][..], String::new());
+            self.until(("query-migrate", json!({})), connects, false, CONNECTING);
         }
         self.ask("migrate_cancel", json!({}), SHORT);
         self.until(("query-migrate", json!({})), over, false, LONG);
@@ -216,8 +220,15 @@ impl Vm {
         record: &SaveRecord,
         is_kept: impl Fn(&Path) -> bool,
     ) -> Result<(), VmError> {
-        if let Some(before) = &record.settings {
+        if record.settings.is_some() {
             self.end_left_migration()?;
+        }
+        let state = self.run_state()?;
+        if record.was_running && matches!(state, RunState::Paused | RunState::PostMigrate) {
+            self.take_back_disks()?;
+            self.let_run()?;
+        }
+        if let Some(before) = &record.settings {
             let current = self.stream_settings()?;
             self.change_stream_settings(&current, before)?;
             match pass_fd::closefd(&mut self.qmp, outgoing::STREAM_NAME) {
@@ -227,11 +238,6 @@ impl Vm {
             }
         }
         pass_fd::remove_left(&mut self.qmp)?;
-        let state = self.run_state()?;
-        if record.was_running && matches!(state, RunState::Paused | RunState::PostMigrate) {
-            self.take_back_disks()?;
-            self.let_run()?;
-        }
         let nodes = self.drives()?;
         let is_there = |overlay: &&Overlay| {
             nodes.iter().any(|disk| disk.node.as_deref() == Some(overlay.node()))

@@ -125,6 +125,16 @@ impl Connections {
             return Ok(Connections { listener: Some(listener), ..stream.into() });
         }
         let accepted = accept_all(&listener, channels as usize + 1, patience)?;
+        Connections::sort(accepted, listener, channels, patience)
+    }
+
+    /// Tells the stream and its `channels` apart by what they begin with.
+    pub(crate) fn sort(
+        accepted: Vec<OwnedFd>,
+        listener: Listener,
+        channels: u32,
+        patience: &Patience<'_>,
+    ) -> Result<Connections, ReceiveError> {
         let mut streams = Vec::new();
         let mut places: Vec<Option<OwnedFd>> = (0..channels).map(|_| None).collect();
         let mut uuid = None;

@@ -1,6 +1,5 @@
 //! The disks of the saved moment: images that belong to the file get overlays, for the VM to write to.
 
-use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -66,7 +65,6 @@ pub(super) fn choose_images(
     let Some(manifest) = snapshot.manifest() else { return Ok(made) };
     let disks = &manifest.meta.vm.disks;
     let saved_in = manifest.meta.vm.working_directory.as_ref().map_or(directory, Path::new);
-    let stem = snapshot.path().file_stem().unwrap_or(OsStr::new("vm"));
     for disk in disks.iter().filter(|disk| !disk.read_only) {
         let image = saved_in.join(&disk.path);
         let Some(old) = find(line, disk, disks, (saved_in, directory))? else {
@@ -76,7 +74,7 @@ pub(super) fn choose_images(
             continue;
         };
         let (new, format) = if disk.overlay.is_some() {
-            let overlay = make_overlay(executable, (&image, &disk.format), stem)?;
+            let overlay = make_overlay(executable, (&image, &disk.format))?;
             made.0.push(RestoredDisk { image, overlay: overlay.clone() });
             (overlay, "qcow2".to_owned())
         } else {
@@ -116,10 +114,9 @@ fn find(
 fn make_overlay(
     executable: &Path,
     (image, format): (&Path, &str),
-    stem: &OsStr,
 ) -> Result<PathBuf, RestoreError> {
     let failed = |source| RestoreError::Overlay { image: image.to_path_buf(), source };
-    let mut names = overlay_names(image, stem);
+    let mut names = overlay_names(image);
     let overlay = loop {
         let name = names.next().expect("there are more names than files");
         match File::options().write(true).create_new(true).open(&name) {

@@ -1,13 +1,14 @@
 //! `vmfile restore`: a file into a running VM.
 //!
 //! ```text
-//! prepare - start QEMU - compare - RAM (map, load or stream) - device state - run
+//! verify all but pages - prepare - start QEMU - compare - RAM (map, load or stream) - device state - run
 //! ```
 //!
 //! `map`: the file's pages *are* the RAM, copy-on-write; QEMU is started with them and nothing is
 //! read. `load`: the file is read straight into the memory of a QEMU that waits. Either way QEMU
 //! then gets a short stream of its own kind: the block list, the pages of the small blocks, and
-//! the device state. `stream`: all of it comes that way, which any QEMU takes.
+//! the device state. `stream`: all of it comes that way, which any QEMU takes. Pages that are read are
+//! compared with their hashes, before the guest runs on them.
 
 mod compare;
 mod disks;
@@ -71,6 +72,9 @@ pub struct RestoreOptions {
     pub io: Backend,
     /// How many threads `load` has.
     pub jobs: Jobs,
+    /// Before a guest runs on pages that are mapped, read them all and compare them with their
+    /// hashes. What is read anyway is always compared.
+    pub verify: bool,
     /// Leave the guest paused, even if it ran when it was saved.
     pub paused: bool,
     /// Let QEMU share this process's standard streams and end with it.
@@ -84,6 +88,7 @@ impl Default for RestoreOptions {
             direct_io: DirectIo::Preferred,
             io: Backend::Auto,
             jobs: Jobs::default(),
+            verify: false,
             paused: false,
             foreground: false,
         }
@@ -109,6 +114,8 @@ pub struct RestoreReport {
     pub direct_io: Option<String>,
     /// Bytes of pages that `load` or `stream` read from the file.
     pub bytes_read: u64,
+    /// Whether the file was compared with its checksums and each page with its hash; if not, why.
+    pub verified: &'static str,
     /// From the start of QEMU to its first answer, in seconds; 0 for a QEMU that waited.
     pub qemu_start_seconds: f64,
     /// From QEMU's first answer to the guest running, in seconds.
@@ -141,6 +148,10 @@ pub fn restore(
     control: &Control<'_>,
 ) -> Result<Restored, RestoreError> {
     let started = Instant::now();
+    if options.verify && snapshot.manifest().is_none() {
+        return Err(RestoreError::NoHashes { path: snapshot.path().to_path_buf() });
+    }
+    snapshot.verify_parts()?;
     let mut prepared = prepare(snapshot, destination, options, control)?;
     let answered = Instant::now();
     let qmp = prepared.qmp.take();
@@ -175,6 +186,7 @@ pub fn restore(
         disks: prepared.overlays.keep(),
         direct_io: (brought.bytes_read > 0).then_some(brought.direct_io),
         bytes_read: brought.bytes_read,
+        verified: brought.verified,
         qemu_start_seconds: prepared.start_seconds,
         resume_seconds: answered.elapsed().as_secs_f64(),
         total_seconds: started.elapsed().as_secs_f64(),
@@ -211,6 +223,7 @@ impl From<LoadError> for RestoreError {
     fn from(error: LoadError) -> RestoreError {
         match error {
             LoadError::Stopped => RestoreError::Stopped,
+            LoadError::Snapshot(error) => RestoreError::Snapshot(error),
             error => RestoreError::Load(error),
         }
     }

@@ -10,10 +10,10 @@ use vmfile_qemu::{Feature, RamBlockInfo, Vm};
 use super::RestoreOptions;
 use super::prepare::{Chosen, Prepared};
 use super::stream::send_to;
-use crate::check::describe;
+use crate::check::{CheckError, CheckOptions, describe, verify_pages};
 use crate::control::Control;
 use crate::ram_loader::{LoadTarget, load_ram};
-use crate::reading::open_for_reading;
+use crate::reading::{open_for_reading, verified};
 use crate::restore_error::RestoreError;
 use crate::send::{Contents, LARGE_BLOCK_LEN, Pages, SendError, Source};
 use crate::snapshot::Snapshot;
@@ -26,6 +26,8 @@ pub(super) struct Brought {
     /// What the mode itself read, without the small blocks that go through a short stream.
     pub(super) bytes_read: u64,
     pub(super) direct_io: String,
+    /// Whether all that the guest will see was verified; if not, why.
+    pub(super) verified: &'static str,
 }
 
 /// Brings RAM and device state into the QEMU that waits.
@@ -41,15 +43,18 @@ pub(super) fn bring(
         Chosen::Map => {
             let mapped = prepared.mapped.clone();
             let is_there = |name: &str| mapped.iter().any(|mapped| mapped == name);
+            let verified = verify_mapped(snapshot, options, control)?;
             short_stream(snapshot, prepared.vm(), is_there, control)?;
-            Ok(Brought { mode: Chosen::Map, reason, bytes_read: 0, direct_io: String::new() })
+            let (mode, direct_io) = (Chosen::Map, String::new());
+            Ok(Brought { mode, reason, bytes_read: 0, direct_io, verified })
         }
         Chosen::Load => match Loadable::find(snapshot, prepared.vm(), found)? {
             Ok(loadable) => {
                 let (bytes_read, direct_io) = loadable.load(snapshot, options, control)?;
                 let is_there = |name: &str| loadable.has(name);
                 short_stream(snapshot, prepared.vm(), is_there, control)?;
-                Ok(Brought { mode: Chosen::Load, reason, bytes_read, direct_io })
+                let (mode, verified) = (Chosen::Load, verified(snapshot));
+                Ok(Brought { mode, reason, bytes_read, direct_io, verified })
             }
             Err(obstacle) if prepared.may_stream => {
                 let reason = format!("{reason}; {}", obstacle.words());
@@ -61,9 +66,24 @@ pub(super) fn bring(
     }
 }
 
+/// Compares pages that are mapped with their hashes, if the caller wants that; says whether.
+fn verify_mapped(
+    snapshot: &Snapshot,
+    options: &RestoreOptions,
+    control: &Control<'_>,
+) -> Result<&'static str, RestoreError> {
+    if !options.verify {
+        return Ok("all but the pages: they are mapped, not read");
+    }
+    let RestoreOptions { direct_io, io, jobs, .. } = *options;
+    verify_pages(snapshot, &CheckOptions { direct_io, io, jobs }, control)?;
+    Ok(verified(snapshot))
+}
+
 /// The large blocks, and the process in whose memory they lie.
 struct Loadable<'a> {
-    blocks: Vec<&'a PlacedBlock>,
+    /// Each with its number in the file.
+    blocks: Vec<(usize, &'a PlacedBlock)>,
     process: Option<ProcessRam>,
 }
 
@@ -102,7 +122,7 @@ impl<'a> Loadable<'a> {
         found: &[RamBlockInfo],
     ) -> Result<Result<Loadable<'a>, Obstacle>, RestoreError> {
         let (mut blocks, mut places) = (Vec::new(), Vec::new());
-        for placed in &snapshot.structure().blocks {
+        for (number, placed) in snapshot.structure().blocks.iter().enumerate() {
             let (name, len) = (placed.block.name(), placed.block.used_length());
             let info = found.iter().find(|info| info.name == name);
             // Blocks whose length QEMU may change go through the stream.
@@ -115,7 +135,7 @@ impl<'a> Loadable<'a> {
                 return Ok(Err(Obstacle::NoAddresses(words)));
             };
             places.push(BlockAt { name: name.to_owned(), address, len });
-            blocks.push(placed);
+            blocks.push((number, placed));
         }
         if blocks.is_empty() {
             return Ok(Ok(Loadable { blocks, process: None }));
@@ -127,7 +147,7 @@ impl<'a> Loadable<'a> {
     }
 
     fn has(&self, name: &str) -> bool {
-        self.blocks.iter().any(|placed| placed.block.name() == name)
+        self.blocks.iter().any(|(_, placed)| placed.block.name() == name)
     }
 
     /// Reads the pages of the blocks straight into the process; returns how many bytes, and
@@ -140,17 +160,17 @@ impl<'a> Loadable<'a> {
     ) -> Result<(u64, String), RestoreError> {
         let Some(process) = &self.process else { return Ok((0, String::new())) };
         let mut targets = Vec::new();
-        for (placed, Writable { touched, writer }) in
+        for (&(block, placed), Writable { touched, writer }) in
             self.blocks.iter().zip(process.scan_for_writing()?)
         {
             let bitmap = snapshot.bitmap(placed)?;
-            targets.push(LoadTarget { placed: (*placed).clone(), bitmap, writer, touched });
+            targets.push(LoadTarget { block, placed: placed.clone(), bitmap, writer, touched });
         }
         let file = snapshot.file().try_clone().map_err(RestoreError::File)?;
         let file = DataFile::new(file, options.direct_io).map_err(RestoreError::File)?;
         let direct_io = describe(file.direct());
         let width = (options.io, options.jobs.count());
-        let (bytes_read, _) = load_ram(&file, &targets, width, control)?;
+        let (bytes_read, _) = load_ram((snapshot, &file), &targets, width, control)?;
         Ok((bytes_read, direct_io))
     }
 }
@@ -190,7 +210,8 @@ fn whole_stream(
     let report = |progress| control.report(progress);
     send_to(prepared.vm(), &contents, Some(&source), control, &report)?;
     let (_, bytes_read) = contents.data();
-    Ok(Brought { mode: Chosen::Stream, reason, bytes_read, direct_io })
+    let (mode, verified) = (Chosen::Stream, verified(snapshot));
+    Ok(Brought { mode, reason, bytes_read, direct_io, verified })
 }
 
 /// Whatever the guest did, it waits for `cont`, even in a QEMU that was started without -S.
@@ -203,6 +224,16 @@ fn paused<'a>(
         Ok(contents)
     } else {
         Err(RestoreError::NoRunState)
+    }
+}
+
+impl From<CheckError> for RestoreError {
+    fn from(error: CheckError) -> RestoreError {
+        match error {
+            CheckError::Snapshot(error) => RestoreError::Snapshot(error),
+            CheckError::Stopped => RestoreError::Stopped,
+            error @ CheckError::Io { .. } => RestoreError::Verify(error),
+        }
     }
 }
 

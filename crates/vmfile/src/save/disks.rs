@@ -2,6 +2,8 @@
 
 use std::ffi::OsStr;
 use std::fs;
+use std::io;
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -26,6 +28,8 @@ pub struct SavedDisk {
     pub image: String,
     /// The image on top of it, to which the guest writes since.
     pub overlay: String,
+    /// How many images the guest reads through: the overlay, the image, and all below.
+    pub depth: usize,
 }
 
 /// The overlays of a save.
@@ -37,12 +41,7 @@ pub(super) struct Disks {
 
 impl Disks {
     /// Finds a place for the overlay of every disk that the guest can write, and notes it in `meta`.
-    pub(super) fn plan(
-        found: &[Drive],
-        meta: &mut VmMeta,
-        destination: &Path,
-    ) -> Result<Disks, SaveError> {
-        let stem = destination.file_stem().unwrap_or(OsStr::new("vm"));
+    pub(super) fn plan(found: &[Drive], meta: &mut VmMeta) -> Result<Disks, SaveError> {
         let mut overlays: Vec<Overlay> = Vec::new();
         let with_medium = found.iter().filter(|drive| drive.image().is_some());
         for (drive, noted) in with_medium.zip(&mut meta.disks) {
@@ -54,9 +53,9 @@ impl Disks {
             let node = drive.node.as_ref().ok_or_else(|| refuse("it has no node".to_owned()))?;
             let image = image_of(drive, meta.working_directory.as_deref()).map_err(refuse)?;
             let is_free = |file: &Path| {
-                !file.exists() && overlays.iter().all(|overlay| overlay.file() != file)
+                is_unused(file) && overlays.iter().all(|overlay| overlay.file() != file)
             };
-            let file = overlay_names(&image, stem).find(|file| is_free(file));
+            let file = overlay_names(&image).find(|file| is_free(file));
             let file = file.expect("there are more names than files");
             let text = |path: &Path| {
                 let text = path.to_str().map(str::to_owned);
@@ -111,9 +110,25 @@ impl Disks {
 pub(super) fn saved_disks(meta: &VmMeta) -> Vec<SavedDisk> {
     let saved = |disk: &DiskMeta| {
         let (device, image) = (disk.device.clone(), disk.path.clone());
-        Some(SavedDisk { device, image, overlay: disk.overlay.clone()? })
+        let depth = disk.backing_files.len() + 2;
+        Some(SavedDisk { device, image, overlay: disk.overlay.clone()?, depth })
     };
     meta.disks.iter().filter_map(saved).collect()
+}
+
+/// From how many images on a report warns: each costs QEMU a look for every cluster that it does not
+/// have, and memory of its own.
+const DEPTH_WARNED: usize = 16;
+
+/// Warns of disks with many images on top of one another.
+pub(super) fn deep_disks(saved: &[SavedDisk]) -> impl Iterator<Item = String> + '_ {
+    saved.iter().filter(|disk| disk.depth >= DEPTH_WARNED).map(|disk| {
+        let SavedDisk { device, depth, .. } = disk;
+        format!(
+            "disk {device:?} has {depth} images on top of one another: `qemu-img commit` or \
+             `block-commit` makes fewer of them, once no saved file needs them"
+        )
+    })
 }
 
 /// Returns the path of a disk's image, or why it cannot have an overlay.
@@ -136,29 +151,66 @@ fn image_of(drive: &Drive, directory: Option<&str>) -> Result<PathBuf, String> {
     }
 }
 
-/// Returns names for overlays beside `image`: `disk.vm.qcow2`, `disk.vm-2.qcow2`, ...
-pub(crate) fn overlay_names(image: &Path, stem: &OsStr) -> impl Iterator<Item = PathBuf> {
-    let mut begin = image.file_stem().unwrap_or_default().to_owned();
-    begin.push(".");
-    begin.push(stem);
+/// What stands between the stem of the first image and the number of an overlay.
+const OVERLAY_MARK: &str = ".vmfile-";
+
+/// Longest stem kept, in bytes: a name has 255, and some of them are for what follows.
+const STEM_LEN_MAX: usize = 200;
+
+/// Returns names for overlays beside `image`: `disk.vmfile-1.qcow2`, `disk.vmfile-2.qcow2`, ...
+///
+/// An overlay of an overlay is named after the first image as well: names that are made of the one
+/// before grow past what a file system takes.
+pub(crate) fn overlay_names(image: &Path) -> impl Iterator<Item = PathBuf> {
+    let stem = image.file_stem().unwrap_or_default().as_bytes();
+    let first = match stem.windows(OVERLAY_MARK.len()).rposition(|w| w == OVERLAY_MARK.as_bytes()) {
+        Some(mark) if is_number(&stem[mark + OVERLAY_MARK.len()..]) => &stem[..mark],
+        _ => stem,
+    };
+    let first = OsStr::from_bytes(&first[..first.len().min(STEM_LEN_MAX)]).to_owned();
     (1_u64..).map(move |number| {
-        let mut name = begin.clone();
-        if number > 1 {
-            name.push(format!("-{number}"));
-        }
-        name.push(".qcow2");
+        let mut name = first.clone();
+        name.push(format!("{OVERLAY_MARK}{number}.qcow2"));
         image.with_file_name(name)
     })
+}
+
+fn is_number(text: &[u8]) -> bool {
+    !text.is_empty() && text.iter().all(u8::is_ascii_digit)
+}
+
+/// Tells whether nothing has this name, not even a symbolic link that leads nowhere.
+fn is_unused(file: &Path) -> bool {
+    fs::symlink_metadata(file).is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn first(image: &str) -> PathBuf {
+        overlay_names(Path::new(image)).next().unwrap()
+    }
+
     #[test]
-    fn an_overlay_lies_beside_its_image_and_is_named_after_both() {
-        let mut names = overlay_names(Path::new("/srv/web.qcow2"), OsStr::new("monday"));
-        assert_eq!(names.next().unwrap(), Path::new("/srv/web.monday.qcow2"));
-        assert_eq!(names.next().unwrap(), Path::new("/srv/web.monday-2.qcow2"));
+    fn an_overlay_lies_beside_its_image_and_is_named_after_the_first() {
+        let mut names = overlay_names(Path::new("/srv/web.qcow2"));
+        assert_eq!(names.next().unwrap(), Path::new("/srv/web.vmfile-1.qcow2"));
+        assert_eq!(names.next().unwrap(), Path::new("/srv/web.vmfile-2.qcow2"));
+        assert_eq!(first("/srv/web.vmfile-31.qcow2"), Path::new("/srv/web.vmfile-1.qcow2"));
+        // The user's own names stay whole.
+        let odd = "/srv/web.vmfile-x.qcow2";
+        assert_eq!(first(odd), Path::new("/srv/web.vmfile-x.vmfile-1.qcow2"));
+    }
+
+    /// `save --with-disks` failed for ever from about the 13th on: names grew by one word each time.
+    #[test]
+    fn a_name_stays_short_however_often_a_vm_is_saved() {
+        let mut image = PathBuf::from(format!("/srv/{}.qcow2", "x".repeat(240)));
+        for _ in 0..50 {
+            let next = overlay_names(&image).nth(12).unwrap();
+            image = next;
+            assert!(image.file_name().unwrap().len() < 255, "{}", image.display());
+        }
     }
 }

@@ -14,7 +14,8 @@ use std::time::{Duration, Instant};
 
 use vmfile_qemu::{Outgoing, PUT_BACK_TIMEOUT, RunState, StreamSettings, Vm, VmError};
 
-use super::stream::{sent, why_not, written};
+use super::sending::{Peer, sent};
+use super::stream::written;
 use super::{Disks, Live, LiveDone, Work, Written};
 use crate::error::SaveError;
 use crate::receive::ReceiveError;
@@ -62,7 +63,7 @@ impl LiveRoute {
     pub(super) fn write(&self, work: &mut Work<'_>) -> Result<Written, SaveError> {
         let (method, ours) = self.choose(work.vm, !work.disks.is_empty())?;
         let received = self.receive(work, &method);
-        let runs = let_run(work.vm);
+        let runs = work.vm.unstoppable(PUT_BACK_TIMEOUT, let_run);
         let put_back = work
             .vm
             .unstoppable(PUT_BACK_TIMEOUT, |vm| vm.change_stream_settings(&ours, &self.before));
@@ -115,6 +116,7 @@ impl LiveRoute {
         work.vm.send_stream(theirs.into())?;
         let patience = Patience {
             control: work.control,
+            process: work.vm.pid().ok(),
             stall: Some(STALL_TIMEOUT),
             deadline: Some(Instant::now() + self.live.timeout),
         };
@@ -125,7 +127,7 @@ impl LiveRoute {
             let watched = watch.until(|| receiving.is_finished());
             if watched.is_err() {
                 // Its stream ends then, and with it the receiving.
-                let _ = watch.vm.cancel_sending(CANCEL_TIMEOUT);
+                let _ = watch.vm.end_sending(CANCEL_TIMEOUT);
             }
             (receiving.join().expect("no panic"), watched)
         });
@@ -136,9 +138,9 @@ impl LiveRoute {
         received.map_err(|error| match error {
             SaveError::Receive(ReceiveError::TimedOut { .. }) => {
                 let timeout = self.live.timeout;
-                why_not(work.vm, SaveError::NotConverged { timeout })
+                Peer::default().give_up(work.vm, SaveError::NotConverged { timeout })
             }
-            error => why_not(work.vm, error),
+            error => Peer::default().give_up(work.vm, error),
         })
     }
 }

@@ -5,7 +5,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::num::NonZeroU8;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::thread;
 use std::time::Duration;
@@ -15,7 +15,7 @@ use vmfile_engine::{DataFile, DirectIo, DirectIoInUse};
 use vmfile_qemu::{Feature, KeptFile, Outgoing, PUT_BACK_TIMEOUT, StreamSettings, Vm};
 
 use super::route::refuse_without_space;
-use super::stream::not_sent;
+use super::sending::not_sent;
 use super::{SaveOptions, Work, Written, native_file};
 use crate::check::describe;
 use crate::control::Progress;
@@ -94,6 +94,7 @@ impl NativeRoute {
     /// Gives QEMU the file for as long as it writes; returns the bytes of all RAM.
     fn send(&self, work: &mut Work<'_>) -> Result<u64, SaveError> {
         let file = work.draft.file().buffered();
+        work.guard.keep_open(file.as_fd())?;
         let mut descriptors = vec![reopen(file, OFlags::empty())?];
         if self.direct_io.is_ok() {
             descriptors.push(reopen(file, OFlags::DIRECT)?);
@@ -142,10 +143,11 @@ fn reopen(file: &File, flags: OFlags) -> Result<OwnedFd, SaveError> {
 
 /// Waits until QEMU has written all; returns the bytes of all RAM.
 fn send_to(work: &mut Work<'_>, kept: &KeptFile) -> Result<u64, SaveError> {
-    work.vm.send_to_file(kept)?;
+    work.vm.send_to_file(kept).map_err(|error| cancel(work.vm, error.into()))?;
     let mut ram_bytes = 0;
     loop {
-        let (outgoing, ram) = work.vm.outgoing_ram()?;
+        let asked = work.vm.outgoing_ram();
+        let (outgoing, ram) = asked.map_err(|error| cancel(work.vm, error.into()))?;
         if let Some(ram) = ram {
             ram_bytes = ram.total_bytes;
             let done_bytes = ram_bytes.saturating_sub(ram.remaining_bytes);
@@ -157,19 +159,19 @@ fn send_to(work: &mut Work<'_>, kept: &KeptFile) -> Result<u64, SaveError> {
             other => return Err(not_sent(other)),
         }
         if work.control.is_stopped() {
-            return Err(cancel(work.vm));
+            return Err(cancel(work.vm, SaveError::Stopped));
         }
         thread::sleep(POLL_INTERVAL);
     }
 }
 
-fn cancel(vm: &mut Vm) -> SaveError {
-    match vm.cancel_file(CANCEL_TIMEOUT) {
+/// Ends the writing after `error`, and returns the error to report.
+fn cancel(vm: &mut Vm, error: SaveError) -> SaveError {
+    match vm.unstoppable(CANCEL_TIMEOUT, |vm| vm.cancel_file(CANCEL_TIMEOUT)) {
         Ok(Outgoing::Active | Outgoing::Held) => {
             SaveError::Migration { reason: "it does not stop".to_owned() }
         }
-        Ok(_) => SaveError::Stopped,
-        Err(error) => error.into(),
+        Ok(_) | Err(_) => error,
     }
 }
 

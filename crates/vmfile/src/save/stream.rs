@@ -3,28 +3,24 @@
 //! It needs no right but the monitor's, and every QEMU has it. QEMU's capabilities and parameters are
 //! changed for it and put back as they were.
 
-use std::fs;
 use std::num::NonZeroU8;
-use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use vmfile_qemu::{Outgoing, PUT_BACK_TIMEOUT, StreamSettings, Vm};
+use vmfile_qemu::{PUT_BACK_TIMEOUT, StreamSettings, Vm};
 
+use super::sending::{Peer, sent};
 use super::{SaveOptions, Work, Written};
 use crate::error::SaveError;
 use crate::listener::Listener;
-use crate::multifd::{CHANNELS_MAX, ChannelsError, Connections};
+use crate::multifd::{CHANNELS_MAX, ChannelsError};
 use crate::receive::ReceiveError;
 use crate::source::stream::Patience;
 use crate::stream_receiver::{Received, StreamReceiver};
 
 /// How long QEMU may be silent: a VM that is stopped has nothing to wait for.
 const STALL_TIMEOUT: Duration = Duration::from_secs(120);
-
-/// How long QEMU may take to see that its stream has ended.
-const END_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A VM that can send itself, and the settings it had.
 #[derive(Debug)]
@@ -43,8 +39,8 @@ impl StreamRoute {
             return Err(ReceiveError::from(ChannelsError::TooMany { found }).into());
         }
         let before = vm.stream_settings()?;
-        let user = user_of(vm);
-        let listen = |channels| Ok::<_, SaveError>((channels, Listener::bind_for(user)?));
+        let process = vm.pid().ok();
+        let listen = |channels| Ok::<_, SaveError>((channels, Listener::bind_for(process)?));
         Ok(StreamRoute { before, channels: channels.map(listen).transpose()? })
     }
 
@@ -89,28 +85,25 @@ fn receive(
     work: &mut Work<'_>,
     channels: Option<(NonZeroU8, Listener)>,
 ) -> Result<Received, SaveError> {
-    let patience = Patience { control: work.control, stall: Some(STALL_TIMEOUT), deadline: None };
+    let process = work.vm.pid().ok();
+    let patience =
+        Patience { control: work.control, process, stall: Some(STALL_TIMEOUT), deadline: None };
+    let mut peer = Peer::default();
     let connections = match channels {
         None => {
             let (ours, theirs) = UnixStream::pair().map_err(SaveError::Socket)?;
-            work.vm.send_stream(theirs.into())?;
-            ours.into()
+            work.vm.send_stream(theirs.into()).map(|()| ours.into()).map_err(SaveError::from)
         }
         Some((channels, listener)) => {
-            work.vm.send_to_socket(listener.path())?;
-            let accepted = Connections::accept(listener, channels.get().into(), &patience);
-            accepted.map_err(|error| why_not(work.vm, error.into()))?
+            peer.connect((work.vm, work.guard), (listener, channels), &patience)
         }
     };
-    let receiver = StreamReceiver { draft: work.draft, io: work.options.io, patience };
     let vm = &mut *work.vm;
-    receiver.run(connections, || sent(vm)).map_err(|error| why_not(work.vm, error))
-}
-
-/// Returns the user as whom QEMU runs, as far as that is known.
-fn user_of(vm: &mut Vm) -> Option<u32> {
-    let pid = vm.pid().ok()?;
-    Some(fs::metadata(format!("/proc/{pid}")).ok()?.uid())
+    let received = connections.and_then(|connections| {
+        let receiver = StreamReceiver { draft: work.draft, io: work.options.io, patience };
+        receiver.run(connections, || sent(vm))
+    });
+    received.map_err(|error| peer.give_up(work.vm, error))
 }
 
 /// Returns what a route says that received the VM by its stream.
@@ -123,37 +116,4 @@ pub(super) fn written(received: &Received) -> Written {
         io: received.backend.to_string(),
         live: None,
     }
-}
-
-/// The last byte has come: waits until QEMU says that it was.
-pub(super) fn sent(vm: &mut Vm) -> Result<(), SaveError> {
-    match vm.wait_sent(END_TIMEOUT)? {
-        Outgoing::Completed => Ok(()),
-        other => Err(not_sent(other)),
-    }
-}
-
-/// Ends the sending after `error`, and says what was the reason: QEMU's, where QEMU gave up first.
-pub(super) fn why_not(vm: &mut Vm, error: SaveError) -> SaveError {
-    let is_cut = matches!(&error, SaveError::Receive(ReceiveError::Stream(_)));
-    if let (true, Ok(Outgoing::Failed(reason))) = (is_cut, vm.outgoing()) {
-        return SaveError::Migration { reason };
-    }
-    // A QEMU that fails on its own meanwhile has stopped sending as well.
-    match vm.cancel_sending(END_TIMEOUT) {
-        Ok(Outgoing::Active | Outgoing::Held) => {
-            SaveError::Migration { reason: "it does not stop".to_owned() }
-        }
-        _ => error,
-    }
-}
-
-/// Says why QEMU has not sent the VM.
-pub(super) fn not_sent(outgoing: Outgoing) -> SaveError {
-    let reason = match outgoing {
-        Outgoing::Failed(reason) => reason,
-        Outgoing::Cancelled => "somebody cancelled it".to_owned(),
-        _ => "it does not end".to_owned(),
-    };
-    SaveError::Migration { reason }
 }

@@ -6,6 +6,9 @@
 //!                            SYNC         SYNC  SYNC
 //! ```
 //!
+//! END and what follows it leave only after every channel has sent its last page: a page that is not
+//! what was written ends the stream where QEMU refuses it, whichever channel met it.
+//!
 //! The stream's connection is made first, and each says what it is as soon as it is made: QEMU looks
 //! at the first bytes before it takes the next (since 7.2; it takes the first for the stream before).
 //! Where a part of "ram" ends, QEMU waits for a SYNC on every channel, so that no page comes before
@@ -48,7 +51,7 @@ pub(super) fn write_channels(
     let parts = parts(&contents.configuration().machine)?;
     let failed = AtomicBool::new(false);
     let is_stopped = || control.is_stopped() || failed.load(Ordering::Relaxed);
-    let open = || Outlet::new(connect(path)?.into(), &is_stopped).map_err(SendError::Descriptor);
+    let open = || Outlet::new(connect(path, control)?, &is_stopped).map_err(SendError::Descriptor);
     let mut outlet = open()?;
     let mut counts = vec![outlet.sent()];
     let stream = StreamWriter::begin(contents, &mut outlet, parts)?;
@@ -64,23 +67,25 @@ pub(super) fn write_channels(
     let fail = |_: &SendError| failed.store(true, Ordering::Relaxed);
     let senders = Channels::new(contents, outlets, control);
     let (streamed, sent) = thread::scope(|scope| {
-        let stream = scope.spawn(|| zero_pages(contents, stream).inspect_err(fail));
+        let stream = scope.spawn(|| zero_pages(stream).inspect_err(fail));
         let width = (source.io, usize::try_from(channels).expect("few"));
         let work = |lane| senders.work(lane).inspect_err(fail);
         let sent = on_lanes(&source.file, width, work).map_err(SendError::Reading);
         let sent = sent.inspect_err(fail);
         (stream.join().expect("no panic"), sent)
     });
-    let (mut results, backend) = sent?;
-    results.push(streamed);
-    let errors = results.into_iter().filter_map(Result::err);
-    match errors.min_by_key(|error| matches!(error, SendError::Stopped)) {
-        Some(error) => Err(error),
-        None => {
-            let sent = counts.iter().map(|count| count.load(Ordering::Relaxed)).sum();
-            Ok((backend.to_string(), sent))
-        }
+    let (results, backend) = sent?;
+    let (stream, error) = match streamed {
+        Ok(stream) => (Some(stream), None),
+        Err(error) => (None, Some(error)),
+    };
+    let errors = results.into_iter().filter_map(Result::err).chain(error);
+    if let Some(error) = errors.min_by_key(|error| matches!(error, SendError::Stopped)) {
+        return Err(error);
     }
+    stream.expect("it did not fail").finish()?;
+    let sent = counts.iter().map(|count| count.load(Ordering::Relaxed)).sum();
+    Ok((backend.to_string(), sent))
 }
 
 /// Says how the parts of "ram" end for this machine type.
@@ -107,12 +112,12 @@ fn parse_uuid(text: &str) -> Option<[u8; 16]> {
     (digits.len() == 32).then(|| number.to_be_bytes())
 }
 
-/// Writes what remains of the stream: zero pages, and what follows RAM.
-fn zero_pages(contents: &Contents<'_>, mut stream: StreamWriter<'_, '_>) -> Result<(), SendError> {
-    for window in contents.windows() {
+/// Writes the zero pages; what follows RAM remains to be written.
+fn zero_pages<'w, 'o>(mut stream: StreamWriter<'w, 'o>) -> Result<StreamWriter<'w, 'o>, SendError> {
+    for window in stream.contents().windows() {
         stream.pages(&window, None)?;
     }
-    stream.finish()
+    Ok(stream)
 }
 
 /// What all channels share.

@@ -2,13 +2,14 @@
 
 use std::ops::Range;
 
-use vmfile_format::PageBitmap;
 use vmfile_format::mapped_ram::PlacedBlock;
 use vmfile_format::page::PageRange;
 use vmfile_format::ram_block::RamBlock;
 use vmfile_format::stream::configuration::Configuration;
 use vmfile_format::stream::encoder;
+use vmfile_format::{PageBitmap, PageIndex};
 
+use crate::page_hashes::PageHashes;
 use crate::plan::{WINDOW_LEN, pieces};
 use crate::snapshot::{Snapshot, SnapshotError};
 
@@ -128,6 +129,22 @@ impl<'a> Contents<'a> {
     pub(crate) fn zero_pages(&self) -> u64 {
         let blocks = self.blocks.iter().filter(|block| block.zero_pages);
         blocks.map(|block| block.bitmap.page_count().0 - block.bitmap.data_count().0).sum()
+    }
+
+    /// Compares the pages with data of `window`, whose bytes are `bytes`, with their hashes.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`SnapshotError::DamagedPage`] for the first that is not what was written.
+    pub(crate) fn verify(
+        &self,
+        window: &Window,
+        bytes: &[u8],
+        hashes: &mut PageHashes<'_>,
+    ) -> Result<(), SnapshotError> {
+        let block = &self.blocks[window.block];
+        let first = PageIndex(window.bytes.start / block.placed.block.page_size().bytes());
+        hashes.verify(block.index, &block.bitmap, first, bytes)
     }
 
     /// Returns the windows in the order of the file; each page that is sent is in one of them.

@@ -1,8 +1,11 @@
 //! `vmfile send`: a file as a migration stream that any QEMU accepts.
 //!
 //! ```text
-//! bitmaps and device state - header - pages as they are read - device state
+//! verify all but pages - bitmaps and device state - header - pages as they are read - device state
 //! ```
+//!
+//! Each page is compared with its hash before it leaves. Where one is wrong, the stream ends before it,
+//! and QEMU refuses what it got.
 //!
 //! Nothing comes back: whether QEMU liked the stream, QEMU says. The pages of a file lie at fixed
 //! places, so that they can be read ahead, past the page cache, and go out from where they were read
@@ -16,21 +19,23 @@ mod stream;
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::thread;
+use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
 use serde::Serialize;
 use vmfile_engine::{Backend, DirectIo};
 use vmfile_format::RamBlock;
+use vmfile_qemu::unix_socket;
 
 use self::channels::{CHANNELS_MAX, write_channels};
 pub(crate) use self::contents::{Contents, LARGE_BLOCK_LEN, Pages};
 pub(crate) use self::outlet::Outlet;
 pub(crate) use self::stream::{Source, write_short_stream, write_stream};
 use crate::control::Control;
-use crate::reading::open_for_reading;
+use crate::reading::{open_for_reading, verified};
 use crate::snapshot::{Snapshot, SnapshotError};
 
 /// Where a stream goes.
@@ -79,6 +84,8 @@ pub struct SendReport {
     pub pages_zero: u64,
     /// The length of the stream and of what the channels carried, in bytes.
     pub bytes_sent: u64,
+    /// Whether the file was compared with its checksums and each page with its hash; if not, why.
+    pub verified: &'static str,
     /// Whether direct I/O was used; if not, why.
     pub direct_io: String,
     /// The back end that was used.
@@ -91,7 +98,7 @@ pub struct SendReport {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SendError {
-    /// The file could not be read.
+    /// The file could not be read, or is not what was written.
     #[error(transparent)]
     Snapshot(#[from] SnapshotError),
     /// The pages could not be read in the way that was asked for.
@@ -176,6 +183,7 @@ pub fn send(
     if options.channels > max {
         return Err(SendError::Channels { found: options.channels, max });
     }
+    snapshot.verify_parts()?;
     let contents = Contents::new(snapshot, |block| pages(block, options))?;
     let opened = open_for_reading(snapshot, options.direct_io);
     let (file, direct_io) = opened.map_err(SendError::Reading)?;
@@ -183,7 +191,7 @@ pub fn send(
     let (io, bytes_sent) = match (to, options.channels) {
         (SendTo::Descriptor(descriptor), _) => send_one(&contents, &source, descriptor, control)?,
         (SendTo::Connect(path), 0) => {
-            send_one(&contents, &source, connect(&path)?.into(), control)?
+            send_one(&contents, &source, connect(&path, control)?, control)?
         }
         (SendTo::Connect(path), channels) => {
             write_channels(&contents, &source, &path, channels, control)?
@@ -197,6 +205,7 @@ pub fn send(
         pages_data: contents.data().0,
         pages_zero: contents.zero_pages(),
         bytes_sent,
+        verified: verified(snapshot),
         direct_io,
         io,
         total_seconds: started.elapsed().as_secs_f64(),
@@ -229,7 +238,25 @@ fn pages(block: &RamBlock, options: &SendOptions) -> Pages {
     }
 }
 
-fn connect(path: &Path) -> Result<UnixStream, SendError> {
-    UnixStream::connect(path)
-        .map_err(|source| SendError::Connect { path: path.to_path_buf(), source })
+/// How long QEMU may take until it has room for one more connection.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How often a QEMU that has no room for one more connection is tried again.
+const RETRY_INTERVAL: Duration = Duration::from_millis(10);
+
+fn connect(path: &Path, control: &Control<'_>) -> Result<OwnedFd, SendError> {
+    let deadline = Instant::now() + CONNECT_TIMEOUT;
+    loop {
+        match unix_socket::connect(path) {
+            Ok(socket) => return Ok(socket),
+            Err(Errno::AGAIN | Errno::INTR) if Instant::now() < deadline => {}
+            Err(errno) => {
+                return Err(SendError::Connect { path: path.to_path_buf(), source: errno.into() });
+            }
+        }
+        if control.is_stopped() {
+            return Err(SendError::Stopped);
+        }
+        thread::sleep(RETRY_INTERVAL);
+    }
 }

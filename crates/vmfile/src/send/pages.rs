@@ -1,4 +1,4 @@
-//! Pages of a file in their order, read ahead.
+//! Pages of a file in their order, read ahead and verified.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
@@ -8,10 +8,13 @@ use vmfile_engine::{Completion, Direction, Memory, PooledBuffer, Transfer};
 use super::SendError;
 use super::contents::{Contents, Window};
 use crate::lane::Lane;
+use crate::page_hashes::PageHashes;
 
-/// Reads windows, several in flight, and hands them on in the order in which they were asked for.
+/// Reads windows, several in flight, and hands them on in the order in which they were asked for,
+/// each after its pages were compared with their hashes.
 pub(crate) struct PagesInOrder<'a, I> {
     contents: &'a Contents<'a>,
+    hashes: PageHashes<'a>,
     lane: Lane,
     /// The windows that are still to be read.
     ahead: I,
@@ -39,7 +42,8 @@ impl<'a, I: Iterator<Item = Window>> PagesInOrder<'a, I> {
     /// Returns a reader of those of `windows` that have data.
     pub(crate) fn new(contents: &'a Contents<'a>, lane: Lane, windows: I) -> PagesInOrder<'a, I> {
         let (underway, early) = (VecDeque::new(), BTreeMap::new());
-        PagesInOrder { contents, lane, ahead: windows, underway, taken: 0, early }
+        let hashes = PageHashes::new(contents.snapshot);
+        PagesInOrder { contents, hashes, lane, ahead: windows, underway, taken: 0, early }
     }
 
     /// Returns the next window that has data and its bytes, and goes on reading ahead; `None` after
@@ -47,13 +51,14 @@ impl<'a, I: Iterator<Item = Window>> PagesInOrder<'a, I> {
     ///
     /// # Errors
     ///
-    /// Returns [`SendError::Read`].
+    /// Returns [`SendError::Read`], and [`SendError::Snapshot`] if a page is not what was written.
     pub(crate) fn next(&mut self) -> Result<Option<(Window, Read)>, SendError> {
         self.read_ahead()?;
         let Some(window) = self.underway.pop_front() else { return Ok(None) };
         loop {
             if let Some(read) = self.early.remove(&self.taken) {
                 self.taken += 1;
+                self.contents.verify(&window, read.as_ref(), &mut self.hashes)?;
                 return Ok(Some((window, read)));
             }
             let completion = self.lane.next_read().map_err(SendError::Reading)?;

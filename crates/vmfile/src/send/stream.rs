@@ -22,6 +22,7 @@ use super::outlet::Outlet;
 use super::pages::PagesInOrder;
 use crate::control::{Control, Progress};
 use crate::lane::{Lane, on_lanes};
+use crate::page_hashes::PageHashes;
 use crate::plan::UNIT_LEN;
 
 /// How the pages of a stream are read.
@@ -71,14 +72,18 @@ pub(crate) fn write_short_stream(
     outlet: &mut Outlet<'_>,
     control: &Control<'_>,
 ) -> Result<(), SendError> {
+    let mut hashes = PageHashes::new(contents.snapshot);
     let next = |window: &Window| {
         let offset = contents.blocks[window.block].placed.pages_offset + window.bytes.start;
-        Ok(contents.snapshot.read(offset, window.bytes.end - window.bytes.start)?)
+        let read = contents.snapshot.read(offset, window.bytes.end - window.bytes.start)?;
+        contents.verify(window, &read, &mut hashes)?;
+        Ok(read)
     };
     write_windows(contents, next, outlet, control)
 }
 
-/// Writes a stream whose windows with data are read by `next`.
+/// Writes a stream whose windows with data are read and verified by `next`: a page that is not what
+/// was written ends the stream before it, where QEMU refuses it.
 fn write_windows<B: AsRef<[u8]>>(
     contents: &Contents<'_>,
     mut next: impl FnMut(&Window) -> Result<B, SendError>,
@@ -143,6 +148,11 @@ impl<'w, 'o> StreamWriter<'w, 'o> {
         let section = begin(&mut words, structure.device_state.unused_id(), &structure.ram());
         outlet.send(&words)?;
         Ok(StreamWriter { contents, outlet, section, parts, words, part_len: 0 })
+    }
+
+    /// Returns what the stream is made of.
+    pub(crate) fn contents(&self) -> &'w Contents<'w> {
+        self.contents
     }
 
     /// Writes the pages of a window, of which `bytes` are those from the first page with data to

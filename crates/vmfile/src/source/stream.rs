@@ -10,6 +10,8 @@ use rustix::io::Errno;
 use rustix::pipe::fcntl_setpipe_size;
 use vmfile_format::stream::decoder::EVENT_LEN_MAX;
 
+use vmfile_qemu::is_process_stopped;
+
 use crate::control::Control;
 
 /// How much is read at once: what a pipe holds when it was widened.
@@ -18,12 +20,17 @@ const READ_LEN: usize = 1 << 20;
 /// How often a wait looks whether it was told to stop.
 pub(crate) const STOP_INTERVAL: Duration = Duration::from_millis(100);
 
+/// How long a peer may be silent before its process is looked at.
+const STILL_TIMEOUT: Duration = Duration::from_secs(3);
+
 /// How long a peer may be waited for.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Patience<'a> {
     pub(crate) control: &'a Control<'a>,
     /// Without a byte from a peer.
     pub(crate) stall: Option<Duration>,
+    /// QEMU's process, where it is known to be the peer: one that is stopped sends nothing.
+    pub(crate) process: Option<u32>,
     /// Until all has come.
     pub(crate) deadline: Option<Instant>,
 }
@@ -35,6 +42,8 @@ pub(crate) enum WaitError {
     Io(io::Error),
     /// Nothing came for so long.
     Stalled(Duration),
+    /// The peer's process is stopped, by SIGSTOP or a debugger.
+    ProcessStopped(u32),
     /// The deadline has passed.
     TimedOut,
     /// The caller stopped it.
@@ -93,6 +102,11 @@ impl Patience<'_> {
         }
         if self.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
             return Err(WaitError::TimedOut);
+        }
+        if let Some(pid) = self.process.filter(|_| pulse.silence() >= STILL_TIMEOUT) {
+            if is_process_stopped(pid) {
+                return Err(WaitError::ProcessStopped(pid));
+            }
         }
         match self.stall.filter(|&stall| pulse.silence() >= stall) {
             Some(stall) => Err(WaitError::Stalled(stall)),

@@ -1,0 +1,243 @@
+//! Whatever ends vmfile in the middle of a save, the VM lives.
+//!
+//! `cargo xtask chaos vmfile` tries more moments than a test has time for.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::fs;
+use std::path::Path;
+use std::process::{Child, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use vmfile_testing::{Guest, Qemu, Ram, Random, Release, TestResult, requires};
+
+use crate::guests::directory;
+use crate::run::{Said, command, names_in, vmfile, wait_until};
+use crate::words;
+
+/// How many moments are tried in a test run.
+const KILLS: u64 = 30;
+
+/// How soon the guest must run again, on a machine that runs nothing else; the test allows for more.
+const SOON: Duration = Duration::from_secs(1);
+const ALLOWANCE: u32 = 5;
+
+/// Every route, live and with disks.
+const WAYS: [&[&str]; 10] = [
+    &["--route", "direct"],
+    &["--route", "direct", "--with-disks"],
+    &["--route", "stream"],
+    &["--route", "stream", "--channels", "2"],
+    &["--route", "stream", "--with-disks"],
+    &["--route", "native"],
+    &["--route", "native", "--with-disks"],
+    &["--live"],
+    &["--live", "--with-disks"],
+    &["--route", "direct", "--after", "pause"],
+];
+
+/// What a save may change in QEMU, as QEMU tells it.
+#[derive(Debug, PartialEq)]
+struct State {
+    settings: Value,
+    parameters: Value,
+    sets: Value,
+    objects: Vec<String>,
+}
+
+impl State {
+    fn of(guest: &mut Guest) -> TestResult<State> {
+        let objects = guest.qmp("qom-list", json!({ "path": "/objects" }))?;
+        let name = |object: &Value| object["name"].as_str().map(str::to_owned);
+        Ok(State {
+            settings: guest.qmp("query-migrate-capabilities", json!({}))?,
+            parameters: guest.qmp("query-migrate-parameters", json!({}))?,
+            sets: guest.qmp("query-fdsets", json!({}))?,
+            objects: objects.as_array().into_iter().flatten().filter_map(name).collect(),
+        })
+    }
+}
+
+/// A guest that writes to its memory and its disk all the time, and what it was like at first.
+struct Trial {
+    guest: Guest,
+    directory: TempDir,
+    before: State,
+    random: Random,
+    /// How long each way takes when nothing ends it.
+    seconds: BTreeMap<usize, f64>,
+    /// The slowest return to life.
+    slowest: Duration,
+    finished: u64,
+}
+
+impl Trial {
+    fn begin(qemu: &Qemu, random: Random) -> TestResult<Trial> {
+        let config = Guest::linux(Ram::private(256)).vcpus(2).disk(16).one_moment().fill_mib(120);
+        let mut guest = config.busy().boot(qemu)?;
+        guest.wait_for_count(1)?;
+        let before = State::of(&mut guest)?;
+        let (seconds, slowest) = (BTreeMap::new(), Duration::ZERO);
+        let directory = directory()?;
+        Ok(Trial { guest, directory, before, random, seconds, slowest, finished: 0 })
+    }
+
+    fn words(&self, way: usize, file: &Path) -> Vec<OsString> {
+        let mut words = words!["save", self.guest.qmp_path(), file].to_vec();
+        words.extend(WAYS[way].iter().map(OsString::from));
+        if !WAYS[way].contains(&"--after") {
+            words.extend(["--after", "resume"].map(OsString::from));
+        }
+        words
+    }
+
+    /// Returns how long a way takes; it is tried once.
+    fn seconds(&mut self, way: usize) -> TestResult<f64> {
+        if let Some(seconds) = self.seconds.get(&way) {
+            return Ok(*seconds);
+        }
+        let file = self.directory.path().join("whole.vmf");
+        let began = Instant::now();
+        vmfile(self.words(way, &file)).assert(0, &["saved"]);
+        let seconds = began.elapsed().as_secs_f64();
+        fs::remove_file(&file)?;
+        self.run_if_paused()?;
+        self.seconds.insert(way, seconds);
+        Ok(seconds)
+    }
+
+    /// After `--after pause` the guest is to be let run.
+    fn run_if_paused(&mut self) -> TestResult {
+        if self.guest.status()? == "paused" { self.guest.resume() } else { Ok(()) }
+    }
+
+    /// Ends a save by `signal` at some moment, and looks what became of the VM.
+    fn kill(&mut self, number: u64, signal: Signal) -> TestResult {
+        let way = usize::try_from(number)? % WAYS.len();
+        let seconds = self.seconds(way)?;
+        let moment = Duration::from_secs_f64(seconds * 1.1 * self.random.next_fraction());
+        let what = format!("kill {number}: {:?} after {moment:?} by {signal:?}", WAYS[way]);
+        let image = self.image()?;
+        let images = self.images()?;
+        let file = self.directory.path().join(format!("{number}.vmf"));
+        let child = self.start(way, &file)?;
+        let sockets = format!("vmfile-{}-", child.id());
+        thread::sleep(moment);
+        let said = end(child, signal)?;
+        let killed_at = Instant::now();
+        let is_there = file.exists();
+        self.finished += u64::from(is_there);
+        let asked_to_stand = WAYS[way].contains(&"pause") && is_there;
+        let is_alive = |guest: &mut Guest| {
+            guest
+                .status()
+                .is_ok_and(|status| status == "running" || asked_to_stand && status == "paused")
+        };
+        wait_until(&format!("{what}: the guest runs"), || is_alive(&mut self.guest))?;
+        let took = killed_at.elapsed();
+        self.slowest = self.slowest.max(took);
+        assert!(took < SOON * ALLOWANCE, "{what}: the guest ran after {took:?}; {said:?}");
+        // The rest may take longer: an overlay is merged while the guest runs.
+        wait_until(&format!("{what}: nothing is left in QEMU"), || {
+            State::of(&mut self.guest).is_ok_and(|state| state == self.before)
+        })?;
+        assert_eq!(self.guest.status()? == "paused", asked_to_stand, "{what}");
+        self.run_if_paused()?;
+        self.expect_no_trace(&what, (&file, is_there), (image, images))?;
+        let left = names_in(Path::new("/tmp")).into_iter().find(|name| name.starts_with(&sockets));
+        assert_eq!(left, None, "{what}");
+        self.guest.wait_for_passes(1)?;
+        self.guest.judge_counts()?;
+        Ok(())
+    }
+
+    /// The image in use and the files are what they were, but for a save that came to its end.
+    fn expect_no_trace(
+        &mut self,
+        what: &str,
+        (file, is_there): (&Path, bool),
+        (image, images): (String, Vec<String>),
+    ) -> TestResult {
+        if is_there {
+            let said = vmfile(words!["check", file]);
+            said.assert(0, &[]);
+            fs::remove_file(file)?;
+        } else {
+            assert_eq!(self.image()?, image, "{what}");
+            assert_eq!(self.images()?, images, "{what}");
+        }
+        assert_eq!(names_in(self.directory.path()), [""; 0], "{what}");
+        Ok(())
+    }
+
+    fn start(&self, way: usize, file: &Path) -> TestResult<Child> {
+        let mut command = command();
+        command.args(self.words(way, file)).stdout(Stdio::piped()).stderr(Stdio::piped());
+        Ok(command.spawn()?)
+    }
+
+    /// The image on top of the guest's disk, as QEMU says.
+    fn image(&mut self) -> TestResult<String> {
+        let drives = self.guest.qmp("query-block", json!({}))?;
+        let mut drives = drives.as_array().into_iter().flatten();
+        let disk = drives.find(|drive| drive["device"] == "disk0").ok_or("no disk")?;
+        Ok(disk["inserted"]["image"]["filename"].as_str().unwrap_or_default().to_owned())
+    }
+
+    fn images(&self) -> TestResult<Vec<String>> {
+        let disk = self.guest.config().disk_path();
+        let mut names = names_in(disk.parent().ok_or("a directory")?);
+        names.sort();
+        Ok(names)
+    }
+
+    /// A save that nothing ends is right.
+    fn next_save_is_right(&mut self) -> TestResult {
+        let file = self.directory.path().join("next.vmf");
+        vmfile(words!["save", self.guest.qmp_path(), file, "--after", "resume"])
+            .assert(0, &["saved"]);
+        vmfile(words!["check", file]).assert(0, &[]);
+        fs::remove_file(&file)?;
+        self.guest.wait_for_passes(1)?;
+        self.guest.judge_counts()
+    }
+}
+
+/// Ends a process; returns what it said.
+fn end(mut child: Child, signal: Signal) -> TestResult<Said> {
+    if child.try_wait()?.is_none() {
+        kill_process(pid_of(&child)?, signal)?;
+    }
+    Ok(child.wait_with_output()?.into())
+}
+
+fn pid_of(child: &Child) -> TestResult<Pid> {
+    Ok(Pid::from_raw(i32::try_from(child.id())?).ok_or("a pid")?)
+}
+
+/// SIGKILL, SIGQUIT and the like in the middle of a paused save left the VM paused for ever; after a
+/// live one `background-snapshot` was still on, and the next migration by anybody "completed" while
+/// the source ran on; with disks the VM was left in the overlay of a file that does not exist.
+#[test]
+fn a_vm_whose_save_is_killed_at_any_moment_is_as_it_was() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
+    let kills = number("VMFILE_KILLS").unwrap_or(KILLS);
+    let seed = number("VMFILE_SEED").unwrap_or_else(Random::seed_of_now);
+    println!("{kills} kills, seed {seed}");
+    let mut trial = Trial::begin(&qemu, Random::new(seed))?;
+    for kill in 0..kills {
+        let signal = if kill % 3 == 2 { Signal::QUIT } else { Signal::KILL };
+        trial.kill(kill, signal)?;
+        if kill % 10 == 9 {
+            trial.next_save_is_right()?;
+        }
+    }
+    trial.next_save_is_right()?;
+    println!("{} of {kills} saves had their file; slowest {:?}", trial.finished, trial.slowest);
+    Ok(())
+}

@@ -1,0 +1,36 @@
+//! A name for a new file that takes the place of no file which a VM uses, whatever the caller allows.
+
+use std::fs::Metadata;
+use std::path::Path;
+
+use vmfile_engine::{Existing, PublishError, Unpublished};
+use vmfile_qemu::user_of_file;
+
+use crate::snapshot::Snapshot;
+
+/// Creates an empty file that will be named `path`; `vm` is the process of a VM at hand, whose program
+/// may have any name.
+///
+/// A file that is there and that a QEMU of this host has open, has mapped or was started with is not
+/// replaced, nor one that another program has locked, as QEMU locks its images. A saved VM may be
+/// replaced even while a VM that was restored from it maps it: that VM keeps the old one's bytes.
+///
+/// # Errors
+///
+/// Returns [`PublishError::InUse`], which names the QEMU, and otherwise what
+/// [`Unpublished::create_beside`] returns.
+pub fn new_file(
+    path: &Path,
+    existing: Existing,
+    vm: Option<u32>,
+) -> Result<Unpublished, PublishError> {
+    let user_of = move |path: &Path, metadata: &Metadata| {
+        let user = user_of_file(metadata, vm)?;
+        (!is_saved_vm(path)).then(|| user.to_string())
+    };
+    Unpublished::create_unless_used(path, existing, Box::new(user_of))
+}
+
+fn is_saved_vm(path: &Path) -> bool {
+    Snapshot::open(path, 0).is_ok_and(|snapshot| snapshot.manifest().is_some())
+}

@@ -1,0 +1,120 @@
+//! The recorded hashes of a file's pages, and the one place where a page is compared with its own.
+//!
+//! `check`, a restore by `load` or `stream`, `send` and `convert` verify here every page that they read,
+//! before they hand it on. A file that QEMU wrote has no hashes: there nothing is compared.
+
+use vmfile_engine::page_hash;
+use vmfile_format::manifest::{HASH_LEN, encode_hash};
+use vmfile_format::{PageBitmap, PageIndex};
+
+use crate::plan::UNIT_LEN;
+use crate::snapshot::{Snapshot, SnapshotError};
+
+/// The recorded hash of a page; zeros for a zero page.
+pub(crate) type Hash = [u8; 16];
+
+/// The recorded hashes of a file's pages, read a unit of 16 MiB at a time.
+///
+/// Each worker has one of its own and takes the pages of a unit together: then each part of a
+/// table is read once.
+#[derive(Debug)]
+pub(crate) struct PageHashes<'a> {
+    snapshot: &'a Snapshot,
+    /// The block and the number of the unit whose hashes are in `bytes`.
+    unit: Option<(usize, u64)>,
+    bytes: Vec<u8>,
+}
+
+impl<'a> PageHashes<'a> {
+    /// Returns the hashes of `snapshot`, of which none has been read yet.
+    pub(crate) fn new(snapshot: &'a Snapshot) -> PageHashes<'a> {
+        PageHashes { snapshot, unit: None, bytes: Vec::new() }
+    }
+
+    /// Compares the pages with data among `bytes`, which begin with the page `first` of the block
+    /// number `block`, with their hashes. Pages whose bit in `bitmap` is clear are passed over.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`SnapshotError::DamagedPage`] for the first page that is not what was written, and
+    /// [`SnapshotError::Read`] if the kernel refuses to read the hashes.
+    pub(crate) fn verify(
+        &mut self,
+        block: usize,
+        bitmap: &PageBitmap,
+        first: PageIndex,
+        bytes: &[u8],
+    ) -> Result<(), SnapshotError> {
+        if self.snapshot.manifest().is_none() {
+            return Ok(());
+        }
+        let page_size = self.snapshot.structure().blocks[block].block.page_size().bytes();
+        let page_len = usize::try_from(page_size).expect("64 KiB at most");
+        for (page, bytes) in (first.0..).map(PageIndex).zip(bytes.chunks(page_len)) {
+            if bitmap.contains(page) {
+                self.verify_page(block, page, bytes)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Compares one page with data with its hash.
+    ///
+    /// # Errors
+    ///
+    /// As [`PageHashes::verify`].
+    pub(crate) fn verify_page(
+        &mut self,
+        block: usize,
+        page: PageIndex,
+        bytes: &[u8],
+    ) -> Result<(), SnapshotError> {
+        match self.recorded(block, page)? {
+            Some(recorded) if !is_page(bytes, recorded) => {
+                Err(damaged_page(self.snapshot, block, page))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Returns the hash that the file records of a page; `None` in a file that QEMU wrote.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`SnapshotError::Read`] if the kernel refuses.
+    pub(crate) fn recorded(
+        &mut self,
+        block: usize,
+        page: PageIndex,
+    ) -> Result<Option<Hash>, SnapshotError> {
+        let Some(manifest) = self.snapshot.manifest() else { return Ok(None) };
+        let ram_block = &self.snapshot.structure().blocks[block].block;
+        let pages_in_unit = UNIT_LEN / ram_block.page_size().bytes();
+        let unit = page.0 / pages_in_unit;
+        if self.unit != Some((block, unit)) {
+            let first = unit * pages_in_unit;
+            let pages = pages_in_unit.min(ram_block.page_count().0 - first);
+            let offset = manifest.meta.blocks[block].hashes_offset + first * HASH_LEN;
+            self.bytes = self.snapshot.read(offset, pages * HASH_LEN)?;
+            self.unit = Some((block, unit));
+        }
+        let index = usize::try_from((page.0 % pages_in_unit) * HASH_LEN).expect("64 KiB");
+        Ok(Some(Hash::try_from(&self.bytes[index..index + 16]).expect("16 bytes")))
+    }
+}
+
+/// Says that a page, or its hash, is not what was written.
+pub(crate) fn damaged_page(snapshot: &Snapshot, block: usize, page: PageIndex) -> SnapshotError {
+    let placed = &snapshot.structure().blocks[block];
+    SnapshotError::DamagedPage {
+        path: snapshot.path().to_path_buf(),
+        block: placed.block.name().to_owned(),
+        page: page.0,
+        offset: placed.page_offset(page).unwrap_or(u64::MAX),
+    }
+}
+
+/// Whether `bytes` are the page whose hash was recorded.
+pub(crate) fn is_page(bytes: &[u8], recorded: Hash) -> bool {
+    encode_hash(page_hash(bytes)) == recorded
+}
