@@ -163,6 +163,9 @@ impl From<&SaveError> for Failure {
             SaveError::Blocked { .. } => Failure::new(Code::Vm, "blocked", error),
             SaveError::Changed { .. } => Failure::new(Code::Vm, "changed", error)
                 .hint("--changed-ok saves and ends it all the same; --after resume lets it run on"),
+            SaveError::ChangedMeanwhile { .. } => {
+                Failure::new(Code::Vm, "changed", error).hint("save it again")
+            }
             SaveError::NoAddress { .. } => Failure::new(Code::Vm, "no_address", error).hint(
                 "--route direct needs a QEMU that prints addresses, 8.0 or later; stream none",
             ),

@@ -56,6 +56,12 @@ pub enum SaveError {
         /// Each with what makes it good.
         changes: Vec<Change>,
     },
+    /// Another client of QEMU changed the VM after its save began.
+    #[error("the VM was changed while it was being saved: {what} came, went or changed")]
+    ChangedMeanwhile {
+        /// What it was.
+        what: String,
+    },
     /// QEMU does not say where a block lies.
     #[error("QEMU prints no address of RAM block {block:?}")]
     NoAddress {

@@ -33,6 +33,7 @@ use vmfile_qemu::{
 };
 
 pub use self::changed::Change;
+use self::changed::Known;
 use self::describe::describe_vm;
 pub use self::disks::SavedDisk;
 pub(crate) use self::disks::overlay_names;
@@ -90,6 +91,7 @@ struct Save<'a> {
     draft: Option<Draft>,
     /// Whether the file has its name: then the overlays belong to it.
     is_named: bool,
+    known: Known,
     disks: Disks,
     direct_io: String,
     meta: VmMeta,
@@ -183,7 +185,8 @@ impl<'a> Save<'a> {
         }
         let found = vm.drives()?;
         let mut meta = describe_vm(vm, was_running, &found)?;
-        warnings.extend(changed::compare(vm, &mut meta, &found, options)?);
+        let known = changed::compare(vm, &mut meta, &found, options)?;
+        warnings.extend(known.notes.iter().cloned());
         let disks =
             if options.with_disks { Disks::plan(&found, &mut meta)? } else { Disks::default() };
         let draft = Draft::new(unpublished, options.direct_io)?;
@@ -211,6 +214,7 @@ impl<'a> Save<'a> {
             route,
             draft: Some(draft),
             is_named: false,
+            known,
             disks,
             meta,
             written: Written::default(),
@@ -248,6 +252,7 @@ impl<'a> Save<'a> {
         if paused.ran() != self.record.was_running {
             self.note_that_it_ran(paused)?;
         }
+        self.known.still_holds(paused.vm())?;
         self.disks.freeze(paused.vm())?;
         let blocks = paused.blocks().to_vec();
         let paused_at = paused.stopped_at();
@@ -299,6 +304,7 @@ impl<'a> Save<'a> {
             paused_at: None,
         };
         self.written = route.write(&mut work)?;
+        self.known.parts_still_hold(vm)?;
         let proven = self.prove()?;
         self.publish(proven)?;
         self.pause_seconds = self.written.live.as_ref().map_or(0.0, |live| live.pause_seconds);

@@ -48,7 +48,7 @@ fn shell(words: &[String]) -> String {
 }
 
 /// Compares `vm`, which has `drives`, with what its command line would make, and notes in `meta` what
-/// it is. Returns what the user should know besides.
+/// it is.
 ///
 /// # Errors
 ///
@@ -58,7 +58,7 @@ pub(super) fn compare(
     meta: &mut VmMeta,
     drives: &[Drive],
     options: &SaveOptions,
-) -> Result<Vec<String>, SaveError> {
+) -> Result<Known, SaveError> {
     let parts = vm.parts()?;
     let mut notes = Vec::new();
     if let Some(words) = meta.command_line.get(1..) {
@@ -70,11 +70,52 @@ pub(super) fn compare(
             notes = compared.notes;
         }
     }
-    meta.parts = Some(describe(parts));
+    meta.parts = Some(describe(parts.clone()));
     if options.after == After::Quit && !options.changed_ok && !meta.changes.is_empty() {
         return Err(SaveError::Changed { changes: report(meta) });
     }
-    Ok(notes)
+    Ok(Known { parts, drives: drives.to_vec(), notes })
+}
+
+/// What a VM was made of when its save began.
+#[derive(Debug)]
+pub(super) struct Known {
+    parts: Parts,
+    drives: Vec<Drive>,
+    /// What the user should know of it, a sentence each.
+    pub(super) notes: Vec<String>,
+}
+
+impl Known {
+    /// Refuses a VM that was changed since: what the manifest says would be of another VM.
+    pub(super) fn still_holds(&self, vm: &mut Vm) -> Result<(), SaveError> {
+        self.parts_still_hold(vm)?;
+        let media = |drives: &[Drive]| -> Vec<(String, Option<String>)> {
+            let path = |drive: &Drive| drive.image().map(|image| image.path.clone());
+            drives.iter().map(|drive| (drive.name().to_owned(), path(drive))).collect()
+        };
+        let (before, now) = (media(&self.drives), media(&vm.drives()?));
+        let changed = now.iter().find(|drive| !before.contains(drive));
+        match changed.or_else(|| before.iter().find(|drive| !now.contains(drive))) {
+            None => Ok(()),
+            Some((name, _)) => Err(SaveError::ChangedMeanwhile { what: format!("drive {name}") }),
+        }
+    }
+
+    /// As [`Known::still_holds`], but for the drives, to which a save itself may add overlays.
+    pub(super) fn parts_still_hold(&self, vm: &mut Vm) -> Result<(), SaveError> {
+        let now = vm.parts()?;
+        if now == self.parts {
+            return Ok(());
+        }
+        let before = &self.parts.devices;
+        let came = now.devices.iter().find(|device| !before.contains(device));
+        let changed = came.or_else(|| before.iter().find(|device| !now.devices.contains(device)));
+        let what = changed.map_or("a CPU or a memory device".to_owned(), |device| {
+            format!("device {} ({})", device.id.as_ref().unwrap_or(&device.path), device.kind)
+        });
+        Err(SaveError::ChangedMeanwhile { what })
+    }
 }
 
 /// Returns the changes in `meta` as a report has them.
