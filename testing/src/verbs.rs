@@ -1,12 +1,14 @@
 //! The verbs as a user of the library calls them, and what every test expects of them.
 
+use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
 use vmfile::check::CheckOptions;
-use vmfile::restore::{Destination, Mode, RestoreOptions};
+use vmfile::restore::{Destination, Mode, RestoreOptions, Restored};
 use vmfile::save::{SaveOptions, SaveReport};
-use vmfile::{Control, Snapshot, Vm};
+use vmfile::{Control, RestoreError, Snapshot, Vm};
+use vmfile_format::manifest::VmMeta;
 
 use crate::{Guest, GuestConfig, Qemu, TestResult};
 
@@ -99,6 +101,34 @@ pub fn restore(qemu: &Qemu, config: &GuestConfig, file: &Path, mode: Mode) -> Te
     assert!(expected.is_none_or(|mode| mode == restored.report.mode), "{:?}", restored.report);
     drop(restored.qemu.expect("a QEMU was started").detach());
     prepared.attach()
+}
+
+/// Restores into a QEMU that is started with the saved command line.
+///
+/// # Errors
+///
+/// Whatever the library says.
+pub fn restore_saved(file: &Path, options: &RestoreOptions) -> Result<Restored, RestoreError> {
+    let snapshot = Snapshot::open(file, 0)?;
+    vmfile::restore::restore(&snapshot, Destination::Saved, options, &Control::none())
+}
+
+/// Changes what a file says of its VM, and makes its checksums true: as an older vmfile would have
+/// written it, or somebody who means harm.
+///
+/// # Errors
+///
+/// Whatever the library or the kernel says.
+pub fn rewrite_manifest(file: &Path, change: impl FnOnce(&mut VmMeta)) -> TestResult {
+    let snapshot = Snapshot::open(file, 0)?;
+    let manifest = snapshot.manifest().ok_or("no manifest")?;
+    let (mut meta, footer) = (manifest.meta.clone(), &manifest.footer);
+    change(&mut meta.vm);
+    let bytes = meta.encode(footer.stream_end, footer.metadata_offset);
+    let out = File::options().write(true).open(file)?;
+    out.set_len(footer.metadata_offset)?;
+    out.write_all_at(&bytes, footer.metadata_offset)?;
+    Ok(())
 }
 
 /// Reads all pages of a RAM block as they lie in the file, holes and all.

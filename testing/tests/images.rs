@@ -2,17 +2,24 @@
 //! restore gives back, in whatever way the line is written.
 
 use std::fs;
-use std::path::Path;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
 
-use vmfile::restore::{Destination, RestoreOptions, Restored};
-use vmfile::{Control, RestoreError, Snapshot, Vm};
-use vmfile_qemu::CommandLine;
-use vmfile_testing::verbs::save;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use vmfile::restore::{RestoreOptions, Restored};
+use vmfile::save::{After, SaveOptions};
+use vmfile::{RestoreError, Vm};
+use vmfile_qemu::{CommandLine, Drive};
+use vmfile_testing::verbs::{restore_saved, save, save_with};
 use vmfile_testing::{Guest, GuestConfig, Qemu, Ram, Release, TestResult, requires};
 
 /// Makes an empty raw image.
 fn raw(path: &Path) -> TestResult {
-    Ok(fs::File::create(path)?.set_len(4 << 20)?)
+    Ok(fs::File::create_new(path)?.set_len(4 << 20)?)
 }
 
 /// A guest in the boot sector, with `more` arguments.
@@ -166,8 +173,313 @@ fn a_configuration_file_is_in_the_saved_line_and_not_needed_any_more() -> TestRe
     Ok(())
 }
 
-/// Restores into a QEMU that is started with the saved command line.
-fn restore_saved(file: &Path, options: &RestoreOptions) -> Result<Restored, RestoreError> {
-    let snapshot = Snapshot::open(file, 0)?;
-    vmfile::restore::restore(&snapshot, Destination::Saved, options, &Control::none())
+/// A directory of images, and what is done with them.
+struct Files(TempDir);
+
+impl Files {
+    fn new() -> TestResult<Files> {
+        Ok(Files(tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?))
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn text(&self, name: &str) -> String {
+        self.path(name).display().to_string()
+    }
+
+    /// Makes a qcow2 image of 4 MiB, on top of another if there is one.
+    fn qcow2(&self, name: &str, below: Option<&str>) -> TestResult<String> {
+        let mut command = Command::new("qemu-img");
+        command.args(["create", "-q", "-f", "qcow2"]);
+        if let Some(below) = below {
+            command.args(["-F", "qcow2", "-b"]).arg(self.path(below));
+        }
+        let output = command.arg(self.path(name)).arg("4M").output()?;
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        Ok(self.text(name))
+    }
+}
+
+/// The drive that a test is about: every drive but that of the boot sector.
+fn drive_of(vm: &mut Vm) -> TestResult<Drive> {
+    let drives = vm.drives()?;
+    let mut drives = drives
+        .into_iter()
+        .filter(|drive| drive.images.last().is_none_or(|image| !image.path.ends_with("boot.img")));
+    Ok(drives.next().ok_or("no drive")?)
+}
+
+fn paths(drive: &Drive) -> Vec<&str> {
+    drive.images.iter().map(|image| image.path.as_str()).collect()
+}
+
+/// The drive of a VM that was restored.
+fn restored_drive(restored: &mut Restored) -> TestResult<Drive> {
+    drive_of(restored.qemu.as_mut().ok_or("a QEMU was started")?.vm())
+}
+
+/// Runs a block job to its end.
+fn run_job(guest: &mut Guest, command: &str, arguments: Value) -> TestResult {
+    let id = arguments["job-id"].as_str().unwrap_or_default().to_owned();
+    guest.qmp(command, arguments)?;
+    let deadline = Instant::now() + Duration::from_secs(30);
+    loop {
+        let jobs = guest.qmp("query-block-jobs", json!({}))?;
+        let Some(job) = jobs.as_array().and_then(|jobs| jobs.first()) else { return Ok(()) };
+        if job["ready"] == true {
+            // A job that is completing already is told once more, which QEMU refuses.
+            let _ = guest.qmp("block-job-complete", json!({ "device": id }));
+        }
+        assert!(Instant::now() < deadline, "{job}");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// The ways to write one disk, each with a device, on a qcow2 image.
+fn spellings(image: &str) -> Vec<Vec<String>> {
+    let text = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect();
+    let json = format!(r#"{{"driver":"qcow2","file":{{"driver":"file","filename":"{image}"}}}}"#);
+    let named = json.replace(',', ",,");
+    let device = "virtio-blk-pci,drive=n,id=disk";
+    vec![
+        text(&["-drive", &format!("file={image},format=qcow2,if=virtio,id=n")]),
+        text(&["-drive", &format!("file=json:{named},if=none,id=n"), "-device", device]),
+        text(&["-drive", &format!("driver=qcow2,file.filename={image},if=virtio")]),
+        text(&["-hdb", image]),
+        text(&[
+            "-blockdev",
+            &json.replacen('{', r#"{"node-name":"n","#, 1),
+            "-device",
+            r#"{"driver":"virtio-blk-pci","drive":"n"}"#,
+        ]),
+        text(&[
+            "-blockdev",
+            &format!("file,node-name=f,filename={image}"),
+            "-blockdev",
+            "qcow2,node-name=n,file=f",
+            "-device",
+            device,
+        ]),
+    ]
+}
+
+/// A1: `drive-mirror` to another image, completed: the VM runs on that one. The saved line names the
+/// old one, and the restored VM ran on it: everything that was written since was gone.
+#[test]
+fn a_vm_that_was_mirrored_to_another_image_comes_back_on_that_one() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    for number in 0..6 {
+        let files = Files::new()?;
+        let old = files.qcow2("old.qcow2", None)?;
+        let words = spellings(&old).swap_remove(number);
+        let mut guest = guest(&words.iter().map(String::as_str).collect::<Vec<_>>()).boot(&qemu)?;
+        guest.wait_for_count(1)?;
+        let mut vm = Vm::connect(&guest.qmp_path())?;
+        let node = drive_of(&mut vm)?.node.ok_or("no node")?;
+        drop(vm);
+        let new = files.text("new.qcow2");
+        let mirror = json!({ "job-id": "j", "device": node, "target": new, "sync": "full" });
+        run_job(&mut guest, "drive-mirror", mirror)?;
+        let file = files.path("vm.vmf");
+        save(&guest, &file)?;
+        guest.wait_for_exit()?;
+        let mut restored = restore_saved(&file, &RestoreOptions::default())?;
+        assert_eq!(paths(&restored_drive(&mut restored)?), [&new], "{words:?}");
+        assert_eq!(restored.report.warnings, [""; 0], "{words:?}");
+    }
+    Ok(())
+}
+
+/// A1: after an active `block-commit` the VM runs on what was the base; the saved line names the
+/// overlay, whose contents are older from then on.
+#[test]
+fn a_vm_whose_overlay_was_committed_comes_back_on_the_base() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    for number in 0..6 {
+        let files = Files::new()?;
+        let base = files.qcow2("base.qcow2", None)?;
+        let top = files.qcow2("top.qcow2", Some("base.qcow2"))?;
+        let words = spellings(&top).swap_remove(number);
+        let mut guest = guest(&words.iter().map(String::as_str).collect::<Vec<_>>()).boot(&qemu)?;
+        guest.wait_for_count(1)?;
+        let mut vm = Vm::connect(&guest.qmp_path())?;
+        let node = drive_of(&mut vm)?.node.ok_or("no node")?;
+        drop(vm);
+        run_job(&mut guest, "block-commit", json!({ "job-id": "j", "device": node }))?;
+        let file = files.path("vm.vmf");
+        save(&guest, &file)?;
+        guest.wait_for_exit()?;
+        let mut restored = restore_saved(&file, &RestoreOptions::default())?;
+        assert_eq!(paths(&restored_drive(&mut restored)?), [&base], "{words:?}");
+    }
+    Ok(())
+}
+
+/// A1: `save --with-disks --after resume` of a drive that was not written as `file=PATH`: a restore
+/// went on where it found no place, and opened the base read-write, which ruined the file.
+#[test]
+fn the_image_of_a_file_is_below_an_overlay_however_the_drive_is_written() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    for number in 0..6 {
+        let files = Files::new()?;
+        let image = files.qcow2("a.qcow2", None)?;
+        let words = spellings(&image).swap_remove(number);
+        let mut guest = guest(&words.iter().map(String::as_str).collect::<Vec<_>>()).boot(&qemu)?;
+        guest.wait_for_count(1)?;
+        let options =
+            SaveOptions { with_disks: true, after: After::Resume, ..SaveOptions::default() };
+        let file = files.path("vm.vmf");
+        save_with(&guest, &file, &options)?;
+        guest.qmp("quit", json!({}))?;
+        guest.wait_for_exit()?;
+        let frozen = fs::read(&image)?;
+        for _ in 0..2 {
+            let mut restored = restore_saved(&file, &RestoreOptions::default())?;
+            let drive = restored_drive(&mut restored)?;
+            let [overlay, below] = &*paths(&drive) else { panic!("{words:?}: {drive:?}") };
+            assert_eq!(*below, image, "{words:?}");
+            let made = restored.report.disks.iter().any(|disk| disk.overlay == Path::new(overlay));
+            assert!(made, "{words:?}: {:?}", restored.report.disks);
+        }
+        assert!(fs::read(&image)? == frozen, "{words:?}: the image stays as it was");
+    }
+    Ok(())
+}
+
+/// A1: what is written by a symbolic link, or with `..`, is the same image, and not another one.
+#[test]
+fn another_name_of_an_image_is_the_same_image() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    for linked in [false, true] {
+        let files = Files::new()?;
+        let image = files.qcow2("a.qcow2", None)?;
+        let name = if linked {
+            symlink(&image, files.path("link.qcow2"))?;
+            files.text("link.qcow2")
+        } else {
+            fs::create_dir(files.path("sub"))?;
+            files.text("sub/../a.qcow2")
+        };
+        let drive = format!("file={name},format=qcow2,if=virtio");
+        let mut guest = guest(&["-drive", &drive]).boot(&qemu)?;
+        guest.wait_for_count(1)?;
+        let file = files.path("vm.vmf");
+        save(&guest, &file)?;
+        guest.wait_for_exit()?;
+        let mut restored = restore_saved(&file, &RestoreOptions::default())?;
+        let drive = restored_drive(&mut restored)?;
+        let path = drive.image().ok_or("no image")?.path.clone();
+        assert_eq!(fs::canonicalize(path)?, fs::canonicalize(&image)?);
+    }
+    Ok(())
+}
+
+/// What is done to a drive, and what it has then: its image, and whether its tray is open.
+struct Change {
+    commands: Vec<(&'static str, Value)>,
+    image: Option<String>,
+    tray_open: Option<bool>,
+}
+
+/// A1: a CD that was changed or ejected was back in the drive after a restore, where the guest knew
+/// another one; and the tray was as the line had it.
+fn media_and_trays(qemu: &Qemu) -> TestResult {
+    let files = Files::new()?;
+    for name in ["old.iso", "new.iso"] {
+        raw(&files.path(name))?;
+    }
+    let (old, new) = (files.text("old.iso"), files.text("new.iso"));
+    let insert = |device: Value| {
+        let mut arguments = json!({ "filename": new, "format": "raw" });
+        for (key, value) in device.as_object().into_iter().flatten() {
+            arguments[key] = value.clone();
+        }
+        Change {
+            commands: vec![("blockdev-change-medium", arguments)],
+            image: Some(new.clone()),
+            tray_open: Some(false),
+        }
+    };
+    let eject = |mut device: Value| {
+        device["force"] = json!(true);
+        Change { commands: vec![("eject", device)], image: None, tray_open: Some(true) }
+    };
+    let open = |device: Value| {
+        let mut forced = device;
+        forced["force"] = json!(true);
+        let commands = vec![("blockdev-open-tray", forced)];
+        Change { commands, image: Some(old.clone()), tray_open: Some(true) }
+    };
+    let by_id = |id: &str| json!({ "id": id });
+    let cdrom = ["-cdrom", old.as_str()];
+    let drive = format!("file={old},format=raw,if=none,media=cdrom,id=cd0");
+    let of_drive = ["-drive", &drive, "-device", "ide-cd,drive=cd0,id=cd,bus=ide.1"];
+    let node = format!("raw,node-name=n,read-only=on,file.driver=file,file.filename={old}");
+    let scsi = "virtio-scsi-pci";
+    let of_node = ["-blockdev", &node, "-device", scsi, "-device", "scsi-cd,drive=n,id=cd"];
+    let empty = ["-device", scsi, "-device", "scsi-cd,id=cd"];
+    let floppy = ["-fda", old.as_str()];
+    let in_floppy = Change { tray_open: None, ..insert(json!({ "device": "floppy0" })) };
+    for (words, change) in [
+        (&cdrom[..], insert(json!({ "device": "ide1-cd0" }))),
+        (&cdrom, eject(json!({ "device": "ide1-cd0" }))),
+        (&cdrom, open(json!({ "device": "ide1-cd0" }))),
+        (&of_drive, insert(by_id("cd"))),
+        (&of_drive, eject(by_id("cd"))),
+        (&of_node, insert(by_id("cd"))),
+        (&of_node, eject(by_id("cd"))),
+        (&of_node, open(by_id("cd"))),
+        (&empty, insert(by_id("cd"))),
+        (&floppy, in_floppy),
+    ] {
+        let mut guest = guest(words).boot(qemu)?;
+        guest.wait_for_count(1)?;
+        for (command, arguments) in change.commands {
+            guest.qmp(command, arguments)?;
+        }
+        let file = files.path("vm.vmf");
+        save(&guest, &file)?;
+        guest.wait_for_exit()?;
+        let mut restored = restore_saved(&file, &RestoreOptions::default())?;
+        let drive = restored_drive(&mut restored)?;
+        let image = drive.image().map(|image| image.path.clone());
+        assert_eq!(image, change.image, "{words:?}: {drive:?}");
+        assert_eq!(drive.tray_open, change.tray_open, "{words:?}: {drive:?}");
+        fs::remove_file(&file)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn media_and_trays_come_back_as_they_were() -> TestResult {
+    media_and_trays(&requires!(Qemu::of(Release::Distribution)))
+}
+
+#[test]
+fn media_and_trays_come_back_as_they_were_in_the_newest() -> TestResult {
+    media_and_trays(&requires!(Qemu::of(Release::Newest)))
+}
+
+/// A disk that has no place on the saved line is an error that names it, and not another disk.
+#[test]
+fn a_disk_without_a_place_on_the_saved_line_is_refused_by_name() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let files = Files::new()?;
+    let image = files.qcow2("a.qcow2", None)?;
+    let mut guest = guest(&[]).boot(&qemu)?;
+    guest.wait_for_count(1)?;
+    let node = json!({ "driver": "qcow2", "node-name": "n",
+        "file": { "driver": "file", "filename": image } });
+    guest.qmp("blockdev-add", node)?;
+    let device = json!({ "driver": "virtio-blk-pci", "drive": "n", "id": "hot" });
+    guest.qmp("device_add", device)?;
+    let file = files.path("vm.vmf");
+    save(&guest, &file)?;
+    guest.wait_for_exit()?;
+    let error = restore_saved(&file, &RestoreOptions::default()).expect_err("no place");
+    assert!(matches!(error, RestoreError::DiskNotNamed { .. }), "{error}");
+    assert!(error.to_string().contains("hot") && error.to_string().contains(&image), "{error}");
+    Ok(())
 }

@@ -232,6 +232,9 @@ pub(crate) struct RestoreArguments {
     /// Restore into a QEMU that waits with -incoming defer, at this QMP socket
     #[arg(long, value_name = "SOCK", conflicts_with = "command")]
     pub(crate) qmp: Option<PathBuf>,
+    /// Restore although disk images have changed since the save: the guest may corrupt them
+    #[arg(long)]
+    pub(crate) disks_changed_ok: bool,
     /// Compare mapped pages with their hashes before the guest runs; pages that are read always are
     #[arg(long)]
     pub(crate) verify: bool,

@@ -161,11 +161,7 @@ impl From<&SaveError> for Failure {
                  after a migration, `cont` makes it run again",
             ),
             SaveError::Blocked { .. } => Failure::new(Code::Vm, "blocked", error),
-            SaveError::Changed { .. } => Failure::new(Code::Vm, "changed", error)
-                .hint("--changed-ok saves and ends it all the same; --after resume lets it run on"),
-            SaveError::ChangedMeanwhile { .. } => {
-                Failure::new(Code::Vm, "changed", error).hint("save it again")
-            }
+            SaveError::Changed { .. } => Failure::new(Code::Vm, "changed", error).hint(CHANGED_OK),
             SaveError::NoAddress { .. } => Failure::new(Code::Vm, "no_address", error).hint(
                 "--route direct needs a QEMU that prints addresses, 8.0 or later; stream none",
             ),
@@ -205,6 +201,16 @@ impl From<&SaveError> for Failure {
                 .hint("the VM is sound; `block-commit` on its monitor merges the overlay"),
             SaveError::Disk { .. } => Failure::new(Code::Vm, "disk", error)
                 .hint("--with-disks needs images in files, qcow2 or raw; without it keep copies"),
+            SaveError::ImageLost { .. } => Failure::new(Code::Vm, "image_lost", error).hint(
+                "--after resume saves it all the same; give the images that the VM is to have \
+                 on a command line after `--` when it is restored",
+            ),
+            SaveError::DiskChanged { .. } | SaveError::ChangedMeanwhile { .. } => {
+                Failure::new(Code::Vm, "changed_meanwhile", error)
+                    .hint("save again once nothing is plugged, and block jobs are done")
+            }
+            SaveError::DisksGoOn { .. } => Failure::new(Code::Vm, "disks_go_on", error)
+                .hint("--with-disks keeps the disks of the saved moment; or save without --live"),
             SaveError::Release { .. } if !error.leaves_paused() => {
                 Failure::new(Code::Vm, "qemu_gone", error).hint("the file can be restored")
             }
@@ -215,6 +221,10 @@ impl From<&SaveError> for Failure {
         }
     }
 }
+
+/// What to do about a VM that is not what its command line would make.
+const CHANGED_OK: &str =
+    "--changed-ok saves and ends it all the same; --after resume lets it run on";
 
 /// What the user can do about a VM that was left paused.
 const CONT: &str = "vmfile's guardian lets the VM run on once QEMU answers; so does `cont` on its \
@@ -345,6 +355,14 @@ impl From<&RestoreError> for Failure {
             }
             RestoreError::DiskNotNamed { .. } => Failure::new(Code::Usage, "disk", error)
                 .hint("give a command line with the disks that the VM is to have, after `--`"),
+            RestoreError::DisksChanged { .. } => {
+                Failure::new(Code::Incompatible, "disks_changed", error).hint(
+                    "the guest would corrupt them: put back the images of that moment; \
+                     --disks-changed-ok restores all the same",
+                )
+            }
+            RestoreError::FormatNotSaid { .. } => Failure::new(Code::Usage, "format", error)
+                .hint("say it: -drive file=IMAGE,format=qcow2, or raw"),
             RestoreError::NoQemuImg => Failure::new(Code::System, "no_qemu_img", error)
                 .hint("Debian has it in the package qemu-utils"),
             RestoreError::Overlay { .. } => Failure::new(Code::System, "overlay", error),

@@ -21,6 +21,7 @@ pub mod manifest;
 pub mod mapped_ram;
 pub mod page;
 pub mod page_bitmap;
+pub mod qcow2;
 pub mod ram_block;
 pub mod stream;
 

@@ -21,7 +21,7 @@ use serde_json::Value;
 pub(crate) use devices::value_in_json;
 pub use devices::{LineDevice, Pin};
 pub use drives::{LineDrive, LineImage};
-pub use images::NewImage;
+pub use images::Medium;
 use keys::Keys;
 
 /// The id of the monitor that [`Launch`](crate::Launch) adds for us.
@@ -376,22 +376,6 @@ impl CommandLine {
     #[must_use]
     pub fn drives(&self) -> Vec<LineDrive> {
         drives::drives(self)
-    }
-
-    /// Puts a disk image into the place of another; returns in how many places that was.
-    ///
-    /// `directory` is what relative paths refer to.
-    ///
-    /// # Errors
-    ///
-    /// [`CommandLineError::ImageInPlace`] where the old image is a part of its file, and
-    /// [`CommandLineError::NotJson`].
-    pub fn replace_image(
-        &mut self,
-        image: &NewImage,
-        directory: &Path,
-    ) -> Result<usize, CommandLineError> {
-        images::replace(self, image, directory)
     }
 
     /// Returns the devices that this command line makes, in the order in which QEMU makes them.

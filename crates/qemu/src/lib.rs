@@ -36,7 +36,7 @@ pub mod version;
 pub mod vm;
 
 pub use command_line::{
-    CommandLine, CommandLineError, LineDevice, LineDrive, LineImage, MappedBlock, NewImage, Pin,
+    CommandLine, CommandLineError, LineDevice, LineDrive, LineImage, MappedBlock, Medium, Pin,
 };
 pub use discover::{DiscoverError, Found, VmAddress, list, resolve};
 pub use files::{FileUse, FileUser, user_of_file};

@@ -196,6 +196,42 @@ pub enum SaveError {
         /// Why.
         reason: String,
     },
+    /// A restore would not find an image that the VM uses.
+    #[error("disk {device:?}: a restore would not find {image} again: {reason}", image = image.display())]
+    ImageLost {
+        /// The device.
+        device: String,
+        /// The image, as QEMU names it.
+        image: PathBuf,
+        /// Why.
+        reason: String,
+    },
+    /// What QEMU has open could not be listed.
+    #[error("list the files that QEMU has open")]
+    OpenFiles {
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// A drive got other images while the VM was saved.
+    #[error("disk {device:?} changed during the save: found {found:?}, expected {expected:?}")]
+    DiskChanged {
+        /// The device.
+        device: String,
+        /// Its images, top first; nothing for an empty drive.
+        found: String,
+        /// What they were when the save began.
+        expected: String,
+    },
+    /// The guest would write to its disks after the saved moment, and be ended.
+    #[error(
+        "the guest writes to {} after the saved moment, and would be ended: no restore could use \
+         those disks",
+        devices.join(", ")
+    )]
+    DisksGoOn {
+        /// The disks.
+        devices: Vec<String>,
+    },
     /// The save failed, and a disk has an overlay that it did not have before.
     #[error("{cause}; and an overlay is left on a disk")]
     LeftOverlays {

@@ -217,6 +217,7 @@ mod tests {
             parts: None,
             changes: Vec::new(),
             disks: Vec::new(),
+            empty_drives: Vec::new(),
         };
         Facts { route: "direct", live: Some(false), pause_seconds: None, vm }
     }

@@ -304,6 +304,7 @@ fn describe_vm(received: &Received, sender: Option<ProcessInfo>) -> VmMeta {
         disks: Vec::new(),
         parts: None,
         changes: Vec::new(),
+        empty_drives: Vec::new(),
     }
 }
 

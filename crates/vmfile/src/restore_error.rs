@@ -67,9 +67,25 @@ pub enum RestoreError {
         /// Each part, and why.
         what: Vec<String>,
     },
-    /// The saved command line names no image of a disk that belongs to the file.
-    #[error("the saved command line does not name {image}", image = image.display())]
+    /// The saved command line has no place for the image of a disk.
+    #[error("the saved command line has no place for {image}, the image of disk {device:?}", image = image.display())]
     DiskNotNamed {
+        /// The device.
+        device: String,
+        /// The image.
+        image: PathBuf,
+    },
+    /// Images are not what they were when the VM was saved.
+    #[error("disks have changed since the VM was saved: {}", joined(changes))]
+    DisksChanged {
+        /// Everything that differs.
+        changes: Vec<ImageChange>,
+    },
+    /// An overlay is needed on top of an image whose format the command line does not say.
+    #[error("{option} does not say the format of {image}, which gets an overlay", image = image.display())]
+    FormatNotSaid {
+        /// The option as written; nothing for a bare image.
+        option: String,
         /// The image.
         image: PathBuf,
     },
@@ -109,7 +125,7 @@ pub enum RestoreError {
         found: String,
     },
     /// The file is of another VM than the one that QEMU has made ready.
-    #[error("the file does not fit the VM: {}", list(differ))]
+    #[error("the file does not fit the VM: {}", joined(differ))]
     Incompatible {
         /// Everything that differs.
         differ: Vec<Mismatch>,
@@ -146,6 +162,29 @@ pub enum RestoreError {
     Stopped,
 }
 
+/// Something in which an image of a disk is not what it was when the VM was saved.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImageChange {
+    /// The device.
+    pub device: String,
+    /// The image.
+    pub image: PathBuf,
+    /// What of it.
+    pub what: &'static str,
+    /// What it is now.
+    pub found: String,
+    /// What it was.
+    pub expected: String,
+}
+
+impl fmt::Display for ImageChange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let ImageChange { device, image, what, found, expected } = self;
+        let image = image.display();
+        write!(f, "disk {device:?}, {image}: {what}: found {found}, expected {expected}")
+    }
+}
+
 /// Something that differs between the file and the VM.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mismatch {
@@ -171,7 +210,7 @@ fn said(stderr: &str) -> String {
     if stderr.is_empty() { String::new() } else { format!("; QEMU said: {stderr}") }
 }
 
-fn list(differ: &[Mismatch]) -> String {
-    let texts: Vec<String> = differ.iter().map(ToString::to_string).collect();
+fn joined<T: fmt::Display>(items: &[T]) -> String {
+    let texts: Vec<String> = items.iter().map(ToString::to_string).collect();
     texts.join("; ")
 }

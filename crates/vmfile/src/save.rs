@@ -13,6 +13,7 @@ mod changed;
 mod describe;
 mod direct;
 mod disks;
+mod images;
 mod live;
 mod native;
 mod native_file;
@@ -38,6 +39,7 @@ use self::describe::describe_vm;
 pub use self::disks::SavedDisk;
 pub(crate) use self::disks::overlay_names;
 use self::disks::{Disks, deep_disks, saved_disks};
+pub(crate) use self::images::is_file;
 pub use self::options::{After, Live, Route, SaveOptions};
 pub use self::report::SaveReport;
 use self::route::{ChosenRoute, ReadyRoute, choose, choose_live};
@@ -185,6 +187,7 @@ impl<'a> Save<'a> {
         }
         let found = vm.drives()?;
         let mut meta = describe_vm(vm, was_running, &found)?;
+        warnings.extend(images::look(vm, &mut meta, options, was_running)?);
         let known = changed::compare(vm, &mut meta, &found, options)?;
         warnings.extend(known.notes.iter().cloned());
         let disks =
@@ -304,7 +307,7 @@ impl<'a> Save<'a> {
             paused_at: None,
         };
         self.written = route.write(&mut work)?;
-        self.known.parts_still_hold(vm)?;
+        self.known.still_holds(vm)?;
         let proven = self.prove()?;
         self.publish(proven)?;
         self.pause_seconds = self.written.live.as_ref().map_or(0.0, |live| live.pause_seconds);

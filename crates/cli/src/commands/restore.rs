@@ -40,6 +40,7 @@ pub(crate) fn run(arguments: &RestoreArguments, voice: &Voice) -> Result<ExitCod
         direct_io: arguments.engine.direct_io(),
         io: arguments.engine.io(),
         jobs: arguments.engine.jobs(),
+        disks_changed_ok: arguments.disks_changed_ok,
         verify: arguments.verify,
         paused: arguments.paused,
         foreground: arguments.foreground,
@@ -51,6 +52,9 @@ pub(crate) fn run(arguments: &RestoreArguments, voice: &Voice) -> Result<ExitCod
     drop(meter);
     drop(held);
     let restored = result.map_err(|error| failure(&error, &signals))?;
+    for warning in &restored.report.warnings {
+        voice.warn(warning);
+    }
     voice.report(&restored.report, human::restore);
     match restored.qemu {
         Some(qemu) if arguments.foreground => {

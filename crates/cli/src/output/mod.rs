@@ -95,7 +95,8 @@ impl Voice {
         let _ = io::stderr().lock().write_all(text.as_bytes());
     }
 
-    fn warn(&self, message: &str) {
+    /// Says on stderr what the user should know.
+    pub(crate) fn warn(&self, message: &str) {
         let text = if self.json {
             format!("{}\n", json!({ "type": "warning", "message": message }))
         } else {

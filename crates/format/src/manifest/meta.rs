@@ -8,6 +8,7 @@ use alloc::vec::Vec;
 
 use serde::{Deserialize, Serialize};
 
+use super::disks::{DiskMeta, EmptyDriveMeta};
 use super::footer::Footer;
 use super::machine::{ChangeMeta, PartsMeta};
 use super::page_hashes::{TABLE_ALIGNMENT, table_len};
@@ -66,25 +67,9 @@ pub struct VmMeta {
     /// What was not as the command line makes it.
     #[serde(default)]
     pub changes: Vec<ChangeMeta>,
-}
-
-/// A disk image that the VM uses.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DiskMeta {
-    /// The device or node.
-    pub device: String,
-    /// The image's path, or what QEMU calls it.
-    pub path: String,
-    /// `qcow2`, `raw`, ...
-    pub format: String,
-    /// The images below it, nearest first.
+    /// The drives that had no medium.
     #[serde(default)]
-    pub backing_files: Vec<String>,
-    /// Whether the VM may not write to it.
-    pub read_only: bool,
-    /// The image on top of it that the VM went on with: this one has belonged to the file since.
-    #[serde(default)]
-    pub overlay: Option<String>,
+    pub empty_drives: Vec<EmptyDriveMeta>,
 }
 
 /// A RAM block and its page hashes.
@@ -248,6 +233,7 @@ mod tests {
                 disks: Vec::new(),
                 parts: None,
                 changes: Vec::new(),
+                empty_drives: Vec::new(),
             },
             blocks: Vec::new(),
             extents: vec![ExtentMeta::of("head", 0, b"QEVM")],

@@ -6,6 +6,7 @@
 
 use serde_json::{Map, Value};
 
+use super::images::NodeAt;
 use super::keys::{self, Keys};
 use super::{Argument, CommandLine};
 use crate::vm::{DeviceName, Drive};
@@ -243,6 +244,30 @@ impl Nodes {
             tree @ Value::Object(_) => Some(tree),
             _ => None,
         }
+    }
+
+    /// Follows the node of the argument `root` down to its image: where the node of the format and
+    /// that of the file stand. Both are one where there is no node of a format.
+    pub(super) fn way_down(&self, root: usize) -> Option<(NodeAt, NodeAt)> {
+        let tree_at = |index: usize| self.0.iter().find(|(at, _)| *at == index);
+        let mut node = &tree_at(root)?.1;
+        let mut at = NodeAt { argument: root, depth: 0 };
+        let mut format = at;
+        for _ in 0..DEPTH_MAX {
+            match node.get("file") {
+                Some(below @ Value::Object(_)) => {
+                    (format, node) = (at, below);
+                    at.depth += 1;
+                }
+                Some(Value::String(name)) => {
+                    let (argument, below) = self.get(name)?;
+                    (format, node) = (at, below);
+                    at = NodeAt { argument, depth: 0 };
+                }
+                _ => return Some((format, at)),
+            }
+        }
+        None
     }
 
     /// Returns the images from `tree` down, as far as the line names them.

@@ -1,250 +1,398 @@
-//! Disk images on a command line, and others that take their places.
+//! Other media in the drives of a command line, however the drives are written.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
-use super::keys::{Keys, write};
-use super::{Argument, CommandLine, CommandLineError, parse_json};
-
-/// Options whose value is an image, in whatever format it has.
-const IMAGE_OPTIONS: [&str; 8] = ["hda", "hdb", "hdc", "hdd", "fda", "fdb", "pflash", "sd"];
+use super::drives::{LineDrive, Nodes, Place, blockdev_tree, drive_tree, own_keys};
+use super::keys::{self, Keys};
+use super::{Argument, CommandLine, CommandLineError};
 
 /// Keys of a node's format that say where a raw image lies within its file.
 const RAW_WINDOW: [&str; 2] = ["offset", "size"];
 
-/// An image that takes the place of another.
+/// Keys of a node that belong to the image that was there: what lies below or beside it, and how it
+/// is decrypted.
+const OF_THE_OLD: [&str; 5] = ["backing", "encrypt", "key-secret", "data-file", "data-file-raw"];
+
+/// Keys that only the format qcow2 has (QEMU 7.2 to 11.1).
+const OF_QCOW2: [&str; 11] = [
+    "cache-clean-interval",
+    "cache-size",
+    "discard-no-unref",
+    "l2-cache-entry-size",
+    "l2-cache-size",
+    "lazy-refcounts",
+    "overlap-check",
+    "pass-discard-other",
+    "pass-discard-request",
+    "pass-discard-snapshot",
+    "refcount-cache-size",
+];
+
+/// Drivers of files of this host, whose other options fit another file too.
+const FILE_DRIVERS: [&str; 3] = ["file", "host_device", "host_cdrom"];
+
+/// An image to be put into a drive.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct NewImage {
-    /// The path of the image whose place it takes.
-    pub old: PathBuf,
-    /// Its own path.
-    pub new: PathBuf,
+pub struct Medium {
+    /// Its absolute path.
+    pub path: PathBuf,
     /// Its format, e.g. `qcow2`. What lies below it is named in the image itself.
     pub format: String,
+    /// It is a block device.
+    pub is_device: bool,
+    /// Whether the drive is to be read-only; `None` leaves it as it is written.
+    pub read_only: Option<bool>,
 }
 
-/// Puts `image` into its place; returns in how many places it was.
-///
-/// `directory` is what relative paths refer to.
-pub(super) fn replace(
-    line: &mut CommandLine,
-    image: &NewImage,
-    directory: &Path,
-) -> Result<usize, CommandLineError> {
-    let new = image.new.to_str().ok_or(CommandLineError::ImageNotText)?;
-    let is_old = |path: &str| directory.join(path) == image.old;
-    let mut count = 0;
-    // Nodes of files, whose formats are nodes of their own.
-    let mut files = Vec::new();
-    for argument in &mut line.arguments {
-        let Some(value) = argument.value.clone() else {
-            if argument.name().is_none() && is_old(&argument.written) {
-                argument.written = new.to_owned();
-                count += 1;
-            }
-            continue;
+impl CommandLine {
+    /// Puts a medium into a drive of this command line, in place of the one that it names, if any.
+    ///
+    /// `drive` comes from [`CommandLine::drives`] of the line as it is.
+    ///
+    /// # Errors
+    ///
+    /// [`CommandLineError::ImageInPlace`] where the drive is written in a way that leaves no place
+    /// for another image, and [`CommandLineError::ImageNotText`].
+    pub fn put_medium(
+        &mut self,
+        drive: &LineDrive,
+        medium: &Medium,
+    ) -> Result<(), CommandLineError> {
+        let path = medium.path.to_str().ok_or(CommandLineError::ImageNotText)?;
+        let refused = |what| CommandLineError::ImageInPlace {
+            option: drive.option.clone().unwrap_or_default(),
+            what,
         };
-        let replaced = match argument.name() {
-            Some("drive") => replace_drive(&value, is_old, (new, &image.format)),
-            Some("blockdev") => match parse_json(&argument.written, &value)? {
-                Some(node) => replace_json(node, is_old, (new, &image.format), &mut files),
-                None => replace_node(&value, is_old, (new, &image.format), &mut files),
-            },
-            Some(name) if IMAGE_OPTIONS.contains(&name) && is_old(&value) => {
-                Ok(Some(new.to_owned()))
+        match drive.place {
+            Place::Own(index) => self.put_into_drive(index, path, medium).map_err(refused),
+            Place::Node(at, _) => self.put_into_node(at, path, medium).map_err(refused),
+            Place::Empty(device) => {
+                self.put_into_device(device, path, medium);
+                Ok(())
             }
-            _ => Ok(None),
-        };
-        if let Some(replaced) = replaced.map_err(|what| refused(argument, what))? {
-            argument.value = Some(replaced);
-            count += 1;
         }
     }
-    for argument in line.arguments.iter_mut().filter(|a| a.name() == Some("blockdev")) {
+
+    /// Takes the medium out of a drive of this command line, which stays there empty.
+    ///
+    /// # Errors
+    ///
+    /// [`CommandLineError::ImageInPlace`] for a drive that cannot be empty.
+    pub fn take_medium_out(&mut self, drive: &LineDrive) -> Result<(), CommandLineError> {
+        let refused = |what| CommandLineError::ImageInPlace {
+            option: drive.option.clone().unwrap_or_default(),
+            what,
+        };
+        match drive.place {
+            Place::Own(index) => {
+                let Some(argument) = self.arguments.get_mut(index) else { return Ok(()) };
+                let mut tree = own_keys(argument).map(|keys| drive_tree(&keys)).unwrap_or_default();
+                if let Some(tree) = tree.as_object_mut() {
+                    forget(tree);
+                    tree.retain(|key, _| !matches!(key.as_str(), "file" | "filename" | "driver"));
+                }
+                write_drive(argument, &tree);
+                Ok(())
+            }
+            Place::Node(_, device) => {
+                let argument = self.arguments.get_mut(device);
+                let argument = argument.filter(|argument| argument.name() == Some("device"));
+                let argument = argument.ok_or_else(|| refused("it cannot be empty"))?;
+                let node = remove_key(argument, "drive");
+                self.drop_orphans(node.into_iter().collect());
+                Ok(())
+            }
+            Place::Empty(_) => Ok(()),
+        }
+    }
+
+    /// Puts a medium into a drive that the machine makes by itself, such as `ide1-cd0`.
+    ///
+    /// # Errors
+    ///
+    /// [`CommandLineError::ImageNotText`]; [`CommandLineError::ImageInPlace`] for an id that no
+    /// machine makes.
+    pub fn add_medium(&mut self, id: &str, medium: &Medium) -> Result<(), CommandLineError> {
+        let path = medium.path.to_str().ok_or(CommandLineError::ImageNotText)?;
+        let place = place_of(id).ok_or(CommandLineError::ImageInPlace {
+            option: id.to_owned(),
+            what: "no machine makes a drive of that name by itself",
+        })?;
+        let mut words =
+            vec![place, keys::write("file", path), keys::write("format", &medium.format)];
+        if medium.read_only == Some(true) {
+            words.push("readonly=on".to_owned());
+        }
+        self.push("-drive", Some(&words.join(",")));
+        Ok(())
+    }
+
+    fn put_into_drive(
+        &mut self,
+        index: usize,
+        path: &str,
+        medium: &Medium,
+    ) -> Result<(), &'static str> {
+        let Some(argument) = self.arguments.get_mut(index) else { return Ok(()) };
+        let mut tree = own_keys(argument).map(|keys| drive_tree(&keys)).unwrap_or_default();
+        let Some(top) = tree.as_object_mut() else { return Ok(()) };
+        refuse_window(top)?;
+        let file = match top.get("file") {
+            Some(Value::Object(file)) if file.contains_key("file") => {
+                return Err("its image lies below a filter");
+            }
+            Some(Value::Object(file)) => file.clone(),
+            _ => Map::new(),
+        };
+        change_format(top, &medium.format);
+        top.remove("filename");
+        let mut file = if is_of_file(&file) { file } else { Map::new() };
+        // QEMU finds the driver by the path.
+        file.remove("driver");
+        file.insert("filename".to_owned(), path.into());
+        top.insert("file".to_owned(), Value::Object(file));
+        if let Some(read_only) = medium.read_only {
+            top.retain(|key, _| !matches!(key.as_str(), "readonly" | "read-only"));
+            if read_only {
+                top.insert("readonly".to_owned(), "on".into());
+            }
+        }
+        write_drive(argument, &tree);
+        Ok(())
+    }
+
+    fn put_into_node(
+        &mut self,
+        root: usize,
+        path: &str,
+        medium: &Medium,
+    ) -> Result<(), &'static str> {
+        let Some((format, protocol)) = Nodes::of(self).way_down(root) else {
+            return Err("its nodes lead to no image");
+        };
+        let driver = if medium.is_device { "host_device" } else { "file" };
+        let mut orphans = Vec::new();
+        if format == protocol {
+            // The device uses the file itself, as raw bytes.
+            self.change_node(&format, |node, is_json| {
+                let mut file = node.clone();
+                file.retain(|key, _| !is_of_any_node(key));
+                let mut file = if is_of_file(&file) { file } else { Map::new() };
+                file.insert("driver".to_owned(), driver.into());
+                file.insert("filename".to_owned(), path.into());
+                node.retain(|key, _| is_of_any_node(key));
+                node.insert("driver".to_owned(), raw_of(&medium.format).into());
+                node.insert("file".to_owned(), Value::Object(file));
+                set_read_only(node, medium.read_only, is_json);
+                Ok(())
+            })?;
+            return Ok(());
+        }
+        self.change_node(&protocol, |node, _| {
+            if !is_of_file(node) {
+                node.retain(|key, _| key == "node-name");
+            }
+            node.insert("driver".to_owned(), driver.into());
+            node.insert("filename".to_owned(), path.into());
+            Ok(())
+        })?;
+        self.change_node(&format, |node, is_json| {
+            refuse_window(node)?;
+            orphans.extend(node.get("backing").and_then(Value::as_str).map(str::to_owned));
+            orphans.extend(node.get("data-file").and_then(Value::as_str).map(str::to_owned));
+            change_format(node, raw_of(&medium.format));
+            set_read_only(node, medium.read_only, is_json);
+            Ok(())
+        })?;
+        self.drop_orphans(orphans);
+        Ok(())
+    }
+
+    fn put_into_device(&mut self, device: usize, path: &str, medium: &Medium) {
+        let is_taken = |name: &String| {
+            let words = self.arguments.iter().filter_map(|argument| argument.value.as_ref());
+            words.into_iter().any(|words| words.contains(name.as_str()))
+        };
+        let mut names = (0..).map(|number| format!("medium{number}"));
+        let name = names.find(|name| !is_taken(name)).expect("there are more names than nodes");
+        let driver = if medium.is_device { "host_device" } else { "file" };
+        let node = json!({
+            "driver": raw_of(&medium.format),
+            "node-name": name,
+            "read-only": medium.read_only.unwrap_or(false),
+            "file": { "driver": driver, "filename": path },
+        });
+        if let Some(argument) = self.arguments.get_mut(device) {
+            add_key(argument, "drive", &name);
+        }
+        self.push("-blockdev", Some(&node.to_string()));
+    }
+
+    /// Changes one node where it stands, in the form in which it is written.
+    fn change_node(
+        &mut self,
+        at: &NodeAt,
+        change: impl FnOnce(&mut Map<String, Value>, bool) -> Result<(), &'static str>,
+    ) -> Result<(), &'static str> {
+        let Some(argument) = self.arguments.get_mut(at.argument) else { return Ok(()) };
         let value = argument.value.clone().unwrap_or_default();
-        let changed = change_format(&value, &files, &image.format);
-        if let Some(changed) = changed.map_err(|what| refused(argument, what))? {
-            argument.value = Some(changed);
+        let is_json = is_json(&value);
+        let mut tree = blockdev_tree(&value);
+        let node = (0..at.depth).try_fold(&mut tree, |node, _| node.get_mut("file"));
+        if let Some(node) = node.and_then(Value::as_object_mut) {
+            change(node, is_json)?;
+        }
+        argument.value = Some(if is_json { tree.to_string() } else { words_of(&tree, "driver") });
+        Ok(())
+    }
+
+    /// Drops nodes that nothing refers to any more, and those that only they referred to.
+    fn drop_orphans(&mut self, mut names: Vec<String>) {
+        while let Some(name) = names.pop() {
+            let is_node = |argument: &Argument| {
+                argument.name() == Some("blockdev")
+                    && Keys::parse(argument.value.as_deref().unwrap_or_default(), "driver")
+                        .get("node-name")
+                        == Some(&name)
+            };
+            let refers = |argument: &&Argument| {
+                let value = argument.value.as_deref().unwrap_or_default();
+                Keys::parse(value, "").iter().any(|(_, value)| value == name)
+            };
+            let Some(index) = self.arguments.iter().position(is_node) else { continue };
+            if self.arguments.iter().filter(refers).count() > 1 {
+                continue;
+            }
+            let dropped = self.arguments.remove(index);
+            let tree = blockdev_tree(dropped.value.as_deref().unwrap_or_default());
+            references(&tree, &mut names);
         }
     }
-    Ok(count)
 }
 
-fn refused(argument: &Argument, what: &'static str) -> CommandLineError {
-    CommandLineError::ImageInPlace { option: argument.written.clone(), what }
+/// Where a node stands: in which argument, and how many `file` below the node that is the argument.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct NodeAt {
+    pub(super) argument: usize,
+    pub(super) depth: usize,
 }
 
-/// Replaces the image of a `-drive`.
-fn replace_drive(
-    value: &str,
-    is_old: impl Fn(&str) -> bool,
-    (new, format): (&str, &str),
-) -> Result<Option<String>, &'static str> {
-    let keys = Keys::parse(value, "");
-    if !keys.get("file").is_some_and(is_old) {
-        return Ok(None);
-    }
-    let of_old = |key: &str| matches!(key, "file" | "format" | "driver");
-    refuse_window(&keys)?;
-    let kept = keys.iter().filter(|(key, _)| !of_old(key)).map(|(key, value)| write(key, value));
-    let ours = [write("file", new), write("format", format)];
-    Ok(Some(ours.into_iter().chain(kept).collect::<Vec<_>>().join(",")))
+fn is_json(value: &str) -> bool {
+    value.trim_start().starts_with('{')
 }
 
-/// Replaces the image of a `-blockdev` in JSON, in the node itself or in the one inside it.
-fn replace_json(
-    mut node: Value,
-    is_old: impl Fn(&str) -> bool,
-    (new, format): (&str, &str),
-    files: &mut Vec<String>,
-) -> Result<Option<String>, &'static str> {
-    let names_old =
-        |node: &Value| node.get("filename").and_then(Value::as_str).is_some_and(&is_old);
-    if names_old(&node) {
-        if let Some(name) = node.get("node-name").and_then(Value::as_str) {
-            files.push(name.to_owned());
+/// Collects the names of nodes that a node refers to.
+fn references(tree: &Value, names: &mut Vec<String>) {
+    let Some(node) = tree.as_object() else { return };
+    for role in ["file", "backing", "data-file"] {
+        match node.get(role) {
+            Some(Value::String(name)) => names.push(name.clone()),
+            Some(inner) => references(inner, names),
+            None => {}
         }
-        node["filename"] = json!(new);
-    } else if node.get("file").is_some_and(names_old) {
-        node["file"]["filename"] = json!(new);
-        change_json(&mut node, format)?;
+    }
+}
+
+/// The format of a node over a file; QEMU names the file's own driver where there is no node.
+fn raw_of(format: &str) -> &str {
+    if FILE_DRIVERS.contains(&format) { "raw" } else { format }
+}
+
+fn is_of_file(node: &Map<String, Value>) -> bool {
+    let driver = node.get("driver").and_then(Value::as_str);
+    driver.is_none_or(|driver| FILE_DRIVERS.contains(&driver))
+}
+
+/// Tells whether a key belongs to any node, whatever its driver.
+fn is_of_any_node(key: &str) -> bool {
+    let keys = ["node-name", "read-only", "auto-read-only", "discard", "force-share"];
+    keys.contains(&key) || matches!(key, "detect-zeroes" | "cache")
+}
+
+/// Removes what belongs to the image that was there.
+fn forget(node: &mut Map<String, Value>) {
+    node.retain(|key, _| !OF_THE_OLD.contains(&key.as_str()) && !OF_QCOW2.contains(&key.as_str()));
+}
+
+fn change_format(node: &mut Map<String, Value>, format: &str) {
+    let is_same = node.get("driver").and_then(Value::as_str) == Some(format);
+    if is_same {
+        node.retain(|key, _| !OF_THE_OLD.contains(&key.as_str()));
     } else {
-        return Ok(None);
+        forget(node);
     }
-    Ok(Some(node.to_string()))
+    node.insert("driver".to_owned(), format.into());
 }
 
-/// Replaces the image of a `-blockdev` in words.
-fn replace_node(
-    value: &str,
-    is_old: impl Fn(&str) -> bool,
-    (new, format): (&str, &str),
-    files: &mut Vec<String>,
-) -> Result<Option<String>, &'static str> {
-    let keys = Keys::parse(value, "driver");
-    let is_file = keys.get("filename").is_some_and(&is_old);
-    if !is_file && !keys.get("file.filename").is_some_and(&is_old) {
-        return Ok(None);
-    }
-    if is_file {
-        files.extend(keys.get("node-name").map(str::to_owned));
-    }
-    let path = |(key, value): (&str, &str)| {
-        let is_path = matches!(key, "filename" | "file.filename");
-        write(key, if is_path { new } else { value })
-    };
-    let words = keys.iter().map(path).collect::<Vec<_>>().join(",");
-    if is_file { Ok(Some(words)) } else { change_words(&words, format).map(Some) }
-}
-
-/// Changes the format of a `-blockdev` whose file is one of the nodes `files`.
-fn change_format(
-    value: &str,
-    files: &[String],
-    format: &str,
-) -> Result<Option<String>, &'static str> {
-    let keys = Keys::parse(value, "driver");
-    if !keys.get("file").is_some_and(|file| files.iter().any(|name| name == file)) {
-        return Ok(None);
-    }
-    match serde_json::from_str::<Value>(value) {
-        Ok(mut node) => {
-            change_json(&mut node, format)?;
-            Ok(Some(node.to_string()))
-        }
-        Err(_) => change_words(value, format).map(Some),
-    }
-}
-
-fn change_json(node: &mut Value, format: &str) -> Result<(), &'static str> {
-    refuse_window(&Keys::parse(&node.to_string(), "driver"))?;
-    node["driver"] = json!(format);
-    if let Some(node) = node.as_object_mut() {
-        node.remove("backing");
-    }
-    Ok(())
-}
-
-fn change_words(words: &str, format: &str) -> Result<String, &'static str> {
-    let keys = Keys::parse(words, "driver");
-    refuse_window(&keys)?;
-    let of_old = |key: &str| key == "driver" || key == "backing" || key.starts_with("backing.");
-    let kept = keys.iter().filter(|(key, _)| !of_old(key)).map(|(key, value)| write(key, value));
-    Ok([write("driver", format)].into_iter().chain(kept).collect::<Vec<_>>().join(","))
+fn set_read_only(node: &mut Map<String, Value>, read_only: Option<bool>, is_json: bool) {
+    let Some(read_only) = read_only else { return };
+    let word = if read_only { "on" } else { "off" };
+    let value = if is_json { Value::from(read_only) } else { Value::from(word) };
+    node.insert("read-only".to_owned(), value);
 }
 
 /// Refuses a raw image that is a part of its file.
-fn refuse_window(keys: &Keys) -> Result<(), &'static str> {
-    let has_window = RAW_WINDOW.iter().any(|key| keys.get(key).is_some());
+fn refuse_window(node: &Map<String, Value>) -> Result<(), &'static str> {
+    let has_window = RAW_WINDOW.iter().any(|key| node.contains_key(*key));
     if has_window { Err("the image is a part of its file") } else { Ok(()) }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn replaced(words: &[&str]) -> Result<(usize, Vec<String>), CommandLineError> {
-        let mut line = CommandLine::new(words.iter().copied())?;
-        let image = NewImage {
-            old: PathBuf::from("/srv/a.raw"),
-            new: PathBuf::from("/srv/a,1.qcow2"),
-            format: "qcow2".to_owned(),
-        };
-        let count = line.replace_image(&image, Path::new("/srv"))?;
-        Ok((count, line.to_arguments()))
+/// Makes an argument a `-drive` of the keys in `tree`; a short option becomes one.
+fn write_drive(argument: &mut Argument, tree: &Value) {
+    if argument.name() != Some("drive") {
+        "-drive".clone_into(&mut argument.written);
     }
+    argument.value = Some(words_of(tree, ""));
+}
 
-    #[test]
-    fn a_drive_gets_the_new_image_and_keeps_the_rest() {
-        let words = ["-drive", "file=a.raw,format=raw,if=none,id=d0,cache=none"];
-        let expected = "file=/srv/a,,1.qcow2,format=qcow2,if=none,id=d0,cache=none";
-        assert_eq!(replaced(&words).unwrap(), (1, vec!["-drive".to_owned(), expected.to_owned()]));
-    }
+/// Writes a tree as words, with `first` before the others where it is there.
+fn words_of(tree: &Value, first: &str) -> String {
+    let keys = Keys::of(tree);
+    let (head, rest): (Vec<_>, Vec<_>) = keys.iter().partition(|(key, _)| *key == first);
+    let words = head.into_iter().chain(rest).map(|(key, value)| keys::write(key, value));
+    words.collect::<Vec<_>>().join(",")
+}
 
-    #[test]
-    fn old_options_and_bare_images_are_found() {
-        assert_eq!(replaced(&["-hda", "/srv/a.raw"]).unwrap().1[1], "/srv/a,1.qcow2");
-        assert_eq!(replaced(&["a.raw"]).unwrap().1[0], "/srv/a,1.qcow2");
-        assert_eq!(replaced(&["-hda", "/srv/b.raw"]).unwrap().0, 0);
-    }
-
-    #[test]
-    fn nodes_in_words_get_image_and_format_together_or_apart() {
-        let nested = "driver=raw,node-name=d,file.driver=file,file.filename=/srv/a.raw";
-        let (count, words) = replaced(&["-blockdev", nested]).unwrap();
-        let expected = "driver=qcow2,node-name=d,file.driver=file,file.filename=/srv/a,,1.qcow2";
-        assert_eq!((count, words[1].as_str()), (1, expected));
-
-        let file = "driver=file,node-name=f,filename=/srv/a.raw";
-        let format = "raw,node-name=d,file=f";
-        let (_, words) = replaced(&["-blockdev", file, "-blockdev", format]).unwrap();
-        assert_eq!(words[1], "driver=file,node-name=f,filename=/srv/a,,1.qcow2");
-        assert_eq!(words[3], "driver=qcow2,node-name=d,file=f");
-    }
-
-    #[test]
-    fn nodes_in_json_lose_the_backing_that_was_named() {
-        let file = r#"{"driver":"file","node-name":"f","filename":"/srv/a.raw"}"#;
-        let format = r#"{"driver":"qcow2","node-name":"d","file":"f","backing":"b"}"#;
-        let (_, words) = replaced(&["-blockdev", file, "-blockdev", format]).unwrap();
-        let node: Value = serde_json::from_str(&words[3]).unwrap();
-        assert_eq!(node, json!({"driver": "qcow2", "node-name": "d", "file": "f"}));
-        let node: Value = serde_json::from_str(&words[1]).unwrap();
-        assert_eq!(node["filename"], "/srv/a,1.qcow2");
-        let nested =
-            r#"{"driver":"raw","node-name":"d","file":{"driver":"file","filename":"a.raw"}}"#;
-        let (_, words) = replaced(&["-blockdev", nested]).unwrap();
-        let node: Value = serde_json::from_str(&words[1]).unwrap();
-        assert_eq!(node["driver"], "qcow2");
-    }
-
-    #[test]
-    fn a_part_of_a_file_is_refused_without_its_value() {
-        let error = replaced(&["-drive", "file=a.raw,format=raw,offset=512"]).unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "no image can take the place of that of -drive: the image is a part of its file"
-        );
+fn add_key(argument: &mut Argument, key: &str, value: &str) {
+    let words = argument.value.get_or_insert_default();
+    if !is_json(words) {
+        *words = format!("{words},{}", keys::write(key, value));
+    } else if let Ok(Value::Object(mut object)) = serde_json::from_str(words) {
+        object.insert(key.to_owned(), value.into());
+        *words = Value::Object(object).to_string();
     }
 }
+
+/// Removes a key from an option and returns its value.
+fn remove_key(argument: &mut Argument, key: &str) -> Option<String> {
+    let words = argument.value.as_mut()?;
+    if is_json(words) {
+        let mut object: Map<String, Value> = serde_json::from_str(words).ok()?;
+        let removed = object.remove(key);
+        *words = Value::Object(object).to_string();
+        return removed?.as_str().map(str::to_owned);
+    }
+    let keys = Keys::parse(words, "driver");
+    let removed = keys.get(key).map(str::to_owned);
+    let kept = keys.iter().filter(|(name, _)| *name != key);
+    *words = kept.map(|(key, value)| keys::write(key, value)).collect::<Vec<_>>().join(",");
+    removed
+}
+
+/// Returns the place of a drive by the id that QEMU made for it, as keys of a `-drive`.
+fn place_of(id: &str) -> Option<String> {
+    let (interface, rest) = id.split_at(id.find(|c: char| c.is_ascii_digit())?);
+    if matches!(interface, "floppy" | "sd") {
+        let unit: usize = rest.parse().ok()?;
+        return Some(format!("if={interface},index={unit}"));
+    }
+    let (bus, medium) = rest.split_once('-')?;
+    let (bus, unit): (usize, usize) = (bus.parse().ok()?, medium.get(2..)?.parse().ok()?);
+    let is_cdrom = matches!((interface, medium.get(..2)), ("ide" | "scsi", Some("cd")));
+    is_cdrom.then(|| format!("if={interface},bus={bus},unit={unit},media=cdrom"))
+}
+
+#[cfg(test)]
+mod tests;

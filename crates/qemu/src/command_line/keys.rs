@@ -14,11 +14,7 @@ impl Keys {
     /// those of nested objects by keys joined with dots.
     pub(super) fn parse(text: &str, implied: &str) -> Keys {
         if text.trim_start().starts_with('{') {
-            let mut keys = Vec::new();
-            if let Ok(value) = serde_json::from_str(text) {
-                flatten(&value, "", &mut keys);
-            }
-            return Keys(keys);
+            return serde_json::from_str(text).map_or(Keys(Vec::new()), |value| Keys::of(&value));
         }
         let mut keys = Vec::new();
         let mut rest = text;
@@ -41,6 +37,13 @@ impl Keys {
             rest = after;
             first = false;
         }
+        Keys(keys)
+    }
+
+    /// Returns the scalars of a tree by their keys, those of nested objects by keys joined with dots.
+    pub(super) fn of(tree: &Value) -> Keys {
+        let mut keys = Vec::new();
+        flatten(tree, "", &mut keys);
         Keys(keys)
     }
 

@@ -36,6 +36,8 @@ pub struct Drive {
     pub read_only: bool,
     /// Its newest data lie in a temporary file that goes with this QEMU (`-snapshot`).
     pub temporary: bool,
+    /// It has dirty bitmaps, which QEMU writes into the image when it closes it.
+    pub keeps_bitmaps: bool,
     /// The image on top and those below it, top first; nothing for an empty drive.
     pub images: Vec<Image>,
 }
@@ -138,7 +140,10 @@ fn drive(drive: &Value) -> Drive {
         (Some(name), Some(top)) => is_temporary(&name, &top.path),
         _ => false,
     };
+    let bitmaps = inserted.and_then(|inserted| inserted.get("dirty-bitmaps")?.as_array());
+    let is_persistent = |bitmap: &Value| flag(bitmap, "persistent") == Some(true);
     Drive {
+        keeps_bitmaps: bitmaps.is_some_and(|bitmaps| bitmaps.iter().any(is_persistent)),
         id: named(drive, "device").unwrap_or_default(),
         qdev: named(drive, "qdev"),
         node: inserted.and_then(|inserted| named(inserted, "node-name")),

@@ -238,9 +238,9 @@ impl Vm {
             }
         }
         pass_fd::remove_left(&mut self.qmp)?;
-        let nodes = self.drives()?;
+        let drives = self.drives()?;
         let is_there = |overlay: &&Overlay| {
-            nodes.iter().any(|disk| disk.node.as_deref() == Some(overlay.node()))
+            drives.iter().any(|drive| drive.node.as_deref() == Some(overlay.node()))
         };
         let left = record.overlays.iter().filter(is_there).filter(|left| !is_kept(left.file()));
         for overlay in left {

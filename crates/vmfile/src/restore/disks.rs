@@ -2,15 +2,18 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use serde::Serialize;
 use vmfile_format::manifest::DiskMeta;
-use vmfile_qemu::{CommandLine, NewImage};
+use vmfile_qemu::{CommandLine, LineDrive, Medium};
 
+use super::RestoreOptions;
+use super::changed_images::{self, is_same_file};
 use crate::restore_error::RestoreError;
-use crate::save::overlay_names;
+use crate::save::{is_file, overlay_names};
 use crate::snapshot::Snapshot;
 
 /// QEMU's program that makes images.
@@ -50,71 +53,184 @@ impl Drop for NewOverlays {
     }
 }
 
-/// Makes `line` name the images that the VM is to have: an overlay where the image belongs to the
-/// file, and the newest where the VM has left the one it was started with.
-///
-/// `is_saved` tells the command line that was saved, which names every disk, from one that the user
-/// gave, who may have chosen others.
-pub(super) fn choose_images(
-    snapshot: &Snapshot,
-    line: &mut CommandLine,
-    (executable, directory): (&Path, &Path),
-    is_saved: bool,
-) -> Result<NewOverlays, RestoreError> {
-    let mut made = NewOverlays::default();
-    let Some(manifest) = snapshot.manifest() else { return Ok(made) };
-    let disks = &manifest.meta.vm.disks;
-    let saved_in = manifest.meta.vm.working_directory.as_ref().map_or(directory, Path::new);
-    for disk in disks.iter().filter(|disk| !disk.read_only) {
-        let image = saved_in.join(&disk.path);
-        let Some(old) = find(line, disk, disks, (saved_in, directory))? else {
-            if is_saved && disk.overlay.is_some() {
-                return Err(RestoreError::DiskNotNamed { image });
-            }
-            continue;
-        };
-        let (new, format) = if disk.overlay.is_some() {
-            let overlay = make_overlay(executable, (&image, &disk.format))?;
-            made.0.push(RestoredDisk { image, overlay: overlay.clone() });
-            (overlay, "qcow2".to_owned())
-        } else {
-            (image, disk.format.clone())
-        };
-        if new != old {
-            line.replace_image(&NewImage { old, new, format }, directory)?;
-        }
-    }
-    Ok(made)
+/// What was done about the images of a VM.
+#[derive(Debug, Default)]
+pub(super) struct Images {
+    pub(super) overlays: NewOverlays,
+    /// What the user should know.
+    pub(super) warnings: Vec<String>,
 }
 
-/// Finds under which path `line` names a disk: its image, or one below it, with which the VM was
-/// started before it got an overlay.
-fn find(
-    line: &CommandLine,
-    disk: &DiskMeta,
-    disks: &[DiskMeta],
-    (saved_in, directory): (&Path, &Path),
-) -> Result<Option<PathBuf>, RestoreError> {
-    let is_of_another = |path: &Path| {
-        let path_of = |other: &DiskMeta| saved_in.join(&other.path) == path;
-        disks.iter().any(|other| other.device != disk.device && path_of(other))
-    };
-    let below = disk.backing_files.iter().map(|file| saved_in.join(file));
-    let below = below.filter(|path| !is_of_another(path));
-    for old in std::iter::once(saved_in.join(&disk.path)).chain(below) {
-        let probe = NewImage { old: old.clone(), new: old.clone(), format: disk.format.clone() };
-        if line.clone().replace_image(&probe, directory)? > 0 {
-            return Ok(Some(old));
+/// Where a QEMU is started, and with what.
+#[derive(Clone, Copy)]
+pub(super) struct Start<'a> {
+    pub(super) snapshot: &'a Snapshot,
+    pub(super) executable: &'a Path,
+    pub(super) directory: &'a Path,
+    pub(super) options: &'a RestoreOptions,
+}
+
+/// Makes the saved line name the images that the VM had when it was saved: an overlay where the
+/// image belongs to the file, and no medium where the drive had none.
+pub(super) fn place_saved(
+    start: Start<'_>,
+    line: &mut CommandLine,
+) -> Result<Images, RestoreError> {
+    let mut images = Images::default();
+    let Some(manifest) = start.snapshot.manifest() else { return Ok(images) };
+    let vm = &manifest.meta.vm;
+    images.warnings = changed_images::check_all(vm, start.directory, start.options)?;
+    for disk in &vm.disks {
+        place_disk(start, line, (disk, &vm.disks), &mut images.overlays)?;
+    }
+    for empty in &vm.empty_drives {
+        let id = empty.id.as_deref().unwrap_or_default();
+        let drives = line.drives();
+        let found = drives.iter().find(|drive| drive.is_named(id, empty.qdev.as_deref()));
+        if let Some(drive) = found.filter(|drive| !drive.images.is_empty()) {
+            line.take_medium_out(drive)?;
         }
     }
-    Ok(None)
+    Ok(images)
+}
+
+/// Puts the image of one disk in its place.
+fn place_disk(
+    start: Start<'_>,
+    line: &mut CommandLine,
+    (disk, disks): (&DiskMeta, &[DiskMeta]),
+    overlays: &mut NewOverlays,
+) -> Result<(), RestoreError> {
+    // A URL, or something that has no path, is taken as the line has it.
+    let image = start.directory.join(&disk.path);
+    let is_file = is_file(&disk.path);
+    let drives = line.drives();
+    let named = drives.iter().find(|drive| is_place(disk, drive));
+    let place = named.or_else(|| by_image(start.directory, &drives, disk, disks));
+    let named_path = |drive: &LineDrive| drive.images.first()?.path.as_ref().map(PathBuf::from);
+    let now = place.and_then(named_path).map(|path| start.directory.join(path));
+    let is_there = if is_file {
+        now.as_ref().is_some_and(|now| is_same_file(now, &image))
+    } else {
+        now.is_some_and(|now| now == image) || place.is_some_and(|place| !place.images.is_empty())
+    };
+    let is_alone = place.is_some_and(|drive| drive.images.len() == 1);
+    if disk.overlay.is_none() && is_there && (is_alone || has_chain(start, place, disk)) {
+        return Ok(());
+    }
+    if !is_file {
+        return Err(RestoreError::DiskNotNamed { device: disk.device.clone(), image });
+    }
+    let is_other = !is_there && disk.removable && place.is_none_or(|place| !place.is_cdrom);
+    let mut medium = Medium {
+        is_device: fs::metadata(&image).is_ok_and(|image| image.file_type().is_block_device()),
+        path: image.clone(),
+        format: disk.format.clone(),
+        read_only: is_other.then_some(disk.read_only),
+    };
+    if disk.overlay.is_some() {
+        let overlay = make_overlay(start, &image, &disk.format)?;
+        overlays.0.push(RestoredDisk { image: image.clone(), overlay: overlay.clone() });
+        (medium.path, medium.format, medium.is_device) = (overlay, "qcow2".to_owned(), false);
+    }
+    match (place, &disk.id) {
+        (Some(place), _) => line.put_medium(place, &medium)?,
+        (None, Some(id)) if disk.removable && line.add_medium(id, &medium).is_ok() => {}
+        (None, _) => {
+            return Err(RestoreError::DiskNotNamed { device: disk.device.clone(), image });
+        }
+    }
+    Ok(())
+}
+
+/// Tells whether a drive of the line is that of `disk`.
+fn is_place(disk: &DiskMeta, drive: &LineDrive) -> bool {
+    if disk.id.is_some() || disk.qdev.is_some() {
+        return drive.is_named(disk.id.as_deref().unwrap_or_default(), disk.qdev.as_deref());
+    }
+    // Files of older versions have one or the other as the device.
+    drive.is_named(&disk.device, None) || drive.is_named("", Some(&disk.device))
+}
+
+/// Finds the only drive of the line that names an image of `disk`: of machines whose drives have
+/// names that we do not know.
+fn by_image<'a>(
+    directory: &Path,
+    drives: &'a [LineDrive],
+    disk: &DiskMeta,
+    disks: &[DiskMeta],
+) -> Option<&'a LineDrive> {
+    let chain = std::iter::once(&disk.path).chain(&disk.backing_files);
+    let chain: Vec<PathBuf> = chain.map(|path| directory.join(path)).collect();
+    let is_of_disk = |drive: &&LineDrive| {
+        let path = drive.images.first().and_then(|image| image.path.as_ref());
+        path.is_some_and(|path| {
+            let path = directory.join(path);
+            chain.iter().any(|image| is_same_file(&path, image))
+        })
+    };
+    let is_free = |drive: &&LineDrive| disks.iter().all(|disk| !is_place(disk, drive));
+    let mut found = drives.iter().filter(is_free).filter(is_of_disk);
+    found.next().filter(|_| found.next().is_none())
+}
+
+/// Tells whether the line names the images below in the order in which the VM had them.
+fn has_chain(start: Start<'_>, place: Option<&LineDrive>, disk: &DiskMeta) -> bool {
+    let named = place.map_or(&[][..], |drive| drive.images.as_slice()).iter().skip(1);
+    let mut below = disk.backing_files.iter();
+    named.into_iter().all(|image| match (&image.path, below.next()) {
+        (Some(path), Some(expected)) => {
+            is_same_file(&start.directory.join(path), &start.directory.join(expected))
+        }
+        _ => false,
+    })
+}
+
+/// Checks the images that the user's command line names against what the file says of them, and
+/// puts overlays on those that belong to the file.
+///
+/// Nothing that the file says gets into the line: the overlay is one of the image that the line
+/// names, beside it, in the format that the line says.
+pub(super) fn place_given(
+    start: Start<'_>,
+    line: &mut CommandLine,
+) -> Result<Images, RestoreError> {
+    let mut images = Images::default();
+    let Some(manifest) = start.snapshot.manifest() else { return Ok(images) };
+    let vm = &manifest.meta.vm;
+    let saved_in = vm.working_directory.as_ref().map_or(start.directory, Path::new);
+    let path_of = |drive: &LineDrive| {
+        let path = drive.images.first()?.path.as_deref().filter(|path| is_file(path))?;
+        std::path::absolute(start.directory.join(path)).ok()
+    };
+    let named: Vec<PathBuf> = line.drives().iter().filter_map(path_of).collect();
+    images.warnings = changed_images::check_named(vm, saved_in, &named, start.options)?;
+    for disk in vm.disks.iter().filter(|disk| disk.overlay.is_some() && is_file(&disk.path)) {
+        let belongs = saved_in.join(&disk.path);
+        let is_of_file = |drive: &&LineDrive| {
+            !drive.read_only && path_of(drive).is_some_and(|path| is_same_file(&path, &belongs))
+        };
+        let drives = line.drives();
+        let Some(drive) = drives.iter().find(is_of_file) else { continue };
+        let image = path_of(drive).expect("the drive was found by it");
+        let format = drive.images.first().and_then(|image| image.format.clone());
+        let Some(format) = format else {
+            let option = drive.option.clone().unwrap_or_default();
+            return Err(RestoreError::FormatNotSaid { option, image });
+        };
+        // A file that a device uses directly is raw bytes.
+        let format = if format == "file" { "raw".to_owned() } else { format };
+        let overlay = make_overlay(start, &image, &format)?;
+        images.overlays.0.push(RestoredDisk { image, overlay: overlay.clone() });
+        let format = "qcow2".to_owned();
+        let medium = Medium { path: overlay, format, is_device: false, read_only: None };
+        line.put_medium(drive, &medium)?;
+    }
+    Ok(images)
 }
 
 /// Makes an empty overlay beside `image`, under a name that nobody else has.
-fn make_overlay(
-    executable: &Path,
-    (image, format): (&Path, &str),
-) -> Result<PathBuf, RestoreError> {
+fn make_overlay(start: Start<'_>, image: &Path, format: &str) -> Result<PathBuf, RestoreError> {
     let failed = |source| RestoreError::Overlay { image: image.to_path_buf(), source };
     let mut names = overlay_names(image);
     let overlay = loop {
@@ -125,7 +241,7 @@ fn make_overlay(
             Err(error) => return Err(failed(error)),
         }
     };
-    let beside = executable.with_file_name(QEMU_IMG);
+    let beside = start.executable.with_file_name(QEMU_IMG);
     let program = if beside.is_file() { beside } else { PathBuf::from(QEMU_IMG) };
     let mut command = Command::new(program);
     command.args(["create", "-q", "-f", "qcow2", "-F", format, "-b"]).arg(image).arg(&overlay);

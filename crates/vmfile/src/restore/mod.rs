@@ -10,6 +10,7 @@
 //! the device state. `stream`: all of it comes that way, which any QEMU takes. Pages that are read are
 //! compared with their hashes, before the guest runs on them.
 
+mod changed_images;
 mod compare;
 mod disks;
 mod parts;
@@ -72,6 +73,8 @@ pub struct RestoreOptions {
     pub io: Backend,
     /// How many threads `load` has.
     pub jobs: Jobs,
+    /// Restore although disk images are not what they were when the VM was saved.
+    pub disks_changed_ok: bool,
     /// Before a guest runs on pages that are mapped, read them all and compare them with their
     /// hashes. What is read anyway is always compared.
     pub verify: bool,
@@ -88,6 +91,7 @@ impl Default for RestoreOptions {
             direct_io: DirectIo::Preferred,
             io: Backend::Auto,
             jobs: Jobs::default(),
+            disks_changed_ok: false,
             verify: false,
             paused: false,
             foreground: false,
@@ -110,6 +114,8 @@ pub struct RestoreReport {
     pub running: bool,
     /// The disks whose images belong to the file, and where the guest writes.
     pub disks: Vec<RestoredDisk>,
+    /// What the user should know, such as images that are not what they were.
+    pub warnings: Vec<String>,
     /// Whether `load` or `stream` used direct I/O; if not, why.
     pub direct_io: Option<String>,
     /// Bytes of pages that `load` or `stream` read from the file.
@@ -184,6 +190,7 @@ pub fn restore(
         mode_reason: brought.reason,
         running: is_to_run,
         disks: prepared.overlays.keep(),
+        warnings: prepared.warnings,
         direct_io: (brought.bytes_read > 0).then_some(brought.direct_io),
         bytes_read: brought.bytes_read,
         verified: brought.verified,

@@ -11,7 +11,8 @@ use vmfile_qemu::{
     Vm, program_version,
 };
 
-use super::disks::{NewOverlays, choose_images};
+use super::changed_images;
+use super::disks::{Images, NewOverlays, Start, place_given, place_saved};
 use super::parts::remake;
 use super::{Destination, Mode, RestoreOptions};
 use crate::control::Control;
@@ -36,6 +37,8 @@ pub(super) struct Prepared {
     pub(super) mapped: Vec<String>,
     /// The images that were made for it.
     pub(super) overlays: NewOverlays,
+    /// What the user should know.
+    pub(super) warnings: Vec<String>,
     pub(super) qmp: Option<PathBuf>,
     pub(super) start_seconds: f64,
     /// Ends the QEMU that was started, should this process end. It is the last to be dropped.
@@ -114,7 +117,7 @@ pub(super) fn prepare(
     let (executable, mut command_line, directory) = match destination {
         Destination::Waiting(mut vm) => {
             vm.set_stop(control.stop_flag());
-            return prepare_waiting(vm, options);
+            return prepare_waiting(snapshot, vm, options);
         }
         Destination::Command(mut words) => {
             if words.is_empty() {
@@ -133,7 +136,12 @@ pub(super) fn prepare(
     let version = program_version(&executable)?;
     compare_memory_size(snapshot, &command_line)?;
     let (mapped, mode, reason) = choose(snapshot, &command_line, version, options.mode)?;
-    let overlays = choose_images(snapshot, &mut command_line, (&executable, here), is_saved)?;
+    let start = Start { snapshot, executable: &executable, directory: here, options };
+    let Images { overlays, warnings } = if is_saved {
+        place_saved(start, &mut command_line)?
+    } else {
+        place_given(start, &mut command_line)?
+    };
     let file = snapshot.file().try_clone().map_err(RestoreError::File)?;
     let inherited = OwnedFd::from(file);
     // The descriptor of the file that was checked: what lies under the name later does not matter.
@@ -171,6 +179,7 @@ pub(super) fn prepare(
         may_stream: options.mode == Mode::Auto,
         mapped: names,
         overlays,
+        warnings,
         qmp,
         start_seconds,
         guard: Some(guard),
@@ -196,7 +205,11 @@ fn saved_command(
     Ok((PathBuf::from(executable), command_line, directory))
 }
 
-fn prepare_waiting(mut vm: Vm, options: &RestoreOptions) -> Result<Prepared, RestoreError> {
+fn prepare_waiting(
+    snapshot: &Snapshot,
+    mut vm: Vm,
+    options: &RestoreOptions,
+) -> Result<Prepared, RestoreError> {
     if options.mode == Mode::Map {
         let reason = "a QEMU that runs already has its RAM".to_owned();
         return Err(RestoreError::CannotMap { reason });
@@ -205,6 +218,7 @@ fn prepare_waiting(mut vm: Vm, options: &RestoreOptions) -> Result<Prepared, Res
     if found != RunState::InMigrate {
         return Err(RestoreError::NotWaiting { found: found.to_string() });
     }
+    let warnings = check_waiting(snapshot, &mut vm, options)?;
     let (mode, reason) = match options.mode {
         Mode::Stream => (Chosen::Stream, "asked for"),
         Mode::Load => (Chosen::Load, "asked for"),
@@ -217,10 +231,27 @@ fn prepare_waiting(mut vm: Vm, options: &RestoreOptions) -> Result<Prepared, Res
         may_stream: options.mode == Mode::Auto,
         mapped: Vec::new(),
         overlays: NewOverlays::default(),
+        warnings,
         qmp: None,
         start_seconds: 0.0,
         guard: None,
     })
+}
+
+/// Compares the images that a QEMU which waits has with what the file says of them.
+fn check_waiting(
+    snapshot: &Snapshot,
+    vm: &mut Vm,
+    options: &RestoreOptions,
+) -> Result<Vec<String>, RestoreError> {
+    let Some(manifest) = snapshot.manifest() else { return Ok(Vec::new()) };
+    let saved = &manifest.meta.vm;
+    let directory = saved.working_directory.as_deref().map_or(Path::new("."), Path::new);
+    let here = vm.process().map(|process| process.working_directory).unwrap_or_default();
+    let drives = vm.drives()?;
+    let tops = drives.iter().filter_map(|drive| drive.image());
+    let named: Vec<PathBuf> = tops.map(|image| here.join(&image.path)).collect();
+    changed_images::check_named(saved, directory, &named, options)
 }
 
 /// Compares `-m` with the machine's RAM in the file: QEMU would refuse to start with a mapped file

@@ -74,36 +74,20 @@ pub(super) fn compare(
     if options.after == After::Quit && !options.changed_ok && !meta.changes.is_empty() {
         return Err(SaveError::Changed { changes: report(meta) });
     }
-    Ok(Known { parts, drives: drives.to_vec(), notes })
+    Ok(Known { parts, notes })
 }
 
 /// What a VM was made of when its save began.
 #[derive(Debug)]
 pub(super) struct Known {
     parts: Parts,
-    drives: Vec<Drive>,
     /// What the user should know of it, a sentence each.
     pub(super) notes: Vec<String>,
 }
 
 impl Known {
-    /// Refuses a VM that was changed since: what the manifest says would be of another VM.
+    /// Refuses a VM whose parts came or went since: what the manifest says would be of another VM.
     pub(super) fn still_holds(&self, vm: &mut Vm) -> Result<(), SaveError> {
-        self.parts_still_hold(vm)?;
-        let media = |drives: &[Drive]| -> Vec<(String, Option<String>)> {
-            let path = |drive: &Drive| drive.image().map(|image| image.path.clone());
-            drives.iter().map(|drive| (drive.name().to_owned(), path(drive))).collect()
-        };
-        let (before, now) = (media(&self.drives), media(&vm.drives()?));
-        let changed = now.iter().find(|drive| !before.contains(drive));
-        match changed.or_else(|| before.iter().find(|drive| !now.contains(drive))) {
-            None => Ok(()),
-            Some((name, _)) => Err(SaveError::ChangedMeanwhile { what: format!("drive {name}") }),
-        }
-    }
-
-    /// As [`Known::still_holds`], but for the drives, to which a save itself may add overlays.
-    pub(super) fn parts_still_hold(&self, vm: &mut Vm) -> Result<(), SaveError> {
         let now = vm.parts()?;
         if now == self.parts {
             return Ok(());

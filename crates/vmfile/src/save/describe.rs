@@ -6,9 +6,10 @@ use std::io::{self, Read as _};
 use std::os::fd::AsRawFd as _;
 use std::path::Path;
 
-use vmfile_format::manifest::{DiskMeta, VmMeta};
+use vmfile_format::manifest::VmMeta;
 use vmfile_qemu::{CommandLine, Drive, ProcessInfo, Vm, VmError};
 
+use super::images;
 use crate::error::SaveError;
 
 /// Describes the VM, with `drives`, which are those that it has.
@@ -24,19 +25,9 @@ pub(super) fn describe_vm(
         Err(error) => return Err(error.into()),
     };
     let text = |path: &Path| path.to_string_lossy().into_owned();
-    let disks = drives.iter().filter_map(|drive| {
-        let (top, below) = drive.images.split_first()?;
-        Some(DiskMeta {
-            device: drive.name().to_owned(),
-            path: top.path.clone(),
-            format: top.format.clone(),
-            backing_files: below.iter().map(|image| image.path.clone()).collect(),
-            read_only: drive.read_only,
-            overlay: None,
-        })
-    });
-    Ok(VmMeta {
-        disks: disks.collect(),
+    let mut meta = VmMeta {
+        disks: Vec::new(),
+        empty_drives: Vec::new(),
         parts: None,
         changes: Vec::new(),
         name: vm.name()?,
@@ -47,7 +38,9 @@ pub(super) fn describe_vm(
         executable: process.as_ref().map(|process| text(&process.executable)),
         command_line: process.as_ref().map_or(Ok(Vec::new()), command_line)?,
         working_directory: process.as_ref().map(|process| text(&process.working_directory)),
-    })
+    };
+    images::describe(drives, &mut meta);
+    Ok(meta)
 }
 
 /// Notes whether the guest ran until it was paused for the save.

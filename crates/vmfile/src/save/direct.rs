@@ -62,6 +62,7 @@ impl DirectRoute {
         work.draft.reserve(places.tables())?;
 
         let written = self.ram(work, &places)?;
+        super::images::record(work.vm, work.meta)?;
         let facts = work.facts("direct", work.seconds_paused(), false);
         work.draft.finish(&places, &written.bitmaps, tail, facts)?;
         let pages_data = written.bitmaps.iter().map(|bitmap| bitmap.data_count().0).sum();

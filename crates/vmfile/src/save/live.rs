@@ -80,6 +80,7 @@ impl LiveRoute {
             return Err(SaveError::NoRunState);
         }
         let pause_seconds = work.vm.pause_seen().unwrap_or_default().as_secs_f64();
+        super::images::record(work.vm, work.meta)?;
         let facts = work.facts("stream", pause_seconds, true);
         work.draft.finish(&received.places, &received.bitmaps, received.tail(), facts)?;
         let method = match method {

@@ -88,6 +88,7 @@ impl NativeRoute {
         });
         let ram_bytes = sent?;
         put_back?;
+        super::images::record(work.vm, work.meta)?;
         native_file::complete(work, ram_bytes)
     }
 

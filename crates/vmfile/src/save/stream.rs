@@ -74,6 +74,7 @@ impl StreamRoute {
         if !received.set_run_state(&work.meta.run_state) {
             return Err(SaveError::NoRunState);
         }
+        super::images::record(work.vm, work.meta)?;
         let facts = work.facts("stream", work.seconds_paused(), false);
         work.draft.finish(&received.places, &received.bitmaps, received.tail(), facts)?;
         Ok(written(&received))

@@ -1,0 +1,86 @@
+//! What the metadata says of the VM's drives: their images, and by what a change of them is noticed.
+
+use alloc::string::String;
+use alloc::vec::Vec;
+
+use serde::{Deserialize, Serialize};
+
+/// A drive with a medium: the disk images that the VM uses there.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskMeta {
+    /// The device or node.
+    pub device: String,
+    /// The image's path, or what QEMU calls it.
+    pub path: String,
+    /// `qcow2`, `raw`, ...
+    pub format: String,
+    /// The images below it, nearest first.
+    #[serde(default)]
+    pub backing_files: Vec<String>,
+    /// Whether the VM may not write to it.
+    pub read_only: bool,
+    /// The image on top of it that the VM went on with: this one has belonged to the file since.
+    #[serde(default)]
+    pub overlay: Option<String>,
+    /// QEMU's id of the drive; `None` where it had none, and in files of older versions.
+    #[serde(default)]
+    pub id: Option<String>,
+    /// The device that has the drive: its id or its QOM path.
+    #[serde(default)]
+    pub qdev: Option<String>,
+    /// Whether the medium can be taken out.
+    #[serde(default)]
+    pub removable: bool,
+    /// Whether the tray is open; `None` for a drive without a tray.
+    #[serde(default)]
+    pub tray_open: Option<bool>,
+    /// The image and those below it, top first; nothing in files of older versions.
+    #[serde(default)]
+    pub images: Vec<ImageMeta>,
+}
+
+/// A drive without a medium.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EmptyDriveMeta {
+    /// QEMU's id of the drive, where it has one.
+    pub id: Option<String>,
+    /// The device that has the drive: its id or its QOM path.
+    pub qdev: Option<String>,
+    /// Whether the tray is open; `None` for a drive without a tray.
+    pub tray_open: Option<bool>,
+}
+
+/// An image of a drive.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageMeta {
+    /// Its path, or what QEMU calls it.
+    pub path: String,
+    /// `qcow2`, `raw`, ...
+    pub format: String,
+    /// Whether its contents are encrypted.
+    pub encrypted: bool,
+    /// It is the file beside the qcow2 image before it that holds that one's data.
+    pub is_data_file: bool,
+    /// The file as it was; `None` where it could not be looked at.
+    pub file: Option<FileMeta>,
+}
+
+/// A file as it was when the VM was saved.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileMeta {
+    /// Its length in bytes; `None` where QEMU changes it when it closes the image.
+    pub bytes: Option<u64>,
+    /// When it was last written, in seconds since 1970-01-01 UTC; `None` as for `bytes`, and for a
+    /// block device.
+    pub modified_unix_seconds: Option<i64>,
+    /// The nanoseconds of that second.
+    pub modified_nanoseconds: Option<u32>,
+    /// The device number of its file system, which may be another one after the host was started
+    /// again: nothing compares it.
+    pub device: u64,
+    /// Its inode; `None` for a block device.
+    pub inode: Option<u64>,
+    /// XXH3-128 of what the header of a qcow2 image says, as 32 lower-case hexadecimal digits; `None`
+    /// for other formats, and as for `bytes`.
+    pub qcow2_header: Option<String>,
+}

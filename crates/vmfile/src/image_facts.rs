@@ -1,0 +1,190 @@
+//! What is noted of a disk image, and what shows that it is not the one that it was.
+
+use std::fs::File;
+use std::io::{self, Read as _, Seek as _, SeekFrom};
+use std::os::fd::AsRawFd as _;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
+use std::path::Path;
+
+use rustix::fs::{Mode, OFlags};
+use vmfile_format::manifest::{FileMeta, ImageMeta};
+use vmfile_format::qcow2::{QCOW2_HEADER_LEN_MAX, Qcow2Header};
+
+/// The format whose header is compared.
+const QCOW2: &str = "qcow2";
+
+/// What QEMU still does with an image when it is looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Use {
+    /// Nothing: it is closed, or open for reading only.
+    None,
+    /// It has it open for writing, and writes what some formats need when it closes it.
+    Writes,
+    /// It writes dirty bitmaps into it when it closes it.
+    WritesBitmaps,
+}
+
+/// Looks at an image that was found with `O_PATH`.
+///
+/// # Errors
+///
+/// What the kernel says, or that it is neither a regular file nor a block device.
+pub(crate) fn look_at(found: &File, format: &str, usage: Use) -> io::Result<FileMeta> {
+    let metadata = found.metadata()?;
+    let is_block_device = metadata.file_type().is_block_device();
+    if !metadata.is_file() && !is_block_device {
+        return Err(io::Error::other("it is neither a regular file nor a block device"));
+    }
+    let mut facts = FileMeta {
+        bytes: Some(metadata.len()),
+        modified_unix_seconds: Some(metadata.mtime()),
+        modified_nanoseconds: u32::try_from(metadata.mtime_nsec()).ok(),
+        device: metadata.dev(),
+        inode: Some(metadata.ino()),
+        qcow2_header: None,
+    };
+    if is_block_device {
+        // Its node is made anew at every start of the host, and says nothing of its contents.
+        let length = open(found)?.seek(SeekFrom::End(0))?;
+        facts.bytes = Some(length);
+        (facts.modified_unix_seconds, facts.modified_nanoseconds) = (None, None);
+        facts.inode = None;
+    }
+    if format == QCOW2 {
+        let header = header(found)?;
+        let changes = match usage {
+            Use::None => false,
+            Use::Writes => header.changes_when_closed,
+            Use::WritesBitmaps => true,
+        };
+        if changes {
+            (facts.modified_unix_seconds, facts.modified_nanoseconds) = (None, None);
+            facts.bytes = None;
+        } else {
+            facts.qcow2_header = Some(format!("{:032x}", header.hash));
+        }
+    }
+    Ok(facts)
+}
+
+/// Reads the header of a qcow2 image.
+fn header(found: &File) -> io::Result<Qcow2Header> {
+    let mut bytes = Vec::new();
+    open(found)?.take(QCOW2_HEADER_LEN_MAX as u64).read_to_end(&mut bytes)?;
+    Qcow2Header::decode(&bytes).map_err(io::Error::other)
+}
+
+/// Opens for reading what was found, whatever lies under its name by now.
+fn open(found: &File) -> io::Result<File> {
+    let path = format!("/proc/self/fd/{}", found.as_raw_fd());
+    // No device of another kind gets here; should one, its opening does not wait.
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    Ok(rustix::fs::open(path, flags, Mode::empty())?.into())
+}
+
+/// Finds a file without opening it.
+///
+/// # Errors
+///
+/// What the kernel says.
+pub(crate) fn find(path: &Path) -> io::Result<File> {
+    Ok(rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?.into())
+}
+
+/// Something in which an image is not what it was.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Change {
+    pub(crate) what: &'static str,
+    pub(crate) found: String,
+    pub(crate) expected: String,
+}
+
+/// Compares an image with what the manifest says of it; `path` is where it lies now.
+///
+/// `may_open` lets its header be read too.
+///
+/// # Errors
+///
+/// What the kernel says, where it cannot be looked at.
+pub(crate) fn compare(image: &ImageMeta, path: &Path, may_open: bool) -> io::Result<Vec<Change>> {
+    let Some(expected) = &image.file else { return Ok(Vec::new()) };
+    let may_open = may_open && expected.qcow2_header.is_some();
+    let format = if may_open { image.format.as_str() } else { "" };
+    let file = find(path)?;
+    let found = look_at(&file, format, Use::None)?;
+    let mut changes = Vec::new();
+    let mut differ = |what, found: Option<String>, expected: Option<String>| {
+        if let (Some(found), Some(expected)) = (found, expected)
+            && found != expected
+        {
+            changes.push(Change { what, found, expected });
+        }
+    };
+    let bytes = |file: &FileMeta| file.bytes.map(|bytes| format!("{bytes} bytes"));
+    differ("length", bytes(&found), bytes(expected));
+    differ("time of the last change", modified(&found), modified(expected));
+    let inode = |file: &FileMeta| file.inode.map(|inode| inode.to_string());
+    differ("inode", inode(&found), inode(expected));
+    differ("qcow2 header", state(&file, &found, may_open), expected.qcow2_header.clone());
+    Ok(changes)
+}
+
+/// Returns the hash of a header, and what else it says where that is not good.
+fn state(file: &File, facts: &FileMeta, may_open: bool) -> Option<String> {
+    let hash = facts.qcow2_header.clone()?;
+    let header = header(file).ok().filter(|_| may_open)?;
+    let words = [(header.is_dirty, " (not closed)"), (header.is_corrupt, " (marked as corrupt)")];
+    Some(words.iter().filter(|(is, _)| *is).fold(hash, |hash, (_, words)| hash + words))
+}
+
+fn modified(file: &FileMeta) -> Option<String> {
+    let nanoseconds = file.modified_nanoseconds.unwrap_or(0);
+    let seconds = file.modified_unix_seconds?;
+    Some(format!("{seconds}.{nanoseconds:09} s after 1970"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::time::{Duration, SystemTime};
+
+    use super::*;
+
+    fn noted(path: &Path, format: &str) -> ImageMeta {
+        let file = look_at(&find(path).unwrap(), format, Use::None).unwrap();
+        ImageMeta { format: format.to_owned(), file: Some(file), ..ImageMeta::default() }
+    }
+
+    fn what_changed(image: &ImageMeta, path: &Path) -> Vec<&'static str> {
+        compare(image, path, true).unwrap().into_iter().map(|change| change.what).collect()
+    }
+
+    #[test]
+    fn each_kind_of_change_is_named() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a");
+        fs::write(&path, b"1234").unwrap();
+        let image = noted(&path, "raw");
+        assert!(what_changed(&image, &path).is_empty());
+        let file = File::options().write(true).open(&path).unwrap();
+        file.set_modified(SystemTime::now() + Duration::from_secs(1)).unwrap();
+        assert_eq!(what_changed(&image, &path), ["time of the last change"]);
+        file.set_len(5).unwrap();
+        assert!(what_changed(&image, &path).contains(&"length"));
+        fs::copy(&path, directory.path().join("b")).unwrap();
+        fs::rename(directory.path().join("b"), &path).unwrap();
+        assert!(what_changed(&image, &path).contains(&"inode"));
+        assert_eq!(
+            compare(&image, &directory.path().join("c"), true).unwrap_err().kind(),
+            io::ErrorKind::NotFound
+        );
+    }
+
+    #[test]
+    fn what_is_no_file_is_not_opened() {
+        // A FIFO that nobody writes to would hold an open for ever; so would a terminal.
+        let directory = tempfile::tempdir().unwrap();
+        assert!(look_at(&find(directory.path()).unwrap(), "qcow2", Use::None).is_err());
+        assert!(look_at(&find(Path::new("/dev/null")).unwrap(), "qcow2", Use::None).is_err());
+    }
+}

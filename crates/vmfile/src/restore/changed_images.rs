@@ -1,0 +1,177 @@
+//! Images that are not what they were when the VM was saved: its memory would not fit them.
+
+use std::fs;
+use std::io;
+use std::path::{Component, Path, PathBuf};
+
+use vmfile_format::manifest::{DiskMeta, ImageMeta, VmMeta};
+use vmfile_qemu::FileId;
+
+use super::RestoreOptions;
+use crate::image_facts;
+use crate::restore_error::{ImageChange, RestoreError};
+use crate::save::is_file;
+
+/// Compares every image that the file names with what it was; returns what the user should know.
+pub(super) fn check_all(
+    vm: &VmMeta,
+    directory: &Path,
+    options: &RestoreOptions,
+) -> Result<Vec<String>, RestoreError> {
+    let mut seen = Seen::default();
+    for disk in &vm.disks {
+        for image in images_of(disk) {
+            seen.compare(disk, image, &directory.join(&image.path), true);
+        }
+    }
+    seen.judge(vm, options)
+}
+
+/// Compares those images that are named outside the file, by the user's command line or by a QEMU
+/// that waits, with what they were; `named` are those on top of a drive.
+///
+/// A file that nothing but the saved one names is not opened: it is looked at where it is said to
+/// lie below an image that is named.
+pub(super) fn check_named(
+    vm: &VmMeta,
+    directory: &Path,
+    named: &[PathBuf],
+    options: &RestoreOptions,
+) -> Result<Vec<String>, RestoreError> {
+    let mut seen = Seen::default();
+    let is_named = |path: &str| {
+        let path = directory.join(path);
+        is_file(path.to_str().unwrap_or_default()) && named.iter().any(|n| is_same_file(n, &path))
+    };
+    for disk in vm.disks.iter().filter(|disk| is_file(&disk.path)) {
+        if is_named(&disk.path) {
+            for (index, image) in images_of(disk).enumerate() {
+                seen.compare(disk, image, &directory.join(&image.path), index == 0);
+            }
+            continue;
+        }
+        let is_of_another = |path: &String| vm.disks.iter().any(|other| other.path == *path);
+        let mut below = disk.backing_files.iter().filter(|path| !is_of_another(path));
+        match below.find(|path| is_named(path)) {
+            Some(older) => seen.changes.push(ImageChange {
+                device: disk.device.clone(),
+                image: directory.join(older),
+                what: "image",
+                found: "an older state of the disk".to_owned(),
+                expected: disk.path.clone(),
+            }),
+            None => seen.warnings.push(format!(
+                "disk {:?} had the image {} when the VM was saved, which is not named now",
+                disk.device, disk.path
+            )),
+        }
+    }
+    seen.judge(vm, options)
+}
+
+/// What was found out about the images.
+#[derive(Default)]
+struct Seen {
+    changes: Vec<ImageChange>,
+    warnings: Vec<String>,
+}
+
+impl Seen {
+    fn compare(&mut self, disk: &DiskMeta, image: &ImageMeta, path: &Path, may_open: bool) {
+        let change = |what, found, expected| ImageChange {
+            device: disk.device.clone(),
+            image: path.to_path_buf(),
+            what,
+            found,
+            expected,
+        };
+        match image_facts::compare(image, path, may_open) {
+            Ok(changes) => self.changes.extend(
+                changes
+                    .into_iter()
+                    .map(|differs| change(differs.what, differs.found, differs.expected)),
+            ),
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => self
+                .warnings
+                .push(format!("it is not known whether {} has changed: {error}", path.display())),
+            Err(error) => self.changes.push(change(
+                "file",
+                error.to_string(),
+                "the image that the VM had".to_owned(),
+            )),
+        }
+    }
+
+    /// Refuses changes unless the user allows them; returns all that is worth knowing otherwise.
+    fn judge(mut self, vm: &VmMeta, options: &RestoreOptions) -> Result<Vec<String>, RestoreError> {
+        if !self.changes.is_empty() && !options.disks_changed_ok {
+            return Err(RestoreError::DisksChanged { changes: self.changes });
+        }
+        self.warnings.extend(self.changes.iter().map(ToString::to_string));
+        let is_unknown = |image: &ImageMeta| is_file(&image.path) && image.file.is_none();
+        let is_old = |disk: &DiskMeta| disk.images.is_empty() && is_file(&disk.path);
+        if vm.disks.iter().any(is_old) {
+            self.warnings.push(
+                "the file does not say what its disk images were: that they have not changed since \
+                 could not be checked"
+                    .to_owned(),
+            );
+        } else if vm.disks.iter().flat_map(images_of).any(is_unknown) {
+            self.warnings.push(
+                "not all disk images could be looked at when the VM was saved: that they have not \
+                 changed since could not be checked"
+                    .to_owned(),
+            );
+        }
+        Ok(self.warnings)
+    }
+}
+
+fn images_of(disk: &DiskMeta) -> impl Iterator<Item = &ImageMeta> {
+    disk.images.iter()
+}
+
+/// Tells whether two paths lead to one file: by what is written, or by where they lead.
+pub(super) fn is_same_file(a: &Path, b: &Path) -> bool {
+    if normalized(a) == normalized(b) {
+        return true;
+    }
+    let id = |path: &Path| fs::metadata(path).map(|metadata| FileId::of(&metadata)).ok();
+    id(a).is_some_and(|a| Some(a) == id(b))
+}
+
+/// Returns a path without its detours by `.`, `..` and doubled slashes; symbolic links are left.
+fn normalized(path: &Path) -> PathBuf {
+    let mut parts = PathBuf::new();
+    for part in path.components() {
+        match part {
+            Component::ParentDir => {
+                parts.pop();
+            }
+            Component::CurDir => {}
+            part => parts.push(part),
+        }
+    }
+    parts
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    #[test]
+    fn one_file_is_known_by_any_of_its_names() {
+        let directory = tempfile::tempdir().unwrap();
+        let (a, b) = (directory.path().join("a"), directory.path().join("b"));
+        fs::write(&a, b"").unwrap();
+        symlink(&a, &b).unwrap();
+        assert!(is_same_file(&a, &b));
+        assert!(is_same_file(&a, &directory.path().join("x/../a")));
+        fs::remove_file(&b).unwrap();
+        fs::write(&b, b"").unwrap();
+        assert!(!is_same_file(&a, &b));
+        assert!(!is_same_file(&a, &directory.path().join("none")));
+    }
+}

@@ -1,0 +1,548 @@
+//! Images that are not what they were, that nobody will find again, that somebody else chose: said
+//! before the guest is paused, or before a QEMU is started.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, SystemTime};
+
+use serde_json::json;
+use tempfile::TempDir;
+use vmfile::error::SaveError;
+use vmfile::restore::{Destination, RestoreOptions, Restored};
+use vmfile::save::{After, Live, Route, SaveOptions, SaveReport};
+use vmfile::{Control, RestoreError, Snapshot, Vm};
+use vmfile_format::manifest::DiskMeta;
+use vmfile_testing::verbs::{restore_saved, rewrite_manifest, save, save_with};
+use vmfile_testing::{Guest, GuestConfig, Qemu, Ram, Release, TestResult, requires, root};
+
+/// A guest on a qcow2 disk with an image below, in a directory that all its VMs share.
+struct Scene {
+    files: TempDir,
+    config: GuestConfig,
+}
+
+impl Scene {
+    fn new() -> TestResult<Scene> {
+        let files = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
+        let path = |name: &str| files.path().join(name);
+        qemu_img(&["-f", "qcow2"], &path("base.qcow2"))?;
+        let base = path("base.qcow2");
+        let below = ["-f", "qcow2", "-F", "qcow2", "-b", base.to_str().ok_or("UTF-8")?];
+        qemu_img(&below, &path("top.qcow2"))?;
+        let drive = format!("file={},format=qcow2,if=virtio,id=d0", path("top.qcow2").display());
+        let config = Guest::boot_sector(Ram::private(64)).arguments(["-drive", &drive]);
+        Ok(Scene { files, config })
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.files.path().join(name)
+    }
+
+    fn boot(&self, qemu: &Qemu) -> TestResult<Guest> {
+        let guest = self.config.boot(qemu)?;
+        guest.wait_for_count(1)?;
+        Ok(guest)
+    }
+
+    /// A file whose VM has ended, and the directory of the VM's sockets.
+    fn saved(&self, qemu: &Qemu, options: &SaveOptions) -> TestResult<(Guest, PathBuf)> {
+        let mut guest = self.boot(qemu)?;
+        let file = self.path("vm.vmf");
+        save_with(&guest, &file, options)?;
+        if options.after != After::Quit {
+            guest.qmp("quit", json!({}))?;
+        }
+        guest.wait_for_exit()?;
+        Ok((guest, file))
+    }
+
+    /// Restores with the command line of another VM of this scene.
+    fn restore_given(
+        &self,
+        qemu: &Qemu,
+        file: &Path,
+        options: &RestoreOptions,
+        config: &GuestConfig,
+    ) -> TestResult<Result<Restored, RestoreError>> {
+        let prepared = config.prepare(qemu)?;
+        let words = prepared.command_line();
+        let words = words.into_iter().map(|word| word.into_string().expect("UTF-8")).collect();
+        let snapshot = Snapshot::open(file, 0)?;
+        let destination = Destination::Command(words);
+        Ok(vmfile::restore::restore(&snapshot, destination, options, &Control::none()))
+    }
+}
+
+fn qemu_img(options: &[&str], image: &Path) -> TestResult {
+    let mut command = Command::new("qemu-img");
+    let output = command.args(["create", "-q"]).args(options).arg(image).arg("4M").output()?;
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    Ok(())
+}
+
+fn changed_ok() -> RestoreOptions {
+    RestoreOptions { disks_changed_ok: true, ..RestoreOptions::default() }
+}
+
+fn with_disks() -> SaveOptions {
+    SaveOptions { with_disks: true, after: After::Resume, ..SaveOptions::default() }
+}
+
+/// The images of the disk of a restored VM, top first.
+fn images(restored: &mut Restored) -> TestResult<Vec<PathBuf>> {
+    let drives = restored.qemu.as_mut().ok_or("a QEMU was started")?.vm().drives()?;
+    let drive = drives.iter().find(|drive| drive.id == "d0").ok_or("no disk")?;
+    Ok(drive.images.iter().map(|image| PathBuf::from(&image.path)).collect())
+}
+
+/// Something that happens to an image, the image, and what is said to differ.
+type Happening = (&'static str, &'static str, fn(&Path) -> TestResult);
+
+/// A3: a disk that changed after the save was not noticed, and a guest whose memory knows another
+/// disk corrupts it. Images below are images of the disk too.
+#[test]
+fn images_that_changed_since_the_save_are_refused_by_name() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let grow: fn(&Path) -> TestResult = |path| {
+        let file = File::options().write(true).open(path)?;
+        let length = file.metadata()?.len();
+        let modified = file.metadata()?.modified()?;
+        file.set_len(length + 512)?;
+        Ok(file.set_modified(modified)?)
+    };
+    let touch: fn(&Path) -> TestResult = |path| {
+        let file = File::options().write(true).open(path)?;
+        Ok(file.set_modified(SystemTime::now() + Duration::from_secs(5))?)
+    };
+    // What `cp -a` of a backup gives: same bytes, same time, another file.
+    let replace: fn(&Path) -> TestResult = |path| {
+        let copy = path.with_extension("copy");
+        let modified = fs::metadata(path)?.modified()?;
+        fs::copy(path, &copy)?;
+        File::options().write(true).open(&copy)?.set_modified(modified)?;
+        Ok(fs::rename(&copy, path)?)
+    };
+    // As a tool does that sets the time back: the header says that the disk has another size.
+    let resize: fn(&Path) -> TestResult = |path| {
+        let file = File::options().write(true).read(true).open(path)?;
+        let modified = file.metadata()?.modified()?;
+        let mut size = [0; 8];
+        file.read_exact_at(&mut size, 24)?;
+        file.write_all_at(&(u64::from_be_bytes(size) + 65536).to_be_bytes(), 24)?;
+        Ok(file.set_modified(modified)?)
+    };
+    let remove: fn(&Path) -> TestResult = |path| Ok(fs::remove_file(path)?);
+    let happenings: [Happening; 6] = [
+        ("length", "top.qcow2", grow),
+        ("time of the last change", "top.qcow2", touch),
+        ("inode", "top.qcow2", replace),
+        ("qcow2 header", "top.qcow2", resize),
+        ("time of the last change", "base.qcow2", touch),
+        ("file", "base.qcow2", remove),
+    ];
+    for (what, name, happen) in happenings {
+        let scene = Scene::new()?;
+        let (_guest, file) = scene.saved(&qemu, &SaveOptions::default())?;
+        happen(&scene.path(name))?;
+        let saved = restore_saved(&file, &RestoreOptions::default());
+        let options = RestoreOptions::default();
+        let given = scene.restore_given(&qemu, &file, &options, &scene.config)?;
+        for result in [saved, given] {
+            let error = result.expect_err(what);
+            let RestoreError::DisksChanged { changes } = &error else { panic!("{what}: {error}") };
+            let image = scene.path(name);
+            let found =
+                changes.iter().any(|c| c.what == what && c.image == image && c.device == "d0");
+            assert!(found, "{what}: {error}");
+        }
+        if what != "file" {
+            let restored = restore_saved(&file, &changed_ok())?;
+            let warned = restored.report.warnings.iter().any(|warning| warning.contains(what));
+            assert!(warned, "{what}: {:?}", restored.report.warnings);
+        }
+    }
+    Ok(())
+}
+
+/// No false alarm: what was not changed is not said to have changed, by any route, and after a VM
+/// that ended by itself too.
+#[test]
+fn images_that_did_not_change_are_not_said_to_have_changed() -> TestResult {
+    let oldest = requires!(Qemu::of(Release::Oldest));
+    let distribution = requires!(Qemu::of(Release::Distribution));
+    let newest = requires!(Qemu::of(Release::Newest));
+    for (qemu, route) in [
+        (&distribution, Route::Direct),
+        (&distribution, Route::Stream),
+        (&distribution, Route::Native),
+        (&oldest, Route::Stream),
+        (&newest, Route::Direct),
+    ] {
+        for lazy in [false, true] {
+            let scene = Scene::new()?;
+            if lazy {
+                let mut command = Command::new("qemu-img");
+                command.args(["amend", "-o", "lazy_refcounts=on"]).arg(scene.path("top.qcow2"));
+                assert!(command.status()?.success());
+            }
+            let options = SaveOptions { route, ..SaveOptions::default() };
+            let (_guest, file) = scene.saved(qemu, &options)?;
+            let restored = restore_saved(&file, &RestoreOptions::default())?;
+            assert_eq!(restored.report.warnings, [""; 0], "{route:?}");
+        }
+    }
+    Ok(())
+}
+
+/// A guest that writes to its disk up to the last moment: what QEMU has in its caches is in the
+/// image before it is noted what the image was.
+#[test]
+fn a_busy_disk_is_not_said_to_have_changed_after_its_vm_was_saved() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    for (route, more) in [(Route::Direct, ""), (Route::Stream, ""), (Route::Direct, "bitmap")] {
+        let config = Guest::linux(Ram::private(256)).disk(16).busy();
+        let mut guest = config.boot(&qemu)?;
+        if more == "bitmap" {
+            let bitmap = json!({ "node": "disk0", "name": "b", "persistent": true });
+            guest.qmp("block-dirty-bitmap-add", bitmap)?;
+        }
+        guest.wait_for_count(2)?;
+        let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
+        let file = directory.path().join("vm.vmf");
+        save_with(&guest, &file, &SaveOptions { route, ..SaveOptions::default() })?;
+        guest.wait_for_exit()?;
+        let restored = restore_saved(&file, &RestoreOptions::default())?;
+        assert_eq!(restored.report.warnings, [""; 0], "{route:?} {more}");
+    }
+    Ok(())
+}
+
+/// Files of older versions do not say what their images were; that is said once, and they restore.
+#[test]
+fn a_file_that_does_not_say_what_its_images_were_is_restored_with_a_warning() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let scene = Scene::new()?;
+    let (_guest, file) = scene.saved(&qemu, &SaveOptions::default())?;
+    rewrite_manifest(&file, |vm| {
+        for disk in &mut vm.disks {
+            *disk = DiskMeta {
+                device: disk.device.clone(),
+                path: disk.path.clone(),
+                format: disk.format.clone(),
+                backing_files: disk.backing_files.clone(),
+                read_only: disk.read_only,
+                overlay: disk.overlay.clone(),
+                ..DiskMeta::default()
+            };
+        }
+    })?;
+    let restored = restore_saved(&file, &RestoreOptions::default())?;
+    let [warning] = &*restored.report.warnings else { panic!("{:?}", restored.report.warnings) };
+    assert!(warning.contains("does not say what its disk images were"), "{warning}");
+    Ok(())
+}
+
+fn refused(result: TestResult<SaveReport>) -> TestResult<SaveError> {
+    let error = result.expect_err("refused");
+    Ok(*error.downcast::<SaveError>()?)
+}
+
+/// A4: the guest went on writing to its disks after the saved moment and was then ended: a file that
+/// can only corrupt.
+#[test]
+fn a_live_save_that_ends_the_vm_needs_its_disks() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let scene = Scene::new()?;
+    let mut guest = scene.boot(&qemu)?;
+    let file = scene.path("vm.vmf");
+    let live = Some(Live::default());
+    let options = SaveOptions { live, ..SaveOptions::default() };
+    let error = refused(save_with(&guest, &file, &options))?;
+    let SaveError::DisksGoOn { devices } = &error else { panic!("{error}") };
+    assert!(devices.contains(&"d0".to_owned()), "{devices:?}");
+    assert_eq!(guest.status()?, "running");
+    assert!(!file.exists());
+
+    for options in [
+        SaveOptions { live, after: After::Resume, ..SaveOptions::default() },
+        SaveOptions { after: After::Resume, ..SaveOptions::default() },
+    ] {
+        let report = save_with(&guest, &file, &options)?;
+        let [warning] = &*report.warnings else { panic!("{:?}", report.warnings) };
+        assert!(warning.contains("d0") && warning.contains("--with-disks"), "{warning}");
+        fs::remove_file(&file)?;
+    }
+    for options in [with_disks(), SaveOptions { live, with_disks: true, ..SaveOptions::default() }]
+    {
+        let report = save_with(&guest, &file, &options)?;
+        assert_eq!(report.warnings, [""; 0]);
+        fs::remove_file(&file)?;
+    }
+    Ok(())
+}
+
+/// A5: the overlay of an encrypted image was clear text: a word that the guest wrote was found in it.
+#[test]
+fn an_encrypted_image_gets_no_overlay_in_clear_text() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let files = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
+    let secret = ["--object", "secret,id=s,data=abc"];
+    let keys = "key-secret=s,iter-time=10";
+    let (luks, qcow2) = (files.path().join("luks"), files.path().join("enc.qcow2"));
+    qemu_img(&[secret[0], secret[1], "-f", "luks", "-o", keys], &luks)?;
+    let keys = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10";
+    qemu_img(&[secret[0], secret[1], "-f", "qcow2", "-o", keys], &qcow2)?;
+    let over = format!(
+        "raw,node-name=n,file.driver=luks,file.key-secret=s,file.file.driver=file,\
+         file.file.filename={}",
+        luks.display()
+    );
+    for words in [
+        vec![
+            "-drive".to_owned(),
+            format!("file={},format=luks,key-secret=s,if=virtio", luks.display()),
+        ],
+        vec![
+            "-drive".to_owned(),
+            format!("file={},format=qcow2,encrypt.key-secret=s,if=virtio", qcow2.display()),
+        ],
+        vec![
+            "-blockdev".to_owned(),
+            over,
+            "-device".to_owned(),
+            "virtio-blk-pci,drive=n".to_owned(),
+        ],
+    ] {
+        let config = Guest::boot_sector(Ram::private(64));
+        let config = config.arguments(["-object", secret[1]]).arguments(&words);
+        let mut guest = config.boot(&qemu)?;
+        guest.wait_for_count(1)?;
+        let before = fs::read_dir(files.path())?.count();
+        let error = refused(save_with(&guest, &files.path().join("vm.vmf"), &with_disks()))?;
+        assert!(matches!(error, SaveError::Disk { .. }), "{error}");
+        assert!(error.to_string().contains("is encrypted"), "{error}");
+        assert_eq!(guest.status()?, "running");
+        assert_eq!(fs::read_dir(files.path())?.count(), before, "no overlay, no file");
+    }
+    Ok(())
+}
+
+/// A6: an image whose name leads to another file, or to none, is not what a restore would find.
+#[test]
+fn an_image_that_was_deleted_or_replaced_is_refused_where_the_vm_would_end() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    for is_replaced in [false, true] {
+        let scene = Scene::new()?;
+        let mut guest = scene.boot(&qemu)?;
+        let image = scene.path("top.qcow2");
+        fs::rename(&image, scene.path("away"))?;
+        if is_replaced {
+            fs::copy(scene.path("away"), &image)?;
+        }
+        let file = scene.path("vm.vmf");
+        let error = refused(save_with(&guest, &file, &SaveOptions::default()))?;
+        let SaveError::ImageLost { device, image: lost, .. } = &error else { panic!("{error}") };
+        assert_eq!((device.as_str(), lost), ("d0", &image), "{error}");
+        assert_eq!(guest.status()?, "running");
+        // The VM that goes on has its image, whatever the name says.
+        let options = SaveOptions { after: After::Pause, ..SaveOptions::default() };
+        let report = save_with(&guest, &file, &options)?;
+        let named = report.warnings.iter().any(|w| w.contains("top.qcow2") && w.contains("again"));
+        assert!(named, "{:?}", report.warnings);
+    }
+    Ok(())
+}
+
+/// A6: an image that QEMU got as a descriptor means nothing to another QEMU.
+#[test]
+fn an_image_in_an_fd_set_is_refused_where_the_vm_would_end() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let scene = Scene::new()?;
+    let mut guest = scene.boot(&qemu)?;
+    // QEMU opens its own descriptor once more, which is as good as one that it was given.
+    let node = json!({ "driver": "qcow2", "node-name": "n",
+        "file": { "driver": "file", "filename": format!("/proc/self/fd/{}", fd_of(&guest)?),
+            "locking": "off" }, "read-only": true });
+    guest.qmp("blockdev-add", node)?;
+    guest.qmp("device_add", json!({ "driver": "virtio-blk-pci", "drive": "n", "id": "hot" }))?;
+    let error = refused(save(&guest, &scene.path("vm.vmf")))?;
+    assert!(matches!(error, SaveError::ImageLost { .. }), "{error}");
+    assert!(error.to_string().contains("descriptor"), "{error}");
+    assert_eq!(guest.status()?, "running");
+    Ok(())
+}
+
+/// The number under which QEMU has the image on top open.
+fn fd_of(guest: &Guest) -> TestResult<String> {
+    for entry in fs::read_dir(format!("/proc/{}/fd", guest.pid()?))? {
+        let entry = entry?;
+        if fs::read_link(entry.path()).is_ok_and(|path| path.ends_with("base.qcow2")) {
+            return Ok(entry.file_name().to_string_lossy().into_owned());
+        }
+    }
+    Err("QEMU does not have the image open".into())
+}
+
+/// A6: QEMU in another mount namespace, as in a container: the same path is another file there, and a
+/// restore outside opened that one, silently.
+#[test]
+fn an_image_in_another_mount_namespace_is_refused_where_the_vm_would_end() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    requires!(root());
+    let scene = Scene::new()?;
+    // Inside, another directory lies over the images; the program under test stays outside.
+    let inside = scene.path("inside");
+    fs::create_dir(&inside)?;
+    for name in ["base.qcow2", "top.qcow2"] {
+        fs::copy(scene.path(name), inside.join(name))?;
+    }
+    let prepared = scene.config.prepare(&qemu)?;
+    let command = prepared.command_line();
+    let (images, over) = (scene.files.path(), &inside);
+    let script = format!("mount --bind {} {} && exec \"$@\"", over.display(), images.display());
+    let mut child = Command::new("unshare")
+        .args(["--mount", "--propagation", "private", "sh", "-c", &script, "sh"])
+        .args(&command)
+        .spawn()?;
+    let mut guest = prepared.attach()?;
+    guest.wait_for_count(1)?;
+    let file = scene.path("vm.vmf");
+    let error = refused(save(&guest, &file))?;
+    assert!(matches!(error, SaveError::ImageLost { .. }), "{error}");
+    assert!(error.to_string().contains("another root"), "{error}");
+    assert_eq!(guest.status()?, "running");
+    guest.qmp("quit", json!({}))?;
+    child.wait()?;
+    Ok(())
+}
+
+/// The user's line on `image`, as the only disk.
+fn line_on(image: &str) -> GuestConfig {
+    let drive = format!("file={image},format=qcow2,if=virtio,id=d0");
+    Guest::boot_sector(Ram::private(64)).arguments(["-drive", &drive])
+}
+
+/// D35: a manifest whose disks named the user's image among `backing_files` and any host path as
+/// `path` had that path opened read-write by the QEMU of the user's own command line; with an
+/// overlay, qemu-img made a file beside any path.
+#[test]
+fn a_file_chooses_no_image_for_a_command_line_that_the_user_gave() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let scene = Scene::new()?;
+    let (guest, file) = scene.saved(&qemu, &SaveOptions::default())?;
+    let victims = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
+    let victim = victims.path().join("victim");
+    fs::write(&victim, vec![1_u8; 1 << 20])?;
+    let own = scene.path("top.qcow2").display().to_string();
+    let target = victim.display().to_string();
+    let json =
+        format!(r#"json:{{"driver":"raw","file":{{"driver":"file","filename":"{target}"}}}}"#);
+    for path in [target.as_str(), &json, "nbd:unix:/nowhere", "nbd://localhost/x", "/dev/tty"] {
+        for overlay in [None, Some("x".to_owned())] {
+            rewrite_manifest(&file, |vm| {
+                for disk in vm.disks.iter_mut().filter(|disk| disk.device == "d0") {
+                    disk.path = path.to_owned();
+                    disk.format = "raw".to_owned();
+                    disk.backing_files = vec![own.clone()];
+                    disk.overlay = overlay.clone();
+                    disk.images.clear();
+                }
+            })?;
+            for options in [RestoreOptions::default(), changed_ok()] {
+                let mut restored =
+                    match scene.restore_given(&qemu, &file, &options, &scene.config)? {
+                        Ok(restored) => restored,
+                        Err(error) => {
+                            let refused = matches!(error, RestoreError::DisksChanged { .. });
+                            assert!(refused && !options.disks_changed_ok, "{path}: {error}");
+                            continue;
+                        }
+                    };
+                let found = images(&mut restored)?;
+                assert_eq!(found, [scene.path("top.qcow2"), scene.path("base.qcow2")], "{path}");
+                assert!(restored.report.disks.is_empty(), "{path}");
+            }
+        }
+    }
+    assert_eq!(fs::read_dir(victims.path())?.count(), 1, "nothing was made there");
+    assert!(fs::read(&victim)? == vec![1_u8; 1 << 20]);
+    drop(guest);
+    Ok(())
+}
+
+/// D35: the overlay of an image that belongs to the file is one of the image that the line names, in
+/// the format that the line says: a raw image that begins like qcow2 would choose what lies below it.
+#[test]
+fn the_format_of_an_image_is_what_the_users_line_says() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let scene = Scene::new()?;
+    let (_guest, file) = scene.saved(&qemu, &with_disks())?;
+    rewrite_manifest(&file, |vm| {
+        for disk in vm.disks.iter_mut().filter(|disk| disk.device == "d0") {
+            disk.format = "raw".to_owned();
+        }
+    })?;
+    let options = RestoreOptions::default();
+    let mut restored = scene.restore_given(&qemu, &file, &options, &scene.config)??;
+    let found = images(&mut restored)?;
+    let top = scene.path("top.qcow2");
+    let overlay =
+        restored.report.disks.iter().find(|disk| disk.image == top).ok_or("no overlay")?;
+    assert_eq!(found, [overlay.overlay.clone(), top.clone(), scene.path("base.qcow2")]);
+    let drive = format!("file={},if=virtio,id=d0", top.display());
+    let silent = Guest::boot_sector(Ram::private(64)).arguments(["-drive", &drive]);
+    let error = scene.restore_given(&qemu, &file, &options, &silent)?.expect_err("no format");
+    assert!(matches!(error, RestoreError::FormatNotSaid { .. }), "{error}");
+    Ok(())
+}
+
+/// D35: a line that names an image below the one that the VM had is an older state of the disk; the
+/// file does not put the newer one there any more, and the older one does not fit its memory.
+#[test]
+fn an_older_state_of_a_disk_is_refused_on_a_command_line_that_the_user_gave() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let scene = Scene::new()?;
+    let (_guest, file) = scene.saved(&qemu, &SaveOptions::default())?;
+    let base = scene.path("base.qcow2");
+    let older = line_on(&base.display().to_string());
+    let options = RestoreOptions::default();
+    let error = scene.restore_given(&qemu, &file, &options, &older)?.expect_err("older");
+    assert!(matches!(error, RestoreError::DisksChanged { .. }), "{error}");
+    assert!(error.to_string().contains("older state"), "{error}");
+    let mut restored = scene.restore_given(&qemu, &file, &changed_ok(), &older)??;
+    assert_eq!(images(&mut restored)?, std::slice::from_ref(&base));
+    assert!(restored.report.warnings.iter().any(|warning| warning.contains("older state")));
+    drop(restored);
+    // Another image altogether is the user's choice, which the report names.
+    fs::copy(scene.path("top.qcow2"), scene.path("copy.qcow2"))?;
+    let copy = line_on(&scene.path("copy.qcow2").display().to_string());
+    let restored = scene.restore_given(&qemu, &file, &options, &copy)??;
+    let named =
+        restored.report.warnings.iter().any(|w| w.contains("d0") && w.contains("not named"));
+    assert!(named, "{:?}", restored.report.warnings);
+    Ok(())
+}
+
+/// A QEMU that waits has its images already: they are compared too.
+#[test]
+fn the_images_of_a_qemu_that_waits_are_compared() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let scene = Scene::new()?;
+    let (_guest, file) = scene.saved(&qemu, &SaveOptions::default())?;
+    let image = File::options().write(true).open(scene.path("base.qcow2"))?;
+    image.set_modified(SystemTime::now() + Duration::from_secs(5))?;
+    let waiting = scene.config.incoming(&qemu, "defer")?;
+    let snapshot = Snapshot::open(&file, 0)?;
+    for (options, is_refused) in [(RestoreOptions::default(), true), (changed_ok(), false)] {
+        let destination = Destination::Waiting(Vm::connect(&waiting.qmp_path())?);
+        let result = vmfile::restore::restore(&snapshot, destination, &options, &Control::none());
+        match result {
+            Err(RestoreError::DisksChanged { .. }) if is_refused => {}
+            Ok(restored) if !is_refused => assert!(!restored.report.warnings.is_empty()),
+            other => panic!("{:?}", other.map(|restored| restored.report)),
+        }
+    }
+    Ok(())
+}
