@@ -11,7 +11,7 @@ use vmfile_testing::{
     Firmware, Guest, GuestConfig, Machine, Qemu, Ram, Release, TestResult, requires,
 };
 
-use super::{changes, images};
+use super::{ask, changes, goes_on, images, save_and_restore};
 
 /// A guest with a drive in every spelling.
 fn with_every_spelling(directory: &Path) -> TestResult<GuestConfig> {
@@ -125,6 +125,14 @@ fn drives_that_were_changed_are_named() -> TestResult {
             ("drive ide1-cd0", "no medium", &seven),
         ];
         assert_eq!(seen, expected, "{release:?}");
+        guest.wait_for_count(1)?;
+        let names: Vec<&str> = found.iter().map(|change| change.what.as_str()).collect();
+        let mut restored = save_and_restore(&mut guest, &names)?;
+        goes_on(&guest, &mut restored)?;
+        let drives = ask(&mut restored, "query-block", json!({}))?.to_string();
+        for (name, is_there) in [(&ten, true), (&eleven, true), (&twelve, true), (&seven, false)] {
+            assert_eq!(drives.contains(name), is_there, "{name}: {drives}");
+        }
     }
     Ok(())
 }

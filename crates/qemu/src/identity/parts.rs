@@ -114,6 +114,34 @@ impl Vm {
     ///
     /// See [`Qmp::execute`](crate::Qmp::execute).
     pub fn parts(&mut self) -> Result<Parts, VmError> {
+        let (devices, gone_built_in) = self.devices()?;
+        let memory_devices = self.memory_devices()?;
+        let (cpus, absent_cpus) = self.cpus()?;
+        Ok(Parts { devices, memory_devices, cpus, absent_cpus, gone_built_in })
+    }
+
+    /// Returns the name of a part that came or went since `before` was asked; `None` if none did.
+    ///
+    /// Memory devices and CPUs are devices too, so that three questions tell.
+    ///
+    /// # Errors
+    ///
+    /// See [`Qmp::execute`](crate::Qmp::execute).
+    pub fn changed_part(&mut self, before: &Parts) -> Result<Option<String>, VmError> {
+        let (devices, gone_built_in) = self.devices()?;
+        let is_new = |device: &&Device| !before.devices.contains(device);
+        let is_gone = |device: &&Device| !devices.contains(device);
+        let changed = devices.iter().find(is_new).or_else(|| before.devices.iter().find(is_gone));
+        if let Some(device) = changed {
+            let name = device.id.as_ref().unwrap_or(&device.path);
+            return Ok(Some(format!("device {name} ({})", device.kind)));
+        }
+        let is_same = gone_built_in == before.gone_built_in;
+        Ok((!is_same).then(|| "a CPU or another device of the machine type".to_owned()))
+    }
+
+    /// Returns the devices, and the numbers of those of the machine type that are gone.
+    fn devices(&mut self) -> Result<(Vec<Device>, BTreeSet<u64>), VmError> {
         let mut devices = Vec::new();
         for container in CONTAINERS {
             let mut children = self.children(container)?;
@@ -124,19 +152,12 @@ impl Vm {
                 devices.push(Device { path: format!("{container}/{name}"), id, kind });
             }
         }
-        let (cpus, absent_cpus) = self.cpus()?;
         let built_in = self.children(BUILT_IN)?;
         let numbers: BTreeSet<u64> =
             built_in.iter().filter_map(|(name, _)| device_number(name)).collect();
         let last = numbers.last().copied().unwrap_or(0);
         let gone_built_in = (0..last).filter(|number| !numbers.contains(number)).collect();
-        Ok(Parts {
-            devices,
-            memory_devices: self.memory_devices()?,
-            cpus,
-            absent_cpus,
-            gone_built_in,
-        })
+        Ok((devices, gone_built_in))
     }
 
     /// Tells whether a device came after the machine was made.

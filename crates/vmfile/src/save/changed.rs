@@ -88,17 +88,10 @@ pub(super) struct Known {
 impl Known {
     /// Refuses a VM whose parts came or went since: what the manifest says would be of another VM.
     pub(super) fn still_holds(&self, vm: &mut Vm) -> Result<(), SaveError> {
-        let now = vm.parts()?;
-        if now == self.parts {
-            return Ok(());
+        match vm.changed_part(&self.parts)? {
+            None => Ok(()),
+            Some(what) => Err(SaveError::ChangedMeanwhile { what }),
         }
-        let before = &self.parts.devices;
-        let came = now.devices.iter().find(|device| !before.contains(device));
-        let changed = came.or_else(|| before.iter().find(|device| !now.devices.contains(device)));
-        let what = changed.map_or("a CPU or a memory device".to_owned(), |device| {
-            format!("device {} ({})", device.id.as_ref().unwrap_or(&device.path), device.kind)
-        });
-        Err(SaveError::ChangedMeanwhile { what })
     }
 }
 
