@@ -64,7 +64,8 @@ fn with_every_spelling(directory: &Path) -> TestResult<GuestConfig> {
         .into_iter()
         .flat_map(|drive| ["-device".to_owned(), format!("virtio-blk-pci,{drive},share-rw=off")]);
     let more = ["-device", "scsi-cd,drive=e0,id=empty", "-device", "scsi-cd"];
-    let guest = Guest::boot_sector(Ram::private(64)).seed(29);
+    // Above lie the rings of the firmware's disk drivers.
+    let guest = Guest::boot_sector(Ram::private(64)).seed(29).fill_mib(32);
     Ok(guest.arguments(words).arguments(devices).arguments(more))
 }
 
