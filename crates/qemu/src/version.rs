@@ -164,7 +164,7 @@ const TABLE: [Row; 16] = [
     Row::new(Feature::ExitOnError, (9, 1), "`migrate-incoming` with `exit-on-error`",
         "`restore`: QEMU stays and says why it refused"),
     Row::new(Feature::BlockdevSetActive, (10, 0), "`blockdev-set-active`",
-        "`save --after quit`: disks that cannot be flushed are seen"),
+        "`save --after quit`: disks are released before their images are recorded"),
     Row::new(Feature::SwitchoverStart, (10, 0), "SWITCHOVER_START, by machine type",
         "reading a stream"),
     Row::new(Feature::MultifdDeviceState, (10, 0), "multifd packets of device state",

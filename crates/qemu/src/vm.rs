@@ -29,7 +29,6 @@ pub use blockers::{Blocker, BlockerKind};
 pub use device_state::DEVICE_STATE_LEN_MAX;
 pub use drives::{DeviceName, Drive, Image};
 pub use files::FileId;
-pub use flush::Flushed;
 pub use memory_backends::MemoryBackend;
 pub(crate) use overlays::OVERLAY_PREFIX;
 pub use overlays::Overlay;
@@ -121,9 +120,11 @@ pub enum VmError {
         #[source]
         source: serde_json::Error,
     },
-    /// The disks' newest data could not be made durable.
-    #[error("the disks could not be flushed: {reason}")]
+    /// A disk's newest data could not be made durable.
+    #[error("disk {disk:?} could not be flushed: {reason}")]
     NotFlushed {
+        /// The drive.
+        disk: String,
         /// QEMU's own words.
         reason: String,
     },
@@ -165,7 +166,7 @@ impl VmError {
                  on the VM's monitor",
             ),
             VmError::NotFlushed { .. } => {
-                Some("look at the disks' file systems: what the guest wrote last may be lost")
+                Some("look at the disk's file system: what the guest wrote last may be lost")
             }
             VmError::LeftPaused { .. } => Some("`cont` on the VM's monitor makes it run again"),
             _ => None,

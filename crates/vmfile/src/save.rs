@@ -29,8 +29,7 @@ use std::time::{Duration, Instant};
 use vmfile_engine::PublishError;
 use vmfile_format::manifest::VmMeta;
 use vmfile_qemu::{
-    Flushed, Footprint, Holder, PUT_BACK_TIMEOUT, Paused, RamBlockInfo, RunState, SaveRecord, Vm,
-    VmError,
+    Footprint, Holder, PUT_BACK_TIMEOUT, Paused, RamBlockInfo, RunState, SaveRecord, Vm, VmError,
 };
 
 pub use self::changed::Change;
@@ -113,7 +112,6 @@ struct Work<'a> {
     options: &'a SaveOptions,
     control: &'a Control<'a>,
     meta: &'a mut VmMeta,
-    warnings: &'a mut Vec<String>,
     /// When the guest was paused for the save; `None` while it runs.
     paused_at: Option<Instant>,
 }
@@ -132,13 +130,6 @@ impl Work<'_> {
     /// Whether the VM ends once the file is durable.
     fn is_last(&self) -> bool {
         self.options.after == After::Quit
-    }
-
-    /// Notes what QEMU said of its disks, if that is not that they are durable.
-    fn note(&mut self, flushed: Flushed) {
-        if let Flushed::Unknown { reason } = flushed {
-            self.warnings.push(format!("QEMU did not say whether the disks are durable: {reason}"));
-        }
     }
 }
 
@@ -257,6 +248,7 @@ impl<'a> Save<'a> {
         }
         self.known.still_holds(paused.vm())?;
         self.disks.freeze(paused.vm())?;
+        self.warnings.extend(paused.vm().flush_disks()?);
         let blocks = paused.blocks().to_vec();
         let paused_at = paused.stopped_at();
         let mut work = Work {
@@ -268,7 +260,6 @@ impl<'a> Save<'a> {
             options: self.options,
             control: self.control,
             meta: &mut self.meta,
-            warnings: &mut self.warnings,
             paused_at: Some(paused_at),
         };
         self.written = match &mut self.route.route {
@@ -303,7 +294,6 @@ impl<'a> Save<'a> {
             options: self.options,
             control: self.control,
             meta: &mut self.meta,
-            warnings: &mut self.warnings,
             paused_at: None,
         };
         self.written = route.write(&mut work)?;

@@ -10,6 +10,7 @@ mod help;
 mod in_use;
 mod kills;
 mod matrix;
+mod paused;
 mod run;
 mod send;
 mod streams;
