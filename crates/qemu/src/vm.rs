@@ -339,7 +339,7 @@ impl Vm {
     ///
     /// See [`Qmp::from_stream`].
     pub fn from_stream(stream: UnixStream, pid: Option<u32>) -> Result<Vm, VmError> {
-        let mut qmp = Qmp::from_stream(stream, GREETING_TIMEOUT, None)?;
+        let mut qmp = Qmp::from_stream(stream, GREETING_TIMEOUT, None, pid)?;
         qmp.set_timeout(COMMAND_TIMEOUT);
         Ok(Vm::from_qmp(qmp, pid))
     }

@@ -112,6 +112,7 @@ struct Work<'a> {
     options: &'a SaveOptions,
     control: &'a Control<'a>,
     meta: &'a mut VmMeta,
+    warnings: &'a mut Vec<String>,
     /// When the guest was paused for the save; `None` while it runs.
     paused_at: Option<Instant>,
 }
@@ -130,6 +131,23 @@ impl Work<'_> {
     /// Whether the VM ends once the file is durable.
     fn is_last(&self) -> bool {
         self.options.after == After::Quit
+    }
+
+    /// Whether the guest stands still after the save, in a QEMU that lives on.
+    fn stays_paused(&self) -> bool {
+        match self.options.after {
+            After::Quit => false,
+            After::Pause => true,
+            After::Resume => self.meta.run_state != "running",
+        }
+    }
+
+    /// Notes that QEMU will be in a state from which it does not send the VM once more.
+    fn warn_of_postmigrate(&mut self, reason: &str) {
+        self.warnings.push(format!(
+            "the VM is paused in QEMU's state postmigrate and cannot be saved again before it has \
+             run; --route direct leaves it as it was ({reason})"
+        ));
     }
 }
 
@@ -260,6 +278,7 @@ impl<'a> Save<'a> {
             options: self.options,
             control: self.control,
             meta: &mut self.meta,
+            warnings: &mut self.warnings,
             paused_at: Some(paused_at),
         };
         self.written = match &mut self.route.route {
@@ -294,6 +313,7 @@ impl<'a> Save<'a> {
             options: self.options,
             control: self.control,
             meta: &mut self.meta,
+            warnings: &mut self.warnings,
             paused_at: None,
         };
         self.written = route.write(&mut work)?;

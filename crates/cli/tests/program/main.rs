@@ -11,6 +11,7 @@ mod in_use;
 mod kills;
 mod matrix;
 mod paused;
+mod qemu_ends;
 mod run;
 mod send;
 mod streams;
