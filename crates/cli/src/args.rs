@@ -20,7 +20,7 @@ Exit status:
     4  the file is damaged or not one of ours
     5  the operating system refused: space, permission, I/O
     6  the file and the VM do not fit: machine type, RAM size, QEMU version
-    7  the file is whole, but the VM was left paused
+    7  the VM was left paused, whatever the cause
   129, 130, 131, 143  stopped by SIGHUP, SIGINT, SIGQUIT, SIGTERM
 An unknown status means failure.";
 

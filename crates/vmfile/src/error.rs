@@ -267,6 +267,13 @@ fn list(changes: &[Change]) -> String {
 }
 
 impl SaveError {
+    /// Whether the caller stopped the save, in the middle of its work or of a wait for QEMU.
+    #[must_use]
+    pub fn is_stopped(&self) -> bool {
+        matches!(self, SaveError::Stopped)
+            || matches!(self, SaveError::Vm(error) if error.is_stopped())
+    }
+
     /// Whether the VM is left paused that ran before.
     #[must_use]
     pub fn leaves_paused(&self) -> bool {
