@@ -203,7 +203,7 @@ impl Launch {
         drop(command);
         drop(theirs);
         let mut running = Running { child: Some(child), stderr };
-        match Qmp::from_stream(ours, timeout, self.stop) {
+        match Qmp::from_stream(ours, timeout, self.stop, Some(running.pid())) {
             Ok(mut qmp) => {
                 // The start may take longer than a command, or less.
                 qmp.set_timeout(COMMAND_TIMEOUT);

@@ -44,7 +44,7 @@ pub use program::program_version;
 pub use qmp::{Event, Qmp, QmpError};
 pub use version::{Feature, QemuVersion};
 pub use vm::{
-    Blocker, BlockerKind, Disk, Flushed, Footprint, Holder, MemoryBackend, Overlay,
-    PUT_BACK_TIMEOUT, Paused, ProcessInfo, RamBlockInfo, RunState, SaveRecord, UndoStep, Vm,
-    VmError, sender, steps_to_end, steps_to_run, undo_steps,
+    Blocker, BlockerKind, Disk, Footprint, Holder, MemoryBackend, Overlay, PUT_BACK_TIMEOUT,
+    Paused, ProcessInfo, RamBlockInfo, RunState, SaveRecord, UndoStep, Vm, VmError, sender,
+    steps_to_end, steps_to_run, undo_steps,
 };

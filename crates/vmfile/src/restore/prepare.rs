@@ -121,19 +121,7 @@ pub(super) fn prepare(
             let executable = PathBuf::from(words.remove(0));
             (executable, CommandLine::new(words)?, None)
         }
-        Destination::Saved => {
-            let meta = snapshot.manifest().map(|manifest| &manifest.meta.vm);
-            let meta = meta.ok_or(RestoreError::NoSavedCommand)?;
-            let executable = meta.executable.as_ref().ok_or(RestoreError::NoSavedCommand)?;
-            let words = meta.command_line.get(1..).unwrap_or_default().to_vec();
-            let command_line = CommandLine::new(words)?;
-            let lost = command_line.what_cannot_be_recreated();
-            if !lost.is_empty() {
-                return Err(RestoreError::CannotRecreate { what: lost });
-            }
-            let directory = meta.working_directory.as_ref().map(PathBuf::from);
-            (PathBuf::from(executable), command_line, directory)
-        }
+        Destination::Saved => saved_command(snapshot)?,
     };
     let here = directory.as_deref().unwrap_or(Path::new("."));
     if let Some(socket) = command_line.sockets_in_use(here)?.into_iter().next() {
@@ -184,6 +172,23 @@ pub(super) fn prepare(
         start_seconds,
         guard: Some(guard),
     })
+}
+
+/// Returns the program, the options and the directory with which the VM was started.
+fn saved_command(
+    snapshot: &Snapshot,
+) -> Result<(PathBuf, CommandLine, Option<PathBuf>), RestoreError> {
+    let meta = snapshot.manifest().map(|manifest| &manifest.meta.vm);
+    let meta = meta.ok_or(RestoreError::NoSavedCommand)?;
+    let executable = meta.executable.as_ref().ok_or(RestoreError::NoSavedCommand)?;
+    let words = meta.command_line.get(1..).unwrap_or_default().to_vec();
+    let command_line = CommandLine::new(words)?;
+    let lost = command_line.what_cannot_be_recreated();
+    if !lost.is_empty() {
+        return Err(RestoreError::CannotRecreate { what: lost });
+    }
+    let directory = meta.working_directory.as_ref().map(PathBuf::from);
+    Ok((PathBuf::from(executable), command_line, directory))
 }
 
 fn prepare_waiting(mut vm: Vm, options: &RestoreOptions) -> Result<Prepared, RestoreError> {

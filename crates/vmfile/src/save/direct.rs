@@ -111,8 +111,7 @@ fn find(vm: &mut Vm, found: &[RamBlockInfo]) -> Result<(RamLayout, ProcessRam), 
 fn device_state(work: &mut Work<'_>) -> Result<(DeviceState, Vec<u8>), SaveError> {
     // QEMU writes magic and version, then the sections.
     const HEADER_LEN: usize = 8;
-    let (bytes, flushed) = work.vm.save_device_state(work.is_last())?;
-    work.note(flushed);
+    let bytes = work.vm.save_device_state(work.is_last())?;
     let mut sections = bytes.get(HEADER_LEN..).unwrap_or_default().to_vec();
     let state = DeviceState::locate(&sections, 0, 0).map_err(SaveError::DeviceState)?;
     // QEMU's last byte is EOF, and the last section says whether the VM runs: with both the

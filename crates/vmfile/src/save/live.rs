@@ -16,7 +16,7 @@ use vmfile_qemu::{Outgoing, PUT_BACK_TIMEOUT, RunState, StreamSettings, Vm, VmEr
 
 use super::sending::{Peer, sent};
 use super::stream::written;
-use super::{Disks, Live, LiveDone, Work, Written};
+use super::{Disks, Live, LiveDone, Work, Written, is_closed};
 use crate::beside::beside;
 use crate::error::SaveError;
 use crate::lane::Workers;
@@ -73,6 +73,9 @@ impl LiveRoute {
             (Ok(received), Ok(())) => received,
             (Err(error), Ok(())) => return Err(error),
             (Ok(_), Err(source)) => return Err(source.into()),
+            (Err(cause), Err(source)) if is_closed(&source) => {
+                return Err(cause.with_qemu_gone(source));
+            }
             (Err(cause), Err(source)) => {
                 return Err(SaveError::LeftPaused { cause: Box::new(cause), source });
             }

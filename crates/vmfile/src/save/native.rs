@@ -86,6 +86,9 @@ impl NativeRoute {
 
     /// Lets QEMU write the paused VM, and then makes the file a vmfile.
     pub(super) fn write(&mut self, work: &mut Work<'_>) -> Result<Written, SaveError> {
+        if work.stays_paused() {
+            work.warn_of_postmigrate("QEMU wrote the file by a migration");
+        }
         let changed = work.vm.change_stream_settings(&self.before, &self.ours);
         let sent = changed.map_err(SaveError::from).and_then(|()| self.send(work));
         // What was changed before something failed is put back, too.

@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use vmfile_qemu::{PUT_BACK_TIMEOUT, StreamSettings, Vm};
+use vmfile_qemu::{Feature, PUT_BACK_TIMEOUT, StreamSettings, Vm, VmError};
 
 use super::sending::{Peer, sent};
 use super::{SaveOptions, Work, Written};
@@ -67,12 +67,8 @@ impl StreamRoute {
 
     /// Lets QEMU send the paused VM, writes what comes, and then what belongs around it.
     pub(super) fn write(&mut self, work: &mut Work<'_>) -> Result<Written, SaveError> {
-        let ours = match &self.channels {
-            None => self.before.plain(),
-            Some((channels, _)) => self.before.multifd(*channels),
-        };
+        let (ours, changed) = self.change_settings(work);
         let channels = self.channels.take();
-        let changed = work.vm.change_stream_settings(&self.before, &ours);
         let received = changed.map_err(SaveError::from).and_then(|()| {
             let workers = self.workers.take().expect("a route writes once");
             receive(work, channels, workers)
@@ -90,6 +86,42 @@ impl StreamRoute {
         let facts = work.facts("stream", work.seconds_paused(), false);
         work.draft.finish(&received.places, &received.bitmaps, received.tail(), facts)?;
         Ok(written(&received))
+    }
+}
+
+impl StreamRoute {
+    /// Changes QEMU's settings; returns those that it may have now, whatever came of it.
+    ///
+    /// A VM that stays paused is sent as a background snapshot, where QEMU can: it is then paused as
+    /// before, and can be saved once more.
+    fn change_settings(&self, work: &mut Work<'_>) -> (StreamSettings, Result<(), VmError>) {
+        if work.stays_paused() {
+            match self.change_for_a_snapshot(work.vm) {
+                Ok(ours) => return (ours, Ok(())),
+                Err(reason) => work.warn_of_postmigrate(&reason),
+            }
+        }
+        let ours = match &self.channels {
+            None => self.before.plain(),
+            Some((channels, _)) => self.before.multifd(*channels),
+        };
+        let changed = work.vm.change_stream_settings(&self.before, &ours);
+        (ours, changed)
+    }
+
+    /// Changes QEMU's settings to those of a background snapshot, or says why they were not changed.
+    fn change_for_a_snapshot(&self, vm: &mut Vm) -> Result<StreamSettings, String> {
+        let version = vm.version().map_err(|error| error.to_string())?;
+        if !version.has(Feature::PausedSnapshot) {
+            return Err(format!("QEMU {version} lets the guest run after a background snapshot"));
+        }
+        if self.channels.is_some() {
+            return Err("QEMU takes no background snapshot by channels".to_owned());
+        }
+        let ours = self.before.background_snapshot();
+        let ours = ours.ok_or_else(|| "this QEMU has no background-snapshot".to_owned())?;
+        let changed = vm.change_stream_settings(&self.before, &ours);
+        changed.map(|()| ours).map_err(|error| error.to_string())
     }
 }
 
