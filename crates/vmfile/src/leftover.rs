@@ -31,7 +31,9 @@ pub(crate) fn put_right_at_once(vm: &mut Vm) -> Result<Option<String>, VmError> 
     }
     vm.put_back_at_once(&record)?;
     let what = what_happened(&record);
-    Ok(Some(format!("{what}: the guest runs on, and the next save merges the overlays of its disks")))
+    Ok(Some(format!(
+        "{what}: the guest runs on, and the next save merges the overlays of its disks"
+    )))
 }
 
 /// Returns the record of a save whose process is gone.
