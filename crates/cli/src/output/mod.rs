@@ -102,8 +102,13 @@ impl Voice {
         }
     }
 
+    /// Whether each line of stderr is a JSON object.
+    fn stderr_is_json(&self) -> bool {
+        self.json || self.progress == ProgressMode::Json
+    }
+
     fn warn(&self, message: &str) {
-        let text = if self.json {
+        let text = if self.stderr_is_json() {
             format!("{}\n", json!({ "type": "warning", "message": message }))
         } else {
             printable(&format!("vmfile: warning: {message}\n"))
@@ -114,7 +119,7 @@ impl Voice {
 
     /// Prints a failure on stderr.
     pub(crate) fn failure(&self, failure: &Failure) {
-        let text = if self.json {
+        let text = if self.stderr_is_json() {
             let object = json!({
                 "type": "error",
                 "code": failure.code as u8,

@@ -37,7 +37,7 @@ fn a_qemu_that_cannot_reach_the_socket_of_the_channels_is_said_to_at_once() -> T
         let file = guest.directory().join("vm.vmf");
         let arguments = words!["save", guest.qmp_path(), file, "--route", "stream"];
         let began = Instant::now();
-        let said = vmfile(arguments.iter().chain(&words!["--channels", "2"]));
+        let said = vmfile(arguments.iter().chain(&words!["--channels", "2", "--after", "resume"]));
         assert!(began.elapsed() < Duration::from_secs(10), "{:?}: {said:?}", began.elapsed());
         said.assert(3, &["QEMU did not connect to /tmp/vmfile-", "without --channels"]);
         assert_eq!(guest.status()?, "running");

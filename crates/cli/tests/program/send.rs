@@ -141,6 +141,6 @@ fn a_signal_stops_a_send_whose_reader_sleeps() -> TestResult {
     let waiter = thread::spawn(move || child.wait_with_output());
     wait_until("it has ended", || waiter.is_finished())?;
     let said = Said::from(waiter.join().map_err(|_| "no panic")??);
-    said.assert(143, &["vmfile: stopped"]);
+    said.assert(143, &["\"kind\":\"stopped\""]);
     Ok(())
 }
