@@ -259,6 +259,51 @@ fn a_disk_that_is_no_file_is_refused_before_the_guest_is_paused() -> TestResult 
     Ok(())
 }
 
+/// The overlays of a restore are read by the headers of the images: the guest read other bytes than
+/// before, and both verbs had ended with 0.
+#[test]
+fn an_image_below_that_only_the_command_line_names_is_refused() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let images = tempfile::tempdir()?;
+    let create = |name: &str, below: Option<&str>| -> TestResult<PathBuf> {
+        let path = images.path().join(name);
+        let mut command = Command::new("qemu-img");
+        command.args(["create", "-q", "-f", "qcow2"]);
+        for below in below {
+            command.args(["-F", "qcow2", "-b", below]);
+        }
+        assert!(command.arg(&path).arg("1M").status()?.success());
+        Ok(path)
+    };
+    create("named.qcow2", None)?;
+    let other = create("other.qcow2", None)?;
+    let top = create("top.qcow2", Some("named.qcow2"))?;
+    let file = |path: &Path| json!({"driver": "file", "filename": path});
+    let below = json!({"driver": "qcow2", "node-name": "o", "read-only": true,
+        "file": file(&other)});
+    for (backing, is_named) in [(json!("o"), false), (json!(null), false), (json!(""), true)] {
+        let mut node = json!({"driver": "qcow2", "node-name": "t", "file": file(&top)});
+        if !is_named {
+            node["backing"] = backing.clone();
+        }
+        let (below, node) = (below.to_string(), node.to_string());
+        let words = ["-blockdev", &below, "-blockdev", &node, "-device", "virtio-blk-pci,drive=t"];
+        let mut guest = Guest::boot_sector(Ram::private(64)).arguments(words).boot(&qemu)?;
+        guest.wait_for_count(1)?;
+        let directory = tempfile::tempdir()?;
+        let saved = save_with(&guest, &directory.path().join("f"), &with_disks(Route::Auto));
+        if is_named {
+            assert!(saved?.disks.iter().any(|disk| Path::new(&disk.image) == top));
+            continue;
+        }
+        let error = saved.expect_err("another image").to_string();
+        assert!(error.contains("named.qcow2 below it, and the VM has"), "{backing}: {error}");
+        assert_eq!(guest.status()?, "running");
+        assert_eq!(fs::read_dir(directory.path())?.count(), 0);
+    }
+    Ok(())
+}
+
 /// From about the 13th save on it failed for ever: each overlay was named after the one below and the
 /// file, until the names, and QEMU's names of the whole chain, were too long.
 #[test]

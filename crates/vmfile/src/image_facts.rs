@@ -67,6 +67,20 @@ pub(crate) fn look_at(found: &File, format: &str, usage: Use) -> io::Result<File
     Ok(facts)
 }
 
+/// Returns the image below that an image itself names, as it is written there; none where its format
+/// has nothing below. The outer `None` is of formats whose headers we do not read.
+///
+/// # Errors
+///
+/// What the kernel says, or that it is no qcow2 image.
+pub(crate) fn named_below(path: &Path, format: &str) -> io::Result<Option<Option<String>>> {
+    match format {
+        QCOW2 => Ok(Some(header(&find(path)?)?.backing_file)),
+        "raw" => Ok(Some(None)),
+        _ => Ok(None),
+    }
+}
+
 /// Reads the header of a qcow2 image.
 fn header(found: &File) -> io::Result<Qcow2Header> {
     let mut bytes = Vec::new();

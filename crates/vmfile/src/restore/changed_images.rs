@@ -132,7 +132,7 @@ fn images_of(disk: &DiskMeta) -> impl Iterator<Item = &ImageMeta> {
 }
 
 /// Tells whether two paths lead to one file: by what is written, or by where they lead.
-pub(super) fn is_same_file(a: &Path, b: &Path) -> bool {
+pub(crate) fn is_same_file(a: &Path, b: &Path) -> bool {
     if normalized(a) == normalized(b) {
         return true;
     }

@@ -1,6 +1,6 @@
 //! Does the QEMU that was started have the images that the VM had?
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use vmfile_format::manifest::{DiskMeta, VmMeta};
 use vmfile_qemu::Drive;
@@ -11,8 +11,8 @@ use crate::restore_error::{Mismatch, RestoreError};
 use crate::save::is_file;
 
 /// Compares what QEMU says of its drives with the file, whose command line it was started with:
-/// every image that the VM had, or its new overlay, is on top of a drive, and no other image is. A
-/// drive that has an id has its own image.
+/// every chain of images that the VM had, below its new overlay where there is one, is that of a
+/// drive, and no other drive has a medium. A drive that has an id has its own chain.
 pub(super) fn compare_drives(
     vm: &VmMeta,
     overlays: &[RestoredDisk],
@@ -23,46 +23,53 @@ pub(super) fn compare_drives(
     let mut left: Vec<&Drive> = found.iter().filter(|drive| !drive.images.is_empty()).collect();
     for disk in &vm.disks {
         let expected = expected(disk, directory, overlays);
-        let has_it = |drive: &&Drive| is_on_top(drive, directory, &expected);
+        let has_it = |drive: &&Drive| is_chain(drive, directory, &expected);
         let id = disk.id.as_deref().unwrap_or_default();
         let by_id = left.iter().position(|drive| !id.is_empty() && drive.id == id);
         let place = by_id.or_else(|| left.iter().position(has_it));
         let drive = place.map(|place| left.remove(place));
-        if drive.as_ref().is_some_and(has_it) {
-            continue;
+        if !drive.as_ref().is_some_and(has_it) {
+            differ.push(Mismatch {
+                what: format!("drive {:?}", disk.device),
+                file: on_top_of_each_other(&expected),
+                vm: drive.map_or_else(|| "no drive with these images".to_owned(), images_of),
+            });
         }
-        let found = drive.and_then(Drive::image).map(|image| image.path.clone());
-        differ.push(Mismatch {
-            what: format!("drive {:?}", disk.device),
-            file: expected.display().to_string(),
-            vm: found.unwrap_or_else(|| "no drive with this image".to_owned()),
-        });
     }
     differ.extend(left.into_iter().map(|drive| Mismatch {
         what: format!("drive {:?}", drive.name()),
         file: "no medium".to_owned(),
-        vm: drive.image().map(|image| image.path.clone()).unwrap_or_default(),
+        vm: images_of(drive),
     }));
     if differ.is_empty() { Ok(()) } else { Err(RestoreError::Incompatible { differ }) }
 }
 
-/// Returns the image that is to be on top of the drive.
-fn expected(disk: &DiskMeta, directory: &Path, overlays: &[RestoredDisk]) -> PathBuf {
+/// Returns the images that the drive is to have, the top first.
+fn expected(disk: &DiskMeta, directory: &Path, overlays: &[RestoredDisk]) -> Vec<String> {
     let image = directory.join(&disk.path);
     let new = overlays.iter().find(|new| disk.overlay.is_some() && new.image == image);
-    match new {
-        Some(new) => new.overlay.clone(),
-        None if is_file(&disk.path) => image,
-        // A URL, or something that has no path.
-        None => PathBuf::from(&disk.path),
-    }
+    let new = new.map(|new| new.overlay.display().to_string());
+    new.into_iter().chain([disk.path.clone()]).chain(disk.backing_files.iter().cloned()).collect()
 }
 
-fn is_on_top(drive: &Drive, directory: &Path, expected: &Path) -> bool {
-    let Some(image) = drive.image() else { return false };
-    if is_file(&image.path) {
-        is_same_file(&directory.join(&image.path), expected)
-    } else {
-        Path::new(&image.path) == expected
-    }
+fn images_of(drive: &Drive) -> String {
+    let paths: Vec<String> = drive.images.iter().map(|image| image.path.clone()).collect();
+    on_top_of_each_other(&paths)
+}
+
+fn on_top_of_each_other(images: &[String]) -> String {
+    images.join(" on ")
+}
+
+fn is_chain(drive: &Drive, directory: &Path, expected: &[String]) -> bool {
+    let is_same = |(found, expected): (&str, &String)| {
+        if is_file(found) && is_file(expected) {
+            is_same_file(&directory.join(found), &directory.join(expected))
+        } else {
+            // A URL, or something that has no path.
+            found == expected
+        }
+    };
+    let found = drive.images.iter().map(|image| image.path.as_str());
+    drive.images.len() == expected.len() && found.zip(expected).all(is_same)
 }

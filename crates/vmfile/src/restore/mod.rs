@@ -26,6 +26,7 @@ use serde::Serialize;
 use vmfile_engine::{Backend, DirectIo};
 use vmfile_qemu::{LaunchedQemu, PUT_BACK_TIMEOUT, RunState, Vm, VmError};
 
+pub(crate) use self::changed_images::is_same_file;
 use self::compare::compare;
 pub use self::disks::RestoredDisk;
 use self::parts::compare_parts;

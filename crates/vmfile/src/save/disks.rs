@@ -11,7 +11,10 @@ use serde::Serialize;
 use vmfile_format::manifest::{DiskMeta, VmMeta};
 use vmfile_qemu::{Drive, Overlay, Vm, VmError};
 
+use super::is_file;
 use crate::error::SaveError;
+use crate::image_facts;
+use crate::restore::is_same_file;
 
 /// How long a merge may take: an overlay of a save that failed holds what the guest wrote meanwhile.
 const MERGE_TIMEOUT: Duration = Duration::from_secs(60);
@@ -145,10 +148,51 @@ fn image_of(drive: &Drive, directory: Option<&str>) -> Result<PathBuf, String> {
     }
     let image = directory.map_or(image.to_path_buf(), |directory| Path::new(directory).join(image));
     match fs::metadata(&image) {
-        Ok(metadata) if metadata.is_file() => Ok(image),
-        Ok(_) => Err(format!("{} is not a regular file", image.display())),
-        Err(error) => Err(format!("{}: {error}", image.display())),
+        Ok(metadata) if metadata.is_file() => {}
+        Ok(_) => return Err(format!("{} is not a regular file", image.display())),
+        Err(error) => return Err(format!("{}: {error}", image.display())),
     }
+    compare_chain(drive, &image, directory)?;
+    Ok(image)
+}
+
+/// Compares the images below with those that the images name themselves.
+///
+/// A restore makes an overlay of the image, and QEMU finds what is below by the headers; a command
+/// line, or `blockdev-add`, may have put other images there.
+fn compare_chain(drive: &Drive, image: &Path, directory: Option<&str>) -> Result<(), String> {
+    let mut path = image.to_path_buf();
+    for (index, image) in drive.images.iter().enumerate() {
+        let named = match image_facts::named_below(&path, &image.format) {
+            Ok(Some(named)) => named.filter(|named| !named.is_empty()),
+            Ok(None) => return Ok(()),
+            Err(error) => return Err(format!("{}: {error}", path.display())),
+        };
+        let found = drive.images.get(index + 1).map(|image| &image.path);
+        let below = match (&named, found) {
+            (None, None) => return Ok(()),
+            // QEMU writes a URL in its own way.
+            (Some(named), Some(found)) if !is_file(named) && !is_file(found) => return Ok(()),
+            (Some(named), Some(_)) if named.starts_with("json:") => return Ok(()),
+            (Some(named), Some(found)) if is_file(named) && is_file(found) => {
+                let beside = path.parent().unwrap_or(Path::new("")).join(named);
+                let found = directory.map_or(PathBuf::from(found), |d| Path::new(d).join(found));
+                is_same_file(&beside, &found).then_some(found)
+            }
+            _ => None,
+        };
+        let text = |name: Option<&String>| name.map_or("no image".to_owned(), Clone::clone);
+        path = below.ok_or_else(|| {
+            format!(
+                "{} names {} below it, and the VM has {} there: an overlay would be of another disk; \
+                 `qemu-img rebase -u` writes another name into an image that is not in use",
+                path.display(),
+                text(named.as_ref()),
+                text(found),
+            )
+        })?;
+    }
+    Ok(())
 }
 
 /// What stands between the stem of the first image and the number of an overlay.
