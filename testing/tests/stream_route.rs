@@ -202,3 +202,40 @@ fn a_save_by_stream_that_is_stopped_or_finds_no_room_harms_nobody() -> TestResul
     // And where nothing fails it is saved.
     save_with(&guest, &directory.path().join("vm.vmf"), &by_stream(After::Quit)).map(drop)
 }
+
+/// A paused VM that was saved by its stream was left in `postmigrate`, and every later save refused it
+/// as "already migrated".
+#[test]
+fn a_paused_vm_is_paused_after_a_save_by_its_stream_and_can_be_saved_again() -> TestResult {
+    for release in [Release::Oldest, Release::Distribution, Release::Newest] {
+        let qemu = requires!(Qemu::of(release));
+        let config = Guest::boot_sector(Ram::private(64)).seed(33);
+        let mut guest = config.boot(&qemu)?;
+        guest.wait_for_count(1)?;
+        guest.stop()?;
+        let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
+        let options = by_stream(After::Resume);
+        let report = save_with(&guest, &directory.path().join("first.vmf"), &options)?;
+        if release == Release::Oldest {
+            // It lets the guest run after a background snapshot: the report says what that means.
+            assert!(report.warnings.iter().any(|warning| warning.contains("postmigrate")));
+            assert_eq!(guest.status()?, "postmigrate");
+            continue;
+        }
+        assert_eq!(report.warnings, [""; 0]);
+        assert_eq!(guest.status()?, "paused");
+        let second = directory.path().join("second.vmf");
+        save_with(&guest, &second, &options)?;
+        check_is_clean(&second)?;
+        guest.resume()?;
+        guest.wait_for_passes(1)?;
+        guest.judge_counts()?;
+        drop(guest);
+        let mut restored = map(&qemu, &config, &second)?;
+        assert_eq!(restored.status()?, "paused");
+        restored.resume()?;
+        restored.wait_for_passes(1)?;
+        restored.judge_counts()?;
+    }
+    Ok(())
+}

@@ -3,6 +3,7 @@
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a program, not a library")]
 
 mod bench;
+mod chaos;
 mod command;
 mod compare;
 mod demo;
@@ -28,6 +29,8 @@ usage: cargo xtask VERB
   bench [--quick]  measure vmfile beside the disk's limit and QEMU's own ways
   bench --compare BASE
                    measure vmfile as it is here beside the revision BASE, pair by pair
+  chaos vmfile|qemu [MOMENTS [SEED]]
+                   end one of them at random moments of saves and restores, 300 if not said
   tidy             check what no compiler checks: walls, words, links
 ";
 
@@ -52,6 +55,7 @@ fn run(verb: &str, rest: &[String]) -> Result<(), Box<dyn Error>> {
         "setup" => setup::run(&workspace),
         "test" => test::run(&workspace, rest),
         "demo" => demo::run(&workspace),
+        "chaos" => chaos::run(&workspace, rest),
         "bench" => bench::run(&workspace, rest),
         "tidy" => tidy::run(&workspace),
         "help" | "-h" | "--help" => {

@@ -6,6 +6,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
+use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::AtomicBool;
@@ -224,8 +225,13 @@ static NEVER: AtomicBool = AtomicBool::new(false);
 
 impl Drop for Libvirt {
     fn drop(&mut self) {
-        // The domain would outlive its daemon.
-        let _ = self.destroy();
+        // The domain would outlive its daemon, and does where that was ended by somebody else.
+        if self.destroy().is_err() {
+            let pid_file = self.directory.path().join(format!("1/qemu/{DOMAIN}.pid"));
+            let pid = fs::read_to_string(pid_file).ok().and_then(|pid| pid.trim().parse().ok());
+            // There is no more that could be done.
+            let _ = pid.map(process::end);
+        }
         let _ = self.daemon.kill();
         let _ = self.daemon.wait();
     }
@@ -253,6 +259,8 @@ fn start_daemon(root: &Path) -> Result<Child, BenchError> {
     let log = File::create_new(root.join("log")).map_err(system)?;
     let mut unshare = Command::new("unshare");
     unshare.args(["-m", "sh", "-c", &script]).stdin(Stdio::null());
+    // A signal for the group, as `timeout` and a terminal send it, would end it before its domain.
+    unshare.process_group(0);
     unshare.stdout(log.try_clone().map_err(system)?).stderr(log);
     unshare.spawn().map_err(BenchError::system("run unshare"))
 }

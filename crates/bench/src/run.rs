@@ -1,7 +1,7 @@
 //! All of it, from the options to the report.
 
 use std::path::Path;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use vmfile_qemu::{QemuVersion, Vm, program_version};
@@ -21,7 +21,8 @@ use crate::tell::Tell;
 ///
 /// # Errors
 ///
-/// Returns [`BenchError`] if nothing could be measured, or `stop` was set. A way that cannot be
+/// Returns [`BenchError`] if nothing could be measured. When `stop` is set, the report has the rounds
+/// that were finished. A way that cannot be
 /// measured is no error: the report says why. Whatever happens, guests are ended, files are removed,
 /// and a VM of the user's runs on if it ran.
 pub fn run(
@@ -52,13 +53,13 @@ pub fn run(
         scenes.push(scene::measure(&mut bench, &subject, shape, version, &tell)?);
     } else {
         let version = version_of(&options.qemu)?;
-        for &ram_bytes in &options.sizes {
+        'sizes: for &ram_bytes in &options.sizes {
             for &backing in &options.backings {
                 let machine = Machine { qemu: options.qemu.clone(), ram_bytes, backing };
                 let shape = shape(&machine, options);
                 match guest(&mut bench, &machine, shape.clone(), version, &tell) {
                     Ok(scene) => scenes.push(scene),
-                    Err(BenchError::Stopped) => return Err(BenchError::Stopped),
+                    Err(BenchError::Stopped) => break 'sizes,
                     // The others may still be measured.
                     Err(error @ (BenchError::NoMemory { .. } | BenchError::NoRoom { .. })) => {
                         bench.note(&shape.name, error.in_words());
@@ -72,7 +73,17 @@ pub fn run(
     if let (true, Some(error)) = (scenes.is_empty(), refused) {
         return Err(error);
     }
-    let sweeps = if options.sweep { sweep::measure(&mut bench, &tell)? } else { Vec::new() };
+    let is_stopped = stop.load(Ordering::Relaxed);
+    if is_stopped {
+        // What was measured so far is worth as much as before.
+        scenes.retain(|scene| !scene.saves.is_empty());
+        if scenes.is_empty() {
+            return Err(BenchError::Stopped);
+        }
+        bench.note("what was still to be measured", "stopped by a signal");
+    }
+    let sweeps =
+        if options.sweep && !is_stopped { sweep::measure(&mut bench, &tell)? } else { Vec::new() };
     let total_seconds = started.elapsed().as_secs_f64();
     Ok(BenchReport { host, scenes, sweeps, not_measured: bench.not_measured, total_seconds })
 }

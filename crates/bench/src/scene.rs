@@ -44,15 +44,19 @@ pub(crate) fn measure(
         .into_iter()
         .map(|way| Entry { way, file: bench.file(file_name(way)), runs: Vec::new() })
         .collect();
-    for round in 0..=bench.options.rounds.get() {
+    'rounds: for round in 0..=bench.options.rounds.get() {
         let mut failed = Vec::new();
-        for (index, entry) in entries.iter_mut().enumerate() {
+        for index in 0..entries.len() {
+            let entry = &mut entries[index];
             tell.step(round, bench.options.rounds.get(), &entry.way.name());
             let file = (entry.file.as_path(), data_bytes);
             match save(bench, subject, libvirt.as_ref(), entry.way, file) {
                 Ok(run) if round > 0 => entry.runs.push(run),
                 Ok(_) => {}
-                Err(BenchError::Stopped) => return Err(BenchError::Stopped),
+                Err(BenchError::Stopped) => {
+                    forget_round(&mut entries[..index], round);
+                    break 'rounds;
+                }
                 Err(error) => failed.push((index, error)),
             }
             if !is_kept(entry.way) {
@@ -195,6 +199,13 @@ fn file_name(way: SaveWay) -> &'static str {
     }
 }
 
+/// A round that was not finished counts for no way: they are compared round by round.
+fn forget_round<W>(entries: &mut [Entry<W>], round: u32) {
+    for entry in entries.iter_mut().filter(|_| round > 0) {
+        entry.runs.pop();
+    }
+}
+
 /// Restores what was saved.
 fn restores(
     bench: &mut Bench<'_>,
@@ -214,14 +225,18 @@ fn restores(
         .into_iter()
         .map(|way| Entry { file: way.file.clone(), way, runs: Vec::new() })
         .collect();
-    for round in 0..=bench.options.rounds.get() {
+    'rounds: for round in 0..=bench.options.rounds.get() {
         let mut failed = Vec::new();
-        for (index, entry) in entries.iter_mut().enumerate() {
+        for index in 0..entries.len() {
+            let entry = &mut entries[index];
             tell.step(round, bench.options.rounds.get(), &entry.way.name());
             match restore(bench, &machine, libvirt, &entry.way, data_bytes) {
                 Ok(run) if round > 0 => entry.runs.push(run),
                 Ok(_) => {}
-                Err(BenchError::Stopped) => return Err(BenchError::Stopped),
+                Err(BenchError::Stopped) => {
+                    forget_round(&mut entries[..index], round);
+                    break 'rounds;
+                }
                 Err(error) => failed.push((index, error)),
             }
         }

@@ -7,6 +7,7 @@
 
 use std::alloc::{self, Layout};
 use std::fmt;
+use std::io;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::slice;
@@ -46,18 +47,21 @@ impl AlignedBuffer {
     /// piece of memory instead of hundreds of small ones: a request has a limited number of pieces,
     /// so it covers four times as much of the disk, and pinning is cheaper (Linux 6.18, virtio-blk).
     ///
+    /// # Errors
+    ///
+    /// Returns [`io::ErrorKind::OutOfMemory`] if there is no memory.
+    ///
     /// # Panics
     ///
     /// Panics if `len` is zero or if `align` is not a power of two: both are ours to choose.
-    #[must_use]
-    pub fn zeroed(len: usize, align: usize) -> AlignedBuffer {
+    pub fn zeroed(len: usize, align: usize) -> io::Result<AlignedBuffer> {
         assert_ne!(len, 0, "a direct I/O buffer cannot be empty");
         let is_huge = len % HUGE_PAGE_LEN == 0;
         let align = align.max(if is_huge { HUGE_PAGE_LEN } else { ALIGNMENT_MIN });
         let layout = Layout::from_size_align(len, align).expect("align is a power of two");
         // SAFETY: `layout` has a non-zero size, asserted above.
         let start = unsafe { alloc::alloc(layout) };
-        let Some(start) = NonNull::new(start) else { alloc::handle_alloc_error(layout) };
+        let start = NonNull::new(start).ok_or(io::ErrorKind::OutOfMemory)?;
         if is_huge {
             // Before the first touch, so that it counts. A kernel without huge pages is slower and
             // nothing else.
@@ -68,10 +72,10 @@ impl AlignedBuffer {
             let _ = unsafe { madvise(start.as_ptr().cast(), len, Advice::LinuxHugepage) };
         }
         // SAFETY:
-        // - `start` points to `len` bytes of an allocation that nobody else has yet.
+        // - `start` points to `len` bytes of an allocation that nothing else refers to.
         // - Bytes need no alignment.
         unsafe { start.as_ptr().write_bytes(0, len) };
-        AlignedBuffer { start, layout }
+        Ok(AlignedBuffer { start, layout })
     }
 
     /// Returns where the bytes lie, for the kernel.
@@ -113,9 +117,9 @@ impl fmt::Debug for AlignedBuffer {
 
 /// A fixed number of equal buffers, taken and given back.
 ///
-/// The memory is bounded by `count * len`; a buffer is allocated when it is taken for the first time,
-/// so that a pool that is hardly used costs hardly anything. A clone is another handle on the same
-/// buffers. A buffer comes back when it is dropped, wherever it is then.
+/// All of its memory is taken when it is made, and touched, so that nothing later can fail for want of
+/// it. A clone is another handle on the same buffers. A buffer comes back when it is dropped, wherever
+/// it is then.
 #[derive(Clone, Debug)]
 pub struct BufferPool {
     shelf: Arc<Shelf>,
@@ -124,17 +128,19 @@ pub struct BufferPool {
 impl BufferPool {
     /// Makes a pool of `count` buffers of `len` bytes, each aligned to `align`.
     ///
+    /// # Errors
+    ///
+    /// Returns [`io::ErrorKind::OutOfMemory`] if there is no memory for all of them.
+    ///
     /// # Panics
     ///
     /// Panics if `count` or `len` is zero or `align` is not a power of two.
-    #[must_use]
-    pub fn new(count: usize, len: usize, align: usize) -> BufferPool {
+    pub fn new(count: usize, len: usize, align: usize) -> io::Result<BufferPool> {
         assert_ne!(count, 0, "a pool without buffers could never give one");
-        assert_ne!(len, 0, "a direct I/O buffer cannot be empty");
-        assert!(align.is_power_of_two(), "an alignment is a power of two");
-        let stock = Mutex::new(Stock { free: Vec::new(), not_made: count });
-        let shelf = Shelf { stock, returned: Condvar::new(), count, len, align };
-        BufferPool { shelf: Arc::new(shelf) }
+        let free = (0..count).map(|_| AlignedBuffer::zeroed(len, align));
+        let free = Mutex::new(free.collect::<io::Result<_>>()?);
+        let shelf = Shelf { free, returned: Condvar::new(), count, len };
+        Ok(BufferPool { shelf: Arc::new(shelf) })
     }
 
     /// Takes a buffer, waiting until one comes back if none is free.
@@ -144,19 +150,19 @@ impl BufferPool {
     /// user left.
     #[must_use]
     pub fn take(&self) -> PooledBuffer {
-        let mut stock = self.shelf.lock();
+        let mut free = self.shelf.lock();
         loop {
-            if let Some(buffer) = self.shelf.buffer_of(&mut stock) {
+            if let Some(buffer) = free.pop() {
                 return self.lend(buffer);
             }
-            stock = self.shelf.returned.wait(stock).unwrap_or_else(PoisonError::into_inner);
+            free = self.shelf.returned.wait(free).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
     /// Takes a buffer, or returns `None` at once if none is free.
     #[must_use]
     pub fn try_take(&self) -> Option<PooledBuffer> {
-        let buffer = self.shelf.buffer_of(&mut self.shelf.lock())?;
+        let buffer = self.shelf.lock().pop()?;
         Some(self.lend(buffer))
     }
 
@@ -175,8 +181,7 @@ impl BufferPool {
     /// Returns how many buffers are free at this moment.
     #[must_use]
     pub fn free_count(&self) -> usize {
-        let stock = self.shelf.lock();
-        stock.free.len() + stock.not_made
+        self.shelf.lock().len()
     }
 
     fn lend(&self, buffer: AlignedBuffer) -> PooledBuffer {
@@ -186,33 +191,17 @@ impl BufferPool {
 
 #[derive(Debug)]
 struct Shelf {
-    stock: Mutex<Stock>,
+    /// The last one that came back goes out first: the cache may still hold it.
+    free: Mutex<Vec<AlignedBuffer>>,
     returned: Condvar,
     count: usize,
     len: usize,
-    align: usize,
-}
-
-/// What is on the shelf: buffers that were used before, and the right to make more.
-#[derive(Debug)]
-struct Stock {
-    free: Vec<AlignedBuffer>,
-    not_made: usize,
 }
 
 impl Shelf {
-    fn lock(&self) -> MutexGuard<'_, Stock> {
-        // Nothing that holds the lock leaves the stock half changed, so a poisoned one is whole.
-        self.stock.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Returns a used buffer, which the cache may still hold, before it makes one.
-    fn buffer_of(&self, stock: &mut Stock) -> Option<AlignedBuffer> {
-        if let Some(buffer) = stock.free.pop() {
-            return Some(buffer);
-        }
-        stock.not_made = stock.not_made.checked_sub(1)?;
-        Some(AlignedBuffer::zeroed(self.len, self.align))
+    fn lock(&self) -> MutexGuard<'_, Vec<AlignedBuffer>> {
+        // Nothing that holds the lock leaves the list half changed, so a poisoned one is whole.
+        self.free.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -257,7 +246,7 @@ impl DerefMut for PooledBuffer {
 impl Drop for PooledBuffer {
     fn drop(&mut self) {
         if let Some(buffer) = self.buffer.take() {
-            self.shelf.lock().free.push(buffer);
+            self.shelf.lock().push(buffer);
             self.shelf.returned.notify_one();
         }
     }
@@ -302,7 +291,7 @@ mod tests {
 
     #[test]
     fn a_zeroed_buffer_is_aligned_and_zero() {
-        let buffer = AlignedBuffer::zeroed(3 * 4096, 512);
+        let buffer = AlignedBuffer::zeroed(3 * 4096, 512).unwrap();
         assert_eq!(buffer.len(), 3 * 4096);
         assert_eq!(buffer.as_ptr().addr() % ALIGNMENT_MIN, 0);
         assert!(buffer.iter().all(|&byte| byte == 0));
@@ -310,20 +299,29 @@ mod tests {
 
     #[test]
     fn a_buffer_of_whole_huge_pages_lies_on_them() {
-        let buffer = AlignedBuffer::zeroed(2 * HUGE_PAGE_LEN, 4096);
+        let buffer = AlignedBuffer::zeroed(2 * HUGE_PAGE_LEN, 4096).unwrap();
         assert_eq!(buffer.as_ptr().addr() % HUGE_PAGE_LEN, 0);
         assert!(buffer.iter().all(|&byte| byte == 0));
     }
 
     #[test]
     fn a_larger_alignment_is_kept() {
-        let buffer = AlignedBuffer::zeroed(10, 1 << 16);
+        let buffer = AlignedBuffer::zeroed(10, 1 << 16).unwrap();
         assert_eq!(buffer.as_ptr().addr() % (1 << 16), 0);
+    }
+
+    /// No address space is so large: the allocator says no, and the process lives on.
+    #[test]
+    fn memory_that_is_not_there_is_an_error() {
+        let error = AlignedBuffer::zeroed(1 << 62, 4096).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::OutOfMemory);
+        let error = BufferPool::new(2, 1 << 62, 4096).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::OutOfMemory);
     }
 
     #[test]
     fn an_empty_pool_gives_nothing_until_a_buffer_comes_back() {
-        let pool = BufferPool::new(2, 4096, 4096);
+        let pool = BufferPool::new(2, 4096, 4096).unwrap();
         let first = pool.try_take().unwrap();
         let second = pool.try_take().unwrap();
         assert!(pool.try_take().is_none());
@@ -338,7 +336,7 @@ mod tests {
 
     #[test]
     fn a_waiting_taker_is_woken_by_a_returned_buffer() {
-        let pool = BufferPool::new(1, 4096, 4096);
+        let pool = BufferPool::new(1, 4096, 4096).unwrap();
         let held = pool.take();
         let waiter = thread::spawn({
             let pool = pool.clone();
@@ -352,7 +350,7 @@ mod tests {
 
     #[test]
     fn a_shared_buffer_returns_to_its_pool_with_its_last_clone() {
-        let pool = BufferPool::new(1, 4096, 4096);
+        let pool = BufferPool::new(1, 4096, 4096).unwrap();
         let mut buffer = pool.take();
         buffer[0] = 7;
         let shared = buffer.freeze();
@@ -368,7 +366,7 @@ mod tests {
 
     #[test]
     fn only_the_last_owner_can_thaw() {
-        let pool = BufferPool::new(1, 4096, 4096);
+        let pool = BufferPool::new(1, 4096, 4096).unwrap();
         let shared = pool.take().freeze();
         let clone = shared.clone();
         let shared = shared.thaw().unwrap_err();

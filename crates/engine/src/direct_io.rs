@@ -233,7 +233,7 @@ fn reported_alignment(file: &File) -> io::Result<Option<Alignment>> {
 fn proven_alignment(direct: &File, readable: bool) -> io::Result<Alignment> {
     const ALIGN: usize = 4096;
     if readable {
-        let buffer = AlignedBuffer::zeroed(ALIGN, ALIGN);
+        let buffer = AlignedBuffer::zeroed(ALIGN, ALIGN)?;
         // SAFETY: `buffer` is valid for writes of `ALIGN` bytes and nothing else refers to it.
         let len =
             unsafe { libc::pread(direct.as_raw_fd(), buffer.start().as_ptr().cast(), ALIGN, 0) };

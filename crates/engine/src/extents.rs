@@ -47,54 +47,88 @@ pub fn file_system(file: BorrowedFd<'_>) -> io::Result<FileSystem> {
     }
 }
 
-/// Returns the parts of `range` that hold data, in order, apart from one another, and clipped to
-/// `range` and to the end of the file.
+/// Finds where a file holds data, by a descriptor of its own, whose position nobody else needs.
 ///
-/// Everything else in `range` reads as zeros. A file system without holes reports one range. The
-/// file position of `file` is not touched: the search runs on a descriptor of its own, opened
-/// through `/proc/self/fd`.
+/// Everything else reads as zeros. A file system without holes reports one range.
 ///
 /// On hugetlbfs this cannot find holes and reports all as data: its `llseek` is the default one
 /// (`hugetlbfs_file_operations`, Linux 6.18). Ask
 /// [`ProcessMemory::touched`](crate::ProcessMemory::touched) of those who use the memory and
 /// compare with [`hugetlb_allocated_bytes`]; where they disagree, read with `pread`, which fills
 /// in zeros for a hole, and not through a mapping, which would allocate it.
+#[derive(Debug)]
+pub struct DataSeeker {
+    own: File,
+}
+
+impl DataSeeker {
+    /// Opens `file` once more, through `/proc/self/fd`.
+    ///
+    /// # Errors
+    ///
+    /// Returns the kernel's error, `EACCES` among others if the file may not be opened for reading.
+    pub fn open(file: BorrowedFd<'_>) -> io::Result<DataSeeker> {
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+        let own = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+        Ok(DataSeeker { own: own.into() })
+    }
+
+    /// Returns the first byte of `range` that is data.
+    ///
+    /// # Errors
+    ///
+    /// Returns the kernel's error.
+    pub fn first(&self, range: &Range<u64>) -> io::Result<Option<u64>> {
+        if range.is_empty() {
+            return Ok(None);
+        }
+        match rustix::fs::seek(&self.own, SeekFrom::Data(range.start)) {
+            Ok(start) => Ok((start < range.end).then_some(start)),
+            // No data up to the end of the file, or the range begins past it.
+            Err(Errno::NXIO) => Ok(None),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    /// Returns the first part of `range` that is data, up to the next hole.
+    ///
+    /// # Errors
+    ///
+    /// Returns the kernel's error.
+    pub fn next(&self, range: &Range<u64>) -> io::Result<Option<Range<u64>>> {
+        let mut range = range.clone();
+        while let Some(start) = self.first(&range)? {
+            match rustix::fs::seek(&self.own, SeekFrom::Hole(start)) {
+                Ok(end) if end > start => return Ok(Some(start..end.min(range.end))),
+                // The data vanished between the calls; look again from here, but not forever.
+                Ok(_) => range.start = start + 1,
+                // The file was truncated since the other call.
+                Err(Errno::NXIO) => return Ok(None),
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// Returns the parts of `range` that hold data, in order, apart from one another, and clipped to
+/// `range` and to the end of the file; see [`DataSeeker`].
+///
+/// As many as the file has there: a caller that does not know the file looks at a bounded range.
 ///
 /// # Errors
 ///
 /// Returns the kernel's error, `EACCES` among others if the file may not be opened for reading.
 pub fn data_ranges(file: BorrowedFd<'_>, range: Range<u64>) -> io::Result<Vec<Range<u64>>> {
-    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-    let own: File = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?.into();
+    let seeker = DataSeeker::open(file)?;
     let mut found: Vec<Range<u64>> = Vec::new();
-    let mut at = range.start;
-    while at < range.end {
-        let start = match rustix::fs::seek(&own, SeekFrom::Data(at)) {
-            Ok(start) => start,
-            // No data from `at` to the end of the file, or `at` is past it.
-            Err(Errno::NXIO) => break,
-            Err(errno) => return Err(errno.into()),
-        };
-        if start >= range.end {
-            break;
-        }
-        let end = match rustix::fs::seek(&own, SeekFrom::Hole(start)) {
-            Ok(end) => end,
-            // The file was truncated, or its data punched out, since the other call.
-            Err(Errno::NXIO) => break,
-            Err(errno) => return Err(errno.into()),
-        };
-        if end <= start {
-            // The data vanished between the calls; look again from here, but not forever.
-            at = start + 1;
-            continue;
-        }
-        let piece = start..end.min(range.end);
+    let mut rest = range;
+    while let Some(piece) = seeker.next(&rest)? {
+        rest.start = piece.end;
         match found.last_mut() {
             Some(last) if last.end == piece.start => last.end = piece.end,
             _ => found.push(piece),
         }
-        at = end;
     }
     Ok(found)
 }

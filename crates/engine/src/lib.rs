@@ -4,7 +4,7 @@
 //! crate knows files, mappings, processes and errors of the kernel; what the bytes mean is for
 //! those who call it. It never prints, never exits and never reads the environment.
 //!
-//! A write goes this way: fill a [`PooledBuffer`] or take a [`Region`], wrap it in a [`Transfer`],
+//! A write goes this way: fill a [`PooledBuffer`], wrap it in a [`Transfer`],
 //! submit it to a [`Storage`], reap its [`Completion`] and with it the memory. [`Unpublished`] gives
 //! the finished file its name.
 //!
@@ -12,6 +12,7 @@
 //! reaped. **Invariant:** memory that another process may write is never a `&[u8]`.
 
 pub mod buffer;
+pub mod crew;
 pub mod direct_io;
 pub mod extents;
 pub mod guardian;
@@ -23,7 +24,6 @@ mod pagemap;
 pub mod probe;
 pub mod process_memory;
 pub mod publish;
-pub mod region;
 pub mod residency;
 mod ring;
 pub mod storage;
@@ -32,17 +32,19 @@ pub mod transfer;
 pub mod zero;
 
 pub use buffer::{AlignedBuffer, BufferPool, PooledBuffer, SharedBuffer};
+pub use crew::{Crew, Panicked};
 pub use direct_io::{DataFile, DirectIo, DirectIoInUse};
-pub use extents::{FileSystem, data_ranges, file_system, hugetlb_allocated_bytes, punch_hole};
+pub use extents::{
+    DataSeeker, FileSystem, data_ranges, file_system, hugetlb_allocated_bytes, punch_hole,
+};
 pub use guardian::{Guardian, Step, Will};
 pub use hash::{PageHasher, page_hash};
 pub use inherited::inherited;
 pub use locks::is_locked;
 pub use maps::{Device, Mapping, Permissions};
 pub use probe::{KernelProbe, Support};
-pub use process_memory::{Backing, BackingError, BackingFile, Fault, ProcessMemory};
+pub use process_memory::{Access, Backing, BackingError, BackingFile, Fault, ProcessMemory};
 pub use publish::{Durable, Existing, PublishError, Unpublished, UserOf, available_space};
-pub use region::{Access, Region};
 pub use residency::{begin_reading, drop_cached, resident_bytes};
 pub use storage::{Backend, BackendInUse, OpenStorage, Storage, open_storage};
 pub use transfer::{Completion, Direction, Memory, Transfer};

@@ -27,6 +27,20 @@ pub(crate) fn touched(pagemap: &File, range: &Range<u64>) -> io::Result<Vec<Rang
     }
 }
 
+/// Returns the first byte of `range` whose page is present or swapped out.
+pub(crate) fn first_touched(pagemap: &File, range: &Range<u64>) -> io::Result<Option<u64>> {
+    if range.is_empty() {
+        return Ok(None);
+    }
+    let found = match first_by_scan(pagemap, range) {
+        Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => {
+            first_by_entries(pagemap, range)
+        }
+        result => result,
+    };
+    Ok(found?.map(|page| page.max(range.start)))
+}
+
 /// `struct pm_scan_arg` of Linux's `include/uapi/linux/fs.h`.
 #[repr(C)]
 #[derive(Default)]
@@ -69,10 +83,12 @@ const REGIONS_PER_SCAN: usize = 4096;
 
 fn touched_by_scan(pagemap: &File, range: &Range<u64>) -> io::Result<Vec<Range<u64>>> {
     let (mut at, end) = whole_pages(range);
-    let mut regions = vec![PageRegion::default(); REGIONS_PER_SCAN];
+    // No two regions touch, so this is enough for a small range.
+    let regions_max = usize::try_from((end - at) / page_size() / 2 + 1).unwrap_or(usize::MAX);
+    let mut regions = vec![PageRegion::default(); REGIONS_PER_SCAN.min(regions_max)];
     let mut found = Vec::new();
     while at < end {
-        let (count, walk_end) = scan(pagemap, at..end, &mut regions)?;
+        let (count, walk_end) = scan(pagemap, at..end, &mut regions, 0)?;
         for region in &regions[..count] {
             push_merged(&mut found, clip(region.start..region.end, range));
         }
@@ -84,14 +100,28 @@ fn touched_by_scan(pagemap: &File, range: &Range<u64>) -> io::Result<Vec<Range<u
     Ok(found)
 }
 
-/// Scans once; returns how many of `regions` were filled in and how far the kernel came.
-fn scan(pagemap: &File, range: Range<u64>, regions: &mut [PageRegion]) -> io::Result<(usize, u64)> {
+fn first_by_scan(pagemap: &File, range: &Range<u64>) -> io::Result<Option<u64>> {
+    let (start, end) = whole_pages(range);
+    let mut region = [PageRegion::default()];
+    let (count, _) = scan(pagemap, start..end, &mut region, 1)?;
+    Ok((count > 0).then_some(region[0].start))
+}
+
+/// Scans once, up to `pages_max` pages that are found, 0 for any number; returns how many of `regions`
+/// were filled in and how far the kernel came.
+fn scan(
+    pagemap: &File,
+    range: Range<u64>,
+    regions: &mut [PageRegion],
+    pages_max: u64,
+) -> io::Result<(usize, u64)> {
     let mut arguments = ScanArguments {
         size: size_of::<ScanArguments>() as u64,
         start: range.start,
         end: range.end,
         vec: regions.as_mut_ptr().expose_provenance() as u64,
         vec_len: regions.len() as u64,
+        max_pages: pages_max,
         // Not the zero page, and present or swapped.
         category_inverted: PAGE_IS_PFNZERO,
         category_mask: PAGE_IS_PFNZERO,
@@ -113,21 +143,43 @@ fn scan(pagemap: &File, range: Range<u64>, regions: &mut [PageRegion]) -> io::Re
     }
 }
 
-/// Entries of `/proc/PID/pagemap` that are read at a time: 512 KiB, for 256 MiB of memory.
-const ENTRIES_PER_READ: usize = 1 << 16;
+/// Entries of `/proc/PID/pagemap` that are read at a time: 64 KiB, for 32 MiB of memory.
+const ENTRIES_PER_READ: usize = 1 << 13;
 
 /// Bits of an entry, from Linux's `Documentation/admin-guide/mm/pagemap.rst`.
 const ENTRY_PRESENT_OR_SWAPPED: u64 = 0b11 << 62;
 
 fn touched_by_entries(pagemap: &File, range: &Range<u64>) -> io::Result<Vec<Range<u64>>> {
+    let mut found = Vec::new();
+    each_entry(pagemap, range, |page| {
+        push_merged(&mut found, clip(page..page + page_size(), range));
+        true
+    })?;
+    Ok(found)
+}
+
+fn first_by_entries(pagemap: &File, range: &Range<u64>) -> io::Result<Option<u64>> {
+    let mut first = None;
+    each_entry(pagemap, range, |page| {
+        first = Some(page);
+        false
+    })?;
+    Ok(first)
+}
+
+/// Calls `found` with the address of each page that is present or swapped out, while it says so.
+fn each_entry(
+    pagemap: &File,
+    range: &Range<u64>,
+    mut found: impl FnMut(u64) -> bool,
+) -> io::Result<()> {
     const ENTRY: usize = size_of::<u64>();
     let page_size = page_size();
     let (mut at, end) = whole_pages(range);
-    let mut bytes = vec![0; ENTRIES_PER_READ * ENTRY];
-    let mut found = Vec::new();
+    let pages = |at: u64| usize::try_from((end - at) / page_size).unwrap_or(usize::MAX);
+    let mut bytes = vec![0; pages(at).min(ENTRIES_PER_READ) * ENTRY];
     while at < end {
-        let pages = usize::try_from((end - at) / page_size).unwrap_or(usize::MAX);
-        let len = pages.min(ENTRIES_PER_READ) * ENTRY;
+        let len = pages(at).min(ENTRIES_PER_READ) * ENTRY;
         let len = pagemap.read_at(&mut bytes[..len], at / page_size * ENTRY as u64)?;
         if len < ENTRY {
             // Past the last address a process can have.
@@ -135,20 +187,20 @@ fn touched_by_entries(pagemap: &File, range: &Range<u64>) -> io::Result<Vec<Rang
         }
         for entry in bytes[..len].chunks_exact(ENTRY) {
             let entry = u64::from_ne_bytes(entry.try_into().expect("eight bytes"));
-            if entry & ENTRY_PRESENT_OR_SWAPPED != 0 {
-                push_merged(&mut found, clip(at..at + page_size, range));
+            if entry & ENTRY_PRESENT_OR_SWAPPED != 0 && !found(at) {
+                return Ok(());
             }
             at += page_size;
         }
     }
-    Ok(found)
+    Ok(())
 }
 
 /// Says whether the ioctl is there, on our own memory.
 pub(crate) fn probe() -> io::Result<()> {
     let pagemap = File::open(Path::new("/proc/self/pagemap"))?;
     let mut regions = [PageRegion::default()];
-    scan(&pagemap, 0..page_size(), &mut regions).map(|_| ())
+    scan(&pagemap, 0..page_size(), &mut regions, 0).map(|_| ())
 }
 
 fn push_merged(found: &mut Vec<Range<u64>>, next: Range<u64>) {
@@ -209,6 +261,16 @@ mod tests {
         match touched_by_scan(&pagemap, &range) {
             Ok(by_scan) => assert_eq!(by_scan, by_entries),
             Err(error) => println!("skipped: PAGEMAP_SCAN: {error}"),
+        }
+        for start in (range.start..range.end).step_by(4096) {
+            let rest = start..range.end;
+            let first = first_by_entries(&pagemap, &rest).unwrap();
+            let expected = touched_by_entries(&pagemap, &rest).unwrap();
+            let expected = expected.first().map(|found| whole_pages(found).0);
+            assert_eq!(first, expected);
+            if let Ok(by_scan) = first_by_scan(&pagemap, &rest) {
+                assert_eq!(by_scan, first);
+            }
         }
         assert!(!by_entries.is_empty());
         drop(bytes);

@@ -18,7 +18,15 @@ use rustix::process::{Pid, PidfdFlags};
 use crate::extents::{FileSystem, file_system};
 use crate::maps::{self, Mapping};
 use crate::pagemap;
-use crate::region::Access;
+
+/// What the file behind a process's memory is opened for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Bytes are only copied out.
+    Read,
+    /// Bytes are copied out and in.
+    ReadWrite,
+}
 
 /// The memory of a process, which stays that process: a pid used again is noticed.
 ///
@@ -87,28 +95,50 @@ impl ProcessMemory {
 
     /// Copies the memory from `address` on into `into`.
     ///
-    /// Fastest in pieces of about 1 MiB. Reading a page that was never touched does not allocate
+    /// # Errors
+    ///
+    /// As [`ProcessMemory::read_pieces`].
+    pub fn read(&self, address: u64, into: &mut [u8]) -> io::Result<()> {
+        let whole = 0..into.len();
+        self.read_pieces(address, &[whole], into)
+    }
+
+    /// Copies the bytes of `pieces`, each to its place in `into`, whose first byte lies at `address`.
+    ///
+    /// Fastest with pieces of a MiB or so. Reading a page that was never touched does not allocate
     /// it in private memory, but does in a shared file.
     ///
     /// # Errors
     ///
     /// Returns the kernel's error, or one that wraps a [`Fault`] with the first address that could
     /// not be read; the bytes before it are in `into`.
-    pub fn read(&self, address: u64, into: &mut [u8]) -> io::Result<()> {
-        let mut done = 0;
-        while done < into.len() {
-            let rest = &mut into[done..];
-            let local = libc::iovec { iov_base: rest.as_mut_ptr().cast(), iov_len: rest.len() };
-            let at = address.checked_add(done as u64).ok_or_else(|| fault(u64::MAX))?;
-            let remote = libc::iovec { iov_base: remote(at)?, iov_len: rest.len() };
+    ///
+    /// # Panics
+    ///
+    /// Panics if a piece does not lie in `into`.
+    pub fn read_pieces(
+        &self,
+        address: u64,
+        pieces: &[Range<usize>],
+        into: &mut [u8],
+    ) -> io::Result<()> {
+        let (start, len) = (into.as_mut_ptr(), into.len());
+        self.move_pieces(address, pieces, (start, len), |local, remote| {
             // SAFETY:
-            // - `local` is valid for writes of its length; the kernel checks `remote` itself.
-            // - Both lists have one element, and the kernel keeps neither after the call.
-            let moved = unsafe {
-                libc::process_vm_readv(self.pid_raw(), &raw const local, 1, &raw const remote, 1, 0)
-            };
-            done += moved_bytes(moved, at)?;
-        }
+            // - `move_pieces` made `local` of pieces inside `into`, which is borrowed for writing
+            //   until this returns; the kernel checks `remote` itself.
+            // - Each list is as long as it says, and the kernel keeps neither after the call.
+            unsafe {
+                libc::process_vm_readv(
+                    self.pid_raw(),
+                    local.as_ptr(),
+                    local.len() as libc::c_ulong,
+                    remote.as_ptr(),
+                    remote.len() as libc::c_ulong,
+                    0,
+                )
+            }
+        })?;
         // The call takes a number. A process that lives after it was itself what was read.
         if has_ended(&self.pidfd)? { Err(no_such_process()) } else { Ok(()) }
     }
@@ -117,38 +147,97 @@ impl ProcessMemory {
     ///
     /// # Errors
     ///
+    /// As [`ProcessMemory::write_pieces`].
+    pub fn write(&self, address: u64, from: &[u8]) -> io::Result<()> {
+        let whole = 0..from.len();
+        self.write_pieces(address, &[whole], from)
+    }
+
+    /// Copies the bytes of `pieces`, each from its place in `from`, whose first byte belongs to
+    /// `address`.
+    ///
+    /// # Errors
+    ///
     /// Returns the kernel's error, or one that wraps a [`Fault`] with the first address that could
     /// not be written; the bytes before it were.
-    pub fn write(&self, address: u64, from: &[u8]) -> io::Result<()> {
-        let mut done = 0;
-        while done < from.len() {
-            // The call takes a number, and must not write into another process that has it now.
-            // Between this look and the call the process would have to end, be waited for by its
-            // parent, and all other numbers be used once; the parent of a VM in our hands is not
-            // that quick.
-            if has_ended(&self.pidfd)? {
-                return Err(no_such_process());
-            }
-            let rest = &from[done..];
-            let local =
-                libc::iovec { iov_base: rest.as_ptr().cast_mut().cast(), iov_len: rest.len() };
-            let at = address.checked_add(done as u64).ok_or_else(|| fault(u64::MAX))?;
-            let remote = libc::iovec { iov_base: remote(at)?, iov_len: rest.len() };
+    ///
+    /// # Panics
+    ///
+    /// Panics if a piece does not lie in `from`.
+    pub fn write_pieces(
+        &self,
+        address: u64,
+        pieces: &[Range<usize>],
+        from: &[u8],
+    ) -> io::Result<()> {
+        // The call takes a number, and must not write into another process that has it now. Between
+        // this look and the call the process would have to end, be waited for by its parent, and all
+        // other numbers be used once; the parent of a VM in our hands is not that quick.
+        if has_ended(&self.pidfd)? {
+            return Err(no_such_process());
+        }
+        let (start, len) = (from.as_ptr().cast_mut(), from.len());
+        self.move_pieces(address, pieces, (start, len), |local, remote| {
             // SAFETY:
-            // - `local` is valid for reads of its length and only read; the kernel checks
-            //   `remote` itself.
-            // - Both lists have one element, and the kernel keeps neither after the call.
-            let moved = unsafe {
+            // - `move_pieces` made `local` of pieces inside `from`, which is borrowed until this
+            //   returns, and the kernel only reads there; it checks `remote` itself.
+            // - Each list is as long as it says, and the kernel keeps neither after the call.
+            unsafe {
                 libc::process_vm_writev(
                     self.pid_raw(),
-                    &raw const local,
-                    1,
-                    &raw const remote,
-                    1,
+                    local.as_ptr(),
+                    local.len() as libc::c_ulong,
+                    remote.as_ptr(),
+                    remote.len() as libc::c_ulong,
                     0,
                 )
-            };
-            done += moved_bytes(moved, at)?;
+            }
+        })
+    }
+
+    /// Moves all bytes of `pieces` by `call`, which is given the two lists of one system call.
+    fn move_pieces(
+        &self,
+        address: u64,
+        pieces: &[Range<usize>],
+        (start, len): (*mut u8, usize),
+        call: impl Fn(&[libc::iovec], &[libc::iovec]) -> isize,
+    ) -> io::Result<()> {
+        let at = |offset: usize| address.checked_add(offset as u64).ok_or_else(|| fault(u64::MAX));
+        for pieces in pieces.chunks(PIECES_PER_CALL) {
+            let mut local = Vec::with_capacity(pieces.len());
+            let mut remote = Vec::with_capacity(pieces.len());
+            for piece in pieces {
+                assert!(
+                    piece.start <= piece.end && piece.end <= len,
+                    "bytes {piece:?} of a buffer of {len} bytes"
+                );
+                let base = start.wrapping_add(piece.start).cast();
+                local.push(libc::iovec { iov_base: base, iov_len: piece.len() });
+                remote.push(libc::iovec {
+                    iov_base: remote_pointer(at(piece.start)?)?,
+                    iov_len: piece.len(),
+                });
+            }
+            let mut next = 0;
+            while next < local.len() {
+                if local[next].iov_len == 0 {
+                    next += 1;
+                    continue;
+                }
+                let first = remote[next].iov_base.addr() as u64;
+                let mut moved = moved_bytes(call(&local[next..], &remote[next..]), first)?;
+                // The kernel may stop in the middle of a piece.
+                while moved > 0 {
+                    let step = moved.min(local[next].iov_len);
+                    for list in [&mut local[next], &mut remote[next]] {
+                        list.iov_base = list.iov_base.wrapping_byte_add(step);
+                        list.iov_len -= step;
+                    }
+                    moved -= step;
+                    next += usize::from(local[next].iov_len == 0);
+                }
+            }
         }
         Ok(())
     }
@@ -187,18 +276,29 @@ impl ProcessMemory {
     /// order, merged, clipped to `range`, and else page-aligned.
     ///
     /// Everything else in private anonymous memory reads as zeros. It does *not* in a shared file,
-    /// whose pages other processes, or nobody, may have mapped: ask
-    /// [`data_ranges`](crate::data_ranges) there. Pages that are the kernel's shared zero page are
+    /// whose pages other processes may have mapped, or none: ask [`DataSeeker`](crate::DataSeeker)
+    /// there. Pages that are the kernel's shared zero page are
     /// left out where the kernel can tell.
     ///
     /// Uses the `PAGEMAP_SCAN` ioctl (Linux 6.7), which skips what has no page tables, else reads
-    /// 8 bytes a page from `/proc/PID/pagemap`.
+    /// 8 bytes a page from `/proc/PID/pagemap`. The list has as many ranges as the guest likes: ask for
+    /// bounded ranges.
     ///
     /// # Errors
     ///
     /// Returns the kernel's error.
     pub fn touched(&self, range: Range<u64>) -> io::Result<Vec<Range<u64>>> {
         pagemap::touched(&self.pagemap, &range)
+    }
+
+    /// Returns the first byte of `range` that [`ProcessMemory::touched`] would report; an ioctl that
+    /// skips what has no page tables, however long that is (Linux 6.7).
+    ///
+    /// # Errors
+    ///
+    /// Returns the kernel's error.
+    pub fn first_touched(&self, range: &Range<u64>) -> io::Result<Option<u64>> {
+        pagemap::first_touched(&self.pagemap, range)
     }
 
     fn pid_raw(&self) -> libc::pid_t {
@@ -378,7 +478,10 @@ fn has_ended(pidfd: &OwnedFd) -> io::Result<bool> {
     }
 }
 
-fn remote(address: u64) -> io::Result<*mut libc::c_void> {
+/// Pieces that one system call takes: `IOV_MAX` (Linux's `UIO_MAXIOV`).
+const PIECES_PER_CALL: usize = 1024;
+
+fn remote_pointer(address: u64) -> io::Result<*mut libc::c_void> {
     let address = usize::try_from(address).map_err(|_| fault(address))?;
     Ok(ptr::without_provenance_mut(address))
 }

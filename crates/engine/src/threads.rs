@@ -3,11 +3,14 @@
 #![expect(unsafe_code, reason = "hands addresses to the kernel for the length of a call")]
 
 use std::io;
+use std::mem;
 use std::os::fd::RawFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
+use crate::crew::Panicked;
 use crate::direct_io::DataFile;
 use crate::storage::Storage;
 use crate::transfer::{Completion, Direction, Progress, Transfer};
@@ -26,8 +29,15 @@ pub(crate) struct Threads {
     depth: usize,
 }
 
+/// What moves the bytes of one transfer.
+type Carry = fn(&DataFile, &mut Progress) -> io::Result<()>;
+
 impl Threads {
     pub(crate) fn new(file: &DataFile, depth: usize) -> io::Result<Threads> {
+        Threads::with(file, depth, carry_out)
+    }
+
+    fn with(file: &DataFile, depth: usize, carry: Carry) -> io::Result<Threads> {
         let (queue, transfers) = mpsc::channel();
         let (done, completions) = mpsc::channel();
         let transfers = Arc::new(Mutex::new(transfers));
@@ -37,7 +47,7 @@ impl Threads {
             let (file, transfers, done) = (file.clone(), Arc::clone(&transfers), done.clone());
             let worker = thread::Builder::new()
                 .name("vmfile-io".to_owned())
-                .spawn(move || work(&file, &transfers, &done))?;
+                .spawn(move || work(&file, &transfers, &done, carry))?;
             threads.workers.push(worker);
         }
         Ok(threads)
@@ -78,19 +88,31 @@ impl Drop for Threads {
         // Closing the queue lets the threads finish what is in it and then end.
         self.queue = None;
         for worker in self.workers.drain(..) {
-            // A worker that panicked has said so on its own.
+            // No panic leaves `work`; a transfer that panicked is in its completion.
             let _ = worker.join();
         }
     }
 }
 
-fn work(file: &DataFile, transfers: &Mutex<Receiver<Transfer>>, done: &Sender<Completion>) {
+fn work(
+    file: &DataFile,
+    transfers: &Mutex<Receiver<Transfer>>,
+    done: &Sender<Completion>,
+    carry: Carry,
+) {
     loop {
         let next = transfers.lock().unwrap_or_else(PoisonError::into_inner).recv();
-        // The queue is closed, or nobody wants completions any more: the storage is gone.
+        // The queue is closed: the storage is being dropped.
         let Ok(transfer) = next else { return };
         let mut progress = Progress::new(transfer);
-        let result = carry_out(file, &mut progress);
+        // Every transfer that was taken is completed, or `reap` would wait for it for ever. No system
+        // call is at work when `carry` unwinds, so the memory may go back.
+        let result = catch_unwind(AssertUnwindSafe(|| carry(file, &mut progress)));
+        let result = result.unwrap_or_else(|payload| {
+            // Dropping it could panic again.
+            mem::forget(payload);
+            Err(Panicked.into())
+        });
         if done.send(progress.complete(result)).is_err() {
             return;
         }
@@ -143,4 +165,36 @@ unsafe fn write(fd: RawFd, from: *const u8, len: usize, offset: u64) -> io::Resu
     // SAFETY: the caller's promise.
     let result = unsafe { libc::pwrite(fd, from.cast(), len, offset) };
     usize::try_from(result).map_err(|_| io::Error::last_os_error())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::buffer::BufferPool;
+    use crate::direct_io::DirectIo;
+    use crate::transfer::Memory;
+
+    /// A worker that panicked took its transfer with it, and `reap` waited for the completion for
+    /// ever, with the VM paused.
+    #[test]
+    fn a_transfer_that_panics_is_completed_with_an_error() {
+        let file = DataFile::new(tempfile::tempfile().unwrap(), DirectIo::Off).unwrap();
+        let carry: Carry = |_, progress| {
+            assert_ne!(progress.transfer.tag, 0, "the test's own panic");
+            Ok(())
+        };
+        let mut threads = Threads::with(&file, 2, carry).unwrap();
+        let pool = BufferPool::new(2, 4096, 4096).unwrap();
+        for tag in 0..2 {
+            let memory = Memory::Owned(pool.take(), 0..4096);
+            let direction = Direction::Write;
+            threads.submit(Transfer { direction, file_offset: 0, memory, tag }).unwrap();
+        }
+        for _ in 0..2 {
+            let completion = threads.reap().unwrap().unwrap();
+            assert_eq!(completion.result.is_err(), completion.transfer.tag == 0);
+        }
+        assert!(threads.reap().unwrap().is_none());
+        assert_eq!(pool.free_count(), 2, "the memory is back");
+    }
 }

@@ -3,10 +3,8 @@
 use std::io;
 use std::ops::Range;
 use std::ptr::NonNull;
-use std::sync::Arc;
 
 use crate::buffer::{PooledBuffer, SharedBuffer};
-use crate::region::{Access, Region};
 
 /// The memory of a [`Transfer`], owned by the storage while the kernel uses it.
 #[derive(Debug)]
@@ -15,8 +13,6 @@ pub enum Memory {
     Shared(SharedBuffer, Range<usize>),
     /// A piece of a buffer of its own: a source for writes or a target for reads.
     Owned(PooledBuffer, Range<usize>),
-    /// A piece of a mapping: a source for writes, or a target for reads if it is writable.
-    Region(Arc<Region>, Range<u64>),
 }
 
 impl Memory {
@@ -25,9 +21,6 @@ impl Memory {
     pub fn len(&self) -> usize {
         match self {
             Memory::Shared(_, range) | Memory::Owned(_, range) => range.len(),
-            Memory::Region(_, range) => {
-                usize::try_from(range.end.saturating_sub(range.start)).unwrap_or(usize::MAX)
-            }
         }
     }
 
@@ -40,11 +33,7 @@ impl Memory {
     /// Says whether the kernel may write into this memory.
     #[must_use]
     pub fn is_writable(&self) -> bool {
-        match self {
-            Memory::Shared(..) => false,
-            Memory::Owned(..) => true,
-            Memory::Region(region, _) => region.access() == Access::ReadWrite,
-        }
+        matches!(self, Memory::Owned(..))
     }
 
     /// Returns where the piece starts.
@@ -53,15 +42,11 @@ impl Memory {
     ///
     /// # Panics
     ///
-    /// Panics if the range does not lie in its buffer or mapping.
+    /// Panics if the range does not lie in its buffer.
     pub(crate) fn start(&self) -> NonNull<u8> {
         match self {
             Memory::Shared(buffer, range) => inside(buffer.start(), buffer.len(), range),
             Memory::Owned(buffer, range) => inside(buffer.start(), buffer.len(), range),
-            Memory::Region(region, range) => {
-                assert!(range.start <= range.end, "a range of memory starts before it ends");
-                region.pointer(range.start, self.len())
-            }
         }
     }
 }
@@ -188,7 +173,7 @@ mod tests {
 
     #[test]
     fn progress_moves_through_file_and_memory_together() {
-        let pool = BufferPool::new(1, 8192, 4096);
+        let pool = BufferPool::new(1, 8192, 4096).unwrap();
         let memory = Memory::Owned(pool.take(), 4096..8192);
         let start = memory.start().as_ptr().addr();
         let mut progress = Progress::new(transfer(Direction::Read, memory));
@@ -202,7 +187,7 @@ mod tests {
 
     #[test]
     fn nothing_read_is_the_end_of_the_file() {
-        let pool = BufferPool::new(1, 4096, 4096);
+        let pool = BufferPool::new(1, 4096, 4096).unwrap();
         let memory = Memory::Owned(pool.take(), 0..10);
         let mut progress = Progress::new(transfer(Direction::Read, memory));
         let error = progress.advance(0).unwrap_err();
@@ -212,7 +197,7 @@ mod tests {
     #[test]
     #[should_panic(expected = "may be written")]
     fn a_read_into_a_shared_buffer_panics() {
-        let pool = BufferPool::new(1, 4096, 4096);
+        let pool = BufferPool::new(1, 4096, 4096).unwrap();
         let memory = Memory::Shared(pool.take().freeze(), 0..10);
         transfer(Direction::Read, memory).check();
     }
@@ -220,7 +205,7 @@ mod tests {
     #[test]
     #[should_panic(expected = "of a buffer of 4096 bytes")]
     fn a_piece_outside_its_buffer_panics() {
-        let pool = BufferPool::new(1, 4096, 4096);
+        let pool = BufferPool::new(1, 4096, 4096).unwrap();
         let memory = Memory::Owned(pool.take(), 4000..4097);
         transfer(Direction::Write, memory).check();
     }

@@ -140,6 +140,24 @@ impl PageBitmap {
         Runs { bitmap: self, next: pages.start.0, end }
     }
 
+    /// Returns the first page with data within `pages`.
+    #[must_use]
+    pub fn first_within(&self, pages: PageRange) -> Option<PageIndex> {
+        let end = pages.end.0.min(self.page_count.0);
+        self.find(pages.start.0, end, true).map(PageIndex)
+    }
+
+    /// Returns the runs of pages without data within `pages`, in order.
+    pub fn gaps_within(&self, pages: PageRange) -> impl Iterator<Item = PageRange> + '_ {
+        let end = pages.end.0.min(self.page_count.0);
+        let mut next = pages.start.0;
+        core::iter::from_fn(move || {
+            let start = self.find(next, end, false)?;
+            next = self.find(start, end, true).unwrap_or(end);
+            Some(PageRange::new(start, next))
+        })
+    }
+
     /// Returns the first page at or after `from` and before `end` whose bit is `value`.
     fn find(&self, from: u64, end: u64, value: bool) -> Option<u64> {
         let mut page = from;
@@ -249,7 +267,17 @@ mod tests {
             let naive: Vec<u64> = (from..to)
                 .filter(|&page| bits.get(usize::try_from(page).unwrap()) == Some(&true))
                 .collect();
+            let first = bitmap.first_within(PageRange::new(from, to));
+            prop_assert_eq!(first.map(|page| page.0), naive.first().copied());
             prop_assert_eq!(from_runs, naive);
+            let from_gaps: Vec<u64> = bitmap
+                .gaps_within(PageRange::new(from, to))
+                .flat_map(|gap| gap.start.0..gap.end.0)
+                .collect();
+            let naive: Vec<u64> = (from..to)
+                .filter(|&page| bits.get(usize::try_from(page).unwrap()) == Some(&false))
+                .collect();
+            prop_assert_eq!(from_gaps, naive);
             let decoded = PageBitmap::decode(&bitmap.encode(), bitmap.page_count());
             prop_assert_eq!(decoded.as_ref(), Some(&bitmap));
         }

@@ -203,7 +203,7 @@ impl Launch {
         drop(command);
         drop(theirs);
         let mut running = Running { child: Some(child), stderr };
-        match Qmp::from_stream(ours, timeout, self.stop) {
+        match Qmp::from_stream(ours, timeout, self.stop, Some(running.pid())) {
             Ok(mut qmp) => {
                 // The start may take longer than a command, or less.
                 qmp.set_timeout(COMMAND_TIMEOUT);
@@ -322,8 +322,9 @@ impl LaunchedQemu {
     #[must_use]
     pub fn detach(mut self) -> Vm {
         if let Some(mut child) = self.running.child.take() {
-            // Somebody must take its exit status, or it stays in the process table while we live.
-            thread::spawn(move || child.wait());
+            // Without a thread that takes its exit status it stays in the process table while we live, and
+            // that is all.
+            let _ = thread::Builder::new().spawn(move || child.wait());
         }
         self.vm.take().expect("the VM leaves only with self")
     }

@@ -99,6 +99,10 @@ pub enum Feature {
     ExitOnError,
     /// The command `blockdev-set-active`, whose answer says whether the disks could be flushed.
     BlockdevSetActive,
+    /// A VM that was paused is paused again after a `background-snapshot`, and not in the state
+    /// `postmigrate`, from which QEMU sends it no more. Tried with 10.0.2 and 11.1; 7.2 lets the
+    /// guest run.
+    PausedSnapshot,
     /// Machine types of this version send SWITCHOVER_START.
     SwitchoverStart,
     /// Multifd packets of device state.
@@ -138,7 +142,7 @@ impl Row {
 /// compares both with QEMUs (testing/tests/versions.rs).
 // A row is two lines, as wide as they are.
 #[rustfmt::skip]
-const TABLE: [Row; 16] = [
+const TABLE: [Row; 17] = [
     Row::new(Feature::PlainFileDescriptor, (0, 0), "`fd:` with a plain file",
         "having QEMU write a stream").until((11, 0)),
     Row::new(Feature::CompressedPages, (2, 4), "capability `compress`",
@@ -164,7 +168,9 @@ const TABLE: [Row; 16] = [
     Row::new(Feature::ExitOnError, (9, 1), "`migrate-incoming` with `exit-on-error`",
         "`restore`: QEMU stays and says why it refused"),
     Row::new(Feature::BlockdevSetActive, (10, 0), "`blockdev-set-active`",
-        "`save --after quit`: disks that cannot be flushed are seen"),
+        "`save --after quit`: disks are released before their images are recorded"),
+    Row::new(Feature::PausedSnapshot, (10, 0), "`background-snapshot` of a paused VM",
+        "`save --route stream` of a VM that stays paused"),
     Row::new(Feature::SwitchoverStart, (10, 0), "SWITCHOVER_START, by machine type",
         "reading a stream"),
     Row::new(Feature::MultifdDeviceState, (10, 0), "multifd packets of device state",

@@ -29,7 +29,6 @@ pub use blockers::{Blocker, BlockerKind};
 pub use device_state::DEVICE_STATE_LEN_MAX;
 pub use drives::{DeviceName, Drive, Image};
 pub use files::FileId;
-pub use flush::Flushed;
 pub use memory_backends::MemoryBackend;
 pub use overlays::Overlay;
 pub use paused::Paused;
@@ -120,9 +119,11 @@ pub enum VmError {
         #[source]
         source: serde_json::Error,
     },
-    /// The disks' newest data could not be made durable.
-    #[error("the disks could not be flushed: {reason}")]
+    /// A disk's newest data could not be made durable.
+    #[error("disk {disk:?} could not be flushed: {reason}")]
     NotFlushed {
+        /// The drive.
+        disk: String,
         /// QEMU's own words.
         reason: String,
     },
@@ -164,7 +165,7 @@ impl VmError {
                  on the VM's monitor",
             ),
             VmError::NotFlushed { .. } => {
-                Some("look at the disks' file systems: what the guest wrote last may be lost")
+                Some("look at the disk's file system: what the guest wrote last may be lost")
             }
             VmError::LeftPaused { .. } => Some("`cont` on the VM's monitor makes it run again"),
             _ => None,
@@ -337,7 +338,7 @@ impl Vm {
     ///
     /// See [`Qmp::from_stream`].
     pub fn from_stream(stream: UnixStream, pid: Option<u32>) -> Result<Vm, VmError> {
-        let mut qmp = Qmp::from_stream(stream, GREETING_TIMEOUT, None)?;
+        let mut qmp = Qmp::from_stream(stream, GREETING_TIMEOUT, None, pid)?;
         qmp.set_timeout(COMMAND_TIMEOUT);
         Ok(Vm::from_qmp(qmp, pid))
     }

@@ -96,7 +96,7 @@ fn a_device_state_of_ours_is_loaded_by_another_qemu() {
     let source = TestQemu::start(&["-machine", "pc", "-device", "virtio-rng-pci"]);
     let mut vm = source.vm();
     vm.stop().unwrap();
-    let state = vm.save_device_state(false).unwrap().0;
+    let state = vm.save_device_state(false).unwrap();
     let stream = stream_of(&vm.machine_type().unwrap(), &state);
 
     let options = ["-machine", "pc", "-device", "virtio-rng-pci"];
@@ -243,7 +243,7 @@ fn a_mapped_vm_runs_and_does_not_write_its_file() {
     let source = TestQemu::start(&["-machine", "pc"]);
     let mut vm = source.vm();
     vm.stop().unwrap();
-    let stream = stream_of(&vm.machine_type().unwrap(), &vm.save_device_state(false).unwrap().0);
+    let stream = stream_of(&vm.machine_type().unwrap(), &vm.save_device_state(false).unwrap());
     let directory = tempfile::tempdir().unwrap();
     let (path, file) = ram_file(directory.path(), 4096);
     let waiting = line(&["-machine", "pc"]);

@@ -114,7 +114,7 @@ fn the_device_state_holds_device_sections_only_and_the_vm_runs_on() {
     let mut vm = qemu.vm();
     vm.stop().unwrap();
 
-    let state = vm.save_device_state(false).unwrap().0;
+    let state = vm.save_device_state(false).unwrap();
 
     // "QEVM", version 3, and at once the first device: no configuration, no RAM.
     assert_eq!(state.get(..9).unwrap(), b"QEVM\0\0\0\x03\x04");
@@ -126,7 +126,7 @@ fn the_device_state_holds_device_sections_only_and_the_vm_runs_on() {
     assert_eq!(vm.run_state().unwrap(), RunState::Paused);
     assert_eq!(vm.execute("query-fdsets", Value::Null).unwrap(), json!([]));
     // Nothing happens in a stopped VM, so a second save has the same bytes.
-    assert!(vm.save_device_state(false).unwrap().0 == state);
+    assert!(vm.save_device_state(false).unwrap() == state);
     vm.cont().unwrap();
     assert!(vm.is_running().unwrap());
 }
@@ -135,7 +135,7 @@ fn the_device_state_holds_device_sections_only_and_the_vm_runs_on() {
 fn a_vm_that_never_ran_has_a_device_state_and_stays_so() {
     let qemu = TestQemu::start(&["-S"]);
     let mut vm = qemu.vm();
-    assert!(!vm.save_device_state(false).unwrap().0.is_empty());
+    assert!(!vm.save_device_state(false).unwrap().is_empty());
     assert_eq!(vm.run_state().unwrap(), RunState::Prelaunch);
 }
 
@@ -158,7 +158,7 @@ fn the_disks_stay_locked_after_a_device_state() {
     let mut vm = qemu.vm();
     vm.stop().unwrap();
 
-    drop(vm.save_device_state(false).unwrap());
+    let _state = vm.save_device_state(false).unwrap();
 
     let error = launch(line(&["-drive", &drive])).unwrap_err().to_string();
     assert!(error.contains("lock"), "{error}");

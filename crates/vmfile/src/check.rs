@@ -11,20 +11,20 @@ use std::os::unix::fs::FileExt;
 
 use serde::Serialize;
 use vmfile_engine::{
-    Backend, BackendInUse, DataFile, DirectIo, DirectIoInUse, data_ranges, is_zero,
+    Backend, BackendInUse, DataFile, DataSeeker, DirectIo, DirectIoInUse, is_zero,
 };
-use vmfile_format::manifest::{FOOTER_LEN, HASH_LEN, table_len};
+use vmfile_format::manifest::{FOOTER_LEN, HASH_LEN};
 use vmfile_format::mapped_ram::PlacedBlock;
 use vmfile_format::{PageBitmap, PageIndex};
 
 use crate::control::Control;
 use crate::jobs::Jobs;
+use crate::lane::Workers;
 use crate::page_hashes::{Hash, PageHashes, is_page};
-use crate::plan::{Unit, WINDOW_LEN, pieces, units};
-use crate::ranges;
+use crate::plan::{WINDOW_LEN, pieces};
 use crate::reading::open_for_reading;
 use crate::snapshot::{Manifest, Snapshot, SnapshotError};
-use crate::window_reader::{Window, WindowError, WindowReader};
+use crate::window_reader::{MorePlaces, Window, WindowError, WindowReader};
 
 /// How many findings are listed; all are counted.
 const FINDINGS_MAX: usize = 1000;
@@ -287,11 +287,16 @@ fn check_zeros(
     range: Range<u64>,
     findings: &mut Findings,
 ) -> Result<(), CheckError> {
-    let data = data_ranges(snapshot.file().as_fd(), range).map_err(io("the holes of the file"))?;
-    for piece in data.into_iter().flat_map(|range| pieces(range, WINDOW_LEN)) {
-        let bytes = snapshot.read(piece.start, piece.end - piece.start)?;
-        if let Some(index) = bytes.iter().position(|&byte| byte != 0) {
-            findings.section(FindingKind::Padding, "padding", piece.start + index as u64);
+    let holes = io("the holes of the file");
+    let seeker = DataSeeker::open(snapshot.file().as_fd()).map_err(&holes)?;
+    let mut rest = range;
+    while let Some(data) = seeker.next(&rest).map_err(&holes)? {
+        rest.start = data.end;
+        for piece in pieces(data, WINDOW_LEN) {
+            let bytes = snapshot.read(piece.start, piece.end - piece.start)?;
+            if let Some(index) = bytes.iter().position(|&byte| byte != 0) {
+                findings.section(FindingKind::Padding, "padding", piece.start + index as u64);
+            }
         }
     }
     Ok(())
@@ -301,8 +306,10 @@ fn check_zeros(
 #[derive(Debug)]
 struct PageCheck<'a> {
     snapshot: &'a Snapshot,
+    manifest: &'a Manifest,
     bitmaps: Vec<PageBitmap>,
-    windows: Vec<Window>,
+    /// Finds data in the file where no page has any.
+    seeker: DataSeeker,
     file: DataFile,
     direct_io: String,
     options: &'a CheckOptions,
@@ -321,9 +328,7 @@ struct Checked<'a> {
 impl From<WindowError> for CheckError {
     fn from(error: WindowError) -> CheckError {
         match error {
-            WindowError::Open(source) => {
-                CheckError::Io { what: "the file, with the back end that was asked for", source }
-            }
+            WindowError::Places(source) => CheckError::Io { what: "the holes of the file", source },
             WindowError::Read(source) => CheckError::Io { what: "the pages", source },
             WindowError::Stopped => CheckError::Stopped,
         }
@@ -339,31 +344,26 @@ impl<'a> PageCheck<'a> {
         findings: &mut Findings,
     ) -> Result<PageCheck<'a>, CheckError> {
         let mut bitmaps = Vec::new();
-        let mut places = Vec::new();
         for (placed, meta) in snapshot.structure().blocks.iter().zip(&manifest.meta.blocks) {
             let bitmap = snapshot.bitmap(placed)?;
             if bitmap.data_count().0 != meta.pages_data {
                 findings.section(FindingKind::PageCount, placed.block.name(), placed.bitmap_offset);
             }
-            places.push(places_to_look(snapshot, placed, meta.hashes_offset, &bitmap)?);
             bitmaps.push(bitmap);
         }
-        let units: Vec<Unit> = units(&places);
-        let windows = units.iter().flat_map(|unit| {
-            let window = |range| Window { block: unit.block, range };
-            unit.ranges.iter().flat_map(|range| pieces(range.clone(), WINDOW_LEN)).map(window)
-        });
+        let seeker = DataSeeker::open(snapshot.file().as_fd()).map_err(io("the file once more"))?;
         let opened = open_for_reading(snapshot, options.direct_io);
         let (file, direct_io) = opened.map_err(io("the file once more"))?;
-        Ok(PageCheck {
-            snapshot,
-            bitmaps,
-            windows: windows.collect(),
-            file,
-            direct_io,
-            options,
-            control,
-        })
+        Ok(PageCheck { snapshot, manifest, bitmaps, seeker, file, direct_io, options, control })
+    }
+
+    fn place(&self, block: usize) -> Place {
+        let placed = &self.snapshot.structure().blocks[block];
+        Place {
+            page_len: placed.block.page_size().bytes(),
+            pages_offset: placed.pages_offset,
+            hashes_offset: self.manifest.meta.blocks[block].hashes_offset,
+        }
     }
 
     /// Checks all pages in parallel; returns how many, and the back end.
@@ -388,8 +388,10 @@ impl<'a> PageCheck<'a> {
     ) -> Result<(Vec<Checked<'a>>, BackendInUse), CheckError> {
         let width = (self.options.io, self.options.jobs.count());
         let blocks = &self.snapshot.structure().blocks;
-        let (file, windows, control) = (&self.file, &self.windows, self.control);
-        WindowReader { file, blocks, windows, control }.read(width, take)
+        let workers = Workers::start(&self.file, width);
+        let workers = workers.map_err(io("the file, with the back end that was asked for"))?;
+        let (bitmaps, control) = (&self.bitmaps[..], self.control);
+        WindowReader { blocks, bitmaps, more: Some(self), control }.read(workers, take)
     }
 
     /// Compares the pages of a window with their hashes.
@@ -439,36 +441,58 @@ impl<'a> PageCheck<'a> {
                 checked.found.page(FindingKind::Unreadable, placed, page.start / page_len);
                 continue;
             }
-            let window = Window { block: window.block, range: page };
+            let window = Window { range: page, ..window.clone() };
             self.verify(&window, &bytes, checked)?;
         }
         Ok(())
     }
 }
 
-/// Returns the ranges of a block to look at: pages with data, pages whose place holds bytes in the
-/// file, and pages with a hash. All others are holes with a hash of zeros: zero pages.
-fn places_to_look(
-    snapshot: &Snapshot,
-    placed: &PlacedBlock,
+/// Places in the file that hold bytes although no page there has data, and pages with a hash. All
+/// others are holes with a hash of zeros: zero pages.
+impl MorePlaces for PageCheck<'_> {
+    fn first(&self, block: usize, range: &Range<u64>) -> io::Result<Option<u64>> {
+        let place = self.place(block);
+        let pages = self.seeker.first(&place.in_file(range))?;
+        let pages = pages.map(|offset| offset - place.pages_offset);
+        let hashes = self.seeker.first(&place.hashes(range))?.map(|offset| place.page_of(offset));
+        let first = pages.into_iter().chain(hashes).min();
+        Ok(first.map(|first| first.max(range.start)).filter(|first| range.contains(first)))
+    }
+
+    fn to_read(&self, block: usize, window: &Range<u64>) -> io::Result<Option<Range<u64>>> {
+        // Up to the end of the window: a hole costs nothing to read, and where it begins the kernel would
+        // look for through all data that follows.
+        let first = self.first(block, window)?;
+        let page_len = self.place(block).page_len;
+        Ok(first.map(|first| first - first % page_len..window.end))
+    }
+}
+
+/// Where the pages and the hashes of a block lie in the file.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    page_len: u64,
+    pages_offset: u64,
     hashes_offset: u64,
-    bitmap: &PageBitmap,
-) -> Result<Vec<Range<u64>>, CheckError> {
-    let page_len = placed.block.page_size().bytes();
-    let len = placed.block.used_length();
-    let file = snapshot.file().as_fd();
-    let mut places: Vec<Range<u64>> =
-        bitmap.data_runs().map(|run| run.start.0 * page_len..run.end.0 * page_len).collect();
-    let pages = placed.pages_offset..placed.pages_end();
-    for range in data_ranges(file, pages).map_err(io("the holes of the file"))? {
-        places.push(range.start - placed.pages_offset..range.end - placed.pages_offset);
+}
+
+impl Place {
+    /// Returns where `range` of the block lies in the file.
+    fn in_file(&self, range: &Range<u64>) -> Range<u64> {
+        self.pages_offset + range.start..self.pages_offset + range.end
     }
-    let table = hashes_offset..hashes_offset + table_len(placed.block.page_count());
-    for range in data_ranges(file, table).map_err(io("the holes of the file"))? {
-        let page = |offset: u64| (offset - hashes_offset).div_ceil(HASH_LEN);
-        places.push((page(range.start) * page_len).min(len)..(page(range.end) * page_len).min(len));
+
+    /// Returns where the hashes of the pages of `range` lie.
+    fn hashes(&self, range: &Range<u64>) -> Range<u64> {
+        let hash = |page: u64| self.hashes_offset + page * HASH_LEN;
+        hash(range.start / self.page_len)..hash(range.end.div_ceil(self.page_len))
     }
-    Ok(ranges::merge(places, page_len, len))
+
+    /// Returns where in the block the page begins to which the byte of the table at `offset` belongs.
+    fn page_of(&self, offset: u64) -> u64 {
+        (offset - self.hashes_offset) / HASH_LEN * self.page_len
+    }
 }
 
 /// Says whether direct I/O is used, in the words of a report.

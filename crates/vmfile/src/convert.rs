@@ -11,13 +11,13 @@ use std::fs::File;
 use std::io::{Read as _, Seek as _, SeekFrom};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::thread;
 use std::time::Instant;
 
 use serde::Serialize;
 use vmfile_engine::{Backend, DirectIo, Existing, PublishError};
 use vmfile_format::stream::decoder::{EVENT_LEN_MAX, Event, StreamDecoder};
 
+use crate::beside::beside;
 use crate::control::Control;
 use crate::new_file::new_file;
 use crate::receive::{ReceiveError, ReceiveOptions, StreamFrom, receive};
@@ -254,15 +254,15 @@ fn to_vmfile(
     control: &Control<'_>,
 ) -> Result<Converted, ConvertError> {
     let (ours, theirs) = UnixStream::pair().map_err(io("make a pair of sockets"))?;
-    let (sent, received) = thread::scope(|scope| {
-        // The receiver reports how far it is.
-        let quiet = control.quiet();
-        let to = SendTo::Descriptor(ours.into());
-        let sender = scope.spawn(move || send(snapshot, to, &send_options(options), &quiet));
-        let from = StreamFrom::Descriptor(theirs.into());
-        let received = receive(from, destination, &receive_options(options), control);
-        (sender.join().expect("no panic"), received)
-    });
+    // The receiver reports how far it is.
+    let quiet = control.quiet();
+    let to = SendTo::Descriptor(ours.into());
+    let from = StreamFrom::Descriptor(theirs.into());
+    let both = beside(
+        move || send(snapshot, to, &send_options(options), &quiet),
+        |_| receive(from, destination, &receive_options(options), control),
+    );
+    let (sent, received) = both.map_err(io("send the VM to ourselves"))?;
     match (sent, received) {
         // The other one is the reason.
         (Ok(_) | Err(SendError::PeerClosed { .. }), Err(error)) => Err(error.into()),

@@ -100,6 +100,9 @@ pub enum SaveError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// Threads, rings or memory for the save were not to be had. The VM was not paused.
+    #[error("take threads and memory for the save")]
+    Workers(#[source] io::Error),
     /// The kernel refused to read guest RAM.
     #[error("read {len} bytes of guest RAM at {block_offset:#x} of RAM block {block:?}")]
     Read {
@@ -108,7 +111,7 @@ pub enum SaveError {
         /// Offset in the block, in bytes.
         block_offset: u64,
         /// How much, in bytes.
-        len: usize,
+        len: u64,
         /// What the kernel said.
         source: io::Error,
     },
@@ -308,7 +311,7 @@ impl From<ProofError> for SaveError {
 impl From<WindowError> for SaveError {
     fn from(error: WindowError) -> SaveError {
         match error {
-            WindowError::Open(source) | WindowError::Read(source) => SaveError::Reread(source),
+            WindowError::Places(source) | WindowError::Read(source) => SaveError::Reread(source),
             WindowError::Stopped => SaveError::Stopped,
         }
     }

@@ -4,10 +4,10 @@
 //! worker never waits for memory that only it could give back.
 
 use std::io;
-use std::thread;
+use std::sync::{Mutex, PoisonError};
 
 use vmfile_engine::{
-    Backend, BackendInUse, BufferPool, Completion, DataFile, PooledBuffer, Storage, Transfer,
+    Backend, BackendInUse, BufferPool, Completion, Crew, DataFile, PooledBuffer, Storage, Transfer,
     open_storage,
 };
 
@@ -31,37 +31,83 @@ pub(crate) struct Lane {
     pool: BufferPool,
 }
 
+/// Threads that wait for work, each with a lane of its own to a file.
+///
+/// Everything that can be refused has been given when there is a value: threads, rings, and memory
+/// that was touched.
+#[derive(Debug)]
+pub(crate) struct Workers {
+    crew: Crew,
+    lanes: Vec<Lane>,
+    backend: BackendInUse,
+}
+
+impl Workers {
+    /// Starts `jobs` threads, opens their lanes to `file`, and takes the memory of all buffers.
+    ///
+    /// # Errors
+    ///
+    /// Returns the kernel's error; nothing is left of those that were started.
+    pub(crate) fn start(file: &DataFile, (backend, jobs): (Backend, usize)) -> io::Result<Workers> {
+        let opened: Vec<(Lane, BackendInUse)> =
+            (0..jobs).map(|_| Lane::open(file, backend, jobs)).collect::<io::Result<_>>()?;
+        let (lanes, mut in_use): (Vec<Lane>, Vec<BackendInUse>) = opened.into_iter().unzip();
+        let backend = in_use.pop().expect("there is at least one job");
+        Ok(Workers { crew: Crew::start(jobs)?, lanes, backend })
+    }
+
+    /// Returns how many threads there are.
+    pub(crate) fn count(&self) -> usize {
+        self.crew.count()
+    }
+
+    /// Returns the back end that is used.
+    pub(crate) fn backend(&self) -> &BackendInUse {
+        &self.backend
+    }
+
+    /// Lets each thread do `work` with its number, from 0, and its lane, and waits for all of them;
+    /// returns what each returned.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if `work` panicked in one of them.
+    pub(crate) fn run<T: Send>(self, work: impl Fn(usize, Lane) -> T + Sync) -> io::Result<Vec<T>> {
+        let Workers { mut crew, lanes, .. } = self;
+        let lanes: Vec<_> = lanes.into_iter().map(|lane| Mutex::new(Some(lane))).collect();
+        let results: Vec<_> = lanes.iter().map(|_| Mutex::new(None)).collect();
+        crew.run(&|number| {
+            let lane = lanes[number].lock().unwrap_or_else(PoisonError::into_inner).take();
+            let result = work(number, lane.expect("each thread has its own number"));
+            *results[number].lock().unwrap_or_else(PoisonError::into_inner) = Some(result);
+        })?;
+        let result = |result: Mutex<Option<T>>| {
+            let result = result.into_inner().unwrap_or_else(PoisonError::into_inner);
+            result.expect("no thread panicked")
+        };
+        Ok(results.into_iter().map(result).collect())
+    }
+}
+
 /// Runs `work` in `jobs` threads, each with a lane of its own to `file`, and waits for all of them;
 /// returns what each returned, and the back end that was used.
 pub(crate) fn on_lanes<T: Send>(
     file: &DataFile,
-    (backend, jobs): (Backend, usize),
+    width: (Backend, usize),
     work: impl Fn(Lane) -> T + Sync,
 ) -> io::Result<(Vec<T>, BackendInUse)> {
-    let opened: Vec<(Lane, BackendInUse)> =
-        (0..jobs).map(|_| Lane::open(file, backend, jobs)).collect::<io::Result<_>>()?;
-    let (lanes, mut in_use): (Vec<Lane>, Vec<BackendInUse>) = opened.into_iter().unzip();
-    let work = &work;
-    let results = thread::scope(|scope| {
-        let spawn = |lane| scope.spawn(move || work(lane));
-        let workers: Vec<_> = lanes.into_iter().map(spawn).collect();
-        let join = |worker: thread::ScopedJoinHandle<'_, T>| worker.join().expect("no panic");
-        workers.into_iter().map(join).collect()
-    });
-    Ok((results, in_use.pop().expect("there is at least one job")))
+    let workers = Workers::start(file, width)?;
+    let backend = workers.backend().clone();
+    Ok((workers.run(|_, lane| work(lane))?, backend))
 }
 
 impl Lane {
-    /// Opens one of `lanes` lanes to `file`.
-    pub(crate) fn open(
-        file: &DataFile,
-        backend: Backend,
-        lanes: usize,
-    ) -> io::Result<(Lane, BackendInUse)> {
+    /// Opens one of `lanes` lanes to `file`, and takes the memory of its buffers.
+    fn open(file: &DataFile, backend: Backend, lanes: usize) -> io::Result<(Lane, BackendInUse)> {
         let buffers = (BUFFERS_LEN / WINDOW / lanes.max(1)).max(2);
         let opened = open_storage(file, backend, DEPTH)?;
         // Several transfers may share a buffer; one buffer is being filled while others are in flight.
-        let pool = BufferPool::new(buffers + 1, WINDOW, 4096);
+        let pool = BufferPool::new(buffers + 1, WINDOW, 4096)?;
         let lane = Lane { storage: opened.storage, pool };
         Ok((lane, opened.backend))
     }
@@ -110,5 +156,22 @@ impl Lane {
         let Some(completion) = self.storage.reap()? else { return Ok(false) };
         completion.result?;
         Ok(true)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vmfile_engine::DirectIo;
+
+    use super::*;
+
+    /// A worker that panicked ended the process, or its caller waited for it for ever.
+    #[test]
+    fn a_worker_that_panics_is_an_error_for_the_caller() {
+        let file = DataFile::new(tempfile::tempfile().unwrap(), DirectIo::Off).unwrap();
+        let workers = Workers::start(&file, (Backend::Threads, 2)).unwrap();
+        let work = |number: usize, _: Lane| assert_ne!(number, 1, "the test's own panic");
+        let error = workers.run(work).unwrap_err();
+        assert_eq!(error.to_string(), "a worker thread panicked, which is a bug in vmfile");
     }
 }

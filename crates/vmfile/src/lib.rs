@@ -5,6 +5,7 @@
 
 #![forbid(unsafe_code)]
 
+mod beside;
 pub mod check;
 mod control;
 pub mod convert;

@@ -12,8 +12,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 
 use vmfile_engine::{
-    BackendInUse, DataFile, Direction, Memory, PooledBuffer, Transfer, is_zero, page_hash,
-    punch_hole,
+    DataFile, Direction, Memory, PooledBuffer, Transfer, is_zero, page_hash, punch_hole,
 };
 use vmfile_format::manifest::{HASH_LEN, encode_hash};
 use vmfile_format::mapped_ram::PlacedBlock;
@@ -153,15 +152,10 @@ impl Slot {
 }
 
 impl<'a> PageWriter<'a> {
-    /// Opens one of `writers` ways to the file of `ram`.
-    pub(crate) fn open(
-        ram: &'a ReceivedRam,
-        backend: vmfile_engine::Backend,
-        writers: usize,
-    ) -> io::Result<(PageWriter<'a>, BackendInUse)> {
-        let (lane, backend) = Lane::open(&ram.file, backend, writers)?;
+    /// Takes `lane`, which leads to the file of `ram`.
+    pub(crate) fn new(ram: &'a ReceivedRam, lane: Lane) -> PageWriter<'a> {
         let (open, in_flight, counts) = (None, HashMap::new(), Counts::default());
-        Ok((PageWriter { ram, lane, open, in_flight, counts }, backend))
+        PageWriter { ram, lane, open, in_flight, counts }
     }
 
     /// Takes a page; `data` has its length.

@@ -1,6 +1,11 @@
-//! Which bytes are worth looking at, cut into units of work. Pure: no I/O, no clock.
+//! Which bytes are worth looking at, cut into units of work that workers take one after another.
+//!
+//! Where there is something to do is asked as the work goes on: no list of places is made, which a guest
+//! could make as long as it likes.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 /// A unit of work: what one worker reads, tests, hashes and writes before it takes the next.
 ///
@@ -12,32 +17,90 @@ pub(crate) const UNIT_LEN: u64 = 16 << 20;
 /// Larger ones gain nothing on any disk that was tried, and smaller ones cost calls.
 pub(crate) const WINDOW_LEN: u64 = 2 << 20;
 
-/// A part of one RAM block in which there may be data.
+/// A part of one RAM block, between two multiples of the units' length or up to the block's end.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Unit {
     /// The block's number.
     pub(crate) block: usize,
-    /// The first byte of the unit in its block: a multiple of [`UNIT_LEN`].
-    pub(crate) start: u64,
-    /// Byte ranges of the block, in order, inside the unit; at least one.
-    pub(crate) ranges: Vec<Range<u64>>,
+    /// Bytes of the block.
+    pub(crate) range: Range<u64>,
 }
 
-/// Cuts the ranges of each block that may hold data into units, in the order of the file.
-///
-/// Ranges are in order and do not overlap; what lies outside them is known to be zero.
-pub(crate) fn units(blocks: &[Vec<Range<u64>>]) -> Vec<Unit> {
-    let mut units: Vec<Unit> = Vec::new();
-    for (block, ranges) in blocks.iter().enumerate() {
-        for piece in ranges.iter().flat_map(|range| pieces(range.clone(), UNIT_LEN)) {
-            let start = piece.start - piece.start % UNIT_LEN;
-            match units.last_mut() {
-                Some(unit) if unit.block == block && unit.start == start => unit.ranges.push(piece),
-                _ => units.push(Unit { block, start, ranges: vec![piece] }),
+/// The units of all blocks in the order of the file, each handed out once.
+#[derive(Debug)]
+pub(crate) struct Units {
+    block_lens: Vec<u64>,
+    unit_len: u64,
+    next: Mutex<Next>,
+    ended: AtomicBool,
+}
+
+/// Where the next unit may begin.
+#[derive(Clone, Copy, Debug, Default)]
+struct Next {
+    block: usize,
+    offset: u64,
+}
+
+impl Units {
+    /// Cuts blocks of these lengths, in bytes, into units of `unit_len`.
+    pub(crate) fn new(block_lens: impl IntoIterator<Item = u64>, unit_len: u64) -> Units {
+        let block_lens = block_lens.into_iter().collect();
+        Units { block_lens, unit_len, next: Mutex::default(), ended: AtomicBool::new(false) }
+    }
+
+    /// Takes the next unit in which `first` finds something: it returns the first such byte of a range
+    /// of a block. `None` if there is no further unit, or if a worker has failed.
+    ///
+    /// # Errors
+    ///
+    /// Returns the error of `first`.
+    pub(crate) fn take<E>(
+        &self,
+        first: impl Fn(usize, Range<u64>) -> Result<Option<u64>, E>,
+    ) -> Result<Option<Unit>, E> {
+        // A worker that panicked in `first` has left `next` as it was.
+        let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
+        while let Some(&len) = self.block_lens.get(next.block) {
+            if self.ended.load(Ordering::Relaxed) {
+                return Ok(None);
+            }
+            let Next { block, offset } = *next;
+            let found = if offset < len { first(block, offset..len)? } else { None };
+            match found {
+                None => *next = Next { block: block + 1, offset: 0 },
+                Some(found) => {
+                    let start = found - found % self.unit_len;
+                    let end = start.saturating_add(self.unit_len).min(len);
+                    next.offset = end;
+                    return Ok(Some(Unit { block, range: start..end }));
+                }
             }
         }
+        Ok(None)
     }
-    units
+
+    /// Does a worker's part. If it fails or panics, no worker is given a further unit.
+    pub(crate) fn work<T, E>(&self, part: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
+        let mut end = EndUnless { units: self, succeeded: false };
+        let result = part();
+        end.succeeded = result.is_ok();
+        result
+    }
+}
+
+/// Ends the handing out when it is dropped, also by a panic, unless the work succeeded.
+struct EndUnless<'a> {
+    units: &'a Units,
+    succeeded: bool,
+}
+
+impl Drop for EndUnless<'_> {
+    fn drop(&mut self) {
+        if !self.succeeded {
+            self.units.ended.store(true, Ordering::Relaxed);
+        }
+    }
 }
 
 /// Cuts `range` at the multiples of `len`.
@@ -51,54 +114,53 @@ pub(crate) fn pieces(range: Range<u64>, len: u64) -> impl Iterator<Item = Range<
     })
 }
 
-/// Returns the sum of the ranges' lengths, in bytes.
-pub(crate) fn total_len(blocks: &[Vec<Range<u64>>]) -> u64 {
-    blocks.iter().flatten().map(|range| range.end - range.start).sum()
-}
-
 #[cfg(test)]
 mod tests {
+    use std::convert::Infallible;
+
     use proptest::prelude::*;
 
     use super::*;
 
-    /// Ordered ranges of whole pages that do not touch.
-    fn ranges() -> impl Strategy<Value = Vec<Range<u64>>> {
-        proptest::collection::vec((1_u64..9000, 1_u64..9000), 0..12).prop_map(|steps| {
-            let mut end = 0;
-            let mut ranges = Vec::new();
-            for (gap, pages) in steps {
-                let start = end + gap * 4096;
-                end = start + pages * 4096;
-                ranges.push(start..end);
-            }
-            ranges
-        })
-    }
-
     proptest! {
         #[test]
-        fn units_cover_every_byte_once_and_stay_on_their_grid(
-            blocks in proptest::collection::vec(ranges(), 0..4),
+        fn every_place_is_in_one_unit_and_no_unit_is_without(
+            blocks in proptest::collection::vec(
+                (1_u64..200, proptest::collection::btree_set(0_u64..200, 0..20)), 0..4),
         ) {
-            let units = units(&blocks);
-            let mut found = vec![Vec::new(); blocks.len()];
-            for unit in &units {
-                prop_assert_eq!(unit.start % UNIT_LEN, 0);
-                for range in &unit.ranges {
-                    prop_assert!(range.start >= unit.start);
-                    prop_assert!(range.end <= unit.start + UNIT_LEN);
-                    let block: &mut Vec<Range<u64>> = &mut found[unit.block];
-                    match block.last_mut() {
-                        Some(last) if last.end == range.start => last.end = range.end,
-                        _ => block.push(range.clone()),
-                    }
-                }
+            let units = Units::new(blocks.iter().map(|(len, _)| *len), 16);
+            let first = |block: usize, range: Range<u64>| {
+                Ok::<_, Infallible>(blocks[block].1.range(range).next().copied())
+            };
+            let mut found = Vec::new();
+            while let Some(Unit { block, range }) = units.take(first).unwrap() {
+                prop_assert_eq!(range.start % 16, 0);
+                prop_assert!(range.end == blocks[block].0 || range.end % 16 == 0);
+                let places: Vec<u64> = blocks[block].1.range(range).copied().collect();
+                prop_assert!(!places.is_empty());
+                found.extend(places.into_iter().map(|place| (block, place)));
             }
-            prop_assert_eq!(&found, &blocks);
-            let keys: Vec<_> = units.iter().map(|unit| (unit.block, unit.start)).collect();
-            prop_assert!(keys.windows(2).all(|pair| pair[0] < pair[1]), "one unit for each place");
+            let places = blocks.iter().enumerate().flat_map(|(block, (len, places))| {
+                places.range(..len).map(move |&place| (block, place))
+            });
+            prop_assert_eq!(found, places.collect::<Vec<_>>());
         }
+    }
+
+    #[test]
+    fn a_worker_that_fails_or_panics_ends_the_handing_out() {
+        let first = |_, range: Range<u64>| Ok::<_, Infallible>(Some(range.start));
+        let units = Units::new([64], 16);
+        assert!(units.take(first).unwrap().is_some());
+        units.work(|| Ok::<_, ()>(())).unwrap();
+        assert!(units.take(first).unwrap().is_some());
+        units.work(|| Err::<(), _>(())).unwrap_err();
+        assert_eq!(units.take(first).unwrap(), None);
+
+        let units = Units::new([64], 16);
+        let work = || units.work(|| -> Result<(), ()> { panic!("the test's own panic") });
+        std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).unwrap_err();
+        assert_eq!(units.take(first).unwrap(), None);
     }
 
     #[test]

@@ -19,32 +19,6 @@ pub(crate) fn merge(mut ranges: Vec<Range<u64>>, alignment: u64, end: u64) -> Ve
     merged
 }
 
-/// Returns what of `ranges` is not in `taken`; both are in order and without overlap.
-pub(crate) fn subtract(ranges: &[Range<u64>], taken: &[Range<u64>]) -> Vec<Range<u64>> {
-    let mut left = Vec::new();
-    let mut taken = taken.iter().peekable();
-    for range in ranges {
-        let mut start = range.start;
-        while taken.peek().is_some_and(|taken| taken.end <= start) {
-            taken.next();
-        }
-        while let Some(hole) = taken.peek().filter(|hole| hole.start < range.end) {
-            if hole.start > start {
-                left.push(start..hole.start);
-            }
-            start = start.max(hole.end);
-            if hole.end > range.end {
-                break;
-            }
-            taken.next();
-        }
-        if start < range.end {
-            left.push(start..range.end);
-        }
-    }
-    left
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -58,20 +32,5 @@ mod tests {
     #[test]
     fn what_lies_past_the_end_is_dropped() {
         assert_eq!(merge(vec![0..1, 8192..9000], 4096, 8192), merge(vec![0..1, 1..2], 4096, 8192));
-    }
-
-    proptest::proptest! {
-        #[test]
-        fn subtracting_is_what_a_naive_loop_does(
-            a in proptest::collection::vec(proptest::bool::ANY, 40),
-            b in proptest::collection::vec(proptest::bool::ANY, 40),
-        ) {
-            let of = |bits: &[bool]| -> Vec<Range<u64>> {
-                let set = (0..40).filter(|&i| bits[usize::try_from(i).unwrap()]);
-                merge(set.map(|i| i..i + 1).collect(), 1, 40)
-            };
-            let both: Vec<bool> = a.iter().zip(&b).map(|(&a, &b)| a && !b).collect();
-            proptest::prop_assert_eq!(of(&both), merge(subtract(&of(&a), &of(&b)), 1, 40));
-        }
     }
 }

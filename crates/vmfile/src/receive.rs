@@ -21,6 +21,7 @@ use vmfile_qemu::ProcessInfo;
 use crate::check::describe;
 use crate::control::Control;
 use crate::draft::{Draft, DraftError, Facts};
+use crate::lane::Workers;
 use crate::listener::Listener;
 use crate::multifd::{CHANNELS_MAX, ChannelsError, Connections};
 use crate::new_file::new_file;
@@ -244,7 +245,9 @@ pub fn receive(
     };
     let connections = connect(from, options.channels, &patience)?;
     let sender = vmfile_qemu::sender(&connections.stream);
-    let receiver = StreamReceiver { draft: &draft, io: options.io, patience };
+    let width = (options.io, connections.channels.len() + 1);
+    let workers = Workers::start(draft.file(), width).map_err(ReceiveError::write_ram)?;
+    let receiver = StreamReceiver { draft: &draft, workers, patience };
     let received = receiver.run(connections, || Ok::<_, ReceiveError>(()))?;
     let vm = describe_vm(&received, sender);
     let facts = Facts { route: "stream", live: None, pause_seconds: None, vm };

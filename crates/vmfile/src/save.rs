@@ -28,8 +28,7 @@ use std::time::{Duration, Instant};
 use vmfile_engine::PublishError;
 use vmfile_format::manifest::VmMeta;
 use vmfile_qemu::{
-    Flushed, Footprint, Holder, PUT_BACK_TIMEOUT, Paused, RamBlockInfo, RunState, SaveRecord, Vm,
-    VmError,
+    Footprint, Holder, PUT_BACK_TIMEOUT, Paused, RamBlockInfo, RunState, SaveRecord, Vm, VmError,
 };
 
 use self::describe::describe_vm;
@@ -130,11 +129,21 @@ impl Work<'_> {
         self.options.after == After::Quit
     }
 
-    /// Notes what QEMU said of its disks, if that is not that they are durable.
-    fn note(&mut self, flushed: Flushed) {
-        if let Flushed::Unknown { reason } = flushed {
-            self.warnings.push(format!("QEMU did not say whether the disks are durable: {reason}"));
+    /// Whether the guest stands still after the save, in a QEMU that lives on.
+    fn stays_paused(&self) -> bool {
+        match self.options.after {
+            After::Quit => false,
+            After::Pause => true,
+            After::Resume => self.meta.run_state != "running",
         }
+    }
+
+    /// Notes that QEMU will be in a state from which it does not send the VM once more.
+    fn warn_of_postmigrate(&mut self, reason: &str) {
+        self.warnings.push(format!(
+            "the VM is paused in QEMU's state postmigrate and cannot be saved again before it has \
+             run; --route direct leaves it as it was ({reason})"
+        ));
     }
 }
 
@@ -249,6 +258,7 @@ impl<'a> Save<'a> {
             self.note_that_it_ran(paused)?;
         }
         self.disks.freeze(paused.vm())?;
+        self.warnings.extend(paused.vm().flush_disks()?);
         let blocks = paused.blocks().to_vec();
         let paused_at = paused.stopped_at();
         let mut work = Work {

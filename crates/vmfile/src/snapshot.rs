@@ -203,9 +203,14 @@ impl Snapshot {
     /// Returns the checksum of the bytes that lie in `extent`, which are read in pieces: the bitmap
     /// of a large block takes megabytes.
     pub(crate) fn checksum(&self, extent: &ExtentMeta) -> Result<u128, SnapshotError> {
+        /// What fits into the cache of a processor.
+        const PIECE_LEN: u64 = 256 << 10;
         let mut hasher = PageHasher::new();
-        for piece in pieces(extent.offset..extent.offset + extent.bytes, WINDOW_LEN) {
-            hasher.write(&self.read(piece.start, piece.end - piece.start)?);
+        let mut buffer = vec![0; in_memory(extent.bytes.min(PIECE_LEN))];
+        for piece in pieces(extent.offset..extent.offset + extent.bytes, PIECE_LEN) {
+            let bytes = &mut buffer[..in_memory(piece.end - piece.start)];
+            read_into(&self.path, &self.file, piece.start, bytes)?;
+            hasher.write(bytes);
         }
         Ok(hasher.finish())
     }
@@ -242,20 +247,24 @@ impl Snapshot {
 
     /// Reads `len` bytes at `offset`; both come from a structure that was checked.
     pub(crate) fn read(&self, offset: u64, len: u64) -> Result<Vec<u8>, SnapshotError> {
-        let len = usize::try_from(len).expect("the structure's limits fit into memory");
-        read_at(&self.path, &self.file, offset, len)
+        read_at(&self.path, &self.file, offset, in_memory(len))
     }
+}
+
+fn in_memory(len: u64) -> usize {
+    usize::try_from(len).expect("the structure's limits fit into memory")
 }
 
 fn read_at(path: &Path, file: &File, offset: u64, len: usize) -> Result<Vec<u8>, SnapshotError> {
     let mut bytes = vec![0; len];
-    file.read_exact_at(&mut bytes, offset).map_err(|source| SnapshotError::Read {
-        path: path.to_path_buf(),
-        offset,
-        len,
-        source,
-    })?;
+    read_into(path, file, offset, &mut bytes)?;
     Ok(bytes)
+}
+
+fn read_into(path: &Path, file: &File, offset: u64, bytes: &mut [u8]) -> Result<(), SnapshotError> {
+    let (path, len) = (path.to_path_buf(), bytes.len());
+    let read = file.read_exact_at(bytes, offset);
+    read.map_err(|source| SnapshotError::Read { path, offset, len, source })
 }
 
 fn read_structure(

@@ -1,10 +1,10 @@
 //! A stream in, pages and devices out: the work of a receive, whoever asked for it.
 
 use std::ops::ControlFlow;
-use std::thread;
+use std::sync::{Mutex, PoisonError};
 
 use flate2::{Decompress, FlushDecompress, Status};
-use vmfile_engine::{Backend, BackendInUse};
+use vmfile_engine::BackendInUse;
 use vmfile_format::error::FormatErrorKind;
 use vmfile_format::limits::DEVICE_STATE_LEN_MAX;
 use vmfile_format::stream::configuration::Configuration;
@@ -15,6 +15,7 @@ use vmfile_format::{FormatError, PageBitmap, PageIndex, RamLayout};
 
 use crate::control::Meter;
 use crate::draft::{Draft, Places, Tail};
+use crate::lane::{Lane, Workers};
 use crate::listener::Listener;
 use crate::multifd::{Channel, ChannelCounts, ChannelsError, Connections, Rounds, StreamRounds};
 use crate::page_writer::{Counts, PAGE_LEN_MIN, PageWriter, ReceivedRam};
@@ -25,7 +26,8 @@ use crate::source::stream::{Patience, StreamSource};
 #[derive(Debug)]
 pub(crate) struct StreamReceiver<'a> {
     pub(crate) draft: &'a Draft,
-    pub(crate) io: Backend,
+    /// A thread for the stream and one for each channel.
+    pub(crate) workers: Workers,
     pub(crate) patience: Patience<'a>,
 }
 
@@ -72,10 +74,10 @@ struct Head {
 impl StreamReceiver<'_> {
     /// Receives all that comes by `connections`; `at_end` is called when the last byte of the stream
     /// has come, before the last pages are on the disk.
-    pub(crate) fn run<E: From<ReceiveError>>(
-        &self,
+    pub(crate) fn run<E: From<ReceiveError> + Send>(
+        self,
         connections: Connections,
-        at_end: impl FnOnce() -> Result<(), E>,
+        at_end: impl FnOnce() -> Result<(), E> + Send,
     ) -> Result<Received, E> {
         let Connections { stream, begun, channels, listener } = connections;
         let rounds = Rounds::new(self.patience, channels.len());
@@ -88,25 +90,22 @@ impl StreamReceiver<'_> {
         self.draft.reserve(places.tables()).map_err(ReceiveError::from)?;
         let file = self.draft.file().clone();
         let ram = ReceivedRam::new(file, places.blocks(), places.hashes());
-        let writers = channels.len() + 1;
-        let open = || PageWriter::open(&ram, self.io, writers).map_err(ReceiveError::write_ram);
-        let (writer, backend) = open()?;
+        let backend = self.workers.backend().clone();
         let meter = Meter::new(self.patience.control, head.ram.total_length());
-        let mut channel_work = Vec::new();
-        for channel in channels {
-            channel_work.push((Channel::new(channel, &head.ram, &rounds), open()?.0));
-        }
-        let stream_work = StreamWork {
-            ram: &head.ram,
-            writer,
-            rounds: StreamRounds::new(&rounds),
-            meter: &meter,
-            listener,
-            devices: Vec::new(),
-        };
+        let channel = |channel| Channel::new(channel, &head.ram, &rounds);
+        let parts = Parts { rounds: &rounds, meter: &meter, ram: &ram };
+        let channels = channels.into_iter().map(channel).collect();
         let mut ended = None;
-        let done = on_threads(&rounds, &meter, channel_work, || {
-            stream_work.receive(&mut source, &mut decoder, || ended = Some(at_end()))
+        let done = parts.receive(self.workers, channels, |writer| {
+            let stream = StreamWork {
+                ram: &head.ram,
+                writer,
+                rounds: StreamRounds::new(&rounds),
+                meter: &meter,
+                listener,
+                devices: Vec::new(),
+            };
+            stream.receive(&mut source, &mut decoder, || ended = Some(at_end()))
         });
         rounds.into_result()?;
         ended.expect("nothing failed")?;
@@ -125,36 +124,75 @@ impl StreamReceiver<'_> {
     }
 }
 
-/// Receives by all channels, each in a thread, and by the stream; if one fails, nobody goes on.
-///
-/// Returns what follows RAM, what was written, and the bytes of the channels; `None` if `rounds` know
-/// of a failure.
-fn on_threads<'a>(
-    rounds: &Rounds<'_>,
-    meter: &Meter<'_>,
-    channels: Vec<(Channel<'a>, PageWriter<'a>)>,
-    stream: impl FnOnce() -> Result<(Vec<u8>, Counts), ReceiveError>,
-) -> Option<(Vec<u8>, Counts, u64)> {
-    let (stream, channels) = thread::scope(|scope| {
-        let spawn = |(number, (channel, writer)): (u8, (Channel<'a>, PageWriter<'a>))| {
-            scope.spawn(move || {
-                let received = channel.receive(writer, |bytes| meter.add(bytes));
-                received.map_err(|error| rounds.fail(error.of_channel(number))).ok()
+/// What the stream and all channels share.
+#[derive(Clone, Copy)]
+struct Parts<'a> {
+    rounds: &'a Rounds<'a>,
+    meter: &'a Meter<'a>,
+    ram: &'a ReceivedRam,
+}
+
+/// What one part has received.
+enum Part {
+    /// By the stream: what follows RAM, and what was written.
+    Stream(Vec<u8>, Counts),
+    Channel(ChannelCounts),
+}
+
+impl<'a> Parts<'a> {
+    /// Receives by the stream and by all channels, each in a thread; if one fails or panics, none goes
+    /// on.
+    ///
+    /// Returns what follows RAM, what was written, and the bytes of the channels; `None` if the rounds
+    /// know of a failure.
+    fn receive(
+        self,
+        workers: Workers,
+        channels: Vec<Channel<'a>>,
+        stream: impl FnOnce(PageWriter<'a>) -> Result<(Vec<u8>, Counts), ReceiveError> + Send,
+    ) -> Option<(Vec<u8>, Counts, u64)> {
+        assert_eq!(workers.count(), channels.len() + 1, "a thread for each connection");
+        let channels: Vec<_> = channels.into_iter().map(|it| Mutex::new(Some(it))).collect();
+        let stream = Mutex::new(Some(stream));
+        let work = |number: usize, lane: Lane| {
+            let writer = PageWriter::new(self.ram, lane);
+            self.rounds.take_part(|| match number.checked_sub(1) {
+                None => {
+                    let received = taken(&stream)(writer);
+                    self.rounds.stream_ends();
+                    received.map(|(devices, counts)| Part::Stream(devices, counts))
+                }
+                Some(number) => {
+                    let received =
+                        taken(&channels[number]).receive(writer, |bytes| self.meter.add(bytes));
+                    let number = u8::try_from(number).expect("at most CHANNELS_MAX");
+                    received.map(Part::Channel).map_err(|error| error.of_channel(number))
+                }
             })
         };
-        let channels: Vec<_> = (0..).zip(channels).map(spawn).collect();
-        let stream = stream().map_err(|error| rounds.fail(error)).ok();
-        rounds.stream_ends();
-        let join = |channel: thread::ScopedJoinHandle<'_, _>| channel.join().expect("no panic");
-        (stream, channels.into_iter().map(join).collect::<Option<Vec<ChannelCounts>>>())
-    });
-    let (devices, mut counts) = stream?;
-    let mut channel_bytes = 0;
-    for channel in channels? {
-        counts += channel.pages;
-        channel_bytes += channel.stream_bytes;
+        let received = workers.run(work);
+        let received = received.map_err(|error| self.rounds.fail(ReceiveError::write_ram(error)));
+        let (mut devices, mut counts, mut channel_bytes) = (None, Counts::default(), 0);
+        for part in received.ok()? {
+            match part? {
+                Part::Stream(bytes, pages) => {
+                    devices = Some(bytes);
+                    counts += pages;
+                }
+                Part::Channel(channel) => {
+                    counts += channel.pages;
+                    channel_bytes += channel.stream_bytes;
+                }
+            }
+        }
+        Some((devices?, counts, channel_bytes))
     }
-    Some((devices, counts, channel_bytes))
+}
+
+/// Takes what a thread does, which it does once.
+fn taken<T>(part: &Mutex<Option<T>>) -> T {
+    let part = part.lock().unwrap_or_else(PoisonError::into_inner).take();
+    part.expect("each thread has its own number")
 }
 
 /// What is done with the stream after its head.

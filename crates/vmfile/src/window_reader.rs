@@ -2,39 +2,52 @@
 
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
-use vmfile_engine::{Backend, BackendInUse, DataFile, Direction, Memory, Transfer};
+use vmfile_engine::{BackendInUse, Direction, Memory, Transfer};
 use vmfile_format::mapped_ram::PlacedBlock;
+use vmfile_format::{PageBitmap, PageRange};
 
-use crate::control::{Control, Progress};
-use crate::lane::{Lane, on_lanes};
+use crate::control::{Control, Meter};
+use crate::lane::{Lane, Workers};
+use crate::plan::{Unit, Units, WINDOW_LEN};
 
-/// A piece of one block that is read at once; it crosses no multiple of
-/// [`WINDOW_LEN`](crate::plan::WINDOW_LEN).
+/// A window of one block, and the part of it that is read at once.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Window {
     /// The block's number.
     pub(crate) block: usize,
-    /// Bytes of the block.
+    /// The window's bytes of the block: up to the next multiple of [`WINDOW_LEN`].
+    pub(crate) whole: Range<u64>,
+    /// The bytes that are read, from the first place to the last: a hole between them costs nothing
+    /// to read. Empty if the window is of interest though no byte is to be read.
     pub(crate) range: Range<u64>,
 }
 
-/// What is read, and who may stop it.
-#[derive(Debug)]
+/// Windows that are of interest although no page in them has data.
+pub(crate) trait MorePlaces: Sync {
+    /// Returns the first byte of `range`, a range of a block, that is of interest.
+    fn first(&self, block: usize, range: &Range<u64>) -> io::Result<Option<u64>>;
+
+    /// Returns the bytes to read of a window of a block, besides those of pages with data.
+    fn to_read(&self, block: usize, window: &Range<u64>) -> io::Result<Option<Range<u64>>>;
+}
+
+/// What is read, and who may stop it: windows with data, each from its first such page to its last, and
+/// those that `more` adds.
 pub(crate) struct WindowReader<'a> {
-    pub(crate) file: &'a DataFile,
     pub(crate) blocks: &'a [PlacedBlock],
-    pub(crate) windows: &'a [Window],
+    /// Which pages of each block have data.
+    pub(crate) bitmaps: &'a [PageBitmap],
+    pub(crate) more: Option<&'a dyn MorePlaces>,
     pub(crate) control: &'a Control<'a>,
 }
 
-/// Why windows could not be read. That one of them has bytes which the disk does not give is told
-/// to whoever takes it.
+/// Why windows could not be read. A window that the disk does not give is no such reason: the function
+/// that takes the window gets the error in place of its bytes.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum WindowError {
-    #[error("the file, with the back end that was asked for")]
-    Open(#[source] io::Error),
+    #[error("where there are pages to look at")]
+    Places(#[source] io::Error),
     #[error("the pages")]
     Read(#[source] io::Error),
     #[error("stopped")]
@@ -42,42 +55,41 @@ pub(crate) enum WindowError {
 }
 
 /// What all workers see.
-#[derive(Debug, Default)]
-struct Shared {
-    next: AtomicUsize,
-    done: AtomicU64,
-    total_bytes: u64,
-    failed: AtomicBool,
+struct Shared<'a> {
+    units: Units,
+    meter: Meter<'a>,
 }
 
 impl WindowReader<'_> {
-    /// Reads all windows and hands each to `take`, with what the worker remembers; returns what all
-    /// workers remember in the end, and the back end.
+    /// Reads all windows by `workers`, whose lanes lead to the file, and hands each to `take`, with what
+    /// the worker remembers; returns what all workers remember in the end, and the back end.
     pub(crate) fn read<T, E>(
         &self,
-        width: (Backend, usize),
+        workers: Workers,
         take: impl Fn(&mut T, &Window, io::Result<&[u8]>) -> Result<(), E> + Sync,
     ) -> Result<(Vec<T>, BackendInUse), E>
     where
         T: Default + Send,
         E: From<WindowError> + Send,
     {
-        let total_bytes = self.windows.iter().map(|window| window.range.end - window.range.start);
-        let shared = Shared { total_bytes: total_bytes.sum(), ..Shared::default() };
-        let work = |lane: Lane| {
-            let result = self.work(&shared, lane, &take);
-            if result.is_err() {
-                shared.failed.store(true, Ordering::Relaxed);
-            }
-            result
-        };
-        let (results, backend) = on_lanes(self.file, width, work).map_err(WindowError::Open)?;
+        let lens = self.blocks.iter().map(|placed| placed.block.used_length());
+        let units = Units::new(lens, WINDOW_LEN);
+        let shared = Shared { units, meter: Meter::new(self.control, self.data_bytes()) };
+        let backend = workers.backend().clone();
+        let work = |_, lane: Lane| shared.units.work(|| self.work(&shared, lane, &take));
+        let results = workers.run(work).map_err(WindowError::Read)?;
         Ok((results.into_iter().collect::<Result<_, E>>()?, backend))
+    }
+
+    /// Returns how many bytes of data there are.
+    pub(crate) fn data_bytes(&self) -> u64 {
+        let blocks = self.blocks.iter().zip(self.bitmaps);
+        blocks.map(|(placed, bitmap)| bitmap.data_count().0 * page_len(placed)).sum()
     }
 
     fn work<T, E>(
         &self,
-        shared: &Shared,
+        shared: &Shared<'_>,
         mut lane: Lane,
         take: &impl Fn(&mut T, &Window, io::Result<&[u8]>) -> Result<(), E>,
     ) -> Result<T, E>
@@ -87,42 +99,167 @@ impl WindowReader<'_> {
     {
         let mut remembered = T::default();
         loop {
-            while lane.has_room() && self.submit_next(shared, &mut lane)? {}
+            while let Some(window) = self.submit_next(shared, &mut lane)? {
+                if window.range.is_empty() {
+                    take(&mut remembered, &window, Ok(&[]))?;
+                }
+            }
             let Some(completion) = lane.next_read().map_err(WindowError::Read)? else { break };
-            let index = usize::try_from(completion.transfer.tag).expect("an index");
-            let window = &self.windows[index];
-            let bytes = match &completion.transfer.memory {
-                Memory::Owned(buffer, range) => &buffer[range.clone()],
-                _ => unreachable!("windows are read into buffers"),
+            let Transfer { file_offset, memory, tag, .. } = completion.transfer;
+            let Memory::Owned(buffer, range) = memory else {
+                unreachable!("windows are read into buffers");
             };
-            take(&mut remembered, window, completion.result.map(|()| bytes))?;
-            let len = window.range.end - window.range.start;
-            let done_bytes = shared.done.fetch_add(len, Ordering::Relaxed) + len;
-            self.control.report(Progress { done_bytes, total_bytes: shared.total_bytes });
+            let block = usize::try_from(tag).expect("a block's number");
+            let start = file_offset - self.blocks[block].pages_offset;
+            let window = self.window(block, start..start + range.len() as u64);
+            take(&mut remembered, &window, completion.result.map(|()| &buffer[range]))?;
+            shared.meter.add(self.data_bytes_of(&window));
         }
         Ok(remembered)
     }
 
-    /// Submits the read of the next window; `false` when there is none, or no buffer for it.
-    fn submit_next(&self, shared: &Shared, lane: &mut Lane) -> Result<bool, WindowError> {
+    /// Submits the read of the next window and returns the window; `None` if there is none, or no room
+    /// for it.
+    fn submit_next(
+        &self,
+        shared: &Shared<'_>,
+        lane: &mut Lane,
+    ) -> Result<Option<Window>, WindowError> {
         if self.control.is_stopped() {
             return Err(WindowError::Stopped);
         }
-        if shared.failed.load(Ordering::Relaxed) {
-            return Ok(false);
-        }
-        let Some(buffer) = lane.free_buffer() else { return Ok(false) };
-        let index = shared.next.fetch_add(1, Ordering::Relaxed);
-        let Some(window) = self.windows.get(index) else { return Ok(false) };
-        let placed = &self.blocks[window.block];
-        let len = usize::try_from(window.range.end - window.range.start).expect("a window");
-        let transfer = Transfer {
-            direction: Direction::Read,
-            file_offset: placed.pages_offset + window.range.start,
-            memory: Memory::Owned(buffer, 0..len),
-            tag: index as u64,
+        let buffer = if lane.has_room() { lane.free_buffer() } else { None };
+        let Some(buffer) = buffer else { return Ok(None) };
+        let Some(unit) = shared.units.take(|block, range| self.first(block, &range))? else {
+            return Ok(None);
         };
-        lane.submit(transfer).map_err(WindowError::Read)?;
-        Ok(true)
+        let window = self.to_read(unit)?;
+        let len = usize::try_from(window.range.end - window.range.start).expect("a window");
+        if len > 0 {
+            let file_offset = self.blocks[window.block].pages_offset + window.range.start;
+            let memory = Memory::Owned(buffer, 0..len);
+            // The completion says which block, and its offset says the rest.
+            let tag = window.block as u64;
+            let transfer = Transfer { direction: Direction::Read, file_offset, memory, tag };
+            lane.submit(transfer).map_err(WindowError::Read)?;
+        }
+        Ok(Some(window))
+    }
+
+    /// Returns the first byte of `range`, a range of a block, at which there is something.
+    fn first(&self, block: usize, range: &Range<u64>) -> Result<Option<u64>, WindowError> {
+        let page_len = page_len(&self.blocks[block]);
+        let first = self.bitmaps[block].first_within(self.pages(block, range));
+        let data = first.map(|page| (page.0 * page_len).max(range.start));
+        let more = match self.more {
+            // What cannot come before the data need not be looked for.
+            Some(more) if data != Some(range.start) => {
+                let before = range.start..data.unwrap_or(range.end);
+                more.first(block, &before).map_err(WindowError::Places)?
+            }
+            _ => None,
+        };
+        Ok(more.or(data))
+    }
+
+    fn to_read(&self, Unit { block, range: whole }: Unit) -> Result<Window, WindowError> {
+        let page_len = page_len(&self.blocks[block]);
+        let runs = self.bitmaps[block].runs_within(self.pages(block, &whole));
+        let data = runs.reduce(|all, run| PageRange::new(all.start.0, run.end.0));
+        let data = data.map(|pages| pages.start.0 * page_len..pages.end.0 * page_len);
+        let more = match self.more {
+            Some(more) => more.to_read(block, &whole).map_err(WindowError::Places)?,
+            None => None,
+        };
+        let both = data.into_iter().chain(more);
+        let range = both.reduce(|a, b| a.start.min(b.start)..a.end.max(b.end));
+        let range = range.unwrap_or(whole.start..whole.start);
+        Ok(Window { block, whole, range })
+    }
+
+    /// Returns the window in which `range`, which was read, lies.
+    fn window(&self, block: usize, range: Range<u64>) -> Window {
+        let start = range.start - range.start % WINDOW_LEN;
+        let end = (start + WINDOW_LEN).min(self.blocks[block].block.used_length());
+        Window { block, whole: start..end, range }
+    }
+
+    fn data_bytes_of(&self, window: &Window) -> u64 {
+        let runs = self.bitmaps[window.block].runs_within(self.pages(window.block, &window.whole));
+        runs.map(|run| run.count().0).sum::<u64>() * page_len(&self.blocks[window.block])
+    }
+
+    fn pages(&self, block: usize, range: &Range<u64>) -> PageRange {
+        let page_len = page_len(&self.blocks[block]);
+        PageRange::new(range.start / page_len, range.end.div_ceil(page_len))
+    }
+}
+
+fn page_len(placed: &PlacedBlock) -> u64 {
+    placed.block.page_size().bytes()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::unix::fs::FileExt;
+    use std::sync::Mutex;
+
+    use vmfile_engine::{Backend, DataFile, DirectIo};
+    use vmfile_format::{PageIndex, PageSize, RamBlock};
+
+    use super::*;
+
+    struct Page(u64);
+
+    impl MorePlaces for Page {
+        fn first(&self, _: usize, range: &Range<u64>) -> io::Result<Option<u64>> {
+            Ok(range.contains(&(self.0 * 4096)).then_some(self.0 * 4096))
+        }
+
+        fn to_read(&self, _: usize, _: &Range<u64>) -> io::Result<Option<Range<u64>>> {
+            Ok(None)
+        }
+    }
+
+    fn windows(pages: &[u64], more: Option<&dyn MorePlaces>) -> Vec<(u64, Range<u64>)> {
+        let file: File = tempfile::tempfile().unwrap();
+        file.write_all_at(&[0], (17 << 20) - 1).unwrap();
+        let block = RamBlock::new("pc.ram".to_owned(), 16 << 20, PageSize::KIB_4).unwrap();
+        let mut bitmap = PageBitmap::new(block.page_count());
+        for &page in pages {
+            bitmap.set(PageIndex(page), true);
+        }
+        let placed =
+            PlacedBlock { block, record_offset: 0, bitmap_offset: 64, pages_offset: 1 << 20 };
+        let reader =
+            WindowReader { blocks: &[placed], bitmaps: &[bitmap], more, control: &Control::none() };
+        let found = Mutex::new(Vec::new());
+        let take = |(): &mut (), window: &Window, read: io::Result<&[u8]>| {
+            assert_eq!(read.unwrap().len() as u64, window.range.end - window.range.start);
+            let read = window.range.start / 4096..window.range.end / 4096;
+            found.lock().unwrap().push((window.whole.start / 4096, read));
+            Ok::<_, WindowError>(())
+        };
+        let file = DataFile::new(file, DirectIo::Off).unwrap();
+        let workers = Workers::start(&file, (Backend::Threads, 2)).unwrap();
+        reader.read(workers, take).unwrap();
+        let mut found = found.into_inner().unwrap();
+        found.sort_by_key(|(start, _)| *start);
+        found
+    }
+
+    #[test]
+    fn a_window_spans_its_data_and_crosses_no_border() {
+        let found = windows(&[3, 9, 511, 512, 2048], None);
+        assert_eq!(found, [(0, 3..512), (512, 512..513), (2048, 2048..2049)]);
+    }
+
+    #[test]
+    fn a_window_of_interest_without_data_is_taken_and_not_read() {
+        let found = windows(&[3, 2048], Some(&Page(1030)));
+        assert_eq!(found, [(0, 3..4), (1024, 1024..1024), (2048, 2048..2049)]);
+        let found = windows(&[3, 2048], Some(&Page(5)));
+        assert_eq!(found, [(0, 3..4), (2048, 2048..2049)]);
     }
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use vmfile::{Existing, Unpublished};
-use vmfile_bench::{Backing, BenchError, BenchOptions, Contents};
+use vmfile_bench::{Backing, BenchOptions, Contents};
 
 use crate::args::{BenchArguments, RamMode};
 use crate::commands::save::socket_of;
@@ -38,16 +38,14 @@ pub(crate) fn run(arguments: &BenchArguments, voice: &Voice) -> Result<ExitCode,
     let command = std::env::args().collect();
     let result =
         vmfile_bench::run(&options, command, &signals.stop, &|line| voice.step("bench", line));
-    let report = result.map_err(|error| match error {
-        BenchError::Stopped => Failure { code: signals.code(), ..Failure::from(&error) }
-            .hint("guests were ended and files removed"),
-        error => Failure::from(&error),
+    let report = result.map_err(|error| {
+        signals.explain(Failure::from(&error), "guests were ended and files removed")
     })?;
     if let Some(page) = page {
         write(page, &vmfile_bench::html::html(&report))?;
     }
     voice.answer(&report, vmfile_bench::table::table)?;
-    Ok(ExitCode::SUCCESS)
+    Ok(if signals.are_set() { signals.code().into() } else { ExitCode::SUCCESS })
 }
 
 /// Makes the file of the page; an older one of that name will be replaced.

@@ -26,8 +26,8 @@ pub(crate) fn run(voice: &Voice) -> Result<ExitCode, Failure> {
                 if vm.backing.is_empty() { "-".to_owned() } else { vm.backing.join(",") },
                 routes,
             ));
-            if let Some(reason) = &vm.reason {
-                text.push_str(&format!("{:>8}  {reason}\n", ""));
+            for words in vm.reason.iter().chain(&vm.note) {
+                text.push_str(&format!("{:>8}  {words}\n", ""));
             }
         }
         text

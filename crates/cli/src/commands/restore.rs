@@ -52,9 +52,7 @@ pub(crate) fn run(arguments: &RestoreArguments, voice: &Voice) -> Result<ExitCod
     drop(meter);
     drop(held);
     let restored = result.map_err(|error| failure(&error, &signals))?;
-    for warning in &restored.report.warnings {
-        voice.warn(warning);
-    }
+    voice.warnings(&restored.report.warnings);
     voice.report(&restored.report, human::restore);
     match restored.qemu {
         Some(qemu) if arguments.foreground => {

@@ -51,9 +51,7 @@ pub(crate) fn run(arguments: &SaveArguments, voice: &Voice) -> Result<ExitCode, 
         let failure = Failure::from(&error);
         signals.explain(failure, "the VM is as it was, and there is no file")
     })?;
-    for warning in &report.warnings {
-        voice.warn(warning);
-    }
+    voice.warnings(&report.warnings);
     voice.report(&report, human::save);
     Ok(ExitCode::SUCCESS)
 }

@@ -95,8 +95,14 @@ impl Voice {
         let _ = io::stderr().lock().write_all(text.as_bytes());
     }
 
-    /// Says on stderr what the user should know.
-    pub(crate) fn warn(&self, message: &str) {
+    /// Prints what the user should know although the verb did its work; JSON has it in the report.
+    pub(crate) fn warnings(&self, warnings: &[String]) {
+        if !self.json {
+            warnings.iter().for_each(|warning| self.warn(warning));
+        }
+    }
+
+    fn warn(&self, message: &str) {
         let text = if self.json {
             format!("{}\n", json!({ "type": "warning", "message": message }))
         } else {

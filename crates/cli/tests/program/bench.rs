@@ -1,6 +1,7 @@
 //! `vmfile bench`, small and end to end: its numbers must be plausible, and nothing be left.
 
 use std::fs;
+use std::io::{BufRead as _, BufReader};
 use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -207,4 +208,30 @@ fn what_cannot_be_measured_is_said_and_bad_input_refused() -> TestResult {
     said.assert(5, &["the files need"]);
     assert_eq!(names_in(small.path()), Vec::<String>::new());
     Ok(())
+}
+
+/// Ten minutes of rounds were thrown away by a Ctrl-C in the last of them.
+#[test]
+fn a_signal_in_a_later_round_keeps_the_rounds_before() -> TestResult {
+    let qemu = requires!(qemu >= "9.1");
+    let files = directory()?;
+    let words = ["--size", "64M", "--runs", "50", "--saves-only", "--ram", "private"];
+    let (mut command, _programs) = bench(&qemu, &words, files.path())?;
+    // Without fio there is no search for what the disk likes best, which takes minutes.
+    let programs = only(&["sh", "cat", "sync", "touch", "findmnt"])?;
+    command.env("PATH", programs.path());
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    let stderr = BufReader::new(child.stderr.take().ok_or("piped")?);
+    let mut lines = stderr.lines().map_while(Result::ok);
+    lines.find(|line| line.contains("round 2 of 50")).ok_or("a second round")?;
+    let pid = Pid::from_raw(i32::try_from(child.id())?).ok_or("a pid")?;
+    kill_process(pid, Signal::INT)?;
+    drop(lines.last());
+    let said = Said::from(child.wait_with_output()?);
+    said.assert(130, &["stopped by a signal"]);
+    let report = said.json()?;
+    let ours = way(&report["scenes"][0]["saves"], "vmfile")?;
+    assert!(ours["runs"].as_array().is_some_and(|runs| !runs.is_empty()), "{ours}");
+    assert_eq!(names_in(files.path()), Vec::<String>::new());
+    wait_until("nothing is left", || processes_in(files.path()).is_empty())
 }

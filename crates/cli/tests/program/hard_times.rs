@@ -257,6 +257,46 @@ fn with_fault(qmp: &Path, file: &Path, call: &str, error: &str) -> TestResult<Sa
     Ok(Command::new("strace").args(arguments).output()?.into())
 }
 
+/// Threads were started with the VM paused: one that could not be started was a panic, status 101, and
+/// left the VM as it was in the middle of the save.
+#[test]
+fn a_thread_that_cannot_be_started_is_refused_before_the_vm_stops() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    requires!(strace());
+    let directory = directory()?;
+    let path = directory.path();
+    for number in ["when=1", "when=2"] {
+        for io in ["auto", "threads"] {
+            let (said, stops) = fails(&qemu, path, |qmp, file| {
+                let fault = format!("inject=clone3:error=EAGAIN:{number}");
+                let mut strace = Command::new("strace");
+                strace.args(["-f", "-qq", "-o", "/dev/null", "-e", "trace=clone3", "-e", &fault]);
+                strace.arg(program()).args(["save", "--jobs", "2", "--io", io]);
+                Ok(strace.args([qmp, file]).output()?.into())
+            })?;
+            assert_eq!(stops, 0, "{said:?}");
+            said.assert(5, &["take threads and memory for the save"]);
+        }
+    }
+    Ok(())
+}
+
+/// Buffers were allocated with the VM paused, and a buffer that was not to be had was an abort.
+#[test]
+fn memory_that_is_not_there_is_refused_before_the_vm_stops() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    let directory = directory()?;
+    let (said, stops) = fails(&qemu, directory.path(), |qmp, file| {
+        let limited = "ulimit -v 40000 && exec \"$@\"";
+        let mut shell = Command::new("sh");
+        shell.args(["-c", limited, "sh"]).arg(program()).args(["save", "--jobs", "2"]);
+        Ok(shell.args([qmp, file]).output()?.into())
+    })?;
+    assert_eq!(stops, 0, "{said:?}");
+    said.assert(5, &["take threads and memory for the save", "out of memory"]);
+    Ok(())
+}
+
 #[test]
 fn a_disk_that_fails_to_sync_leaves_the_vm_running_and_no_file() -> TestResult {
     let qemu = requires!(qemu >= "9.0");

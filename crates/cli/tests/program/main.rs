@@ -10,6 +10,8 @@ mod help;
 mod in_use;
 mod kills;
 mod matrix;
+mod paused;
+mod qemu_ends;
 mod run;
 mod send;
 mod streams;

@@ -81,7 +81,12 @@ pub(crate) fn number(page: u64) -> u8 {
     page.to_le_bytes()[0]
 }
 
-fn map(len: u64, flags: MapFlags, file: Option<(std::os::fd::BorrowedFd<'_>, u64)>) -> *mut c_void {
+/// Maps memory of this process, of a file from an offset on or anonymous.
+pub(crate) fn map(
+    len: u64,
+    flags: MapFlags,
+    file: Option<(std::os::fd::BorrowedFd<'_>, u64)>,
+) -> *mut c_void {
     let len = usize::try_from(len).unwrap();
     let protection = ProtFlags::READ | ProtFlags::WRITE;
     let start = match file {

@@ -42,7 +42,7 @@ fn a_direct_write_leaves_only_its_tail_in_the_page_cache() {
     let directory = host::directory();
     let Some(file) = direct(create(&directory.path().join("file"))) else { return };
     let len = (1 << 20) + 100;
-    let pool = BufferPool::new(1, 2 << 20, 4096);
+    let pool = BufferPool::new(1, 2 << 20, 4096).unwrap();
     let mut storage = open_storage(&file, Backend::Auto, 4).unwrap().storage;
     let mut buffer = pool.take();
     buffer.fill(7);

@@ -6,11 +6,13 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
 use rustix::fs::MemfdFlags;
+use rustix::mm::MapFlags;
 use vmfile_engine::{
-    Access, FileSystem, ProcessMemory, Region, data_ranges, drop_cached, file_system,
-    hugetlb_allocated_bytes, punch_hole, resident_bytes,
+    FileSystem, ProcessMemory, data_ranges, drop_cached, file_system, hugetlb_allocated_bytes,
+    punch_hole, resident_bytes,
 };
 
+use crate::child::map;
 use crate::host::{self, HugePages};
 
 fn memfd(flags: MemfdFlags, len: u64) -> File {
@@ -108,19 +110,16 @@ fn huge_pages_hide_their_holes_but_are_counted_and_found_by_page_tables() {
     assert_eq!(file_system(file.as_fd()).unwrap(), FileSystem::Hugetlbfs { page_size: SIZE });
     assert_eq!(hugetlb_allocated_bytes(file.as_fd()).unwrap(), 0);
 
-    let region = Region::map(file.as_fd(), 0, 6 * SIZE, Access::ReadWrite).unwrap();
-    region.store(SIZE + 5, &[1]);
-    region.store(4 * SIZE, &[2]);
+    let memory = ProcessMemory::open(std::process::id()).unwrap();
+    let start = map(6 * SIZE, MapFlags::SHARED, Some((file.as_fd(), 0))).addr() as u64;
+    // There is no `write` to hugetlbfs: its pages are made in a process that maps them.
+    memory.write(start + SIZE + 5, &[1]).unwrap();
+    memory.write(start + 4 * SIZE, &[2]).unwrap();
 
     assert_eq!(hugetlb_allocated_bytes(file.as_fd()).unwrap(), 2 * SIZE);
     // The trap: everything looks like data.
     assert_eq!(data_ranges(file.as_fd(), 0..6 * SIZE).unwrap(), [0..6 * SIZE]);
 
-    let memory = ProcessMemory::open(std::process::id()).unwrap();
-    let mapping = memory.mappings().unwrap().into_iter().find(|mapping| {
-        mapping.shared && mapping.inode == rustix::fs::fstat(&file).unwrap().st_ino
-    });
-    let start = mapping.unwrap().range.start;
     let touched = memory.touched(start..start + 6 * SIZE).unwrap();
     assert_eq!(touched, [start + SIZE..start + 2 * SIZE, start + 4 * SIZE..start + 5 * SIZE]);
 

@@ -2,11 +2,11 @@
 
 use std::io;
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
 use vmfile_engine::{
-    Access, Backing, BackingError, Fault, FileSystem, KernelProbe, ProcessMemory, Region,
-    data_ranges,
+    Access, Backing, BackingError, Fault, FileSystem, KernelProbe, ProcessMemory, data_ranges,
 };
 
 use crate::child::{
@@ -68,7 +68,7 @@ fn a_read_past_a_mapping_names_the_address() {
 }
 
 #[test]
-fn a_shared_memfd_is_opened_and_maps_to_the_same_bytes() {
+fn a_shared_memfd_is_opened_and_has_the_same_bytes() {
     let other = other();
     let range = other.shared + PAGE..other.shared + SHARED_LEN;
     let backing = other.memory.backing(range, Access::ReadWrite).unwrap();
@@ -76,13 +76,11 @@ fn a_shared_memfd_is_opened_and_maps_to_the_same_bytes() {
     assert_eq!(file.offset, SHARED_OFFSET + PAGE);
     assert_eq!(file.file_system, FileSystem::Tmpfs);
 
-    let region =
-        Region::map(file.file.as_fd(), file.offset, SHARED_LEN - PAGE, Access::ReadWrite).unwrap();
     let mut page = [0; 4096];
-    region.load(4 * PAGE, &mut page);
+    file.file.read_exact_at(&mut page, file.offset + 4 * PAGE).unwrap();
     assert_eq!(page, [0x55; 4096]);
 
-    region.store(4 * PAGE, b"from here");
+    file.file.write_all_at(b"from here", file.offset + 4 * PAGE).unwrap();
     let mut bytes = [0; 9];
     other.memory.read(other.shared + 5 * PAGE, &mut bytes).unwrap();
     assert_eq!(&bytes, b"from here");
@@ -126,6 +124,40 @@ fn only_touched_pages_are_reported() {
     assert_eq!(touched, [page(3)..page(5), page(9)..page(10), page(2047)..page(2048)]);
     let touched = other.memory.touched(page(3) + 100..page(4) + 1).unwrap();
     assert_eq!(touched, [page(3) + 100..page(4) + 1]);
+}
+
+#[test]
+fn the_first_touched_page_is_found_from_any_place() {
+    let other = other();
+    let page = |page: u64| other.private + page * PAGE;
+    for (from, first) in [(0, Some(3)), (3, Some(3)), (5, Some(9)), (10, Some(2047))] {
+        let range = page(from)..other.private + PRIVATE_LEN;
+        assert_eq!(other.memory.first_touched(&range).unwrap(), first.map(page));
+    }
+    assert_eq!(other.memory.first_touched(&(page(10)..page(2047))).unwrap(), None);
+    assert_eq!(other.memory.first_touched(&(page(3) + 5..page(4))).unwrap(), Some(page(3) + 5));
+}
+
+/// More pieces than one system call takes, and each to its own place.
+#[test]
+fn scattered_pieces_are_copied_each_to_its_place() {
+    let other = other();
+    let pieces: Vec<_> = (0..1500).map(|piece| piece * 4096..piece * 4096 + 64).collect();
+    let mut bytes = vec![0; 1500 * 4096];
+    for (number, piece) in pieces.iter().enumerate() {
+        bytes[piece.clone()].fill(u8::try_from(number % 255 + 1).unwrap());
+    }
+    let address = other.private + 100 * PAGE;
+    other.memory.write_pieces(address, &pieces, &bytes).unwrap();
+    let mut back = vec![0; bytes.len()];
+    other.memory.read(address, &mut back).unwrap();
+    assert!(back == bytes, "what lies between the pieces is not touched");
+    back.fill(7);
+    other.memory.read_pieces(address, &pieces, &mut back).unwrap();
+    for (number, bytes) in back.chunks(4096).enumerate() {
+        assert_eq!(bytes[0], u8::try_from(number % 255 + 1).unwrap());
+        assert_eq!(bytes[64], 7);
+    }
 }
 
 #[test]

@@ -2,18 +2,15 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
-use std::sync::Arc;
 use std::thread;
 
-use rustix::fs::MemfdFlags;
 use vmfile_engine::{
-    Access, Backend, BackendInUse, BufferPool, Completion, DataFile, DirectIo, Direction, Memory,
-    Region, Storage, Transfer, open_storage,
+    Backend, BackendInUse, BufferPool, Completion, DataFile, DirectIo, Direction, Memory, Storage,
+    Transfer, open_storage,
 };
 
-use crate::host::{self, HugePages, Mounted};
+use crate::host::{self, Mounted};
 
 const LEN: usize = 256 << 10;
 
@@ -77,12 +74,6 @@ fn carry_out(storage: &mut dyn Storage, transfers: Vec<Transfer>) -> Vec<Complet
     completions
 }
 
-fn memfd_region(len: u64) -> Arc<Region> {
-    let file: OwnedFd = rustix::fs::memfd_create("region", MemfdFlags::CLOEXEC).unwrap();
-    rustix::fs::ftruncate(&file, len).unwrap();
-    Arc::new(Region::map(file.as_fd(), 0, len, Access::ReadWrite).unwrap())
-}
-
 #[test]
 fn writes_land_at_their_offsets_and_are_read_back() {
     with_every_storage(|backend, direct_io| {
@@ -90,7 +81,7 @@ fn writes_land_at_their_offsets_and_are_read_back() {
         let path = directory.path().join("file");
         let file = create(&path, direct_io);
         let expected = pattern(32 * LEN, 1);
-        let pool = BufferPool::new(12, LEN, 4096);
+        let pool = BufferPool::new(12, LEN, 4096).unwrap();
         let mut storage = storage(&file, backend);
 
         // From the end to the start, so that most writes meet a hole before them.
@@ -130,7 +121,7 @@ fn pieces_of_one_shared_buffer_go_to_different_places() {
         let directory = host::directory();
         let path = directory.path().join("file");
         let file = create(&path, direct_io);
-        let pool = BufferPool::new(1, LEN, 4096);
+        let pool = BufferPool::new(1, LEN, 4096).unwrap();
         let mut buffer = pool.take();
         let bytes = pattern(LEN, 2);
         buffer.copy_from_slice(&bytes);
@@ -156,7 +147,7 @@ fn no_offset_length_or_address_needs_to_be_aligned() {
         let directory = host::directory();
         let path = directory.path().join("file");
         let file = create(&path, direct_io);
-        let pool = BufferPool::new(1, LEN, 4096);
+        let pool = BufferPool::new(1, LEN, 4096).unwrap();
         let mut storage = storage(&file, backend);
         let mut expected = vec![0; 2 * LEN];
         for (seed, (offset, start, len)) in (10..).zip([
@@ -195,7 +186,7 @@ fn a_read_past_the_end_keeps_what_there_is_and_says_so() {
         let bytes = pattern(5000, 3);
         fs::write(&path, &bytes).unwrap();
         let file = DataFile::new(File::open(&path).unwrap(), direct_io).unwrap();
-        let pool = BufferPool::new(2, 16_384, 4096);
+        let pool = BufferPool::new(2, 16_384, 4096).unwrap();
         let transfers = vec![
             read(0, Memory::Owned(pool.take(), 0..16_384)),
             read(1 << 20, Memory::Owned(pool.take(), 0..4096)),
@@ -215,7 +206,7 @@ fn a_read_past_the_end_keeps_what_there_is_and_says_so() {
 fn a_read_of_exactly_the_file_is_whole_whatever_its_length() {
     with_every_storage(|backend, direct_io| {
         let directory = host::directory();
-        let pool = BufferPool::new(1, 16_384, 4096);
+        let pool = BufferPool::new(1, 16_384, 4096).unwrap();
         for len in [1, 511, 512, 4095, 4096, 4097, 12_288, 13_000] {
             let path = directory.path().join(len.to_string());
             let bytes = pattern(len, 4);
@@ -236,7 +227,7 @@ fn an_empty_transfer_completes() {
     with_every_storage(|backend, direct_io| {
         let directory = host::directory();
         let file = create(&directory.path().join("file"), direct_io);
-        let pool = BufferPool::new(1, 4096, 4096);
+        let pool = BufferPool::new(1, 4096, 4096).unwrap();
         let transfer = read(77, Memory::Owned(pool.take(), 10..10));
         let completions = carry_out(&mut *storage(&file, backend), vec![transfer]);
         assert_eq!(completions.len(), 1);
@@ -251,7 +242,7 @@ fn a_read_only_file_refuses_writes_with_ebadf_and_goes_on_reading() {
         let path = directory.path().join("file");
         fs::write(&path, vec![5; 8192]).unwrap();
         let file = DataFile::new(File::open(&path).unwrap(), direct_io).unwrap();
-        let pool = BufferPool::new(1, 4096, 4096);
+        let pool = BufferPool::new(1, 4096, 4096).unwrap();
         let mut storage = storage(&file, backend);
 
         let transfer = write(0, Memory::Owned(pool.take(), 0..4096));
@@ -266,7 +257,7 @@ fn a_read_only_file_refuses_writes_with_ebadf_and_goes_on_reading() {
 fn fills_up(mounted: &Mounted, backend: Backend, direct_io: DirectIo) {
     let path = mounted.path().join("file");
     let file = create(&path, direct_io);
-    let pool = BufferPool::new(8, LEN, 4096);
+    let pool = BufferPool::new(8, LEN, 4096).unwrap();
     let mut storage = storage(&file, backend);
     let mut refused = None;
     for index in 0..256_u64 {
@@ -319,7 +310,7 @@ fn dropping_with_transfers_in_flight_finishes_them_first() {
         let directory = host::directory();
         let path = directory.path().join("file");
         let file = create(&path, direct_io);
-        let pool = BufferPool::new(8, LEN, 4096);
+        let pool = BufferPool::new(8, LEN, 4096).unwrap();
         let expected = pattern(8 * LEN, 5);
         let mut storage = storage(&file, backend);
         for (index, piece) in expected.chunks(LEN).enumerate() {
@@ -342,7 +333,7 @@ fn a_storage_outlives_the_thread_that_submitted() {
         let directory = host::directory();
         let path = directory.path().join("file");
         let file = create(&path, direct_io);
-        let pool = BufferPool::new(8, LEN, 4096);
+        let pool = BufferPool::new(8, LEN, 4096).unwrap();
         let expected = pattern(8 * LEN, 6);
         let mut storage = storage(&file, backend);
         let pieces: Vec<Vec<u8>> = expected.chunks(LEN).map(<[u8]>::to_vec).collect();
@@ -364,58 +355,10 @@ fn a_storage_outlives_the_thread_that_submitted() {
 }
 
 #[test]
-fn memory_of_another_is_written_from_where_it_lies_and_read_to_where_it_lies() {
-    with_every_storage(|backend, direct_io| {
-        let directory = host::directory();
-        let path = directory.path().join("file");
-        let file = create(&path, direct_io);
-        let region = memfd_region(4 << 20);
-        let bytes = pattern(2 << 20, 7);
-        region.store(1 << 20, &bytes);
-        let mut storage = storage(&file, backend);
-
-        let from = Memory::Region(Arc::clone(&region), 1 << 20..3 << 20);
-        carry_out(&mut *storage, vec![write(8192, from)]).pop().unwrap().result.unwrap();
-        assert!(fs::read(&path).unwrap()[8192..] == bytes, "the file differs");
-
-        let into = memfd_region(4 << 20);
-        let memory = Memory::Region(Arc::clone(&into), 4096..4096 + (2 << 20));
-        carry_out(&mut *storage, vec![read(8192, memory)]).pop().unwrap().result.unwrap();
-        let mut back = vec![0; 2 << 20];
-        into.load(4096, &mut back);
-        assert!(back == bytes, "the memory differs");
-    });
-}
-
-#[test]
-fn huge_pages_are_written_from_where_they_lie() {
-    let _pages = match HugePages::reserve(2) {
-        Ok(pages) => pages,
-        Err(reason) => return println!("skipped: huge pages: {reason}"),
-    };
-    with_every_storage(|backend, direct_io| {
-        let directory = host::directory();
-        let path = directory.path().join("file");
-        let file = create(&path, direct_io);
-        let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
-        let memory = rustix::fs::memfd_create("huge", flags).unwrap();
-        rustix::fs::ftruncate(&memory, 2 * HugePages::SIZE).unwrap();
-        let region =
-            Region::map(memory.as_fd(), 0, 2 * HugePages::SIZE, Access::ReadWrite).unwrap();
-        let bytes = pattern(4 << 20, 8);
-        region.store(0, &bytes);
-        let memory = Memory::Region(Arc::new(region), 0..4 << 20);
-        let mut storage = storage(&file, backend);
-        carry_out(&mut *storage, vec![write(0, memory)]).pop().unwrap().result.unwrap();
-        assert!(fs::read(&path).unwrap() == bytes, "the file differs");
-    });
-}
-
-#[test]
 #[should_panic(expected = "reap before submitting")]
 fn submitting_beyond_the_depth_panics() {
     let file = DataFile::new(tempfile::tempfile().unwrap(), DirectIo::Off).unwrap();
-    let pool = BufferPool::new(2, 4096, 4096);
+    let pool = BufferPool::new(2, 4096, 4096).unwrap();
     let mut storage = open_storage(&file, Backend::Threads, 1).unwrap().storage;
     for offset in [0, 4096] {
         storage.submit(write(offset, Memory::Owned(pool.take(), 0..4096))).unwrap();

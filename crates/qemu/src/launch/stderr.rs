@@ -40,12 +40,12 @@ impl StderrTail {
         let tail = Tail { bytes: Vec::new(), pipe: Some(File::from(pipe)) };
         let kept = StderrTail(Arc::new(Mutex::new(tail)));
         let reader = kept.clone();
-        thread::spawn(move || {
+        thread::Builder::new().spawn(move || {
             while !reader.lock().read() {
                 // An error of poll says no more than that there is something to find out.
                 let _ = poll(&mut [PollFd::new(&watched, PollFlags::IN)], None);
             }
-        });
+        })?;
         Ok(kept)
     }
 

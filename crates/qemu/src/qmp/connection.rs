@@ -1,5 +1,6 @@
 //! The connection: greeting, one command at a time, events aside.
 
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -79,7 +80,8 @@ impl Qmp {
         greeted
     }
 
-    /// Takes over a connected socket; otherwise as [`Qmp::connect_until`].
+    /// Takes over a connected socket, of QEMU's process `process` where that is known; otherwise as
+    /// [`Qmp::connect_until`].
     ///
     /// # Errors
     ///
@@ -88,9 +90,13 @@ impl Qmp {
         stream: UnixStream,
         timeout: Duration,
         stop: Option<Arc<AtomicBool>>,
+        process: Option<u32>,
     ) -> Result<Qmp, QmpError> {
-        let limits = Limits::new(stop);
-        let wait = limits.wait(timeout);
+        let mut limits = Limits::new(stop);
+        if let Some(pid) = process {
+            limits.set_process(pid);
+        }
+        let wait = limits.wait_for_answer(timeout);
         Qmp::greet(stream, timeout, limits, wait)
     }
 
@@ -274,6 +280,7 @@ impl Qmp {
         self.send(command, &encode(command, arguments, id), fd, &mut wait)?;
         loop {
             let message = self.read_message(command, &when, &mut wait);
+            self.limits.set_still(matches!(message, Err(QmpError::ProcessStopped { .. })));
             let message = message.map_err(|error| match error {
                 QmpError::Stopped { when, .. } => QmpError::Stopped { when, is_sent: true },
                 error => error,
@@ -297,7 +304,7 @@ impl Qmp {
         mut fd: Option<BorrowedFd<'_>>,
         wait: &mut Wait,
     ) -> Result<(), QmpError> {
-        let io = |source| QmpError::Io { during: command.to_owned(), source };
+        let io = |source| failed(command, source);
         let mut rest = line;
         while !rest.is_empty() {
             match pass_fd::send_some(self.stream.as_fd(), rest, fd) {
@@ -371,7 +378,7 @@ impl Qmp {
                     return Err(QmpError::ProcessStopped { pid, during: during.to_owned() });
                 }
                 Err(WaitEnd::Io(source)) => {
-                    return Err(QmpError::Io { during: during.to_owned(), source });
+                    return Err(failed(during, source));
                 }
             }
             let Some(line) = self.take_line(during)? else {
@@ -418,7 +425,7 @@ impl Qmp {
                 Ok(())
             }
             Err(Errno::AGAIN | Errno::INTR) => Ok(()),
-            Err(errno) => Err(QmpError::Io { during: during.to_owned(), source: errno.into() }),
+            Err(errno) => Err(failed(during, errno.into())),
         }
     }
 }
@@ -426,6 +433,18 @@ impl Qmp {
 impl AsFd for Qmp {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.stream.as_fd()
+    }
+}
+
+/// Tells a peer that is gone from another refusal of the kernel's.
+fn failed(during: &str, source: io::Error) -> QmpError {
+    let during = during.to_owned();
+    let error = QmpError::Io { during, source };
+    match error {
+        QmpError::Io { ref during, .. } if error.is_closed() => {
+            QmpError::Closed { during: during.clone() }
+        }
+        error => error,
     }
 }
 

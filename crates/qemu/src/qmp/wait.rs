@@ -32,13 +32,15 @@ pub(super) struct Limits {
     stop: Option<Arc<AtomicBool>>,
     /// QEMU's process, where it is known.
     process: Option<u32>,
+    /// Whether that was stopped when an answer was last waited for: it is given less time then.
+    was_still: bool,
     /// Set while things are put back: the stop flag is not looked at, and this is the end.
     put_back_until: Option<Instant>,
 }
 
 impl Limits {
     pub(super) fn new(stop: Option<Arc<AtomicBool>>) -> Limits {
-        Limits { stop, process: None, put_back_until: None }
+        Limits { stop, process: None, was_still: false, put_back_until: None }
     }
 
     /// Makes every wait end when `stop` is set.
@@ -54,6 +56,11 @@ impl Limits {
     /// Returns QEMU's process, where it is known.
     pub(super) fn process(&self) -> Option<u32> {
         self.process
+    }
+
+    /// Notes whether QEMU's process was found stopped, or has answered.
+    pub(super) fn set_still(&mut self, is_still: bool) {
+        self.was_still = is_still;
     }
 
     /// Ignores the stop flag from now on, for `limit` in all; returns what [`Limits::leave`] takes.
@@ -90,13 +97,16 @@ impl Limits {
             deadline,
             grace: Duration::ZERO,
             stopped_until: None,
+            still_timeout: STILL_TIMEOUT,
             still_until: None,
         }
     }
 
     /// Begins a wait for the answer to a command.
     pub(super) fn wait_for_answer(&self, timeout: Duration) -> Wait {
-        Wait { grace: ANSWER_GRACE, process: self.process, ..self.wait(timeout) }
+        let still_timeout = if self.was_still { LAST_CHANCE } else { STILL_TIMEOUT };
+        let process = self.process;
+        Wait { grace: ANSWER_GRACE, process, still_timeout, ..self.wait(timeout) }
     }
 }
 
@@ -110,6 +120,7 @@ pub(super) struct Wait {
     /// How long it goes on after the stop flag was set.
     grace: Duration,
     stopped_until: Option<Instant>,
+    still_timeout: Duration,
     /// When the process will have been stopped for too long.
     still_until: Option<Instant>,
 }
@@ -143,7 +154,7 @@ impl Wait {
             until = until.min(end);
         }
         match self.process.filter(|&pid| is_process_stopped(pid)) {
-            Some(pid) if now >= *self.still_until.get_or_insert(now + STILL_TIMEOUT) => {
+            Some(pid) if now >= *self.still_until.get_or_insert(now + self.still_timeout) => {
                 return Err(WaitEnd::ProcessStopped { pid });
             }
             Some(_) => {}

@@ -7,9 +7,8 @@ use std::os::fd::{AsFd, AsRawFd};
 use rustix::fs::{MemfdFlags, memfd_create};
 use serde_json::json;
 
-use super::{Flushed, PUT_BACK_TIMEOUT, RunState, Vm, VmError};
+use super::{PUT_BACK_TIMEOUT, RunState, Vm, VmError};
 use crate::pass_fd::{self, DEVICE_STATE_FDSET};
-use crate::qmp::QmpError;
 use crate::version::Feature;
 
 /// Most bytes of device state accepted.
@@ -33,20 +32,21 @@ impl Vm {
     /// The `globalstate` section in it says `running`, whatever the VM did before.
     ///
     /// The VM stays as it is, stopped, and [`Vm::let_run`] lets it run on. With `is_last` its disks
-    /// are made durable and released, as is fit for a VM that ends soon; the answer says whether QEMU
-    /// told what came of that.
+    /// are released, as is fit for a VM that ends soon.
     ///
     /// # Errors
     ///
     /// [`VmError::WrongState`] when the guest runs, [`VmError::DeviceState`] when QEMU hands over
     /// something else.
-    pub fn save_device_state(&mut self, is_last: bool) -> Result<(Vec<u8>, Flushed), VmError> {
+    pub fn save_device_state(&mut self, is_last: bool) -> Result<Vec<u8>, VmError> {
         let state = self.run_state()?;
         if state == RunState::Running || self.is_running()? {
             return Err(VmError::WrongState { found: state, expected: "a stopped VM" });
         }
         let can_release = self.version()?.has(Feature::BlockdevSetActive);
-        let flushed = if is_last && can_release { self.release_disks()? } else { Flushed::Yes };
+        if is_last && can_release {
+            self.release_disks()?;
+        }
         let memory = memfd_create("vmfile-device-state", MemfdFlags::CLOEXEC)
             .map_err(|errno| VmError::system("create memory for the device state", errno))?;
         // QEMU opens the set for writing only and takes a descriptor of just that access mode, so
@@ -63,25 +63,17 @@ impl Vm {
         });
         saved?;
         removed?;
-        Ok((read_device_state(File::from(memory))?, flushed))
+        read_device_state(File::from(memory))
     }
 
     fn save_device_state_into(&mut self, fdset: u64, release: bool) -> Result<(), VmError> {
         // `live` decides about the disks, not about the guest. With `true` and a stopped VM QEMU
-        // flushes and releases the disks, as Xen's tools want before the domain is destroyed: another
-        // QEMU may then open them for writing, and the VM depends on `cont` to take them back. Up to
-        // 9.2 QEMU says if a disk cannot be flushed; 10.0 and later do not, and have a command that
-        // does. With `false` the disks stay active and locked. Both write the same bytes. (Tried on
-        // 7.2, 10.0.2 and 11.1.)
-        let filename = format!("/dev/fdset/{fdset}");
-        let arguments = json!({ "filename": filename, "live": release });
-        match self.execute("xen-save-devices-state", arguments) {
-            Ok(_) => Ok(()),
-            Err(QmpError::Refused { desc, .. }) if desc.contains("bdrv_inactivate_all") => {
-                Err(VmError::NotFlushed { reason: desc })
-            }
-            Err(error) => Err(error.into()),
-        }
+        // releases the disks, as Xen's tools want before the domain is destroyed: another QEMU may
+        // then open them for writing, and the VM depends on `cont` to take them back. With `false`
+        // the disks stay active and locked. Both write the same bytes. (Tried on 7.2, 10.0.2 and
+        // 11.1.)
+        let arguments = json!({ "filename": format!("/dev/fdset/{fdset}"), "live": release });
+        Ok(self.execute("xen-save-devices-state", arguments).map(drop)?)
     }
 }
 

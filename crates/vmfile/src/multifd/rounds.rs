@@ -4,6 +4,9 @@
 //! on to the next round before everybody has written all of this one.
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+
+use vmfile_engine::Panicked;
 
 use super::connections::ChannelsError;
 use crate::receive::ReceiveError;
@@ -70,6 +73,12 @@ impl<'a> Rounds<'a> {
         self.changed.notify_all();
     }
 
+    /// Does the part of one connection; if it fails or panics, none of the others waits for it.
+    pub(crate) fn take_part<T>(&self, part: impl FnOnce() -> Result<T, ReceiveError>) -> Option<T> {
+        let _panics = FailOnPanic(self);
+        part().map_err(|error| self.fail(error)).ok()
+    }
+
     /// Ends the work of all connections.
     pub(crate) fn fail(&self, error: ReceiveError) {
         self.lock().failure.get_or_insert(error);
@@ -108,6 +117,17 @@ impl<'a> Rounds<'a> {
 
     fn lock(&self) -> MutexGuard<'_, Meeting> {
         self.meeting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Ends the work of all connections when it is dropped by a panic.
+struct FailOnPanic<'a>(&'a Rounds<'a>);
+
+impl Drop for FailOnPanic<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.fail(ReceiveError::write_ram(Panicked.into()));
+        }
     }
 }
 

@@ -185,7 +185,7 @@ pub(super) fn prepare(
     })
 }
 
-/// Returns the program, the command line and the working directory that were saved.
+/// Returns the program, the options and the directory with which the VM was started.
 fn saved_command(
     snapshot: &Snapshot,
 ) -> Result<(PathBuf, CommandLine, Option<PathBuf>), RestoreError> {

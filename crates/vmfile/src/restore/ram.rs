@@ -2,7 +2,7 @@
 
 use std::error::Error;
 
-use vmfile_engine::{Access, DataFile};
+use vmfile_engine::Access;
 use vmfile_format::RamBlock;
 use vmfile_format::mapped_ram::PlacedBlock;
 use vmfile_qemu::{Feature, RamBlockInfo, Vm};
@@ -10,14 +10,15 @@ use vmfile_qemu::{Feature, RamBlockInfo, Vm};
 use super::RestoreOptions;
 use super::prepare::{Chosen, Prepared};
 use super::stream::send_to;
-use crate::check::{CheckError, CheckOptions, describe, verify_pages};
+use crate::check::{CheckError, CheckOptions, verify_pages};
 use crate::control::Control;
+use crate::lane::Workers;
 use crate::ram_loader::{LoadTarget, load_ram};
 use crate::reading::{open_for_reading, verified};
 use crate::restore_error::RestoreError;
 use crate::send::{Contents, LARGE_BLOCK_LEN, Pages, SendError, Source};
 use crate::snapshot::Snapshot;
-use crate::source::process::{BlockAt, ProcessRam, Writable};
+use crate::source::process::{BlockAt, ProcessRam};
 
 /// What was brought into QEMU, and how.
 pub(super) struct Brought {
@@ -150,7 +151,7 @@ impl<'a> Loadable<'a> {
         self.blocks.iter().any(|(_, placed)| placed.block.name() == name)
     }
 
-    /// Reads the pages of the blocks straight into the process; returns how many bytes, and
+    /// Reads the pages of the blocks and copies them into the process; returns how many bytes, and
     /// whether past the page cache.
     fn load(
         &self,
@@ -160,17 +161,15 @@ impl<'a> Loadable<'a> {
     ) -> Result<(u64, String), RestoreError> {
         let Some(process) = &self.process else { return Ok((0, String::new())) };
         let mut targets = Vec::new();
-        for (&(block, placed), Writable { touched, writer }) in
-            self.blocks.iter().zip(process.scan_for_writing()?)
-        {
+        for (&(block, placed), memory) in self.blocks.iter().zip(process.blocks()?) {
             let bitmap = snapshot.bitmap(placed)?;
-            targets.push(LoadTarget { block, placed: placed.clone(), bitmap, writer, touched });
+            targets.push(LoadTarget { block, placed: placed.clone(), bitmap, memory });
         }
-        let file = snapshot.file().try_clone().map_err(RestoreError::File)?;
-        let file = DataFile::new(file, options.direct_io).map_err(RestoreError::File)?;
-        let direct_io = describe(file.direct());
+        let opened = open_for_reading(snapshot, options.direct_io);
+        let (file, direct_io) = opened.map_err(RestoreError::File)?;
         let width = (options.io, options.jobs.count());
-        let (bytes_read, _) = load_ram((snapshot, &file), &targets, width, control)?;
+        let workers = Workers::start(&file, width).map_err(RestoreError::File)?;
+        let (bytes_read, _) = load_ram((snapshot, workers), &targets, control)?;
         Ok((bytes_read, direct_io))
     }
 }

@@ -3,11 +3,11 @@
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use vmfile_qemu::{LoadError, Vm};
 
+use crate::beside::beside;
 use crate::control::{Control, Progress};
 use crate::restore_error::RestoreError;
 use crate::send::{Contents, Outlet, Source, write_short_stream, write_stream};
@@ -35,20 +35,21 @@ pub(super) fn send_to(
     let is_over = || over.load(Ordering::Relaxed);
     let mut outlet = Outlet::new(ours.into(), &is_over).map_err(RestoreError::Stream)?;
     let sent = outlet.sent();
-    let (loaded, written) = thread::scope(|scope| {
-        let inner = Control::new(&over, report);
-        // The outlet goes with the thread: a stream that breaks off must end for QEMU too.
-        let writer = scope.spawn(move || match source {
-            Some(source) => write_stream(contents, source, &mut outlet, &inner).map(drop),
-            None => write_short_stream(contents, &mut outlet, &inner),
-        });
+    let inner = Control::new(&over, report);
+    // The outlet goes with the thread: a stream that breaks off must end for QEMU too.
+    let write = move || match source {
+        Some(source) => write_stream(contents, source, &mut outlet, &inner).map(drop),
+        None => write_short_stream(contents, &mut outlet, &inner),
+    };
+    let both = beside(write, |_| {
         let stall = Stall::new(&sent);
         let deadline = Instant::now() + LOAD_TIMEOUT;
         let loaded = vm.wait_loaded(deadline, &|| control.is_stopped() || stall.is_too_long());
         // Once QEMU has failed nobody takes the rest.
         over.store(loaded.is_err(), Ordering::Relaxed);
-        (loaded, writer.join().expect("the writer does not panic"))
+        loaded
     });
+    let (written, loaded) = both.map_err(RestoreError::Stream)?;
     match (loaded, written) {
         // QEMU saw the stream end early, for our reason.
         (Err(_), Err(error)) if error.is_about_the_file() => Err(error.into()),

@@ -1,6 +1,6 @@
 //! The route `direct`: RAM from the memory of QEMU's process, device state from its monitor.
 
-use vmfile_engine::{Access, DataFile};
+use vmfile_engine::Access;
 use vmfile_format::error::FormatErrorKind;
 use vmfile_format::stream::configuration::Configuration;
 use vmfile_format::stream::device_state::DeviceState;
@@ -9,11 +9,11 @@ use vmfile_format::{FormatError, PageSize, RamBlock, RamLayout};
 use vmfile_qemu::{RamBlockInfo, Vm};
 
 use super::route::refuse_without_space;
-use super::{Work, Written};
+use super::{SaveOptions, Work, Written};
 use crate::draft::{Draft, Places, Tail};
 use crate::error::SaveError;
-use crate::plan::{total_len, units};
-use crate::ram_writer::{PAGE_LEN, Reader, Target, write_ram};
+use crate::lane::Workers;
+use crate::ram_writer::{BRIDGE_LEN, PAGE_LEN, Target, write_ram};
 use crate::source::process::{BlockAt, ProcessRam};
 
 /// The RAM of a VM, found in the memory of its process.
@@ -23,34 +23,42 @@ pub(super) struct DirectRoute {
     found: Vec<RamBlockInfo>,
     ram: RamLayout,
     process: ProcessRam,
+    /// How many bytes there may be, with the gaps that are written as well.
+    data_bytes: u64,
+    /// Threads, rings and memory, which are taken while the VM runs; `None` once they were used.
+    workers: Option<Workers>,
 }
 
 impl DirectRoute {
     /// Finds the RAM, and refuses what can be refused while the VM runs.
-    pub(super) fn prepare(vm: &mut Vm, draft: &Draft) -> Result<DirectRoute, SaveError> {
+    pub(super) fn prepare(
+        vm: &mut Vm,
+        draft: &Draft,
+        options: &SaveOptions,
+    ) -> Result<DirectRoute, SaveError> {
         let found = vm.ram_blocks()?;
-        let route = DirectRoute::find(vm, found)?;
-        check_space(&route.process, draft.file())?;
-        Ok(route)
-    }
-
-    /// Finds where the blocks lie in the memory of QEMU's process.
-    fn find(vm: &mut Vm, found: Vec<RamBlockInfo>) -> Result<DirectRoute, SaveError> {
-        let (ram, blocks) = ram_layout(&found)?;
-        let process = ProcessRam::open(vm.pid()?, &blocks, Access::Read)?;
-        Ok(DirectRoute { found, ram, process })
+        let (ram, process) = find(vm, &found)?;
+        // Pages that the guest touched and that are zero again count here and not in the end: the
+        // check errs towards refusing only where a guest has filled much of its RAM with zeros and the
+        // disk is nearly full.
+        let data_bytes = process.data_len(BRIDGE_LEN)?;
+        refuse_without_space(data_bytes, draft.file())?;
+        let width = (options.io, options.jobs.count());
+        let workers = Some(Workers::start(draft.file(), width).map_err(SaveError::Workers)?);
+        Ok(DirectRoute { found, ram, process, data_bytes, workers })
     }
 
     /// Places everything, writes RAM, and then what belongs around it.
-    pub(super) fn write(&self, work: &mut Work<'_>) -> Result<Written, SaveError> {
+    pub(super) fn write(&mut self, work: &mut Work<'_>) -> Result<Written, SaveError> {
         // Memory may have been plugged in or have grown since it was found.
         if self.found != work.blocks {
-            return DirectRoute::find(work.vm, work.blocks.to_vec())?.write_found(work);
+            self.found = work.blocks.to_vec();
+            (self.ram, self.process) = find(work.vm, &self.found)?;
         }
         self.write_found(work)
     }
 
-    fn write_found(&self, work: &mut Work<'_>) -> Result<Written, SaveError> {
+    fn write_found(&mut self, work: &mut Work<'_>) -> Result<Written, SaveError> {
         let (state, sections) = device_state(work)?;
         let machine = work.meta.machine.clone();
         let source = Configuration { machine, ..Configuration::default() };
@@ -77,31 +85,34 @@ impl DirectRoute {
     }
 
     fn ram(
-        &self,
+        &mut self,
         work: &Work<'_>,
         places: &Places,
     ) -> Result<crate::ram_writer::Written, SaveError> {
-        let scanned = self.process.scan()?;
-        let (found, readers): (Vec<_>, Vec<Reader>) =
-            scanned.into_iter().map(|block| (block.ranges, block.reader)).unzip();
-        let target = |((placed, &hashes_offset), reader): ((&_, _), _)| Target {
+        let target = |((placed, &hashes_offset), memory): ((&_, _), _)| Target {
             placed: Clone::clone(placed),
             hashes_offset,
-            reader,
+            memory,
         };
+        let blocks = self.process.blocks()?;
         let targets: Vec<Target> =
-            places.blocks().iter().zip(places.hashes()).zip(readers).map(target).collect();
-        let width = (work.options.io, work.options.jobs.count());
-        Ok(write_ram(work.draft.file(), &targets, &units(&found), width, work.control)?)
+            places.blocks().iter().zip(places.hashes()).zip(blocks).map(target).collect();
+        let workers = self.workers.take().expect("a route writes once");
+        Ok(write_ram(workers, &targets, self.data_bytes, work.control)?)
     }
+}
+
+/// Finds where the blocks lie in the memory of QEMU's process.
+fn find(vm: &mut Vm, found: &[RamBlockInfo]) -> Result<(RamLayout, ProcessRam), SaveError> {
+    let (ram, blocks) = ram_layout(found)?;
+    Ok((ram, ProcessRam::open(vm.pid()?, &blocks, Access::Read)?))
 }
 
 /// Takes everything that is not RAM: the sections from the first to EOF, and where each is.
 fn device_state(work: &mut Work<'_>) -> Result<(DeviceState, Vec<u8>), SaveError> {
     // QEMU writes magic and version, then the sections.
     const HEADER_LEN: usize = 8;
-    let (bytes, flushed) = work.vm.save_device_state(work.is_last())?;
-    work.note(flushed);
+    let bytes = work.vm.save_device_state(work.is_last())?;
     let mut sections = bytes.get(HEADER_LEN..).unwrap_or_default().to_vec();
     let state = DeviceState::locate(&sections, 0, 0).map_err(SaveError::DeviceState)?;
     // QEMU's last byte is EOF, and the last section says whether the VM runs: with both the
@@ -135,12 +146,4 @@ fn ram_layout(found: &[RamBlockInfo]) -> Result<(RamLayout, Vec<BlockAt>), SaveE
     let ram = RamLayout::new(blocks)
         .map_err(|kind| SaveError::Block { block: String::new(), reason: kind.to_string() })?;
     Ok((ram, places))
-}
-
-/// Refuses while the VM runs what would end in a full disk. Pages that the guest touched and that
-/// are zero again count here and not in the end: the check errs towards refusing only where a
-/// guest has filled much of its RAM with zeros and the disk is nearly full.
-fn check_space(process: &ProcessRam, file: &DataFile) -> Result<(), SaveError> {
-    let found: Vec<_> = process.scan()?.into_iter().map(|block| block.ranges).collect();
-    refuse_without_space(total_len(&found), file)
 }

@@ -208,8 +208,8 @@ mod tests {
     fn a_name_stays_short_however_often_a_vm_is_saved() {
         let mut image = PathBuf::from(format!("/srv/{}.qcow2", "x".repeat(240)));
         for _ in 0..50 {
-            let next = overlay_names(&image).nth(12).unwrap();
-            image = next;
+            let name = overlay_names(&image).nth(12);
+            image = name.unwrap();
             assert!(image.file_name().unwrap().len() < 255, "{}", image.display());
         }
     }

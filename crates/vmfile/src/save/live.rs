@@ -16,8 +16,10 @@ use vmfile_qemu::{Outgoing, PUT_BACK_TIMEOUT, RunState, StreamSettings, Vm, VmEr
 
 use super::sending::{Peer, sent};
 use super::stream::written;
-use super::{Disks, Live, LiveDone, Work, Written};
+use super::{Disks, Live, LiveDone, Work, Written, is_closed};
+use crate::beside::beside;
 use crate::error::SaveError;
+use crate::lane::Workers;
 use crate::receive::ReceiveError;
 use crate::source::stream::Patience;
 use crate::stream_receiver::{Received, StreamReceiver};
@@ -71,6 +73,9 @@ impl LiveRoute {
             (Ok(received), Ok(())) => received,
             (Err(error), Ok(())) => return Err(error),
             (Ok(_), Err(source)) => return Err(source.into()),
+            (Err(cause), Err(source)) if is_closed(&source) => {
+                return Err(cause.with_qemu_gone(source));
+            }
             (Err(cause), Err(source)) => {
                 return Err(SaveError::LeftPaused { cause: Box::new(cause), source });
             }
@@ -107,6 +112,8 @@ impl LiveRoute {
 
     fn receive(&self, work: &mut Work<'_>, method: &Method) -> Result<Received, SaveError> {
         let (ours, theirs) = UnixStream::pair().map_err(SaveError::Socket)?;
+        let workers = Workers::start(work.draft.file(), (work.options.io, 1));
+        let workers = workers.map_err(SaveError::Workers)?;
         // From here on only the pause of this save is among the events.
         let _ = work.vm.pause_seen();
         let stands = *method == Method::BackgroundSnapshot && !work.disks.is_empty();
@@ -121,17 +128,24 @@ impl LiveRoute {
             stall: Some(STALL_TIMEOUT),
             deadline: Some(Instant::now() + self.live.timeout),
         };
-        let receiver = StreamReceiver { draft: work.draft, io: work.options.io, patience };
+        let receiver = StreamReceiver { draft: work.draft, workers, patience };
         let mut watch = Watch { vm: &mut *work.vm, disks: &mut *work.disks, method, stands };
-        let (received, watched) = thread::scope(|scope| {
-            let receiving = scope.spawn(|| receiver.run(ours.into(), || Ok::<_, SaveError>(())));
-            let watched = watch.until(|| receiving.is_finished());
+        let receive = move || receiver.run(ours.into(), || Ok::<_, SaveError>(()));
+        let both = beside(receive, |is_through| {
+            let watched = watch.until(is_through);
             if watched.is_err() {
                 // Its stream ends then, and with it the receiving.
                 let _ = watch.vm.end_sending(CANCEL_TIMEOUT);
             }
-            (receiving.join().expect("no panic"), watched)
+            watched
         });
+        let (received, watched) = match both {
+            Ok(both) => both,
+            // The other end of its stream is closed, but QEMU may not have noticed.
+            Err(source) => {
+                return Err(Peer::default().give_up(work.vm, SaveError::Workers(source)));
+            }
+        };
         if !watched? && received.is_ok() {
             // Nothing was missing, and yet QEMU does not say that it sent all.
             sent(work.vm)?;

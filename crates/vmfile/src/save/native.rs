@@ -21,6 +21,7 @@ use crate::check::describe;
 use crate::control::Progress;
 use crate::draft::Draft;
 use crate::error::SaveError;
+use crate::lane::Workers;
 
 /// How many threads of QEMU write if nobody says: QEMU's own default (10.0).
 const CHANNELS: NonZeroU8 = NonZeroU8::new(2).expect("2 is not zero");
@@ -41,6 +42,9 @@ pub(super) struct NativeRoute {
     ours: StreamSettings,
     /// Whether QEMU writes past the page cache, or why not.
     direct_io: Result<String, String>,
+    /// Threads that read the pages again for their hashes, started while the VM runs; `None` once they
+    /// were used.
+    workers: Option<Workers>,
 }
 
 impl NativeRoute {
@@ -62,7 +66,9 @@ impl NativeRoute {
         }
         check_space(vm, draft.file())?;
         let ours = before.mapped_ram(options.channels.unwrap_or(CHANNELS), direct_io.is_ok());
-        Ok(NativeRoute { before, ours, direct_io })
+        let width = (options.io, options.jobs.count());
+        let workers = Some(Workers::start(draft.file(), width).map_err(SaveError::Workers)?);
+        Ok(NativeRoute { before, ours, direct_io, workers })
     }
 
     /// Returns the migration settings as they were.
@@ -79,7 +85,10 @@ impl NativeRoute {
     }
 
     /// Lets QEMU write the paused VM, and then makes the file a vmfile.
-    pub(super) fn write(&self, work: &mut Work<'_>) -> Result<Written, SaveError> {
+    pub(super) fn write(&mut self, work: &mut Work<'_>) -> Result<Written, SaveError> {
+        if work.stays_paused() {
+            work.warn_of_postmigrate("QEMU wrote the file by a migration");
+        }
         let changed = work.vm.change_stream_settings(&self.before, &self.ours);
         let sent = changed.map_err(SaveError::from).and_then(|()| self.send(work));
         // What was changed before something failed is put back, too.
@@ -89,7 +98,8 @@ impl NativeRoute {
         let ram_bytes = sent?;
         put_back?;
         super::images::record(work.vm, work.meta)?;
-        native_file::complete(work, ram_bytes)
+        let workers = self.workers.take().expect("a route writes once");
+        native_file::complete(work, workers, ram_bytes)
     }
 
     /// Gives QEMU the file for as long as it writes; returns the bytes of all RAM.

@@ -8,28 +8,30 @@
 //! and a page of zeros under a set bit is data like any other.
 
 use std::io;
-use std::ops::Range;
 use std::os::fd::AsFd;
 
-use vmfile_engine::{data_ranges, page_hash};
+use vmfile_engine::{DataSeeker, page_hash};
 use vmfile_format::error::FormatErrorKind;
 use vmfile_format::manifest::{ExtentMeta, HASH_LEN, encode_hash};
 use vmfile_format::mapped_ram::{MARK, PlacedBlock};
-use vmfile_format::{FormatError, PageBitmap, PageIndex};
+use vmfile_format::{FormatError, PageBitmap, PageIndex, PageRange};
 
 use super::native::total_bytes;
 use super::{Work, Written};
 use crate::control::Progress;
 use crate::draft::Tables;
 use crate::error::SaveError;
+use crate::lane::Workers;
 use crate::page_writer::empty;
-use crate::plan::{WINDOW_LEN, pieces};
-use crate::ranges;
 use crate::snapshot::Snapshot;
 use crate::window_reader::{Window, WindowReader};
 
 /// Makes what QEMU wrote a vmfile, in everything but the name; `ram_bytes` are those of all RAM.
-pub(super) fn complete(work: &Work<'_>, ram_bytes: u64) -> Result<Written, SaveError> {
+pub(super) fn complete(
+    work: &Work<'_>,
+    workers: Workers,
+    ram_bytes: u64,
+) -> Result<Written, SaveError> {
     let snapshot = work.draft.snapshot().map_err(SaveError::Written)?;
     let structure = snapshot.structure();
     let stream_end = structure.device_state.stream_end;
@@ -49,7 +51,7 @@ pub(super) fn complete(work: &Work<'_>, ram_bytes: u64) -> Result<Written, SaveE
     work.draft.reserve(&tables)?;
     let file = NativeFile { work, snapshot: &snapshot, bitmaps: &bitmaps, tables: &tables };
     file.empty_stale_places()?;
-    let io = file.hash(ram_bytes)?;
+    let io = file.hash(workers, ram_bytes)?;
     let extents = file.extents(&tail)?;
     let facts = work.facts("native", work.seconds_paused(), false);
     work.draft.put_manifest(&tables, stream_end, &bitmaps, extents, facts)?;
@@ -105,24 +107,26 @@ impl NativeFile<'_> {
     fn empty_stale_places(&self) -> Result<(), SaveError> {
         let file = self.work.draft.file();
         let failed = |source| SaveError::Write { what: "the places of zero pages", source };
+        let seeker = DataSeeker::open(file.as_fd()).map_err(failed)?;
         for (placed, bitmap) in self.blocks().iter().zip(self.bitmaps) {
             let page_len = placed.block.page_size().bytes();
-            let at = |page: PageIndex| placed.pages_offset + page.0 * page_len;
-            let data: Vec<_> = bitmap.data_runs().map(|run| at(run.start)..at(run.end)).collect();
-            let area = placed.pages_offset..placed.pages_end();
-            let found = data_ranges(file.as_fd(), area).map_err(failed)?;
-            for stale in ranges::subtract(&found, &data) {
-                empty(file, stale).map_err(failed)?;
+            let mut rest = placed.pages_offset..placed.pages_end();
+            while let Some(found) = seeker.next(&rest).map_err(failed)? {
+                rest.start = found.end;
+                let in_block = |offset: u64| offset - placed.pages_offset;
+                let (start, end) = (in_block(found.start), in_block(found.end));
+                let found = PageRange::new(start / page_len, end.div_ceil(page_len));
+                for stale in bitmap.gaps_within(found) {
+                    let at = |page: PageIndex| placed.pages_offset + page.0 * page_len;
+                    empty(file, at(stale.start)..at(stale.end)).map_err(failed)?;
+                }
             }
         }
         Ok(())
     }
 
     /// Reads every page with data and writes its hash; returns the back end.
-    fn hash(&self, ram_bytes: u64) -> Result<String, SaveError> {
-        let blocks = self.blocks().iter().zip(self.bitmaps).enumerate();
-        let windows: Vec<Window> =
-            blocks.flat_map(|(block, (placed, bitmap))| windows(block, placed, bitmap)).collect();
+    fn hash(&self, workers: Workers, ram_bytes: u64) -> Result<String, SaveError> {
         // QEMU has done the first half.
         let second_half = |progress: Progress| {
             let Progress { done_bytes, total_bytes: all } = progress;
@@ -131,16 +135,15 @@ impl NativeFile<'_> {
             self.work.control.report(Progress { done_bytes, total_bytes: total_bytes(ram_bytes) });
         };
         let reader = WindowReader {
-            file: self.work.draft.file(),
             blocks: self.blocks(),
-            windows: &windows,
+            bitmaps: self.bitmaps,
+            more: None,
             control: &self.work.control.with_progress(&second_half),
         };
-        let width = (self.work.options.io, self.work.options.jobs.count());
         let take = |(): &mut (), window: &Window, read: io::Result<&[u8]>| {
             self.put_hashes(window, read.map_err(SaveError::Reread)?)
         };
-        let (_, backend) = reader.read(width, take)?;
+        let (_, backend) = reader.read(workers, take)?;
         Ok(backend.to_string())
     }
 
@@ -189,44 +192,5 @@ impl NativeFile<'_> {
             extents.push(ExtentMeta::of("vm_description", state.end, &tail.vm_description));
         }
         Ok(extents)
-    }
-}
-
-/// Returns the windows of a block that have data, each from its first such page to its last: a hole
-/// between them costs nothing to read.
-fn windows(block: usize, placed: &PlacedBlock, bitmap: &PageBitmap) -> Vec<Window> {
-    let page_len = placed.block.page_size().bytes();
-    let mut windows: Vec<Window> = Vec::new();
-    let runs = bitmap.data_runs().map(|run| run.start.0 * page_len..run.end.0 * page_len);
-    for piece in runs.flat_map(|run: Range<u64>| pieces(run, WINDOW_LEN)) {
-        let number = piece.start / WINDOW_LEN;
-        match windows.last_mut() {
-            Some(last) if last.range.start / WINDOW_LEN == number => last.range.end = piece.end,
-            _ => windows.push(Window { block, range: piece }),
-        }
-    }
-    windows
-}
-
-#[cfg(test)]
-mod tests {
-    use vmfile_format::{PageSize, RamBlock};
-
-    use super::*;
-
-    #[test]
-    fn a_window_spans_its_data_and_crosses_no_border() {
-        let block = RamBlock::new("pc.ram".to_owned(), 16 << 20, PageSize::KIB_4).unwrap();
-        let mut bitmap = PageBitmap::new(block.page_count());
-        for page in [3, 9, 511, 512, 2048] {
-            bitmap.set(PageIndex(page), true);
-        }
-        let placed =
-            PlacedBlock { block, record_offset: 0, bitmap_offset: 64, pages_offset: 1 << 20 };
-        let found: Vec<_> = windows(0, &placed, &bitmap)
-            .into_iter()
-            .map(|window| window.range.start / 4096..window.range.end / 4096)
-            .collect();
-        assert_eq!(found, [3..512, 512..513, 2048..2049]);
     }
 }

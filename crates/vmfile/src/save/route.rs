@@ -88,7 +88,10 @@ pub(super) fn choose(
 ) -> Result<ChosenRoute, SaveError> {
     let route = options.route;
     let stream = |vm: &mut Vm, reason: String| {
-        Ok(ChosenRoute { route: ReadyRoute::Stream(StreamRoute::prepare(vm, options)?), reason })
+        Ok(ChosenRoute {
+            route: ReadyRoute::Stream(StreamRoute::prepare(vm, options, draft)?),
+            reason,
+        })
     };
     if route == Route::Stream {
         return stream(vm, "asked for".to_owned());
@@ -97,7 +100,7 @@ pub(super) fn choose(
         let route = ReadyRoute::Native(NativeRoute::prepare(vm, options, draft)?);
         return Ok(ChosenRoute { route, reason: "asked for".to_owned() });
     }
-    match DirectRoute::prepare(vm, draft) {
+    match DirectRoute::prepare(vm, draft, options) {
         Ok(direct) => {
             let reason = match route {
                 Route::Direct => "asked for",

@@ -8,11 +8,13 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use vmfile_qemu::{PUT_BACK_TIMEOUT, StreamSettings, Vm};
+use vmfile_qemu::{Feature, PUT_BACK_TIMEOUT, StreamSettings, Vm, VmError};
 
 use super::sending::{Peer, sent};
 use super::{SaveOptions, Work, Written};
+use crate::draft::Draft;
 use crate::error::SaveError;
+use crate::lane::Workers;
 use crate::listener::Listener;
 use crate::multifd::{CHANNELS_MAX, ChannelsError};
 use crate::receive::ReceiveError;
@@ -28,11 +30,17 @@ pub(super) struct StreamRoute {
     before: StreamSettings,
     /// How many connections beside the stream pages go by, and where QEMU makes them.
     channels: Option<(NonZeroU8, Listener)>,
+    /// A thread for each connection, started while the VM runs; `None` once they were used.
+    workers: Option<Workers>,
 }
 
 impl StreamRoute {
     /// Asks for the settings, which must be put back.
-    pub(super) fn prepare(vm: &mut Vm, options: &SaveOptions) -> Result<StreamRoute, SaveError> {
+    pub(super) fn prepare(
+        vm: &mut Vm,
+        options: &SaveOptions,
+        draft: &Draft,
+    ) -> Result<StreamRoute, SaveError> {
         let channels = options.channels;
         let found = channels.map_or(0, |channels| channels.get().into());
         if found > CHANNELS_MAX {
@@ -41,7 +49,9 @@ impl StreamRoute {
         let before = vm.stream_settings()?;
         let process = vm.pid().ok();
         let listen = |channels| Ok::<_, SaveError>((channels, Listener::bind_for(process)?));
-        Ok(StreamRoute { before, channels: channels.map(listen).transpose()? })
+        let width = (options.io, channels.map_or(0, |channels| channels.get().into()) + 1);
+        let workers = Some(Workers::start(draft.file(), width).map_err(SaveError::Workers)?);
+        Ok(StreamRoute { before, channels: channels.map(listen).transpose()?, workers })
     }
 
     /// Returns the migration settings as they were.
@@ -57,13 +67,12 @@ impl StreamRoute {
 
     /// Lets QEMU send the paused VM, writes what comes, and then what belongs around it.
     pub(super) fn write(&mut self, work: &mut Work<'_>) -> Result<Written, SaveError> {
-        let ours = match &self.channels {
-            None => self.before.plain(),
-            Some((channels, _)) => self.before.multifd(*channels),
-        };
+        let (ours, changed) = self.change_settings(work);
         let channels = self.channels.take();
-        let changed = work.vm.change_stream_settings(&self.before, &ours);
-        let received = changed.map_err(SaveError::from).and_then(|()| receive(work, channels));
+        let received = changed.map_err(SaveError::from).and_then(|()| {
+            let workers = self.workers.take().expect("a route writes once");
+            receive(work, channels, workers)
+        });
         // What was changed before something failed is put back, too.
         let put_back = work
             .vm
@@ -81,10 +90,47 @@ impl StreamRoute {
     }
 }
 
+impl StreamRoute {
+    /// Changes QEMU's settings; returns those that it may have now, whatever came of it.
+    ///
+    /// A VM that stays paused is sent as a background snapshot, where QEMU can: it is then paused as
+    /// before, and can be saved once more.
+    fn change_settings(&self, work: &mut Work<'_>) -> (StreamSettings, Result<(), VmError>) {
+        if work.stays_paused() {
+            match self.change_for_a_snapshot(work.vm) {
+                Ok(ours) => return (ours, Ok(())),
+                Err(reason) => work.warn_of_postmigrate(&reason),
+            }
+        }
+        let ours = match &self.channels {
+            None => self.before.plain(),
+            Some((channels, _)) => self.before.multifd(*channels),
+        };
+        let changed = work.vm.change_stream_settings(&self.before, &ours);
+        (ours, changed)
+    }
+
+    /// Changes QEMU's settings to those of a background snapshot, or says why they were not changed.
+    fn change_for_a_snapshot(&self, vm: &mut Vm) -> Result<StreamSettings, String> {
+        let version = vm.version().map_err(|error| error.to_string())?;
+        if !version.has(Feature::PausedSnapshot) {
+            return Err(format!("QEMU {version} lets the guest run after a background snapshot"));
+        }
+        if self.channels.is_some() {
+            return Err("QEMU takes no background snapshot by channels".to_owned());
+        }
+        let ours = self.before.background_snapshot();
+        let ours = ours.ok_or_else(|| "this QEMU has no background-snapshot".to_owned())?;
+        let changed = vm.change_stream_settings(&self.before, &ours);
+        changed.map(|()| ours).map_err(|error| error.to_string())
+    }
+}
+
 /// Receives the VM; whatever comes of it, QEMU is not sending any more.
 fn receive(
     work: &mut Work<'_>,
     channels: Option<(NonZeroU8, Listener)>,
+    workers: Workers,
 ) -> Result<Received, SaveError> {
     let process = work.vm.pid().ok();
     let patience =
@@ -101,7 +147,7 @@ fn receive(
     };
     let vm = &mut *work.vm;
     let received = connections.and_then(|connections| {
-        let receiver = StreamReceiver { draft: work.draft, io: work.options.io, patience };
+        let receiver = StreamReceiver { draft: work.draft, workers, patience };
         receiver.run(connections, || sent(vm))
     });
     received.map_err(|error| peer.give_up(work.vm, error))

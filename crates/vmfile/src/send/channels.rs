@@ -22,7 +22,6 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread;
 
 use vmfile_format::stream::multifd::{Compression, Init, PACKET_PAGES_LEN, Packet, PacketPages};
 use vmfile_format::{PageIndex, RamLayout};
@@ -33,6 +32,7 @@ use super::outlet::Outlet;
 use super::pages::PagesInOrder;
 use super::stream::{COUNTED_PARTS, Parts, Source, StreamWriter};
 use super::{SendError, connect};
+use crate::beside::beside;
 use crate::control::{Control, Progress};
 use crate::lane::{Lane, on_lanes};
 
@@ -66,14 +66,13 @@ pub(super) fn write_channels(
     // The others end with `Stopped` then; what this one says is what happened.
     let fail = |_: &SendError| failed.store(true, Ordering::Relaxed);
     let senders = Channels::new(contents, outlets, control);
-    let (streamed, sent) = thread::scope(|scope| {
-        let stream = scope.spawn(|| zero_pages(stream).inspect_err(fail));
-        let width = (source.io, usize::try_from(channels).expect("few"));
-        let work = |lane| senders.work(lane).inspect_err(fail);
-        let sent = on_lanes(&source.file, width, work).map_err(SendError::Reading);
-        let sent = sent.inspect_err(fail);
-        (stream.join().expect("no panic"), sent)
-    });
+    let width = (source.io, usize::try_from(channels).expect("few"));
+    let work = |lane| senders.work(lane).inspect_err(fail);
+    let both = beside(
+        || zero_pages(stream).inspect_err(fail),
+        |_| on_lanes(&source.file, width, work).map_err(SendError::Reading).inspect_err(fail),
+    );
+    let (streamed, sent) = both.map_err(SendError::Thread)?;
     let (results, backend) = sent?;
     let (stream, error) = match streamed {
         Ok(stream) => (Some(stream), None),

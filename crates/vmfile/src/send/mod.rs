@@ -104,6 +104,9 @@ pub enum SendError {
     /// The pages could not be read in the way that was asked for.
     #[error("read guest RAM from the file")]
     Reading(#[source] io::Error),
+    /// A thread could not be started, or panicked.
+    #[error("send by a thread of its own")]
+    Thread(#[source] io::Error),
     /// Some pages could not be read.
     #[error("read {len} bytes at {offset:#x} of {path}", path = path.display())]
     Read {

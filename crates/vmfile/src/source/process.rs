@@ -4,16 +4,19 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use vmfile_engine::{
-    Access, Backing, BackingError, BackingFile, FileSystem, ProcessMemory, Region, data_ranges,
+    Access, Backing, BackingError, BackingFile, DataSeeker, FileSystem, ProcessMemory,
     hugetlb_allocated_bytes,
 };
 
-use crate::ram_loader::Writer;
-use crate::ram_writer::{PAGE_LEN, Reader};
+use crate::plan::{UNIT_LEN, Units, pieces};
 use crate::ranges;
+
+/// Pages of x86, in which Linux says what a process has touched.
+const PAGE_LEN: u64 = 4096;
 
 /// One block as it lies in the process.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,40 +32,43 @@ pub(crate) struct BlockAt {
 /// The RAM of a process, looked up and not yet read.
 #[derive(Debug)]
 pub(crate) struct ProcessRam {
-    memory: Arc<ProcessMemory>,
-    blocks: Vec<BlockRam>,
+    blocks: Vec<BlockMemory>,
 }
 
-#[derive(Debug)]
-struct BlockRam {
+/// The memory of one block.
+///
+/// It is copied by system calls and never mapped: if another process cuts the file that backs it, that is
+/// an error here and no `SIGBUS`, and nothing that another process changes meanwhile is looked at twice.
+#[derive(Clone, Debug)]
+pub(crate) struct BlockMemory {
     at: BlockAt,
-    backing: RamBacking,
+    process: Arc<ProcessMemory>,
+    kind: Kind,
 }
 
-#[derive(Debug)]
-enum RamBacking {
-    /// Memory of the process's own, perhaps a copy of a file where it was not written.
-    Private { file: Option<BackingFile> },
-    /// A file that is mapped here as well.
-    Shared { region: Arc<Region>, file: Arc<File>, offset: u64, file_system: FileSystem },
+#[derive(Clone, Debug)]
+enum Kind {
+    /// Memory of the process's own; what it has not written shows the file beneath, if there is one.
+    Private { beneath: Option<FilePart> },
+    /// A shared file, which says where its holes are, read and written as a file: that makes its pages
+    /// without zeroing and mapping each of them first, and costs half of writing through a mapping
+    /// (Linux 6.18).
+    File(FilePart),
+    /// A shared file on hugetlbfs, which cannot say where its holes are and has no `write` (Linux 6.18).
+    /// The process's page tables say which pages it has; `all` if the file has others as well, so that
+    /// all of it is read, which gives zeros for a hole.
+    HugePages { file: FilePart, page_size: u64, all: bool },
 }
 
-/// A block as it is read.
-#[derive(Debug)]
-pub(crate) struct Readable {
-    /// Byte ranges of the block that may hold data.
-    pub(crate) ranges: Vec<Range<u64>>,
-    /// How they are best read.
-    pub(crate) reader: Reader,
-}
-
-/// A block as it is written.
-#[derive(Debug)]
-pub(crate) struct Writable {
-    /// Byte ranges of the block that may hold data already.
-    pub(crate) touched: Vec<Range<u64>>,
-    /// How the block is best written.
-    pub(crate) writer: Writer,
+/// The part of a file that backs a block.
+#[derive(Clone, Debug)]
+struct FilePart {
+    file: Arc<File>,
+    seeker: Arc<DataSeeker>,
+    /// Where in the file the block begins.
+    offset: u64,
+    /// How long the block is.
+    len: u64,
 }
 
 /// Why the RAM of a process cannot be reached.
@@ -121,120 +127,249 @@ impl ProcessRam {
                 memory.backing(at.address..at.address + at.len, access).map_err(|source| {
                     ProcessRamError::Backing { pid, block: at.name.clone(), source }
                 })?;
-            Ok(BlockRam { at: at.clone(), backing: RamBacking::open(backing, at, access)? })
+            let kind = Kind::open(backing, at)
+                .map_err(|source| file_error("open the file once more", at, source))?;
+            Ok(BlockMemory { at: at.clone(), process: Arc::clone(&memory), kind })
         };
         let blocks = blocks.iter().map(open).collect::<Result<Vec<_>, ProcessRamError>>()?;
-        Ok(ProcessRam { memory, blocks })
+        Ok(ProcessRam { blocks })
     }
 
-    /// Returns, for each block, the byte ranges that may hold data; everything else is zero as far
-    /// as the kernel knows. With them, how the block is best read.
+    /// Returns the memory of each block, as it is reached now that the process stands still.
     ///
     /// # Errors
     ///
     /// Returns [`ProcessRamError`] if the kernel cannot be asked.
-    pub(crate) fn scan(&self) -> Result<Vec<Readable>, ProcessRamError> {
-        self.blocks.iter().map(|block| self.scan_block(block)).collect()
+    pub(crate) fn blocks(&self) -> Result<Vec<BlockMemory>, ProcessRamError> {
+        let block = |block: &BlockMemory| {
+            let mut block = block.clone();
+            block
+                .count_huge_pages()
+                .map_err(|source| block.error("count the huge pages", source))?;
+            Ok(block)
+        };
+        self.blocks.iter().map(block).collect()
     }
 
-    /// Returns, for each block, the byte ranges that may hold data already, and how the block is
-    /// best written.
+    /// Returns how many bytes may be data, where gaps up to `gap_max` between them count as well.
     ///
     /// # Errors
     ///
     /// Returns [`ProcessRamError`] if the kernel cannot be asked.
-    pub(crate) fn scan_for_writing(&self) -> Result<Vec<Writable>, ProcessRamError> {
-        let scan = |block: &BlockRam| {
-            let touched = self.scan_block(block)?.ranges;
-            let writer = match &block.backing {
-                RamBacking::Private { .. } => {
-                    Writer::Process(Arc::clone(&self.memory), block.at.address)
-                }
-                RamBacking::Shared { file, offset, file_system: FileSystem::Tmpfs, .. } => {
-                    Writer::File(Arc::clone(file), *offset)
-                }
-                RamBacking::Shared { region, .. } => Writer::Region(Arc::clone(region)),
-            };
-            Ok(Writable { touched, writer })
+    pub(crate) fn data_len(&self, gap_max: u64) -> Result<u64, ProcessRamError> {
+        let len = |block: BlockMemory| {
+            let len = block.data_len(gap_max);
+            len.map_err(|source| block.error("ask for the touched pages", source))
         };
-        self.blocks.iter().map(scan).collect()
-    }
-
-    fn scan_block(&self, block: &BlockRam) -> Result<Readable, ProcessRamError> {
-        let at = &block.at;
-        let (found, reader) = match &block.backing {
-            RamBacking::Private { file } => {
-                let mut found = self.touched(at)?;
-                if let Some(BackingFile { file, offset, .. }) = file {
-                    // What the process has not written shows the file underneath.
-                    found.extend(holes(at, file, *offset)?);
-                }
-                (found, Reader::Process(Arc::clone(&self.memory), at.address))
-            }
-            RamBacking::Shared { region, file, offset, file_system } => match file_system {
-                FileSystem::Hugetlbfs { page_size } => {
-                    self.scan_hugetlb(at, region, file, (*offset, *page_size))?
-                }
-                FileSystem::Tmpfs | FileSystem::Other => {
-                    (holes(at, file, *offset)?, Reader::Region(Arc::clone(region)))
-                }
-            },
-        };
-        Ok(Readable { ranges: ranges::merge(found, PAGE_LEN, at.len), reader })
-    }
-
-    /// hugetlbfs cannot say where its holes are (Linux 6.18), and touching one through a mapping
-    /// takes a huge page from the pool. The process's page tables say which pages it has; if the
-    /// file has others as well, all of it is read as a file, which gives zeros for a hole.
-    fn scan_hugetlb(
-        &self,
-        at: &BlockAt,
-        region: &Arc<Region>,
-        file: &Arc<File>,
-        (offset, page_size): (u64, u64),
-    ) -> Result<(Vec<Range<u64>>, Reader), ProcessRamError> {
-        let touched = ranges::merge(self.touched(at)?, page_size, at.len);
-        let touched_bytes: u64 = touched.iter().map(|range| range.end - range.start).sum();
-        let allocated = hugetlb_allocated_bytes(file.as_fd())
-            .map_err(|source| file_error("count the huge pages", at, source))?;
-        if touched_bytes >= allocated {
-            Ok((touched, Reader::Region(Arc::clone(region))))
-        } else {
-            let whole = 0..at.len;
-            Ok((Vec::from([whole]), Reader::File(Arc::clone(file), offset)))
-        }
-    }
-
-    fn touched(&self, at: &BlockAt) -> Result<Vec<Range<u64>>, ProcessRamError> {
-        let found = self
-            .memory
-            .touched(at.address..at.address + at.len)
-            .map_err(|source| file_error("ask for the touched pages", at, source))?;
-        let block = |range: Range<u64>| range.start - at.address..range.end - at.address;
-        Ok(found.into_iter().map(block).collect())
+        self.blocks()?.into_iter().map(len).sum()
     }
 }
 
-impl RamBacking {
-    fn open(backing: Backing, at: &BlockAt, access: Access) -> Result<RamBacking, ProcessRamError> {
-        Ok(match backing {
-            Backing::Private { file } => RamBacking::Private { file },
-            Backing::Shared { file: BackingFile { file, offset, file_system } } => {
-                let region = Region::map(file.as_fd(), offset, at.len, access)
-                    .map_err(|source| file_error("map the file", at, source))?;
-                let (region, file) = (Arc::new(region), Arc::new(file));
-                RamBacking::Shared { region, file, offset, file_system }
+impl BlockMemory {
+    /// Returns the first byte of `range`, a range of the block, that may be data; all before it is zero
+    /// as far as the kernel knows.
+    pub(crate) fn first_data(&self, range: &Range<u64>) -> io::Result<Option<u64>> {
+        let touched = || {
+            let found = self.process.first_touched(&self.addresses(range))?;
+            Ok::<_, io::Error>(found.map(|address| address - self.at.address))
+        };
+        match &self.kind {
+            Kind::Private { beneath: None } => touched(),
+            Kind::Private { beneath: Some(file) } => {
+                let (own, beneath) = (touched()?, file.first_data(range)?);
+                Ok(own.into_iter().chain(beneath).min())
             }
+            Kind::File(file) => file.first_data(range),
+            Kind::HugePages { file, all, .. } => {
+                file.check_len()?;
+                if *all { Ok((!range.is_empty()).then_some(range.start)) } else { touched() }
+            }
+        }
+    }
+
+    /// Returns the parts of `range`, a range of the block and no longer than a unit, that may be data.
+    pub(crate) fn data(&self, range: &Range<u64>) -> io::Result<Vec<Range<u64>>> {
+        let mut found = match &self.kind {
+            Kind::Private { .. } | Kind::HugePages { all: false, .. } => {
+                let found = self.process.touched(self.addresses(range))?;
+                let own =
+                    |range: Range<u64>| range.start - self.at.address..range.end - self.at.address;
+                found.into_iter().map(own).collect()
+            }
+            Kind::File(_) => Vec::new(),
+            Kind::HugePages { all: true, .. } => vec![range.clone()],
+        };
+        if let Kind::Private { beneath: Some(file) } | Kind::File(file) = &self.kind {
+            file.add_data(range, &mut found)?;
+        }
+        Ok(ranges::merge(found, PAGE_LEN, range.end))
+    }
+
+    /// Copies `range`, a window of the block, into `into`; returns whether anything may be data, else
+    /// nothing was copied.
+    pub(crate) fn read(&self, range: &Range<u64>, into: &mut [u8]) -> io::Result<bool> {
+        match &self.kind {
+            Kind::Private { .. } => {
+                // A page that the process never touched is not read: that would enter the zero page into
+                // its page tables.
+                let found = self.data(range)?;
+                let mut end = 0;
+                let mut pieces = Vec::with_capacity(found.len());
+                for found in &found {
+                    let piece =
+                        in_window(found.start - range.start)..in_window(found.end - range.start);
+                    into[end..piece.start].fill(0);
+                    end = piece.end;
+                    pieces.push(piece);
+                }
+                into[end..].fill(0);
+                self.process.read_pieces(self.at.address + range.start, &pieces, into)?;
+                Ok(!pieces.is_empty())
+            }
+            Kind::File(file) | Kind::HugePages { file, .. } => {
+                // Holes between data are read as well: that gives zeros and makes no page.
+                let has_data = self.first_data(range)?.is_some();
+                if has_data {
+                    file.read(range.start, into)?;
+                }
+                Ok(has_data)
+            }
+        }
+    }
+
+    /// Copies `pieces` of `bytes`, whose first byte belongs to `start` in the block, to where they
+    /// belong.
+    pub(crate) fn write(
+        &self,
+        start: u64,
+        pieces: &[Range<usize>],
+        bytes: &[u8],
+    ) -> io::Result<()> {
+        match &self.kind {
+            Kind::File(file) => pieces.iter().try_for_each(|piece| {
+                let offset = file.offset + start + piece.start as u64;
+                file.file.write_all_at(&bytes[piece.clone()], offset)
+            }),
+            Kind::Private { .. } | Kind::HugePages { .. } => {
+                self.process.write_pieces(self.at.address + start, pieces, bytes)
+            }
+        }
+    }
+
+    fn data_len(&self, gap_max: u64) -> io::Result<u64> {
+        // A file is asked by cells: its ranges of data may be as many as its pages.
+        let by_file = matches!(&self.kind, Kind::File(_));
+        let units = Units::new([self.at.len], if by_file { gap_max } else { UNIT_LEN });
+        let mut len = 0;
+        while let Some(unit) = units.take(|_, range| self.first_data(&range))? {
+            if by_file {
+                len += unit.range.end - unit.range.start;
+                continue;
+            }
+            let mut end: Option<u64> = None;
+            for range in self.data(&unit.range)? {
+                let gap = end.map_or(0, |end| range.start - end);
+                len += range.end - range.start + if gap <= gap_max { gap } else { 0 };
+                end = Some(range.end);
+            }
+        }
+        Ok(len)
+    }
+
+    fn count_huge_pages(&mut self) -> io::Result<()> {
+        let addresses = self.addresses(&(0..self.at.len));
+        let Kind::HugePages { file, page_size, all } = &mut self.kind else { return Ok(()) };
+        let mut touched_bytes = 0;
+        for piece in pieces(addresses, HUGE_SCAN_LEN) {
+            let touched = ranges::merge(self.process.touched(piece)?, *page_size, u64::MAX);
+            touched_bytes += touched.iter().map(|range| range.end - range.start).sum::<u64>();
+        }
+        *all = touched_bytes < hugetlb_allocated_bytes(file.file.as_fd())?;
+        Ok(())
+    }
+
+    fn addresses(&self, range: &Range<u64>) -> Range<u64> {
+        self.at.address + range.start..self.at.address + range.end
+    }
+
+    fn error(&self, what: &'static str, source: io::Error) -> ProcessRamError {
+        file_error(what, &self.at, source)
+    }
+}
+
+/// Memory in huge pages that is asked for at once: 512 ranges at most.
+const HUGE_SCAN_LEN: u64 = 2 << 30;
+
+impl Kind {
+    fn open(backing: Backing, at: &BlockAt) -> io::Result<Kind> {
+        Ok(match backing {
+            Backing::Private { file: None } => Kind::Private { beneath: None },
+            Backing::Private { file: Some(file) } => {
+                Kind::Private { beneath: Some(FilePart::open(file, at)?) }
+            }
+            Backing::Shared { file } => match file.file_system {
+                FileSystem::Hugetlbfs { page_size } => {
+                    let file = FilePart::open(file, at)?;
+                    Kind::HugePages { file, page_size, all: true }
+                }
+                FileSystem::Tmpfs | FileSystem::Other => Kind::File(FilePart::open(file, at)?),
+            },
         })
     }
 }
 
-/// Returns the ranges of the block for which `file` holds data.
-fn holes(at: &BlockAt, file: &File, offset: u64) -> Result<Vec<Range<u64>>, ProcessRamError> {
-    let found = data_ranges(file.as_fd(), offset..offset + at.len)
-        .map_err(|source| file_error("find the holes of the file", at, source))?;
-    let block = |range: Range<u64>| range.start - offset..range.end - offset;
-    Ok(found.into_iter().map(block).collect())
+impl FilePart {
+    fn open(BackingFile { file, offset, .. }: BackingFile, at: &BlockAt) -> io::Result<FilePart> {
+        let seeker = Arc::new(DataSeeker::open(file.as_fd())?);
+        Ok(FilePart { file: Arc::new(file), seeker, offset, len: at.len })
+    }
+
+    fn first_data(&self, range: &Range<u64>) -> io::Result<Option<u64>> {
+        let found = self.seeker.first(&self.in_file(range))?;
+        if found.is_none() {
+            // Past the end of a file there is no data either.
+            self.check_len()?;
+        }
+        Ok(found.map(|offset| offset - self.offset))
+    }
+
+    /// Adds the pages of `range` that are data, one by one: where the next hole is, is not asked, for
+    /// the kernel looks for it beyond the range, through all data that follows.
+    fn add_data(&self, range: &Range<u64>, found: &mut Vec<Range<u64>>) -> io::Result<()> {
+        let mut rest = range.clone();
+        while let Some(start) = self.first_data(&rest)? {
+            rest.start = (start - start % PAGE_LEN + PAGE_LEN).min(range.end);
+            found.push(start..rest.start);
+        }
+        Ok(())
+    }
+
+    fn read(&self, start: u64, into: &mut [u8]) -> io::Result<()> {
+        self.file.read_exact_at(into, self.offset + start).map_err(|error| match error.kind() {
+            io::ErrorKind::UnexpectedEof => self.cut(),
+            _ => error,
+        })
+    }
+
+    fn check_len(&self) -> io::Result<()> {
+        if self.file.metadata()?.len() < self.offset + self.len { Err(self.cut()) } else { Ok(()) }
+    }
+
+    fn cut(&self) -> io::Error {
+        let found = self.file.metadata().map_or(0, |meta| meta.len());
+        let expected = self.offset + self.len;
+        let what = "the file that backs it has been cut";
+        io::Error::other(format!("{what}: it has {found} bytes, expected {expected}"))
+    }
+
+    fn in_file(&self, range: &Range<u64>) -> Range<u64> {
+        self.offset + range.start..self.offset + range.end
+    }
+}
+
+/// A length or an offset inside a window.
+fn in_window(bytes: u64) -> usize {
+    usize::try_from(bytes).expect("a window")
 }
 
 fn file_error(what: &'static str, at: &BlockAt, source: io::Error) -> ProcessRamError {

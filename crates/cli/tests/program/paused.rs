@@ -1,0 +1,264 @@
+//! What a save asks after the pause, and what it verifies before the file gets its name.
+
+use std::fs;
+use std::io::{BufRead as _, BufReader};
+use std::path::Path;
+use std::process::{Child, ChildStderr, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
+use vmfile::Snapshot;
+use vmfile_testing::{Guest, Monitor, Qemu, Ram, Release, TestResult, requires};
+
+use crate::guests::directory;
+use crate::run::{Said, command, names_in, strace, vmfile, wait_until};
+use crate::words;
+
+/// A guest whose save takes long enough to be met in the middle; it has a second monitor.
+fn large(qemu: &Qemu, second: &Path) -> TestResult<Guest> {
+    let socket = format!("unix:{},server=on,wait=off", second.display());
+    let config = Guest::boot_sector(Ram::private(1200)).seed(61).data_share(200);
+    let guest = config.arguments(["-qmp", &socket]).boot(qemu)?;
+    guest.wait_for_count(1)?;
+    Ok(guest)
+}
+
+/// A save that has begun to write.
+fn begin_to_save(guest: &Guest, file: &Path) -> TestResult<(Child, BufReader<ChildStderr>)> {
+    let words = words!["save", guest.qmp_path(), file, "--after", "resume"];
+    let slow = words!["--jobs", "1", "--io", "threads", "--progress", "json"];
+    let mut command = command();
+    command.args(words).args(slow).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn()?;
+    let mut stderr = BufReader::new(child.stderr.take().ok_or("piped")?);
+    let mut line = String::new();
+    stderr.read_line(&mut line)?;
+    assert!(line.contains("progress"), "{line}");
+    Ok((child, stderr))
+}
+
+fn finish((child, stderr): (Child, BufReader<ChildStderr>)) -> TestResult<Said> {
+    let lines: Vec<String> = stderr.lines().collect::<Result<_, _>>()?;
+    let said = Said::from(child.wait_with_output()?);
+    Ok(Said { stderr: lines.join("\n"), ..said })
+}
+
+/// A second monitor said `cont` in the middle of a direct save: the save exited with 0, its report
+/// said "paused 1.81 s", and the memory in the file was of no moment.
+#[test]
+fn a_guest_that_another_client_lets_run_is_not_saved() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    let directory = directory()?;
+    let mut guest = large(&qemu, &directory.path().join("second"))?;
+    let file = directory.path().join("vm.vmf");
+    let save = begin_to_save(&guest, &file)?;
+    guest.resume()?;
+    let said = finish(save)?;
+    said.assert(3, &["another client of QEMU let the guest run", "see to it that no other client"]);
+    assert!(!file.exists());
+    assert_eq!(guest.status()?, "running");
+    guest.wait_for_passes(1)?;
+    guest.judge_counts()
+}
+
+/// Two saves of one VM at once, by two monitors, both exited with 0; the second recorded the pause of
+/// the first as the guest's own state.
+#[test]
+fn a_second_save_of_a_vm_says_who_holds_it() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    let directory = directory()?;
+    let second = directory.path().join("second");
+    let mut guest = large(&qemu, &second)?;
+    let (child, stderr) = begin_to_save(&guest, &directory.path().join("1.vmf"))?;
+    let holder = format!("process {} saves this VM", child.id());
+    let said = vmfile(words!["save", second, directory.path().join("2.vmf"), "--after", "resume"]);
+    said.assert(3, &[&holder, "wait for that save to end"]);
+    finish((child, stderr))?.assert(0, &["saved"]);
+    assert!(!directory.path().join("2.vmf").exists());
+    vmfile(words!["save", second, directory.path().join("2.vmf"), "--after", "resume"])
+        .assert(0, &["saved"]);
+    assert_eq!(guest.status()?, "running");
+    guest.wait_for_passes(1)?;
+    guest.judge_counts()
+}
+
+/// RAM blocks were asked before the pause: a DIMM that was plugged in between was not in the file, and
+/// the save exited with 0.
+#[test]
+fn memory_that_is_plugged_in_right_before_the_pause_is_in_the_file() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    let directory = directory()?;
+    let config = Guest::boot_sector(Ram::private(64)).seed(62);
+    let mut guest = config.dimm(16).boot(&qemu)?;
+    guest.wait_for_count(1)?;
+    for number in 1..40 {
+        let file = directory.path().join(format!("{number}.vmf"));
+        let mut child = command()
+            .args(words!["save", guest.qmp_path(), file, "--after", "resume"])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()?;
+        let pid = Pid::from_raw(i32::try_from(child.id())?).ok_or("a pid")?;
+        // The record is the last thing before the pause.
+        while child.try_wait()?.is_none() && !has_record(&mut guest)? {}
+        let is_stopped = kill_process(pid, Signal::STOP).is_ok();
+        if !is_stopped || guest.status()? != "running" || !has_record(&mut guest)? {
+            kill_process(pid, Signal::CONT).ok();
+            Said::from(child.wait_with_output()?).assert(0, &["saved"]);
+            continue;
+        }
+        let memory = json!({ "qom-type": "memory-backend-ram", "id": "late", "size": 16 << 20 });
+        guest.qmp("object-add", memory)?;
+        let dimm = json!({ "driver": "pc-dimm", "id": "late-dimm", "memdev": "late" });
+        guest.qmp("device_add", dimm)?;
+        kill_process(pid, Signal::CONT)?;
+        Said::from(child.wait_with_output()?).assert(0, &["saved"]);
+        let snapshot = Snapshot::open(&file, 0)?;
+        let late = snapshot.structure().block("late").ok_or("the file has the late DIMM")?;
+        assert_eq!(late.block.used_length(), 16 << 20);
+        return Ok(());
+    }
+    Err("40 saves, and none was met between its record and its pause".into())
+}
+
+fn has_record(guest: &mut Guest) -> TestResult<bool> {
+    let objects = guest.qmp("qom-list", json!({ "path": "/objects" }))?;
+    Ok(objects.as_array().into_iter().flatten().any(|object| object["name"] == "vmfile-save"))
+}
+
+/// QEMU's `fdatasync` failed, `stop` said nothing of it, and the save ended QEMU and exited with 0.
+fn disks_that_cannot_be_flushed(qemu: &Qemu) -> TestResult {
+    let directory = directory()?;
+    let disk = directory.path().join("disk.raw");
+    fs::write(&disk, vec![0; 1 << 20])?;
+    let drive = format!("file={},format=raw,if=none,id=d1", disk.display());
+    let config = Guest::boot_sector(Ram::private(64)).seed(63);
+    let mut guest = config.arguments(["-drive", &drive]).boot(qemu)?;
+    guest.wait_for_count(1)?;
+    let inject = "inject=fdatasync:error=EIO";
+    let mut strace = Command::new("strace")
+        .args(["-f", "-qq", "-o", "/dev/null", "-e", "trace=fdatasync", "-e", inject])
+        .args(["-p", &guest.pid()?.to_string()])
+        .spawn()?;
+    // Attached once its tracer is known.
+    let status = format!("/proc/{}/status", guest.pid()?);
+    let is_traced = || {
+        let text = fs::read_to_string(&status).unwrap_or_default();
+        text.lines().any(|line| line.starts_with("TracerPid:") && !line.ends_with("\t0"))
+    };
+    wait_until("strace is attached", is_traced)?;
+    // And then each of QEMU's threads.
+    thread::sleep(Duration::from_millis(500));
+    // What the guest would write, so that there is something to flush.
+    let write = json!({ "command-line": "qemu-io d1 \"write 0 4k\"" });
+    guest.qmp("human-monitor-command", write)?;
+    let file = directory.path().join("vm.vmf");
+    let said = vmfile(words!["save", guest.qmp_path(), file]);
+    strace.kill()?;
+    strace.wait()?;
+    said.assert(3, &["disk \"d1\" could not be flushed", "look at the disk's file system"]);
+    assert_eq!(names_in(directory.path()), ["disk.raw"]);
+    assert_eq!(guest.status()?, "running");
+    guest.wait_for_passes(1)?;
+    guest.judge_counts()
+}
+
+#[test]
+fn disks_that_cannot_be_flushed_are_said_to_be_before_the_vm_ends() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    requires!(strace());
+    disks_that_cannot_be_flushed(&qemu)
+}
+
+#[test]
+fn disks_of_the_newest_that_cannot_be_flushed_are_said_to_be() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Newest));
+    requires!(strace());
+    disks_that_cannot_be_flushed(&qemu)
+}
+
+#[test]
+fn disks_of_the_oldest_that_cannot_be_flushed_are_said_to_be() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Oldest));
+    requires!(strace());
+    disks_that_cannot_be_flushed(&qemu)
+}
+
+/// vmfile and its guardian were both killed, and no later save noticed: one exited with 0, said
+/// "paused", and left the VM stopped.
+#[test]
+fn what_a_save_left_that_was_killed_with_its_guardian_is_put_right_by_the_next() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    let directory = directory()?;
+    let mut guest = large(&qemu, &directory.path().join("second"))?;
+    let settings = guest.qmp("query-migrate-capabilities", json!({}))?;
+    let parameters = guest.qmp("query-migrate-parameters", json!({}))?;
+    let file = directory.path().join("vm.vmf");
+    for (route, verb) in [("direct", "list"), ("stream", "save"), ("direct", "save")] {
+        let mut child = command()
+            .args(words!["save", guest.qmp_path(), file, "--after", "resume", "--route", route])
+            .args(["--jobs", "1", "--io", "threads"])
+            .stderr(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()?;
+        wait_until("the guest stands", || guest.status().is_ok_and(|status| status != "running"))?;
+        let guardian = guardian_of(child.id())?;
+        // The guardian first, or it would do its work.
+        kill_process(guardian, Signal::KILL)?;
+        child.kill()?;
+        child.wait()?;
+        // QEMU's own end of a stream may take a moment.
+        thread::sleep(Duration::from_millis(300));
+        assert_ne!(guest.status()?, "running", "nothing lets it run by itself");
+        let said = match verb {
+            "list" => vmfile(words!["list", "--json"]),
+            _ => vmfile(words!["save", guest.qmp_path(), file, "--after", "resume"]),
+        };
+        said.assert(0, &["had left the VM changed"]);
+        assert_eq!(guest.status()?, "running", "{route}, {verb}");
+        assert_eq!(guest.qmp("query-migrate-capabilities", json!({}))?, settings);
+        assert_eq!(guest.qmp("query-migrate-parameters", json!({}))?, parameters);
+        assert_eq!(guest.qmp("query-fdsets", json!({}))?, json!([]));
+        assert!(!has_record(&mut guest)?);
+        fs::remove_file(&file).ok();
+    }
+    guest.wait_for_passes(1)?;
+    guest.judge_counts()
+}
+
+/// Returns the guardian of a process.
+pub(crate) fn guardian_of(pid: u32) -> TestResult<Pid> {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while Instant::now() < deadline {
+        let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))?;
+        for child in children.split_whitespace() {
+            let name = fs::read_to_string(format!("/proc/{child}/comm")).unwrap_or_default();
+            if name.trim() == "vm-guardian" {
+                return Ok(Pid::from_raw(child.parse()?).ok_or("a pid")?);
+            }
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+    Err("it has no guardian".into())
+}
+
+/// The guardian is ended while the save goes on: the save is not disturbed.
+#[test]
+fn a_save_whose_guardian_is_ended_goes_on() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    let directory = directory()?;
+    let second = directory.path().join("second");
+    let guest = large(&qemu, &second)?;
+    let file = directory.path().join("vm.vmf");
+    let (child, stderr) = begin_to_save(&guest, &file)?;
+    kill_process(guardian_of(child.id())?, Signal::KILL)?;
+    let said = finish((child, stderr))?;
+    // It needs a new will for the moment at which the file gets its name, and has nobody to tell it.
+    said.assert(5, &["the process that would let the VM run on"]);
+    let mut monitor = Monitor::connect(&second, Duration::from_secs(10))?;
+    let status: Value = monitor.execute("query-status", json!({}))?;
+    assert_eq!(status["status"], "running");
+    Ok(())
+}

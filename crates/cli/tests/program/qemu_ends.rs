@@ -1,0 +1,169 @@
+//! QEMU ends, or stands still, in the middle of a save or a restore.
+//!
+//! `cargo xtask chaos qemu` tries more moments than a test has time for.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Child, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use vmfile_testing::{Guest, GuestConfig, Qemu, Ram, Random, TestResult, requires};
+
+use crate::guests::directory;
+use crate::run::{EndAllIn, Said, command, names_in, processes_in, vmfile, wait_until};
+use crate::words;
+
+/// How many moments are tried in a test run: of saves, and a third as many of restores.
+const MOMENTS: u64 = 21;
+
+/// How soon it must be said that QEMU is gone: at once on a machine that does nothing else, but what
+/// was handed to the disk has to come back first.
+const GONE_SOON: Duration = Duration::from_secs(15);
+
+/// How soon it must be said that QEMU's process is stopped: it is given three seconds to go on, when
+/// it does not answer and once more when the guest is to be let run.
+const STOPPED_SOON: Duration = Duration::from_secs(20);
+
+/// Every route.
+const WAYS: [&[&str]; 5] = [
+    &["--route", "direct"],
+    &["--route", "stream"],
+    &["--route", "stream", "--channels", "2"],
+    &["--route", "native"],
+    &["--live"],
+];
+
+const MODES: [&str; 3] = ["map", "load", "stream"];
+
+fn config() -> GuestConfig {
+    Guest::boot_sector(Ram::private(200)).seed(91).data_share(200)
+}
+
+fn send(pid: u32, signal: Signal) -> TestResult {
+    let pid = Pid::from_raw(i32::try_from(pid)?).ok_or("a pid")?;
+    Ok(kill_process(pid, signal)?)
+}
+
+fn begin(words: impl IntoIterator<Item = std::ffi::OsString>) -> TestResult<Child> {
+    Ok(command().args(words).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?)
+}
+
+/// Waits for the program's end; returns what it said, if that was soon enough.
+fn end(child: Child, since: Instant, soon: Duration, what: &str) -> TestResult<Said> {
+    let said = Said::from(child.wait_with_output()?);
+    assert!(since.elapsed() < soon, "{what}: {:?}: {said:?}", since.elapsed());
+    assert!(!said.stderr.contains("panicked"), "{what}: {said:?}");
+    Ok(said)
+}
+
+/// A save of `guest` in the middle of which its QEMU gets `signal`.
+fn save(guest: &mut Guest, number: u64, random: &mut Random, signal: Signal) -> TestResult {
+    let way = WAYS[usize::try_from(number)? % WAYS.len()];
+    let directory = directory()?;
+    let file = directory.path().join("vm.vmf");
+    let moment = Duration::from_secs_f64(0.5 * random.next_fraction());
+    let what = format!("save {number}: {way:?}, {signal:?} after {moment:?}");
+    let mut words = words!["save", guest.qmp_path(), file, "--after", "resume"].to_vec();
+    words.extend(way.iter().map(std::ffi::OsString::from));
+    let qemu = guest.pid()?;
+    let child = begin(words)?;
+    thread::sleep(moment);
+    let sent = Instant::now();
+    send(qemu, signal)?;
+    let soon = if signal == Signal::KILL { GONE_SOON } else { STOPPED_SOON };
+    let said = end(child, sent, soon, &what)?;
+    if signal == Signal::KILL {
+        assert!(matches!(said.code, Some(0 | 3)), "{what}: {said:?}");
+        // Nobody can let run what is not there.
+        assert!(!said.stderr.contains("left paused"), "{what}: {said:?}");
+    } else {
+        assert!(matches!(said.code, Some(0 | 3 | 7)), "{what}: {said:?}");
+        assert!(said.code == Some(0) || said.stderr.contains("stopped"), "{what}: {said:?}");
+        send(qemu, Signal::CONT)?;
+        wait_until(&format!("{what}: the guest runs: {said:?}"), || {
+            guest.status().is_ok_and(|status| status == "running")
+        })?;
+        guest.wait_for_passes(1)?;
+        guest.judge_counts()?;
+    }
+    let left = names_in(directory.path());
+    let expected = if said.code == Some(0) { vec!["vm.vmf".to_owned()] } else { Vec::new() };
+    assert_eq!(left, expected, "{what}: {said:?}");
+    Ok(())
+}
+
+/// The QEMU that a restore has started.
+fn qemu_in(directory: &Path) -> Option<u32> {
+    let is_qemu = |pid: &i32| {
+        let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        name.starts_with("qemu-system")
+    };
+    processes_in(directory).into_iter().find(is_qemu).and_then(|pid| u32::try_from(pid).ok())
+}
+
+/// A restore in the middle of which the QEMU that it started gets `signal`.
+fn restore(qemu: &Qemu, file: &Path, number: u64, random: &mut Random) -> TestResult {
+    let signal = if number % 2 == 0 { Signal::KILL } else { Signal::STOP };
+    let mode = MODES[usize::try_from(number)? % MODES.len()];
+    let prepared = config().prepare(qemu)?;
+    let directory = prepared.qmp_path().parent().ok_or("a directory")?.to_path_buf();
+    let _end = EndAllIn(directory.clone());
+    let mut words = words!["restore", file, "--mode", mode, "--"].to_vec();
+    words.extend(prepared.command_line().iter().map(std::ffi::OsString::from));
+    let child = begin(words)?;
+    let mut found = None;
+    wait_until("QEMU is started", || {
+        found = qemu_in(&directory);
+        found.is_some()
+    })?;
+    let moment = Duration::from_secs_f64(0.4 * random.next_fraction());
+    let what = format!("restore {number}: {mode}, {signal:?} after {moment:?}");
+    thread::sleep(moment);
+    let sent = Instant::now();
+    send(found.ok_or("found")?, signal)?;
+    let said = end(child, sent, STOPPED_SOON, &what)?;
+    assert!(matches!(said.code, Some(0 | 3)), "{what}: {said:?}");
+    if said.code != Some(0) {
+        let words: &[&str] = match signal {
+            Signal::KILL => &["ended", "gone"],
+            _ => &["is stopped"],
+        };
+        assert!(words.iter().any(|word| said.stderr.contains(word)), "{what}: {said:?}");
+        wait_until(&format!("{what}: QEMU is gone"), || qemu_in(&directory).is_none())?;
+    }
+    Ok(())
+}
+
+/// The message was "left paused, `cont` makes it run again", or "the file is damaged" with status 4;
+/// and a QEMU that had been stopped was waited for up to ten minutes.
+#[test]
+fn a_qemu_that_ends_or_stands_still_at_any_moment_is_said_to() -> TestResult {
+    let qemu = requires!(qemu >= "9.1");
+    let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
+    let moments = number("VMFILE_MOMENTS").unwrap_or(MOMENTS);
+    let seed = number("VMFILE_SEED").unwrap_or_else(Random::seed_of_now);
+    println!("{moments} moments, seed {seed}");
+    let mut random = Random::new(seed);
+    let mut guest = config().boot(&qemu)?;
+    guest.wait_for_count(1)?;
+    let whole = crate::guests::save(&guest, &["--after", "resume"])?;
+    whole.said.assert(0, &[]);
+    for number in 0..moments {
+        if number % 2 == 1 {
+            save(&mut guest, number / 2, &mut random, Signal::STOP)?;
+            continue;
+        }
+        save(&mut guest, number / 2, &mut random, Signal::KILL)?;
+        if guest.status().is_err() {
+            guest = config().boot(&qemu)?;
+            guest.wait_for_count(1)?;
+        }
+    }
+    for number in 0..moments / 3 {
+        restore(&qemu, &whole.file, number, &mut random)?;
+    }
+    vmfile(words!["check", whole.file]).assert(0, &[]);
+    Ok(())
+}

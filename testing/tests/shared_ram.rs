@@ -1,0 +1,92 @@
+//! Guest RAM in files that other processes have too: they write to it, and cut it, while it is saved.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt as _;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::thread;
+
+use vmfile::save::{After, SaveOptions};
+use vmfile::{Backend, Control, Jobs, Progress, Vm};
+use vmfile_testing::verbs::{check_is_clean, save_with};
+use vmfile_testing::{Guest, Ram, TestResult, requires};
+
+const RAM_MIB: u64 = 128;
+
+fn options(io: Backend) -> SaveOptions {
+    SaveOptions { io, after: After::Pause, ..SaveOptions::default() }
+}
+
+/// A vhost-user back end, say: it writes to the guest's memory although the guest stands still. Pages
+/// were hashed in one look and written from another, and `check` refused the file, when the VM had ended.
+#[test]
+fn a_file_is_whole_although_another_process_writes_to_the_ram_meanwhile() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    let guest = Guest::boot_sector(Ram::tmpfs(RAM_MIB)).seed(71).boot(&qemu)?;
+    guest.wait_for_count(1)?;
+    let ram = File::options().write(true).open(guest.ram_file("pc.ram").ok_or("a file")?)?;
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
+    let stop = AtomicBool::new(false);
+    let writes = AtomicU32::new(0);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            for round in 1_u64.. {
+                for page in 0..RAM_MIB * 256 {
+                    if stop.load(Ordering::Relaxed) {
+                        return;
+                    }
+                    // Words at both ends of the page: half of it is another time.
+                    for at in [0, 4088] {
+                        let written = ram.write_all_at(&round.to_ne_bytes(), page * 4096 + at);
+                        written.expect("the file that is RAM");
+                    }
+                    writes.fetch_add(1, Ordering::Relaxed);
+                }
+            }
+        });
+        let saved = (0..4).try_for_each(|number| {
+            let file = directory.path().join(format!("{number}.vmf"));
+            let io = if number % 2 == 0 { Backend::Auto } else { Backend::Threads };
+            save_with(&guest, &file, &options(io))?;
+            check_is_clean(&file)
+        });
+        stop.store(true, Ordering::Relaxed);
+        saved
+    })?;
+    assert!(writes.into_inner() > 1000, "somebody wrote meanwhile");
+    Ok(())
+}
+
+/// Memory was mapped, and touching what had been cut off was SIGBUS: vmfile died with the VM paused.
+#[test]
+fn a_ram_file_that_is_cut_in_the_middle_of_a_save_is_an_error() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    for io in [Backend::Auto, Backend::Threads] {
+        let mut guest = Guest::boot_sector(Ram::tmpfs(RAM_MIB)).seed(72).boot(&qemu)?;
+        guest.wait_for_count(1)?;
+        // A guest that ran on would miss its memory.
+        guest.stop()?;
+        let ram = File::options().write(true).open(guest.ram_file("pc.ram").ok_or("a file")?)?;
+        let directory = tempfile::tempdir()?;
+        let file = directory.path().join("vm.vmf");
+        let calls = AtomicU32::new(0);
+        let cut = |_: Progress| {
+            if calls.fetch_add(1, Ordering::Relaxed) == 0 {
+                ram.set_len(80 << 20).expect("the file that is RAM");
+            }
+        };
+        let mut vm = Vm::connect(&guest.qmp_path())?;
+        let stop = Arc::new(AtomicBool::new(false));
+        let options = SaveOptions { jobs: Jobs::new(1).ok_or("one")?, ..options(io) };
+        let result = vmfile::save::save(&mut vm, &file, &options, &Control::new(&stop, &cut));
+        let error = result.expect_err("the RAM is not there any more");
+        let source = std::error::Error::source(&error).ok_or("a cause")?;
+        let expected =
+            "the file that backs it has been cut: it has 83886080 bytes, expected 134217728";
+        assert_eq!(source.to_string(), expected);
+        assert!(error.to_string().contains("RAM block \"pc.ram\""), "{error}");
+        assert_eq!(guest.status()?, "paused");
+        assert_eq!(fs::read_dir(directory.path())?.count(), 0, "no file is left");
+    }
+    Ok(())
+}

@@ -1,0 +1,30 @@
+//! `cargo xtask chaos`: programs end at random moments, more often than a test run has time for.
+
+use std::error::Error;
+use std::process::Command;
+
+use crate::command::run as run_command;
+use crate::workspace::Workspace;
+
+/// What ends, the test that tries it, and the variable that says how often.
+const MODES: [(&str, &str, &str); 2] =
+    [("vmfile", "kills::", "VMFILE_KILLS"), ("qemu", "qemu_ends::", "VMFILE_MOMENTS")];
+
+/// How often it is tried if the user does not say.
+const MOMENTS: &str = "300";
+
+/// Runs the test of a mode; its seed is printed and can be given again.
+pub(crate) fn run(workspace: &Workspace, rest: &[String]) -> Result<(), Box<dyn Error>> {
+    let usage = "usage: cargo xtask chaos vmfile|qemu [MOMENTS [SEED]]";
+    let (mode, numbers) = rest.split_first().ok_or(usage)?;
+    let (_, test, variable) = MODES.iter().find(|(name, ..)| name == mode).ok_or(usage)?;
+    let mut command = Command::new("cargo");
+    command.current_dir(workspace.root());
+    command.args(["test", "-p", "vmfile-cli", "--test", "program", "--", "--nocapture"]);
+    command.args(["--test-threads=1", test]);
+    command.env(variable, numbers.first().map_or(MOMENTS, String::as_str));
+    if let Some(seed) = numbers.get(1) {
+        command.env("VMFILE_SEED", seed);
+    }
+    run_command(&mut command)
+}
