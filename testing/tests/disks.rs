@@ -155,7 +155,7 @@ fn a_save_that_is_stopped_leaves_the_disk_as_it_was() -> TestResult {
         let mut vm = Vm::connect(&guest.qmp_path())?;
         let control = Control::new(&flag, &progress);
         let error = vmfile::save::save(&mut vm, &file, &options, &control).expect_err("stopped");
-        assert!(matches!(error, SaveError::Stopped), "{error}");
+        assert!(error.is_stopped(), "{error}");
         drop(vm);
         assert_eq!(guest.status()?, "running");
         assert_eq!(Path::new(&image_in_use(&mut guest)?), config.disk_path());

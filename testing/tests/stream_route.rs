@@ -128,8 +128,9 @@ fn both_routes_write_the_same_pages_and_leave_qemu_as_it_was() -> TestResult {
     for block in ["pc.ram", "pc.bios", "/rom@etc/acpi/tables"] {
         assert!(pages(&direct, block)? == pages(&stream, block)?, "{block}");
     }
+    // The direct route writes short gaps of zero pages as zeros; the others leave them out.
     let room = |file| fs::metadata(file).map(|data| data.blocks() * 512);
-    assert!(room(&stream)?.abs_diff(room(&direct)?) < 1 << 20);
+    assert!(room(&stream)? < room(&direct)? + (1 << 20));
     Ok(())
 }
 

@@ -20,7 +20,7 @@ Exit status:
     4  the file is damaged or not one of ours
     5  the operating system refused: space, permission, I/O
     6  the file and the VM do not fit: machine type, RAM size, QEMU version
-    7  the file is whole, but the VM was left paused
+    7  the VM was left paused, whatever the cause
   129, 130, 131, 143  stopped by SIGHUP, SIGINT, SIGQUIT, SIGTERM
 An unknown status means failure.";
 
@@ -182,6 +182,9 @@ pub(crate) struct SaveArguments {
     /// Keep the disks of the same instant: the guest goes on in overlays, restore starts from below
     #[arg(long)]
     pub(crate) with_disks: bool,
+    /// End the VM even if it is not what its command line makes: devices came or went, for example
+    #[arg(long)]
+    pub(crate) changed_ok: bool,
     /// How RAM is taken
     #[arg(long, value_name = "ROUTE", default_value = "auto")]
     pub(crate) route: RouteMode,

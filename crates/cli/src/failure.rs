@@ -161,6 +161,7 @@ impl From<&SaveError> for Failure {
                  after a migration, `cont` makes it run again",
             ),
             SaveError::Blocked { .. } => Failure::new(Code::Vm, "blocked", error),
+            SaveError::Changed { .. } => Failure::new(Code::Vm, "changed", error).hint(CHANGED_OK),
             SaveError::NoAddress { .. } => Failure::new(Code::Vm, "no_address", error).hint(
                 "--route direct needs a QEMU that prints addresses, 8.0 or later; stream none",
             ),
@@ -204,8 +205,10 @@ impl From<&SaveError> for Failure {
                 "--after resume saves it all the same; give the images that the VM is to have \
                  on a command line after `--` when it is restored",
             ),
-            SaveError::DiskChanged { .. } => Failure::new(Code::Vm, "disk_changed", error)
-                .hint("save again once the block job is done or the medium is in"),
+            SaveError::DiskChanged { .. } | SaveError::ChangedMeanwhile { .. } => {
+                Failure::new(Code::Vm, "changed_meanwhile", error)
+                    .hint("save again once nothing is plugged, and block jobs are done")
+            }
             SaveError::DisksGoOn { .. } => Failure::new(Code::Vm, "disks_go_on", error)
                 .hint("--with-disks keeps the disks of the saved moment; or save without --live"),
             SaveError::Release { .. } if !error.leaves_paused() => {
@@ -218,6 +221,10 @@ impl From<&SaveError> for Failure {
         }
     }
 }
+
+/// What to do about a VM that is not what its command line would make.
+const CHANGED_OK: &str =
+    "--changed-ok saves and ends it all the same; --after resume lets it run on";
 
 /// What the user can do about a VM that was left paused.
 const CONT: &str = "vmfile's guardian lets the VM run on once QEMU answers; so does `cont` on its \
@@ -335,6 +342,10 @@ impl From<&RestoreError> for Failure {
             RestoreError::CannotRecreate { .. } => {
                 Failure::new(Code::Usage, "cannot_recreate", error)
                     .hint("give a whole command line after `--`")
+            }
+            RestoreError::CannotRemake { .. } => {
+                Failure::new(Code::Incompatible, "cannot_remake", error)
+                    .hint("give a whole command line that makes them after `--`")
             }
             RestoreError::CommandLine(error @ CommandLineError::SizeDiffers { .. }) => {
                 Failure::new(Code::Incompatible, "incompatible", error).hint_if(error.hint())

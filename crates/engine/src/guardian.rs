@@ -21,8 +21,8 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::ptr;
 
 use rustix::net::{
-    AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
-    sendmsg, socketpair,
+    AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags,
+    SocketType, recv, send, sendmsg, socketpair,
 };
 use rustix::process::{Pid, WaitOptions, waitpid};
 
@@ -30,6 +30,9 @@ pub use will::{Step, Will};
 
 use self::steps::Room;
 use self::will::{CONNECTION, DISMISSED, LISTENER, WILL_LEN_MAX};
+
+/// What a guardian says once it is a process of its own.
+const READY: u8 = 0;
 
 /// The name of the process, as `ps` shows it: not the program's own, which a user may end by name.
 const NAME: &[u8; 16] = b"vm-guardian\0\0\0\0\0";
@@ -70,7 +73,24 @@ impl Guardian {
         drop(blocked);
         let child = Pid::from_raw(child).filter(|_| child > 0);
         let child = child.ok_or_else(io::Error::last_os_error)?;
-        Ok(Guardian { pipe: Some(ours), child })
+        // The child's copy is the only one, or its end would not be seen.
+        drop(theirs);
+        let guardian = Guardian { pipe: Some(ours), child };
+        guardian.wait_until_ready()?;
+        Ok(guardian)
+    }
+
+    /// Waits until no signal for this process's terminal or group reaches the guardian any more.
+    fn wait_until_ready(&self) -> io::Result<()> {
+        let pipe = self.pipe.as_ref().expect("taken with the guardian");
+        loop {
+            match recv(pipe, &mut [0; 1][..], RecvFlags::empty()) {
+                Ok((1.., _)) => return Ok(()),
+                Ok(_) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
     }
 
     /// Replaces the will: what is to be done if this process ends from now on.
@@ -137,7 +157,7 @@ impl Guardian {
 
     fn send(&self, message: &[u8]) -> io::Result<()> {
         let pipe = self.pipe.as_ref().expect("taken with the guardian");
-        let sent = rustix::net::send(pipe, message, SendFlags::NOSIGNAL)?;
+        let sent = send(pipe, message, SendFlags::NOSIGNAL)?;
         // The kernel takes a packet whole.
         if sent == message.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
     }
@@ -194,6 +214,8 @@ fn guard(pipe: RawFd, socket: RawFd, mut room: Room) -> ! {
     let pipe = unsafe { BorrowedFd::borrow_raw(pipe) };
     // SAFETY: as above.
     let socket = unsafe { BorrowedFd::borrow_raw(socket) };
+    // If the other process has ended, the end of the pipe is seen next.
+    let _ = send(pipe, &[READY], SendFlags::NOSIGNAL);
     let is_dismissed = room.wait_for_the_end(pipe);
     if !is_dismissed {
         room.carry_out(socket);

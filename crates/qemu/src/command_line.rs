@@ -4,6 +4,7 @@
 //! only what must change for a restore is taken apart.
 
 mod config_file;
+mod devices;
 mod drives;
 mod images;
 mod incoming;
@@ -17,6 +18,8 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+pub(crate) use devices::value_in_json;
+pub use devices::{LineDevice, Pin};
 pub use drives::{LineDrive, LineImage};
 pub use images::Medium;
 use keys::Keys;
@@ -373,6 +376,33 @@ impl CommandLine {
     #[must_use]
     pub fn drives(&self) -> Vec<LineDrive> {
         drives::drives(self)
+    }
+
+    /// Returns the devices that this command line makes, in the order in which QEMU makes them.
+    #[must_use]
+    pub fn devices(&self) -> Vec<LineDevice> {
+        devices::devices(self)
+    }
+
+    /// Tells whether an option defines a drive, node, netdev, object or the like with this id.
+    #[must_use]
+    pub fn defines(&self, id: &str) -> bool {
+        devices::defines(self, id)
+    }
+
+    /// Gives devices properties of their own.
+    ///
+    /// # Errors
+    ///
+    /// [`CommandLineError::NotJson`].
+    pub fn pin_devices(&mut self, pins: &[Pin]) -> Result<(), CommandLineError> {
+        devices::pin(self, pins)
+    }
+
+    /// Leaves out the `-device` options of these numbers, counted from 0, and the back ends that
+    /// nothing else uses.
+    pub fn leave_out_devices(&mut self, numbers: &[usize]) {
+        devices::leave_out(self, numbers);
     }
 
     /// Checks that a block of this name can be mapped from a file.

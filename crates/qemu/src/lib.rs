@@ -9,6 +9,7 @@
 //! | [`command_line`] | a QEMU command line, understood enough to start the VM again |
 //! | [`launch`] | a QEMU of our own, killed unless it is kept |
 //! | [`program`] | a QEMU on disk: its version |
+//! | [`identity`] | what a VM is made of, and how that differs from what its command line would make |
 //! | [`discover`] | the VMs that run on this host |
 //! | [`unix_socket`] | connecting without waiting in the kernel |
 //! | [`files`] | which of them uses a file |
@@ -22,6 +23,7 @@
 pub mod command_line;
 pub mod discover;
 pub mod files;
+pub mod identity;
 pub mod launch;
 pub mod migration;
 pub mod outgoing;
@@ -33,9 +35,12 @@ pub mod unix_socket;
 pub mod version;
 pub mod vm;
 
-pub use command_line::{CommandLine, CommandLineError, LineDrive, LineImage, MappedBlock, Medium};
+pub use command_line::{
+    CommandLine, CommandLineError, LineDevice, LineDrive, LineImage, MappedBlock, Medium, Pin,
+};
 pub use discover::{DiscoverError, Found, VmAddress, list, resolve};
 pub use files::{FileUse, FileUser, user_of_file};
+pub use identity::{Compared, Cpu, Device, Difference, MemoryDevice, Parts, Remedy};
 pub use launch::{Launch, LaunchError, LaunchedQemu, MonitorPair, find_program};
 pub use migration::LoadError;
 pub use outgoing::{KeptFile, Outgoing, SentRam, StreamSettings};

@@ -30,6 +30,7 @@ pub use device_state::DEVICE_STATE_LEN_MAX;
 pub use drives::{DeviceName, Drive, Image};
 pub use files::FileId;
 pub use memory_backends::MemoryBackend;
+pub(crate) use overlays::OVERLAY_PREFIX;
 pub use overlays::Overlay;
 pub use paused::Paused;
 pub use process::{ProcessInfo, sender};

@@ -158,7 +158,7 @@ fn the_disks_stay_locked_after_a_device_state() {
     let mut vm = qemu.vm();
     vm.stop().unwrap();
 
-    let _state = vm.save_device_state(false).unwrap();
+    drop(vm.save_device_state(false).unwrap());
 
     let error = launch(line(&["-drive", &drive])).unwrap_err().to_string();
     assert!(error.contains("lock"), "{error}");

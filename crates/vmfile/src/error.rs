@@ -12,6 +12,7 @@ use crate::draft::DraftError;
 use crate::proof::ProofError;
 use crate::ram_writer::RamError;
 use crate::receive::ReceiveError;
+use crate::save::Change;
 use crate::snapshot::SnapshotError;
 use crate::source::process::ProcessRamError;
 use crate::window_reader::WindowError;
@@ -48,6 +49,18 @@ pub enum SaveError {
     Blocked {
         /// Each with what to do about it.
         reasons: Vec<String>,
+    },
+    /// The VM would end, and a QEMU started with its command line would be another VM.
+    #[error("the VM is not what its command line would make: {}", list(changes))]
+    Changed {
+        /// Each with what makes it good.
+        changes: Vec<Change>,
+    },
+    /// Another client of QEMU changed the VM after its save began.
+    #[error("the VM was changed while it was being saved: {what} came, went or changed")]
+    ChangedMeanwhile {
+        /// What it was.
+        what: String,
     },
     /// QEMU does not say where a block lies.
     #[error("QEMU prints no address of RAM block {block:?}")]
@@ -248,7 +261,19 @@ pub enum SaveError {
     },
 }
 
+fn list(changes: &[Change]) -> String {
+    let texts: Vec<String> = changes.iter().map(ToString::to_string).collect();
+    texts.join("; ")
+}
+
 impl SaveError {
+    /// Whether the caller stopped the save, in the middle of its work or of a wait for QEMU.
+    #[must_use]
+    pub fn is_stopped(&self) -> bool {
+        matches!(self, SaveError::Stopped)
+            || matches!(self, SaveError::Vm(error) if error.is_stopped())
+    }
+
     /// Whether the VM is left paused that ran before.
     #[must_use]
     pub fn leaves_paused(&self) -> bool {

@@ -49,11 +49,21 @@ impl Workers {
     ///
     /// Returns the kernel's error; nothing is left of those that were started.
     pub(crate) fn start(file: &DataFile, (backend, jobs): (Backend, usize)) -> io::Result<Workers> {
-        let opened: Vec<(Lane, BackendInUse)> =
-            (0..jobs).map(|_| Lane::open(file, backend, jobs)).collect::<io::Result<_>>()?;
+        let mut crew = Crew::start(jobs)?;
+        // Each thread opens its own lane: touching the buffers takes a while.
+        let opened: Vec<_> = (0..jobs).map(|_| Mutex::new(None)).collect();
+        crew.run(&|number| {
+            let lane = Lane::open(file, backend, jobs);
+            *opened[number].lock().unwrap_or_else(PoisonError::into_inner) = Some(lane);
+        })?;
+        let lane = |opened: Mutex<Option<_>>| {
+            let opened = opened.into_inner().unwrap_or_else(PoisonError::into_inner);
+            opened.expect("no thread panicked")
+        };
+        let opened = opened.into_iter().map(lane).collect::<io::Result<Vec<_>>>()?;
         let (lanes, mut in_use): (Vec<Lane>, Vec<BackendInUse>) = opened.into_iter().unzip();
         let backend = in_use.pop().expect("there is at least one job");
-        Ok(Workers { crew: Crew::start(jobs)?, lanes, backend })
+        Ok(Workers { crew, lanes, backend })
     }
 
     /// Returns how many threads there are.

@@ -14,16 +14,41 @@ use crate::snapshot::Snapshot;
 ///
 /// [`VmError::Held`] while the other save is at work; whatever QEMU says.
 pub(crate) fn put_right(vm: &mut Vm) -> Result<Option<String>, VmError> {
-    let Some(record) = vm.record()? else { return Ok(None) };
-    if record.holder.is_alive() != Some(false) {
-        return Err(VmError::Held { by: record.holder });
-    }
+    let Some(record) = left_record(vm)? else { return Ok(None) };
     vm.put_back(&record, |overlay| belongs_to_a_file(&record, overlay))?;
+    Ok(Some(format!("{}: it is as it was before that save", what_happened(&record))))
+}
+
+/// As [`put_right`], but leaves overlays, which may take long to merge, to the next save.
+///
+/// # Errors
+///
+/// As for [`put_right`].
+pub(crate) fn put_right_at_once(vm: &mut Vm) -> Result<Option<String>, VmError> {
+    let Some(record) = left_record(vm)? else { return Ok(None) };
+    if record.overlays.is_empty() {
+        return put_right(vm);
+    }
+    vm.put_back_at_once(&record)?;
+    let what = what_happened(&record);
     Ok(Some(format!(
-        "a save to {}, whose {} was killed, had left the VM changed: it is as it was before that save",
-        record.destination.display(),
-        record.holder
+        "{what}: the guest runs on, and the next save merges the overlays of its disks"
     )))
+}
+
+/// Returns the record of a save whose process is gone.
+fn left_record(vm: &mut Vm) -> Result<Option<SaveRecord>, VmError> {
+    match vm.record()? {
+        Some(record) if record.holder.is_alive() != Some(false) => {
+            Err(VmError::Held { by: record.holder })
+        }
+        record => Ok(record),
+    }
+}
+
+fn what_happened(record: &SaveRecord) -> String {
+    let destination = record.destination.display();
+    format!("a save to {destination}, whose {} was killed, had left the VM changed", record.holder)
 }
 
 /// Whether the save came so far that its file has its name, and the file says that `overlay` lies on

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::thread::{self, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 
-use crate::leftover::put_right;
+use crate::leftover::put_right_at_once;
 use serde::Serialize;
 use vmfile_qemu::{DiscoverError, Feature, Found, RunState, Vm, VmError};
 
@@ -120,7 +120,7 @@ fn whole(error: &VmError) -> String {
 /// Asks a VM for what is listed; `Err` says why it cannot be saved.
 fn ask(vm: &mut Vm, listed: &mut ListedVm) -> Result<(), String> {
     let text = |error: VmError| whole(&error);
-    listed.note = put_right(vm).map_err(text)?;
+    listed.note = put_right_at_once(vm).map_err(text)?;
     if listed.name.is_none() {
         listed.name = vm.name().map_err(text)?;
     }

@@ -214,6 +214,8 @@ mod tests {
             executable: None,
             command_line: Vec::new(),
             working_directory: None,
+            parts: None,
+            changes: Vec::new(),
             disks: Vec::new(),
             empty_drives: Vec::new(),
         };

@@ -305,6 +305,8 @@ fn describe_vm(received: &Received, sender: Option<ProcessInfo>) -> VmMeta {
         command_line: words.unwrap_or_default(),
         working_directory: sender.as_ref().map(|sender| text(&sender.working_directory)),
         disks: Vec::new(),
+        parts: None,
+        changes: Vec::new(),
         empty_drives: Vec::new(),
     }
 }

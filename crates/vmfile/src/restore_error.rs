@@ -61,6 +61,12 @@ pub enum RestoreError {
         /// The options at fault.
         what: Vec<String>,
     },
+    /// The VM had parts that no option makes again.
+    #[error("the VM cannot be made again: {}", what.join("; "))]
+    CannotRemake {
+        /// Each part, and why.
+        what: Vec<String>,
+    },
     /// The saved command line has no place for the image of a disk.
     #[error("the saved command line has no place for {image}, the image of disk {device:?}", image = image.display())]
     DiskNotNamed {

@@ -9,6 +9,7 @@
 //! does the same in its place; and a record inside QEMU tells the next vmfile, should the guardian be
 //! ended as well.
 
+mod changed;
 mod describe;
 mod direct;
 mod disks;
@@ -31,6 +32,8 @@ use vmfile_qemu::{
     Footprint, Holder, PUT_BACK_TIMEOUT, Paused, RamBlockInfo, RunState, SaveRecord, Vm, VmError,
 };
 
+pub use self::changed::Change;
+use self::changed::Known;
 use self::describe::describe_vm;
 pub use self::disks::SavedDisk;
 pub(crate) use self::disks::overlay_names;
@@ -89,6 +92,7 @@ struct Save<'a> {
     draft: Option<Draft>,
     /// Whether the file has its name: then the overlays belong to it.
     is_named: bool,
+    known: Known,
     disks: Disks,
     direct_io: String,
     meta: VmMeta,
@@ -193,6 +197,8 @@ impl<'a> Save<'a> {
         let found = vm.drives()?;
         let mut meta = describe_vm(vm, was_running, &found)?;
         warnings.extend(images::look(vm, &mut meta, options, was_running)?);
+        let known = changed::compare(vm, &mut meta, &found, options)?;
+        warnings.extend(known.notes.iter().cloned());
         let disks =
             if options.with_disks { Disks::plan(&found, &mut meta)? } else { Disks::default() };
         let draft = Draft::new(unpublished, options.direct_io)?;
@@ -220,6 +226,7 @@ impl<'a> Save<'a> {
             route,
             draft: Some(draft),
             is_named: false,
+            known,
             disks,
             meta,
             written: Written::default(),
@@ -257,6 +264,7 @@ impl<'a> Save<'a> {
         if paused.ran() != self.record.was_running {
             self.note_that_it_ran(paused)?;
         }
+        self.known.still_holds(paused.vm())?;
         self.disks.freeze(paused.vm())?;
         self.warnings.extend(paused.vm().flush_disks()?);
         let blocks = paused.blocks().to_vec();
@@ -309,6 +317,7 @@ impl<'a> Save<'a> {
             paused_at: None,
         };
         self.written = route.write(&mut work)?;
+        self.known.still_holds(vm)?;
         let proven = self.prove()?;
         self.publish(proven)?;
         self.pause_seconds = self.written.live.as_ref().map_or(0.0, |live| live.pause_seconds);
@@ -391,6 +400,7 @@ impl<'a> Save<'a> {
             bytes_written: self.written.bytes_written,
             bytes_rewritten: self.written.bytes_rewritten,
             disks,
+            changes: changed::report(&self.meta),
             warnings: self.warnings,
             pause_seconds: self.pause_seconds,
             total_seconds: self.started.elapsed().as_secs_f64(),

@@ -39,6 +39,7 @@ pub(crate) fn run(arguments: &SaveArguments, voice: &Voice) -> Result<ExitCode, 
         io: arguments.engine.io(),
         jobs: arguments.engine.jobs(),
         channels: arguments.channels,
+        changed_ok: arguments.changed_ok,
         existing: if arguments.force { Existing::Replace } else { Existing::Refuse },
     };
     let meter = Meter::new("save", voice.progress, &signals.asked);

@@ -37,6 +37,9 @@ pub(crate) fn save(report: &SaveReport) -> String {
     for disk in &report.disks {
         line(&mut text, "disk", &format!("{} stays, {} goes on", disk.image, disk.overlay));
     }
+    for change in &report.changes {
+        line(&mut text, "changed", change);
+    }
     line(&mut text, "engine", &format!("{}, direct I/O: {}", report.io, report.direct_io));
     text
 }

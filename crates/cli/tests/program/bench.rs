@@ -215,7 +215,8 @@ fn what_cannot_be_measured_is_said_and_bad_input_refused() -> TestResult {
 fn a_signal_in_a_later_round_keeps_the_rounds_before() -> TestResult {
     let qemu = requires!(qemu >= "9.1");
     let files = directory()?;
-    let words = ["--size", "64M", "--runs", "50", "--saves-only", "--ram", "private"];
+    let words =
+        ["--size", "64M", "--runs", "50", "--saves-only", "--ram", "private", "--progress", "json"];
     let (mut command, _programs) = bench(&qemu, &words, files.path())?;
     // Without fio there is no search for what the disk likes best, which takes minutes.
     let programs = only(&["sh", "cat", "sync", "touch", "findmnt"])?;

@@ -13,10 +13,12 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use tempfile::TempDir;
-use vmfile_testing::{Guest, Qemu, Ram, Random, Release, TestResult, requires};
+use vmfile_testing::{
+    Guest, GuestConfig, Monitor, Qemu, Ram, Random, Release, TestResult, requires,
+};
 
-use crate::guests::directory;
-use crate::run::{Said, command, names_in, vmfile, wait_until};
+use crate::guests::{directory, saved};
+use crate::run::{EndAllIn, Said, command, names_in, processes_in, vmfile, wait_until};
 use crate::words;
 
 /// How many moments are tried in a test run.
@@ -239,5 +241,61 @@ fn a_vm_whose_save_is_killed_at_any_moment_is_as_it_was() -> TestResult {
     }
     trial.next_save_is_right()?;
     println!("{} of {kills} saves had their file; slowest {:?}", trial.finished, trial.slowest);
+    Ok(())
+}
+
+/// Ends a restore by SIGKILL at a random moment; returns whether its VM runs.
+fn kill_a_restore(
+    (qemu, config, file): (&Qemu, &GuestConfig, &Path),
+    mode: &str,
+    moment: Duration,
+) -> TestResult<bool> {
+    let prepared = config.prepare(qemu)?;
+    let directory = prepared.qmp_path().parent().ok_or("a directory")?.to_path_buf();
+    let _end = EndAllIn(directory.clone());
+    let mut command = command();
+    command.args(words!["restore", file, "--mode", mode, "--"]).args(prepared.command_line());
+    let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
+    thread::sleep(moment);
+    end(child, Signal::KILL)?;
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        let processes = processes_in(&directory);
+        // The guardian shows the command line of the process that it was forked from.
+        let is_guardian = |pid: &i32| {
+            fs::read_to_string(format!("/proc/{pid}/comm"))
+                .is_ok_and(|name| name.trim() == "vm-guardian")
+        };
+        let left: Vec<i32> = processes.into_iter().filter(|pid| !is_guardian(pid)).collect();
+        if left.is_empty() {
+            return Ok(false);
+        }
+        let oracle = Monitor::connect(&directory.join("oracle"), Duration::from_millis(200));
+        let state = oracle.and_then(|mut oracle| oracle.execute("query-status", json!({})));
+        if state.is_ok_and(|state| state["status"] == "running") {
+            return Ok(true);
+        }
+        if Instant::now() > deadline {
+            return Err(format!("{mode}, killed after {moment:?}: {left:?} is left").into());
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// SIGKILL of a restore left `qemu -S -incoming defer` behind, in 9 of 12 tries.
+#[test]
+fn a_restore_that_is_killed_leaves_no_qemu_or_a_vm_that_runs() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let config = Guest::boot_sector(Ram::private(600)).seed(54).data_share(200);
+    let saved = saved(&qemu, &config)?;
+    let seed = Random::seed_of_now();
+    let mut random = Random::new(seed);
+    let mut running = 0;
+    for mode in ["map", "load", "stream"].into_iter().cycle().take(12) {
+        let moment = Duration::from_secs_f64(0.6 * random.next_fraction());
+        let runs = kill_a_restore((&qemu, &config, &saved.file), mode, moment)?;
+        running += u32::from(runs);
+    }
+    println!("seed {seed}: {running} of 12 VMs run");
     Ok(())
 }

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::disks::{DiskMeta, EmptyDriveMeta};
 use super::footer::Footer;
+use super::machine::{ChangeMeta, PartsMeta};
 use super::page_hashes::{TABLE_ALIGNMENT, table_len};
 use crate::checksum;
 use crate::error::{FormatError, FormatErrorKind};
@@ -60,6 +61,12 @@ pub struct VmMeta {
     pub working_directory: Option<String>,
     /// The disks, which are not in the file and must be kept as they were.
     pub disks: Vec<DiskMeta>,
+    /// The parts that can come and go, where they are known: a stream does not tell.
+    #[serde(default)]
+    pub parts: Option<PartsMeta>,
+    /// What was not as the command line makes it.
+    #[serde(default)]
+    pub changes: Vec<ChangeMeta>,
     /// The drives that had no medium.
     #[serde(default)]
     pub empty_drives: Vec<EmptyDriveMeta>,
@@ -224,6 +231,8 @@ mod tests {
                 command_line: vec!["qemu-system-x86_64".into(), "-m".into(), "64M".into()],
                 working_directory: Some("/".into()),
                 disks: Vec::new(),
+                parts: None,
+                changes: Vec::new(),
                 empty_drives: Vec::new(),
             },
             blocks: Vec::new(),

@@ -14,11 +14,13 @@
 
 mod disks;
 mod footer;
+mod machine;
 mod meta;
 mod page_hashes;
 
 pub use disks::{DiskMeta, EmptyDriveMeta, FileMeta, ImageMeta};
 pub use footer::{FOOTER_LEN, Footer};
+pub use machine::{ChangeMeta, CpuMeta, DeviceMeta, MemoryDeviceMeta, PartsMeta, PinMeta};
 pub use meta::{BlockMeta, ExtentMeta, Meta, VmMeta};
 pub use page_hashes::{
     HASH_LEN, TABLE_ALIGNMENT, decode_hash, encode_hash, place_tables, table_len,

@@ -11,6 +11,9 @@ use serde_json::{Value, json};
 use super::{Vm, VmError};
 use crate::qmp::unexpected;
 
+/// What the node name of every overlay of ours begins with.
+pub(crate) const OVERLAY_PREFIX: &str = "vmf-";
+
 /// How often a merge is looked at.
 const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
@@ -32,7 +35,7 @@ impl Overlay {
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
         // QEMU (10.0) takes 31 characters.
-        let node = format!("vmf-{since:x}-{:x}-{number:x}", std::process::id());
+        let node = format!("{OVERLAY_PREFIX}{since:x}-{:x}-{number:x}", std::process::id());
         Overlay { below: below.to_owned(), node, file: file.to_path_buf() }
     }
 

@@ -220,6 +220,26 @@ impl Vm {
         record: &SaveRecord,
         is_kept: impl Fn(&Path) -> bool,
     ) -> Result<(), VmError> {
+        self.put_back_at_once(record)?;
+        let drives = self.drives()?;
+        let is_there = |overlay: &&Overlay| {
+            drives.iter().any(|drive| drive.node.as_deref() == Some(overlay.node()))
+        };
+        let left = record.overlays.iter().filter(is_there).filter(|left| !is_kept(left.file()));
+        for overlay in left {
+            self.merge_overlay(overlay, LONG)?;
+            remove(overlay.file())?;
+        }
+        self.let_go()
+    }
+
+    /// Puts back what takes no time: lets the guest run, and restores settings. Overlays stay, and so
+    /// does the record, for [`Vm::put_back`].
+    ///
+    /// # Errors
+    ///
+    /// Whatever QEMU says.
+    pub fn put_back_at_once(&mut self, record: &SaveRecord) -> Result<(), VmError> {
         if record.settings.is_some() {
             self.end_left_migration()?;
         }
@@ -237,17 +257,7 @@ impl Vm {
                 Err(error) => return Err(error.into()),
             }
         }
-        pass_fd::remove_left(&mut self.qmp)?;
-        let drives = self.drives()?;
-        let is_there = |overlay: &&Overlay| {
-            drives.iter().any(|drive| drive.node.as_deref() == Some(overlay.node()))
-        };
-        let left = record.overlays.iter().filter(is_there).filter(|left| !is_kept(left.file()));
-        for overlay in left {
-            self.merge_overlay(overlay, LONG)?;
-            remove(overlay.file())?;
-        }
-        self.let_go()
+        Ok(pass_fd::remove_left(&mut self.qmp)?)
     }
 
     /// Ends a migration whose other end is gone.

@@ -13,6 +13,7 @@
 mod changed_images;
 mod compare;
 mod disks;
+mod parts;
 mod prepare;
 mod ram;
 mod stream;
@@ -26,6 +27,7 @@ use vmfile_qemu::{LaunchedQemu, PUT_BACK_TIMEOUT, RunState, Vm, VmError};
 
 use self::compare::compare;
 pub use self::disks::RestoredDisk;
+use self::parts::compare_parts;
 use self::prepare::prepare;
 use self::ram::bring;
 use crate::control::Control;
@@ -162,6 +164,7 @@ pub fn restore(
     let vm = prepared.vm();
     let found = vm.ram_blocks()?;
     compare(snapshot, &vm.machine_type()?, &found)?;
+    compare_parts(snapshot, vm)?;
     let brought = bring(snapshot, &mut prepared, &found, options, control);
     let brought = brought.map_err(|error| prepared.explain(error))?;
     let is_to_run = is_to_run(snapshot, options)?;

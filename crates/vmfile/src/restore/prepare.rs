@@ -13,6 +13,7 @@ use vmfile_qemu::{
 
 use super::changed_images;
 use super::disks::{Images, NewOverlays, Start, place_given, place_saved};
+use super::parts::remake;
 use super::{Destination, Mode, RestoreOptions};
 use crate::control::Control;
 use crate::guard::Guard;
@@ -185,7 +186,8 @@ pub(super) fn prepare(
     })
 }
 
-/// Returns the program, the options and the directory with which the VM was started.
+/// Returns the program, the command line and the directory of the VM that was saved, so that they make
+/// what it had in the end.
 fn saved_command(
     snapshot: &Snapshot,
 ) -> Result<(PathBuf, CommandLine, Option<PathBuf>), RestoreError> {
@@ -193,11 +195,12 @@ fn saved_command(
     let meta = meta.ok_or(RestoreError::NoSavedCommand)?;
     let executable = meta.executable.as_ref().ok_or(RestoreError::NoSavedCommand)?;
     let words = meta.command_line.get(1..).unwrap_or_default().to_vec();
-    let command_line = CommandLine::new(words)?;
+    let mut command_line = CommandLine::new(words)?;
     let lost = command_line.what_cannot_be_recreated();
     if !lost.is_empty() {
         return Err(RestoreError::CannotRecreate { what: lost });
     }
+    remake(meta, &mut command_line)?;
     let directory = meta.working_directory.as_ref().map(PathBuf::from);
     Ok((PathBuf::from(executable), command_line, directory))
 }

@@ -28,6 +28,8 @@ pub(super) fn describe_vm(
     let mut meta = VmMeta {
         disks: Vec::new(),
         empty_drives: Vec::new(),
+        parts: None,
+        changes: Vec::new(),
         name: vm.name()?,
         uuid: vm.uuid()?,
         machine: vm.machine_type()?,

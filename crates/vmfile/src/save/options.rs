@@ -72,6 +72,8 @@ pub struct SaveOptions {
     pub channels: Option<NonZeroU8>,
     /// Whether a file of that name may be replaced.
     pub existing: Existing,
+    /// Save and end a VM even if it is not what its command line would make.
+    pub changed_ok: bool,
 }
 
 impl Default for SaveOptions {
@@ -86,6 +88,7 @@ impl Default for SaveOptions {
             jobs: Jobs::default(),
             channels: None,
             existing: Existing::Refuse,
+            changed_ok: false,
         }
     }
 }

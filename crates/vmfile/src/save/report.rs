@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
-use super::SavedDisk;
+use super::{Change, SavedDisk};
 
 /// What a save did.
 #[derive(Clone, Debug, Serialize)]
@@ -33,6 +33,8 @@ pub struct SaveReport {
     pub bytes_rewritten: u64,
     /// The disks that belong to the file, and where the guest writes since.
     pub disks: Vec<SavedDisk>,
+    /// What of the VM is not as its command line would make it.
+    pub changes: Vec<Change>,
     /// What the user should know although the file is whole, a sentence each.
     pub warnings: Vec<String>,
     /// How long the guest stood still, in seconds: to the end of the save, where it did not run on.

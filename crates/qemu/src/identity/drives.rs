@@ -1,0 +1,161 @@
+//! Drives: is in each of them what the command line puts there?
+//!
+//! Files are compared as QEMU's process finds them, so that links, `..` and several names of one file
+//! make no difference.
+
+use std::os::fd::AsFd as _;
+use std::path::{Component, Path, PathBuf};
+
+use super::difference::{Difference, Remedy};
+use crate::command_line::{LineDrive, LineImage};
+use crate::vm::{Drive, FileId, Image, OVERLAY_PREFIX, ProcessInfo};
+
+/// Compares drives with those of a command line.
+///
+/// Returns what differs, and a sentence for each drive that is in an overlay of an earlier save.
+pub(super) fn compare(
+    found: &[Drive],
+    line: &[LineDrive],
+    process: &ProcessInfo,
+    is_there: impl Fn(&LineDrive) -> bool,
+) -> (Vec<Difference>, Vec<String>) {
+    let files = Files { process };
+    let (mut differences, mut notes) = (Vec::new(), Vec::new());
+    let mut left: Vec<&LineDrive> = line.iter().collect();
+    let mut unknown = Vec::new();
+    for drive in found {
+        match left.iter().position(|on_line| on_line.makes(drive)) {
+            Some(at) => {
+                let on_line = left.remove(at);
+                let difference = files.difference(drive, &on_line.images);
+                if is_in_our_overlay(drive) && files.is_below(drive, &on_line.images) {
+                    notes.extend(note(drive));
+                } else {
+                    differences.extend(difference);
+                }
+            }
+            None if drive.images.is_empty() || drive.qdev.is_none() => {}
+            None => unknown.push(drive),
+        }
+    }
+    // What is named neither by the line nor by us alike is known by its image.
+    for drive in unknown {
+        let is_this = |on_line: &&LineDrive| {
+            files.difference(drive, &on_line.images).is_none()
+                || is_in_our_overlay(drive) && files.is_below(drive, &on_line.images)
+        };
+        match left.iter().position(is_this) {
+            Some(at) => drop(left.remove(at)),
+            None => differences.extend(files.difference(drive, &[])),
+        }
+    }
+    for gone in left.into_iter().filter(|on_line| on_line.device.is_some() && is_there(on_line)) {
+        let (Some(id), Some(image)) = (&gone.id, gone.images.first()) else { continue };
+        let reason = "its device is there and its drive was taken away".to_owned();
+        differences.push(Difference::new(
+            format!("drive {id}"),
+            "taken away from its device",
+            &name_on_line(image),
+            Remedy::Missing(reason),
+        ));
+    }
+    (differences, notes)
+}
+
+fn is_in_our_overlay(drive: &Drive) -> bool {
+    drive.node.as_deref().is_some_and(|node| node.starts_with(OVERLAY_PREFIX))
+}
+
+fn note(drive: &Drive) -> Option<String> {
+    let image = drive.image()?;
+    let (name, path) = (drive.name(), &image.path);
+    Some(format!("drive {name} is in {path}, the overlay of an earlier save"))
+}
+
+fn name_on_line(image: &LineImage) -> String {
+    image.path.clone().unwrap_or_else(|| "an image without a path".to_owned())
+}
+
+/// The files of QEMU's process.
+struct Files<'a> {
+    process: &'a ProcessInfo,
+}
+
+impl Files<'_> {
+    /// Returns what differs between a drive and the images that a command line names for it.
+    fn difference(&self, drive: &Drive, expected: &[LineImage]) -> Option<Difference> {
+        let top = match (drive.images.first(), expected.first()) {
+            (None, None) => return None,
+            (Some(found), None) => (found.path.clone(), "no medium".to_owned()),
+            (None, Some(image)) => ("no medium".to_owned(), name_on_line(image)),
+            (Some(_), Some(_)) => {
+                let mut pairs = drive.images.iter().zip(expected);
+                let is_short = drive.images.len() < expected.len();
+                match pairs.find(|(found, image)| !self.is_same(found, image)) {
+                    Some((found, image)) => (found.path.clone(), name_on_line(image)),
+                    None if is_short => {
+                        let images = format!("{} images", drive.images.len());
+                        (images, format!("{} images on top of each other", expected.len()))
+                    }
+                    None => return None,
+                }
+            }
+        };
+        let what = format!("drive {}", drive.name());
+        Some(Difference::new(what, &top.0, &top.1, Remedy::add(Vec::new())))
+    }
+
+    /// Tells whether what the line names lies below what is on top.
+    fn is_below(&self, drive: &Drive, expected: &[LineImage]) -> bool {
+        let Some(expected) = expected.first() else { return false };
+        drive.images.iter().skip(1).any(|found| self.is_same(found, expected))
+    }
+
+    fn is_same(&self, found: &Image, expected: &LineImage) -> bool {
+        let written = expected.path.as_deref();
+        let named = written.filter(|path| is_file_path(path));
+        match (is_file_path(&found.path), named) {
+            // QEMU writes a URL in its own way, and a command line has many.
+            (false, None) => true,
+            (true, Some(named)) => {
+                self.normal(&found.path) == self.normal(named)
+                    || self.id(&found.path).is_some_and(|id| Some(id) == self.id(named))
+            }
+            _ => false,
+        }
+    }
+
+    fn id(&self, path: &str) -> Option<FileId> {
+        let file = self.process.find(Path::new(path)).ok()?;
+        let stat = rustix::fs::fstat(file.as_fd()).ok()?;
+        Some(FileId { device: stat.st_dev, inode: stat.st_ino })
+    }
+
+    /// Returns a path without `.` and, where no link can be passed, without `..`.
+    fn normal(&self, path: &str) -> PathBuf {
+        let whole = self.process.working_directory.join(path);
+        whole.components().filter(|part| *part != Component::CurDir).collect()
+    }
+}
+
+/// Tells whether QEMU takes a name for a path: one with a colon before the first slash names a
+/// protocol (7.2 to 11.1).
+fn is_file_path(name: &str) -> bool {
+    let first = name.split('/').next().unwrap_or_default();
+    !first.contains(':')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_with_a_protocol_is_no_path() {
+        for name in ["/srv/a:b", "disk.raw", "./a:b", "../x"] {
+            assert!(is_file_path(name), "{name}");
+        }
+        for name in ["nbd://host/x", "json:{}", "fat:rw:/srv", "nbd:unix:/x"] {
+            assert!(!is_file_path(name), "{name}");
+        }
+    }
+}

@@ -1,0 +1,397 @@
+//! The options that make a device which was plugged in while the VM ran, from QEMU's own answers.
+
+use serde_json::{Map, Value, json};
+
+use super::difference::Remedy;
+use super::parts::{Device, MemoryDevice, Parts, known};
+use crate::command_line::{CommandLine, value_in_json};
+use crate::qmp::unexpected;
+use crate::vm::{OVERLAY_PREFIX, Vm, VmError};
+
+/// Types whose state is in the migration stream and whose back ends, if they have any, can be asked
+/// for. Variants such as `virtio-blk-pci-non-transitional` count as their type.
+const KINDS: [&str; 30] = [
+    "virtio-blk-pci",
+    "virtio-net-pci",
+    "virtio-scsi-pci",
+    "virtio-rng-pci",
+    "virtio-balloon-pci",
+    "virtio-serial-pci",
+    "virtio-keyboard-pci",
+    "virtio-mouse-pci",
+    "virtio-tablet-pci",
+    "virtserialport",
+    "virtconsole",
+    "scsi-hd",
+    "scsi-cd",
+    "usb-storage",
+    "usb-tablet",
+    "usb-kbd",
+    "usb-mouse",
+    "usb-hub",
+    "usb-serial",
+    "qemu-xhci",
+    "nec-usb-xhci",
+    "usb-ehci",
+    "ich9-usb-ehci1",
+    "pcie-root-port",
+    "pci-bridge",
+    "e1000",
+    "e1000e",
+    "rtl8139",
+    "pc-dimm",
+    "ahci",
+];
+
+/// Properties that follow from others, or that are set below.
+const DERIVED: [&str; 10] = [
+    "romsize",
+    "romfile",
+    "busnr",
+    "addr",
+    "memdev",
+    "drive",
+    "netdev",
+    "sriov-pf",
+    "size",
+    "guest-stats",
+];
+
+/// Formats of images that have no options without which they cannot be opened.
+const FORMATS: [&str; 6] = ["raw", "qcow2", "qed", "vmdk", "vdi", "vhdx"];
+
+/// Options that make a device, or why there are none.
+type Made = Result<Vec<(String, String)>, String>;
+
+impl Vm {
+    /// Returns the QOM path of the bus that a device is on; empty where it is on none.
+    pub(super) fn bus_path(&mut self, device: &str) -> Result<String, VmError> {
+        let bus = self.property(device, "parent_bus")?;
+        Ok(bus.and_then(|bus| Some(bus.as_str()?.to_owned())).unwrap_or_default())
+    }
+}
+
+/// Returns how `device`, which came later, is made by a command line.
+pub(super) fn recreate(
+    vm: &mut Vm,
+    parts: &Parts,
+    device: &Device,
+    bus: &str,
+    line: &CommandLine,
+) -> Result<Remedy, VmError> {
+    if !KINDS.iter().any(|kind| is_kind(&device.kind, kind)) {
+        let reason = format!("what a {} needs besides QEMU does not tell", device.kind);
+        return Ok(Remedy::Missing(reason));
+    }
+    let mut object = match properties(vm, device)? {
+        Ok(object) => object,
+        Err(reason) => return Ok(Remedy::Missing(reason)),
+    };
+    if let Some(bus) = bus.rsplit('/').next().filter(|bus| !bus.is_empty()) {
+        object.insert("bus".to_owned(), json!(bus));
+    }
+    let memory = memory_device(parts, &device.path);
+    if device.kind == "pc-dimm" && memory.is_none() {
+        return Ok(Remedy::Missing(
+            "QEMU does not tell the memory of a DIMM without an id".to_owned(),
+        ));
+    }
+    for (key, value) in place(vm, &device.path, memory.is_some())? {
+        let value = value_in_json(&key, &value);
+        object.insert(key, value);
+    }
+    let mut add = Vec::new();
+    if let Some(memory) = memory {
+        object.insert("memdev".to_owned(), json!(memory.memdev));
+        object.remove("bus");
+        match memory_backend(vm, memory, line)? {
+            Ok(options) => add.extend(options),
+            Err(reason) => return Ok(Remedy::Missing(reason)),
+        }
+    }
+    for back_end in [drive, netdev, objects, chardev] {
+        match back_end(vm, device, &mut object, line)? {
+            Ok(options) => add.extend(options),
+            Err(reason) => return Ok(Remedy::Missing(reason)),
+        }
+    }
+    add.push(("-device".to_owned(), Value::Object(object).to_string()));
+    Ok(Remedy::add(add))
+}
+
+fn is_kind(found: &str, kind: &str) -> bool {
+    let rest = found.strip_prefix(kind);
+    rest.is_some_and(|rest| matches!(rest, "" | "-transitional" | "-non-transitional"))
+}
+
+/// Returns the memory device at a QOM path, if it is one.
+pub(super) fn memory_device<'a>(parts: &'a Parts, path: &str) -> Option<&'a MemoryDevice> {
+    let id = path.rsplit('/').next();
+    parts.memory_devices.iter().find(|device| device.id == path || Some(&*device.id) == id)
+}
+
+/// Returns the properties of a device that are not what its type has by itself.
+fn properties(vm: &mut Vm, device: &Device) -> Result<Result<Map<String, Value>, String>, VmError> {
+    let mut object = Map::new();
+    object.insert("driver".to_owned(), json!(device.kind));
+    if let Some(id) = &device.id {
+        object.insert("id".to_owned(), json!(id));
+    }
+    let list = vm.execute("device-list-properties", json!({"typename": device.kind}))?;
+    let list = list.as_array().ok_or_else(|| unexpected("device-list-properties", "list"))?;
+    for item in list {
+        let text = |key: &str| item.get(key).and_then(Value::as_str).unwrap_or_default();
+        let (name, kind) = (text("name"), text("type"));
+        let is_object = kind.starts_with("child<") || kind.starts_with("link<");
+        // Experimental properties are the machine type's, which a new QEMU sets again.
+        if DERIVED.contains(&name) || is_object || name.starts_with("x-") {
+            continue;
+        }
+        let Some(value) = vm.property(&device.path, name)? else { continue };
+        match (item.get("default-value"), &value) {
+            (Some(default), value) if value == default => {}
+            (_, Value::Array(values)) if values.is_empty() => {}
+            (None, Value::String(text)) if text.is_empty() => {}
+            // Without a default these are -1 or the type's own unless they were set.
+            (None, Value::Bool(_) | Value::Null) => {}
+            (None, Value::Number(number))
+                if number.as_u64().is_none_or(|set| set == 0 && name != "bootindex") => {}
+            (_, Value::Array(_) | Value::Object(_)) => {
+                return Ok(Err(format!("its property {name} is more than one value")));
+            }
+            _ => drop(object.insert(name.to_owned(), value)),
+        }
+    }
+    Ok(Ok(object))
+}
+
+/// Returns the properties that say where on its bus a device is, as `-device` takes them.
+pub(super) fn place(
+    vm: &mut Vm,
+    path: &str,
+    is_memory: bool,
+) -> Result<Vec<(String, String)>, VmError> {
+    let mut place = Vec::new();
+    for key in ["addr", "slot", "channel", "scsi-id", "lun", "nr"] {
+        let Some(number) = vm.property(path, key)?.and_then(|value| value.as_u64()) else {
+            continue;
+        };
+        match key {
+            "addr" if is_memory => place.push((key.to_owned(), number.to_string())),
+            "addr" => place.push((key.to_owned(), format!("{:02x}.{:x}", number >> 3, number & 7))),
+            "slot" if !is_memory => {}
+            _ => place.push((key.to_owned(), number.to_string())),
+        }
+    }
+    if vm.property(path, "port")?.is_some_and(|port| port.is_string()) {
+        let id = path.rsplit('/').next().unwrap_or_default();
+        let usb = human(vm, "info usb")?;
+        place.extend(usb_port(&usb, id).map(|port| ("port".to_owned(), port)));
+    }
+    Ok(place)
+}
+
+/// Finds the port of the device with this id in what `info usb` prints (7.2 to 11.1).
+fn usb_port(text: &str, id: &str) -> Option<String> {
+    let line = text.lines().find(|line| line.trim_end().ends_with(&format!(", ID: {id}")))?;
+    let (_, rest) = line.split_once(", Port ")?;
+    Some(rest.split_once(',')?.0.to_owned())
+}
+
+fn human(vm: &mut Vm, command: &str) -> Result<String, VmError> {
+    let answer = known(vm.execute("human-monitor-command", json!({"command-line": command})))?;
+    Ok(answer.and_then(|text| Some(text.as_str()?.to_owned())).unwrap_or_default())
+}
+
+/// Makes the memory behind a DIMM.
+fn memory_backend(vm: &mut Vm, memory: &MemoryDevice, line: &CommandLine) -> Result<Made, VmError> {
+    if line.defines(&memory.memdev) {
+        return Ok(Ok(Vec::new()));
+    }
+    let path = format!("/objects/{}", memory.memdev);
+    let kind = vm.property(&path, "type")?.unwrap_or_default();
+    let kind = kind.as_str().unwrap_or_default();
+    if !["memory-backend-ram", "memory-backend-memfd"].contains(&kind) {
+        return Ok(Err(format!("its memory {} is of type {kind}", memory.memdev)));
+    }
+    let mut object = json!({"qom-type": kind, "id": memory.memdev, "size": memory.size});
+    for key in ["share", "hugetlb", "hugetlbsize", "merge", "dump", "reserve", "prealloc"] {
+        let is_own = kind == "memory-backend-memfd" || !key.starts_with("huge");
+        match vm.property(&path, key)? {
+            Some(value) if is_own && value != json!(0) => object[key] = value,
+            _ => {}
+        }
+    }
+    Ok(Ok(vec![("-object".to_owned(), object.to_string())]))
+}
+
+/// Makes the drive of a disk.
+fn drive(
+    vm: &mut Vm,
+    device: &Device,
+    object: &mut Map<String, Value>,
+    line: &CommandLine,
+) -> Result<Made, VmError> {
+    let name = vm.property(&device.path, "drive")?;
+    let Some(name) = name.and_then(|name| Some(name.as_str()?.to_owned())) else {
+        return Ok(Ok(Vec::new()));
+    };
+    if name.is_empty() {
+        return Ok(Ok(Vec::new()));
+    }
+    let answer = vm.execute("query-block", Value::Null)?;
+    let drives = answer.as_array().ok_or_else(|| unexpected("query-block", "list"))?;
+    let text = |value: &Value, key: &str| {
+        value.get(key).and_then(Value::as_str).unwrap_or_default().to_owned()
+    };
+    let is_this = |drive: &&Value| {
+        let qdev = text(drive, "qdev");
+        text(drive, "device") == name
+            || Some(&qdev) == device.id.as_ref()
+            || qdev == device.path
+            || qdev.starts_with(&format!("{}/", device.path))
+    };
+    let Some(inserted) = drives.iter().find(is_this).and_then(|drive| drive.get("inserted")) else {
+        return Ok(Err(format!("its drive {name} has no medium")));
+    };
+    // A name that QEMU or a save of ours made up is no name for an option.
+    let is_given = !name.starts_with('#') && !name.starts_with(OVERLAY_PREFIX);
+    let id = device.id.clone().unwrap_or_else(|| "unnamed".to_owned());
+    let name = if is_given { name } else { format!("drive-{id}") };
+    object.insert("drive".to_owned(), json!(name));
+    if line.defines(&name) {
+        return Ok(Ok(Vec::new()));
+    }
+    let format = text(inserted, "drv");
+    let image = inserted.get("image").cloned().unwrap_or_default();
+    let file = text(&image, "filename");
+    if !FORMATS.contains(&format.as_str()) || file.is_empty() || file.contains(':') {
+        return Ok(Err(format!("its drive {name} is of format {format:?}, or is no file")));
+    }
+    let on = |key: &str| inserted.get("cache").and_then(|cache| cache.get(key)?.as_bool());
+    let cache = json!({"direct": on("direct").unwrap_or(false),
+        "no-flush": on("no-flush").unwrap_or(false)});
+    let read_only = inserted.get("ro").and_then(Value::as_bool).unwrap_or(false);
+    let node = json!({"driver": format, "node-name": name, "read-only": read_only, "cache": cache,
+        "detect-zeroes": text(inserted, "detect_zeroes"),
+        "file": {"driver": "file", "filename": file}});
+    Ok(Ok(vec![("-blockdev".to_owned(), node.to_string())]))
+}
+
+/// Makes the network back end of a network card.
+fn netdev(
+    vm: &mut Vm,
+    device: &Device,
+    object: &mut Map<String, Value>,
+    line: &CommandLine,
+) -> Result<Made, VmError> {
+    let name = vm.property(&device.path, "netdev")?;
+    let Some(name) = name.and_then(|name| Some(name.as_str()?.to_owned())) else {
+        return Ok(Ok(Vec::new()));
+    };
+    if name.is_empty() {
+        return Ok(Ok(Vec::new()));
+    }
+    object.insert("netdev".to_owned(), json!(name));
+    if line.defines(&name) {
+        return Ok(Ok(Vec::new()));
+    }
+    let network = human(vm, "info network")?;
+    if !is_plain_user_net(&network, &name) {
+        return Ok(Err(format!("QEMU does not tell the options of its netdev {name}")));
+    }
+    if human(vm, "info usernet")?.contains("HOST_FORWARD") {
+        return Ok(Err(format!("its netdev {name} may forward ports, which QEMU does not tell")));
+    }
+    Ok(Ok(vec![("-netdev".to_owned(), format!("user,id={name}"))]))
+}
+
+/// Tells whether `info network` shows a netdev as one of `-netdev user` without further options.
+fn is_plain_user_net(text: &str, name: &str) -> bool {
+    let names = |line: &&str| line.trim_start().trim_start_matches("\\ ").starts_with(name);
+    let plain = "index=0,type=user,net=10.0.2.0,restrict=off";
+    text.lines().filter(names).any(|line| line.trim_end().ends_with(&format!("{name}: {plain}")))
+}
+
+/// Makes the objects that a device uses: a source of random numbers, a thread.
+fn objects(
+    vm: &mut Vm,
+    device: &Device,
+    object: &mut Map<String, Value>,
+    line: &CommandLine,
+) -> Result<Made, VmError> {
+    let mut add = Vec::new();
+    for key in ["rng", "iothread"] {
+        let path = vm.property(&device.path, key)?;
+        let path = path.and_then(|path| Some(path.as_str()?.to_owned())).unwrap_or_default();
+        let Some(id) = path.strip_prefix("/objects/") else { continue };
+        object.insert(key.to_owned(), json!(id));
+        if line.defines(id) {
+            continue;
+        }
+        let kind = vm.property(&path, "type")?.unwrap_or_default();
+        let mut made = json!({"qom-type": kind, "id": id});
+        match kind.as_str() {
+            Some("rng-builtin" | "iothread") => {}
+            Some("rng-random") => {
+                made["filename"] = vm.property(&path, "filename")?.unwrap_or_default();
+            }
+            _ => return Ok(Err(format!("QEMU does not tell the options of its object {id}"))),
+        }
+        add.push(("-object".to_owned(), made.to_string()));
+    }
+    Ok(Ok(add))
+}
+
+/// Names the character device of a port, which only the command line can make.
+fn chardev(
+    vm: &mut Vm,
+    device: &Device,
+    object: &mut Map<String, Value>,
+    line: &CommandLine,
+) -> Result<Made, VmError> {
+    let name = vm.property(&device.path, "chardev")?;
+    let Some(name) = name.and_then(|name| Some(name.as_str()?.to_owned())) else {
+        return Ok(Ok(Vec::new()));
+    };
+    if name.is_empty() {
+        return Ok(Ok(Vec::new()));
+    }
+    if !line.defines(&name) {
+        return Ok(Err(format!("QEMU does not tell the options of its chardev {name}")));
+    }
+    object.insert("chardev".to_owned(), json!(name));
+    Ok(Ok(Vec::new()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn variants_of_a_type_are_that_type_and_others_are_not() {
+        assert!(is_kind("virtio-blk-pci-non-transitional", "virtio-blk-pci"));
+        assert!(!is_kind("virtio-blk-pci-x", "virtio-blk-pci"));
+    }
+
+    #[test]
+    fn the_port_of_a_usb_device_is_found() {
+        // From QEMU 10.0.2.
+        let text = "  Device 0.1, Port 1, Speed 12 Mb/s, Product QEMU USB Tablet, ID: ut\r\n\
+                      Device 0.0, Port 2.1, Speed 12 Mb/s, Product QEMU USB Keyboard, ID: kbd\r\n";
+        assert_eq!(usb_port(text, "ut").as_deref(), Some("1"));
+        assert_eq!(usb_port(text, "kbd").as_deref(), Some("2.1"));
+        assert_eq!(usb_port(text, "bd"), None);
+    }
+
+    #[test]
+    fn only_a_user_net_without_options_is_made_again() {
+        // From QEMU 10.0.2.
+        let text = "nic1: index=0,type=nic,model=virtio-net-pci,macaddr=52:54:00:12:34:57\r\n \
+            \\ nd1: index=0,type=user,net=10.0.2.0,restrict=off\r\n \
+            \\ nd2: index=0,type=user,net=10.0.2.0,restrict=on\r\n";
+        assert!(is_plain_user_net(text, "nd1"));
+        assert!(!is_plain_user_net(text, "nd2"));
+        assert!(!is_plain_user_net(text, "nic1"));
+    }
+}

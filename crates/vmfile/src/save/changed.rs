@@ -1,0 +1,153 @@
+//! What of a VM is not as its command line would make it.
+
+use std::fmt;
+
+use serde::Serialize;
+use vmfile_format::manifest::{
+    ChangeMeta, CpuMeta, DeviceMeta, MemoryDeviceMeta, PartsMeta, PinMeta, VmMeta,
+};
+use vmfile_qemu::{CommandLine, Difference, Drive, Parts, Remedy, Vm, identity};
+
+use super::{After, SaveOptions};
+use crate::error::SaveError;
+
+/// A part of a VM that is not as its command line would make it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct Change {
+    /// The part.
+    pub what: String,
+    /// What the VM has.
+    pub found: String,
+    /// What the command line would make.
+    pub expected: String,
+    /// The `-device` options that a restore leaves out, counted from 0.
+    pub leave_out: Vec<u64>,
+    /// The options that a restore adds, each with its value behind it.
+    pub add: Vec<String>,
+    /// Why a restore with the saved command line cannot make the part.
+    pub obstacle: Option<String>,
+}
+
+impl fmt::Display for Change {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Change { what, found, expected, .. } = self;
+        write!(f, "{what}: found {found}, the command line makes {expected}")?;
+        match &self.obstacle {
+            Some(obstacle) => write!(f, " (no option makes it again: {obstacle})"),
+            None if !self.add.is_empty() => write!(f, " (made again by {})", shell(&self.add)),
+            None if !self.leave_out.is_empty() => write!(f, " (a restore leaves it out)"),
+            None => write!(f, " (a restore with the saved command line does as the VM has it)"),
+        }
+    }
+}
+
+/// Returns options as a shell takes them.
+fn shell(words: &[String]) -> String {
+    CommandLine::new(words.iter().cloned()).map_or_else(|_| words.join(" "), |line| line.to_shell())
+}
+
+/// Compares `vm`, which has `drives`, with what its command line would make, and notes in `meta` what
+/// it is.
+///
+/// # Errors
+///
+/// [`SaveError::Changed`] if they differ and the VM is to end, unless the options allow it.
+pub(super) fn compare(
+    vm: &mut Vm,
+    meta: &mut VmMeta,
+    drives: &[Drive],
+    options: &SaveOptions,
+) -> Result<Known, SaveError> {
+    let parts = vm.parts()?;
+    let mut notes = Vec::new();
+    if let Some(words) = meta.command_line.get(1..) {
+        // A line that we cannot read is kept as it is, and a restore says what is wrong with it.
+        if let Ok(line) = CommandLine::new(words.iter().cloned()) {
+            let process = vm.process()?;
+            let compared = identity::compare(vm, (&parts, drives), &line, &process)?;
+            meta.changes = compared.differences.into_iter().map(note).collect();
+            notes = compared.notes;
+        }
+    }
+    meta.parts = Some(describe(parts.clone()));
+    if options.after == After::Quit && !options.changed_ok && !meta.changes.is_empty() {
+        return Err(SaveError::Changed { changes: report(meta) });
+    }
+    Ok(Known { parts, notes })
+}
+
+/// What a VM was made of when its save began.
+#[derive(Debug)]
+pub(super) struct Known {
+    parts: Parts,
+    /// What the user should know of it, a sentence each.
+    pub(super) notes: Vec<String>,
+}
+
+impl Known {
+    /// Refuses a VM whose parts came or went since: what the manifest says would be of another VM.
+    pub(super) fn still_holds(&self, vm: &mut Vm) -> Result<(), SaveError> {
+        match vm.changed_part(&self.parts)? {
+            None => Ok(()),
+            Some(what) => Err(SaveError::ChangedMeanwhile { what }),
+        }
+    }
+}
+
+/// Returns the changes in `meta` as a report has them.
+pub(super) fn report(meta: &VmMeta) -> Vec<Change> {
+    let change = |change: &ChangeMeta| Change {
+        what: change.what.clone(),
+        found: change.found.clone(),
+        expected: change.expected.clone(),
+        leave_out: change.leave_out.clone(),
+        add: change.add.clone(),
+        obstacle: change.obstacle.clone(),
+    };
+    meta.changes.iter().map(change).collect()
+}
+
+fn note(difference: Difference) -> ChangeMeta {
+    let mut change = ChangeMeta {
+        what: difference.what,
+        found: difference.found,
+        expected: difference.expected,
+        leave_out: Vec::new(),
+        pins: Vec::new(),
+        add: Vec::new(),
+        obstacle: None,
+    };
+    match difference.remedy {
+        Remedy::Change { leave_out, pins, add } => {
+            change.leave_out = leave_out.into_iter().map(|number| number as u64).collect();
+            let pin = |pin: vmfile_qemu::Pin| PinMeta {
+                device: pin.device as u64,
+                key: pin.key,
+                value: pin.value,
+            };
+            change.pins = pins.into_iter().map(pin).collect();
+            change.add = add.into_iter().flat_map(|(option, value)| [option, value]).collect();
+        }
+        Remedy::Missing(reason) => change.obstacle = Some(reason),
+    }
+    change
+}
+
+fn describe(parts: Parts) -> PartsMeta {
+    let device = |device: vmfile_qemu::Device| DeviceMeta { id: device.id, kind: device.kind };
+    let memory = |device: vmfile_qemu::MemoryDevice| MemoryDeviceMeta {
+        id: device.id,
+        kind: device.kind,
+        bytes: device.size,
+        address: device.address,
+        slot: device.slot,
+        node: device.node,
+    };
+    let cpu = |cpu: vmfile_qemu::Cpu| CpuMeta { kind: cpu.kind, place: cpu.place };
+    PartsMeta {
+        devices: parts.devices.into_iter().map(device).collect(),
+        memory_devices: parts.memory_devices.into_iter().map(memory).collect(),
+        cpus: parts.cpus.into_iter().map(cpu).collect(),
+    }
+}

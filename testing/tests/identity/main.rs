@@ -1,0 +1,97 @@
+//! A VM that is not what its command line would make is told from one that is, by name.
+
+mod devices;
+mod drives;
+mod unchanged;
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use vmfile::error::SaveError;
+use vmfile::restore::{Destination, RestoreOptions, Restored};
+use vmfile::save::{After, Change, SaveOptions};
+use vmfile::{Control, RestoreError, Snapshot};
+use vmfile_testing::verbs::save_with;
+use vmfile_testing::{Guest, TestResult};
+
+/// What a save says has changed in a VM that goes on.
+fn changes(guest: &Guest) -> TestResult<Vec<Change>> {
+    let directory = tempfile::tempdir()?;
+    let options = SaveOptions { after: After::Resume, ..SaveOptions::default() };
+    Ok(save_with(guest, &directory.path().join("vm.vmf"), &options)?.changes)
+}
+
+fn names(changes: &[Change]) -> Vec<&str> {
+    changes.iter().map(|change| change.what.as_str()).collect()
+}
+
+/// Expects that a save which would end the VM is refused and names `expected`, then saves it all the
+/// same and restores it with the saved command line.
+fn save_and_restore(guest: &mut Guest, expected: &[&str]) -> TestResult<Restored> {
+    let directory = tempfile::tempdir()?;
+    let file = directory.path().join("vm.vmf");
+    let error = save_with(guest, &file, &SaveOptions::default()).expect_err("it has changed");
+    let error = error.downcast::<SaveError>()?;
+    let SaveError::Changed { changes } = &*error else { return Err(error) };
+    assert_eq!(names(changes), expected, "{error}");
+    assert!(!file.exists());
+    assert_eq!(guest.status()?, "running");
+    save_with(guest, &file, &SaveOptions { changed_ok: true, ..SaveOptions::default() })?;
+    guest.wait_for_exit()?;
+    Ok(restore_saved(&file)?)
+}
+
+fn restore_saved(file: &Path) -> Result<Restored, RestoreError> {
+    let snapshot = Snapshot::open(file, 0)?;
+    let options = RestoreOptions::default();
+    vmfile::restore::restore(&snapshot, Destination::Saved, &options, &Control::none())
+}
+
+/// The guest goes on: it writes to the log of the guest that is gone.
+fn goes_on(guest: &Guest, restored: &mut Restored) -> TestResult {
+    let passes = guest.counts().len();
+    let qemu = restored.qemu.as_mut().ok_or("a QEMU was started")?;
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while guest.counts().len() < passes + 2 {
+        assert!(qemu.ended()?.is_none(), "it runs");
+        assert!(Instant::now() < deadline, "the guest reports nothing");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert!(guest.counts().iter().all(|count| count.sum.is_some()), "{:?}", guest.lines());
+    Ok(())
+}
+
+fn ask(restored: &mut Restored, command: &str, arguments: Value) -> TestResult<Value> {
+    let qemu = restored.qemu.as_mut().ok_or("a QEMU was started")?;
+    Ok(qemu.vm().execute(command, arguments)?)
+}
+
+/// Asks until the guest, or QEMU for it, has let go of a device.
+fn wait_until_gone(guest: &mut Guest, path: &str, name: &str) -> TestResult {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    loop {
+        let children = guest.qmp("qom-list", json!({"path": path}))?;
+        let is_there = children.as_array().into_iter().flatten().any(|child| child["name"] == name);
+        if !is_there {
+            return Ok(());
+        }
+        assert!(Instant::now() < deadline, "{name} is still there");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+fn image(directory: &Path) -> TestResult<PathBuf> {
+    let image = directory.join("a,b.raw");
+    std::fs::File::create_new(&image)?.set_len(1 << 20)?;
+    Ok(image)
+}
+
+/// Images `0.raw` to `N.raw`, and `link` to the first.
+fn images(directory: &Path, count: u32) -> TestResult {
+    for number in 0..count {
+        let path = directory.join(format!("{number}.raw"));
+        std::fs::File::create_new(path)?.set_len(4 << 20)?;
+    }
+    Ok(std::os::unix::fs::symlink("0.raw", directory.join("link"))?)
+}
