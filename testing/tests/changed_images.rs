@@ -367,7 +367,8 @@ fn an_image_in_an_fd_set_is_refused_where_the_vm_would_end() -> TestResult {
             "locking": "off" }, "read-only": true });
     guest.qmp("blockdev-add", node)?;
     guest.qmp("device_add", json!({ "driver": "virtio-blk-pci", "drive": "n", "id": "hot" }))?;
-    let error = refused(save(&guest, &scene.path("vm.vmf")))?;
+    let options = SaveOptions { changed_ok: true, ..SaveOptions::default() };
+    let error = refused(save_with(&guest, &scene.path("vm.vmf"), &options))?;
     assert!(matches!(error, SaveError::ImageLost { .. }), "{error}");
     assert!(error.to_string().contains("descriptor"), "{error}");
     assert_eq!(guest.status()?, "running");
