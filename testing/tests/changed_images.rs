@@ -277,7 +277,8 @@ fn a_live_save_that_ends_the_vm_needs_its_disks() -> TestResult {
     for options in [with_disks(), SaveOptions { live, with_disks: true, ..SaveOptions::default() }]
     {
         let report = save_with(&guest, &file, &options)?;
-        assert_eq!(report.warnings, [""; 0]);
+        let goes_on = report.warnings.iter().any(|warning| warning.contains("goes on writing"));
+        assert!(!goes_on, "{:?}", report.warnings);
         fs::remove_file(&file)?;
     }
     Ok(())
