@@ -193,10 +193,6 @@ impl From<&SaveError> for Failure {
                 .hint("a restore needs what QEMU was started with: run as the VM's user, or root"),
             SaveError::NoSpace { .. } => Failure::new(Code::System, "no_space", error)
                 .hint("free some space, or save to another file system"),
-            // Scripts see by the status that the VM does not run, whatever the cause was.
-            SaveError::LeftPaused { .. } => {
-                Failure::new(Code::LeftPaused, "left_paused", error).hint(CONT)
-            }
             SaveError::LeftOverlays { cause, .. } => with_cause(error, cause, "left_overlays")
                 .hint("the VM is sound; `block-commit` on its monitor merges the overlay"),
             SaveError::Disk { .. } => Failure::new(Code::Vm, "disk", error)
@@ -214,8 +210,10 @@ impl From<&SaveError> for Failure {
             SaveError::Release { .. } if !error.leaves_paused() => {
                 Failure::new(Code::Vm, "qemu_gone", error).hint("the file can be restored")
             }
-            SaveError::Release { .. } => Failure::new(Code::LeftPaused, "left_paused", error)
-                .hint("`cont` on the VM's monitor makes it run again, `quit` ends it"),
+            // Scripts see by the status that the VM does not run, whatever the cause was.
+            SaveError::LeftPaused { .. } | SaveError::Release { .. } => {
+                Failure::new(Code::LeftPaused, "left_paused", error).hint(CONT)
+            }
             SaveError::Stopped => Failure::new(Code::Interrupted, "stopped", error),
             _ => Failure::new(Code::System, "io", error),
         }
@@ -227,8 +225,8 @@ const CHANGED_OK: &str =
     "--changed-ok saves and ends it all the same; --after resume lets it run on";
 
 /// What the user can do about a VM that was left paused.
-const CONT: &str = "vmfile's guardian lets the VM run on once QEMU answers; so does `cont` on its \
-                    monitor, and `kill -CONT` a process that is stopped";
+const CONT: &str = "the process vm-guardian lets the VM run on once QEMU answers; so does `cont` \
+                    on another monitor of it, and `kill -CONT` a process that is stopped";
 
 /// A failure to receive what the VM that is saved sends: the options are those of `save`.
 fn received(error: &ReceiveError) -> Failure {

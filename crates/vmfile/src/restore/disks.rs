@@ -33,6 +33,11 @@ pub struct RestoredDisk {
 pub(super) struct NewOverlays(Vec<RestoredDisk>);
 
 impl NewOverlays {
+    /// Returns what they are.
+    pub(super) fn list(&self) -> &[RestoredDisk] {
+        &self.0
+    }
+
     /// Returns their files.
     pub(super) fn files(&self) -> Vec<PathBuf> {
         self.0.iter().map(|disk| disk.overlay.clone()).collect()

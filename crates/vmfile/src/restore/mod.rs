@@ -13,6 +13,7 @@
 mod changed_images;
 mod compare;
 mod disks;
+mod drives;
 mod parts;
 mod prepare;
 mod ram;

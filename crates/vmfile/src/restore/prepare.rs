@@ -13,6 +13,7 @@ use vmfile_qemu::{
 
 use super::changed_images;
 use super::disks::{Images, NewOverlays, Start, place_given, place_saved};
+use super::drives::compare_drives;
 use super::parts::remake;
 use super::{Destination, Mode, RestoreOptions};
 use crate::control::Control;
@@ -146,15 +147,7 @@ pub(super) fn prepare(
     let inherited = OwnedFd::from(file);
     // The descriptor of the file that was checked: what lies under the name later does not matter.
     let path = PathBuf::from(format!("/proc/self/fd/{}", inherited.as_raw_fd()));
-    let blocks: Vec<MappedBlock> = mapped
-        .iter()
-        .map(|placed| MappedBlock {
-            block_name: placed.block.name().to_owned(),
-            size: placed.block.used_length(),
-            path: path.clone(),
-            offset: placed.pages_offset,
-        })
-        .collect();
+    let blocks: Vec<MappedBlock> = mapped.iter().map(|placed| in_file(placed, &path)).collect();
     let names = blocks.iter().map(|block| block.block_name.clone()).collect();
     let qmp = command_line.qmp_sockets().into_iter().next();
     let monitor = MonitorPair::new()?;
@@ -170,8 +163,11 @@ pub(super) fn prepare(
     if let Some(directory) = directory {
         launch = launch.working_directory(directory);
     }
-    let qemu = launch.spawn(START_TIMEOUT)?;
+    let mut qemu = launch.spawn(START_TIMEOUT)?;
     let start_seconds = start.elapsed().as_secs_f64();
+    if let Some(manifest) = snapshot.manifest().filter(|_| is_saved) {
+        compare_drives(&manifest.meta.vm, overlays.list(), &qemu.vm().drives()?)?;
+    }
     Ok(Prepared {
         qemu: Qemu::Launched(qemu),
         mode,
@@ -270,6 +266,16 @@ fn compare_memory_size(
             }],
         }),
         _ => Ok(()),
+    }
+}
+
+/// Returns the block as it lies in the file.
+fn in_file(placed: &PlacedBlock, path: &Path) -> MappedBlock {
+    MappedBlock {
+        block_name: placed.block.name().to_owned(),
+        size: placed.block.used_length(),
+        path: path.to_owned(),
+        offset: placed.pages_offset,
     }
 }
 
