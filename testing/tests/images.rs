@@ -156,7 +156,7 @@ fn a_configuration_file_is_in_the_saved_line_and_not_needed_any_more() -> TestRe
     raw(&image)?;
     let config = files.path().join("vm.conf");
     let text = format!(
-        "[drive \"d0\"]\n  file = \"{}\"\n  format = \"raw\"\n  if = \"virtio\"\n",
+        "[drive \"d0\"]\n  file = \"{}\"\n  format = \"raw\"\n  if = \"ide\"\n",
         image.display()
     );
     fs::write(&config, text)?;
@@ -247,17 +247,19 @@ fn spellings(image: &str) -> Vec<Vec<String>> {
     let text = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect();
     let json = format!(r#"{{"driver":"qcow2","file":{{"driver":"file","filename":"{image}"}}}}"#);
     let named = json.replace(',', ",,");
-    let device = "virtio-blk-pci,drive=n,id=disk";
+    // No virtio: the firmware leaves its rings in memory that this guest fills, and QEMU refuses the
+    // device state of a ring that makes no sense.
+    let device = "ide-hd,drive=n,id=disk,bus=ide.1";
     vec![
-        text(&["-drive", &format!("file={image},format=qcow2,if=virtio,id=n")]),
+        text(&["-drive", &format!("file={image},format=qcow2,id=n")]),
         text(&["-drive", &format!("file=json:{named},if=none,id=n"), "-device", device]),
-        text(&["-drive", &format!("driver=qcow2,file.filename={image},if=virtio")]),
+        text(&["-drive", &format!("driver=qcow2,file.filename={image}")]),
         text(&["-hdb", image]),
         text(&[
             "-blockdev",
             &json.replacen('{', r#"{"node-name":"n","#, 1),
             "-device",
-            r#"{"driver":"virtio-blk-pci","drive":"n"}"#,
+            r#"{"driver":"ide-hd","drive":"n","bus":"ide.1"}"#,
         ]),
         text(&[
             "-blockdev",
@@ -367,7 +369,7 @@ fn another_name_of_an_image_is_the_same_image() -> TestResult {
             fs::create_dir(files.path("sub"))?;
             files.text("sub/../a.qcow2")
         };
-        let drive = format!("file={name},format=qcow2,if=virtio");
+        let drive = format!("file={name},format=qcow2");
         let mut guest = guest(&["-drive", &drive]).boot(&qemu)?;
         guest.wait_for_count(1)?;
         let file = files.path("vm.vmf");
@@ -422,7 +424,7 @@ fn media_and_trays(qemu: &Qemu) -> TestResult {
     let drive = format!("file={old},format=raw,if=none,media=cdrom,id=cd0");
     let of_drive = ["-drive", &drive, "-device", "ide-cd,drive=cd0,id=cd,bus=ide.1"];
     let node = format!("raw,node-name=n,read-only=on,file.driver=file,file.filename={old}");
-    let scsi = "virtio-scsi-pci";
+    let scsi = "lsi53c895a";
     let of_node = ["-blockdev", &node, "-device", scsi, "-device", "scsi-cd,drive=n,id=cd"];
     let empty = ["-device", scsi, "-device", "scsi-cd,id=cd"];
     let floppy = ["-fda", old.as_str()];
@@ -473,7 +475,7 @@ fn a_disk_without_a_place_on_the_saved_line_is_refused_by_name() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
     let files = Files::new()?;
     let image = files.qcow2("a.qcow2", None)?;
-    let drive = format!("file={image},format=qcow2,if=virtio,id=d0");
+    let drive = format!("file={image},format=qcow2,id=d0");
     let mut guest = guest(&["-drive", &drive]).boot(&qemu)?;
     guest.wait_for_count(1)?;
     let file = files.path("vm.vmf");
