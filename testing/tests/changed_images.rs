@@ -18,6 +18,9 @@ use vmfile_testing::verbs::{restore_saved, rewrite_manifest, save, save_with};
 use vmfile_testing::{Guest, GuestConfig, Qemu, Ram, Release, TestResult, requires, root};
 
 /// A guest on a qcow2 disk with an image below, in a directory that all its VMs share.
+///
+/// The disk is no virtio one: the firmware leaves its rings in memory that this guest fills, and QEMU
+/// refuses the device state of a ring that makes no sense.
 struct Scene {
     files: TempDir,
     config: GuestConfig,
@@ -31,7 +34,7 @@ impl Scene {
         let base = path("base.qcow2");
         let below = ["-f", "qcow2", "-F", "qcow2", "-b", base.to_str().ok_or("UTF-8")?];
         qemu_img(&below, &path("top.qcow2"))?;
-        let drive = format!("file={},format=qcow2,if=virtio,id=d0", path("top.qcow2").display());
+        let drive = format!("file={},format=qcow2,id=d0", path("top.qcow2").display());
         let config = Guest::boot_sector(Ram::private(64)).arguments(["-drive", &drive]);
         Ok(Scene { files, config })
     }
@@ -277,7 +280,8 @@ fn a_live_save_that_ends_the_vm_needs_its_disks() -> TestResult {
     for options in [with_disks(), SaveOptions { live, with_disks: true, ..SaveOptions::default() }]
     {
         let report = save_with(&guest, &file, &options)?;
-        assert_eq!(report.warnings, [""; 0]);
+        let goes_on = report.warnings.iter().any(|warning| warning.contains("goes on writing"));
+        assert!(!goes_on, "{:?}", report.warnings);
         fs::remove_file(&file)?;
     }
     Ok(())
@@ -367,7 +371,8 @@ fn an_image_in_an_fd_set_is_refused_where_the_vm_would_end() -> TestResult {
             "locking": "off" }, "read-only": true });
     guest.qmp("blockdev-add", node)?;
     guest.qmp("device_add", json!({ "driver": "virtio-blk-pci", "drive": "n", "id": "hot" }))?;
-    let error = refused(save(&guest, &scene.path("vm.vmf")))?;
+    let options = SaveOptions { changed_ok: true, ..SaveOptions::default() };
+    let error = refused(save_with(&guest, &scene.path("vm.vmf"), &options))?;
     assert!(matches!(error, SaveError::ImageLost { .. }), "{error}");
     assert!(error.to_string().contains("descriptor"), "{error}");
     assert_eq!(guest.status()?, "running");
@@ -420,7 +425,7 @@ fn an_image_in_another_mount_namespace_is_refused_where_the_vm_would_end() -> Te
 
 /// The user's line on `image`, as the only disk.
 fn line_on(image: &str) -> GuestConfig {
-    let drive = format!("file={image},format=qcow2,if=virtio,id=d0");
+    let drive = format!("file={image},format=qcow2,id=d0");
     Guest::boot_sector(Ram::private(64)).arguments(["-drive", &drive])
 }
 
@@ -491,7 +496,7 @@ fn the_format_of_an_image_is_what_the_users_line_says() -> TestResult {
     let overlay =
         restored.report.disks.iter().find(|disk| disk.image == top).ok_or("no overlay")?;
     assert_eq!(found, [overlay.overlay.clone(), top.clone(), scene.path("base.qcow2")]);
-    let drive = format!("file={},if=virtio,id=d0", top.display());
+    let drive = format!("file={},id=d0", top.display());
     let silent = Guest::boot_sector(Ram::private(64)).arguments(["-drive", &drive]);
     let error = scene.restore_given(&qemu, &file, &options, &silent)?.expect_err("no format");
     assert!(matches!(error, RestoreError::FormatNotSaid { .. }), "{error}");
