@@ -269,7 +269,7 @@ fn an_image_below_that_only_the_command_line_names_is_refused() -> TestResult {
         let path = images.path().join(name);
         let mut command = Command::new("qemu-img");
         command.args(["create", "-q", "-f", "qcow2"]);
-        for below in below {
+        if let Some(below) = below {
             command.args(["-F", "qcow2", "-b", below]);
         }
         assert!(command.arg(&path).arg("1M").status()?.success());

@@ -243,8 +243,13 @@ impl Vm {
         if record.settings.is_some() {
             self.end_left_migration()?;
         }
-        let state = self.run_state()?;
-        if record.was_running && matches!(state, RunState::Paused | RunState::PostMigrate) {
+        let is_still = match self.run_state()? {
+            RunState::Paused => true,
+            // Of a save that starts no migration, it is another client's: the guest runs elsewhere.
+            RunState::PostMigrate => record.settings.is_some(),
+            _ => false,
+        };
+        if record.was_running && is_still {
             self.take_back_disks()?;
             self.let_run()?;
         }
