@@ -546,3 +546,38 @@ fn the_images_of_a_qemu_that_waits_are_compared() -> TestResult {
     }
     Ok(())
 }
+
+/// A QEMU that waited with an image of the file went on, and its guest wrote into the frozen image.
+#[test]
+fn a_qemu_that_waits_does_not_write_into_an_image_of_the_file() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let scene = Scene::new()?;
+    let (_guest, file) = scene.saved(&qemu, &with_disks())?;
+    // The disk with the boot sector, too, would be refused.
+    rewrite_manifest(&file, |vm| {
+        for disk in vm.disks.iter_mut().filter(|disk| disk.device != "d0") {
+            disk.overlay = None;
+        }
+    })?;
+    let snapshot = Snapshot::open(&file, 0)?;
+    let restore = |config: &GuestConfig| -> TestResult<Result<Restored, RestoreError>> {
+        let waiting = config.incoming(&qemu, "defer")?;
+        let destination = Destination::Waiting(Vm::connect(&waiting.qmp_path())?);
+        let options = RestoreOptions::default();
+        Ok(vmfile::restore::restore(&snapshot, destination, &options, &Control::none()))
+    };
+    let top = scene.path("top.qcow2");
+    let before = fs::read(&top)?;
+    let error = restore(&scene.config)?.expect_err("the image belongs to the file");
+    let RestoreError::ImageOfFile { device, image } = &error else { panic!("{error}") };
+    assert_eq!((device.as_str(), image), ("d0", &top));
+    assert!(fs::read(&top)? == before);
+    // Below a new overlay it is only read.
+    let over = scene.path("over.qcow2");
+    let below = ["-f", "qcow2", "-F", "qcow2", "-b", top.to_str().ok_or("UTF-8")?];
+    qemu_img(&below, &over)?;
+    let mut warnings = restore(&line_on(&over.display().to_string()))??.report.warnings;
+    warnings.retain(|warning| !warning.contains("not named"));
+    assert_eq!(warnings, [""; 0]);
+    Ok(())
+}
