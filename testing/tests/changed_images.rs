@@ -1,6 +1,7 @@
 //! Images that are not what they were, that nobody will find again, that somebody else chose: said
 //! before the guest is paused, or before a QEMU is started.
 
+use std::env;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
@@ -579,5 +580,30 @@ fn a_qemu_that_waits_does_not_write_into_an_image_of_the_file() -> TestResult {
     let mut warnings = restore(&line_on(&over.display().to_string()))??.report.warnings;
     warnings.retain(|warning| !warning.contains("not named"));
     assert_eq!(warnings, [""; 0]);
+    Ok(())
+}
+
+/// A QEMU whose program has a name of its own is not known as one: its file holds no command line,
+/// which was not said though the VM ended.
+#[test]
+fn a_save_says_that_the_file_will_hold_no_command_line() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let scene = Scene::new()?;
+    let prepared = scene.config.prepare(&qemu)?;
+    let command = prepared.command_line();
+    let program = scene.path("myvm");
+    let directories = env::var_os("PATH").unwrap_or_default();
+    let mut found = env::split_paths(&directories).map(|path| path.join(qemu.program()));
+    fs::copy(found.find(|path| path.is_file()).ok_or("QEMU is there")?, &program)?;
+    let mut child = Command::new(&program).args(&command[1..]).spawn()?;
+    let guest = prepared.attach()?;
+    guest.wait_for_count(1)?;
+    let file = scene.path("vm.vmf");
+    let report = save(&guest, &file)?;
+    child.wait()?;
+    let said = report.warnings.iter().any(|warning| warning.contains("holds no command line"));
+    assert!(said, "{:?}", report.warnings);
+    let error = restore_saved(&file, &RestoreOptions::default()).expect_err("no command line");
+    assert!(matches!(error, RestoreError::NoSavedCommand), "{error}");
     Ok(())
 }
