@@ -583,6 +583,28 @@ fn a_qemu_that_waits_does_not_write_into_an_image_of_the_file() -> TestResult {
     Ok(())
 }
 
+/// A manifest whose first image of a disk was another file than the disk's had that file opened, and
+/// its first bytes stood in the error.
+#[test]
+fn a_file_has_no_image_opened_that_a_command_line_does_not_name() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let scene = Scene::new()?;
+    let (_guest, file) = scene.saved(&qemu, &SaveOptions::default())?;
+    let victim = scene.path("victim");
+    fs::write(&victim, "root:secret")?;
+    rewrite_manifest(&file, |vm| {
+        for image in vm.disks.iter_mut().filter_map(|disk| disk.images.first_mut()) {
+            image.path = victim.display().to_string();
+        }
+    })?;
+    let options = RestoreOptions::default();
+    let error = scene.restore_given(&qemu, &file, &options, &scene.config)?.expect_err("forged");
+    let RestoreError::DisksChanged { changes } = &error else { panic!("{error}") };
+    assert!(changes.iter().all(|change| change.what == "image"), "{error}");
+    assert!(!error.to_string().contains("root"), "{error}");
+    Ok(())
+}
+
 /// A QEMU whose program has a name of its own is not known as one: its file holds no command line,
 /// which was not said though the VM ended.
 #[test]
