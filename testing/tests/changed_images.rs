@@ -1,6 +1,7 @@
 //! Images that are not what they were, that nobody will find again, that somebody else chose: said
 //! before the guest is paused, or before a QEMU is started.
 
+use std::env;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
@@ -549,5 +550,87 @@ fn the_images_of_a_qemu_that_waits_are_compared() -> TestResult {
             other => panic!("{:?}", other.map(|restored| restored.report)),
         }
     }
+    Ok(())
+}
+
+/// A QEMU that waited with an image of the file went on, and its guest wrote into the frozen image.
+#[test]
+fn a_qemu_that_waits_does_not_write_into_an_image_of_the_file() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let scene = Scene::new()?;
+    let (_guest, file) = scene.saved(&qemu, &with_disks())?;
+    // The disk with the boot sector, too, would be refused.
+    rewrite_manifest(&file, |vm| {
+        for disk in vm.disks.iter_mut().filter(|disk| disk.device != "d0") {
+            disk.overlay = None;
+        }
+    })?;
+    let snapshot = Snapshot::open(&file, 0)?;
+    let restore = |config: &GuestConfig| -> TestResult<Result<Restored, RestoreError>> {
+        let waiting = config.incoming(&qemu, "defer")?;
+        let destination = Destination::Waiting(Vm::connect(&waiting.qmp_path())?);
+        let options = RestoreOptions::default();
+        Ok(vmfile::restore::restore(&snapshot, destination, &options, &Control::none()))
+    };
+    let top = scene.path("top.qcow2");
+    let before = fs::read(&top)?;
+    let error = restore(&scene.config)?.expect_err("the image belongs to the file");
+    let RestoreError::ImageOfFile { device, image } = &error else { panic!("{error}") };
+    assert_eq!((device.as_str(), image), ("d0", &top));
+    assert!(fs::read(&top)? == before);
+    // Below a new overlay it is only read.
+    let over = scene.path("over.qcow2");
+    let below = ["-f", "qcow2", "-F", "qcow2", "-b", top.to_str().ok_or("UTF-8")?];
+    qemu_img(&below, &over)?;
+    let mut warnings = restore(&line_on(&over.display().to_string()))??.report.warnings;
+    warnings.retain(|warning| !warning.contains("not named"));
+    assert_eq!(warnings, [""; 0]);
+    Ok(())
+}
+
+/// A manifest whose first image of a disk was another file than the disk's had that file opened, and
+/// its first bytes stood in the error.
+#[test]
+fn a_file_has_no_image_opened_that_a_command_line_does_not_name() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let scene = Scene::new()?;
+    let (_guest, file) = scene.saved(&qemu, &SaveOptions::default())?;
+    let victim = scene.path("victim");
+    fs::write(&victim, "root:secret")?;
+    rewrite_manifest(&file, |vm| {
+        for image in vm.disks.iter_mut().filter_map(|disk| disk.images.first_mut()) {
+            image.path = victim.display().to_string();
+        }
+    })?;
+    let options = RestoreOptions::default();
+    let error = scene.restore_given(&qemu, &file, &options, &scene.config)?.expect_err("forged");
+    let RestoreError::DisksChanged { changes } = &error else { panic!("{error}") };
+    assert!(changes.iter().all(|change| change.what == "image"), "{error}");
+    assert!(!error.to_string().contains("root"), "{error}");
+    Ok(())
+}
+
+/// A QEMU whose program has a name of its own is not known as one: its file holds no command line,
+/// which was not said though the VM ended.
+#[test]
+fn a_save_says_that_the_file_will_hold_no_command_line() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let scene = Scene::new()?;
+    let prepared = scene.config.prepare(&qemu)?;
+    let command = prepared.command_line();
+    let program = scene.path("myvm");
+    let directories = env::var_os("PATH").unwrap_or_default();
+    let mut found = env::split_paths(&directories).map(|path| path.join(qemu.program()));
+    fs::copy(found.find(|path| path.is_file()).ok_or("QEMU is there")?, &program)?;
+    let mut child = Command::new(&program).args(&command[1..]).spawn()?;
+    let guest = prepared.attach()?;
+    guest.wait_for_count(1)?;
+    let file = scene.path("vm.vmf");
+    let report = save(&guest, &file)?;
+    child.wait()?;
+    let said = report.warnings.iter().any(|warning| warning.contains("holds no command line"));
+    assert!(said, "{:?}", report.warnings);
+    let error = restore_saved(&file, &RestoreOptions::default()).expect_err("no command line");
+    assert!(matches!(error, RestoreError::NoSavedCommand), "{error}");
     Ok(())
 }

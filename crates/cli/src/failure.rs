@@ -359,6 +359,10 @@ impl From<&RestoreError> for Failure {
                      --disks-changed-ok restores all the same",
                 )
             }
+            RestoreError::ImageOfFile { .. } => {
+                Failure::new(Code::Incompatible, "image_of_file", error)
+                    .hint("put an overlay on it: qemu-img create -f qcow2 -b IMAGE -F FORMAT NEW")
+            }
             RestoreError::FormatNotSaid { .. } => Failure::new(Code::Usage, "format", error)
                 .hint("say it: -drive file=IMAGE,format=qcow2, or raw"),
             RestoreError::NoQemuImg => Failure::new(Code::System, "no_qemu_img", error)

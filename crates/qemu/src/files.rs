@@ -7,6 +7,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use crate::below::files_below;
 use crate::proc;
 
 /// A QEMU that uses a file.
@@ -23,6 +24,8 @@ pub struct FileUser {
 pub enum FileUse {
     /// A descriptor.
     Open,
+    /// A descriptor of a block device that lies on it, such as a loop device.
+    Below,
     /// A mapping.
     Mapped,
     /// Its path on the command line: QEMU closes a kernel or a firmware after it has read it.
@@ -34,6 +37,9 @@ impl fmt::Display for FileUser {
         let pid = self.pid;
         match self.uses {
             FileUse::Open => write!(f, "the QEMU of process {pid} has it open"),
+            FileUse::Below => {
+                write!(f, "the QEMU of process {pid} has a block device open that lies on it")
+            }
             FileUse::Mapped => write!(f, "the QEMU of process {pid} has mapped it"),
             FileUse::Named => write!(f, "the QEMU of process {pid} was started with it"),
         }
@@ -62,8 +68,13 @@ fn use_by(pid: u32, metadata: &Metadata) -> Option<FileUse> {
     let process = PathBuf::from(format!("/proc/{pid}"));
     // A descriptor may be closed and a process end while we look: then they use nothing.
     let descriptors = fs::read_dir(process.join("fd")).into_iter().flatten().flatten();
-    if descriptors.map(|entry| entry.path()).any(|path| is_it(&path)) {
+    let descriptors: Vec<PathBuf> = descriptors.map(|entry| entry.path()).collect();
+    if descriptors.iter().any(|path| is_it(path)) {
         return Some(FileUse::Open);
+    }
+    let below = descriptors.iter().filter_map(|path| fs::metadata(path).ok());
+    if below.flat_map(|open| files_below(&open)).any(|path| is_it(&path)) {
+        return Some(FileUse::Below);
     }
     let maps = fs::read_to_string(process.join("maps")).unwrap_or_default();
     if maps.lines().any(|line| mapped_file(line) == Some((metadata.dev(), metadata.ino()))) {

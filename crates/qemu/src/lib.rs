@@ -20,6 +20,7 @@
 
 #![forbid(unsafe_code)]
 
+mod below;
 pub mod command_line;
 pub mod discover;
 pub mod files;

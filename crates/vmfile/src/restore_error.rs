@@ -81,6 +81,15 @@ pub enum RestoreError {
         /// Everything that differs.
         changes: Vec<ImageChange>,
     },
+    /// The guest of a QEMU that waits would write into an image that belongs to the file.
+    #[error("drive {device:?} of the QEMU that waits writes to {image}, which belongs to the file; \
+             expected an overlay of it", image = image.display())]
+    ImageOfFile {
+        /// The drive.
+        device: String,
+        /// The image.
+        image: PathBuf,
+    },
     /// An overlay is needed on top of an image whose format the command line does not say.
     #[error("{option} does not say the format of {image}, which gets an overlay", image = image.display())]
     FormatNotSaid {

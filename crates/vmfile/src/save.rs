@@ -196,6 +196,7 @@ impl<'a> Save<'a> {
         }
         let found = vm.drives()?;
         let mut meta = describe_vm(vm, was_running, &found)?;
+        warnings.extend(describe::warn_of_no_command_line(&meta));
         warnings.extend(images::look(vm, &mut meta, options, was_running)?);
         let known = changed::compare(vm, &mut meta, &found, options)?;
         warnings.extend(known.notes.iter().cloned());

@@ -134,3 +134,49 @@ fn the_file_that_a_vm_came_from_may_be_replaced_by_its_next_save() -> TestResult
     guest.wait_for_passes(1)?;
     guest.judge_counts()
 }
+
+/// A loop device, which is taken off its file when it is dropped.
+struct Loop(PathBuf);
+
+impl Loop {
+    /// Puts one on `file`; `None` where this host has none to give.
+    fn on(file: &Path) -> TestResult<Option<Loop>> {
+        let Ok(output) = Command::new("losetup").args(["--find", "--show"]).arg(file).output()
+        else {
+            return Ok(None);
+        };
+        let name = String::from_utf8(output.stdout)?;
+        Ok(output.status.success().then(|| Loop(PathBuf::from(name.trim()))))
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        // Nobody is left to tell; `losetup -a` does.
+        let _ = Command::new("losetup").arg("--detach").arg(&self.0).status();
+    }
+}
+
+/// A save onto the file below the VM's own block device ended with 0, and the disk was gone.
+#[test]
+fn the_file_below_a_block_device_of_the_vm_is_not_replaced() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    let files = directory()?;
+    let disk = files.path().join("a.raw");
+    fs::write(&disk, vec![7; 1 << 20])?;
+    let Some(device) = Loop::on(&disk)? else {
+        eprintln!("skipped: no loop device can be had here");
+        return Ok(());
+    };
+    let drive = format!("file={},format=raw,if=virtio", device.0.display());
+    let config = Guest::boot_sector(Ram::tmpfs(32)).seed(63).arguments(["-drive", &drive]);
+    let mut guest = config.boot(&qemu)?;
+    guest.wait_for_count(1)?;
+    let (vm, pid) = (guest.qmp_path(), guest.pid()?);
+    refused(&disk, pid, |path| vmfile(words!["save", vm, path, "--force"]))?;
+    refused(&disk, pid, |path| vmfile(words!["receive", path, "--force"]))?;
+    assert_eq!(guest.status()?, "running");
+    // The device is free again before it is taken off.
+    drop(guest);
+    Ok(())
+}

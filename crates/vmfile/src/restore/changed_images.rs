@@ -46,7 +46,18 @@ pub(super) fn check_named(
     for disk in vm.disks.iter().filter(|disk| is_file(&disk.path)) {
         if is_named(&disk.path) {
             for (index, image) in images_of(disk).enumerate() {
-                seen.compare(disk, image, &directory.join(&image.path), index == 0);
+                let path = directory.join(&image.path);
+                if index == 0 && image.path != disk.path {
+                    seen.changes.push(ImageChange {
+                        device: disk.device.clone(),
+                        image: path,
+                        what: "image",
+                        found: "the file describes another than the disk's".to_owned(),
+                        expected: disk.path.clone(),
+                    });
+                } else {
+                    seen.compare(disk, image, &path, is_named(&image.path));
+                }
             }
             continue;
         }

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use serde::Serialize;
-use vmfile_format::manifest::DiskMeta;
-use vmfile_qemu::{CommandLine, LineDrive, Medium};
+use vmfile_format::manifest::{DiskMeta, VmMeta};
+use vmfile_qemu::{CommandLine, Drive, LineDrive, Medium};
 
 use super::RestoreOptions;
 use super::changed_images::{self, is_same_file};
@@ -232,6 +232,27 @@ pub(super) fn place_given(
         line.put_medium(drive, &medium)?;
     }
     Ok(images)
+}
+
+/// Refuses a QEMU that waits with an image of the file on top of a drive, for the guest would write
+/// into it: no overlay is put there once QEMU has it open. `here` is where QEMU runs.
+pub(super) fn refuse_own(
+    vm: &VmMeta,
+    saved_in: &Path,
+    here: &Path,
+    drives: &[Drive],
+) -> Result<(), RestoreError> {
+    let belongs = vm.disks.iter().filter(|disk| disk.overlay.is_some() && is_file(&disk.path));
+    let belongs: Vec<PathBuf> = belongs.map(|disk| saved_in.join(&disk.path)).collect();
+    // What the guest writes with `-snapshot` goes into a file of QEMU's own.
+    for drive in drives.iter().filter(|drive| drive.is_writable() && !drive.temporary) {
+        let top = drive.image().filter(|image| is_file(&image.path));
+        let Some(image) = top.map(|image| here.join(&image.path)) else { continue };
+        if belongs.iter().any(|own| is_same_file(own, &image)) {
+            return Err(RestoreError::ImageOfFile { device: drive.name().to_owned(), image });
+        }
+    }
+    Ok(())
 }
 
 /// Makes an empty overlay beside `image`, under a name that nobody else has.

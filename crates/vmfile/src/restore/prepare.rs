@@ -12,7 +12,7 @@ use vmfile_qemu::{
 };
 
 use super::changed_images;
-use super::disks::{Images, NewOverlays, Start, place_given, place_saved};
+use super::disks::{Images, NewOverlays, Start, place_given, place_saved, refuse_own};
 use super::drives::compare_drives;
 use super::parts::remake;
 use super::{Destination, Mode, RestoreOptions};
@@ -234,7 +234,8 @@ fn prepare_waiting(
     })
 }
 
-/// Compares the images that a QEMU which waits has with what the file says of them.
+/// Compares the images that a QEMU which waits has with what the file says of them, and refuses one
+/// that the guest would write to although it belongs to the file.
 fn check_waiting(
     snapshot: &Snapshot,
     vm: &mut Vm,
@@ -245,6 +246,7 @@ fn check_waiting(
     let directory = saved.working_directory.as_deref().map_or(Path::new("."), Path::new);
     let here = vm.process().map(|process| process.working_directory).unwrap_or_default();
     let drives = vm.drives()?;
+    refuse_own(saved, directory, &here, &drives)?;
     let tops = drives.iter().filter_map(|drive| drive.image());
     let named: Vec<PathBuf> = tops.map(|image| here.join(&image.path)).collect();
     changed_images::check_named(saved, directory, &named, options)

@@ -43,6 +43,15 @@ pub(super) fn describe_vm(
     Ok(meta)
 }
 
+/// Says so where the file will hold no command line.
+pub(super) fn warn_of_no_command_line(meta: &VmMeta) -> Option<String> {
+    meta.command_line.is_empty().then(|| {
+        "the file holds no command line, for QEMU's process cannot be told or looked at: a restore \
+         needs one after `--`, and that it makes what the VM has was not checked"
+            .to_owned()
+    })
+}
+
 /// Notes whether the guest ran until it was paused for the save.
 pub(super) fn set_run_state(meta: &mut VmMeta, ran: bool) {
     meta.run_state = run_state(ran);
