@@ -157,8 +157,9 @@ impl From<&SaveError> for Failure {
             SaveError::QemuGone { .. } => Failure::new(Code::Vm, "qemu_gone", error)
                 .hint("there is no file; what QEMU said is where its standard error goes"),
             SaveError::RunState { .. } => Failure::new(Code::Vm, "run_state", error).hint(
-                "a VM that QEMU has already migrated or that has ended cannot be saved; \
-                 after a migration, `cont` makes it run again",
+                "a VM that was started with -S is to run first; one that was migrated or has ended \
+                 cannot be saved; where the other end of the migration does not run, `cont` makes it \
+                 run again",
             ),
             SaveError::Blocked { .. } => Failure::new(Code::Vm, "blocked", error),
             SaveError::Changed { .. } => Failure::new(Code::Vm, "changed", error).hint(CHANGED_OK),

@@ -160,6 +160,10 @@ impl VmError {
             VmError::NotStill { .. } => {
                 Some("see to it that no other client of QEMU changes the VM while it is saved")
             }
+            VmError::Held { by } if by.is_alive().is_none() => Some(
+                "wait for that save to end; if its process is gone with its container, \
+                 `object_del vmfile-save` and `cont` on the VM's monitor end what it left",
+            ),
             VmError::Held { .. } => Some("wait for that save to end, or end its process"),
             VmError::UnknownRecord { .. } => Some(
                 "use the version of vmfile that left it, or remove it by `object_del vmfile-save` \
