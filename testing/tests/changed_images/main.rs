@@ -1,6 +1,8 @@
 //! Images that are not what they were, that nobody will find again, that somebody else chose: said
 //! before the guest is paused, or before a QEMU is started.
 
+mod given_line;
+
 use std::env;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
@@ -13,7 +15,7 @@ use tempfile::TempDir;
 use vmfile::error::SaveError;
 use vmfile::restore::{Destination, RestoreOptions, Restored};
 use vmfile::save::{After, Live, Route, SaveOptions, SaveReport};
-use vmfile::{Control, RestoreError, Snapshot, Vm};
+use vmfile::{Control, RestoreError, Snapshot};
 use vmfile_format::manifest::DiskMeta;
 use vmfile_testing::verbs::{restore_saved, rewrite_manifest, save, save_with};
 use vmfile_testing::{Guest, GuestConfig, Qemu, Ram, Release, TestResult, requires, root};
@@ -421,192 +423,6 @@ fn an_image_in_another_mount_namespace_is_refused_where_the_vm_would_end() -> Te
     assert_eq!(guest.status()?, "running");
     guest.qmp("quit", json!({}))?;
     child.wait()?;
-    Ok(())
-}
-
-/// The user's line on `image`, as the only disk.
-fn line_on(image: &str) -> GuestConfig {
-    let drive = format!("file={image},format=qcow2,id=d0");
-    Guest::boot_sector(Ram::private(64)).arguments(["-drive", &drive])
-}
-
-/// D35: a manifest whose disks named the user's image among `backing_files` and any host path as
-/// `path` had that path opened read-write by the QEMU of the user's own command line; with an
-/// overlay, qemu-img made a file beside any path.
-#[test]
-fn a_file_chooses_no_image_for_a_command_line_that_the_user_gave() -> TestResult {
-    let qemu = requires!(Qemu::of(Release::Distribution));
-    let scene = Scene::new()?;
-    let (guest, file) = scene.saved(&qemu, &SaveOptions::default())?;
-    let victims = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
-    let victim = victims.path().join("victim");
-    fs::write(&victim, vec![1_u8; 1 << 20])?;
-    let own = scene.path("top.qcow2").display().to_string();
-    let target = victim.display().to_string();
-    let json =
-        format!(r#"json:{{"driver":"raw","file":{{"driver":"file","filename":"{target}"}}}}"#);
-    for path in [target.as_str(), &json, "nbd:unix:/nowhere", "nbd://localhost/x", "/dev/tty"] {
-        for overlay in [None, Some("x".to_owned())] {
-            rewrite_manifest(&file, |vm| {
-                for disk in vm.disks.iter_mut().filter(|disk| disk.device == "d0") {
-                    disk.path = path.to_owned();
-                    disk.format = "raw".to_owned();
-                    disk.backing_files = vec![own.clone()];
-                    disk.overlay = overlay.clone();
-                    disk.images.clear();
-                }
-            })?;
-            for options in [RestoreOptions::default(), changed_ok()] {
-                let mut restored =
-                    match scene.restore_given(&qemu, &file, &options, &scene.config)? {
-                        Ok(restored) => restored,
-                        Err(error) => {
-                            let refused = matches!(error, RestoreError::DisksChanged { .. });
-                            assert!(refused && !options.disks_changed_ok, "{path}: {error}");
-                            continue;
-                        }
-                    };
-                let found = images(&mut restored)?;
-                assert_eq!(found, [scene.path("top.qcow2"), scene.path("base.qcow2")], "{path}");
-                assert!(restored.report.disks.is_empty(), "{path}");
-            }
-        }
-    }
-    assert_eq!(fs::read_dir(victims.path())?.count(), 1, "nothing was made there");
-    assert!(fs::read(&victim)? == vec![1_u8; 1 << 20]);
-    drop(guest);
-    Ok(())
-}
-
-/// D35: the overlay of an image that belongs to the file is one of the image that the line names, in
-/// the format that the line says: a raw image that begins like qcow2 would choose what lies below it.
-#[test]
-fn the_format_of_an_image_is_what_the_users_line_says() -> TestResult {
-    let qemu = requires!(Qemu::of(Release::Distribution));
-    let scene = Scene::new()?;
-    let (_guest, file) = scene.saved(&qemu, &with_disks())?;
-    rewrite_manifest(&file, |vm| {
-        for disk in vm.disks.iter_mut().filter(|disk| disk.device == "d0") {
-            disk.format = "raw".to_owned();
-        }
-    })?;
-    let options = RestoreOptions::default();
-    let mut restored = scene.restore_given(&qemu, &file, &options, &scene.config)??;
-    let found = images(&mut restored)?;
-    let top = scene.path("top.qcow2");
-    let overlay =
-        restored.report.disks.iter().find(|disk| disk.image == top).ok_or("no overlay")?;
-    assert_eq!(found, [overlay.overlay.clone(), top.clone(), scene.path("base.qcow2")]);
-    let drive = format!("file={},id=d0", top.display());
-    let silent = Guest::boot_sector(Ram::private(64)).arguments(["-drive", &drive]);
-    let error = scene.restore_given(&qemu, &file, &options, &silent)?.expect_err("no format");
-    assert!(matches!(error, RestoreError::FormatNotSaid { .. }), "{error}");
-    Ok(())
-}
-
-/// D35: a line that names an image below the one that the VM had is an older state of the disk; the
-/// file does not put the newer one there any more, and the older one does not fit its memory.
-#[test]
-fn an_older_state_of_a_disk_is_refused_on_a_command_line_that_the_user_gave() -> TestResult {
-    let qemu = requires!(Qemu::of(Release::Distribution));
-    let scene = Scene::new()?;
-    let (_guest, file) = scene.saved(&qemu, &SaveOptions::default())?;
-    let base = scene.path("base.qcow2");
-    let older = line_on(&base.display().to_string());
-    let options = RestoreOptions::default();
-    let error = scene.restore_given(&qemu, &file, &options, &older)?.expect_err("older");
-    assert!(matches!(error, RestoreError::DisksChanged { .. }), "{error}");
-    assert!(error.to_string().contains("older state"), "{error}");
-    let mut restored = scene.restore_given(&qemu, &file, &changed_ok(), &older)??;
-    assert_eq!(images(&mut restored)?, std::slice::from_ref(&base));
-    assert!(restored.report.warnings.iter().any(|warning| warning.contains("older state")));
-    drop(restored);
-    // Another image altogether is the user's choice, which the report names.
-    fs::copy(scene.path("top.qcow2"), scene.path("copy.qcow2"))?;
-    let copy = line_on(&scene.path("copy.qcow2").display().to_string());
-    let restored = scene.restore_given(&qemu, &file, &options, &copy)??;
-    let named =
-        restored.report.warnings.iter().any(|w| w.contains("d0") && w.contains("not named"));
-    assert!(named, "{:?}", restored.report.warnings);
-    Ok(())
-}
-
-/// A QEMU that waits has its images already: they are compared too.
-#[test]
-fn the_images_of_a_qemu_that_waits_are_compared() -> TestResult {
-    let qemu = requires!(Qemu::of(Release::Distribution));
-    let scene = Scene::new()?;
-    let (_guest, file) = scene.saved(&qemu, &SaveOptions::default())?;
-    let image = File::options().write(true).open(scene.path("base.qcow2"))?;
-    image.set_modified(SystemTime::now() + Duration::from_secs(5))?;
-    let waiting = scene.config.incoming(&qemu, "defer")?;
-    let snapshot = Snapshot::open(&file, 0)?;
-    for (options, is_refused) in [(RestoreOptions::default(), true), (changed_ok(), false)] {
-        let destination = Destination::Waiting(Vm::connect(&waiting.qmp_path())?);
-        let result = vmfile::restore::restore(&snapshot, destination, &options, &Control::none());
-        match result {
-            Err(RestoreError::DisksChanged { .. }) if is_refused => {}
-            Ok(restored) if !is_refused => assert!(!restored.report.warnings.is_empty()),
-            other => panic!("{:?}", other.map(|restored| restored.report)),
-        }
-    }
-    Ok(())
-}
-
-/// A QEMU that waited with an image of the file went on, and its guest wrote into the frozen image.
-#[test]
-fn a_qemu_that_waits_does_not_write_into_an_image_of_the_file() -> TestResult {
-    let qemu = requires!(Qemu::of(Release::Distribution));
-    let scene = Scene::new()?;
-    let (_guest, file) = scene.saved(&qemu, &with_disks())?;
-    // The disk with the boot sector, too, would be refused.
-    rewrite_manifest(&file, |vm| {
-        for disk in vm.disks.iter_mut().filter(|disk| disk.device != "d0") {
-            disk.overlay = None;
-        }
-    })?;
-    let snapshot = Snapshot::open(&file, 0)?;
-    let restore = |config: &GuestConfig| -> TestResult<Result<Restored, RestoreError>> {
-        let waiting = config.incoming(&qemu, "defer")?;
-        let destination = Destination::Waiting(Vm::connect(&waiting.qmp_path())?);
-        let options = RestoreOptions::default();
-        Ok(vmfile::restore::restore(&snapshot, destination, &options, &Control::none()))
-    };
-    let top = scene.path("top.qcow2");
-    let before = fs::read(&top)?;
-    let error = restore(&scene.config)?.expect_err("the image belongs to the file");
-    let RestoreError::ImageOfFile { device, image } = &error else { panic!("{error}") };
-    assert_eq!((device.as_str(), image), ("d0", &top));
-    assert!(fs::read(&top)? == before);
-    // Below a new overlay it is only read.
-    let over = scene.path("over.qcow2");
-    let below = ["-f", "qcow2", "-F", "qcow2", "-b", top.to_str().ok_or("UTF-8")?];
-    qemu_img(&below, &over)?;
-    let mut warnings = restore(&line_on(&over.display().to_string()))??.report.warnings;
-    warnings.retain(|warning| !warning.contains("not named"));
-    assert_eq!(warnings, [""; 0]);
-    Ok(())
-}
-
-/// A manifest whose first image of a disk was another file than the disk's had that file opened, and
-/// its first bytes stood in the error.
-#[test]
-fn a_file_has_no_image_opened_that_a_command_line_does_not_name() -> TestResult {
-    let qemu = requires!(Qemu::of(Release::Distribution));
-    let scene = Scene::new()?;
-    let (_guest, file) = scene.saved(&qemu, &SaveOptions::default())?;
-    let victim = scene.path("victim");
-    fs::write(&victim, "root:secret")?;
-    rewrite_manifest(&file, |vm| {
-        for image in vm.disks.iter_mut().filter_map(|disk| disk.images.first_mut()) {
-            image.path = victim.display().to_string();
-        }
-    })?;
-    let options = RestoreOptions::default();
-    let error = scene.restore_given(&qemu, &file, &options, &scene.config)?.expect_err("forged");
-    let RestoreError::DisksChanged { changes } = &error else { panic!("{error}") };
-    assert!(changes.iter().all(|change| change.what == "image"), "{error}");
-    assert!(!error.to_string().contains("root"), "{error}");
     Ok(())
 }
 
