@@ -2,7 +2,7 @@
 //!
 //! Devices, memory and CPUs come and go while a VM runs, and its command line stays what it was. A
 //! VM that is to be started again from that line is therefore asked first: [`Parts`] is what QEMU
-//! says it has, and [`differences`] is what a QEMU started with the line would not have, or would
+//! says it has, and [`compare`] is what a QEMU started with the line would not have, or would
 //! have too much. A [`Difference`] says how to make it good, where QEMU's own answers tell.
 //!
 //! A part counts as different only on proof: QEMU marks it as hot-plugged, or the line defines it
