@@ -228,6 +228,32 @@ fn what_a_save_left_that_was_killed_with_its_guardian_is_put_right_by_the_next()
     guest.judge_counts()
 }
 
+/// `list` let the VM run for the sake of a save that had been killed long before: its guest ran at the
+/// other end of a migration by then, and so twice.
+#[test]
+fn a_vm_that_was_migrated_away_after_a_killed_save_is_not_let_run() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    let directory = directory()?;
+    let mut guest = large(&qemu, &directory.path().join("second"))?;
+    let mut child = command()
+        .args(words!["save", guest.qmp_path(), directory.path().join("vm.vmf")])
+        .args(["--after", "resume", "--route", "direct", "--jobs", "1", "--io", "threads"])
+        .stderr(Stdio::null())
+        .stdout(Stdio::null())
+        .spawn()?;
+    wait_until("the guest stands", || guest.status().is_ok_and(|status| status == "paused"))?;
+    kill_process(guardian_of(child.id())?, Signal::KILL)?;
+    child.kill()?;
+    child.wait()?;
+    guest.resume()?;
+    guest.qmp("migrate", json!({ "uri": "exec:cat > /dev/null" }))?;
+    wait_until("migrated", || guest.status().is_ok_and(|status| status == "postmigrate"))?;
+    vmfile(words!["list", "--json"]).assert(0, &["had left the VM changed"]);
+    assert_eq!(guest.status()?, "postmigrate");
+    assert!(!has_record(&mut guest)?);
+    Ok(())
+}
+
 /// Returns the guardian of a process.
 pub(crate) fn guardian_of(pid: u32) -> TestResult<Pid> {
     let deadline = Instant::now() + Duration::from_secs(10);
