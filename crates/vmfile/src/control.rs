@@ -80,6 +80,14 @@ impl<'a> Meter<'a> {
         let done_bytes = done_bytes.min(self.total_bytes);
         self.control.report(Progress { done_bytes, total_bytes: self.total_bytes });
     }
+
+    /// Tells that all is done, where the whole was an estimate.
+    pub(crate) fn finish(&self) {
+        if self.done_bytes.load(Ordering::Relaxed) < self.total_bytes {
+            let (done_bytes, total_bytes) = (self.total_bytes, self.total_bytes);
+            self.control.report(Progress { done_bytes, total_bytes });
+        }
+    }
 }
 
 impl fmt::Debug for Control<'_> {

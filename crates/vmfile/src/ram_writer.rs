@@ -83,6 +83,8 @@ pub(crate) fn write_ram(
     let backend = workers.backend().clone();
     let results = workers.run(work).map_err(|source| RamError::Write { source })?;
     results.into_iter().collect::<Result<(), RamError>>()?;
+    // Pages that were there and held nothing were part of the whole.
+    shared.meter.finish();
     let bitmap = |bitmap: Mutex<_>| bitmap.into_inner().unwrap_or_else(PoisonError::into_inner);
     Ok(Written { bitmaps: shared.bitmaps.into_iter().map(bitmap).collect(), backend })
 }

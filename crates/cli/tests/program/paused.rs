@@ -246,6 +246,8 @@ fn a_vm_that_was_migrated_away_after_a_killed_save_is_not_let_run() -> TestResul
     child.kill()?;
     child.wait()?;
     guest.resume()?;
+    let fast = json!({ "max-bandwidth": 8_u64 << 30, "downtime-limit": 60_000 });
+    guest.qmp("migrate-set-parameters", fast)?;
     guest.qmp("migrate", json!({ "uri": "exec:cat > /dev/null" }))?;
     wait_until("migrated", || guest.status().is_ok_and(|status| status == "postmigrate"))?;
     vmfile(words!["list", "--json"]).assert(0, &["had left the VM changed"]);
