@@ -117,7 +117,7 @@ pub fn restore_saved(file: &Path, options: &RestoreOptions) -> Result<Restored, 
 }
 
 /// Changes what a file says of its VM, and makes its checksums true: as an older vmfile would have
-/// written it, or somebody who means harm.
+/// written it, or an attacker.
 ///
 /// # Errors
 ///

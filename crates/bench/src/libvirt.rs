@@ -225,7 +225,7 @@ static NEVER: AtomicBool = AtomicBool::new(false);
 
 impl Drop for Libvirt {
     fn drop(&mut self) {
-        // The domain would outlive its daemon, and does where that was ended by somebody else.
+        // The domain would outlive its daemon, and does where another process ended that.
         if self.destroy().is_err() {
             let pid_file = self.directory.path().join(format!("1/qemu/{DOMAIN}.pid"));
             let pid = fs::read_to_string(pid_file).ok().and_then(|pid| pid.trim().parse().ok());

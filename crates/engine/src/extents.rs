@@ -47,7 +47,7 @@ pub fn file_system(file: BorrowedFd<'_>) -> io::Result<FileSystem> {
     }
 }
 
-/// Finds where a file holds data, by a descriptor of its own, whose position nobody else needs.
+/// Finds where a file holds data, by a descriptor of its own: `lseek` moves its position.
 ///
 /// Everything else reads as zeros. A file system without holes reports one range.
 ///

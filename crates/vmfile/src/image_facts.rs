@@ -200,7 +200,7 @@ mod tests {
 
     #[test]
     fn what_is_no_file_is_not_opened() {
-        // A FIFO that nobody writes to would hold an open for ever; so would a terminal.
+        // Opening a FIFO without a writer would wait for ever; so would a terminal.
         let directory = tempfile::tempdir().unwrap();
         assert!(look_at(&find(directory.path()).unwrap(), "qcow2", Use::None).is_err());
         assert!(look_at(&find(Path::new("/dev/null")).unwrap(), "qcow2", Use::None).is_err());

@@ -1,5 +1,5 @@
-//! Images that are not what they were, that nobody will find again, that somebody else chose: said
-//! before the guest is paused, or before a QEMU is started.
+//! Images that are not what they were, that a restore will not find again, or that the file chose
+//! and not the user: refused before the guest is paused, or before a QEMU is started.
 
 mod given_line;
 

@@ -105,7 +105,7 @@ fn a_file_that_the_vm_uses_is_not_replaced_by_any_name_or_verb() -> TestResult {
         refused(path, pid, |path| vmfile(words!["bench", "--html", path]))?;
     }
     assert_eq!(guest.status()?, "running");
-    // A file beside them that nobody uses is replaced.
+    // A file beside them that no VM uses is replaced.
     vmfile(words!["save", vm, files.path("initrd"), "--force"]).assert(0, &["saved"]);
     Ok(())
 }
@@ -152,7 +152,7 @@ impl Loop {
 
 impl Drop for Loop {
     fn drop(&mut self) {
-        // Nobody is left to tell; `losetup -a` does.
+        // A drop cannot fail; `losetup -a` lists a device that is left.
         let _ = Command::new("losetup").arg("--detach").arg(&self.0).status();
     }
 }

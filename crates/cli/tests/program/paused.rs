@@ -283,7 +283,7 @@ fn a_save_whose_guardian_is_ended_goes_on() -> TestResult {
     let (child, stderr) = begin_to_save(&guest, &file)?;
     kill_process(guardian_of(child.id())?, Signal::KILL)?;
     let said = finish((child, stderr))?;
-    // It needs a new will for the moment at which the file gets its name, and has nobody to tell it.
+    // The save tells the guardian anew what to do before the file gets its name, and it is gone.
     said.assert(5, &["the process that would let the VM run on"]);
     let mut monitor = Monitor::connect(&second, Duration::from_secs(10))?;
     let status: Value = monitor.execute("query-status", json!({}))?;

@@ -76,7 +76,7 @@ fn save(guest: &mut Guest, number: u64, random: &mut Random, signal: Signal) -> 
     let said = end(child, sent, soon, &what)?;
     if signal == Signal::KILL {
         assert!(matches!(said.code, Some(0 | 3)), "{what}: {said:?}");
-        // Nobody can let run what is not there.
+        // A QEMU that has ended is not paused.
         assert!(!said.stderr.contains("left paused"), "{what}: {said:?}");
     } else {
         assert!(matches!(said.code, Some(0 | 3 | 7)), "{what}: {said:?}");

@@ -142,7 +142,7 @@ fn send(file: &Path, stream: &Path) -> TestResult<Said> {
     Ok(command.output()?.into())
 }
 
-/// Asserts that nobody takes what was sent for a VM, and removes it.
+/// Asserts that `receive` refuses what was sent, and removes it.
 fn assert_no_whole_stream(stream: &Path, file: &Path) -> TestResult {
     let mut receive = command();
     receive.args(words!["receive", file]).stdin(File::open(stream)?);

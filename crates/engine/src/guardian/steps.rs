@@ -173,7 +173,7 @@ impl Peer<'_> {
                 self.answer.copy_within(end + 1..len, 0);
                 len -= end + 1;
                 if seen.answer {
-                    // What came after the answer belongs to nobody.
+                    // What came after the answer is an event, or the answer to an earlier command.
                     return Some(seen);
                 }
                 seen = Seen::default();

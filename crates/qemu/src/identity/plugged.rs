@@ -225,6 +225,13 @@ fn memory_backend(vm: &mut Vm, memory: &MemoryDevice, line: &CommandLine) -> Res
     Ok(Ok(vec![("-object".to_owned(), object.to_string())]))
 }
 
+/// Returns the name of the back end that the property `key` of a device names, if it has one.
+fn back_end(vm: &mut Vm, device: &Device, key: &str) -> Result<Option<String>, VmError> {
+    let name = vm.property(&device.path, key)?;
+    let name = name.as_ref().and_then(Value::as_str);
+    Ok(name.filter(|name| !name.is_empty()).map(str::to_owned))
+}
+
 /// Makes the drive of a disk.
 fn drive(
     vm: &mut Vm,
@@ -232,13 +239,7 @@ fn drive(
     object: &mut Map<String, Value>,
     line: &CommandLine,
 ) -> Result<Made, VmError> {
-    let name = vm.property(&device.path, "drive")?;
-    let Some(name) = name.and_then(|name| Some(name.as_str()?.to_owned())) else {
-        return Ok(Ok(Vec::new()));
-    };
-    if name.is_empty() {
-        return Ok(Ok(Vec::new()));
-    }
+    let Some(name) = back_end(vm, device, "drive")? else { return Ok(Ok(Vec::new())) };
     let answer = vm.execute("query-block", Value::Null)?;
     let drives = answer.as_array().ok_or_else(|| unexpected("query-block", "list"))?;
     let text = |value: &Value, key: &str| {
@@ -285,13 +286,7 @@ fn netdev(
     object: &mut Map<String, Value>,
     line: &CommandLine,
 ) -> Result<Made, VmError> {
-    let name = vm.property(&device.path, "netdev")?;
-    let Some(name) = name.and_then(|name| Some(name.as_str()?.to_owned())) else {
-        return Ok(Ok(Vec::new()));
-    };
-    if name.is_empty() {
-        return Ok(Ok(Vec::new()));
-    }
+    let Some(name) = back_end(vm, device, "netdev")? else { return Ok(Ok(Vec::new())) };
     object.insert("netdev".to_owned(), json!(name));
     if line.defines(&name) {
         return Ok(Ok(Vec::new()));
@@ -350,13 +345,7 @@ fn chardev(
     object: &mut Map<String, Value>,
     line: &CommandLine,
 ) -> Result<Made, VmError> {
-    let name = vm.property(&device.path, "chardev")?;
-    let Some(name) = name.and_then(|name| Some(name.as_str()?.to_owned())) else {
-        return Ok(Ok(Vec::new()));
-    };
-    if name.is_empty() {
-        return Ok(Ok(Vec::new()));
-    }
+    let Some(name) = back_end(vm, device, "chardev")? else { return Ok(Ok(Vec::new())) };
     if !line.defines(&name) {
         return Ok(Err(format!("QEMU does not tell the options of its chardev {name}")));
     }

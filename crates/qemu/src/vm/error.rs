@@ -63,7 +63,7 @@ pub enum VmError {
         /// What happened.
         what: String,
     },
-    /// A save of this VM is at work, or one was killed and nobody has put right what it left.
+    /// A save of this VM is at work, or one was killed and what it left is still there.
     #[error("{by} saves this VM")]
     Held {
         /// The process.

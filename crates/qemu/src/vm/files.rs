@@ -39,7 +39,7 @@ impl ProcessInfo {
         let flags = OFlags::PATH | OFlags::CLOEXEC;
         let Ok(inside) = path.strip_prefix("/") else {
             // From the working directory; a symbolic link from there to an absolute path would
-            // lead into our own root directory, and whoever compares inodes notices.
+            // lead into our own root directory; the caller compares inodes and sees that.
             let path = Path::new(&format!("/proc/{}/cwd", self.pid)).join(path);
             return Ok(openat(CWD, path, flags, Mode::empty())?.into());
         };

@@ -1,4 +1,4 @@
-//! Putting back what a save has changed in QEMU, whoever does it: the save itself, its guardian, or
+//! Putting back what a save has changed in QEMU. Three do it: the save itself, its guardian, or
 //! the next vmfile that meets the VM.
 
 use std::path::{Path, PathBuf};
