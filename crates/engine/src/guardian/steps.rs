@@ -13,8 +13,8 @@ use rustix::net::{RecvFlags, SendFlags, recv, send};
 
 use super::kept::Kept;
 use super::will::{
-    ASK, AWAIT, AWAIT_NONE, CONNECTION, DISMISSED, LISTENER, REMOVE, REMOVE_IF_LAST, REST, Reader,
-    WILL_LEN_MAX,
+    ASK, AWAIT, AWAIT_NONE, CONNECTION, DISMISSED, LISTENER, ONLY_IF, REMOVE, REMOVE_IF_LAST, REST,
+    Reader, WILL_LEN_MAX,
 };
 
 /// How much of an answer is looked at together: words are found if they lie this close together.
@@ -90,48 +90,79 @@ impl Room {
     pub(super) fn carry_out(&mut self, socket: BorrowedFd<'_>) {
         let Room { will, will_len, answer, kept } = self;
         let mut reader = Reader(will.get(1..*will_len).unwrap_or_default());
-        if reader.0.is_empty() {
-            return;
-        }
-        put(socket, BREAK, None);
-        let mut peer = Peer { socket, answer, kept };
-        let mut last = false;
-        while carry_out_one(&mut reader, &mut peer, &mut last).is_some() {}
+        let mut peer = Peer { socket, has_spoken: false, answer, kept };
+        let mut progress = Progress { last: false, is_over: false };
+        while carry_out_one(&mut reader, &mut peer, &mut progress).is_some() {}
     }
 }
 
+/// What the steps so far have found out.
+struct Progress {
+    /// Whether the last wait for a word ended well.
+    last: bool,
+    /// Whether a condition did not hold: nothing more is said, and only files are removed.
+    is_over: bool,
+}
+
 /// Carries out the next step; `None` where there is none.
-fn carry_out_one(reader: &mut Reader<'_>, peer: &mut Peer<'_>, last: &mut bool) -> Option<()> {
+fn carry_out_one(
+    reader: &mut Reader<'_>,
+    peer: &mut Peer<'_>,
+    progress: &mut Progress,
+) -> Option<()> {
     match reader.byte()? {
         ASK => {
-            peer.ask(&asking(reader)?, &[]);
+            let asking = asking(reader)?;
+            if !progress.is_over {
+                peer.ask(&asking, &[]);
+            }
         }
-        kind @ (AWAIT | AWAIT_NONE) => {
+        kind @ (AWAIT | AWAIT_NONE | ONLY_IF) => {
             let asking = asking(reader)?;
             let mut words: [&[u8]; WORDS_MAX] = [&[]; WORDS_MAX];
-            let count = reader.number()?;
-            for index in 0..count {
-                let word = reader.bytes()?;
-                let place = usize::try_from(index).ok().and_then(|index| words.get_mut(index));
-                if let Some(place) = place {
-                    *place = word;
-                }
+            let words = read_words(reader, &mut words)?;
+            if progress.is_over {
+                progress.last = false;
+            } else if kind == ONLY_IF {
+                let seen = peer.ask(&asking, words).unwrap_or_default();
+                progress.is_over = !(seen.answer && seen.word);
+            } else {
+                progress.last = peer.ask_until(&asking, words, kind == AWAIT);
             }
-            let count = usize::try_from(count).ok()?;
-            let words = words.get(..count.min(WORDS_MAX)).unwrap_or_default();
-            *last = peer.ask_until(&asking, words, kind == AWAIT);
         }
-        REST => peer.rest(reader.milliseconds()?),
+        REST => {
+            let duration = reader.milliseconds()?;
+            if !progress.is_over {
+                peer.rest(duration);
+            }
+        }
         REMOVE => remove(reader.bytes()?),
         REMOVE_IF_LAST => {
             let path = reader.bytes()?;
-            if *last {
+            if progress.last {
                 remove(path);
             }
         }
         _ => return None,
     }
     Some(())
+}
+
+/// Reads words into `room`, and returns those that found room.
+fn read_words<'a, 'r>(
+    reader: &mut Reader<'a>,
+    room: &'r mut [&'a [u8]; WORDS_MAX],
+) -> Option<&'r [&'a [u8]]> {
+    let count = reader.number()?;
+    for index in 0..count {
+        let word = reader.bytes()?;
+        let place = usize::try_from(index).ok().and_then(|index| room.get_mut(index));
+        if let Some(place) = place {
+            *place = word;
+        }
+    }
+    let count = usize::try_from(count).ok()?;
+    Some(room.get(..count.min(WORDS_MAX)).unwrap_or_default())
 }
 
 fn asking<'a>(reader: &mut Reader<'a>) -> Option<Asking<'a>> {
@@ -143,6 +174,8 @@ fn asking<'a>(reader: &mut Reader<'a>) -> Option<Asking<'a>> {
 /// Who is asked, and what is kept open meanwhile.
 struct Peer<'a> {
     socket: BorrowedFd<'a>,
+    /// Whether what the other process may have begun to say is broken off.
+    has_spoken: bool,
     answer: &'a mut [u8],
     kept: &'a mut Kept,
 }
@@ -164,6 +197,10 @@ impl Peer<'_> {
 
     /// Sends the line and reads up to its answer; `None` if the socket has ended.
     fn ask(&mut self, asking: &Asking<'_>, words: &[&[u8]]) -> Option<Seen> {
+        if !self.has_spoken {
+            put(self.socket, BREAK, None);
+            self.has_spoken = true;
+        }
         put(self.socket, asking.line, asking.deadline)?;
         let mut len = 0;
         let mut seen = Seen::default();

@@ -25,6 +25,7 @@ pub(crate) const AWAIT_NONE: u8 = 3;
 pub(crate) const REST: u8 = 4;
 pub(crate) const REMOVE: u8 = 5;
 pub(crate) const REMOVE_IF_LAST: u8 = 6;
+pub(crate) const ONLY_IF: u8 = 7;
 
 /// One thing to be done. A line is what goes over the socket; its answer is the first line with the
 /// bytes `answer` in it. Lines without them are skipped.
@@ -59,6 +60,18 @@ pub enum Step {
         /// What is to be gone.
         words: Vec<Vec<u8>>,
         /// How long it may take.
+        limit: Duration,
+    },
+    /// Sends a line once. Unless its answer holds one of `words`, no later step is carried out but
+    /// [`Step::Remove`].
+    OnlyIf {
+        /// What is sent, its line end included.
+        line: Vec<u8>,
+        /// What its answer holds.
+        answer: Vec<u8>,
+        /// What its answer must hold besides.
+        words: Vec<Vec<u8>>,
+        /// How long the answer may take.
         limit: Duration,
     },
     /// Does nothing for so long.
@@ -106,6 +119,11 @@ impl Step {
             }
             Step::AwaitNone { line, answer, words, limit } => {
                 into.push(AWAIT_NONE);
+                put_asking(into, line, answer, *limit);
+                put_words(into, words);
+            }
+            Step::OnlyIf { line, answer, words, limit } => {
+                into.push(ONLY_IF);
                 put_asking(into, line, answer, *limit);
                 put_words(into, words);
             }

@@ -162,3 +162,44 @@ fn a_peer_that_never_answers_holds_a_guardian_only_so_long() {
     // The drop waits for the guardian's end.
     drop(guardian);
 }
+
+#[test]
+fn after_a_condition_that_does_not_hold_only_files_are_removed() {
+    for (owner, expected) in [("me", &["owner?\n", "bye\n"][..]), ("another", &["owner?\n"])] {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        theirs.set_read_timeout(Some(LIMIT)).unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        let (always, last) = (directory.path().join("always"), directory.path().join("last"));
+        for path in [&always, &last] {
+            std::fs::write(path, b"").unwrap();
+        }
+        let path = |path: &Path| CString::new(path.as_os_str().as_bytes()).unwrap();
+        let question = || (b"owner?\n".to_vec(), b"owner".to_vec(), vec![b"me".to_vec()]);
+        let (line, answer, words) = question();
+        let condition = Step::OnlyIf { line, answer, words, limit: LIMIT };
+        let steps =
+            [condition, ask("bye"), Step::RemoveIfLast(path(&last)), Step::Remove(path(&always))];
+        let guardian = Guardian::start(ours.as_fd()).unwrap();
+        guardian.entrust(&Will::new(&steps)).unwrap();
+        drop(ours);
+        let asked = std::thread::spawn(move || {
+            let mut peer = BufReader::new(theirs);
+            let mut lines = Vec::new();
+            loop {
+                let line = next_line(&mut peer);
+                match line.as_str() {
+                    "" => return lines,
+                    "\u{1}\n" => continue,
+                    "owner?\n" => writeln!(peer.get_mut(), "owner {owner}").unwrap(),
+                    _ => peer.get_mut().write_all(b"bye\n").unwrap(),
+                }
+                lines.push(line);
+            }
+        });
+
+        drop(guardian);
+
+        assert_eq!(asked.join().unwrap(), expected, "{owner}");
+        assert!(!always.exists() && last.exists(), "{owner}");
+    }
+}

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::record::removal;
+use super::record::{inquiry, removal};
 use super::{Overlay, RunState, SaveRecord, Vm, VmError, flush};
 use crate::outgoing::{self, Outgoing, StreamSettings};
 use crate::pass_fd::{self, FDSETS};
@@ -66,6 +66,17 @@ pub enum UndoStep {
         /// How long it may take.
         limit: Duration,
     },
+    /// Send a line; unless its answer holds the word, carry out none of the later steps.
+    OnlyIf {
+        /// The line.
+        line: Vec<u8>,
+        /// What its answer holds.
+        answer: Vec<u8>,
+        /// The word.
+        word: String,
+        /// How long it may take.
+        limit: Duration,
+    },
     /// Wait so long.
     Rest(Duration),
     /// Remove a file if the last [`UndoStep::Until`] ended well.
@@ -85,11 +96,13 @@ const UNDER_WAY: [&str; 8] = [
 ];
 
 /// Returns the steps by which everything is put back that a save may have changed, whether or not it
-/// has come to it: each does nothing to a VM that is as it was.
+/// has come to it: each does nothing to a VM that is as it was. They begin with the question whether
+/// the record in QEMU is the one of this save: the VM may be held by another.
 #[must_use]
 pub fn undo_steps(footprint: &Footprint<'_>) -> Vec<UndoStep> {
     let mut steps = Steps::default();
     let record = footprint.record;
+    steps.only_if_held(record);
     if record.settings.is_some() {
         steps.end_migration(footprint.writes_file);
     }
@@ -148,6 +161,13 @@ impl Steps {
     fn ask(&mut self, command: &str, arguments: Value, limit: Duration) {
         let (line, answer) = self.line(command, &arguments);
         self.list.push(UndoStep::Ask { line, answer, limit });
+    }
+
+    fn only_if_held(&mut self, record: &SaveRecord) {
+        let (command, arguments) = inquiry();
+        let (line, answer) = self.line(command, &arguments);
+        let word = record.mark();
+        self.list.push(UndoStep::OnlyIf { line, answer, word, limit: PATIENT });
     }
 
     fn until(

@@ -24,6 +24,8 @@ pub(crate) const RECORD_ID: &str = "vmfile-save";
 pub struct SaveRecord {
     /// The process that saves.
     pub holder: Holder,
+    /// The process id of its guardian, of which this save has its own.
+    pub guardian: u32,
     /// The file that is being written.
     pub destination: PathBuf,
     /// Whether the guest ran when the save began: then it is to run on.
@@ -32,6 +34,17 @@ pub struct SaveRecord {
     pub settings: Option<StreamSettings>,
     /// The overlays that the save puts on top of disks.
     pub overlays: Vec<Overlay>,
+}
+
+impl SaveRecord {
+    /// Returns what QEMU's answer to [`inquiry`] holds if it has the record of this save, whatever
+    /// else the record says by then.
+    pub(crate) fn mark(&self) -> String {
+        let holder = serde_json::to_string(&self.holder).expect("plain data has a JSON form");
+        let start = format!("\"holder\":{holder},\"guardian\":{},", self.guardian);
+        // It is a string within QEMU's answer.
+        start.replace('"', "\\\"")
+    }
 }
 
 /// A process, told from others that have or had its number.
@@ -104,9 +117,8 @@ impl Vm {
     ///
     /// See [`Qmp::execute`](crate::Qmp::execute).
     pub fn update_record(&mut self, record: &SaveRecord) -> Result<(), VmError> {
-        let path = format!("/objects/{RECORD_ID}");
         let data = serde_json::to_string(record).expect("plain data has a JSON form");
-        let arguments = json!({ "path": path, "property": "data", "value": data });
+        let arguments = json!({ "path": record_path(), "property": "data", "value": data });
         Ok(self.execute("qom-set", arguments).map(drop)?)
     }
 
@@ -116,8 +128,7 @@ impl Vm {
     ///
     /// [`VmError::UnknownRecord`] when it is not one that this version understands.
     pub fn record(&mut self) -> Result<Option<SaveRecord>, VmError> {
-        let path = format!("/objects/{RECORD_ID}");
-        let Some(data) = self.qom_get(&path, "data")? else { return Ok(None) };
+        let Some(data) = self.qom_get(&record_path(), "data")? else { return Ok(None) };
         let text = data.as_str().unwrap_or_default();
         serde_json::from_str(text).map(Some).map_err(|source| VmError::UnknownRecord { source })
     }
@@ -132,7 +143,16 @@ impl Vm {
     }
 }
 
-/// Returns the arguments of `object-del` that remove a record.
+fn record_path() -> String {
+    format!("/objects/{RECORD_ID}")
+}
+
+/// Returns the command that asks for a record.
+pub(crate) fn inquiry() -> (&'static str, Value) {
+    ("qom-get", json!({ "path": record_path(), "property": "data" }))
+}
+
+/// Returns the command that removes a record.
 pub(crate) fn removal() -> (&'static str, Value) {
     ("object-del", json!({ "id": RECORD_ID }))
 }
@@ -150,5 +170,27 @@ mod tests {
         let elsewhere = Holder { namespace: "pid:[1] of another boot".to_owned(), ..holder };
         assert_eq!(elsewhere.is_alive(), None);
         assert!(elsewhere.to_string().ends_with("of another process namespace or host"));
+    }
+
+    #[test]
+    fn a_record_is_found_by_its_mark_in_an_answer_and_another_one_is_not() {
+        let record = SaveRecord {
+            holder: Holder::this_process().unwrap(),
+            guardian: 4_000_000,
+            destination: PathBuf::from("/a \"file\""),
+            was_running: true,
+            settings: None,
+            overlays: Vec::new(),
+        };
+        let other = SaveRecord { guardian: 4_000_001, ..record.clone() };
+        let updated = SaveRecord { was_running: false, ..record.clone() };
+        let answer = |record: &SaveRecord| {
+            json!({ "return": serde_json::to_string(record).unwrap() }).to_string()
+        };
+        assert!(answer(&record).contains(&record.mark()));
+        assert!(answer(&updated).contains(&record.mark()));
+        assert!(!answer(&other).contains(&record.mark()));
+        // The guardian looks for words of at most 256 bytes.
+        assert!(record.mark().len() <= 256, "{}", record.mark());
     }
 }
