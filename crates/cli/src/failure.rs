@@ -376,6 +376,7 @@ impl From<&RestoreError> for Failure {
                 .hint("start that QEMU with -incoming defer"),
             RestoreError::Launch(_) => Failure::new(Code::Vm, "launch", error)
                 .hint("the command line after `--` begins with QEMU's program"),
+            RestoreError::QemuGone { .. } => Failure::new(Code::Vm, "qemu_gone", error),
             RestoreError::DeviceState { .. } => Failure::new(Code::Vm, "device_state", error)
                 .hint("QEMU needs the devices that the VM had when it was saved"),
             RestoreError::File(_)

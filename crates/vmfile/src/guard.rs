@@ -30,9 +30,15 @@ impl Guard {
         Ok(Guard { guardian, files: Vec::new() })
     }
 
-    /// Has files removed as well, and then directories that are empty.
-    pub(crate) fn add_files(&mut self, files: impl IntoIterator<Item = PathBuf>) {
+    /// Has files removed as well, and then directories that are empty, whether or not they are there
+    /// already.
+    pub(crate) fn add_files(
+        &mut self,
+        files: impl IntoIterator<Item = PathBuf>,
+    ) -> Result<(), GuardError> {
+        let before = self.files.len();
         self.files.extend(files);
+        if self.files.len() > before { self.entrust(Vec::new()) } else { Ok(()) }
     }
 
     /// Has new connections to a socket taken, and what comes by them read and thrown away, until QEMU
@@ -48,7 +54,8 @@ impl Guard {
         self.guardian.keep_open(connection).map_err(|source| GuardError { source })
     }
 
-    /// Has everything put back that a save may have changed, should this process end from now on.
+    /// Has everything put back that a save may have changed, should this process end from now on: if
+    /// QEMU has the record of this save by then.
     pub(crate) fn watch_save(&self, footprint: &Footprint<'_>) -> Result<(), GuardError> {
         self.entrust(undo_steps(footprint))
     }
@@ -62,6 +69,11 @@ impl Guard {
     /// now on: the VM is restored.
     pub(crate) fn watch_run(&self) -> Result<(), GuardError> {
         self.entrust(steps_to_run())
+    }
+
+    /// Returns the guardian's process id.
+    pub(crate) fn pid(&self) -> u32 {
+        self.guardian.pid()
     }
 
     /// Nothing is to be put back any more.
@@ -92,6 +104,9 @@ fn step(undo: UndoStep) -> Step {
             } else {
                 Step::AwaitNone { line, answer, words: all, limit }
             }
+        }
+        UndoStep::OnlyIf { line, answer, word, limit } => {
+            Step::OnlyIf { line, answer, words: vec![word.into_bytes()], limit }
         }
         UndoStep::Rest(duration) => Step::Rest(duration),
         // A path with a zero byte in it leads to no file.

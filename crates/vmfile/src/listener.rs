@@ -1,6 +1,6 @@
 //! A Unix socket that senders connect to.
 
-use std::fs::{self, DirBuilder};
+use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt as _, chown};
@@ -10,13 +10,14 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{AtFlags, unlinkat};
 use rustix::io::Errno;
 
 use crate::receive::ReceiveError;
 use crate::source::stream::{Patience, Pulse};
 
-/// Where a socket gets a directory of its own: a short path.
-const SOCKETS: &str = "/tmp";
+/// The name of a socket in its own directory.
+const SOCKET: &str = "stream";
 
 /// A socket with a name; dropping it removes the name.
 #[derive(Debug)]
@@ -25,8 +26,19 @@ pub(crate) struct Listener {
     path: PathBuf,
     /// Its path for the sender, which may have another root directory.
     path_of_sender: PathBuf,
-    /// The directory that was made for it.
-    directory: Option<PathBuf>,
+    /// The directory that was made for it: its parent, open, and its name there. QEMU's root is no path
+    /// of ours any more once QEMU has ended.
+    directory: Option<(OwnedFd, PathBuf)>,
+}
+
+/// Where a socket will have a directory of its own: in `/tmp`, for a short path. Nothing is there yet.
+#[derive(Debug)]
+pub(crate) struct SocketPlace {
+    /// The directory `/tmp` of the sender.
+    parent: PathBuf,
+    name: PathBuf,
+    /// The process that will connect.
+    sender: Option<u32>,
 }
 
 impl Listener {
@@ -36,39 +48,6 @@ impl Listener {
         let listener = UnixListener::bind(path).map_err(error)?;
         let path = path.to_path_buf();
         Ok(Listener { listener, path_of_sender: path.clone(), path, directory: None })
-    }
-
-    /// Listens in a directory of its own, which only this user and the one of process `pid` can enter.
-    ///
-    /// The directory is where that process sees it, in a container or another root directory, as far
-    /// as this process may look there.
-    pub(crate) fn bind_for(pid: Option<u32>) -> Result<Listener, ReceiveError> {
-        static NUMBER: AtomicU32 = AtomicU32::new(0);
-        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        // Short: a socket's path has at most 107 bytes.
-        let name = format!("vmfile-{}-{number}", std::process::id());
-        let root = pid.map(root_of).filter(|root| root.join("tmp").is_dir());
-        let root = root.unwrap_or_else(|| PathBuf::from("/"));
-        let of_sender = Path::new(SOCKETS).join(name);
-        let directory = root.join(of_sender.strip_prefix("/").expect("it is absolute"));
-        let error = |source| ReceiveError::Listen { path: directory.clone(), source };
-        // It fails if anything is there, so that no one else can have put it there before.
-        DirBuilder::new().mode(0o700).create(&directory).map_err(error)?;
-        let bound = Listener::bind(&directory.join("stream")).and_then(|mut listener| {
-            listener.directory = Some(directory.clone());
-            listener.path_of_sender = of_sender.join("stream");
-            if let Some(uid) = pid.and_then(user_of) {
-                hand_over(&listener.path, uid).map_err(error)?;
-                hand_over(&directory, uid).map_err(error)?;
-            }
-            Ok(listener)
-        });
-        bound.inspect_err(|_| drop(fs::remove_dir(&directory)))
-    }
-
-    /// Returns the path of the socket.
-    pub(crate) fn path(&self) -> &Path {
-        &self.path
     }
 
     /// Returns the path of the socket for the sender.
@@ -113,6 +92,46 @@ impl Listener {
     }
 }
 
+impl SocketPlace {
+    /// Chooses a directory where process `pid` sees it, in a container or another root directory, as
+    /// far as this process may look there.
+    pub(crate) fn new(pid: Option<u32>) -> SocketPlace {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        // Short: a socket's path has at most 107 bytes.
+        let name = format!("vmfile-{}-{number}", std::process::id());
+        let root = pid.map(root_of).filter(|root| root.join("tmp").is_dir());
+        let root = root.unwrap_or_else(|| PathBuf::from("/"));
+        SocketPlace { parent: root.join("tmp"), name: name.into(), sender: pid }
+    }
+
+    /// Returns the paths that [`SocketPlace::listen`] makes: the socket's and its directory's.
+    pub(crate) fn paths(&self) -> [PathBuf; 2] {
+        let directory = self.parent.join(&self.name);
+        [directory.join(SOCKET), directory]
+    }
+
+    /// Makes the directory, which only this user and the one of the sender can enter, and listens
+    /// there.
+    pub(crate) fn listen(self) -> Result<Listener, ReceiveError> {
+        let [path, directory] = self.paths();
+        let error = |source| ReceiveError::Listen { path: directory.clone(), source };
+        let parent = File::open(&self.parent).map_err(error)?;
+        // It fails if anything is there, so that no one else can have put it there before.
+        DirBuilder::new().mode(0o700).create(&directory).map_err(error)?;
+        let bound = Listener::bind(&path).and_then(|mut listener| {
+            listener.path_of_sender = Path::new("/tmp").join(&self.name).join(SOCKET);
+            listener.directory = Some((parent.into(), self.name));
+            if let Some(uid) = self.sender.and_then(user_of) {
+                hand_over(&path, uid).map_err(error)?;
+                hand_over(&directory, uid).map_err(error)?;
+            }
+            Ok(listener)
+        });
+        bound.inspect_err(|_| drop(fs::remove_dir(&directory)))
+    }
+}
+
 impl AsFd for Listener {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.listener.as_fd()
@@ -121,17 +140,26 @@ impl AsFd for Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        // Somebody may have removed it already.
-        let _ = fs::remove_file(&self.path);
-        if let Some(directory) = &self.directory {
-            let _ = fs::remove_dir(directory);
+        // Another process may have removed it already.
+        match &self.directory {
+            None => drop(fs::remove_file(&self.path)),
+            Some((parent, name)) => {
+                let _ = unlinkat(parent, name.join(SOCKET), AtFlags::empty());
+                let _ = unlinkat(parent, name, AtFlags::REMOVEDIR);
+            }
         }
     }
 }
 
-/// Returns the root directory of process `pid`, by a path that this process can use.
+/// Returns the root directory of process `pid`, by a path that this process can use; `/` where it is
+/// this process's own, for that path outlives the process.
 fn root_of(pid: u32) -> PathBuf {
-    PathBuf::from(format!("/proc/{pid}/root"))
+    let of_process = PathBuf::from(format!("/proc/{pid}/root"));
+    let place = |root: &Path| fs::metadata(root).map(|root| (root.dev(), root.ino())).ok();
+    let mounts = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/mnt")).ok();
+    let is_ours =
+        place(&of_process) == place(Path::new("/")) && mounts(&pid.to_string()) == mounts("self");
+    if is_ours { PathBuf::from("/") } else { of_process }
 }
 
 /// Returns the user as whom a process runs, as far as that is known.

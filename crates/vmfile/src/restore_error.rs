@@ -32,6 +32,16 @@ pub enum RestoreError {
     /// QEMU refused, or could not be asked.
     #[error(transparent)]
     Vm(#[from] VmError),
+    /// QEMU ended in the middle of the restore.
+    #[error("QEMU ended while the VM was restored{}; before that: {cause}", said(stderr))]
+    QemuGone {
+        /// What the restore met first.
+        cause: Box<RestoreError>,
+        /// The end of QEMU's standard error; empty if it went elsewhere.
+        stderr: String,
+        /// What the monitor said.
+        source: QmpError,
+    },
     /// QEMU did not take the device state.
     #[error("load the device state{}", said(stderr))]
     DeviceState {

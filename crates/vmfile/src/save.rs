@@ -181,7 +181,7 @@ impl<'a> Save<'a> {
         let unpublished = new_file(destination, options.existing, vm.pid().ok())?;
         // Forked before there is much memory to copy.
         let mut guard = Guard::of_vm(vm)?;
-        guard.add_files(unpublished.temporary_path());
+        guard.add_files(unpublished.temporary_path())?;
         let mut warnings: Vec<String> = put_right(vm)?.into_iter().collect();
         let state = vm.run_state()?;
         let was_running = match state {
@@ -207,16 +207,16 @@ impl<'a> Save<'a> {
             Some(live) => choose_live(vm, options.route, live)?,
             None => choose(vm, options, &draft)?,
         };
-        guard.add_files(route.route.sockets());
+        guard.add_files(route.route.sockets())?;
         let record = SaveRecord {
             holder: Holder::this_process()?,
+            guardian: guard.pid(),
             destination: std::path::absolute(destination).unwrap_or(destination.to_path_buf()),
             was_running,
             settings: route.route.settings().cloned(),
             overlays: disks.overlays().to_vec(),
         };
-        vm.hold(&record)?;
-        let save = Save {
+        let mut save = Save {
             options,
             control,
             path: destination.to_path_buf(),
@@ -234,7 +234,14 @@ impl<'a> Save<'a> {
             warnings,
             pause_seconds: 0.0,
         };
-        match save.watch(true, false) {
+        // Before there is a record that would be left.
+        save.watch(true, false)?;
+        if let Err(error) = vm.hold(&save.record) {
+            // QEMU may take the record later than this save waits.
+            save.guard.leave();
+            return Err(error.into());
+        }
+        match save.route.route.listen() {
             Ok(()) => Ok(save),
             Err(error) => Err(save.give_up(vm, error)),
         }
@@ -413,9 +420,9 @@ impl<'a> Save<'a> {
     fn give_up(mut self, vm: &mut Vm, error: SaveError) -> SaveError {
         self.draft = None;
         let thawed = if self.is_named { Ok(()) } else { self.disks.thaw(vm) };
-        let freed = vm.unstoppable(PUT_BACK_TIMEOUT, Vm::let_go);
-        let is_clean = thawed.is_ok() && freed.is_ok() && !error.leaves_paused();
-        if is_clean {
+        // The record stays while something is left to be put back: the guardian asks for it.
+        let is_as_it_was = thawed.is_ok() && !error.leaves_paused();
+        if is_as_it_was && vm.unstoppable(PUT_BACK_TIMEOUT, Vm::let_go).is_ok() {
             self.guard.dismiss();
         } else {
             // It tries once more, and waits longer than the user may want to.

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs;
 use std::path::Path;
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -18,7 +18,9 @@ use vmfile_testing::{
 };
 
 use crate::guests::{directory, saved};
-use crate::run::{EndAllIn, Said, command, names_in, processes_in, vmfile, wait_until};
+use crate::run::{
+    EndAllIn, Said, command, names_in, processes_in, program, strace, vmfile, wait_until,
+};
 use crate::words;
 
 /// How many moments are tried in a test run.
@@ -123,13 +125,48 @@ impl Trial {
         let seconds = self.seconds(way)?;
         let moment = Duration::from_secs_f64(seconds * 1.1 * self.random.next_fraction());
         let what = format!("kill {number}: {:?} after {moment:?} by {signal:?}", WAYS[way]);
+        let file = self.directory.path().join(format!("{number}.vmf"));
+        self.end_a_save((&what, way, &file), |trial| {
+            let mut command = command();
+            command.args(trial.words(way, &file)).stdout(Stdio::piped()).stderr(Stdio::piped());
+            let child = command.spawn()?;
+            let pid = child.id();
+            thread::sleep(moment);
+            Ok((end(child, signal)?, pid))
+        })
+    }
+
+    /// Kills a save at its call number `number` of the system call `name`, before the kernel does it.
+    /// Its guardian is left alone. Returns whether there was such a call.
+    fn kill_at_call(&mut self, way: usize, name: &str, number: u32) -> TestResult<bool> {
+        let what = format!("{:?} at {name} number {number}", WAYS[way]);
+        let file = self.directory.path().join("call.vmf");
+        let mut is_killed = false;
+        self.end_a_save((&what, way, &file), |trial| {
+            let trace = trial.directory.path().join("trace");
+            let mut strace = Command::new("strace");
+            strace.args(words!["-qq", "-o", trace, "-e", &format!("trace={name},getpid")]);
+            strace.args(["-e", &format!("inject={name}:signal=KILL:when={number}")]);
+            let said = strace.arg(program()).args(trial.words(way, &file)).output()?;
+            let told = fs::read_to_string(&trace)?;
+            fs::remove_file(&trace)?;
+            is_killed = told.contains("killed by SIGKILL");
+            let own = told.lines().filter_map(|line| line.strip_prefix("getpid()"));
+            let pid = own.filter_map(|line| line.split_once("= ")?.1.trim().parse().ok()).next();
+            Ok((said.into(), pid.unwrap_or_default()))
+        })?;
+        Ok(is_killed)
+    }
+
+    /// Has a save ended, and looks what became of the VM.
+    fn end_a_save(
+        &mut self,
+        (what, way, file): (&str, usize, &Path),
+        save: impl FnOnce(&Trial) -> TestResult<(Said, u32)>,
+    ) -> TestResult {
         let image = self.image()?;
         let images = self.images()?;
-        let file = self.directory.path().join(format!("{number}.vmf"));
-        let child = self.start(way, &file)?;
-        let sockets = format!("vmfile-{}-", child.id());
-        thread::sleep(moment);
-        let said = end(child, signal)?;
+        let (said, pid) = save(self)?;
         let killed_at = Instant::now();
         let is_there = file.exists();
         self.finished += u64::from(is_there);
@@ -149,7 +186,8 @@ impl Trial {
         })?;
         assert_eq!(self.guest.status()? == "paused", asked_to_stand, "{what}");
         self.run_if_paused()?;
-        self.expect_no_trace(&what, (&file, is_there), (image, images))?;
+        self.expect_no_trace(what, (file, is_there), (image, images))?;
+        let sockets = format!("vmfile-{pid}-");
         let left = names_in(Path::new("/tmp")).into_iter().find(|name| name.starts_with(&sockets));
         assert_eq!(left, None, "{what}");
         self.guest.wait_for_passes(1)?;
@@ -174,12 +212,6 @@ impl Trial {
         }
         assert_eq!(names_in(self.directory.path()), [""; 0], "{what}");
         Ok(())
-    }
-
-    fn start(&self, way: usize, file: &Path) -> TestResult<Child> {
-        let mut command = command();
-        command.args(self.words(way, file)).stdout(Stdio::piped()).stderr(Stdio::piped());
-        Ok(command.spawn()?)
     }
 
     /// The image on top of the guest's disk, as QEMU says.
@@ -242,6 +274,28 @@ fn a_vm_whose_save_is_killed_at_any_moment_is_as_it_was() -> TestResult {
     trial.next_save_is_right()?;
     println!("{} of {kills} saves had their file; slowest {:?}", trial.finished, trial.slowest);
     Ok(())
+}
+
+/// The calls by which a save speaks to QEMU and to its guardian.
+const CALLS: [&str; 2] = ["sendmsg", "sendto"];
+
+/// A save that was killed after its record was in QEMU and before its guardian knew left the record.
+#[test]
+fn a_vm_whose_save_is_killed_before_any_of_its_words_is_as_it_was() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    requires!(strace());
+    let mut trial = Trial::begin(&qemu, Random::new(0))?;
+    // A test run has time for one way: the one with the most words.
+    let ways = if std::env::var_os("VMFILE_KILLS").is_some() { 0..WAYS.len() } else { 1..2 };
+    for (way, call) in ways.flat_map(|way| CALLS.map(|call| (way, call))) {
+        let mut number = 1;
+        while trial.kill_at_call(way, call, number)? {
+            number += 1;
+        }
+        assert!(number > 3, "{:?} uses {call}", WAYS[way]);
+        println!("{:?}: killed before each of {} {call}", WAYS[way], number - 1);
+    }
+    trial.next_save_is_right()
 }
 
 /// Ends a restore by SIGKILL at a random moment; returns whether its VM runs.

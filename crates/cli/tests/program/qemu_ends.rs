@@ -69,6 +69,7 @@ fn save(guest: &mut Guest, number: u64, random: &mut Random, signal: Signal) -> 
     words.extend(way.iter().map(std::ffi::OsString::from));
     let qemu = guest.pid()?;
     let child = begin(words)?;
+    let sockets = format!("vmfile-{}-", child.id());
     thread::sleep(moment);
     let sent = Instant::now();
     send(qemu, signal)?;
@@ -91,6 +92,8 @@ fn save(guest: &mut Guest, number: u64, random: &mut Random, signal: Signal) -> 
     let left = names_in(directory.path());
     let expected = if said.code == Some(0) { vec!["vm.vmf".to_owned()] } else { Vec::new() };
     assert_eq!(left, expected, "{what}: {said:?}");
+    let sockets = names_in(Path::new("/tmp")).into_iter().find(|name| name.starts_with(&sockets));
+    assert_eq!(sockets, None, "{what}: {said:?}");
     Ok(())
 }
 

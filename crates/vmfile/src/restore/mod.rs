@@ -29,9 +29,10 @@ use vmfile_qemu::{LaunchedQemu, PUT_BACK_TIMEOUT, RunState, Vm, VmError};
 pub(crate) use self::changed_images::is_same_file;
 use self::compare::compare;
 pub use self::disks::RestoredDisk;
+use self::drives::compare_drives;
 use self::parts::compare_parts;
-use self::prepare::prepare;
-use self::ram::bring;
+use self::prepare::{Prepared, prepare};
+use self::ram::{Brought, bring};
 use crate::control::Control;
 use crate::guard::Guard;
 use crate::jobs::Jobs;
@@ -163,11 +164,7 @@ pub fn restore(
     let mut prepared = prepare(snapshot, destination, options, control)?;
     let answered = Instant::now();
     let qmp = prepared.qmp.take();
-    let vm = prepared.vm();
-    let found = vm.ram_blocks()?;
-    compare(snapshot, &vm.machine_type()?, &found)?;
-    compare_parts(snapshot, vm)?;
-    let brought = bring(snapshot, &mut prepared, &found, options, control);
+    let brought = fill(snapshot, &mut prepared, options, control);
     let brought = brought.map_err(|error| prepared.explain(error))?;
     let is_to_run = is_to_run(snapshot, options)?;
     if let Some(guard) = prepared.guard.as_ref().filter(|_| is_to_run) {
@@ -182,7 +179,7 @@ pub fn restore(
             drop(prepared.qemu.into_launched().map(LaunchedQemu::detach));
             return Err(error);
         }
-        told => told?,
+        told => told.map_err(|error| prepared.explain(error))?,
     }
     prepared.guard.take().map(Guard::dismiss).unwrap_or_default();
     let report = RestoreReport {
@@ -201,6 +198,24 @@ pub fn restore(
         total_seconds: started.elapsed().as_secs_f64(),
     };
     Ok(Restored { report, qemu: prepared.qemu.into_launched() })
+}
+
+/// Compares the QEMU that waits with the file, and brings RAM and device state into it.
+fn fill(
+    snapshot: &Snapshot,
+    prepared: &mut Prepared,
+    options: &RestoreOptions,
+    control: &Control<'_>,
+) -> Result<Brought, RestoreError> {
+    if let Some(manifest) = snapshot.manifest().filter(|_| prepared.is_saved) {
+        let drives = prepared.vm().drives()?;
+        compare_drives(&manifest.meta.vm, prepared.overlays.list(), &drives)?;
+    }
+    let vm = prepared.vm();
+    let found = vm.ram_blocks()?;
+    compare(snapshot, &vm.machine_type()?, &found)?;
+    compare_parts(snapshot, vm)?;
+    bring(snapshot, prepared, &found, options, control)
 }
 
 /// Whether the guest is to run: it ran when it was saved.

@@ -7,13 +7,12 @@ use std::time::{Duration, Instant};
 
 use vmfile_format::mapped_ram::PlacedBlock;
 use vmfile_qemu::{
-    CommandLine, Feature, Launch, LaunchedQemu, MappedBlock, MonitorPair, QemuVersion, RunState,
-    Vm, program_version,
+    CommandLine, Feature, Launch, LaunchedQemu, MappedBlock, MonitorPair, PUT_BACK_TIMEOUT,
+    QemuVersion, RunState, Vm, VmError, program_version,
 };
 
 use super::changed_images;
 use super::disks::{Images, NewOverlays, Start, place_given, place_saved, refuse_own};
-use super::drives::compare_drives;
 use super::parts::remake;
 use super::{Destination, Mode, RestoreOptions};
 use crate::control::Control;
@@ -30,6 +29,8 @@ const ANONYMOUS: [&str; 2] = ["memory-backend-ram", "memory-backend-memfd"];
 /// A QEMU that waits for the VM.
 pub(super) struct Prepared {
     pub(super) qemu: Qemu,
+    /// Whether its command line is the one that was saved.
+    pub(super) is_saved: bool,
     pub(super) mode: Chosen,
     pub(super) reason: String,
     /// Whether `stream` may take the place of `load`.
@@ -79,13 +80,30 @@ impl Qemu {
 }
 
 impl Prepared {
-    /// Adds what QEMU wrote to its standard error, which says more than its answer.
-    pub(super) fn explain(&self, error: RestoreError) -> RestoreError {
-        match (error, &self.qemu) {
-            (RestoreError::DeviceState { source, .. }, Qemu::Launched(qemu)) => {
-                RestoreError::DeviceState { source, stderr: qemu.stderr().trim().to_owned() }
+    /// Adds to an error what QEMU wrote to its standard error, or that QEMU has ended: what was met
+    /// then is not the cause.
+    pub(super) fn explain(&mut self, error: RestoreError) -> RestoreError {
+        match error {
+            RestoreError::Stopped => error,
+            RestoreError::DeviceState { source, .. } => {
+                RestoreError::DeviceState { source, stderr: self.stderr() }
             }
-            (error, _) => error,
+            // A process that is ending may take long to give back its memory; it is asked, and the
+            // end of its monitor is the answer.
+            cause => match self.vm().unstoppable(PUT_BACK_TIMEOUT, Vm::run_state) {
+                Err(VmError::Qmp(source)) if source.is_closed() => {
+                    RestoreError::QemuGone { cause: Box::new(cause), stderr: self.stderr(), source }
+                }
+                _ => cause,
+            },
+        }
+    }
+
+    /// Returns the end of QEMU's standard error; empty for one that somebody else started.
+    fn stderr(&self) -> String {
+        match &self.qemu {
+            Qemu::Launched(qemu) => qemu.stderr().trim().to_owned(),
+            Qemu::Waiting(_) => String::new(),
         }
     }
 
@@ -152,7 +170,7 @@ pub(super) fn prepare(
     let qmp = command_line.qmp_sockets().into_iter().next();
     let monitor = MonitorPair::new()?;
     let mut guard = Guard::of_monitor(monitor.as_fd())?;
-    guard.add_files(overlays.files());
+    guard.add_files(overlays.files())?;
     guard.watch_start()?;
     let start = Instant::now();
     let mut launch = Launch::new(executable, command_line.for_incoming(&blocks)?)
@@ -163,13 +181,11 @@ pub(super) fn prepare(
     if let Some(directory) = directory {
         launch = launch.working_directory(directory);
     }
-    let mut qemu = launch.spawn(START_TIMEOUT)?;
+    let qemu = launch.spawn(START_TIMEOUT)?;
     let start_seconds = start.elapsed().as_secs_f64();
-    if let Some(manifest) = snapshot.manifest().filter(|_| is_saved) {
-        compare_drives(&manifest.meta.vm, overlays.list(), &qemu.vm().drives()?)?;
-    }
     Ok(Prepared {
         qemu: Qemu::Launched(qemu),
+        is_saved,
         mode,
         reason,
         may_stream: options.mode == Mode::Auto,
@@ -222,6 +238,7 @@ fn prepare_waiting(
     };
     Ok(Prepared {
         qemu: Qemu::Waiting(vm),
+        is_saved: false,
         mode,
         reason: reason.to_owned(),
         may_stream: options.mode == Mode::Auto,

@@ -49,11 +49,20 @@ impl ReadyRoute {
         }
     }
 
-    /// Returns the files that QEMU connects to: sockets, and then their directories.
+    /// Returns the paths of the sockets that QEMU connects to, and then of their directories; nothing
+    /// is there before [`ReadyRoute::listen`].
     pub(super) fn sockets(&self) -> Vec<PathBuf> {
         match self {
             ReadyRoute::Stream(route) => route.sockets(),
             ReadyRoute::Direct(_) | ReadyRoute::Live(_) | ReadyRoute::Native(_) => Vec::new(),
+        }
+    }
+
+    /// Makes these sockets.
+    pub(super) fn listen(&mut self) -> Result<(), SaveError> {
+        match self {
+            ReadyRoute::Stream(route) => route.listen(),
+            ReadyRoute::Direct(_) | ReadyRoute::Live(_) | ReadyRoute::Native(_) => Ok(()),
         }
     }
 

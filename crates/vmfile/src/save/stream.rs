@@ -5,7 +5,7 @@
 
 use std::num::NonZeroU8;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use vmfile_qemu::{Feature, PUT_BACK_TIMEOUT, StreamSettings, Vm, VmError};
@@ -15,7 +15,7 @@ use super::{SaveOptions, Work, Written};
 use crate::draft::Draft;
 use crate::error::SaveError;
 use crate::lane::Workers;
-use crate::listener::Listener;
+use crate::listener::{Listener, SocketPlace};
 use crate::multifd::{CHANNELS_MAX, ChannelsError};
 use crate::receive::ReceiveError;
 use crate::source::stream::Patience;
@@ -28,8 +28,12 @@ const STALL_TIMEOUT: Duration = Duration::from_secs(120);
 #[derive(Debug)]
 pub(super) struct StreamRoute {
     before: StreamSettings,
-    /// How many connections beside the stream pages go by, and where QEMU makes them.
-    channels: Option<(NonZeroU8, Listener)>,
+    /// How many connections beside the stream pages go by.
+    channels: Option<NonZeroU8>,
+    /// Where QEMU makes these connections; `None` once there is a socket, or without channels.
+    place: Option<SocketPlace>,
+    /// The socket there; `None` until then, and once it was used.
+    listener: Option<Listener>,
     /// A thread for each connection, started while the VM runs; `None` once they were used.
     workers: Option<Workers>,
 }
@@ -48,10 +52,10 @@ impl StreamRoute {
         }
         let before = vm.stream_settings()?;
         let process = vm.pid().ok();
-        let listen = |channels| Ok::<_, SaveError>((channels, Listener::bind_for(process)?));
+        let place = channels.map(|_| SocketPlace::new(process));
         let width = (options.io, channels.map_or(0, |channels| channels.get().into()) + 1);
         let workers = Some(Workers::start(draft.file(), width).map_err(SaveError::Workers)?);
-        Ok(StreamRoute { before, channels: channels.map(listen).transpose()?, workers })
+        Ok(StreamRoute { before, channels, place, listener: None, workers })
     }
 
     /// Returns the migration settings as they were.
@@ -59,16 +63,21 @@ impl StreamRoute {
         &self.before
     }
 
-    /// Returns the socket that QEMU connects to, and its directory.
+    /// Returns the paths of the socket that QEMU connects to, and of its directory.
     pub(super) fn sockets(&self) -> Vec<PathBuf> {
-        let path = self.channels.as_ref().map(|(_, listener)| listener.path());
-        path.into_iter().flat_map(|path| path.ancestors().take(2)).map(Path::to_path_buf).collect()
+        self.place.as_ref().map(|place| place.paths().to_vec()).unwrap_or_default()
+    }
+
+    /// Makes the socket that QEMU connects to.
+    pub(super) fn listen(&mut self) -> Result<(), SaveError> {
+        self.listener = self.place.take().map(SocketPlace::listen).transpose()?;
+        Ok(())
     }
 
     /// Lets QEMU send the paused VM, writes what comes, and then what belongs around it.
     pub(super) fn write(&mut self, work: &mut Work<'_>) -> Result<Written, SaveError> {
         let (ours, changed) = self.change_settings(work);
-        let channels = self.channels.take();
+        let channels = self.channels.zip(self.listener.take());
         let received = changed.map_err(SaveError::from).and_then(|()| {
             let workers = self.workers.take().expect("a route writes once");
             receive(work, channels, workers)
@@ -102,9 +111,9 @@ impl StreamRoute {
                 Err(reason) => work.warn_of_postmigrate(&reason),
             }
         }
-        let ours = match &self.channels {
+        let ours = match self.channels {
             None => self.before.plain(),
-            Some((channels, _)) => self.before.multifd(*channels),
+            Some(channels) => self.before.multifd(channels),
         };
         let changed = work.vm.change_stream_settings(&self.before, &ours);
         (ours, changed)
