@@ -419,7 +419,7 @@ impl Vm {
 
     /// Waits until QEMU lets go of a VM that it has sent, or not: it says that the migration is over
     /// some moments before, and refuses `cont` meanwhile ("Migration is not finalized yet", 7.2).
-    fn settle(&mut self, deadline: Instant) -> Result<(), VmError> {
+    pub(crate) fn settle(&mut self, deadline: Instant) -> Result<(), VmError> {
         while self.run_state()? == RunState::FinishMigrate && Instant::now() < deadline {
             thread::sleep(POLL_INTERVAL);
         }
@@ -471,7 +471,7 @@ impl Vm {
             let answer = self.execute("query-migrate", Value::Null)?;
             let outgoing = outgoing(&answer);
             if outgoing != Outgoing::Active {
-                return Ok(outgoing);
+                return self.settle(deadline).map(|()| outgoing);
             }
             let ram = answer.get("ram").cloned();
             if ram != seen {

@@ -230,12 +230,13 @@ impl Vm {
         Ok(self.execute("stop", Value::Null).map(drop)?)
     }
 
-    /// Lets the guest run on.
+    /// Lets the guest run on, as soon as a migration that is over has left it.
     ///
     /// # Errors
     ///
     /// See [`Qmp::execute`].
     pub fn cont(&mut self) -> Result<(), VmError> {
+        self.settle(Instant::now() + PUT_BACK_TIMEOUT)?;
         Ok(self.execute("cont", Value::Null).map(drop)?)
     }
 

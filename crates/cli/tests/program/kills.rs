@@ -176,7 +176,12 @@ impl Trial {
                 .status()
                 .is_ok_and(|status| status == "running" || asked_to_stand && status == "paused")
         };
-        wait_until(&format!("{what}: the guest runs"), || is_alive(&mut self.guest))?;
+        if let Err(error) =
+            wait_until(&format!("{what}: the guest runs"), || is_alive(&mut self.guest))
+        {
+            let migration = self.guest.qmp("query-migrate", json!({}))?["status"].clone();
+            return Err(format!("{error}: {:?}, {migration}", self.guest.status()?).into());
+        }
         let took = killed_at.elapsed();
         self.slowest = self.slowest.max(took);
         assert!(took < SOON * ALLOWANCE, "{what}: the guest ran after {took:?}; {said:?}");

@@ -2,7 +2,7 @@
 //! the next vmfile that meets the VM.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -182,7 +182,8 @@ impl Steps {
     }
 
     /// The other end of QEMU's stream is gone with its process: QEMU notices by itself, or is told
-    /// to stop.
+    /// to stop. It says that the migration is over some moments before it takes `cont` again
+    /// ("Migration is not finalized yet", 7.2 to 11.1).
     fn end_migration(&mut self, writes_file: bool) {
         let over = (&UNDER_WAY[..], String::new());
         if writes_file {
@@ -196,6 +197,8 @@ impl Steps {
         }
         self.ask("migrate_cancel", json!({}), SHORT);
         self.until(("query-migrate", json!({})), over, false, LONG);
+        let finishes = (&["\"finish-migrate\""][..], String::new());
+        self.until(("query-status", json!({})), finishes, false, LONG);
     }
 
     /// Writes what an overlay holds into the image below it, and removes it.
@@ -289,7 +292,7 @@ impl Vm {
     fn end_left_migration(&mut self) -> Result<(), VmError> {
         match self.outgoing()? {
             Outgoing::Active | Outgoing::Held => {}
-            _ => return Ok(()),
+            _ => return self.settle(Instant::now() + LONG),
         }
         match self.cancel_file(LONG)? {
             Outgoing::Active | Outgoing::Held => {

@@ -15,7 +15,7 @@ use vmfile_engine::{DataFile, DirectIo, DirectIoInUse};
 use vmfile_qemu::{Feature, KeptFile, Outgoing, PUT_BACK_TIMEOUT, StreamSettings, Vm};
 
 use super::route::refuse_without_space;
-use super::sending::not_sent;
+use super::sending::{not_sent, sent};
 use super::{SaveOptions, Work, Written, native_file};
 use crate::check::describe;
 use crate::control::Progress;
@@ -166,7 +166,7 @@ fn send_to(work: &mut Work<'_>, kept: &KeptFile) -> Result<u64, SaveError> {
         }
         match outgoing {
             Outgoing::Active => {}
-            Outgoing::Completed => return Ok(ram_bytes),
+            Outgoing::Completed => return sent(work.vm).map(|()| ram_bytes),
             other => return Err(not_sent(other)),
         }
         if work.control.is_stopped() {
