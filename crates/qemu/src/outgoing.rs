@@ -24,11 +24,10 @@ const POLL_INTERVAL: Duration = Duration::from_millis(2);
 /// second: it takes less than ten for no limit (10.0).
 const TRICKLE: u64 = 4096;
 
-/// How long QEMU has handed out nothing when its threads have run dry.
-const QUIET: Duration = Duration::from_millis(30);
-
-/// How long QEMU's threads may take to run dry where that is not looked at.
-pub(crate) const RUN_DRY: Duration = Duration::from_millis(200);
+/// How long QEMU has handed out nothing when its threads have run dry: less than the time between two
+/// portions of a trickle, long enough for a thread of a busy host to have marked its pages. A fixed
+/// rest of 200 ms, at whose end a portion may just have been handed out, killed 2 VMs in 400.
+pub(crate) const QUIET: Duration = Duration::from_millis(50);
 
 /// Returns the command by which QEMU hands its threads hardly any page from now on.
 pub(crate) fn trickle() -> (&'static str, Value) {

@@ -108,7 +108,9 @@ fn step(undo: UndoStep) -> Step {
         UndoStep::OnlyIf { line, answer, word, limit } => {
             Step::OnlyIf { line, answer, words: vec![word.into_bytes()], limit }
         }
-        UndoStep::Rest(duration) => Step::Rest(duration),
+        UndoStep::UntilStill { line, answer, from, quiet, limit } => {
+            Step::AwaitStill { line, answer, from: from.as_bytes().to_vec(), quiet, limit }
+        }
         // A path with a zero byte in it leads to no file.
         UndoStep::RemoveIfLast(file) => Step::RemoveIfLast(path(&file).unwrap_or_default()),
     }

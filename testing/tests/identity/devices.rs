@@ -100,10 +100,14 @@ fn devices_that_were_plugged_in_are_named_and_come_back() -> TestResult {
         let file = json!({"driver": "file", "filename": image});
         let node = json!({"driver": "raw", "node-name": "n1", "file": file, "read-only": true});
         guest.qmp("blockdev-add", node.clone())?;
-        let mut second = node;
-        second["node-name"] = json!("n2");
-        guest.qmp("blockdev-add", second)?;
+        for name in ["n2", "n3"] {
+            let mut another = node.clone();
+            another["node-name"] = json!(name);
+            guest.qmp("blockdev-add", another)?;
+        }
         guest.qmp("netdev_add", json!({"type": "user", "id": "net9"}))?;
+        // A netdev that no device has is in the stream too: a QEMU without it refused the stream.
+        guest.qmp("netdev_add", json!({"type": "user", "id": "lone"}))?;
         guest.qmp("object-add", json!({"qom-type": "rng-builtin", "id": "random"}))?;
         guest.qmp("device_del", json!({"id": "kbd"}))?;
         wait_until_gone(&mut guest, "/machine/peripheral", "kbd")?;
@@ -118,6 +122,8 @@ fn devices_that_were_plugged_in_are_named_and_come_back() -> TestResult {
             json!({"driver": "virtio-balloon-pci", "bus": "rp4"}),
             json!({"driver": "usb-tablet", "id": "tablet"}),
             json!({"driver": "usb-kbd", "id": "kbd"}),
+            // It keeps no name of its drive: it came back without one.
+            json!({"driver": "usb-storage", "id": "stick", "drive": "n3"}),
         ] {
             guest.qmp("device_add", device)?;
         }
@@ -130,16 +136,18 @@ fn devices_that_were_plugged_in_are_named_and_come_back() -> TestResult {
             "device scsi",
             "device a-disk",
             "device cd",
+            "device stick",
             "device tablet",
             "device vb",
             "device number 0 without an id",
+            "netdev lone",
         ];
         let mut restored = save_and_restore(&mut guest, &expected)?;
         goes_on(&guest, &mut restored)?;
         let mac = json!({"path": "/machine/peripheral/nic", "property": "mac"});
         assert_eq!(ask(&mut restored, "qom-get", mac)?, "52:54:00:00:00:77");
         let drives = ask(&mut restored, "query-block", json!({}))?.to_string();
-        assert_eq!(drives.matches(r#""drv":"raw""#).count(), 3, "{drives}");
+        assert_eq!(drives.matches(r#""drv":"raw""#).count(), 4, "{drives}");
     }
     Ok(())
 }

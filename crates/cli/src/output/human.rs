@@ -10,7 +10,7 @@ use vmfile::restore::RestoreReport;
 use vmfile::save::SaveReport;
 use vmfile::send::SendReport;
 
-use super::size;
+use super::{one_line, size};
 
 pub(crate) fn save(report: &SaveReport) -> String {
     let mut text = String::new();
@@ -204,7 +204,7 @@ pub(crate) fn info(info: &Info, verbose: bool) -> String {
         let _ = writeln!(
             text,
             "  {:<28} {:>9}  {:>9} data pages  {:>9} zero  at {:#x}",
-            block.name,
+            one_line(&block.name),
             size::bytes(block.bytes),
             block.pages_data,
             block.pages_zero,
@@ -215,11 +215,11 @@ pub(crate) fn info(info: &Info, verbose: bool) -> String {
         let _ = writeln!(text, "\ndisks, not in the file");
         for disk in &info.disks {
             let access = if disk.read_only { "read-only" } else { "writable" };
-            let _ = write!(text, "  {}: {} ({}, {access})", disk.device, disk.path, disk.format);
+            let mut words = format!("{}: {} ({}, {access})", disk.device, disk.path, disk.format);
             if let Some(overlay) = &disk.overlay {
-                let _ = write!(text, ", belongs to the file; the VM went on in {overlay}");
+                let _ = write!(words, ", belongs to the file; the VM went on in {overlay}");
             }
-            text.push('\n');
+            let _ = writeln!(text, "  {}", one_line(&words));
         }
     }
     if verbose {
@@ -228,7 +228,7 @@ pub(crate) fn info(info: &Info, verbose: bool) -> String {
             let _ = writeln!(
                 text,
                 "  {:<40} instance {:<3} version {:<3} {:>9}  at {:#x}",
-                section.name,
+                one_line(&section.name),
                 section.instance,
                 section.version,
                 size::bytes(section.bytes),
@@ -236,7 +236,8 @@ pub(crate) fn info(info: &Info, verbose: bool) -> String {
             );
         }
         if let Some(vm) = &info.vm {
-            let _ = writeln!(text, "\ncommand line\n  {}", vm.command_line.join(" "));
+            let words = one_line(&vm.command_line.join(" "));
+            let _ = writeln!(text, "\ncommand line\n  {words}");
         }
     }
     text
@@ -250,5 +251,5 @@ pub(crate) fn time(unix_seconds: u64) -> String {
 }
 
 pub(crate) fn line(text: &mut String, label: &str, value: &dyn std::fmt::Display) {
-    let _ = writeln!(text, "{label:<9} {value}");
+    let _ = writeln!(text, "{label:<9} {}", one_line(&value.to_string()));
 }

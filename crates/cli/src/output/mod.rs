@@ -142,15 +142,33 @@ impl Voice {
 
 /// Escapes what a terminal would obey: names in a file may come from anybody.
 fn printable(text: &str) -> String {
-    let mut printable = String::with_capacity(text.len());
+    escape(text, |character| character != '\n')
+}
+
+/// Escapes what a terminal would obey, and ends of lines: a name must not look like another line.
+pub(crate) fn one_line(text: &str) -> String {
+    escape(text, |_| true)
+}
+
+fn escape(text: &str, is_meant: impl Fn(char) -> bool) -> String {
+    let mut escaped = String::with_capacity(text.len());
     for character in text.chars() {
-        if character.is_control() && character != '\n' {
-            printable.extend(character.escape_default());
+        if is_obeyed(character) && is_meant(character) {
+            escaped.extend(character.escape_default());
         } else {
-            printable.push(character);
+            escaped.push(character);
         }
     }
-    printable
+    escaped
+}
+
+/// Tells whether a terminal shows no character for it: a control character, or one of those that hide,
+/// join or turn around what stands beside them.
+fn is_obeyed(character: char) -> bool {
+    character.is_control()
+        || matches!(character, '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{200b}'..='\u{200f}'
+            | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}'
+            | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}')
 }
 
 #[cfg(test)]
@@ -160,5 +178,12 @@ mod tests {
     #[test]
     fn a_terminal_is_not_told_what_to_do() {
         assert_eq!(printable("a\u{1b}[2Jb\r\n"), "a\\u{1b}[2Jb\\r\n");
+        assert_eq!(printable("gnp.\u{202e}exe"), "gnp.\\u{202e}exe");
+        assert_eq!(printable("Bürgeramt 東京"), "Bürgeramt 東京");
+    }
+
+    #[test]
+    fn a_name_is_one_line() {
+        assert_eq!(one_line("a\nformat vmfile"), "a\\nformat vmfile");
     }
 }

@@ -13,8 +13,8 @@ use rustix::net::{RecvFlags, SendFlags, recv, send};
 
 use super::kept::Kept;
 use super::will::{
-    ASK, AWAIT, AWAIT_NONE, CONNECTION, DISMISSED, LISTENER, ONLY_IF, REMOVE, REMOVE_IF_LAST, REST,
-    Reader, WILL_LEN_MAX,
+    ASK, AWAIT, AWAIT_NONE, AWAIT_STILL, CONNECTION, DISMISSED, LISTENER, ONLY_IF, REMOVE,
+    REMOVE_IF_LAST, Reader, WILL_LEN_MAX,
 };
 
 /// How much of an answer is looked at together: words are found if they lie this close together.
@@ -47,6 +47,8 @@ pub(super) struct Room {
 struct Seen {
     answer: bool,
     word: bool,
+    /// A checksum of the part that begins with the first word and ends at the next `}`.
+    part: u64,
 }
 
 /// What is sent, what its answer holds, and until when it is waited for.
@@ -130,10 +132,11 @@ fn carry_out_one(
                 progress.last = peer.ask_until(&asking, words, kind == AWAIT);
             }
         }
-        REST => {
-            let duration = reader.milliseconds()?;
+        AWAIT_STILL => {
+            let asking = asking(reader)?;
+            let (from, quiet) = (reader.bytes()?, reader.milliseconds()?);
             if !progress.is_over {
-                peer.rest(duration);
+                peer.ask_until_still(&asking, from, quiet);
             }
         }
         REMOVE => remove(reader.bytes()?),
@@ -193,6 +196,23 @@ impl Peer<'_> {
             }
             self.rest(INTERVAL);
         }
+    }
+
+    /// Asks until the part of the answer that begins with `from` has been the same for `quiet`; `None`
+    /// if it was not in time.
+    fn ask_until_still(&mut self, asking: &Asking<'_>, from: &[u8], quiet: Duration) -> Option<()> {
+        let mut seen = self.ask(asking, &[from])?;
+        let mut since = Instant::now();
+        while since.elapsed() < quiet {
+            left(asking.deadline)?;
+            self.rest(INTERVAL);
+            let before = seen;
+            seen = self.ask(asking, &[from])?;
+            if (seen.word, seen.part) != (before.word, before.part) {
+                since = Instant::now();
+            }
+        }
+        Some(())
     }
 
     /// Sends the line and reads up to its answer; `None` if the socket has ended.
@@ -261,11 +281,22 @@ impl Seen {
     fn look(&mut self, line: &[u8], answer: &[u8], words: &[&[u8]]) {
         self.answer |= holds(line, answer);
         self.word |= words.iter().any(|word| holds(line, word));
+        self.part ^= words.first().map_or(0, |from| checksum(line, from));
     }
 }
 
 fn holds(line: &[u8], word: &[u8]) -> bool {
     !word.is_empty() && line.windows(word.len()).any(|window| window == word)
+}
+
+/// Returns a checksum (FNV-1a) of the part of `line` from `from` to the next `}`; 0 if there is none.
+fn checksum(line: &[u8], from: &[u8]) -> u64 {
+    let start = line.windows(from.len().max(1)).position(|window| window == from);
+    let Some(part) = start.and_then(|start| line.get(start..)) else { return 0 };
+    let bytes = part.iter().take_while(|&&byte| byte != b'}');
+    bytes.fold(0xcbf2_9ce4_8422_2325, |hash, &byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    })
 }
 
 /// Sends all of `bytes`; `None` if the socket has ended, or takes none before `deadline`.

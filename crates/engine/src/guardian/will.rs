@@ -22,7 +22,7 @@ pub(crate) const LISTENER: u8 = 3;
 pub(crate) const ASK: u8 = 1;
 pub(crate) const AWAIT: u8 = 2;
 pub(crate) const AWAIT_NONE: u8 = 3;
-pub(crate) const REST: u8 = 4;
+pub(crate) const AWAIT_STILL: u8 = 4;
 pub(crate) const REMOVE: u8 = 5;
 pub(crate) const REMOVE_IF_LAST: u8 = 6;
 pub(crate) const ONLY_IF: u8 = 7;
@@ -74,8 +74,20 @@ pub enum Step {
         /// How long the answer may take.
         limit: Duration,
     },
-    /// Does nothing for so long.
-    Rest(Duration),
+    /// Sends a line again and again until what its answer holds from the bytes `from` to the next `}`
+    /// has been the same for as long as `quiet`.
+    AwaitStill {
+        /// What is sent, its line end included.
+        line: Vec<u8>,
+        /// What its answer holds.
+        answer: Vec<u8>,
+        /// Where the part begins that is to stay the same. An answer without it stays the same.
+        from: Vec<u8>,
+        /// How long it is to stay the same.
+        quiet: Duration,
+        /// How long it may take.
+        limit: Duration,
+    },
     /// Removes a file, or an empty directory.
     Remove(CString),
     /// Removes a file if the last [`Step::Await`] or [`Step::AwaitNone`] saw what it waited for.
@@ -127,9 +139,11 @@ impl Step {
                 put_asking(into, line, answer, *limit);
                 put_words(into, words);
             }
-            Step::Rest(duration) => {
-                into.push(REST);
-                put_duration(into, *duration);
+            Step::AwaitStill { line, answer, from, quiet, limit } => {
+                into.push(AWAIT_STILL);
+                put_asking(into, line, answer, *limit);
+                put(into, from);
+                put_duration(into, *quiet);
             }
             Step::Remove(path) => {
                 into.push(REMOVE);

@@ -150,6 +150,48 @@ fn a_question_is_asked_until_its_answer_has_the_word() {
 }
 
 #[test]
+fn a_question_is_asked_until_a_part_of_its_answer_stays_the_same() {
+    let quiet = Duration::from_millis(100);
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    theirs.set_read_timeout(Some(LIMIT)).unwrap();
+    let guardian = Guardian::start(ours.as_fd()).unwrap();
+    let still = Step::AwaitStill {
+        line: b"how far?\n".to_vec(),
+        answer: b"answer".to_vec(),
+        from: b"ram".to_vec(),
+        quiet,
+        limit: LIMIT,
+    };
+    guardian.entrust(&Will::new(&[still, ask("bye")])).unwrap();
+    let asked = std::thread::spawn(move || {
+        let mut peer = BufReader::new(theirs);
+        let (mut count, mut changed_at) = (0, Instant::now());
+        loop {
+            let answer = match next_line(&mut peer).as_str() {
+                "how far?\n" => {
+                    count += 1;
+                    if count <= 5 {
+                        changed_at = Instant::now();
+                    }
+                    let sent = count.min(5);
+                    // What lies beside the part changes all the time.
+                    format!("answer {{time {count}, ram {{sent {sent}}}, left {count}}}\n")
+                }
+                "bye\n" => return (count, changed_at.elapsed()),
+                _ => String::new(),
+            };
+            peer.get_mut().write_all(answer.as_bytes()).unwrap();
+        }
+    });
+
+    drop(guardian);
+
+    let (count, still_for) = asked.join().unwrap();
+    assert!(count > 6, "{count}");
+    assert!(still_for >= quiet, "{still_for:?}");
+}
+
+#[test]
 fn a_peer_that_never_answers_holds_a_guardian_only_so_long() {
     let (ours, _theirs) = UnixStream::pair().unwrap();
     let guardian = Guardian::start(ours.as_fd()).unwrap();

@@ -6,7 +6,7 @@ use std::fmt;
 use serde_json::{Value, json};
 
 use super::parts::{Cpu, Device, Parts, device_number};
-use super::{drives, plugged};
+use super::{drives, networks, plugged};
 use crate::command_line::{CommandLine, LineDevice, LineDrive, Pin};
 use crate::vm::{DeviceName, Drive, ProcessInfo, Vm, VmError};
 
@@ -106,6 +106,7 @@ pub fn compare(
         }
     }
     comparison.plugged(vm, &mut found)?;
+    networks::unused(vm, line, &mut found)?;
     let known: Vec<Drive> =
         drives.iter().filter(|drive| !comparison.came_later(drive)).cloned().collect();
     let is_there = |drive: &LineDrive| comparison.has_device_of(drive);

@@ -11,6 +11,7 @@
 
 mod difference;
 mod drives;
+mod networks;
 mod parts;
 mod plugged;
 

@@ -3,6 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use super::difference::Remedy;
+use super::networks::netdev;
 use super::parts::{Device, MemoryDevice, Parts, known};
 use crate::command_line::{CommandLine, value_in_json};
 use crate::qmp::unexpected;
@@ -61,7 +62,7 @@ const DERIVED: [&str; 10] = [
 const FORMATS: [&str; 6] = ["raw", "qcow2", "qed", "vmdk", "vdi", "vhdx"];
 
 /// Options that make a device, or why there are none.
-type Made = Result<Vec<(String, String)>, String>;
+pub(super) type Made = Result<Vec<(String, String)>, String>;
 
 impl Vm {
     /// Returns the QOM path of the bus that a device is on; empty where it is on none.
@@ -198,7 +199,7 @@ fn usb_port(text: &str, id: &str) -> Option<String> {
     Some(rest.split_once(',')?.0.to_owned())
 }
 
-fn human(vm: &mut Vm, command: &str) -> Result<String, VmError> {
+pub(super) fn human(vm: &mut Vm, command: &str) -> Result<String, VmError> {
     let answer = known(vm.execute("human-monitor-command", json!({"command-line": command})))?;
     Ok(answer.and_then(|text| Some(text.as_str()?.to_owned())).unwrap_or_default())
 }
@@ -226,7 +227,7 @@ fn memory_backend(vm: &mut Vm, memory: &MemoryDevice, line: &CommandLine) -> Res
 }
 
 /// Returns the name of the back end that the property `key` of a device names, if it has one.
-fn back_end(vm: &mut Vm, device: &Device, key: &str) -> Result<Option<String>, VmError> {
+pub(super) fn back_end(vm: &mut Vm, device: &Device, key: &str) -> Result<Option<String>, VmError> {
     let name = vm.property(&device.path, key)?;
     let name = name.as_ref().and_then(Value::as_str);
     Ok(name.filter(|name| !name.is_empty()).map(str::to_owned))
@@ -239,7 +240,12 @@ fn drive(
     object: &mut Map<String, Value>,
     line: &CommandLine,
 ) -> Result<Made, VmError> {
-    let Some(name) = back_end(vm, device, "drive")? else { return Ok(Ok(Vec::new())) };
+    let name = match back_end(vm, device, "drive")? {
+        Some(name) => name,
+        // It hands its drive on to a disk that it makes (7.2 to 11.1).
+        None if is_kind(&device.kind, "usb-storage") => String::new(),
+        None => return Ok(Ok(Vec::new())),
+    };
     let answer = vm.execute("query-block", Value::Null)?;
     let drives = answer.as_array().ok_or_else(|| unexpected("query-block", "list"))?;
     let text = |value: &Value, key: &str| {
@@ -247,14 +253,17 @@ fn drive(
     };
     let is_this = |drive: &&Value| {
         let qdev = text(drive, "qdev");
-        text(drive, "device") == name
+        !name.is_empty() && text(drive, "device") == name
             || Some(&qdev) == device.id.as_ref()
             || qdev == device.path
             || qdev.starts_with(&format!("{}/", device.path))
     };
-    let Some(inserted) = drives.iter().find(is_this).and_then(|drive| drive.get("inserted")) else {
+    let found = drives.iter().find(is_this).and_then(|drive| Some((drive, drive.get("inserted")?)));
+    let Some((drive, inserted)) = found else {
         return Ok(Err(format!("its drive {name} has no medium")));
     };
+    let own_names = [name, text(drive, "device"), text(inserted, "node-name")];
+    let name = own_names.into_iter().find(|name| !name.is_empty()).unwrap_or_default();
     // A name that QEMU or a save of ours made up is no name for an option.
     let is_given = !name.starts_with('#') && !name.starts_with(OVERLAY_PREFIX);
     let id = device.id.clone().unwrap_or_else(|| "unnamed".to_owned());
@@ -277,35 +286,6 @@ fn drive(
         "detect-zeroes": text(inserted, "detect_zeroes"),
         "file": {"driver": "file", "filename": file}});
     Ok(Ok(vec![("-blockdev".to_owned(), node.to_string())]))
-}
-
-/// Makes the network back end of a network card.
-fn netdev(
-    vm: &mut Vm,
-    device: &Device,
-    object: &mut Map<String, Value>,
-    line: &CommandLine,
-) -> Result<Made, VmError> {
-    let Some(name) = back_end(vm, device, "netdev")? else { return Ok(Ok(Vec::new())) };
-    object.insert("netdev".to_owned(), json!(name));
-    if line.defines(&name) {
-        return Ok(Ok(Vec::new()));
-    }
-    let network = human(vm, "info network")?;
-    if !is_plain_user_net(&network, &name) {
-        return Ok(Err(format!("QEMU does not tell the options of its netdev {name}")));
-    }
-    if human(vm, "info usernet")?.contains("HOST_FORWARD") {
-        return Ok(Err(format!("its netdev {name} may forward ports, which QEMU does not tell")));
-    }
-    Ok(Ok(vec![("-netdev".to_owned(), format!("user,id={name}"))]))
-}
-
-/// Tells whether `info network` shows a netdev as one of `-netdev user` without further options.
-fn is_plain_user_net(text: &str, name: &str) -> bool {
-    let names = |line: &&str| line.trim_start().trim_start_matches("\\ ").starts_with(name);
-    let plain = "index=0,type=user,net=10.0.2.0,restrict=off";
-    text.lines().filter(names).any(|line| line.trim_end().ends_with(&format!("{name}: {plain}")))
 }
 
 /// Makes the objects that a device uses: a source of random numbers, a thread.
@@ -371,16 +351,5 @@ mod tests {
         assert_eq!(usb_port(text, "ut").as_deref(), Some("1"));
         assert_eq!(usb_port(text, "kbd").as_deref(), Some("2.1"));
         assert_eq!(usb_port(text, "bd"), None);
-    }
-
-    #[test]
-    fn only_a_user_net_without_options_is_made_again() {
-        // From QEMU 10.0.2.
-        let text = "nic1: index=0,type=nic,model=virtio-net-pci,macaddr=52:54:00:12:34:57\r\n \
-            \\ nd1: index=0,type=user,net=10.0.2.0,restrict=off\r\n \
-            \\ nd2: index=0,type=user,net=10.0.2.0,restrict=on\r\n";
-        assert!(is_plain_user_net(text, "nd1"));
-        assert!(!is_plain_user_net(text, "nd2"));
-        assert!(!is_plain_user_net(text, "nic1"));
     }
 }

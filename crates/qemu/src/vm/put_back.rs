@@ -18,6 +18,9 @@ const LONG: Duration = Duration::from_secs(60);
 /// How long QEMU may take to make its connections.
 const CONNECTING: Duration = Duration::from_secs(10);
 
+/// How long QEMU may take to hand out no more pages of a file that it writes.
+const RUNNING_DRY: Duration = Duration::from_secs(10);
+
 /// How long QEMU may take for a command that waits for nothing.
 const SHORT: Duration = Duration::from_secs(10);
 
@@ -77,8 +80,19 @@ pub enum UndoStep {
         /// How long it may take.
         limit: Duration,
     },
-    /// Wait so long.
-    Rest(Duration),
+    /// Send a line until its answer is the same, from `from` to the next `}`, for as long as `quiet`.
+    UntilStill {
+        /// The line.
+        line: Vec<u8>,
+        /// What its answer holds.
+        answer: Vec<u8>,
+        /// Where the part begins.
+        from: &'static str,
+        /// How long it is to be the same.
+        quiet: Duration,
+        /// How long it may take.
+        limit: Duration,
+    },
     /// Remove a file if the last [`UndoStep::Until`] ended well.
     RemoveIfLast(PathBuf),
 }
@@ -186,14 +200,16 @@ impl Steps {
     /// ("Migration is not finalized yet", 7.2 to 11.1).
     fn end_migration(&mut self, writes_file: bool) {
         let over = (&UNDER_WAY[..], String::new());
+        // Told to stop while it connects, QEMU 10.0.2 may abort.
+        let connects = (&["\"setup\""][..], String::new());
+        self.until(("query-migrate", json!({})), connects, false, CONNECTING);
         if writes_file {
+            // See `Vm::cancel_file`.
             let (command, arguments) = outgoing::trickle();
             self.ask(command, arguments, SHORT);
-            self.list.push(UndoStep::Rest(outgoing::RUN_DRY));
-        } else {
-            // Told to stop while it connects, QEMU 10.0.2 may abort.
-            let connects = (&["\"setup\""][..], String::new());
-            self.until(("query-migrate", json!({})), connects, false, CONNECTING);
+            let (line, answer) = self.line("query-migrate", &json!({}));
+            let (from, quiet, limit) = ("\"ram\"", outgoing::QUIET, RUNNING_DRY);
+            self.list.push(UndoStep::UntilStill { line, answer, from, quiet, limit });
         }
         self.ask("migrate_cancel", json!({}), SHORT);
         self.until(("query-migrate", json!({})), over, false, LONG);
