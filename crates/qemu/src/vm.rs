@@ -12,6 +12,7 @@ mod paused;
 mod process;
 mod put_back;
 mod ram;
+mod reconnect;
 mod record;
 
 use std::fmt;

@@ -38,6 +38,12 @@ pub enum SaveError {
         /// What the monitor said.
         source: VmError,
     },
+    /// The connection to QEMU's monitor broke in the middle of the save, and QEMU lives.
+    #[error("the connection to QEMU's monitor broke; by a new one the VM is as it was: {cause}")]
+    CutOff {
+        /// What the save met first.
+        cause: Box<SaveError>,
+    },
     /// The VM is in a state in which it cannot be saved.
     #[error("the VM is in run state {found:?}, expected running or paused")]
     RunState {
@@ -284,9 +290,17 @@ impl SaveError {
         }
     }
 
-    /// Says that QEMU is gone, unless this error says so already.
+    /// Says that QEMU is gone.
     pub(crate) fn with_qemu_gone(self, source: VmError) -> SaveError {
         SaveError::QemuGone { cause: Box::new(self), source }
+    }
+
+    /// Says that QEMU is not gone, but the connection to it was.
+    pub(crate) fn cut_off(self) -> SaveError {
+        match self {
+            SaveError::QemuGone { cause, .. } => SaveError::CutOff { cause },
+            other => SaveError::CutOff { cause: Box::new(other) },
+        }
     }
 }
 

@@ -419,6 +419,9 @@ impl<'a> Save<'a> {
     /// runs already, if it ran.
     fn give_up(mut self, vm: &mut Vm, error: SaveError) -> SaveError {
         self.draft = None;
+        if vm.is_cut_off() && vm.reconnect(&self.record).is_ok() {
+            return self.give_up_after(vm, error);
+        }
         let thawed = if self.is_named { Ok(()) } else { self.disks.thaw(vm) };
         // The record stays while something is left to be put back: the guardian asks for it.
         let is_as_it_was = thawed.is_ok() && !error.leaves_paused();
@@ -433,6 +436,23 @@ impl<'a> Save<'a> {
                 SaveError::LeftOverlays { cause: Box::new(error), source }
             }
             _ => error,
+        }
+    }
+
+    /// As [`Save::give_up`], by a new connection to QEMU: what was done by the old one, and what of it
+    /// was carried out, is not known.
+    fn give_up_after(self, vm: &mut Vm, error: SaveError) -> SaveError {
+        let is_named = self.is_named;
+        match vm.put_back(&self.record, |_| is_named) {
+            Ok(()) => {
+                self.guard.dismiss();
+                // A whole file is more than the way that led to it.
+                if is_named { error } else { error.cut_off() }
+            }
+            Err(source) => {
+                self.guard.leave();
+                SaveError::LeftPaused { cause: Box::new(error), source }
+            }
         }
     }
 }

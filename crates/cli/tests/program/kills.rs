@@ -14,7 +14,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use vmfile_testing::{
-    Guest, GuestConfig, Monitor, Qemu, Ram, Random, Release, TestResult, requires,
+    Guest, GuestConfig, Monitor, Qemu, Ram, Random, Release, TestError, TestResult, requires,
 };
 
 use crate::guests::{directory, saved};
@@ -176,19 +176,16 @@ impl Trial {
                 .status()
                 .is_ok_and(|status| status == "running" || asked_to_stand && status == "paused")
         };
-        if let Err(error) =
-            wait_until(&format!("{what}: the guest runs"), || is_alive(&mut self.guest))
-        {
-            let migration = self.guest.qmp("query-migrate", json!({}))?["status"].clone();
-            return Err(format!("{error}: {:?}, {migration}", self.guest.status()?).into());
-        }
+        wait_until(&format!("{what}: the guest runs"), || is_alive(&mut self.guest))
+            .map_err(|error| self.with_state(error))?;
         let took = killed_at.elapsed();
         self.slowest = self.slowest.max(took);
         assert!(took < SOON * ALLOWANCE, "{what}: the guest ran after {took:?}; {said:?}");
         // The rest may take longer: an overlay is merged while the guest runs.
         wait_until(&format!("{what}: nothing is left in QEMU"), || {
             State::of(&mut self.guest).is_ok_and(|state| state == self.before)
-        })?;
+        })
+        .map_err(|error| self.with_state(error))?;
         assert_eq!(self.guest.status()? == "paused", asked_to_stand, "{what}");
         self.run_if_paused()?;
         self.expect_no_trace(what, (file, is_there), (image, images))?;
@@ -198,6 +195,15 @@ impl Trial {
         self.guest.wait_for_passes(1)?;
         self.guest.judge_counts()?;
         Ok(())
+    }
+
+    /// Adds to an error what QEMU says of itself.
+    fn with_state(&mut self, error: TestError) -> TestError {
+        let status = self.guest.status();
+        let migration = self.guest.qmp("query-migrate", json!({}));
+        let state = State::of(&mut self.guest);
+        let before = &self.before;
+        format!("{error}: {status:?}, {migration:?}, {state:?}, expected {before:?}").into()
     }
 
     /// The image in use and the files are what they were, but for a save that came to its end.

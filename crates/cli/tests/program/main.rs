@@ -1,6 +1,7 @@
 //! The program as its users meet it: words in, words and a status out.
 
 mod bench;
+mod broken_monitor;
 mod containers;
 mod damage;
 mod endings;

@@ -6,7 +6,7 @@
 
 use serde_json::{Map, Value};
 
-use super::images::NodeAt;
+use super::images::{NodeAt, RAW_WINDOW};
 use super::keys::{self, Keys};
 use super::{Argument, CommandLine};
 use crate::vm::{DeviceName, Drive};
@@ -50,6 +50,8 @@ pub struct LineImage {
     pub path: Option<String>,
     /// Its format, where the line says one.
     pub format: Option<String>,
+    /// It is a part of its file, which raw's `offset` or `size` says.
+    pub is_window: bool,
 }
 
 /// Where a drive stands on a command line.
@@ -290,10 +292,9 @@ impl Nodes {
         for _ in 0..DEPTH_MAX {
             let path = text(node, "filename").or_else(|| text(node, "path"));
             if path.is_some() {
-                return Some((
-                    LineImage { path, format: text(format_node, "driver") },
-                    format_node,
-                ));
+                let is_window = RAW_WINDOW.iter().any(|key| format_node.get(*key).is_some());
+                let format = text(format_node, "driver");
+                return Some((LineImage { path, format, is_window }, format_node));
             }
             match self.child(node, "file") {
                 Some(below) => (format_node, node) = (node, below),
@@ -302,7 +303,7 @@ impl Nodes {
             }
         }
         let format = text(format_node, "driver")?;
-        Some((LineImage { path: None, format: Some(format) }, format_node))
+        Some((LineImage { path: None, format: Some(format), is_window: false }, format_node))
     }
 }
 

@@ -9,7 +9,7 @@ use super::keys::{self, Keys};
 use super::{Argument, CommandLine, CommandLineError};
 
 /// Keys of a node's format that say where a raw image lies within its file.
-const RAW_WINDOW: [&str; 2] = ["offset", "size"];
+pub(super) const RAW_WINDOW: [&str; 2] = ["offset", "size"];
 
 /// Keys of a node that belong to the image that was there: what lies below or beside it, and how it
 /// is decrypted.

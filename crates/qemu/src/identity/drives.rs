@@ -102,7 +102,13 @@ impl Files<'_> {
             }
         };
         let what = format!("drive {}", drive.name());
-        Some(Difference::new(what, &top.0, &top.1, Remedy::add(Vec::new())))
+        let window = drive.images.iter().find(|image| image.is_window);
+        let Some(window) = window else {
+            return Some(Difference::new(what, &top.0, &top.1, Remedy::add(Vec::new())));
+        };
+        let found = format!("a part of {}", window.path);
+        let reason = "a restore names whole files only".to_owned();
+        Some(Difference::new(what, &found, &top.1, Remedy::Missing(reason)))
     }
 
     /// Tells whether what the line names lies below what is on top.
@@ -117,6 +123,7 @@ impl Files<'_> {
         match (is_file_path(&found.path), named) {
             // QEMU writes a URL in its own way, and a command line has many.
             (false, None) => true,
+            (true, Some(_)) if found.is_window && !expected.is_window => false,
             (true, Some(named)) => {
                 self.normal(&found.path) == self.normal(named)
                     || self.id(&found.path).is_some_and(|id| Some(id) == self.id(named))

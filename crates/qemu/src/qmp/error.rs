@@ -62,7 +62,7 @@ pub enum QmpError {
         reason: &'static str,
     },
     /// The connection ended, usually because QEMU did.
-    #[error("QEMU is gone: it closed the QMP connection during {during}")]
+    #[error("the QMP connection ended during {during}: QEMU is gone, or has closed it")]
     Closed {
         /// The command that was waiting, or `greeting`, or `events`.
         during: String,

@@ -53,6 +53,8 @@ pub struct Image {
     pub format: String,
     /// Its contents are encrypted.
     pub encrypted: bool,
+    /// It is a part of its file, as raw's `offset` and `size` say.
+    pub is_window: bool,
     /// The file beside a qcow2 image that holds its data, where there is one.
     pub data_file: Option<String>,
 }
@@ -187,6 +189,7 @@ fn image(image: &Value) -> Image {
         path: protocol_path(&name),
         format,
         encrypted: is_encrypted,
+        is_window: is_window(&name),
         data_file: specific
             .and_then(|data| named(data, "data-file"))
             .map(|name| protocol_path(&name)),
@@ -224,6 +227,13 @@ fn name_has_driver(name: &str, driver: &str) -> bool {
     let Some(parsed) = json_name(name) else { return false };
     let mut nodes = std::iter::successors(Some(&parsed), |node| node.get("file"));
     nodes.any(|node| node.get("driver").and_then(Value::as_str) == Some(driver))
+}
+
+/// Tells whether a name is that of a part of a file, which QEMU (7.2 to 11.1) always writes in JSON.
+fn is_window(name: &str) -> bool {
+    let Some(parsed) = json_name(name) else { return false };
+    let is_raw = parsed.get("driver").and_then(Value::as_str) == Some("raw");
+    is_raw && ["offset", "size"].iter().any(|key| parsed.get(*key).is_some())
 }
 
 /// Tells whether an image is an overlay that QEMU made for `-snapshot`.
@@ -312,6 +322,22 @@ mod tests {
         }
         let clear = json!({"inserted": {"encrypted": false, "image": {"filename": "a"}}});
         assert!(!drive(&clear).images[0].encrypted);
+    }
+
+    #[test]
+    fn a_part_of_a_file_is_told_from_the_whole() {
+        // From QEMU 10.0.2: -drive file=w.raw,format=raw,offset=1048576,size=16777216.
+        let name = concat!(
+            r#"json:{"offset": "1048576", "driver": "raw", "size": "16777216", "#,
+            r#""file": {"driver": "file", "filename": "w.raw"}}"#,
+        );
+        for (name, is_window) in [(name, true), ("w.raw", false)] {
+            let drive = drive(&json!({"inserted": {"image": {"filename": name}}}));
+            assert_eq!(
+                (drive.images[0].path.as_str(), drive.images[0].is_window),
+                ("w.raw", is_window)
+            );
+        }
     }
 
     #[test]

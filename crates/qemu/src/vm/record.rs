@@ -37,6 +37,11 @@ pub struct SaveRecord {
 }
 
 impl SaveRecord {
+    /// Returns whether both are records of one save.
+    pub(crate) fn is_of(&self, other: &SaveRecord) -> bool {
+        (&self.holder, self.guardian) == (&other.holder, other.guardian)
+    }
+
     /// Returns what QEMU's answer to [`inquiry`] holds if it has the record of this save, whatever
     /// else the record says by then.
     pub(crate) fn mark(&self) -> String {

@@ -140,6 +140,9 @@ fn image_of(drive: &Drive, directory: Option<&str>) -> Result<PathBuf, String> {
     if !FORMATS.contains(&top.format.as_str()) {
         return Err(format!("its format is {:?}, expected qcow2 or raw", top.format));
     }
+    if top.is_window {
+        return Err("it is a part of its file (raw's offset or size)".to_owned());
+    }
     let image = Path::new(&top.path);
     // QEMU writes the image's name as it knows it into the overlay, where a name with a directory
     // refers to the overlay's own directory (10.0).

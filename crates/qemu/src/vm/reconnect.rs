@@ -1,0 +1,40 @@
+//! A connection to QEMU's monitor that broke. QEMU may live on behind it.
+
+use std::time::Duration;
+
+use super::{SaveRecord, Vm, VmError};
+
+/// How long QEMU may take to greet once more.
+const RECONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+impl Vm {
+    /// Tells whether the connection to the monitor has ended.
+    pub fn is_cut_off(&mut self) -> bool {
+        let state = self.unstoppable(RECONNECT_TIMEOUT, Vm::run_state);
+        matches!(state, Err(VmError::Qmp(error)) if error.is_closed())
+    }
+
+    /// Connects to the monitor again, by the path of its socket, if QEMU there has the record of this
+    /// save. The new connection heeds no stop flag: it is for putting the VM back.
+    ///
+    /// # Errors
+    ///
+    /// [`VmError::NotStill`] where it is another VM or another save; whatever the kernel or QEMU says.
+    pub fn reconnect(&mut self, record: &SaveRecord) -> Result<(), VmError> {
+        let not_it = |what: &str| Err(VmError::NotStill { what: what.to_owned() });
+        let Some(socket) = self.socket().map(ToOwned::to_owned) else {
+            return not_it("its monitor has no socket to connect to again");
+        };
+        let mut again = Vm::connect_within(&socket, RECONNECT_TIMEOUT)?;
+        let found = again.record()?;
+        if found.is_none_or(|found| !found.is_of(record)) {
+            return not_it("the record of this save is not in QEMU any more");
+        }
+        if let Some(pid) = self.pid {
+            again.pid = Some(pid);
+            again.qmp.set_process(pid);
+        }
+        *self = again;
+        Ok(())
+    }
+}
