@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -51,6 +51,9 @@ struct State {
     parameters: Value,
     sets: Value,
     objects: Vec<String>,
+    /// What QEMU's descriptor 0 is: QEMU 10.0.2 closes it where a background snapshot fails before it
+    /// has begun, and the next one to fail closed the monitor that got its number.
+    stdin: PathBuf,
 }
 
 impl State {
@@ -61,6 +64,7 @@ impl State {
             settings: guest.qmp("query-migrate-capabilities", json!({}))?,
             parameters: guest.qmp("query-migrate-parameters", json!({}))?,
             sets: guest.qmp("query-fdsets", json!({}))?,
+            stdin: fs::read_link(format!("/proc/{}/fd/0", guest.pid()?))?,
             objects: objects.as_array().into_iter().flatten().filter_map(name).collect(),
         })
     }

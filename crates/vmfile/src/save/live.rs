@@ -8,6 +8,7 @@
 //! The disks of that moment are frozen while the guest stands still: before the one, when vmfile
 //! stops it, and at the end of the other, when QEMU waits with it (`pause-before-switchover`).
 
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -114,6 +115,10 @@ impl LiveRoute {
         let (ours, theirs) = UnixStream::pair().map_err(SaveError::Socket)?;
         let workers = Workers::start(work.draft.file(), (work.options.io, 1));
         let workers = workers.map_err(SaveError::Workers)?;
+        // Its stream must not end while QEMU (10.0.2) sets a background snapshot up: QEMU then closes
+        // its descriptor 0, which may be a monitor or a disk by then. The guardian's copy keeps it
+        // open until QEMU was told to stop.
+        work.guard.keep_open(ours.as_fd())?;
         // From here on only the pause of this save is among the events.
         let _ = work.vm.pause_seen();
         let stands = *method == Method::BackgroundSnapshot && !work.disks.is_empty();
