@@ -13,7 +13,7 @@ use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use vmfile_qemu::{Outgoing, PUT_BACK_TIMEOUT, RunState, StreamSettings, Vm, VmError};
+use vmfile_qemu::{Feature, Outgoing, PUT_BACK_TIMEOUT, RunState, StreamSettings, Vm, VmError};
 
 use super::sending::{Peer, sent};
 use super::stream::written;
@@ -98,7 +98,13 @@ impl LiveRoute {
 
     /// Chooses how, by trying: QEMU refuses the capability where the memory does not allow it.
     fn choose(&self, vm: &mut Vm, hold: bool) -> Result<(Method, StreamSettings), SaveError> {
+        let version = vm.version()?;
         let reason = match self.before.background_snapshot() {
+            _ if !version.has(Feature::StoppableSnapshot) => {
+                format!(
+                    "QEMU {version} leaves the guest standing where a background-snapshot ends early"
+                )
+            }
             None => "this QEMU has no background-snapshot".to_owned(),
             Some(ours) => match vm.change_stream_settings(&self.before, &ours) {
                 Ok(()) => return Ok((Method::BackgroundSnapshot, ours)),
