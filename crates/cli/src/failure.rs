@@ -156,8 +156,7 @@ impl From<&SaveError> for Failure {
             SaveError::Vm(error) => Failure::from(error),
             SaveError::QemuGone { .. } => Failure::new(Code::Vm, "qemu_gone", error)
                 .hint("there is no file; what QEMU said is where its standard error goes"),
-            SaveError::CutOff { .. } => Failure::new(Code::Vm, "cut_off", error)
-                .hint("there is no file; look what stands between vmfile and QEMU's monitor"),
+            SaveError::CutOff { .. } => Failure::new(Code::Vm, "cut_off", error).hint(CUT_OFF),
             SaveError::RunState { .. } => Failure::new(Code::Vm, "run_state", error).hint(
                 "a VM that was started with -S is to run first; one that was migrated or has ended \
                  cannot be saved; where the other end of the migration does not run, `cont` makes it \
@@ -222,6 +221,9 @@ impl From<&SaveError> for Failure {
         }
     }
 }
+
+/// What helps where the connection to a monitor broke.
+const CUT_OFF: &str = "there is no file; look what stands between vmfile and QEMU's monitor";
 
 /// What to do about a VM that is not what its command line would make.
 const CHANGED_OK: &str =

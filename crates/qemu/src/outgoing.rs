@@ -437,18 +437,22 @@ impl Vm {
     pub fn end_sending(&mut self, timeout: Duration) -> Result<Outgoing, VmError> {
         self.unstoppable(timeout, |vm| {
             let deadline = Instant::now() + timeout;
-            while vm.connects()? && Instant::now() < deadline {
-                thread::sleep(POLL_INTERVAL);
-            }
+            vm.wait_connected(deadline)?;
             vm.execute("migrate_cancel", Value::Null)?;
             vm.wait_sent(deadline.saturating_duration_since(Instant::now()))
         })
     }
 
-    /// Tells whether QEMU is about to connect to where it sends.
-    fn connects(&mut self) -> Result<bool, VmError> {
-        let answer = self.execute("query-migrate", Value::Null)?;
-        Ok(answer.get("status").and_then(Value::as_str) == Some("setup"))
+    /// Waits while QEMU connects to where it sends: told to stop then, QEMU 10.0.2 may abort.
+    pub(crate) fn wait_connected(&mut self, deadline: Instant) -> Result<(), VmError> {
+        loop {
+            let answer = self.execute("query-migrate", Value::Null)?;
+            let connects = answer.get("status").and_then(Value::as_str) == Some("setup");
+            if !connects || Instant::now() >= deadline {
+                return Ok(());
+            }
+            thread::sleep(POLL_INTERVAL);
+        }
     }
 
     /// As [`Vm::cancel_sending`], for a VM that several threads of QEMU write to a file.

@@ -442,17 +442,14 @@ impl<'a> Save<'a> {
     /// As [`Save::give_up`], by a new connection to QEMU: what was done by the old one, and what of it
     /// was carried out, is not known.
     fn give_up_after(self, vm: &mut Vm, error: SaveError) -> SaveError {
-        let is_named = self.is_named;
-        match vm.put_back(&self.record, |_| is_named) {
-            Ok(()) => {
-                self.guard.dismiss();
-                // A whole file is more than the way that led to it.
-                if is_named { error } else { error.cut_off() }
-            }
-            Err(source) => {
-                self.guard.leave();
-                SaveError::LeftPaused { cause: Box::new(error), source }
-            }
+        let Save { guard, record, is_named, .. } = self;
+        // Its connection has ended as well. It closes what it keeps open, which ends what QEMU sends.
+        guard.leave();
+        match vm.put_back(&record, |_| is_named) {
+            // A whole file is more than the way that led to it.
+            Ok(()) if is_named => error,
+            Ok(()) => error.cut_off(),
+            Err(source) => SaveError::LeftPaused { cause: Box::new(error), source },
         }
     }
 }

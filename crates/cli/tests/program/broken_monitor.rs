@@ -19,8 +19,10 @@ fn stand_between(listener: UnixListener, monitor: PathBuf, last: &'static str, l
     let mut is_first = true;
     while let Ok((client, _)) = listener.accept() {
         let upstream = UnixStream::connect(&monitor).expect("QEMU lives");
-        let (mut to_client, from_qemu) =
-            (client.try_clone().unwrap(), upstream.try_clone().unwrap());
+        let (mut to_client, from_qemu) = (
+            client.try_clone().expect("a descriptor"),
+            upstream.try_clone().expect("a descriptor"),
+        );
         let back = thread::spawn(move || {
             for line in BufReader::new(from_qemu).lines().map_while(Result::ok) {
                 if to_client.write_all(format!("{line}\n").as_bytes()).is_err() {
@@ -39,7 +41,7 @@ fn stand_between(listener: UnixListener, monitor: PathBuf, last: &'static str, l
         }
         let _ = client.shutdown(Shutdown::Both);
         let _ = upstream.shutdown(Shutdown::Both);
-        back.join().unwrap();
+        back.join().expect("it does not panic");
         if !later {
             return;
         }

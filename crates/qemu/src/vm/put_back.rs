@@ -306,6 +306,7 @@ impl Vm {
 
     /// Ends a migration whose other end is gone.
     fn end_left_migration(&mut self) -> Result<(), VmError> {
+        self.wait_connected(Instant::now() + CONNECTING)?;
         match self.outgoing()? {
             Outgoing::Active | Outgoing::Held => {}
             _ => return self.settle(Instant::now() + LONG),

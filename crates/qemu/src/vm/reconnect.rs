@@ -1,11 +1,16 @@
 //! A connection to QEMU's monitor that broke. QEMU may live on behind it.
 
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use super::{SaveRecord, Vm, VmError};
+use crate::qmp::QmpError;
 
 /// How long QEMU may take to greet once more.
 const RECONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long a connection waits that comes after one that has ended as well.
+const INTERVAL: Duration = Duration::from_millis(20);
 
 impl Vm {
     /// Tells whether the connection to the monitor has ended.
@@ -25,8 +30,23 @@ impl Vm {
         let Some(socket) = self.socket().map(ToOwned::to_owned) else {
             return not_it("its monitor has no socket to connect to again");
         };
-        let mut again = Vm::connect_within(&socket, RECONNECT_TIMEOUT)?;
-        let found = again.record()?;
+        let deadline = Instant::now() + RECONNECT_TIMEOUT;
+        let (mut again, found) = loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let asked = Vm::connect_within(&socket, left)
+                .and_then(|mut again| again.record().map(|found| (again, found)));
+            match asked {
+                // What has ended the first connection may end another one; and QEMU (10.0.2) may give
+                // the next connection an answer that was meant for the last, before it greets.
+                Err(VmError::Qmp(error))
+                    if (error.is_closed() || matches!(error, QmpError::NotQmp { .. }))
+                        && Instant::now() < deadline =>
+                {
+                    thread::sleep(INTERVAL);
+                }
+                asked => break asked?,
+            }
+        };
         if found.is_none_or(|found| !found.is_of(record)) {
             return not_it("the record of this save is not in QEMU any more");
         }
