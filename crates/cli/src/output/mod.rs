@@ -179,7 +179,7 @@ mod tests {
     fn a_terminal_is_not_told_what_to_do() {
         assert_eq!(printable("a\u{1b}[2Jb\r\n"), "a\\u{1b}[2Jb\\r\n");
         assert_eq!(printable("gnp.\u{202e}exe"), "gnp.\\u{202e}exe");
-        assert_eq!(printable("Bürgeramt 東京"), "Bürgeramt 東京");
+        assert_eq!(printable("B\u{fc}rgeramt"), "B\u{fc}rgeramt");
     }
 
     #[test]
