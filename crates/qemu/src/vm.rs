@@ -29,6 +29,7 @@ use serde_json::{Value, json};
 
 pub use blockers::{Blocker, BlockerKind};
 pub use device_state::DEVICE_STATE_LEN_MAX;
+pub(crate) use drives::RAW_WINDOW;
 pub use drives::{DeviceName, Drive, Image};
 pub use error::VmError;
 pub use files::FileId;

@@ -284,7 +284,7 @@ impl SaveError {
     #[must_use]
     pub fn leaves_paused(&self) -> bool {
         match self {
-            SaveError::Release { source, .. } => !is_gone(source),
+            SaveError::Release { source, .. } => !source.is_closed(),
             SaveError::LeftPaused { .. } | SaveError::Vm(VmError::LeftPaused { .. }) => true,
             _ => false,
         }
@@ -304,14 +304,9 @@ impl SaveError {
     }
 }
 
-/// Whether QEMU has ended.
-fn is_gone(error: &VmError) -> bool {
-    matches!(error, VmError::Qmp(error) if error.is_closed())
-}
-
 /// Says what became of a VM that was not released, for `error`.
 fn left(error: &VmError) -> &'static str {
-    if is_gone(error) {
+    if error.is_closed() {
         "QEMU ended before it was told what to do"
     } else {
         "the VM is left paused"

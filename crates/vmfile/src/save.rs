@@ -29,7 +29,7 @@ use std::time::{Duration, Instant};
 use vmfile_engine::PublishError;
 use vmfile_format::manifest::VmMeta;
 use vmfile_qemu::{
-    Footprint, Holder, PUT_BACK_TIMEOUT, Paused, RamBlockInfo, RunState, SaveRecord, Vm, VmError,
+    Footprint, Holder, PUT_BACK_TIMEOUT, Paused, RamBlockInfo, RunState, SaveRecord, Vm,
 };
 
 pub use self::changed::Change;
@@ -432,7 +432,7 @@ impl<'a> Save<'a> {
             self.guard.leave();
         }
         match thawed {
-            Err(source) if !is_closed(&source) => {
+            Err(source) if !source.is_closed() => {
                 SaveError::LeftOverlays { cause: Box::new(error), source }
             }
             _ => error,
@@ -459,12 +459,7 @@ fn resume_after(error: SaveError, mut paused: Paused<'_>) -> SaveError {
     match paused.resume() {
         Ok(()) => error,
         // There is no VM any more that could be paused.
-        Err(source) if is_closed(&source) => error.with_qemu_gone(source),
+        Err(source) if source.is_closed() => error.with_qemu_gone(source),
         Err(source) => SaveError::LeftPaused { cause: Box::new(error), source },
     }
-}
-
-/// Whether QEMU has ended.
-fn is_closed(error: &VmError) -> bool {
-    matches!(error, VmError::Qmp(error) if error.is_closed())
 }

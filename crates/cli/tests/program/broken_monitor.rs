@@ -13,9 +13,9 @@ use crate::guests::directory;
 use crate::run::{names_in, vmfile};
 use crate::words;
 
-/// Stands between vmfile and a monitor. Its first connection ends once it has passed on `last`;
-/// `later` says whether it takes another one.
-fn stand_between(listener: UnixListener, monitor: PathBuf, last: &'static str, later: bool) {
+/// Stands between vmfile and a monitor. Its first connection ends once it has passed on `last`; later
+/// ones are passed on whole.
+fn stand_between(listener: UnixListener, monitor: PathBuf, last: &'static str) {
     let mut is_first = true;
     while let Ok((client, _)) = listener.accept() {
         let upstream = UnixStream::connect(&monitor).expect("QEMU lives");
@@ -42,9 +42,6 @@ fn stand_between(listener: UnixListener, monitor: PathBuf, last: &'static str, l
         let _ = client.shutdown(Shutdown::Both);
         let _ = upstream.shutdown(Shutdown::Both);
         back.join().expect("it does not panic");
-        if !later {
-            return;
-        }
         is_first = false;
     }
 }
@@ -63,7 +60,7 @@ fn a_vm_whose_monitor_is_cut_off_is_put_back_by_a_new_connection() -> TestResult
         let (socket, file) = (directory.path().join("proxy"), directory.path().join("vm.vmf"));
         let listener = UnixListener::bind(&socket)?;
         let monitor = guest.qmp_path().to_owned();
-        thread::spawn(move || stand_between(listener, monitor, last, true));
+        thread::spawn(move || stand_between(listener, monitor, last));
         let route = ["--route", "stream", "--channels", "2"];
         let said = vmfile(
             words!["save", socket, file, "--after", "resume"].iter().chain(&route.map(Into::into)),

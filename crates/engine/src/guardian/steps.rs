@@ -201,14 +201,14 @@ impl Peer<'_> {
     /// Asks until the part of the answer that begins with `from` has been the same for `quiet`; `None`
     /// if it was not in time.
     fn ask_until_still(&mut self, asking: &Asking<'_>, from: &[u8], quiet: Duration) -> Option<()> {
-        let mut seen = self.ask(asking, &[from])?;
+        let mut part = self.ask(asking, &[from])?.part;
         let mut since = Instant::now();
         while since.elapsed() < quiet {
             left(asking.deadline)?;
             self.rest(INTERVAL);
-            let before = seen;
-            seen = self.ask(asking, &[from])?;
-            if (seen.word, seen.part) != (before.word, before.part) {
+            let before = part;
+            part = self.ask(asking, &[from])?.part;
+            if part != before {
                 since = Instant::now();
             }
         }

@@ -6,10 +6,10 @@
 
 use serde_json::{Map, Value};
 
-use super::images::{NodeAt, RAW_WINDOW};
+use super::images::NodeAt;
 use super::keys::{self, Keys};
 use super::{Argument, CommandLine};
-use crate::vm::{DeviceName, Drive};
+use crate::vm::{DeviceName, Drive, RAW_WINDOW};
 
 /// Deepest chain of nodes followed: more is a loop.
 const DEPTH_MAX: usize = 256;

@@ -7,9 +7,7 @@ use serde_json::{Map, Value, json};
 use super::drives::{LineDrive, Nodes, Place, blockdev_tree, drive_tree, own_keys};
 use super::keys::{self, Keys};
 use super::{Argument, CommandLine, CommandLineError};
-
-/// Keys of a node's format that say where a raw image lies within its file.
-pub(super) const RAW_WINDOW: [&str; 2] = ["offset", "size"];
+use crate::vm::RAW_WINDOW;
 
 /// Keys of a node that belong to the image that was there: what lies below or beside it, and how it
 /// is decrypted.

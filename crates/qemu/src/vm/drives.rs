@@ -12,6 +12,9 @@ const IMAGE_DEPTH_MAX: usize = 256;
 const FILTERS: [&str; 5] =
     ["throttle", "copy-on-read", "preallocate", "copy-before-write", "snapshot-access"];
 
+/// Keys of a node's format that say where a raw image lies within its file.
+pub(crate) const RAW_WINDOW: [&str; 2] = ["offset", "size"];
+
 /// The QOM path of the devices that have an id.
 const PERIPHERAL: &str = "/machine/peripheral/";
 
@@ -233,7 +236,7 @@ fn name_has_driver(name: &str, driver: &str) -> bool {
 fn is_window(name: &str) -> bool {
     let Some(parsed) = json_name(name) else { return false };
     let is_raw = parsed.get("driver").and_then(Value::as_str) == Some("raw");
-    is_raw && ["offset", "size"].iter().any(|key| parsed.get(*key).is_some())
+    is_raw && RAW_WINDOW.iter().any(|key| parsed.get(*key).is_some())
 }
 
 /// Tells whether an image is an overlay that QEMU made for `-snapshot`.

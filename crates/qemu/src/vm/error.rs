@@ -101,6 +101,12 @@ pub enum VmError {
 }
 
 impl VmError {
+    /// Whether the connection to the monitor has ended, usually because QEMU has.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        matches!(self, VmError::Qmp(error) if error.is_closed())
+    }
+
     /// Returns what the user could try, where we know it.
     #[must_use]
     pub fn hint(&self) -> Option<&'static str> {

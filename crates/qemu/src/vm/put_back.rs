@@ -195,8 +195,7 @@ impl Steps {
         self.list.push(UndoStep::Until { line, answer, words, word, is_there, limit });
     }
 
-    /// The other end of QEMU's stream is gone with its process: QEMU notices by itself, or is told
-    /// to stop. It says that the migration is over some moments before it takes `cont` again
+    /// Tells QEMU to stop what it sends: the process that received it is gone. QEMU says that the migration is over some moments before it takes `cont` again
     /// ("Migration is not finalized yet", 7.2 to 11.1).
     fn end_migration(&mut self, writes_file: bool) {
         let over = (&UNDER_WAY[..], String::new());

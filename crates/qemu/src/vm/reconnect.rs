@@ -16,7 +16,7 @@ impl Vm {
     /// Tells whether the connection to the monitor has ended.
     pub fn is_cut_off(&mut self) -> bool {
         let state = self.unstoppable(RECONNECT_TIMEOUT, Vm::run_state);
-        matches!(state, Err(VmError::Qmp(error)) if error.is_closed())
+        state.is_err_and(|error| error.is_closed())
     }
 
     /// Connects to the monitor again, by the path of its socket, if QEMU there has the record of this
@@ -38,8 +38,9 @@ impl Vm {
             match asked {
                 // What has ended the first connection may end another one; and QEMU (10.0.2) may give
                 // the next connection an answer that was meant for the last, before it greets.
-                Err(VmError::Qmp(error))
-                    if (error.is_closed() || matches!(error, QmpError::NotQmp { .. }))
+                Err(error)
+                    if (error.is_closed()
+                        || matches!(error, VmError::Qmp(QmpError::NotQmp { .. })))
                         && Instant::now() < deadline =>
                 {
                     thread::sleep(INTERVAL);

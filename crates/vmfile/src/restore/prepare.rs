@@ -99,7 +99,7 @@ impl Prepared {
         }
     }
 
-    /// Returns the end of QEMU's standard error; empty for one that somebody else started.
+    /// Returns the end of QEMU's standard error; nothing where this process did not start QEMU.
     fn stderr(&self) -> String {
         match &self.qemu {
             Qemu::Launched(qemu) => qemu.stderr().trim().to_owned(),

@@ -17,7 +17,7 @@ use vmfile_qemu::{Feature, Outgoing, PUT_BACK_TIMEOUT, RunState, StreamSettings,
 
 use super::sending::{Peer, sent};
 use super::stream::written;
-use super::{Disks, Live, LiveDone, Work, Written, is_closed};
+use super::{Disks, Live, LiveDone, Work, Written};
 use crate::beside::beside;
 use crate::error::SaveError;
 use crate::lane::Workers;
@@ -74,7 +74,7 @@ impl LiveRoute {
             (Ok(received), Ok(())) => received,
             (Err(error), Ok(())) => return Err(error),
             (Ok(_), Err(source)) => return Err(source.into()),
-            (Err(cause), Err(source)) if is_closed(&source) => {
+            (Err(cause), Err(source)) if source.is_closed() => {
                 return Err(cause.with_qemu_gone(source));
             }
             (Err(cause), Err(source)) => {
