@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::pass_fd;
-use crate::qmp::QmpError;
+use crate::qmp::{QmpError, STILL_TIMEOUT};
 use crate::version::Feature;
 use crate::vm::{PUT_BACK_TIMEOUT, RunState, Vm, VmError};
 
@@ -24,8 +24,9 @@ const STREAM_NAME: &str = "vmfile-stream";
 const POLL_INTERVALS: (Duration, Duration) =
     (Duration::from_micros(250), Duration::from_millis(20));
 
-/// How long one look may take: a device that is being loaded may keep QEMU from answering.
-const POLL_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long one look may take: a device that is being loaded may keep QEMU from answering. Longer than
+/// QEMU's process may be stopped before that is the answer.
+const POLL_TIMEOUT: Duration = STILL_TIMEOUT.saturating_mul(2);
 
 /// A stream was not loaded.
 #[derive(Debug, thiserror::Error)]

@@ -20,3 +20,4 @@ pub use event::{EVENT_COUNT_MAX, Event};
 
 pub(crate) use command::is_missing_command;
 pub(crate) use error::{LIBVIRT_HINT, unexpected};
+pub(crate) use wait::STILL_TIMEOUT;

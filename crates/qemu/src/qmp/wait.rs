@@ -21,7 +21,7 @@ const STOP_INTERVAL: Duration = Duration::from_millis(100);
 const ANSWER_GRACE: Duration = Duration::from_millis(300);
 
 /// How long QEMU's process may be stopped before a command that it does not answer is given up.
-const STILL_TIMEOUT: Duration = Duration::from_secs(3);
+pub(crate) const STILL_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// How long each command is waited for when the time for putting things back is over.
 const LAST_CHANCE: Duration = Duration::from_millis(100);

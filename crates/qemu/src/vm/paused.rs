@@ -44,6 +44,8 @@ impl Vm {
             Ok(()) => Ok(paused),
             Err(error) => match paused.resume() {
                 Ok(()) => Err(error),
+                // Where QEMU has ended there is no VM that could be paused.
+                Err(source) if source.is_closed() => Err(error),
                 Err(source) => {
                     Err(VmError::LeftPaused { cause: Box::new(error), source: Box::new(source) })
                 }
