@@ -12,7 +12,7 @@ use tempfile::TempDir;
 use vmfile_testing::{Guest, Mount, Qemu, Ram, SlowDisk, TestResult, requires};
 
 use crate::guests::directory;
-use crate::run::{Said, command, names_in, processes_in, program, vmfile, wait_until};
+use crate::run::{Said, command, names_in, processes_in, vmfile, wait_until};
 use crate::words;
 
 /// A directory for `PATH` that has these programs, and no others.
@@ -126,7 +126,7 @@ fn a_slow_disk_shows_up_as_slow() -> TestResult {
     let disk = requires!(SlowDisk::ext4(700, MIB_PER_SECOND));
     let options = ["--size", "64M", "--runs", "1", "--data", "60", "--repeated", "0"];
     let (inner, _programs) = bench(&qemu, &options, disk.path())?;
-    let mut outer = disk.command(program());
+    let mut outer = disk.command(Path::new(inner.get_program()));
     for (name, value) in inner.get_envs() {
         if let Some(value) = value {
             outer.env(name, value);

@@ -41,10 +41,8 @@ fn begin_to_save(guest: &Guest, file: &Path) -> TestResult<(Child, BufReader<Chi
         "--progress",
         "json",
     ];
-    // A test that was started by `nohup` ignores SIGHUP, and so would the program.
-    let mut command = Command::new("env");
-    command.arg("--default-signal=HUP").arg(program()).args(arguments);
-    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    let mut child =
+        command().args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
     let mut stderr = BufReader::new(child.stderr.take().ok_or("piped")?);
     let mut line = String::new();
     stderr.read_line(&mut line)?;

@@ -50,9 +50,11 @@ impl From<Output> for Said {
     }
 }
 
-/// The program, with nothing of the terminal that the tests may run in.
+/// The program, with nothing of the terminal or shell that the tests may run in: under `nohup`, or in
+/// the background of a script, the tests ignore signals, and so would the program.
 pub(crate) fn command() -> Command {
-    let mut command = Command::new(program());
+    let mut command = Command::new("/usr/bin/env");
+    command.arg("--default-signal").arg(program());
     command.env_remove("COLUMNS").stdin(Stdio::null());
     command
 }
