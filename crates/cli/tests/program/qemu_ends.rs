@@ -41,9 +41,10 @@ fn config() -> GuestConfig {
     Guest::boot_sector(Ram::private(200)).seed(91).data_share(200)
 }
 
-fn send(pid: u32, signal: Signal) -> TestResult {
+fn send(pid: u32, signal: Signal, what: &str) -> TestResult {
     let pid = Pid::from_raw(i32::try_from(pid)?).ok_or("a pid")?;
-    Ok(kill_process(pid, signal)?)
+    kill_process(pid, signal)
+        .map_err(|errno| format!("{what}: {signal:?} to {pid:?}: {errno}").into())
 }
 
 fn begin(words: impl IntoIterator<Item = std::ffi::OsString>) -> TestResult<Child> {
@@ -72,7 +73,7 @@ fn save(guest: &mut Guest, number: u64, random: &mut Random, signal: Signal) -> 
     let sockets = format!("vmfile-{}-", child.id());
     thread::sleep(moment);
     let sent = Instant::now();
-    send(qemu, signal)?;
+    send(qemu, signal, &what)?;
     let soon = if signal == Signal::KILL { GONE_SOON } else { STOPPED_SOON };
     let said = end(child, sent, soon, &what)?;
     if signal == Signal::KILL {
@@ -82,7 +83,7 @@ fn save(guest: &mut Guest, number: u64, random: &mut Random, signal: Signal) -> 
     } else {
         assert!(matches!(said.code, Some(0 | 3 | 7)), "{what}: {said:?}");
         assert!(said.code == Some(0) || said.stderr.contains("stopped"), "{what}: {said:?}");
-        send(qemu, Signal::CONT)?;
+        send(qemu, Signal::CONT, &what)?;
         wait_until(&format!("{what}: the guest runs: {said:?}"), || {
             guest.status().is_ok_and(|status| status == "running")
         })?;
@@ -127,7 +128,11 @@ fn restore(qemu: &Qemu, file: &Path, number: u64, random: &mut Random) -> TestRe
     let what = format!("restore {number}: {mode}, {signal:?} after {moment:?}");
     thread::sleep(moment);
     let sent = Instant::now();
-    send(found.ok_or("found")?, signal)?;
+    if let Err(error) = send(found.ok_or("found")?, signal, &what) {
+        // Its restore has come to an end already: what did it say?
+        let said = Said::from(child.wait_with_output()?);
+        return Err(format!("{error}; {said:?}").into());
+    }
     let said = end(child, sent, STOPPED_SOON, &what)?;
     assert!(matches!(said.code, Some(0 | 3)), "{what}: {said:?}");
     if said.code != Some(0) {
