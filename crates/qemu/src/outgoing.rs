@@ -102,13 +102,15 @@ impl StreamSettings {
     }
 
     /// Returns plain settings by which pages go by `channels` connections beside the stream, as they
-    /// are.
+    /// are; zero pages are named beside those that they lie between, where QEMU can (9.0), whatever its
+    /// machine type has for a default.
     #[must_use]
     pub fn multifd(&self, channels: NonZeroU8) -> StreamSettings {
         let mut settings = self.plain();
         settings.capabilities.insert("multifd".to_owned(), true);
         settings.set("multifd-channels", channels.get().into());
         settings.set("multifd-compression", "none".into());
+        settings.set("zero-page-detection", "multifd".into());
         settings
     }
 

@@ -30,6 +30,7 @@ mod ram_writer;
 mod ranges;
 mod reading;
 pub mod receive;
+mod received_ram;
 pub mod restore;
 mod restore_error;
 pub mod save;

@@ -17,6 +17,10 @@ pub(crate) const UNIT_LEN: u64 = 16 << 20;
 /// Larger ones gain nothing on any disk that was tried, and smaller ones cost calls.
 pub(crate) const WINDOW_LEN: u64 = 2 << 20;
 
+/// The longest gap of zero pages between two pages with data that is written as zeros, so that both go
+/// out in one write: see decision 14.
+pub(crate) const BRIDGE_LEN: u64 = 32 << 10;
+
 /// A part of one RAM block, between two multiples of the units' length or up to the block's end.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Unit {

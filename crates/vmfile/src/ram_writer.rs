@@ -16,7 +16,7 @@ use vmfile_format::{PageBitmap, PageIndex};
 
 use crate::control::{Control, Meter};
 use crate::lane::{Lane, Workers};
-use crate::plan::{UNIT_LEN, Unit, Units, WINDOW_LEN, pieces};
+use crate::plan::{BRIDGE_LEN, UNIT_LEN, Unit, Units, WINDOW_LEN, pieces};
 use crate::source::process::BlockMemory;
 
 /// Target pages of x86, the guests that the direct route knows.
@@ -27,10 +27,6 @@ const _: () = assert!(UNIT_PAGES as u64 * PAGE_LEN == UNIT_LEN);
 /// The hashes of one unit, in bytes: they fit into one buffer.
 const UNIT_HASHES: usize = UNIT_PAGES * 16;
 const _: () = assert!(UNIT_HASHES as u64 == UNIT_PAGES as u64 * HASH_LEN);
-
-/// The longest gap of zero pages between two pages with data that is written as zeros, so that both go
-/// out in one write: see decision 14.
-pub(crate) const BRIDGE_LEN: u64 = 32 << 10;
 
 /// Where one block's pages and hashes go, and where they come from.
 #[derive(Clone, Debug)]

@@ -18,8 +18,9 @@ use crate::draft::{Draft, Places, Tail};
 use crate::lane::{Lane, Workers};
 use crate::listener::Listener;
 use crate::multifd::{Channel, ChannelCounts, ChannelsError, Connections, Rounds, StreamRounds};
-use crate::page_writer::{Counts, PAGE_LEN_MIN, PageWriter, ReceivedRam};
+use crate::page_writer::{Counts, PAGE_LEN_MIN, PageWriter};
 use crate::receive::ReceiveError;
+use crate::received_ram::ReceivedRam;
 use crate::source::stream::{Patience, StreamSource};
 
 /// A receive at work.
@@ -152,10 +153,11 @@ impl<'a> Parts<'a> {
         stream: impl FnOnce(PageWriter<'a>) -> Result<(Vec<u8>, Counts), ReceiveError> + Send,
     ) -> Option<(Vec<u8>, Counts, u64)> {
         assert_eq!(workers.count(), channels.len() + 1, "a thread for each connection");
+        let is_alone = channels.is_empty();
         let channels: Vec<_> = channels.into_iter().map(|it| Mutex::new(Some(it))).collect();
         let stream = Mutex::new(Some(stream));
         let work = |number: usize, lane: Lane| {
-            let writer = PageWriter::new(self.ram, lane);
+            let writer = PageWriter::new(self.ram, lane, is_alone);
             self.rounds.take_part(|| match number.checked_sub(1) {
                 None => {
                     let received = taken(&stream)(writer);

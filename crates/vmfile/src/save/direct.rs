@@ -13,7 +13,8 @@ use super::{SaveOptions, Work, Written};
 use crate::draft::{Draft, Places, Tail};
 use crate::error::SaveError;
 use crate::lane::Workers;
-use crate::ram_writer::{BRIDGE_LEN, PAGE_LEN, Target, write_ram};
+use crate::plan::BRIDGE_LEN;
+use crate::ram_writer::{PAGE_LEN, Target, write_ram};
 use crate::source::process::{BlockAt, ProcessRam};
 
 /// The RAM of a VM, found in the memory of its process.

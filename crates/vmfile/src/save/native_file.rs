@@ -22,7 +22,7 @@ use crate::control::Progress;
 use crate::draft::Tables;
 use crate::error::SaveError;
 use crate::lane::Workers;
-use crate::page_writer::empty;
+use crate::received_ram::empty;
 use crate::snapshot::Snapshot;
 use crate::window_reader::{Window, WindowReader};
 
