@@ -293,3 +293,63 @@ impl Run {
         (is_same && gap as u64 <= gap_max).then_some(gap)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{FileExt as _, MetadataExt as _};
+
+    use vmfile_engine::{Backend, DataFile, DirectIo};
+    use vmfile_format::stream::configuration::Configuration;
+    use vmfile_format::{PageSize, RamBlock, RamLayout};
+
+    use super::*;
+    use crate::draft::Places;
+    use crate::lane::on_lanes;
+
+    const PAGES: u64 = WINDOW_LEN / PAGE_LEN_MIN;
+
+    /// Writes `pages` of a block of one window, in this order; returns what the file holds at their
+    /// places, a byte for each page, and how many pages of it are no holes.
+    fn written(pages: &[u64], is_alone: bool) -> (Vec<u8>, u64) {
+        let file = tempfile::tempfile().unwrap();
+        let data_file = DataFile::new(file.try_clone().unwrap(), DirectIo::Off).unwrap();
+        let block = RamBlock::new("ram".to_owned(), WINDOW_LEN, PageSize::KIB_4).unwrap();
+        let ram = RamLayout::new(vec![block]).unwrap();
+        let places = Places::new(&Configuration::default(), ram, 1, 0).unwrap();
+        let ram = ReceivedRam::new(data_file.clone(), places.blocks(), places.hashes());
+        let offset = places.blocks()[0].pages_offset;
+        // The tables of hashes, which follow, are no part of what is counted.
+        file.set_len(offset + 2 * WINDOW_LEN).unwrap();
+        let work = |lane| {
+            let mut writer = PageWriter::new(&ram, lane, is_alone);
+            for &page in pages {
+                writer.page(0, PageIndex(page), &[1; 4096]).unwrap();
+            }
+            writer.drain().unwrap();
+        };
+        on_lanes(&data_file, (Backend::Threads, 1), work).unwrap();
+        let mut bytes = vec![0; usize::try_from(WINDOW_LEN).unwrap()];
+        file.read_exact_at(&mut bytes, offset).unwrap();
+        let blocks = file.metadata().unwrap().blocks();
+        (bytes.chunks(4096).map(|page| page[4095]).collect(), blocks * 512 / 4096)
+    }
+
+    /// A guest with every other page zero made a write of each page: a save by stream took 28 seconds where
+    /// as much data in one piece took 0.8, with the guest paused.
+    #[test]
+    fn short_gaps_are_written_by_a_writer_that_is_alone() {
+        let every_other: Vec<u64> = (0..PAGES).step_by(2).collect();
+        let (bytes, allocated) = written(&every_other, true);
+        assert!(allocated >= PAGES - 1, "{allocated} pages");
+        assert!((0..).zip(bytes).all(|(page, byte): (u64, u8)| byte == u8::from(page % 2 == 0)));
+        // Another writer may have the page in the gap.
+        let (_, allocated) = written(&every_other, false);
+        assert!((PAGES / 2..PAGES * 3 / 4).contains(&allocated), "{allocated} pages");
+    }
+
+    #[test]
+    fn a_page_that_came_before_those_beside_it_is_no_gap() {
+        let (bytes, _) = written(&[5, PAGES - 1, 4, 6, PAGES - 1], true);
+        assert_eq!(bytes[3..8], [0, 1, 1, 1, 0]);
+    }
+}

@@ -68,7 +68,8 @@ pub fn save(
     control: &Control<'_>,
 ) -> Result<SaveReport, SaveError> {
     vm.set_stop(control.stop_flag());
-    let mut save = Save::begin(vm, destination, options, control)?;
+    let begun = Save::begin(vm, destination, options, control);
+    let mut save = begun.map_err(|error| unless_qemu_is_gone(vm, error))?;
     let done = match save.route.route {
         ReadyRoute::Live(_) => save.live(vm),
         _ => save.paused(vm),
@@ -451,6 +452,18 @@ impl<'a> Save<'a> {
             Ok(()) => error.cut_off(),
             Err(source) => SaveError::LeftPaused { cause: Box::new(error), source },
         }
+    }
+}
+
+/// Asks QEMU whether it is there, before a look into its process that failed is reported as `error`: the
+/// memory and the files of a process are gone some time before it is.
+fn unless_qemu_is_gone(vm: &mut Vm, error: SaveError) -> SaveError {
+    if !error.is_about_the_process() {
+        return error;
+    }
+    match vm.unstoppable(PUT_BACK_TIMEOUT, Vm::run_state) {
+        Err(source) if source.is_closed() => error.with_qemu_gone(source),
+        _ => error,
     }
 }
 
