@@ -170,7 +170,7 @@ const TABLE: [Row; 18] = [
     Row::new(Feature::MappedRam, (9, 0), "capability `mapped-ram`",
         "QEMU loading a vmfile by itself, and writing a file that vmfile reads"),
     Row::new(Feature::MultifdZeroPages, (9, 0), "zero pages in multifd packets, by machine type",
-        "reading a multifd stream, whose short gaps are written without a hole"),
+        "reading a multifd stream, and writing zeros into its short gaps"),
     Row::new(Feature::MigrationDirectIo, (9, 1), "migration parameter `direct-io`",
         "`save --route native`: QEMU writes past the page cache"),
     Row::new(Feature::ExitOnError, (9, 1), "`migrate-incoming` with `exit-on-error`",

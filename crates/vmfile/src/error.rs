@@ -290,19 +290,6 @@ impl SaveError {
         }
     }
 
-    /// Whether this was found in what the kernel says of QEMU's process.
-    pub(crate) fn is_about_the_process(&self) -> bool {
-        matches!(
-            self,
-            SaveError::Process(_)
-                | SaveError::OpenFiles { .. }
-                | SaveError::ImageLost { .. }
-                | SaveError::Changed { .. }
-                | SaveError::Disk { .. }
-                | SaveError::NotConnected { .. }
-        )
-    }
-
     /// Says that QEMU is gone.
     pub(crate) fn with_qemu_gone(self, source: VmError) -> SaveError {
         SaveError::QemuGone { cause: Box::new(self), source }

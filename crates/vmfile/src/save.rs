@@ -455,10 +455,11 @@ impl<'a> Save<'a> {
     }
 }
 
-/// Asks QEMU whether it is there, before a look into its process that failed is reported as `error`: the
-/// memory and the files of a process are gone some time before it is.
+/// Asks QEMU whether it is there, before `error` is reported: the kernel takes the memory and the files from
+/// a process that ends before it closes its monitor, and a look into it then fails for another reason.
 fn unless_qemu_is_gone(vm: &mut Vm, error: SaveError) -> SaveError {
-    if !error.is_about_the_process() {
+    // QEMU was not needed for these, or said so itself.
+    if matches!(error, SaveError::Publish(_) | SaveError::Stopped | SaveError::Vm(_)) {
         return error;
     }
     match vm.unstoppable(PUT_BACK_TIMEOUT, Vm::run_state) {

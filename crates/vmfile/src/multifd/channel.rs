@@ -7,9 +7,10 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::io::{Errno, readv};
 use vmfile_format::error::FormatErrorKind;
 use vmfile_format::stream::multifd::{Compression, INIT_LEN, Packet, PacketPages, packet_len};
-use vmfile_format::{FormatError, PageIndex, PageSize, RamBlock, RamLayout};
+use vmfile_format::{FormatError, PageSize, RamBlock, RamLayout};
 
 use super::inflater::Inflater;
+use super::order::Order;
 use super::rounds::Rounds;
 use crate::page_writer::{Counts, PageWriter};
 use crate::receive::ReceiveError;
@@ -99,14 +100,12 @@ impl<'a> Channel<'a> {
         let order = Order::of(pages, buffer.len() / page_len).map_err(|kind| self.refused(kind))?;
         let room = &mut buffer[..order.len() * page_len];
         match packet.compression {
-            Compression::None if order.is_wire => {
-                let (needed, mut slices) = (room.len(), [IoSliceMut::new(room)]);
-                let found = self.read(&mut slices)?;
-                self.whole("pages of a multifd packet", needed, found)?;
-            }
             Compression::None => {
                 let needed = pages.normal.len() * page_len;
-                let mut slices: Vec<_> = order.slots(room).map(IoSliceMut::new).collect();
+                let mut slices: Vec<_> = match order.is_wire {
+                    true => vec![IoSliceMut::new(room)],
+                    false => order.slots(room).map(IoSliceMut::new).collect(),
+                };
                 let found = self.read(&mut slices)?;
                 self.whole("pages of a multifd packet", needed, found)?;
             }
@@ -190,125 +189,4 @@ pub(super) fn read_all(
         }
     }
     Ok(found)
-}
-
-/// The pages of a packet in ascending order, where they stand in a buffer, and how they come.
-#[derive(Debug)]
-struct Order {
-    /// Each page with its place in the buffer, in pages.
-    places: Vec<(usize, PageIndex)>,
-    /// For each page as it comes, its number in `places`.
-    wire: Vec<usize>,
-    /// Whether they come as they stand in the buffer.
-    is_wire: bool,
-}
-
-impl Order {
-    /// Orders the pages with data of a packet for a buffer of `room` pages, which has room for them.
-    ///
-    /// Zero pages that the packet names have their places between them, as far as there is room: then
-    /// all can be written at once. Nobody else has those pages in this round.
-    fn of(packet: &PacketPages, room: usize) -> Result<Order, FormatErrorKind> {
-        let pages = &packet.normal;
-        let mut sorted: Vec<usize> = (0..pages.len()).collect();
-        sorted.sort_by_key(|&index| pages[index]);
-        let mut zero = packet.zero.clone();
-        zero.sort_unstable();
-        let mut places: Vec<(usize, PageIndex)> = Vec::with_capacity(pages.len());
-        let mut wire = vec![0; pages.len()];
-        for (number, &index) in sorted.iter().enumerate() {
-            let (page, left) = (pages[index], sorted.len() - number);
-            let place = match places.last() {
-                Some(&(_, last)) if last == page => {
-                    let (what, name) = ("multifd packet with twice the page", page.0.to_string());
-                    return Err(FormatErrorKind::Unsupported { what, name });
-                }
-                Some(&(before, last)) => {
-                    let gap = zeros_between(&zero, last, page);
-                    let gap = gap.filter(|gap| before + 1 + gap + left <= room);
-                    before + 1 + gap.unwrap_or(0)
-                }
-                None => 0,
-            };
-            wire[index] = number;
-            places.push((place, page));
-        }
-        let is_wire = wire.is_sorted() && places.last().is_none_or(|last| last.0 < pages.len());
-        Ok(Order { places, wire, is_wire })
-    }
-
-    /// Returns how many pages of a buffer are taken.
-    fn len(&self) -> usize {
-        self.places.last().map_or(0, |last| last.0 + 1)
-    }
-
-    /// Cuts `room`, as long as this says, into places for pages as they come.
-    fn slots<'a>(&self, room: &'a mut [u8]) -> impl Iterator<Item = &'a mut [u8]> + use<'_, 'a> {
-        let page_len = room.len() / self.len();
-        let mut slots: Vec<Option<&mut [u8]>> = room.chunks_exact_mut(page_len).map(Some).collect();
-        let place = |&number: &usize| self.places[number].0;
-        self.wire.iter().map(move |number| slots[place(number)].take().expect("a page of its own"))
-    }
-}
-
-/// Returns how many pages lie between two, if all of them are among `zero`, which is in order.
-fn zeros_between(zero: &[PageIndex], before: PageIndex, after: PageIndex) -> Option<usize> {
-    let start = zero.partition_point(|page| *page <= before);
-    let end = zero.partition_point(|page| *page < after);
-    let gap = usize::try_from(after.0 - before.0 - 1).ok()?;
-    // A page that the packet names twice is counted twice: then nothing is bridged, or not all of it.
-    (zero[start..end].windows(2).all(|pair| pair[0] < pair[1]) && end - start == gap).then_some(gap)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn order(normal: &[u64], zero: &[u64], room: usize) -> Result<Order, FormatErrorKind> {
-        let list = |pages: &[u64]| pages.iter().copied().map(PageIndex).collect();
-        Order::of(&PacketPages { block: 0, normal: list(normal), zero: list(zero) }, room)
-    }
-
-    fn places(order: &Order) -> Vec<(usize, u64)> {
-        order.places.iter().map(|&(place, page)| (place, page.0)).collect()
-    }
-
-    #[test]
-    fn pages_that_come_in_any_order_find_their_places() {
-        let found = order(&[7, 2, 5], &[], 9).expect("three pages");
-        assert_eq!(places(&found), [(0, 2), (1, 5), (2, 7)]);
-        assert!(!found.is_wire);
-        let mut room = [0; 6];
-        for (slot, byte) in found.slots(&mut room).zip(*b"abc") {
-            slot.fill(byte);
-        }
-        assert_eq!(&room, b"bbccaa");
-        assert!(order(&[2, 5, 7], &[], 9).expect("three pages").is_wire);
-    }
-
-    #[test]
-    fn zero_pages_of_the_packet_have_their_places_between_where_there_is_room() {
-        let found = order(&[9, 2, 5, 7], &[4, 3, 6], 9).expect("four pages");
-        assert_eq!(places(&found), [(0, 2), (3, 5), (5, 7), (6, 9)]);
-        assert_eq!((found.len(), found.is_wire), (7, false));
-        let mut room = [0; 7];
-        for (slot, byte) in found.slots(&mut room).zip(*b"abcd") {
-            slot.fill(byte);
-        }
-        assert_eq!(&room, b"b\0\0c\0da");
-        // The second gap has no room, and the first one has.
-        let found = order(&[2, 5, 7, 9], &[3, 4, 6], 6).expect("four pages");
-        assert_eq!(places(&found), [(0, 2), (3, 5), (4, 7), (5, 9)]);
-        assert!(!found.is_wire);
-        // A page twice is not two pages.
-        let found = order(&[2, 5], &[4, 4], 9).expect("two pages");
-        assert_eq!(places(&found), [(0, 2), (1, 5)]);
-    }
-
-    #[test]
-    fn a_packet_with_a_page_twice_is_refused() {
-        let error = order(&[7, 2, 7], &[], 9).expect_err("7 comes twice");
-        let text = "multifd packet with twice the page \"7\" is not supported";
-        assert_eq!(error.to_string(), text);
-    }
 }

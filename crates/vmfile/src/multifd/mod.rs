@@ -9,6 +9,7 @@
 mod channel;
 mod connections;
 mod inflater;
+mod order;
 mod rounds;
 
 pub(crate) use channel::{Channel, ChannelCounts};
