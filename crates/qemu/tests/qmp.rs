@@ -233,6 +233,28 @@ fn a_wait_for_the_greeting_ends_when_it_is_stopped() {
     assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
 }
 
+/// QEMU gave the answer to a killed client's command to the next client, before its greeting or after,
+/// and a save ended with "not a QMP monitor", or took the answer as one to its own command.
+#[test]
+fn what_qemu_says_to_the_client_before_is_skipped() {
+    let mut qmp = connect(LONG, |mut stream| {
+        for late in [json!({"return": {}, "id": 1}), json!({"event": "STOP"})] {
+            stream.write_all(format!("{late}\r\n").as_bytes()).unwrap();
+        }
+        let mut peer = greet(stream);
+        let id = read_id(&mut peer).unwrap();
+        for late in (1..9).map(|id| json!({"return": "late", "id": id})) {
+            answer(&mut peer, &late);
+        }
+        answer(&mut peer, &json!({"return": "late"}));
+        answer(&mut peer, &json!({"return": "mine", "id": id}));
+        hold(peer);
+    })
+    .unwrap();
+    assert_eq!(qmp.execute("query-status", Value::Null).unwrap(), "mine");
+    assert!(qmp.take_events().is_empty(), "an event of before");
+}
+
 /// `stop` may take minutes where disks are slow, and `save` took no SIGINT meanwhile, which invites
 /// `kill -9`. What puts the VM back has to get through all the same.
 #[test]

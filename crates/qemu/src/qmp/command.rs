@@ -50,17 +50,19 @@ pub fn command_line(command: &str, arguments: &Value, id: &str) -> Vec<u8> {
 
 /// Reads a received object as the answer to command `id`; `None` when it answers another one.
 ///
-/// An answer to another id belongs to a command that we stopped waiting for.
+/// An answer to another id belongs to a command that we stopped waiting for, or to an earlier client
+/// of this monitor, which may have sent no ids.
 pub(super) fn decode_answer(
     mut message: Value,
     command: &str,
     id: u64,
 ) -> Option<Result<Value, QmpError>> {
-    if message.get("id").and_then(Value::as_u64).is_some_and(|found| found != id) {
+    let found = message.get("id").map(Value::as_u64);
+    if found.is_some_and(|found| found != Some(id)) {
         return None;
     }
     if let Some(value) = message.get_mut("return") {
-        return Some(Ok(value.take()));
+        return found.map(|_| Ok(value.take()));
     }
     let error = message.get("error")?;
     let text = |name| error.get(name).and_then(Value::as_str).unwrap_or_default().to_owned();
@@ -90,6 +92,13 @@ mod tests {
     fn the_answer_to_an_abandoned_command_is_skipped() {
         let late = json!({"return": {"status": "running"}, "id": 1});
         assert!(decode_answer(late, "stop", 2).is_none());
+    }
+
+    #[test]
+    fn an_answer_without_our_id_is_for_another_client() {
+        for late in [json!({"return": {}}), json!({"return": {}, "id": "libvirt-2"})] {
+            assert!(decode_answer(late, "stop", 2).is_none());
+        }
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! The connection: greeting, one command at a time, events aside.
 
+use std::collections::hash_map::RandomState;
+use std::hash::{BuildHasher as _, Hasher as _};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
@@ -28,6 +30,9 @@ use crate::proc::is_process_stopped;
 pub const LINE_LEN_MAX: usize = 4 << 20;
 
 const READ_LEN: usize = 64 << 10;
+
+/// Most lines that are read in search of the greeting.
+const LINES_BEFORE_GREETING_MAX: usize = 64;
 
 /// A QMP connection after its greeting, ready for commands.
 #[derive(Debug)]
@@ -114,7 +119,7 @@ impl Qmp {
             greeting: Value::Null,
             timeout,
             limits,
-            next_id: 1,
+            next_id: first_id(),
         };
         if let Some(pid) = process_of(&qmp.stream) {
             qmp.limits.set_process(pid);
@@ -332,27 +337,36 @@ impl Qmp {
         Ok(())
     }
 
+    /// Reads the greeting. QEMU gives what it had to say to the client before to the one that comes
+    /// next, ahead of the greeting (seen with QEMU 10.0.2, where that client was killed while QEMU
+    /// carried out its command).
     fn read_greeting(&mut self, mut wait: Wait) -> Result<Value, QmpError> {
-        let not_qmp = |reason| QmpError::NotQmp { reason };
-        let when = "while waiting for QEMU's greeting";
-        let message = match self.read_message("greeting", when, &mut wait) {
-            Ok(Some(message)) => message,
+        for _ in 0..LINES_BEFORE_GREETING_MAX {
+            let mut message = self.read_first(&mut wait)?;
+            if let Some(greeting) = message.get_mut("QMP") {
+                return Ok(greeting.take());
+            }
+            if !["return", "error", "event"].iter().any(|key| message.get(key).is_some()) {
+                break;
+            }
+        }
+        Err(not_qmp("it does not begin with a QMP greeting"))
+    }
+
+    /// Reads one message of a peer that has not greeted yet.
+    fn read_first(&mut self, wait: &mut Wait) -> Result<Value, QmpError> {
+        match self.read_message("greeting", "while waiting for QEMU's greeting", wait) {
+            Ok(Some(message)) => Ok(message),
             Ok(None) if self.received.is_empty() => {
                 let is_stopped = self.limits.process().is_some_and(is_process_stopped);
                 let (after, holders) = (wait.lasted(), Holders::default());
-                return Err(QmpError::NoGreeting { after, holders, is_stopped });
+                Err(QmpError::NoGreeting { after, holders, is_stopped })
             }
-            Ok(None) => return Err(not_qmp("its first line does not end")),
-            Err(QmpError::NotJson { .. }) => return Err(not_qmp("its first line is not JSON")),
-            Err(QmpError::LineTooLong { .. }) => {
-                return Err(not_qmp("its first line does not end"));
+            Ok(None) | Err(QmpError::LineTooLong { .. }) => {
+                Err(not_qmp("its first line does not end"))
             }
-            Err(other) => return Err(other),
-        };
-        let mut message = message;
-        match message.get_mut("QMP") {
-            Some(greeting) => Ok(greeting.take()),
-            None => Err(not_qmp("its first line is not a QMP greeting")),
+            Err(QmpError::NotJson { .. }) => Err(not_qmp("its first line is not JSON")),
+            Err(other) => Err(other),
         }
     }
 
@@ -434,6 +448,17 @@ impl AsFd for Qmp {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.stream.as_fd()
     }
+}
+
+fn not_qmp(reason: &'static str) -> QmpError {
+    QmpError::NotQmp { reason }
+}
+
+/// Returns the id of a connection's first command: no two connections have the same ones, since a
+/// late answer to the client before may reach the one that comes next.
+fn first_id() -> u64 {
+    // QEMU hands back whole numbers up to 2^63.
+    RandomState::new().build_hasher().finish() >> 16
 }
 
 /// Tells a peer that is gone from another refusal of the kernel's.
