@@ -114,7 +114,7 @@ pub(crate) fn on_lanes<T: Send>(
 impl Lane {
     /// Opens one of `lanes` lanes to `file`, and takes the memory of its buffers.
     fn open(file: &DataFile, backend: Backend, lanes: usize) -> io::Result<(Lane, BackendInUse)> {
-        let buffers = (BUFFERS_LEN / WINDOW / lanes.max(1)).max(2);
+        let buffers = (BUFFERS_LEN / WINDOW / lanes.max(1)).max(1);
         let opened = open_storage(file, backend, DEPTH)?;
         // Several transfers may share a buffer; one buffer is being filled while others are in flight.
         let pool = BufferPool::new(buffers + 1, WINDOW, 4096)?;
