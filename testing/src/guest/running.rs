@@ -86,9 +86,13 @@ impl Guest {
     ///
     /// # Errors
     ///
-    /// With QEMU's words when it refuses.
+    /// With QEMU's words when it refuses; with its exit status when it has ended.
     pub fn qmp(&mut self, command: &str, arguments: Value) -> TestResult<Value> {
-        self.monitor.execute(command, arguments)
+        let answer = self.monitor.execute(command, arguments);
+        answer.map_err(|error| match self.child.as_mut().map(Child::try_wait) {
+            Some(Ok(Some(status))) => self.explain(&format!("{error}: QEMU ended: {status}")),
+            _ => error,
+        })
     }
 
     /// Pauses the guest.

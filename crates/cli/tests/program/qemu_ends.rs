@@ -84,9 +84,12 @@ fn save(guest: &mut Guest, number: u64, random: &mut Random, signal: Signal) -> 
         assert!(matches!(said.code, Some(0 | 3 | 7)), "{what}: {said:?}");
         assert!(said.code == Some(0) || said.stderr.contains("stopped"), "{what}: {said:?}");
         send(qemu, Signal::CONT, &what)?;
+        let mut status = guest.status();
         wait_until(&format!("{what}: the guest runs: {said:?}"), || {
-            guest.status().is_ok_and(|status| status == "running")
+            status = guest.status();
+            status.as_ref().map_or(true, |status| status == "running")
         })?;
+        status.map_err(|error| format!("{what}: {error}; {said:?}"))?;
         guest.wait_for_passes(1)?;
         guest.judge_counts()?;
     }
