@@ -44,6 +44,7 @@ fn round_trip_of(
             break;
         }
         fs::remove_file(&file)?;
+        report = save_with(&guest, &file, options)?;
     }
     assert!(report.live && is_it(&report), "{report:?}");
     assert_eq!(guest.status()?, "running");
