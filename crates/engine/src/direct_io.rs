@@ -51,13 +51,14 @@ pub enum DirectIoInUse {
     },
 }
 
+/// Answers the question of a report: was direct I/O used?
 impl fmt::Display for DirectIoInUse {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             DirectIoInUse::Yes { offset_align, .. } => {
-                write!(f, "direct I/O ({offset_align}-byte alignment)")
+                write!(f, "yes, {offset_align}-byte alignment")
             }
-            DirectIoInUse::No { reason } => write!(f, "buffered I/O ({reason})"),
+            DirectIoInUse::No { reason } => write!(f, "no: {reason}"),
         }
     }
 }

@@ -10,21 +10,19 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 
 use serde::Serialize;
-use vmfile_engine::{
-    Backend, BackendInUse, DataFile, DataSeeker, DirectIo, DirectIoInUse, is_zero,
-};
+use vmfile_engine::{Backend, BackendInUse, DataFile, DataSeeker, DirectIo, is_zero};
 use vmfile_format::manifest::{FOOTER_LEN, HASH_LEN};
 use vmfile_format::mapped_ram::PlacedBlock;
 use vmfile_format::{PageBitmap, PageIndex};
 
-use crate::control::Control;
-use crate::jobs::Jobs;
-use crate::lane::Workers;
-use crate::page_hashes::{Hash, PageHashes, is_page};
-use crate::plan::{WINDOW_LEN, pieces};
-use crate::reading::open_for_reading;
-use crate::snapshot::{Manifest, Snapshot, SnapshotError};
-use crate::window_reader::{MorePlaces, Window, WindowError, WindowReader};
+use vmfile_pages::control::Control;
+use vmfile_pages::jobs::Jobs;
+use vmfile_pages::lane::Workers;
+use vmfile_pages::page_hashes::{Hash, PageHashes, is_page};
+use vmfile_pages::plan::{WINDOW_LEN, pieces};
+use vmfile_pages::reading::open_for_reading;
+use vmfile_pages::snapshot::{Manifest, Snapshot, SnapshotError};
+use vmfile_pages::window_reader::{MorePlaces, Window, WindowError, WindowReader};
 
 /// How many findings are listed; all are counted.
 const FINDINGS_MAX: usize = 1000;
@@ -492,13 +490,5 @@ impl Place {
     /// Returns where in the block the page begins to which the byte of the table at `offset` belongs.
     fn page_of(&self, offset: u64) -> u64 {
         (offset - self.hashes_offset) / HASH_LEN * self.page_len
-    }
-}
-
-/// Says whether direct I/O is used, in the words of a report.
-pub(crate) fn describe(direct: &DirectIoInUse) -> String {
-    match direct {
-        DirectIoInUse::Yes { offset_align, .. } => format!("yes, {offset_align}-byte alignment"),
-        DirectIoInUse::No { reason } => format!("no: {reason}"),
     }
 }

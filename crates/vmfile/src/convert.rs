@@ -18,11 +18,11 @@ use vmfile_engine::{Backend, DirectIo, Existing, PublishError};
 use vmfile_format::stream::decoder::{EVENT_LEN_MAX, Event, StreamDecoder};
 
 use crate::beside::beside;
-use crate::control::Control;
 use crate::new_file::new_file;
 use crate::receive::{ReceiveError, ReceiveOptions, StreamFrom, receive};
 use crate::send::{SendError, SendOptions, SendReport, SendTo, send};
-use crate::snapshot::{Snapshot, SnapshotError};
+use vmfile_pages::control::Control;
+use vmfile_pages::snapshot::{Snapshot, SnapshotError};
 
 /// What a file is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

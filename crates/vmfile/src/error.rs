@@ -8,14 +8,14 @@ use vmfile_engine::PublishError;
 use vmfile_format::FormatError;
 use vmfile_qemu::{CommandLineError, VmError};
 
-use crate::draft::DraftError;
-use crate::proof::ProofError;
-use crate::ram_writer::RamError;
 use crate::receive::ReceiveError;
 use crate::save::Change;
-use crate::snapshot::SnapshotError;
-use crate::source::process::ProcessRamError;
-use crate::window_reader::WindowError;
+use vmfile_pages::draft::DraftError;
+use vmfile_pages::process_ram::ProcessRamError;
+use vmfile_pages::proof::ProofError;
+use vmfile_pages::ram_writer::RamError;
+use vmfile_pages::snapshot::SnapshotError;
+use vmfile_pages::window_reader::WindowError;
 
 /// Why a VM was not saved.
 #[derive(Debug, thiserror::Error)]

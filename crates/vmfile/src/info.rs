@@ -3,7 +3,7 @@
 use serde::Serialize;
 use vmfile_format::manifest::DiskMeta;
 
-use crate::snapshot::{Snapshot, SnapshotError};
+use vmfile_pages::snapshot::{Snapshot, SnapshotError};
 
 /// What is in a file.
 #[derive(Clone, Debug, PartialEq, Serialize)]

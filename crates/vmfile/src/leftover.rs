@@ -5,7 +5,7 @@ use std::path::Path;
 
 use vmfile_qemu::{SaveRecord, Vm, VmError};
 
-use crate::snapshot::Snapshot;
+use vmfile_pages::snapshot::Snapshot;
 
 /// Puts right what a killed save has left; returns a sentence about it, or `None` where there was
 /// nothing.

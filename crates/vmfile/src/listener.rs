@@ -13,8 +13,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{AtFlags, unlinkat};
 use rustix::io::Errno;
 
+use crate::incoming::{Patience, Pulse};
 use crate::receive::ReceiveError;
-use crate::source::stream::{Patience, Pulse};
 
 /// The name of a socket in its own directory.
 const SOCKET: &str = "stream";

@@ -6,7 +6,7 @@ use std::path::Path;
 use vmfile_engine::{Existing, PublishError, Unpublished};
 use vmfile_qemu::user_of_file;
 
-use crate::snapshot::Snapshot;
+use vmfile_pages::snapshot::Snapshot;
 
 /// Creates an empty file that will be named `path`; `vm` is the process of a VM at hand, whose program
 /// may have any name.

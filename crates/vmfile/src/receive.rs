@@ -18,16 +18,15 @@ use vmfile_format::FormatError;
 use vmfile_format::manifest::VmMeta;
 use vmfile_qemu::ProcessInfo;
 
-use crate::check::describe;
-use crate::control::Control;
-use crate::draft::{Draft, DraftError, Facts};
-use crate::lane::Workers;
+use crate::incoming::{Patience, WaitError};
 use crate::listener::Listener;
 use crate::multifd::{CHANNELS_MAX, ChannelsError, Connections};
 use crate::new_file::new_file;
-use crate::proof::ProofError;
-use crate::source::stream::{Patience, WaitError};
 use crate::stream_receiver::{Received, StreamReceiver};
+use vmfile_pages::control::Control;
+use vmfile_pages::draft::{Draft, DraftError, Facts};
+use vmfile_pages::lane::Workers;
+use vmfile_pages::proof::ProofError;
 
 /// Where a stream comes from.
 #[derive(Debug)]
@@ -255,7 +254,7 @@ pub fn receive(
     if control.is_stopped() {
         return Err(ReceiveError::Stopped);
     }
-    let direct_io = describe(draft.file().direct());
+    let direct_io = draft.file().direct().to_string();
     draft.prove()?.publish()?;
     let pages_data: u64 = received.bitmaps.iter().map(|bitmap| bitmap.data_count().0).sum();
     let pages_total = received.places.pages_total();

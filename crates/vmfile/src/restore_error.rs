@@ -8,10 +8,10 @@ use vmfile_qemu::{CommandLineError, LaunchError, QmpError, VmError};
 
 use crate::check::CheckError;
 use crate::error::GuardError;
-use crate::ram_loader::LoadError;
 use crate::send::SendError;
-use crate::snapshot::SnapshotError;
-use crate::source::process::ProcessRamError;
+use vmfile_pages::process_ram::ProcessRamError;
+use vmfile_pages::ram_loader::LoadError;
+use vmfile_pages::snapshot::SnapshotError;
 
 /// Why a VM was not restored.
 #[derive(Debug, thiserror::Error)]

@@ -42,12 +42,12 @@ pub(crate) use self::images::is_file;
 pub use self::options::{After, Live, Route, SaveOptions};
 pub use self::report::SaveReport;
 use self::route::{ChosenRoute, ReadyRoute, choose, choose_live};
-use crate::control::Control;
-use crate::draft::{Draft, Facts, Proven};
 use crate::error::SaveError;
 use crate::guard::Guard;
 use crate::leftover::put_right;
 use crate::new_file::new_file;
+use vmfile_pages::control::Control;
+use vmfile_pages::draft::{Draft, Facts, Proven};
 
 /// How long QEMU may take to flush its disks and end.
 const QUIT_TIMEOUT: Duration = Duration::from_secs(60);

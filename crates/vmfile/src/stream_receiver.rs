@@ -13,15 +13,15 @@ use vmfile_format::stream::device_state::DeviceState;
 use vmfile_format::stream::{multifd, xbzrle};
 use vmfile_format::{FormatError, PageBitmap, PageIndex, RamLayout};
 
-use crate::control::Meter;
-use crate::draft::{Draft, Places, Tail};
-use crate::lane::{Lane, Workers};
+use crate::incoming::{Patience, StreamSource};
 use crate::listener::Listener;
 use crate::multifd::{Channel, ChannelCounts, ChannelsError, Connections, Rounds, StreamRounds};
-use crate::page_writer::{Counts, PAGE_LEN_MIN, PageWriter};
 use crate::receive::ReceiveError;
-use crate::received_ram::ReceivedRam;
-use crate::source::stream::{Patience, StreamSource};
+use vmfile_pages::control::Meter;
+use vmfile_pages::draft::{Draft, Places, Tail};
+use vmfile_pages::lane::{Lane, Workers};
+use vmfile_pages::page_writer::{Counts, PAGE_LEN_MIN, PageWriter};
+use vmfile_pages::received_ram::ReceivedRam;
 
 /// A receive at work.
 #[derive(Debug)]

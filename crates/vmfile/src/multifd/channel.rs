@@ -12,9 +12,9 @@ use vmfile_format::{FormatError, PageSize, RamBlock, RamLayout};
 use super::inflater::Inflater;
 use super::order::Order;
 use super::rounds::Rounds;
-use crate::page_writer::{Counts, PageWriter};
+use crate::incoming::{Patience, Pulse, WaitError};
 use crate::receive::ReceiveError;
-use crate::source::stream::{Patience, Pulse, WaitError};
+use vmfile_pages::page_writer::{Counts, PageWriter};
 
 /// A channel whose init packet was read.
 pub(crate) struct Channel<'a> {

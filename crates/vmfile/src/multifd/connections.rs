@@ -11,9 +11,9 @@ use vmfile_format::stream;
 use vmfile_format::stream::multifd::{INIT_LEN, Init};
 
 use super::channel::read_all;
+use crate::incoming::{Patience, Pulse};
 use crate::listener::Listener;
 use crate::receive::ReceiveError;
-use crate::source::stream::{Patience, Pulse};
 
 /// Most channels that are taken: more than processors gain nothing, and each has its buffers.
 pub const CHANNELS_MAX: u32 = 16;

@@ -9,8 +9,8 @@ use std::thread;
 use vmfile_engine::Panicked;
 
 use super::connections::ChannelsError;
+use crate::incoming::{Patience, Pulse, STOP_INTERVAL};
 use crate::receive::ReceiveError;
-use crate::source::stream::{Patience, Pulse, STOP_INTERVAL};
 
 /// The meeting place of the connections of one receive.
 ///

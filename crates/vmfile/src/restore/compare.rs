@@ -3,7 +3,7 @@
 use vmfile_qemu::RamBlockInfo;
 
 use crate::restore_error::{Mismatch, RestoreError};
-use crate::snapshot::Snapshot;
+use vmfile_pages::snapshot::Snapshot;
 
 /// Compares the file with the QEMU that waits, before QEMU sees a byte of it: QEMU itself does not
 /// compare the lengths of RAM blocks in a mapped-ram file (9.0 to 11.0).

@@ -14,7 +14,7 @@ use super::RestoreOptions;
 use super::changed_images::{self, is_same_file};
 use crate::restore_error::RestoreError;
 use crate::save::{is_file, overlay_names};
-use crate::snapshot::Snapshot;
+use vmfile_pages::snapshot::Snapshot;
 
 /// QEMU's program that makes images.
 const QEMU_IMG: &str = "qemu-img";

@@ -33,12 +33,12 @@ use self::drives::compare_drives;
 use self::parts::compare_parts;
 use self::prepare::{Prepared, prepare};
 use self::ram::{Brought, bring};
-use crate::control::Control;
 use crate::guard::Guard;
-use crate::jobs::Jobs;
-use crate::ram_loader::LoadError;
 use crate::restore_error::RestoreError;
-use crate::snapshot::Snapshot;
+use vmfile_pages::control::Control;
+use vmfile_pages::jobs::Jobs;
+use vmfile_pages::ram_loader::LoadError;
+use vmfile_pages::snapshot::Snapshot;
 
 /// How RAM comes back.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -6,7 +6,7 @@ use vmfile_format::manifest::{ChangeMeta, PartsMeta, VmMeta};
 use vmfile_qemu::{CommandLine, Parts, Pin, Vm};
 
 use crate::restore_error::{Mismatch, RestoreError};
-use crate::snapshot::Snapshot;
+use vmfile_pages::snapshot::Snapshot;
 
 /// Makes the saved command line make what the VM had in the end.
 ///

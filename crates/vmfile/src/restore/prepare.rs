@@ -15,10 +15,10 @@ use super::changed_images;
 use super::disks::{Images, NewOverlays, Start, place_given, place_saved, refuse_own};
 use super::parts::remake;
 use super::{Destination, Mode, RestoreOptions};
-use crate::control::Control;
 use crate::guard::Guard;
 use crate::restore_error::{Mismatch, RestoreError};
-use crate::snapshot::Snapshot;
+use vmfile_pages::control::Control;
+use vmfile_pages::snapshot::Snapshot;
 
 /// How long QEMU may take to answer: it opens disks and makes RAM meanwhile.
 const START_TIMEOUT: Duration = Duration::from_secs(60);

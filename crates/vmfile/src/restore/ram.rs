@@ -11,14 +11,14 @@ use super::RestoreOptions;
 use super::prepare::{Chosen, Prepared};
 use super::stream::send_to;
 use crate::check::{CheckError, CheckOptions, verify_pages};
-use crate::control::Control;
-use crate::lane::Workers;
-use crate::ram_loader::{LoadTarget, load_ram};
-use crate::reading::{open_for_reading, verified};
 use crate::restore_error::RestoreError;
 use crate::send::{Contents, LARGE_BLOCK_LEN, Pages, SendError, Source};
-use crate::snapshot::Snapshot;
-use crate::source::process::{BlockAt, ProcessRam};
+use vmfile_pages::control::Control;
+use vmfile_pages::lane::Workers;
+use vmfile_pages::process_ram::{BlockAt, ProcessRam};
+use vmfile_pages::ram_loader::load_ram;
+use vmfile_pages::reading::{open_for_reading, verified};
+use vmfile_pages::snapshot::Snapshot;
 
 /// What was brought into QEMU, and how.
 pub(super) struct Brought {
@@ -91,7 +91,7 @@ struct Loadable<'a> {
 /// Why the file cannot be read into a process.
 enum Obstacle {
     NoAddresses(String),
-    Process(crate::source::process::ProcessRamError),
+    Process(vmfile_pages::process_ram::ProcessRamError),
 }
 
 impl Obstacle {
@@ -160,16 +160,12 @@ impl<'a> Loadable<'a> {
         control: &Control<'_>,
     ) -> Result<(u64, String), RestoreError> {
         let Some(process) = &self.process else { return Ok((0, String::new())) };
-        let mut targets = Vec::new();
-        for (&(block, placed), memory) in self.blocks.iter().zip(process.blocks()?) {
-            let bitmap = snapshot.bitmap(placed)?;
-            targets.push(LoadTarget { block, placed: placed.clone(), bitmap, memory });
-        }
+        let blocks: Vec<usize> = self.blocks.iter().map(|&(block, _)| block).collect();
         let opened = open_for_reading(snapshot, options.direct_io);
         let (file, direct_io) = opened.map_err(RestoreError::File)?;
         let width = (options.io, options.jobs.count());
         let workers = Workers::start(&file, width).map_err(RestoreError::File)?;
-        let (bytes_read, _) = load_ram((snapshot, workers), &targets, control)?;
+        let (bytes_read, _) = load_ram((snapshot, workers), &blocks, process, control)?;
         Ok((bytes_read, direct_io))
     }
 }

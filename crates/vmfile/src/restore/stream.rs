@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 use vmfile_qemu::{LoadError, Vm};
 
 use crate::beside::beside;
-use crate::control::{Control, Progress};
 use crate::restore_error::RestoreError;
 use crate::send::{Contents, Outlet, Source, write_short_stream, write_stream};
+use vmfile_pages::control::{Control, Progress};
 
 /// How long QEMU may take no byte of the stream, nor say that it is done: the device state is
 /// milliseconds of work.

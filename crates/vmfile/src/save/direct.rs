@@ -10,12 +10,12 @@ use vmfile_qemu::{RamBlockInfo, Vm};
 
 use super::route::refuse_without_space;
 use super::{SaveOptions, Work, Written};
-use crate::draft::{Draft, Places, Tail};
 use crate::error::SaveError;
-use crate::lane::Workers;
-use crate::plan::BRIDGE_LEN;
-use crate::ram_writer::{PAGE_LEN, Target, write_ram};
-use crate::source::process::{BlockAt, ProcessRam};
+use vmfile_pages::draft::{Draft, Places, Tail};
+use vmfile_pages::lane::Workers;
+use vmfile_pages::plan::BRIDGE_LEN;
+use vmfile_pages::process_ram::{BlockAt, ProcessRam};
+use vmfile_pages::ram_writer::{self, write_ram};
 
 /// The RAM of a VM, found in the memory of its process.
 #[derive(Debug)]
@@ -78,28 +78,17 @@ impl DirectRoute {
         Ok(Written {
             pages_total: places.pages_total(),
             pages_data,
-            bytes_written: pages_data * PAGE_LEN,
+            bytes_written: written.data_bytes,
             bytes_rewritten: 0,
             io: written.backend.to_string(),
             live: None,
         })
     }
 
-    fn ram(
-        &mut self,
-        work: &Work<'_>,
-        places: &Places,
-    ) -> Result<crate::ram_writer::Written, SaveError> {
-        let target = |((placed, &hashes_offset), memory): ((&_, _), _)| Target {
-            placed: Clone::clone(placed),
-            hashes_offset,
-            memory,
-        };
-        let blocks = self.process.blocks()?;
-        let targets: Vec<Target> =
-            places.blocks().iter().zip(places.hashes()).zip(blocks).map(target).collect();
+    fn ram(&mut self, work: &Work<'_>, places: &Places) -> Result<ram_writer::Written, SaveError> {
+        self.process.look_again()?;
         let workers = self.workers.take().expect("a route writes once");
-        Ok(write_ram(workers, &targets, self.data_bytes, work.control)?)
+        Ok(write_ram(workers, places, &self.process, self.data_bytes, work.control)?)
     }
 }
 

@@ -20,10 +20,10 @@ use super::stream::written;
 use super::{Disks, Live, LiveDone, Work, Written};
 use crate::beside::beside;
 use crate::error::SaveError;
-use crate::lane::Workers;
+use crate::incoming::Patience;
 use crate::receive::ReceiveError;
-use crate::source::stream::Patience;
 use crate::stream_receiver::{Received, StreamReceiver};
+use vmfile_pages::lane::Workers;
 
 /// How long QEMU may be silent: longer than any look at all of a large guest's memory.
 const STALL_TIMEOUT: Duration = Duration::from_secs(120);

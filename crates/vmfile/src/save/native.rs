@@ -17,11 +17,10 @@ use vmfile_qemu::{Feature, KeptFile, Outgoing, PUT_BACK_TIMEOUT, StreamSettings,
 use super::route::refuse_without_space;
 use super::sending::{not_sent, sent};
 use super::{SaveOptions, Work, Written, native_file};
-use crate::check::describe;
-use crate::control::Progress;
-use crate::draft::Draft;
 use crate::error::SaveError;
-use crate::lane::Workers;
+use vmfile_pages::control::Progress;
+use vmfile_pages::draft::Draft;
+use vmfile_pages::lane::Workers;
 
 /// How many threads of QEMU write if nobody says: QEMU's own default (10.0).
 const CHANNELS: NonZeroU8 = NonZeroU8::new(2).expect("2 is not zero");
@@ -140,7 +139,7 @@ fn direct_io(settings: &StreamSettings, file: &DataFile) -> Result<String, Strin
         DirectIoInUse::Yes { .. } if !settings.has_direct_io() => {
             Err("this QEMU has no direct I/O".to_owned())
         }
-        direct => Ok(describe(direct)),
+        direct => Ok(direct.to_string()),
     }
 }
 

@@ -18,13 +18,13 @@ use vmfile_format::{FormatError, PageBitmap, PageIndex, PageRange};
 
 use super::native::total_bytes;
 use super::{Work, Written};
-use crate::control::Progress;
-use crate::draft::Tables;
 use crate::error::SaveError;
-use crate::lane::Workers;
-use crate::received_ram::empty;
-use crate::snapshot::Snapshot;
-use crate::window_reader::{Window, WindowReader};
+use vmfile_pages::control::Progress;
+use vmfile_pages::draft::Tables;
+use vmfile_pages::lane::Workers;
+use vmfile_pages::received_ram::empty;
+use vmfile_pages::snapshot::Snapshot;
+use vmfile_pages::window_reader::{Window, WindowReader};
 
 /// Makes what QEMU wrote a vmfile, in everything but the name; `ram_bytes` are those of all RAM.
 pub(super) fn complete(

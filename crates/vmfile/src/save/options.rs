@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use vmfile_engine::{Backend, DirectIo, Existing};
 
-use crate::jobs::Jobs;
+use vmfile_pages::jobs::Jobs;
 
 /// What becomes of the VM once the file is durable.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

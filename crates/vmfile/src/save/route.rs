@@ -11,9 +11,8 @@ use super::live::LiveRoute;
 use super::native::NativeRoute;
 use super::stream::StreamRoute;
 use super::{Live, Route, SaveOptions};
-use crate::check::describe;
-use crate::draft::Draft;
 use crate::error::SaveError;
+use vmfile_pages::draft::Draft;
 
 /// The route by which a VM is saved, and why.
 pub(super) struct ChosenRoute {
@@ -35,7 +34,7 @@ impl ReadyRoute {
         match self {
             ReadyRoute::Native(route) => route.direct_io(),
             ReadyRoute::Direct(_) | ReadyRoute::Stream(_) | ReadyRoute::Live(_) => {
-                describe(draft.file().direct())
+                draft.file().direct().to_string()
             }
         }
     }

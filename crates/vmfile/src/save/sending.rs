@@ -13,10 +13,10 @@ use vmfile_qemu::{Outgoing, Vm, VmError};
 
 use crate::error::SaveError;
 use crate::guard::Guard;
+use crate::incoming::Patience;
 use crate::listener::Listener;
 use crate::multifd::Connections;
 use crate::receive::ReceiveError;
-use crate::source::stream::Patience;
 
 /// How long QEMU may take to see that its stream has ended, and to end a sending.
 const END_TIMEOUT: Duration = Duration::from_secs(60);

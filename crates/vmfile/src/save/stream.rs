@@ -12,14 +12,14 @@ use vmfile_qemu::{Feature, PUT_BACK_TIMEOUT, StreamSettings, Vm, VmError};
 
 use super::sending::{Peer, sent};
 use super::{SaveOptions, Work, Written};
-use crate::draft::Draft;
 use crate::error::SaveError;
-use crate::lane::Workers;
+use crate::incoming::Patience;
 use crate::listener::{Listener, SocketPlace};
 use crate::multifd::{CHANNELS_MAX, ChannelsError};
 use crate::receive::ReceiveError;
-use crate::source::stream::Patience;
 use crate::stream_receiver::{Received, StreamReceiver};
+use vmfile_pages::draft::Draft;
+use vmfile_pages::lane::Workers;
 
 /// How long QEMU may be silent: a VM that is stopped has nothing to wait for.
 const STALL_TIMEOUT: Duration = Duration::from_secs(120);

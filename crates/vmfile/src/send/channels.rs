@@ -33,8 +33,8 @@ use super::pages::PagesInOrder;
 use super::stream::{COUNTED_PARTS, Parts, Source, StreamWriter};
 use super::{SendError, connect};
 use crate::beside::beside;
-use crate::control::{Control, Progress};
-use crate::lane::{Lane, on_lanes};
+use vmfile_pages::control::{Control, Progress};
+use vmfile_pages::lane::{Lane, on_lanes};
 
 /// Most channels: QEMU takes 255, and a few keep any disk busy.
 pub(super) const CHANNELS_MAX: u32 = 16;

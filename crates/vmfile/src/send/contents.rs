@@ -9,9 +9,9 @@ use vmfile_format::stream::configuration::Configuration;
 use vmfile_format::stream::encoder;
 use vmfile_format::{PageBitmap, PageIndex};
 
-use crate::page_hashes::PageHashes;
-use crate::plan::{WINDOW_LEN, pieces};
-use crate::snapshot::{Snapshot, SnapshotError};
+use vmfile_pages::page_hashes::PageHashes;
+use vmfile_pages::plan::{WINDOW_LEN, pieces};
+use vmfile_pages::snapshot::{Snapshot, SnapshotError};
 
 /// Blocks below this length always have their zero pages sent: firmware is among them, which a
 /// destination has filled by itself.

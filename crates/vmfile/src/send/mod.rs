@@ -34,9 +34,9 @@ use self::channels::{CHANNELS_MAX, write_channels};
 pub(crate) use self::contents::{Contents, LARGE_BLOCK_LEN, Pages};
 pub(crate) use self::outlet::Outlet;
 pub(crate) use self::stream::{Source, write_short_stream, write_stream};
-use crate::control::Control;
-use crate::reading::{open_for_reading, verified};
-use crate::snapshot::{Snapshot, SnapshotError};
+use vmfile_pages::control::Control;
+use vmfile_pages::reading::{open_for_reading, verified};
+use vmfile_pages::snapshot::{Snapshot, SnapshotError};
 
 /// Where a stream goes.
 #[derive(Debug)]

@@ -7,8 +7,8 @@ use vmfile_engine::{Completion, Direction, Memory, PooledBuffer, Transfer};
 
 use super::SendError;
 use super::contents::{Contents, Window};
-use crate::lane::Lane;
-use crate::page_hashes::PageHashes;
+use vmfile_pages::lane::Lane;
+use vmfile_pages::page_hashes::PageHashes;
 
 /// Reads windows, several in flight, and hands them on in the order in which they were asked for,
 /// each after its pages were compared with their hashes.

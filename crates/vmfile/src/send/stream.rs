@@ -20,10 +20,10 @@ use super::SendError;
 use super::contents::{Contents, Window};
 use super::outlet::Outlet;
 use super::pages::PagesInOrder;
-use crate::control::{Control, Progress};
-use crate::lane::{Lane, on_lanes};
-use crate::page_hashes::PageHashes;
-use crate::plan::UNIT_LEN;
+use vmfile_pages::control::{Control, Progress};
+use vmfile_pages::lane::{Lane, on_lanes};
+use vmfile_pages::page_hashes::PageHashes;
+use vmfile_pages::plan::UNIT_LEN;
 
 /// How the pages of a stream are read.
 #[derive(Clone, Debug)]

@@ -11,7 +11,7 @@ use vmfile_engine::{
     open_storage,
 };
 
-use crate::plan::WINDOW_LEN;
+use crate::plan::{Units, WINDOW_LEN};
 
 /// Bytes of buffers that all lanes of one verb have together: enough to keep a fast disk busy,
 /// half of the 64 MiB that vmfile may take.
@@ -26,7 +26,7 @@ const DEPTH: usize = 64;
 
 /// Transfers in flight, and the buffers they use.
 #[derive(Debug)]
-pub(crate) struct Lane {
+pub struct Lane {
     storage: Box<dyn Storage>,
     pool: BufferPool,
 }
@@ -36,7 +36,7 @@ pub(crate) struct Lane {
 /// Everything that can be refused has been given when there is a value: threads, rings, and memory
 /// that was touched.
 #[derive(Debug)]
-pub(crate) struct Workers {
+pub struct Workers {
     crew: Crew,
     lanes: Vec<Lane>,
     backend: BackendInUse,
@@ -48,7 +48,7 @@ impl Workers {
     /// # Errors
     ///
     /// Returns the kernel's error; nothing is left of those that were started.
-    pub(crate) fn start(file: &DataFile, (backend, jobs): (Backend, usize)) -> io::Result<Workers> {
+    pub fn start(file: &DataFile, (backend, jobs): (Backend, usize)) -> io::Result<Workers> {
         let mut crew = Crew::start(jobs)?;
         // Each thread opens its own lane: touching the buffers takes a while.
         let opened: Vec<_> = (0..jobs).map(|_| Mutex::new(None)).collect();
@@ -67,12 +67,12 @@ impl Workers {
     }
 
     /// Returns how many threads there are.
-    pub(crate) fn count(&self) -> usize {
+    pub fn count(&self) -> usize {
         self.crew.count()
     }
 
     /// Returns the back end that is used.
-    pub(crate) fn backend(&self) -> &BackendInUse {
+    pub fn backend(&self) -> &BackendInUse {
         &self.backend
     }
 
@@ -82,7 +82,7 @@ impl Workers {
     /// # Errors
     ///
     /// Returns an error if `work` panicked in one of them.
-    pub(crate) fn run<T: Send>(self, work: impl Fn(usize, Lane) -> T + Sync) -> io::Result<Vec<T>> {
+    pub fn run<T: Send>(self, work: impl Fn(usize, Lane) -> T + Sync) -> io::Result<Vec<T>> {
         let Workers { mut crew, lanes, .. } = self;
         let lanes: Vec<_> = lanes.into_iter().map(|lane| Mutex::new(Some(lane))).collect();
         let results: Vec<_> = lanes.iter().map(|_| Mutex::new(None)).collect();
@@ -97,11 +97,29 @@ impl Workers {
         };
         Ok(results.into_iter().map(result).collect())
     }
+
+    /// Lets each thread do `part` with its lane: a loop that takes from `units` until there are none left.
+    /// Waits for all of them; returns what each returned, and the back end. Where one fails or panics, no
+    /// thread gets a further unit.
+    ///
+    /// # Errors
+    ///
+    /// Returns the first error of `part`, or what `failed` makes of the error that a thread panicked.
+    pub(crate) fn drive<T: Send, E: Send>(
+        self,
+        units: &Units,
+        part: impl Fn(Lane) -> Result<T, E> + Sync,
+        failed: impl FnOnce(io::Error) -> E,
+    ) -> Result<(Vec<T>, BackendInUse), E> {
+        let backend = self.backend().clone();
+        let results = self.run(|_, lane| units.work(|| part(lane))).map_err(failed)?;
+        Ok((results.into_iter().collect::<Result<_, E>>()?, backend))
+    }
 }
 
 /// Runs `work` in `jobs` threads, each with a lane of its own to `file`, and waits for all of them;
 /// returns what each returned, and the back end that was used.
-pub(crate) fn on_lanes<T: Send>(
+pub fn on_lanes<T: Send>(
     file: &DataFile,
     width: (Backend, usize),
     work: impl Fn(Lane) -> T + Sync,
@@ -123,7 +141,7 @@ impl Lane {
     }
 
     /// Submits `transfer`; waits for another one first if the queue is full.
-    pub(crate) fn submit(&mut self, transfer: Transfer) -> io::Result<()> {
+    pub fn submit(&mut self, transfer: Transfer) -> io::Result<()> {
         while self.storage.in_flight() >= self.storage.depth() {
             self.reap()?;
         }
@@ -131,7 +149,7 @@ impl Lane {
     }
 
     /// Returns a free buffer, after waiting for transfers that hold all of them.
-    pub(crate) fn buffer(&mut self) -> io::Result<PooledBuffer> {
+    pub fn buffer(&mut self) -> io::Result<PooledBuffer> {
         loop {
             if let Some(buffer) = self.pool.try_take() {
                 return Ok(buffer);
@@ -141,23 +159,23 @@ impl Lane {
     }
 
     /// Returns a buffer if one is free.
-    pub(crate) fn free_buffer(&self) -> Option<PooledBuffer> {
+    pub fn free_buffer(&self) -> Option<PooledBuffer> {
         self.pool.try_take()
     }
 
     /// Waits until nothing is in flight.
-    pub(crate) fn drain(&mut self) -> io::Result<()> {
+    pub fn drain(&mut self) -> io::Result<()> {
         while self.reap()? {}
         Ok(())
     }
 
     /// Whether another transfer can be submitted without waiting.
-    pub(crate) fn has_room(&self) -> bool {
+    pub fn has_room(&self) -> bool {
         self.storage.in_flight() < self.storage.depth()
     }
 
     /// Waits for the next read to complete and returns it; `None` if nothing is in flight.
-    pub(crate) fn next_read(&mut self) -> io::Result<Option<Completion>> {
+    pub fn next_read(&mut self) -> io::Result<Option<Completion>> {
         self.storage.reap()
     }
 

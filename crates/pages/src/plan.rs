@@ -11,28 +11,28 @@ use std::sync::{Mutex, PoisonError};
 ///
 /// 16 MiB of RAM are 64 KiB of page hashes: large enough to be written at once, small enough that
 /// many workers end together.
-pub(crate) const UNIT_LEN: u64 = 16 << 20;
+pub const UNIT_LEN: u64 = 16 << 20;
 
 /// The largest single transfer: a huge page, so that a buffer is one piece of memory for the device.
 /// Larger ones gain nothing on any disk that was tried, and smaller ones cost calls.
-pub(crate) const WINDOW_LEN: u64 = 2 << 20;
+pub const WINDOW_LEN: u64 = 2 << 20;
 
 /// The longest gap of zero pages between two pages with data that is written as zeros, so that both go
 /// out in one write: see decision 14.
-pub(crate) const BRIDGE_LEN: u64 = 32 << 10;
+pub const BRIDGE_LEN: u64 = 32 << 10;
 
 /// A part of one RAM block, between two multiples of the units' length or up to the block's end.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Unit {
+pub struct Unit {
     /// The block's number.
-    pub(crate) block: usize,
+    pub block: usize,
     /// Bytes of the block.
-    pub(crate) range: Range<u64>,
+    pub range: Range<u64>,
 }
 
 /// The units of all blocks in the order of the file, each handed out once.
 #[derive(Debug)]
-pub(crate) struct Units {
+pub struct Units {
     block_lens: Vec<u64>,
     unit_len: u64,
     next: Mutex<Next>,
@@ -48,7 +48,7 @@ struct Next {
 
 impl Units {
     /// Cuts blocks of these lengths, in bytes, into units of `unit_len`.
-    pub(crate) fn new(block_lens: impl IntoIterator<Item = u64>, unit_len: u64) -> Units {
+    pub fn new(block_lens: impl IntoIterator<Item = u64>, unit_len: u64) -> Units {
         let block_lens = block_lens.into_iter().collect();
         Units { block_lens, unit_len, next: Mutex::default(), ended: AtomicBool::new(false) }
     }
@@ -59,7 +59,7 @@ impl Units {
     /// # Errors
     ///
     /// Returns the error of `first`.
-    pub(crate) fn take<E>(
+    pub fn take<E>(
         &self,
         first: impl Fn(usize, Range<u64>) -> Result<Option<u64>, E>,
     ) -> Result<Option<Unit>, E> {
@@ -85,7 +85,7 @@ impl Units {
     }
 
     /// Does a worker's part. If it fails or panics, no worker is given a further unit.
-    pub(crate) fn work<T, E>(&self, part: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
+    pub fn work<T, E>(&self, part: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
         let mut end = EndUnless { units: self, succeeded: false };
         let result = part();
         end.succeeded = result.is_ok();
@@ -108,7 +108,7 @@ impl Drop for EndUnless<'_> {
 }
 
 /// Cuts `range` at the multiples of `len`.
-pub(crate) fn pieces(range: Range<u64>, len: u64) -> impl Iterator<Item = Range<u64>> {
+pub fn pieces(range: Range<u64>, len: u64) -> impl Iterator<Item = Range<u64>> {
     let mut start = range.start;
     std::iter::from_fn(move || {
         let end = (start - start % len).saturating_add(len).min(range.end);

@@ -10,16 +10,13 @@ use vmfile_format::manifest::HASH_LEN;
 use vmfile_format::mapped_ram::PlacedBlock;
 use vmfile_format::{PageBitmap, PageIndex};
 
+use crate::page_hashes::NO_HASH;
 use crate::plan::{WINDOW_LEN, pieces};
 use crate::shared_bitmap::SharedBitmap;
 
-/// The hash of a page that has none: a zero page.
-pub(crate) const NO_HASH: [u8; 16] = [0; 16];
-const _: () = assert!(NO_HASH.len() as u64 == HASH_LEN);
-
 /// The RAM of a file that is being received, seen by all its writers.
 #[derive(Debug)]
-pub(crate) struct ReceivedRam {
+pub struct ReceivedRam {
     file: DataFile,
     blocks: Vec<ReceivedBlock>,
 }
@@ -36,7 +33,7 @@ struct ReceivedBlock {
 
 impl ReceivedRam {
     /// Prepares to write the blocks at these places, with their tables of hashes.
-    pub(crate) fn new(file: DataFile, blocks: &[PlacedBlock], hashes: &[u64]) -> ReceivedRam {
+    pub fn new(file: DataFile, blocks: &[PlacedBlock], hashes: &[u64]) -> ReceivedRam {
         let blocks = blocks.iter().zip(hashes).map(|(placed, &hashes_offset)| ReceivedBlock {
             data: SharedBitmap::new(placed.block.page_count()),
             written: SharedBitmap::new(placed.block.page_count()),
@@ -47,7 +44,7 @@ impl ReceivedRam {
     }
 
     /// Empties the places of pages that were written and are zero now.
-    pub(crate) fn empty_stale_places(&self) -> io::Result<()> {
+    pub fn empty_stale_places(&self) -> io::Result<()> {
         for block in &self.blocks {
             let page_len = block.placed.block.page_size().bytes();
             for run in block.written.without(&block.data).data_runs() {
@@ -60,35 +57,35 @@ impl ReceivedRam {
     }
 
     /// Returns where a block's pages go.
-    pub(crate) fn placed(&self, block: usize) -> &PlacedBlock {
+    pub fn placed(&self, block: usize) -> &PlacedBlock {
         &self.blocks[block].placed
     }
 
     /// Returns the length of a block's pages, in bytes.
-    pub(crate) fn page_len(&self, block: usize) -> u64 {
+    pub fn page_len(&self, block: usize) -> u64 {
         self.blocks[block].placed.block.page_size().bytes()
     }
 
     /// Whether the data of a page are in the file, or on their way to it.
-    pub(crate) fn has_data(&self, block: usize, page: PageIndex) -> bool {
+    pub fn has_data(&self, block: usize, page: PageIndex) -> bool {
         self.blocks[block].data.contains(page)
     }
 
     /// Reads a page's place into `data`.
-    pub(crate) fn read(&self, block: usize, page: PageIndex, data: &mut [u8]) -> io::Result<()> {
+    pub fn read(&self, block: usize, page: PageIndex, data: &mut [u8]) -> io::Result<()> {
         let offset = self.placed(block).page_offset(page).expect("a page of the block");
         self.file.buffered().read_exact_at(data, offset)
     }
 
     /// Notes that a page has data; returns whether its place was written before.
-    pub(crate) fn remember(&self, block: usize, page: PageIndex) -> bool {
+    pub fn remember(&self, block: usize, page: PageIndex) -> bool {
         let block = &self.blocks[block];
         block.data.set(page);
         block.written.set(page)
     }
 
     /// Makes a page zero that may have had data.
-    pub(crate) fn forget(&self, block: usize, page: PageIndex) -> io::Result<()> {
+    pub fn forget(&self, block: usize, page: PageIndex) -> io::Result<()> {
         if !self.blocks[block].data.clear(page) {
             return Ok(());
         }
@@ -96,18 +93,13 @@ impl ReceivedRam {
     }
 
     /// Writes hashes, those of `first` and the pages after it.
-    pub(crate) fn put_hashes(
-        &self,
-        block: usize,
-        first: PageIndex,
-        hashes: &[u8],
-    ) -> io::Result<()> {
+    pub fn put_hashes(&self, block: usize, first: PageIndex, hashes: &[u8]) -> io::Result<()> {
         let offset = self.blocks[block].hashes_offset + first.0 * HASH_LEN;
         self.file.buffered().write_all_at(hashes, offset)
     }
 
     /// Returns which pages of each block have their data in the file.
-    pub(crate) fn bitmaps(&self) -> Vec<PageBitmap> {
+    pub fn bitmaps(&self) -> Vec<PageBitmap> {
         self.blocks.iter().map(|block| block.data.snapshot()).collect()
     }
 }
@@ -116,7 +108,7 @@ impl ReceivedRam {
 const EOPNOTSUPP: i32 = rustix::io::Errno::OPNOTSUPP.raw_os_error();
 
 /// Makes `range` of the file a hole, or zeros where the file system has no holes.
-pub(crate) fn empty(file: &DataFile, range: Range<u64>) -> io::Result<()> {
+pub fn empty(file: &DataFile, range: Range<u64>) -> io::Result<()> {
     match punch_hole(file.as_fd(), range.clone()) {
         Err(error) if error.raw_os_error() == Some(EOPNOTSUPP) => {}
         result => return result,

@@ -21,28 +21,28 @@ use crate::snapshot::{Snapshot, SnapshotError};
 
 /// A file that has no name yet. Dropping it leaves none.
 #[derive(Debug)]
-pub(crate) struct Draft {
+pub struct Draft {
     unpublished: Unpublished,
     file: DataFile,
 }
 
 /// A whole file that is on the disk, was read back, and has no name yet. Dropping it leaves none.
 #[derive(Debug)]
-pub(crate) struct Proven {
+pub struct Proven {
     durable: Durable,
     file: DataFile,
 }
 
 /// The places of everything in a draft.
 #[derive(Debug)]
-pub(crate) struct Places {
+pub struct Places {
     layout: MappedRamLayout,
     tables: Tables,
 }
 
 /// The places of what vmfile appends: tables of page hashes, one for each block, and metadata.
 #[derive(Debug)]
-pub(crate) struct Tables {
+pub struct Tables {
     ram: RamLayout,
     /// File offsets of the tables.
     hashes: Vec<u64>,
@@ -51,36 +51,48 @@ pub(crate) struct Tables {
 
 /// What follows RAM.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Tail<'a> {
+pub struct Tail<'a> {
     /// The device sections, from the first to EOF.
-    pub(crate) sections: &'a [u8],
+    pub sections: &'a [u8],
     /// What stands after them in the stream: the VM description, or nothing.
-    pub(crate) description: &'a [u8],
+    pub description: &'a [u8],
 }
 
 /// What the manifest says of a save, besides the places.
 #[derive(Debug)]
-pub(crate) struct Facts {
-    pub(crate) route: &'static str,
-    pub(crate) live: Option<bool>,
-    pub(crate) pause_seconds: Option<f64>,
-    pub(crate) vm: VmMeta,
+pub struct Facts {
+    /// The route by which RAM was taken.
+    pub route: &'static str,
+    /// Whether the guest ran while it was saved; `None` if that is not known.
+    pub live: Option<bool>,
+    /// How long the guest was paused; `None` if that is not known.
+    pub pause_seconds: Option<f64>,
+    /// The VM.
+    pub vm: VmMeta,
 }
 
 /// Why a file could not be made.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum DraftError {
+pub enum DraftError {
+    /// The file cannot be laid out.
     #[error("the layout of the file")]
     Layout(#[source] FormatError),
+    /// The file would be longer than the kernel allows.
     #[error("the file would end past 2^63 bytes")]
     TooLong,
+    /// The kernel refused to write.
     #[error("write {what}")]
-    Write { what: &'static str, source: io::Error },
+    Write {
+        /// What was to be written.
+        what: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
 }
 
 impl Draft {
     /// Takes a new file, which is written past the page cache as `direct_io` says.
-    pub(crate) fn new(unpublished: Unpublished, direct_io: DirectIo) -> Result<Draft, DraftError> {
+    pub fn new(unpublished: Unpublished, direct_io: DirectIo) -> Result<Draft, DraftError> {
         let open = |source| DraftError::Write { what: "the new file", source };
         let file = unpublished.file().try_clone().map_err(open)?;
         let file = DataFile::new(file, direct_io).map_err(open)?;
@@ -88,19 +100,19 @@ impl Draft {
     }
 
     /// Returns the file.
-    pub(crate) fn file(&self) -> &DataFile {
+    pub fn file(&self) -> &DataFile {
         &self.file
     }
 
     /// Gives the file its length, up to the manifest: writes that extend a file wait for one another
     /// (ext4, XFS).
-    pub(crate) fn reserve(&self, tables: &Tables) -> Result<(), DraftError> {
+    pub fn reserve(&self, tables: &Tables) -> Result<(), DraftError> {
         let set = self.file.buffered().set_len(tables.end);
         set.map_err(|source| DraftError::Write { what: "the length of the file", source })
     }
 
     /// Writes everything but RAM and its hashes.
-    pub(crate) fn finish(
+    pub fn finish(
         &self,
         places: &Places,
         bitmaps: &[PageBitmap],
@@ -132,7 +144,7 @@ impl Draft {
     }
 
     /// Writes metadata and footer behind the tables, whoever wrote the rest.
-    pub(crate) fn put_manifest(
+    pub fn put_manifest(
         &self,
         tables: &Tables,
         stream_end: u64,
@@ -145,18 +157,13 @@ impl Draft {
     }
 
     /// Writes a part of the file that is no page.
-    pub(crate) fn put(
-        &self,
-        what: &'static str,
-        offset: u64,
-        bytes: &[u8],
-    ) -> Result<(), DraftError> {
+    pub fn put(&self, what: &'static str, offset: u64, bytes: &[u8]) -> Result<(), DraftError> {
         let put = self.file.buffered().write_all_at(bytes, offset);
         put.map_err(|source| DraftError::Write { what, source })
     }
 
     /// Reads the structure of the file, which a program other than this one wrote.
-    pub(crate) fn snapshot(&self) -> Result<Snapshot, SnapshotError> {
+    pub fn snapshot(&self) -> Result<Snapshot, SnapshotError> {
         let path = self.unpublished.path();
         let open = |source| SnapshotError::Open { path: path.to_path_buf(), source };
         let file = self.unpublished.file().try_clone().map_err(open)?;
@@ -168,7 +175,7 @@ impl Draft {
     /// # Errors
     ///
     /// Returns [`ProofError`] if the file is not what was written; there is none then.
-    pub(crate) fn prove(self) -> Result<Proven, ProofError> {
+    pub fn prove(self) -> Result<Proven, ProofError> {
         let durable = self.unpublished.make_durable()?;
         let proven = Proven { durable, file: self.file };
         proven.forget_cached();
@@ -187,7 +194,7 @@ impl Proven {
     /// # Errors
     ///
     /// As [`Durable::publish`].
-    pub(crate) fn publish(self) -> Result<(), PublishError> {
+    pub fn publish(self) -> Result<(), PublishError> {
         self.forget_cached();
         self.durable.publish().map(drop)
     }
@@ -205,7 +212,7 @@ impl Places {
     /// Places the blocks of `ram`, `tail_len` bytes at most after them, and the tables of hashes.
     ///
     /// `section_id` is the id of the section "ram", which no device section has.
-    pub(crate) fn new(
+    pub fn new(
         source: &Configuration,
         ram: RamLayout,
         section_id: u32,
@@ -218,41 +225,52 @@ impl Places {
     }
 
     /// Returns the blocks and their places, in the order of the file.
-    pub(crate) fn blocks(&self) -> &[PlacedBlock] {
+    pub fn blocks(&self) -> &[PlacedBlock] {
         self.layout.blocks()
     }
 
     /// Returns the places of what follows the stream.
-    pub(crate) fn tables(&self) -> &Tables {
+    pub fn tables(&self) -> &Tables {
         &self.tables
     }
 
     /// Returns the file offsets of the tables of page hashes, one for each block.
-    pub(crate) fn hashes(&self) -> &[u64] {
+    pub fn hashes(&self) -> &[u64] {
         self.tables.hashes()
     }
 
     /// Returns how many pages all blocks have.
-    pub(crate) fn pages_total(&self) -> u64 {
+    pub fn pages_total(&self) -> u64 {
         self.tables.pages_total()
+    }
+}
+
+impl Places {
+    /// Returns how many bytes the pages have whose bits are set in `bitmaps`, one for each block.
+    #[must_use]
+    pub fn data_bytes(&self, bitmaps: &[PageBitmap]) -> u64 {
+        let blocks = self.blocks().iter().zip(bitmaps);
+        blocks
+            .map(|(placed, bitmap)| bitmap.data_count().0 * placed.block.page_size().bytes())
+            .sum()
     }
 }
 
 impl Tables {
     /// Places the tables of the blocks of `ram` behind the stream.
-    pub(crate) fn new(ram: RamLayout, stream_end: u64) -> Result<Tables, DraftError> {
+    pub fn new(ram: RamLayout, stream_end: u64) -> Result<Tables, DraftError> {
         let pages: Vec<_> = ram.blocks().iter().map(RamBlock::page_count).collect();
         let (hashes, end) = place_tables(stream_end, &pages).ok_or(DraftError::TooLong)?;
         Ok(Tables { ram, hashes, end })
     }
 
     /// Returns the file offsets of the tables, one for each block.
-    pub(crate) fn hashes(&self) -> &[u64] {
+    pub fn hashes(&self) -> &[u64] {
         &self.hashes
     }
 
     /// Returns how many pages all blocks have.
-    pub(crate) fn pages_total(&self) -> u64 {
+    pub fn pages_total(&self) -> u64 {
         self.ram.blocks().iter().map(|block| block.page_count().0).sum()
     }
 

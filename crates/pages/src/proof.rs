@@ -44,7 +44,7 @@ pub enum ProofError {
 /// # Errors
 ///
 /// Returns [`ProofError`] for the first thing that is not what was written.
-pub(crate) fn prove(snapshot: &Snapshot) -> Result<(), ProofError> {
+pub fn prove(snapshot: &Snapshot) -> Result<(), ProofError> {
     let manifest = snapshot.manifest().ok_or(ProofError::NoManifest)?;
     snapshot.verify_parts().map_err(ProofError::Differs)?;
     let bitmaps: Vec<PageBitmap> = snapshot

@@ -13,18 +13,18 @@ use crate::plan::{Unit, Units, WINDOW_LEN};
 
 /// A window of one block, and the part of it that is read at once.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Window {
+pub struct Window {
     /// The block's number.
-    pub(crate) block: usize,
+    pub block: usize,
     /// The window's bytes of the block: up to the next multiple of [`WINDOW_LEN`].
-    pub(crate) whole: Range<u64>,
+    pub whole: Range<u64>,
     /// The bytes that are read, from the first place to the last: a hole between them costs nothing
     /// to read. Empty if the window is of interest though no byte is to be read.
-    pub(crate) range: Range<u64>,
+    pub range: Range<u64>,
 }
 
 /// Windows that are of interest although no page in them has data.
-pub(crate) trait MorePlaces: Sync {
+pub trait MorePlaces: Sync {
     /// Returns the first byte of `range`, a range of a block, that is of interest.
     fn first(&self, block: usize, range: &Range<u64>) -> io::Result<Option<u64>>;
 
@@ -34,22 +34,32 @@ pub(crate) trait MorePlaces: Sync {
 
 /// What is read, and who may stop it: windows with data, each from its first such page to its last, and
 /// those that `more` adds.
-pub(crate) struct WindowReader<'a> {
-    pub(crate) blocks: &'a [PlacedBlock],
+#[expect(
+    missing_debug_implementations,
+    reason = "the trait has none, and a reader lives in one call"
+)]
+pub struct WindowReader<'a> {
+    /// The blocks, and their places in the file.
+    pub blocks: &'a [PlacedBlock],
     /// Which pages of each block have data.
-    pub(crate) bitmaps: &'a [PageBitmap],
-    pub(crate) more: Option<&'a dyn MorePlaces>,
-    pub(crate) control: &'a Control<'a>,
+    pub bitmaps: &'a [PageBitmap],
+    /// Places that are of interest besides pages with data.
+    pub more: Option<&'a dyn MorePlaces>,
+    /// The caller's hold.
+    pub control: &'a Control<'a>,
 }
 
 /// Why windows could not be read. A window that the disk does not give is no such reason: the function
 /// that takes the window gets the error in place of its bytes.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum WindowError {
+pub enum WindowError {
+    /// It could not be found out where `more` has places.
     #[error("where there are pages to look at")]
     Places(#[source] io::Error),
+    /// The file could not be read, or the threads ended.
     #[error("the pages")]
     Read(#[source] io::Error),
+    /// The caller stopped it.
     #[error("stopped")]
     Stopped,
 }
@@ -63,7 +73,7 @@ struct Shared<'a> {
 impl WindowReader<'_> {
     /// Reads all windows by `workers`, whose lanes lead to the file, and hands each to `take`, with what
     /// the worker remembers; returns what all workers remember in the end, and the back end.
-    pub(crate) fn read<T, E>(
+    pub fn read<T, E>(
         &self,
         workers: Workers,
         take: impl Fn(&mut T, &Window, io::Result<&[u8]>) -> Result<(), E> + Sync,
@@ -75,14 +85,12 @@ impl WindowReader<'_> {
         let lens = self.blocks.iter().map(|placed| placed.block.used_length());
         let units = Units::new(lens, WINDOW_LEN);
         let shared = Shared { units, meter: Meter::new(self.control, self.data_bytes()) };
-        let backend = workers.backend().clone();
-        let work = |_, lane: Lane| shared.units.work(|| self.work(&shared, lane, &take));
-        let results = workers.run(work).map_err(WindowError::Read)?;
-        Ok((results.into_iter().collect::<Result<_, E>>()?, backend))
+        let part = |lane| self.work(&shared, lane, &take);
+        workers.drive(&shared.units, part, |source| WindowError::Read(source).into())
     }
 
     /// Returns how many bytes of data there are.
-    pub(crate) fn data_bytes(&self) -> u64 {
+    pub fn data_bytes(&self) -> u64 {
         let blocks = self.blocks.iter().zip(self.bitmaps);
         blocks.map(|(placed, bitmap)| bitmap.data_count().0 * page_len(placed)).sum()
     }

@@ -6,7 +6,6 @@ use std::os::unix::fs::MetadataExt;
 
 use vmfile_engine::{DataFile, DirectIo, resident_bytes};
 
-use crate::check::describe;
 use crate::snapshot::Snapshot;
 
 /// Opens the file for reading its pages, past the page cache unless that holds most of it; says
@@ -16,7 +15,7 @@ use crate::snapshot::Snapshot;
 ///
 /// Returns the kernel's error, and [`io::ErrorKind::Unsupported`] if direct I/O is required and
 /// not possible.
-pub(crate) fn open_for_reading(
+pub fn open_for_reading(
     snapshot: &Snapshot,
     direct_io: DirectIo,
 ) -> io::Result<(DataFile, String)> {
@@ -31,12 +30,12 @@ pub(crate) fn open_for_reading(
     }
     let wanted = if cached.is_some() { DirectIo::Off } else { direct_io };
     let file = DataFile::new(file.try_clone()?, wanted)?;
-    let said = cached.unwrap_or_else(|| describe(file.direct()));
+    let said = cached.unwrap_or_else(|| file.direct().to_string());
     Ok((file, said))
 }
 
 /// Says whether pages that are read are compared with their hashes, in the words of a report.
-pub(crate) fn verified(snapshot: &Snapshot) -> &'static str {
+pub fn verified(snapshot: &Snapshot) -> &'static str {
     match snapshot.manifest() {
         Some(_) => "yes",
         None => "no: QEMU wrote the file, and its pages have no hashes",

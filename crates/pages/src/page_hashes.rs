@@ -11,14 +11,18 @@ use crate::plan::UNIT_LEN;
 use crate::snapshot::{Snapshot, SnapshotError};
 
 /// The recorded hash of a page; zeros for a zero page.
-pub(crate) type Hash = [u8; 16];
+pub type Hash = [u8; 16];
+
+/// The hash of a page that has none: a zero page.
+pub const NO_HASH: Hash = [0; 16];
+const _: () = assert!(NO_HASH.len() as u64 == HASH_LEN);
 
 /// The recorded hashes of a file's pages, read a unit of 16 MiB at a time.
 ///
 /// Each worker has one of its own and takes the pages of a unit together: then each part of a
 /// table is read once.
 #[derive(Debug)]
-pub(crate) struct PageHashes<'a> {
+pub struct PageHashes<'a> {
     snapshot: &'a Snapshot,
     /// The block and the number of the unit whose hashes are in `bytes`.
     unit: Option<(usize, u64)>,
@@ -27,7 +31,7 @@ pub(crate) struct PageHashes<'a> {
 
 impl<'a> PageHashes<'a> {
     /// Returns the hashes of `snapshot`, of which none has been read yet.
-    pub(crate) fn new(snapshot: &'a Snapshot) -> PageHashes<'a> {
+    pub fn new(snapshot: &'a Snapshot) -> PageHashes<'a> {
         PageHashes { snapshot, unit: None, bytes: Vec::new() }
     }
 
@@ -38,7 +42,7 @@ impl<'a> PageHashes<'a> {
     ///
     /// Returns [`SnapshotError::DamagedPage`] for the first page that is not what was written, and
     /// [`SnapshotError::Read`] if the kernel refuses to read the hashes.
-    pub(crate) fn verify(
+    pub fn verify(
         &mut self,
         block: usize,
         bitmap: &PageBitmap,
@@ -63,7 +67,7 @@ impl<'a> PageHashes<'a> {
     /// # Errors
     ///
     /// As [`PageHashes::verify`].
-    pub(crate) fn verify_page(
+    pub fn verify_page(
         &mut self,
         block: usize,
         page: PageIndex,
@@ -82,7 +86,7 @@ impl<'a> PageHashes<'a> {
     /// # Errors
     ///
     /// Returns [`SnapshotError::Read`] if the kernel refuses.
-    pub(crate) fn recorded(
+    pub fn recorded(
         &mut self,
         block: usize,
         page: PageIndex,
@@ -104,7 +108,7 @@ impl<'a> PageHashes<'a> {
 }
 
 /// Says that a page, or its hash, is not what was written.
-pub(crate) fn damaged_page(snapshot: &Snapshot, block: usize, page: PageIndex) -> SnapshotError {
+pub fn damaged_page(snapshot: &Snapshot, block: usize, page: PageIndex) -> SnapshotError {
     let placed = &snapshot.structure().blocks[block];
     SnapshotError::DamagedPage {
         path: snapshot.path().to_path_buf(),
@@ -115,6 +119,6 @@ pub(crate) fn damaged_page(snapshot: &Snapshot, block: usize, page: PageIndex) -
 }
 
 /// Whether `bytes` are the page whose hash was recorded.
-pub(crate) fn is_page(bytes: &[u8], recorded: Hash) -> bool {
+pub fn is_page(bytes: &[u8], recorded: Hash) -> bool {
     encode_hash(page_hash(bytes)) == recorded
 }

@@ -12,6 +12,7 @@ use vmfile_engine::{
     hugetlb_allocated_bytes,
 };
 
+use crate::memory::{PageSink, PageSource};
 use crate::plan::{UNIT_LEN, Units, pieces};
 use crate::ranges;
 
@@ -20,18 +21,18 @@ const PAGE_LEN: u64 = 4096;
 
 /// One block as it lies in the process.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct BlockAt {
+pub struct BlockAt {
     /// The block's name.
-    pub(crate) name: String,
+    pub name: String,
     /// Address of its first byte in the process.
-    pub(crate) address: u64,
+    pub address: u64,
     /// Its length in bytes, whole pages.
-    pub(crate) len: u64,
+    pub len: u64,
 }
 
 /// The RAM of a process, looked up and not yet read.
 #[derive(Debug)]
-pub(crate) struct ProcessRam {
+pub struct ProcessRam {
     blocks: Vec<BlockMemory>,
 }
 
@@ -39,14 +40,14 @@ pub(crate) struct ProcessRam {
 ///
 /// It is copied by system calls and never mapped: if another process cuts the file that backs it, that is
 /// an error here and no `SIGBUS`, and nothing that another process changes meanwhile is looked at twice.
-#[derive(Clone, Debug)]
-pub(crate) struct BlockMemory {
+#[derive(Debug)]
+struct BlockMemory {
     at: BlockAt,
     process: Arc<ProcessMemory>,
     kind: Kind,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 enum Kind {
     /// Memory of the process's own; what it has not written shows the file beneath, if there is one.
     Private { beneath: Option<FilePart> },
@@ -61,10 +62,10 @@ enum Kind {
 }
 
 /// The part of a file that backs a block.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 struct FilePart {
-    file: Arc<File>,
-    seeker: Arc<DataSeeker>,
+    file: File,
+    seeker: DataSeeker,
     /// Where in the file the block begins.
     offset: u64,
     /// How long the block is.
@@ -111,7 +112,7 @@ impl ProcessRam {
     ///
     /// Returns [`ProcessRamError`] if the process may not be looked into or its memory is not
     /// what the blocks say.
-    pub(crate) fn open(
+    pub fn open(
         pid: u32,
         blocks: &[BlockAt],
         access: Access,
@@ -129,26 +130,25 @@ impl ProcessRam {
                 })?;
             let kind = Kind::open(backing, at)
                 .map_err(|source| file_error("open the file once more", at, source))?;
-            Ok(BlockMemory { at: at.clone(), process: Arc::clone(&memory), kind })
+            let mut block = BlockMemory { at: at.clone(), process: Arc::clone(&memory), kind };
+            let counted = block.count_huge_pages();
+            counted.map_err(|source| block.error("count the huge pages", source))?;
+            Ok(block)
         };
         let blocks = blocks.iter().map(open).collect::<Result<Vec<_>, ProcessRamError>>()?;
         Ok(ProcessRam { blocks })
     }
 
-    /// Returns the memory of each block, as it is reached now that the process stands still.
+    /// Looks once more where the pages of blocks on hugetlbfs are, now that the process stands still:
+    /// it may have touched others since [`ProcessRam::open`].
     ///
     /// # Errors
     ///
     /// Returns [`ProcessRamError`] if the kernel cannot be asked.
-    pub(crate) fn blocks(&self) -> Result<Vec<BlockMemory>, ProcessRamError> {
-        let block = |block: &BlockMemory| {
-            let mut block = block.clone();
-            block
-                .count_huge_pages()
-                .map_err(|source| block.error("count the huge pages", source))?;
-            Ok(block)
-        };
-        self.blocks.iter().map(block).collect()
+    pub fn look_again(&mut self) -> Result<(), ProcessRamError> {
+        self.blocks.iter_mut().try_for_each(|block| {
+            block.count_huge_pages().map_err(|source| block.error("count the huge pages", source))
+        })
     }
 
     /// Returns how many bytes may be data, where gaps up to `gap_max` between them count as well.
@@ -156,19 +156,45 @@ impl ProcessRam {
     /// # Errors
     ///
     /// Returns [`ProcessRamError`] if the kernel cannot be asked.
-    pub(crate) fn data_len(&self, gap_max: u64) -> Result<u64, ProcessRamError> {
-        let len = |block: BlockMemory| {
+    pub fn data_len(&self, gap_max: u64) -> Result<u64, ProcessRamError> {
+        let len = |block: &BlockMemory| {
             let len = block.data_len(gap_max);
             len.map_err(|source| block.error("ask for the touched pages", source))
         };
-        self.blocks()?.into_iter().map(len).sum()
+        self.blocks.iter().map(len).sum()
+    }
+}
+
+impl PageSource for ProcessRam {
+    fn first_data(&self, block: usize, range: &Range<u64>) -> io::Result<Option<u64>> {
+        self.blocks[block].first_data(range)
+    }
+
+    fn read(&self, block: usize, range: &Range<u64>, into: &mut [u8]) -> io::Result<bool> {
+        self.blocks[block].read(range, into)
+    }
+}
+
+impl PageSink for ProcessRam {
+    fn data(&self, block: usize, range: &Range<u64>) -> io::Result<Vec<Range<u64>>> {
+        self.blocks[block].data(range)
+    }
+
+    fn write(
+        &self,
+        block: usize,
+        start: u64,
+        parts: &[Range<usize>],
+        bytes: &[u8],
+    ) -> io::Result<()> {
+        self.blocks[block].write(start, parts, bytes)
     }
 }
 
 impl BlockMemory {
     /// Returns the first byte of `range`, a range of the block, that may be data; all before it is zero
     /// as far as the kernel knows.
-    pub(crate) fn first_data(&self, range: &Range<u64>) -> io::Result<Option<u64>> {
+    fn first_data(&self, range: &Range<u64>) -> io::Result<Option<u64>> {
         let touched = || {
             let found = self.process.first_touched(&self.addresses(range))?;
             Ok::<_, io::Error>(found.map(|address| address - self.at.address))
@@ -188,7 +214,7 @@ impl BlockMemory {
     }
 
     /// Returns the parts of `range`, a range of the block and no longer than a unit, that may be data.
-    pub(crate) fn data(&self, range: &Range<u64>) -> io::Result<Vec<Range<u64>>> {
+    fn data(&self, range: &Range<u64>) -> io::Result<Vec<Range<u64>>> {
         let mut found = match &self.kind {
             Kind::Private { .. } | Kind::HugePages { all: false, .. } => {
                 let found = self.process.touched(self.addresses(range))?;
@@ -207,7 +233,7 @@ impl BlockMemory {
 
     /// Copies `range`, a window of the block, into `into`; returns whether anything may be data, else
     /// nothing was copied.
-    pub(crate) fn read(&self, range: &Range<u64>, into: &mut [u8]) -> io::Result<bool> {
+    fn read(&self, range: &Range<u64>, into: &mut [u8]) -> io::Result<bool> {
         match &self.kind {
             Kind::Private { .. } => {
                 // A page that the process never touched is not read: that would enter the zero page into
@@ -239,12 +265,7 @@ impl BlockMemory {
 
     /// Copies `pieces` of `bytes`, whose first byte belongs to `start` in the block, to where they
     /// belong.
-    pub(crate) fn write(
-        &self,
-        start: u64,
-        pieces: &[Range<usize>],
-        bytes: &[u8],
-    ) -> io::Result<()> {
+    fn write(&self, start: u64, pieces: &[Range<usize>], bytes: &[u8]) -> io::Result<()> {
         match &self.kind {
             Kind::File(file) => pieces.iter().try_for_each(|piece| {
                 let offset = file.offset + start + piece.start as u64;
@@ -320,8 +341,8 @@ impl Kind {
 
 impl FilePart {
     fn open(BackingFile { file, offset, .. }: BackingFile, at: &BlockAt) -> io::Result<FilePart> {
-        let seeker = Arc::new(DataSeeker::open(file.as_fd())?);
-        Ok(FilePart { file: Arc::new(file), seeker, offset, len: at.len })
+        let seeker = DataSeeker::open(file.as_fd())?;
+        Ok(FilePart { file, seeker, offset, len: at.len })
     }
 
     fn first_data(&self, range: &Range<u64>) -> io::Result<Option<u64>> {

@@ -8,18 +8,18 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::ops::AddAssign;
+use std::ops::{AddAssign, Range};
 
-use vmfile_engine::{Direction, Memory, PooledBuffer, Transfer, is_zero, page_hash};
+use vmfile_engine::{Direction, Memory, PooledBuffer, Transfer};
 use vmfile_format::PageIndex;
-use vmfile_format::manifest::encode_hash;
 
 use crate::lane::Lane;
-use crate::plan::{BRIDGE_LEN, WINDOW_LEN};
-use crate::received_ram::{NO_HASH, ReceivedRam};
+use crate::plan::WINDOW_LEN;
+use crate::received_ram::ReceivedRam;
+use crate::runs::{PageRuns, Run};
 
 /// The smallest page: two transfers in flight must not touch one 4096-byte page of the file.
-pub(crate) const PAGE_LEN_MIN: u64 = 4096;
+pub const PAGE_LEN_MIN: u64 = 4096;
 
 /// Words of the bitmap of a window.
 const WINDOW_WORDS: usize = (WINDOW_LEN / PAGE_LEN_MIN / 64) as usize;
@@ -30,7 +30,7 @@ const IN_FLIGHT_MAX: usize = 1 << 16;
 
 /// One thread's way of writing pages.
 #[derive(Debug)]
-pub(crate) struct PageWriter<'a> {
+pub struct PageWriter<'a> {
     ram: &'a ReceivedRam,
     lane: Lane,
     /// Whether no other writer has pages of this file: then none can write into a gap.
@@ -43,11 +43,11 @@ pub(crate) struct PageWriter<'a> {
 
 /// What a writer has seen.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Counts {
+pub struct Counts {
     /// Bytes of pages that were written, those that came again as often as they came.
-    pub(crate) written_bytes: u64,
+    pub written_bytes: u64,
     /// Bytes of pages that were written again.
-    pub(crate) rewritten_bytes: u64,
+    pub rewritten_bytes: u64,
 }
 
 impl AddAssign for Counts {
@@ -82,13 +82,13 @@ impl Slot {
 
 impl<'a> PageWriter<'a> {
     /// Takes `lane`, which leads to the file of `ram`; `is_alone` if all pages come by this writer.
-    pub(crate) fn new(ram: &'a ReceivedRam, lane: Lane, is_alone: bool) -> PageWriter<'a> {
+    pub fn new(ram: &'a ReceivedRam, lane: Lane, is_alone: bool) -> PageWriter<'a> {
         let (open, in_flight, counts) = (None, HashMap::new(), Counts::default());
         PageWriter { ram, lane, is_alone, open, in_flight, counts }
     }
 
     /// Takes a page; `data` has its length.
-    pub(crate) fn page(&mut self, block: usize, page: PageIndex, data: &[u8]) -> io::Result<()> {
+    pub fn page(&mut self, block: usize, page: PageIndex, data: &[u8]) -> io::Result<()> {
         let slot = self.slot(block, page);
         let window = self.window(block, slot.window)?;
         window.buffer[slot.start()..slot.start() + slot.page_len].copy_from_slice(data);
@@ -100,7 +100,7 @@ impl<'a> PageWriter<'a> {
     }
 
     /// Lends a buffer of a window's length.
-    pub(crate) fn buffer(&mut self) -> io::Result<PooledBuffer> {
+    pub fn buffer(&mut self) -> io::Result<PooledBuffer> {
         self.lane.buffer()
     }
 
@@ -108,7 +108,7 @@ impl<'a> PageWriter<'a> {
     ///
     /// Where the places of two pages are as far apart as the pages, the pages between them are zero,
     /// and come by no other writer in this round.
-    pub(crate) fn pages(
+    pub fn pages(
         &mut self,
         block: usize,
         places: &[(usize, PageIndex)],
@@ -118,7 +118,7 @@ impl<'a> PageWriter<'a> {
     }
 
     /// Takes a page of zeros.
-    pub(crate) fn zero_page(&mut self, block: usize, page: PageIndex) -> io::Result<()> {
+    pub fn zero_page(&mut self, block: usize, page: PageIndex) -> io::Result<()> {
         let slot = self.slot(block, page);
         if let Some(window) = self.open.as_mut().filter(|window| window.is(block, slot.window)) {
             window.present[slot.index / 64] &= !(1 << (slot.index % 64));
@@ -127,7 +127,7 @@ impl<'a> PageWriter<'a> {
     }
 
     /// Returns the bytes of a page as they are now.
-    pub(crate) fn current(&mut self, block: usize, page: PageIndex) -> io::Result<Vec<u8>> {
+    pub fn current(&mut self, block: usize, page: PageIndex) -> io::Result<Vec<u8>> {
         self.drain()?;
         let mut data = vec![0; self.slot(block, page).page_len];
         if self.ram.has_data(block, page) {
@@ -137,14 +137,14 @@ impl<'a> PageWriter<'a> {
     }
 
     /// Waits until everything that was taken is in the file.
-    pub(crate) fn drain(&mut self) -> io::Result<()> {
+    pub fn drain(&mut self) -> io::Result<()> {
         self.close_window()?;
         self.in_flight.clear();
         self.lane.drain()
     }
 
     /// Returns what was written so far.
-    pub(crate) fn counts(&self) -> Counts {
+    pub fn counts(&self) -> Counts {
         self.counts
     }
 
@@ -186,38 +186,31 @@ impl<'a> PageWriter<'a> {
     ) -> io::Result<()> {
         let page_len = self.ram.page_len(block);
         let page_size = usize::try_from(page_len).expect("64 KiB at most");
-        let gap_max = if bridges { BRIDGE_LEN / page_len } else { 0 };
-        let mut runs: Vec<Run> = Vec::new();
-        for &(index, page) in places {
-            let data = &buffer[index * page_size..(index + 1) * page_size];
-            if is_zero(data) {
+        let mut runs = PageRuns::new(page_size, buffer.len() / page_size);
+        let ram = self.ram;
+        let may_bridge =
+            |gap: Range<u64>| bridges && !gap.map(PageIndex).any(|page| ram.has_data(block, page));
+        for &(slot, page) in places {
+            let bytes = &buffer[slot * page_size..(slot + 1) * page_size];
+            if runs.look((slot, page.0), bytes, may_bridge) {
+                self.remember(block, page, page_len);
+            } else {
                 self.ram.forget(block, page)?;
-                continue;
-            }
-            let hash = encode_hash(page_hash(data));
-            self.remember(block, page, page_len);
-            let has_data = |page| self.ram.has_data(block, page);
-            let last = runs.last_mut().map(|run| (run.gap_before(index, page, gap_max), run));
-            match last {
-                Some((Some(gap), run)) if !run.pages_after(gap).any(has_data) => {
-                    let end = run.index + run.pages();
-                    buffer[end * page_size..index * page_size].fill(0);
-                    run.hashes.extend(std::iter::repeat_n(NO_HASH, gap).flatten());
-                    run.hashes.extend_from_slice(&hash);
-                }
-                _ => runs.push(Run { index, page, hashes: hash.to_vec() }),
             }
         }
-        self.await_earlier(block, &runs)?;
+        for gap in runs.gaps() {
+            buffer[runs.bytes(gap)].fill(0);
+        }
+        self.await_earlier(block, runs.runs())?;
         let buffer = buffer.freeze();
-        for run in runs {
-            self.ram.put_hashes(block, run.page, &run.hashes)?;
-            let bytes = run.index * page_size..(run.index + run.pages()) * page_size;
-            let offset = self.ram.placed(block).page_offset(run.page);
+        for run in runs.runs() {
+            let first = PageIndex(run.first);
+            self.ram.put_hashes(block, first, runs.hashes(run.slots.clone()))?;
+            let offset = self.ram.placed(block).page_offset(first);
             self.lane.submit(Transfer {
                 direction: Direction::Write,
                 file_offset: offset.expect("a page of the block"),
-                memory: Memory::Shared(buffer.clone(), bytes),
+                memory: Memory::Shared(buffer.clone(), runs.bytes(&run.slots)),
                 tag: 0,
             })?;
         }
@@ -231,7 +224,7 @@ impl<'a> PageWriter<'a> {
             let slot = writer.slot(block, page);
             ((block, slot.window), slot.index / 64, 1 << (slot.index % 64))
         };
-        let pages = || runs.iter().flat_map(|run| run.page.0..run.page.0 + run.pages() as u64);
+        let pages = || runs.iter().flat_map(|run| run.first..run.first + run.slots.len() as u64);
         let is_in_flight = pages().any(|page| {
             let (window, word, bit) = key(self, PageIndex(page));
             self.in_flight.get(&window).is_some_and(|words| words[word] & bit != 0)
@@ -262,35 +255,6 @@ impl Window {
 
     fn has(&self, index: usize) -> bool {
         self.present[index / 64] & (1 << (index % 64)) != 0
-    }
-}
-
-/// Pages that follow one another in a buffer and in a block: from one with data to one with data.
-#[derive(Debug)]
-struct Run {
-    /// Where they begin in the buffer, in pages.
-    index: usize,
-    page: PageIndex,
-    hashes: Vec<u8>,
-}
-
-impl Run {
-    fn pages(&self) -> usize {
-        self.hashes.len() / NO_HASH.len()
-    }
-
-    /// Returns the `count` pages that follow this run.
-    fn pages_after(&self, count: usize) -> impl Iterator<Item = PageIndex> + use<> {
-        let end = self.page.0 + self.pages() as u64;
-        (end..end + count as u64).map(PageIndex)
-    }
-
-    /// Returns how many pages are missing up to `page` at `index` of the buffer, if that is as far in
-    /// the buffer as in the block, and `gap_max` at most.
-    fn gap_before(&self, index: usize, page: PageIndex, gap_max: u64) -> Option<usize> {
-        let gap = index.checked_sub(self.index + self.pages())?;
-        let is_same = self.page.0 + (self.pages() + gap) as u64 == page.0;
-        (is_same && gap as u64 <= gap_max).then_some(gap)
     }
 }
 

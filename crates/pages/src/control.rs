@@ -33,48 +33,56 @@ impl<'a> Control<'a> {
         Control { stop: &NEVER, progress: &|_| {} }
     }
 
-    /// Returns a control that stops with this one and hears nothing.
-    pub(crate) fn quiet(&self) -> Control<'a> {
+    /// Returns a control that stops when this one does, and tells no progress.
+    #[must_use]
+    pub fn quiet(&self) -> Control<'a> {
         Control { stop: self.stop, progress: &|_| {} }
     }
 
     /// Returns a control that stops when this one does, and tells its progress to `progress`.
-    pub(crate) fn with_progress<'b>(&self, progress: &'b (dyn Fn(Progress) + Sync)) -> Control<'b>
+    #[must_use]
+    pub fn with_progress<'b>(&self, progress: &'b (dyn Fn(Progress) + Sync)) -> Control<'b>
     where
         'a: 'b,
     {
         Control { stop: self.stop, progress }
     }
 
-    /// Returns the flag, for those who wait for QEMU.
-    pub(crate) fn stop_flag(&self) -> &Arc<AtomicBool> {
+    /// Returns the flag that the caller sets to end the verb.
+    #[must_use]
+    pub fn stop_flag(&self) -> &Arc<AtomicBool> {
         self.stop
     }
 
-    pub(crate) fn is_stopped(&self) -> bool {
+    /// Whether the caller wants the verb to end.
+    #[must_use]
+    pub fn is_stopped(&self) -> bool {
         self.stop.load(Ordering::Relaxed)
     }
 
-    pub(crate) fn report(&self, progress: Progress) {
+    /// Tells the caller how far the verb is.
+    pub fn report(&self, progress: Progress) {
         (self.progress)(progress);
     }
 }
 
 /// Adds up what several threads have done, and tells the caller.
 #[derive(Debug)]
-pub(crate) struct Meter<'a> {
+pub struct Meter<'a> {
     control: &'a Control<'a>,
     done_bytes: AtomicU64,
     total_bytes: u64,
 }
 
 impl<'a> Meter<'a> {
-    pub(crate) fn new(control: &'a Control<'a>, total_bytes: u64) -> Meter<'a> {
+    /// Begins at nothing done of `total_bytes`.
+    #[must_use]
+    pub fn new(control: &'a Control<'a>, total_bytes: u64) -> Meter<'a> {
         Meter { control, done_bytes: AtomicU64::new(0), total_bytes }
     }
 
     /// Notes that `bytes` more are done.
-    pub(crate) fn add(&self, bytes: u64) {
+    pub fn add(&self, bytes: u64) {
         let done_bytes = self.done_bytes.fetch_add(bytes, Ordering::Relaxed) + bytes;
         // A guest that runs sends more than its RAM.
         let done_bytes = done_bytes.min(self.total_bytes);
@@ -82,7 +90,7 @@ impl<'a> Meter<'a> {
     }
 
     /// Tells that all is done, where the whole was an estimate.
-    pub(crate) fn finish(&self) {
+    pub fn finish(&self) {
         if self.done_bytes.load(Ordering::Relaxed) < self.total_bytes {
             let (done_bytes, total_bytes) = (self.total_bytes, self.total_bytes);
             self.control.report(Progress { done_bytes, total_bytes });

@@ -140,11 +140,7 @@ impl Snapshot {
     }
 
     /// Does the same with a file that is open for reading, and is called `path` in errors.
-    pub(crate) fn from_file(
-        path: &Path,
-        file: File,
-        start: u64,
-    ) -> Result<Snapshot, SnapshotError> {
+    pub fn from_file(path: &Path, file: File, start: u64) -> Result<Snapshot, SnapshotError> {
         let open = |source| SnapshotError::Open { path: path.to_path_buf(), source };
         let len = file.metadata().map_err(open)?.len().min(FILE_LEN_MAX);
         let manifest = read_manifest(path, &file, len)?;
@@ -184,7 +180,7 @@ impl Snapshot {
     ///
     /// Returns [`SnapshotError::DamagedPart`] for the first part that is not what was written, and
     /// [`SnapshotError::Read`] if the kernel refuses.
-    pub(crate) fn verify_parts(&self) -> Result<(), SnapshotError> {
+    pub fn verify_parts(&self) -> Result<(), SnapshotError> {
         for extent in self.manifest.iter().flat_map(|manifest| &manifest.meta.extents) {
             let found = self.checksum(extent)?;
             if !extent.has_hash(found) {
@@ -202,7 +198,7 @@ impl Snapshot {
 
     /// Returns the checksum of the bytes that lie in `extent`, which are read in pieces: the bitmap
     /// of a large block takes megabytes.
-    pub(crate) fn checksum(&self, extent: &ExtentMeta) -> Result<u128, SnapshotError> {
+    pub fn checksum(&self, extent: &ExtentMeta) -> Result<u128, SnapshotError> {
         /// What fits into the cache of a processor.
         const PIECE_LEN: u64 = 256 << 10;
         let mut hasher = PageHasher::new();
@@ -246,7 +242,7 @@ impl Snapshot {
     }
 
     /// Reads `len` bytes at `offset`; both come from a structure that was checked.
-    pub(crate) fn read(&self, offset: u64, len: u64) -> Result<Vec<u8>, SnapshotError> {
+    pub fn read(&self, offset: u64, len: u64) -> Result<Vec<u8>, SnapshotError> {
         read_at(&self.path, &self.file, offset, in_memory(len))
     }
 }

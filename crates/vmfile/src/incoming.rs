@@ -12,7 +12,7 @@ use vmfile_format::stream::decoder::EVENT_LEN_MAX;
 
 use vmfile_qemu::is_process_stopped;
 
-use crate::control::Control;
+use vmfile_pages::control::Control;
 
 /// How much is read at once: what a pipe holds when it was widened.
 const READ_LEN: usize = 1 << 20;

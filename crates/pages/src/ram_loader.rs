@@ -1,4 +1,4 @@
-//! Pages of a file into the RAM of another process.
+//! Pages of a file into RAM: of another process, or of the caller's own.
 //!
 //! A page is read into a buffer of ours, compared with its hash, and copied to where it belongs: what the
 //! guest gets is what was verified. The destination has not run yet. Its memory is zero where nothing
@@ -14,21 +14,11 @@ use vmfile_format::{PageBitmap, PageIndex, PageRange};
 
 use crate::control::Control;
 use crate::lane::Workers;
+use crate::memory::PageSink;
 use crate::page_hashes::PageHashes;
 use crate::plan::pieces;
 use crate::snapshot::{Snapshot, SnapshotError};
-use crate::source::process::BlockMemory;
 use crate::window_reader::{MorePlaces, Window, WindowError, WindowReader};
-
-/// One block to load.
-#[derive(Debug)]
-pub(crate) struct LoadTarget {
-    /// The block's number in the file.
-    pub(crate) block: usize,
-    pub(crate) placed: PlacedBlock,
-    pub(crate) bitmap: PageBitmap,
-    pub(crate) memory: BlockMemory,
-}
 
 /// Why RAM could not be loaded.
 #[derive(Debug, thiserror::Error)]
@@ -69,42 +59,46 @@ impl From<WindowError> for LoadError {
     }
 }
 
-/// Loads all pages with data, and zeros over what must be zero; returns the bytes of data that were read
-/// and the back end.
+/// Loads all pages with data of `blocks` of the file into `sink`, and zeros over what must be zero;
+/// returns the bytes of data that were read, and the back end.
 ///
 /// # Errors
 ///
 /// Returns the first [`LoadError`] that any worker met.
-pub(crate) fn load_ram<'a>(
+pub fn load_ram<'a>(
     (snapshot, workers): (&'a Snapshot, Workers),
-    targets: &[LoadTarget],
+    blocks: &[usize],
+    sink: &dyn PageSink,
     control: &Control<'_>,
 ) -> Result<(u64, BackendInUse), LoadError> {
-    let blocks: Vec<PlacedBlock> = targets.iter().map(|target| target.placed.clone()).collect();
-    let bitmaps: Vec<PageBitmap> = targets.iter().map(|target| target.bitmap.clone()).collect();
-    let touched = Touched { targets };
-    let reader = WindowReader { blocks: &blocks, bitmaps: &bitmaps, more: Some(&touched), control };
+    let placed: Vec<PlacedBlock> =
+        blocks.iter().map(|&block| snapshot.structure().blocks[block].clone()).collect();
+    let bitmaps: Vec<PageBitmap> =
+        placed.iter().map(|placed| snapshot.bitmap(placed)).collect::<Result<_, _>>()?;
+    let held = Held { sink };
+    let reader = WindowReader { blocks: &placed, bitmaps: &bitmaps, more: Some(&held), control };
     let take = |hashes: &mut Option<PageHashes<'a>>, window: &Window, read: io::Result<&[u8]>| {
         let bytes = read.map_err(LoadError::Read)?;
-        let target = &targets[window.block];
+        let (number, bitmap) = (window.block, &bitmaps[window.block]);
+        let block = LoadedBlock { number, placed: &placed[number], bitmap, sink };
         let hashes = hashes.get_or_insert_with(|| PageHashes::new(snapshot));
-        let first = PageIndex(window.range.start / target.page_len());
-        hashes.verify(target.block, &target.bitmap, first, bytes)?;
-        target.clear_stale(window)?;
-        target.copy(window, bytes)
+        let first = PageIndex(window.range.start / block.page_len());
+        hashes.verify(blocks[number], bitmap, first, bytes)?;
+        block.clear_stale(window)?;
+        block.copy(window, bytes)
     };
     let (_, backend) = reader.read(workers, take)?;
     Ok((reader.data_bytes(), backend))
 }
 
-/// Windows in which the destination has bytes already, which must be zero if the file has none there.
-struct Touched<'a> {
-    targets: &'a [LoadTarget],
+/// Windows in which the memory has bytes already, which must be zero if the file has none there.
+struct Held<'a> {
+    sink: &'a dyn PageSink,
 }
 
-impl MorePlaces for Touched<'_> {
+impl MorePlaces for Held<'_> {
     fn first(&self, block: usize, range: &Range<u64>) -> io::Result<Option<u64>> {
-        self.targets[block].memory.first_data(range)
+        self.sink.first_data(block, range)
     }
 
     fn to_read(&self, _: usize, _: &Range<u64>) -> io::Result<Option<Range<u64>>> {
@@ -112,7 +106,16 @@ impl MorePlaces for Touched<'_> {
     }
 }
 
-impl LoadTarget {
+/// A block that is loaded.
+struct LoadedBlock<'a> {
+    /// Its number in the memory.
+    number: usize,
+    placed: &'a PlacedBlock,
+    bitmap: &'a PageBitmap,
+    sink: &'a dyn PageSink,
+}
+
+impl LoadedBlock<'_> {
     fn page_len(&self) -> u64 {
         self.placed.block.page_size().bytes()
     }
@@ -121,13 +124,13 @@ impl LoadTarget {
         PageRange::new(range.start / self.page_len(), range.end / self.page_len())
     }
 
-    /// Writes zeros where the destination has bytes and the file has a zero page.
+    /// Writes zeros where the memory has bytes and the file has a zero page.
     fn clear_stale(&self, window: &Window) -> Result<(), LoadError> {
         static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
         let page_len = self.page_len();
         for gap in self.bitmap.gaps_within(self.pages(&window.whole)) {
             let gap = gap.start.0 * page_len..gap.end.0 * page_len;
-            for stale in self.memory.data(&gap).map_err(LoadError::Touched)? {
+            for stale in self.sink.data(self.number, &gap).map_err(LoadError::Touched)? {
                 for piece in pieces(stale, ZEROS.len() as u64) {
                     let zeros = 0..in_window(piece.end - piece.start);
                     self.write(piece.start, &[zeros], &ZEROS)?;
@@ -142,12 +145,12 @@ impl LoadTarget {
         let (page_len, start) = (self.page_len(), window.range.start);
         let place = |page: u64| in_window(page * page_len - start);
         let runs = self.bitmap.runs_within(self.pages(&window.range));
-        let pieces: Vec<_> = runs.map(|run| place(run.start.0)..place(run.end.0)).collect();
-        self.write(start, &pieces, bytes)
+        let parts: Vec<_> = runs.map(|run| place(run.start.0)..place(run.end.0)).collect();
+        self.write(start, &parts, bytes)
     }
 
-    fn write(&self, start: u64, pieces: &[Range<usize>], bytes: &[u8]) -> Result<(), LoadError> {
-        let written = self.memory.write(start, pieces, bytes);
+    fn write(&self, start: u64, parts: &[Range<usize>], bytes: &[u8]) -> Result<(), LoadError> {
+        let written = self.sink.write(self.number, start, parts, bytes);
         written.map_err(|source| LoadError::Write {
             block: self.placed.block.name().to_owned(),
             block_offset: start,

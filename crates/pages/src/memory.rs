@@ -1,0 +1,156 @@
+//! RAM as the crate sees it: blocks of bytes that pages are taken from or brought into.
+
+use std::io;
+use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
+
+use vmfile_engine::is_zero;
+
+use crate::plan::{WINDOW_LEN, pieces};
+
+/// RAM that pages are taken from, in blocks that are counted from 0.
+///
+/// Nobody writes to it while pages are taken: the bytes that [`PageSource::read`] copies are those that
+/// are hashed and written, but two pages are of one moment only if the memory stands still.
+///
+/// Ranges are bytes of a block. Several threads ask at the same time, for different ranges.
+pub trait PageSource: Sync {
+    /// Returns the first byte of `range` that may be other than zero; all before it is zero.
+    ///
+    /// A source that cannot tell returns the first byte of the range.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the memory cannot be asked; the save ends with it.
+    fn first_data(&self, block: usize, range: &Range<u64>) -> io::Result<Option<u64>>;
+
+    /// Copies `range`, [`WINDOW_LEN`] bytes at most, into `into`, which has its length, and returns
+    /// `true`. If all of the range is zero, it may return `false` and copy nothing.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the memory cannot be read; the save ends with it.
+    fn read(&self, block: usize, range: &Range<u64>, into: &mut [u8]) -> io::Result<bool>;
+}
+
+/// RAM that pages are brought into. It is asked first where it holds bytes already: they are
+/// overwritten with zeros where the file has a zero page.
+pub trait PageSink: PageSource {
+    /// Returns the parts of `range`, [`WINDOW_LEN`] bytes at most, that may be other than zero.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the memory cannot be asked; the load ends with it.
+    fn data(&self, block: usize, range: &Range<u64>) -> io::Result<Vec<Range<u64>>>;
+
+    /// Copies `parts` of `bytes` into the block: the first byte of `bytes` belongs to the block's byte
+    /// `start`. All of them lie between two multiples of [`WINDOW_LEN`].
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the memory cannot be written; the load ends with it.
+    fn write(
+        &self,
+        block: usize,
+        start: u64,
+        parts: &[Range<usize>],
+        bytes: &[u8],
+    ) -> io::Result<()>;
+}
+
+/// Memory of the caller's own that is saved: a slice for each block.
+#[derive(Clone, Debug)]
+pub struct OwnMemory<'a> {
+    blocks: Vec<&'a [u8]>,
+}
+
+impl<'a> OwnMemory<'a> {
+    /// Takes a slice for each block, in the order of the file.
+    #[must_use]
+    pub fn new(blocks: Vec<&'a [u8]>) -> OwnMemory<'a> {
+        OwnMemory { blocks }
+    }
+}
+
+impl PageSource for OwnMemory<'_> {
+    fn first_data(&self, _: usize, range: &Range<u64>) -> io::Result<Option<u64>> {
+        // A page is looked at when it is read.
+        Ok((!range.is_empty()).then_some(range.start))
+    }
+
+    fn read(&self, block: usize, range: &Range<u64>, into: &mut [u8]) -> io::Result<bool> {
+        into.copy_from_slice(&self.blocks[block][in_block(range.start)..in_block(range.end)]);
+        Ok(true)
+    }
+}
+
+/// Memory of the caller's own that a file is loaded into: a slice for each block.
+#[derive(Debug)]
+pub struct OwnMemoryMut<'a> {
+    /// The windows of each block: no two threads have the same one.
+    blocks: Vec<Vec<Mutex<&'a mut [u8]>>>,
+}
+
+impl<'a> OwnMemoryMut<'a> {
+    /// Takes a slice for each block, in the order of the file. They may hold anything.
+    #[must_use]
+    pub fn new(blocks: Vec<&'a mut [u8]>) -> OwnMemoryMut<'a> {
+        let windows = |block: &'a mut [u8]| block.chunks_mut(WINDOW).map(Mutex::new).collect();
+        OwnMemoryMut { blocks: blocks.into_iter().map(windows).collect() }
+    }
+
+    /// Does `work` with the part of the window at `start` that begins there.
+    fn window<T>(&self, block: usize, start: u64, work: impl FnOnce(&mut [u8]) -> T) -> T {
+        let window = &self.blocks[block][in_block(start / WINDOW_LEN)];
+        let mut window = window.lock().unwrap_or_else(PoisonError::into_inner);
+        work(&mut window[in_block(start % WINDOW_LEN)..])
+    }
+}
+
+impl PageSource for OwnMemoryMut<'_> {
+    fn first_data(&self, block: usize, range: &Range<u64>) -> io::Result<Option<u64>> {
+        let is_data = |piece: &Range<u64>| {
+            let len = in_block(piece.end - piece.start);
+            self.window(block, piece.start, |bytes| !is_zero(&bytes[..len]))
+        };
+        Ok(pieces(range.clone(), PAGE_LEN).find(is_data).map(|piece| piece.start))
+    }
+
+    fn read(&self, block: usize, range: &Range<u64>, into: &mut [u8]) -> io::Result<bool> {
+        self.window(block, range.start, |bytes| into.copy_from_slice(&bytes[..into.len()]));
+        Ok(true)
+    }
+}
+
+impl PageSink for OwnMemoryMut<'_> {
+    fn data(&self, block: usize, range: &Range<u64>) -> io::Result<Vec<Range<u64>>> {
+        let first = self.first_data(block, range)?;
+        Ok(first.map(|first| first..range.end).into_iter().collect())
+    }
+
+    fn write(
+        &self,
+        block: usize,
+        start: u64,
+        parts: &[Range<usize>],
+        bytes: &[u8],
+    ) -> io::Result<()> {
+        self.window(block, start, |window| {
+            for part in parts {
+                window[part.clone()].copy_from_slice(&bytes[part.clone()]);
+            }
+        });
+        Ok(())
+    }
+}
+
+/// How much of the caller's memory is looked at in one go, in bytes.
+const PAGE_LEN: u64 = 4096;
+
+const WINDOW: usize = 2 << 20;
+const _: () = assert!(WINDOW as u64 == WINDOW_LEN);
+
+/// An offset in memory of this process.
+fn in_block(offset: u64) -> usize {
+    usize::try_from(offset).expect("memory of this process has offsets of its width")
+}

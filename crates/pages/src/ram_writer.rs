@@ -1,0 +1,277 @@
+//! RAM into the file: copied, tested for zeros, hashed, written where it belongs.
+//!
+//! Workers take units of 16 MiB from a shared counter, in the order of the file. Each page is copied
+//! once, and the copy is looked at once, while it is in the cache: is it zero, and what is its hash. The
+//! copy is what is written: whatever another process does to the memory meanwhile, the bytes in the file
+//! are those that were hashed. Runs of data go out as large writes; the hashes of a unit follow as one.
+
+use std::io;
+use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
+
+use vmfile_engine::{BackendInUse, Direction, Memory, SharedBuffer, Transfer};
+use vmfile_format::manifest::HASH_LEN;
+use vmfile_format::mapped_ram::PlacedBlock;
+use vmfile_format::{PageBitmap, PageIndex};
+
+use crate::control::{Control, Meter};
+use crate::draft::Places;
+use crate::lane::{Lane, Workers};
+use crate::memory::PageSource;
+use crate::plan::{UNIT_LEN, Unit, Units, WINDOW_LEN, pieces};
+use crate::runs::PageRuns;
+
+/// What was written.
+#[derive(Debug)]
+pub struct Written {
+    /// The pages of each block that have data.
+    pub bitmaps: Vec<PageBitmap>,
+    /// How many bytes the pages with data have.
+    pub data_bytes: u64,
+    /// The back end that wrote them.
+    pub backend: BackendInUse,
+}
+
+/// Why RAM could not be written.
+#[derive(Debug, thiserror::Error)]
+pub enum RamError {
+    /// The source could not be asked or read.
+    #[error("read {len} bytes of guest RAM at {block_offset:#x} of RAM block {block:?}")]
+    Read {
+        /// The block.
+        block: String,
+        /// Offset in the block, in bytes.
+        block_offset: u64,
+        /// How much, in bytes.
+        len: u64,
+        /// What the source said.
+        source: io::Error,
+    },
+    /// The file could not be written, or the threads ended.
+    #[error("write guest RAM")]
+    Write {
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The caller stopped it.
+    #[error("stopped")]
+    Stopped,
+}
+
+/// Writes the data of all blocks of `source` to their `places` by `workers`, whose lanes lead to the
+/// file; `total_bytes` is how much there may be, for the progress.
+///
+/// # Errors
+///
+/// Returns the first [`RamError`] that any worker met, after all of them have stopped.
+pub fn write_ram(
+    workers: Workers,
+    places: &Places,
+    source: &dyn PageSource,
+    total_bytes: u64,
+    control: &Control<'_>,
+) -> Result<Written, RamError> {
+    let blocks = places.blocks();
+    let bitmap = |placed: &PlacedBlock| Mutex::new(PageBitmap::new(placed.block.page_count()));
+    let lens = blocks.iter().map(|placed| placed.block.used_length());
+    let units = Units::new(lens, UNIT_LEN);
+    let shared = Shared {
+        places,
+        source,
+        units: &units,
+        bitmaps: blocks.iter().map(bitmap).collect(),
+        meter: Meter::new(control, total_bytes),
+        control,
+    };
+    let part = |lane| Worker { shared: &shared, lane }.units();
+    let (_, backend) = workers.drive(&units, part, RamError::from)?;
+    // Pages that were there and held nothing were part of the whole.
+    shared.meter.finish();
+    let bitmap = |bitmap: Mutex<_>| bitmap.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let bitmaps: Vec<PageBitmap> = shared.bitmaps.into_iter().map(bitmap).collect();
+    let data_bytes = places.data_bytes(&bitmaps);
+    Ok(Written { bitmaps, data_bytes, backend })
+}
+
+/// What all workers see.
+struct Shared<'a> {
+    places: &'a Places,
+    source: &'a dyn PageSource,
+    units: &'a Units,
+    bitmaps: Vec<Mutex<PageBitmap>>,
+    meter: Meter<'a>,
+    control: &'a Control<'a>,
+}
+
+struct Worker<'a> {
+    shared: &'a Shared<'a>,
+    lane: Lane,
+}
+
+impl Worker<'_> {
+    fn units(mut self) -> Result<(), RamError> {
+        let shared = self.shared;
+        let first = |block: usize, range: Range<u64>| {
+            let found = shared.source.first_data(block, &range);
+            found.map_err(|source| shared.read_error(block, &range, source))
+        };
+        while let Some(unit) = shared.units.take(first)? {
+            if shared.control.is_stopped() {
+                return Err(RamError::Stopped);
+            }
+            let done_bytes = self.unit(&unit)?;
+            shared.meter.add(done_bytes);
+        }
+        Ok(self.lane.drain()?)
+    }
+
+    /// Writes a unit; returns how many bytes of data.
+    fn unit(&mut self, unit: &Unit) -> Result<u64, RamError> {
+        let mut pages = UnitPages::new(unit, &self.shared.places.blocks()[unit.block]);
+        for window in pieces(unit.range.clone(), WINDOW_LEN) {
+            self.window(unit.block, &window, &mut pages)?;
+        }
+        if pages.data > 0 {
+            self.hashes(unit.block, &pages)?;
+        }
+        let bitmap = &self.shared.bitmaps[unit.block];
+        let mut bitmap = bitmap.lock().unwrap_or_else(PoisonError::into_inner);
+        bitmap.replace_words(PageIndex(pages.first), &pages.words);
+        Ok(pages.data * pages.page_len)
+    }
+
+    /// Copies a window into a buffer of ours, looks at it there and writes its data.
+    fn window(
+        &mut self,
+        block: usize,
+        window: &Range<u64>,
+        pages: &mut UnitPages,
+    ) -> Result<(), RamError> {
+        let shared = self.shared;
+        let mut buffer = self.lane.buffer()?;
+        let len = in_window(window.end - window.start);
+        let read = shared.source.read(block, window, &mut buffer[..len]);
+        if !read.map_err(|source| shared.read_error(block, window, source))? {
+            return Ok(());
+        }
+        let runs = pages.look(window.start, &buffer[..len]);
+        let buffer: SharedBuffer = buffer.freeze();
+        let pages_offset = shared.places.blocks()[block].pages_offset;
+        for run in runs.runs() {
+            let file_offset = pages_offset + run.first * pages.page_len;
+            self.submit(file_offset, Memory::Shared(buffer.clone(), runs.bytes(&run.slots)))?;
+        }
+        Ok(())
+    }
+
+    fn hashes(&mut self, block: usize, pages: &UnitPages) -> Result<(), RamError> {
+        // The table ends in zeros up to a multiple of 4096 bytes: whole pages of hashes.
+        let len = pages.hashes.len().next_multiple_of(4096);
+        let mut buffer = self.lane.buffer()?;
+        let (hashes, rest) = buffer[..len].split_at_mut(pages.hashes.len());
+        hashes.copy_from_slice(&pages.hashes);
+        rest.fill(0);
+        let memory = Memory::Shared(buffer.freeze(), 0..len);
+        self.submit(self.shared.places.hashes()[block] + pages.first * HASH_LEN, memory)
+    }
+
+    fn submit(&mut self, file_offset: u64, memory: Memory) -> Result<(), RamError> {
+        let transfer = Transfer { direction: Direction::Write, file_offset, memory, tag: 0 };
+        Ok(self.lane.submit(transfer)?)
+    }
+}
+
+impl Shared<'_> {
+    fn read_error(&self, block: usize, range: &Range<u64>, source: io::Error) -> RamError {
+        RamError::Read {
+            block: self.places.blocks()[block].block.name().to_owned(),
+            block_offset: range.start,
+            len: range.end - range.start,
+            source,
+        }
+    }
+}
+
+impl From<io::Error> for RamError {
+    fn from(source: io::Error) -> RamError {
+        RamError::Write { source }
+    }
+}
+
+/// What is known of a unit's pages so far.
+#[derive(Debug)]
+struct UnitPages {
+    page_len: u64,
+    /// The index in the block of the unit's first page.
+    first: u64,
+    words: Vec<u64>,
+    hashes: Vec<u8>,
+    /// How many pages have data.
+    data: u64,
+}
+
+impl UnitPages {
+    fn new(unit: &Unit, placed: &PlacedBlock) -> UnitPages {
+        let page_len = placed.block.page_size().bytes();
+        let pages = (unit.range.end - unit.range.start).div_ceil(page_len);
+        UnitPages {
+            page_len,
+            first: unit.range.start / page_len,
+            words: vec![0; in_window(pages.div_ceil(64))],
+            hashes: vec![0; in_window(pages * HASH_LEN)],
+            data: 0,
+        }
+    }
+
+    /// Looks at the pages of a window that begins at `start` in the block.
+    fn look(&mut self, start: u64, bytes: &[u8]) -> PageRuns {
+        let page_len = in_window(self.page_len);
+        let first = start / self.page_len;
+        let mut runs = PageRuns::new(page_len, bytes.len() / page_len);
+        for ((slot, page), bytes) in (first..).enumerate().zip(bytes.chunks(page_len)) {
+            // What lies between two pages with data was copied as well, and is zero.
+            if runs.look((slot, page), bytes, |_| true) {
+                let index = page - self.first;
+                self.words[in_window(index / 64)] |= 1 << (index % 64);
+                self.data += 1;
+            }
+        }
+        let hashes = runs.hashes(0..bytes.len() / page_len);
+        let at = in_window((first - self.first) * HASH_LEN);
+        self.hashes[at..at + hashes.len()].copy_from_slice(hashes);
+        runs
+    }
+}
+
+/// A length or an offset inside a window or a unit.
+fn in_window(bytes: u64) -> usize {
+    usize::try_from(bytes).expect("a window")
+}
+
+#[cfg(test)]
+mod tests {
+    use vmfile_format::{PageSize, RamBlock};
+
+    use super::*;
+
+    #[test]
+    fn the_pages_of_a_window_are_counted_from_the_start_of_the_unit() {
+        for page_size in [4096, 16384] {
+            let size = PageSize::new(page_size).unwrap();
+            let block = RamBlock::new("ram".to_owned(), 2 * UNIT_LEN, size).unwrap();
+            let placed =
+                PlacedBlock { block, record_offset: 0, bitmap_offset: 64, pages_offset: 1 << 20 };
+            let unit = Unit { block: 0, range: UNIT_LEN..2 * UNIT_LEN };
+            let mut pages = UnitPages::new(&unit, &placed);
+            let mut bytes = vec![0; in_window(WINDOW_LEN)];
+            bytes[in_window(2 * page_size) + 9] = 1;
+            let runs = pages.look(UNIT_LEN + WINDOW_LEN, &bytes);
+            let first = (UNIT_LEN + WINDOW_LEN) / page_size;
+            assert_eq!(runs.runs()[0].first, first + 2);
+            assert_eq!(pages.data, 1);
+            let bit = in_window(WINDOW_LEN / page_size) + 2;
+            assert_eq!(pages.words[bit / 64], 1 << (bit % 64));
+            assert_ne!(pages.hashes[bit * 16..(bit + 1) * 16], [0; 16]);
+        }
+    }
+}

@@ -1,4 +1,0 @@
-//! Where pages come from.
-
-pub(crate) mod process;
-pub(crate) mod stream;
