@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
+use vmfile::PagesError;
 use vmfile::check::CheckOptions;
 use vmfile::error::SaveError;
 use vmfile::save::{After, SaveOptions};
@@ -62,7 +63,7 @@ fn a_save_that_is_stopped_in_the_middle_harms_nobody() -> TestResult {
     let file = directory.path().join("vm.vmf");
     let stop = |stop: &AtomicBool| stop.store(true, Ordering::Relaxed);
     let error = save_with_meddling(&guest, &file, &slow_options(), stop)?;
-    assert!(matches!(error, SaveError::Stopped), "{error}");
+    assert!(error.is_stopped(), "{error}");
     nothing_happened(&mut guest, directory.path())
 }
 
@@ -84,7 +85,10 @@ fn a_disk_that_fills_up_in_the_middle_harms_nobody() -> TestResult {
         };
         let file = inside.join("vm.vmf");
         let error = save_with_meddling(&guest, &file, &options, fill_the_disk)?;
-        assert!(matches!(error, SaveError::Write { .. } | SaveError::Publish(_)), "{error}");
+        assert!(
+            matches!(error, SaveError::Pages(PagesError::WriteFile { .. }) | SaveError::Publish(_)),
+            "{error}"
+        );
         nothing_happened(&mut guest, &inside)?;
         fs::remove_file(&other)?;
     }

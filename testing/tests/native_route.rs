@@ -243,7 +243,7 @@ fn a_save_that_fails_harms_nobody(release: Release) -> TestResult {
     // While QEMU writes, and while vmfile reads.
     for stop_at in [0.0, 0.1, 0.7] {
         let error = harms_nobody(&mut guest, directory.path(), stop_at)?;
-        assert!(matches!(error, SaveError::Stopped), "{stop_at}: {error}");
+        assert!(error.is_stopped(), "{stop_at}: {error}");
     }
     let error = harms_nobody(&mut guest, mount.path(), 2.0)?;
     assert!(matches!(error, SaveError::NoSpace { .. }), "{error}");

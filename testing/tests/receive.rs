@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use serde_json::json;
 use vmfile::Control;
+use vmfile::PagesError;
 use vmfile::receive::{ReceiveError, ReceiveOptions, ReceiveReport, StreamFrom, receive};
 use vmfile_format::stream::configuration::Configuration;
 use vmfile_format::stream::encoder::RamSection;
@@ -143,7 +144,7 @@ fn a_disk_that_fills_up_ends_the_migration_and_the_guest_runs_on() -> TestResult
     let file = mount.path().join("vm.vmf");
     let (received, status) = send_to(&mut guest, &file, &ReceiveOptions::default())?;
     let error = received.expect_err("no room");
-    assert!(matches!(error, ReceiveError::Write { .. }), "{error}");
+    assert!(matches!(error, ReceiveError::Pages(PagesError::WriteFile { .. })), "{error}");
     assert_eq!(status["status"], "failed", "{status}");
     assert_eq!(fs::read_dir(mount.path())?.count(), 0);
     assert_eq!(guest.status()?, "running");

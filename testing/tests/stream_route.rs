@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use serde_json::{Value, json};
+use vmfile::PagesError;
 use vmfile::error::SaveError;
 use vmfile::save::{After, Route, SaveOptions};
 use vmfile::{Control, Progress, Vm};
@@ -196,9 +197,12 @@ fn a_save_by_stream_that_is_stopped_or_finds_no_room_harms_nobody() -> TestResul
     let directory = tempfile::tempdir()?;
     for channels in [0, 3] {
         let error = harms_nobody(&mut guest, directory.path(), (true, channels))?;
-        assert!(matches!(error, SaveError::Stopped), "{channels}: {error}");
+        assert!(error.is_stopped(), "{channels}: {error}");
         let error = harms_nobody(&mut guest, mount.path(), (false, channels))?;
-        assert!(matches!(error, SaveError::Write { .. }), "{channels}: {error}");
+        assert!(
+            matches!(error, SaveError::Pages(PagesError::WriteFile { .. })),
+            "{channels}: {error}"
+        );
     }
     // And where nothing fails it is saved.
     save_with(&guest, &directory.path().join("vm.vmf"), &by_stream(After::Quit)).map(drop)

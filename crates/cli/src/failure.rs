@@ -2,14 +2,13 @@
 
 use std::error::Error;
 
-use vmfile::check::CheckError;
 use vmfile::convert::ConvertError;
 use vmfile::error::SaveError;
 use vmfile::receive::ReceiveError;
 use vmfile::send::SendError;
 use vmfile::{
-    ChannelsError, CommandLineError, DiscoverError, ProofError, PublishError, RestoreError,
-    SnapshotError, VmError,
+    ChannelsError, CommandLineError, DiscoverError, PagesError, ProofError, PublishError,
+    RestoreError, SnapshotError, VmError,
 };
 use vmfile_bench::BenchError;
 
@@ -185,12 +184,8 @@ impl From<&SaveError> for Failure {
             | SaveError::NoRunState
             | SaveError::Block { .. }
             | SaveError::CommandLine => Failure::new(Code::Vm, "device_state", error),
-            SaveError::Process(_) | SaveError::Read { .. } => {
-                Failure::new(Code::System, "process", error).hint(
-                    "reading another process's memory needs its user and the right to trace it, \
-                     or root; --route stream needs neither",
-                )
-            }
+            SaveError::Process(_) => Failure::new(Code::System, "process", error).hint(TRACE),
+            SaveError::Pages(error) => Failure::from(error),
             SaveError::Options(_) => Failure::new(Code::Vm, "command_line", error)
                 .hint("a restore needs what QEMU was started with: run as the VM's user, or root"),
             SaveError::NoSpace { .. } => Failure::new(Code::System, "no_space", error)
@@ -216,11 +211,14 @@ impl From<&SaveError> for Failure {
             SaveError::LeftPaused { .. } | SaveError::Release { .. } => {
                 Failure::new(Code::LeftPaused, "left_paused", error).hint(CONT)
             }
-            SaveError::Stopped => Failure::new(Code::Interrupted, "stopped", error),
             _ => Failure::new(Code::System, "io", error),
         }
     }
 }
+
+/// What helps where the memory of QEMU's process cannot be read.
+const TRACE: &str = "reading another process's memory needs its user and the right to trace it, or \
+                     root; --route stream needs neither";
 
 /// What helps where the connection to a monitor broke.
 const CUT_OFF: &str = "there is no file; look what stands between vmfile and QEMU's monitor";
@@ -280,7 +278,7 @@ impl From<&ReceiveError> for Failure {
             ),
             ReceiveError::Listen { .. } => Failure::new(Code::System, "listen", error)
                 .hint("nothing may be there yet, not even a socket that was left over"),
-            ReceiveError::Stopped => Failure::new(Code::Interrupted, "stopped", error),
+            ReceiveError::Pages(error) => Failure::from(error),
             _ => Failure::new(Code::System, "io", error),
         }
     }
@@ -289,13 +287,12 @@ impl From<&ReceiveError> for Failure {
 impl From<&ConvertError> for Failure {
     fn from(error: &ConvertError) -> Failure {
         match error {
-            ConvertError::Snapshot(error) => Failure::from(error),
+            ConvertError::Pages(error) => Failure::from(error),
             ConvertError::Publish(error) => Failure::from(error),
             ConvertError::Send(error) => Failure::from(error),
             ConvertError::Receive(error) => Failure::from(error),
             ConvertError::Already { .. } => Failure::new(Code::Usage, "already", error)
                 .hint("there is nothing to convert; `cp --sparse=always` makes a copy"),
-            ConvertError::Stopped => Failure::new(Code::Interrupted, "stopped", error),
             _ => Failure::new(Code::System, "io", error),
         }
     }
@@ -322,7 +319,7 @@ impl From<&ChannelsError> for Failure {
 impl From<&RestoreError> for Failure {
     fn from(error: &RestoreError) -> Failure {
         match error {
-            RestoreError::Snapshot(error) => Failure::from(error),
+            RestoreError::Pages(error) => Failure::from(error),
             RestoreError::Vm(error) => Failure::from(error),
             RestoreError::Incompatible { .. } => {
                 Failure::new(Code::Incompatible, "incompatible", error).hint(
@@ -383,12 +380,9 @@ impl From<&RestoreError> for Failure {
             RestoreError::QemuGone { .. } => Failure::new(Code::Vm, "qemu_gone", error),
             RestoreError::DeviceState { .. } => Failure::new(Code::Vm, "device_state", error)
                 .hint("QEMU needs the devices that the VM had when it was saved"),
-            RestoreError::File(_)
-            | RestoreError::Process(_)
-            | RestoreError::Load(_)
-            | RestoreError::Verify(_)
-            | RestoreError::Send(_) => Failure::new(Code::System, "io", error),
-            RestoreError::Stopped => Failure::new(Code::Interrupted, "stopped", error),
+            RestoreError::File(_) | RestoreError::Process(_) | RestoreError::Send(_) => {
+                Failure::new(Code::System, "io", error)
+            }
             _ => Failure::new(Code::Vm, "vm", error),
         }
     }
@@ -397,7 +391,7 @@ impl From<&RestoreError> for Failure {
 impl From<&SendError> for Failure {
     fn from(error: &SendError) -> Failure {
         match error {
-            SendError::Snapshot(error) => Failure::from(error),
+            SendError::Pages(error) => Failure::from(error),
             SendError::Connect { .. } => Failure::new(Code::Vm, "connect", error)
                 .hint("start a QEMU with -incoming unix:PATH first"),
             SendError::PeerClosed { .. } => Failure::new(Code::Vm, "peer_closed", error)
@@ -407,7 +401,6 @@ impl From<&SendError> for Failure {
                 Failure::new(Code::Incompatible, "machine_version", error)
                     .hint("without --channels any machine type can be sent")
             }
-            SendError::Stopped => Failure::new(Code::Interrupted, "stopped", error),
             _ => Failure::new(Code::System, "io", error),
         }
     }
@@ -433,11 +426,12 @@ impl From<&BenchError> for Failure {
     }
 }
 
-impl From<&CheckError> for Failure {
-    fn from(error: &CheckError) -> Failure {
+impl From<&PagesError> for Failure {
+    fn from(error: &PagesError) -> Failure {
         match error {
-            CheckError::Snapshot(error) => Failure::from(error),
-            CheckError::Stopped => Failure::new(Code::Interrupted, "stopped", error),
+            PagesError::Stopped => Failure::new(Code::Interrupted, "stopped", error),
+            PagesError::Snapshot(error) => Failure::from(error),
+            PagesError::ReadRam { .. } => Failure::new(Code::System, "process", error).hint(TRACE),
             _ => Failure::new(Code::System, "io", error),
         }
     }

@@ -3,7 +3,6 @@
 //! RAM is written by whoever has its pages; what stands before, between and after them is written
 //! here, once it is known which pages there are.
 
-use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -14,8 +13,9 @@ use vmfile_engine::{
 use vmfile_format::manifest::{BlockMeta, ExtentMeta, Meta, VmMeta, place_tables};
 use vmfile_format::mapped_ram::{MARK, MappedRamLayout, PlacedBlock};
 use vmfile_format::stream::configuration::Configuration;
-use vmfile_format::{FormatError, PageBitmap, RamBlock, RamLayout};
+use vmfile_format::{PageBitmap, RamBlock, RamLayout};
 
+use crate::error::PagesError;
 use crate::proof::{ProofError, prove};
 use crate::snapshot::{Snapshot, SnapshotError};
 
@@ -71,30 +71,11 @@ pub struct Facts {
     pub vm: VmMeta,
 }
 
-/// Why a file could not be made.
-#[derive(Debug, thiserror::Error)]
-pub enum DraftError {
-    /// The file cannot be laid out.
-    #[error("the layout of the file")]
-    Layout(#[source] FormatError),
-    /// The file would be longer than the kernel allows.
-    #[error("the file would end past 2^63 bytes")]
-    TooLong,
-    /// The kernel refused to write.
-    #[error("write {what}")]
-    Write {
-        /// What was to be written.
-        what: &'static str,
-        /// What the kernel said.
-        source: io::Error,
-    },
-}
-
 impl Draft {
     /// Takes a new file, which is written past the page cache as `direct_io` says.
-    pub fn new(unpublished: Unpublished, direct_io: DirectIo) -> Result<Draft, DraftError> {
-        let open = |source| DraftError::Write { what: "the new file", source };
-        let file = unpublished.file().try_clone().map_err(open)?;
+    pub fn new(unpublished: Unpublished, direct_io: DirectIo) -> Result<Draft, PagesError> {
+        let open = PagesError::writing("the new file");
+        let file = unpublished.file().try_clone().map_err(&open)?;
         let file = DataFile::new(file, direct_io).map_err(open)?;
         Ok(Draft { unpublished, file })
     }
@@ -106,9 +87,9 @@ impl Draft {
 
     /// Gives the file its length, up to the manifest: writes that extend a file wait for one another
     /// (ext4, XFS).
-    pub fn reserve(&self, tables: &Tables) -> Result<(), DraftError> {
+    pub fn reserve(&self, tables: &Tables) -> Result<(), PagesError> {
         let set = self.file.buffered().set_len(tables.end);
-        set.map_err(|source| DraftError::Write { what: "the length of the file", source })
+        set.map_err(PagesError::writing("the length of the file"))
     }
 
     /// Writes everything but RAM and its hashes.
@@ -118,7 +99,7 @@ impl Draft {
         bitmaps: &[PageBitmap],
         tail: Tail<'_>,
         facts: Facts,
-    ) -> Result<(), DraftError> {
+    ) -> Result<(), PagesError> {
         let mut extents = Vec::new();
         let mut put = |what: &'static str, offset: u64, bytes: &[u8]| {
             extents.push(ExtentMeta::of(what, offset, bytes));
@@ -151,15 +132,15 @@ impl Draft {
         bitmaps: &[PageBitmap],
         extents: Vec<ExtentMeta>,
         facts: Facts,
-    ) -> Result<(), DraftError> {
+    ) -> Result<(), PagesError> {
         let meta = meta(facts, tables.block_metas(bitmaps), extents);
         self.put("manifest", tables.end, &meta.encode(stream_end, tables.end))
     }
 
     /// Writes a part of the file that is no page.
-    pub fn put(&self, what: &'static str, offset: u64, bytes: &[u8]) -> Result<(), DraftError> {
+    pub fn put(&self, what: &'static str, offset: u64, bytes: &[u8]) -> Result<(), PagesError> {
         let put = self.file.buffered().write_all_at(bytes, offset);
-        put.map_err(|source| DraftError::Write { what, source })
+        put.map_err(PagesError::writing(what))
     }
 
     /// Reads the structure of the file, which a program other than this one wrote.
@@ -217,9 +198,9 @@ impl Places {
         ram: RamLayout,
         section_id: u32,
         tail_len: u64,
-    ) -> Result<Places, DraftError> {
+    ) -> Result<Places, PagesError> {
         let layout = MappedRamLayout::new(source, ram.clone(), section_id);
-        let layout = layout.map_err(DraftError::Layout)?;
+        let layout = layout.map_err(PagesError::Layout)?;
         let stream_end = layout.device_state_offset().saturating_add(tail_len);
         Ok(Places { layout, tables: Tables::new(ram, stream_end)? })
     }
@@ -258,9 +239,9 @@ impl Places {
 
 impl Tables {
     /// Places the tables of the blocks of `ram` behind the stream.
-    pub fn new(ram: RamLayout, stream_end: u64) -> Result<Tables, DraftError> {
+    pub fn new(ram: RamLayout, stream_end: u64) -> Result<Tables, PagesError> {
         let pages: Vec<_> = ram.blocks().iter().map(RamBlock::page_count).collect();
-        let (hashes, end) = place_tables(stream_end, &pages).ok_or(DraftError::TooLong)?;
+        let (hashes, end) = place_tables(stream_end, &pages).ok_or(PagesError::TooLong)?;
         Ok(Tables { ram, hashes, end })
     }
 

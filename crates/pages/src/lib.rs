@@ -3,6 +3,7 @@
 
 pub mod control;
 pub mod draft;
+pub mod error;
 pub mod jobs;
 pub mod lane;
 pub mod memory;
@@ -20,3 +21,5 @@ mod runs;
 mod shared_bitmap;
 pub mod snapshot;
 pub mod window_reader;
+
+pub use error::PagesError;

@@ -13,64 +13,26 @@ use vmfile_format::mapped_ram::PlacedBlock;
 use vmfile_format::{PageBitmap, PageIndex, PageRange};
 
 use crate::control::Control;
+use crate::error::PagesError;
 use crate::lane::Workers;
 use crate::memory::PageSink;
 use crate::page_hashes::PageHashes;
 use crate::plan::pieces;
-use crate::snapshot::{Snapshot, SnapshotError};
-use crate::window_reader::{MorePlaces, Window, WindowError, WindowReader};
-
-/// Why RAM could not be loaded.
-#[derive(Debug, thiserror::Error)]
-pub enum LoadError {
-    /// The file could not be read.
-    #[error("read guest RAM from the file")]
-    Read(#[source] io::Error),
-    /// A page is not what was written, or its hash could not be read.
-    #[error(transparent)]
-    Snapshot(#[from] SnapshotError),
-    /// It could not be found out where the destination has bytes already.
-    #[error("ask for the touched pages of the new process")]
-    Touched(#[source] io::Error),
-    /// The destination's memory could not be written.
-    #[error("write {len} bytes of guest RAM at {block_offset:#x} of RAM block {block:?}")]
-    Write {
-        /// The block.
-        block: String,
-        /// Offset in the block, in bytes.
-        block_offset: u64,
-        /// How much, in bytes.
-        len: usize,
-        /// What the kernel said.
-        source: io::Error,
-    },
-    /// The caller stopped it.
-    #[error("stopped")]
-    Stopped,
-}
-
-impl From<WindowError> for LoadError {
-    fn from(error: WindowError) -> LoadError {
-        match error {
-            WindowError::Read(source) => LoadError::Read(source),
-            WindowError::Places(source) => LoadError::Touched(source),
-            WindowError::Stopped => LoadError::Stopped,
-        }
-    }
-}
+use crate::snapshot::Snapshot;
+use crate::window_reader::{MorePlaces, Window, WindowReader};
 
 /// Loads all pages with data of `blocks` of the file into `sink`, and zeros over what must be zero;
 /// returns the bytes of data that were read, and the back end.
 ///
 /// # Errors
 ///
-/// Returns the first [`LoadError`] that any worker met.
+/// Returns the first [`PagesError`] that any worker met.
 pub fn load_ram<'a>(
     (snapshot, workers): (&'a Snapshot, Workers),
     blocks: &[usize],
     sink: &dyn PageSink,
     control: &Control<'_>,
-) -> Result<(u64, BackendInUse), LoadError> {
+) -> Result<(u64, BackendInUse), PagesError> {
     let placed: Vec<PlacedBlock> =
         blocks.iter().map(|&block| snapshot.structure().blocks[block].clone()).collect();
     let bitmaps: Vec<PageBitmap> =
@@ -78,7 +40,7 @@ pub fn load_ram<'a>(
     let held = Held { sink };
     let reader = WindowReader { blocks: &placed, bitmaps: &bitmaps, more: Some(&held), control };
     let take = |hashes: &mut Option<PageHashes<'a>>, window: &Window, read: io::Result<&[u8]>| {
-        let bytes = read.map_err(LoadError::Read)?;
+        let bytes = read.map_err(PagesError::reading("guest RAM from the file"))?;
         let (number, bitmap) = (window.block, &bitmaps[window.block]);
         let block = LoadedBlock { number, placed: &placed[number], bitmap, sink };
         let hashes = hashes.get_or_insert_with(|| PageHashes::new(snapshot));
@@ -125,12 +87,16 @@ impl LoadedBlock<'_> {
     }
 
     /// Writes zeros where the memory has bytes and the file has a zero page.
-    fn clear_stale(&self, window: &Window) -> Result<(), LoadError> {
+    fn clear_stale(&self, window: &Window) -> Result<(), PagesError> {
         static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
         let page_len = self.page_len();
         for gap in self.bitmap.gaps_within(self.pages(&window.whole)) {
             let gap = gap.start.0 * page_len..gap.end.0 * page_len;
-            for stale in self.sink.data(self.number, &gap).map_err(LoadError::Touched)? {
+            for stale in self
+                .sink
+                .data(self.number, &gap)
+                .map_err(PagesError::reading("which parts hold bytes"))?
+            {
                 for piece in pieces(stale, ZEROS.len() as u64) {
                     let zeros = 0..in_window(piece.end - piece.start);
                     self.write(piece.start, &[zeros], &ZEROS)?;
@@ -141,7 +107,7 @@ impl LoadedBlock<'_> {
     }
 
     /// Copies the data of a window, of which `bytes` were read, to where the block has it.
-    fn copy(&self, window: &Window, bytes: &[u8]) -> Result<(), LoadError> {
+    fn copy(&self, window: &Window, bytes: &[u8]) -> Result<(), PagesError> {
         let (page_len, start) = (self.page_len(), window.range.start);
         let place = |page: u64| in_window(page * page_len - start);
         let runs = self.bitmap.runs_within(self.pages(&window.range));
@@ -149,9 +115,9 @@ impl LoadedBlock<'_> {
         self.write(start, &parts, bytes)
     }
 
-    fn write(&self, start: u64, parts: &[Range<usize>], bytes: &[u8]) -> Result<(), LoadError> {
+    fn write(&self, start: u64, parts: &[Range<usize>], bytes: &[u8]) -> Result<(), PagesError> {
         let written = self.sink.write(self.number, start, parts, bytes);
-        written.map_err(|source| LoadError::Write {
+        written.map_err(|source| PagesError::WriteRam {
             block: self.placed.block.name().to_owned(),
             block_offset: start,
             len: bytes.len(),

@@ -16,6 +16,7 @@ use vmfile_format::{PageBitmap, PageIndex};
 
 use crate::control::{Control, Meter};
 use crate::draft::Places;
+use crate::error::PagesError;
 use crate::lane::{Lane, Workers};
 use crate::memory::PageSource;
 use crate::plan::{UNIT_LEN, Unit, Units, WINDOW_LEN, pieces};
@@ -32,45 +33,19 @@ pub struct Written {
     pub backend: BackendInUse,
 }
 
-/// Why RAM could not be written.
-#[derive(Debug, thiserror::Error)]
-pub enum RamError {
-    /// The source could not be asked or read.
-    #[error("read {len} bytes of guest RAM at {block_offset:#x} of RAM block {block:?}")]
-    Read {
-        /// The block.
-        block: String,
-        /// Offset in the block, in bytes.
-        block_offset: u64,
-        /// How much, in bytes.
-        len: u64,
-        /// What the source said.
-        source: io::Error,
-    },
-    /// The file could not be written, or the threads ended.
-    #[error("write guest RAM")]
-    Write {
-        /// What the kernel said.
-        source: io::Error,
-    },
-    /// The caller stopped it.
-    #[error("stopped")]
-    Stopped,
-}
-
 /// Writes the data of all blocks of `source` to their `places` by `workers`, whose lanes lead to the
 /// file; `total_bytes` is how much there may be, for the progress.
 ///
 /// # Errors
 ///
-/// Returns the first [`RamError`] that any worker met, after all of them have stopped.
+/// Returns the first [`PagesError`] that any worker met, after all of them have stopped.
 pub fn write_ram(
     workers: Workers,
     places: &Places,
     source: &dyn PageSource,
     total_bytes: u64,
     control: &Control<'_>,
-) -> Result<Written, RamError> {
+) -> Result<Written, PagesError> {
     let blocks = places.blocks();
     let bitmap = |placed: &PlacedBlock| Mutex::new(PageBitmap::new(placed.block.page_count()));
     let lens = blocks.iter().map(|placed| placed.block.used_length());
@@ -84,13 +59,17 @@ pub fn write_ram(
         control,
     };
     let part = |lane| Worker { shared: &shared, lane }.units();
-    let (_, backend) = workers.drive(&units, part, RamError::from)?;
+    let (_, backend) = workers.drive(&units, part, failed)?;
     // Pages that were there and held nothing were part of the whole.
     shared.meter.finish();
     let bitmap = |bitmap: Mutex<_>| bitmap.into_inner().unwrap_or_else(PoisonError::into_inner);
     let bitmaps: Vec<PageBitmap> = shared.bitmaps.into_iter().map(bitmap).collect();
     let data_bytes = places.data_bytes(&bitmaps);
     Ok(Written { bitmaps, data_bytes, backend })
+}
+
+fn failed(source: io::Error) -> PagesError {
+    PagesError::WriteFile { what: "guest RAM", source }
 }
 
 /// What all workers see.
@@ -109,7 +88,7 @@ struct Worker<'a> {
 }
 
 impl Worker<'_> {
-    fn units(mut self) -> Result<(), RamError> {
+    fn units(mut self) -> Result<(), PagesError> {
         let shared = self.shared;
         let first = |block: usize, range: Range<u64>| {
             let found = shared.source.first_data(block, &range);
@@ -117,16 +96,16 @@ impl Worker<'_> {
         };
         while let Some(unit) = shared.units.take(first)? {
             if shared.control.is_stopped() {
-                return Err(RamError::Stopped);
+                return Err(PagesError::Stopped);
             }
             let done_bytes = self.unit(&unit)?;
             shared.meter.add(done_bytes);
         }
-        Ok(self.lane.drain()?)
+        self.lane.drain().map_err(failed)
     }
 
     /// Writes a unit; returns how many bytes of data.
-    fn unit(&mut self, unit: &Unit) -> Result<u64, RamError> {
+    fn unit(&mut self, unit: &Unit) -> Result<u64, PagesError> {
         let mut pages = UnitPages::new(unit, &self.shared.places.blocks()[unit.block]);
         for window in pieces(unit.range.clone(), WINDOW_LEN) {
             self.window(unit.block, &window, &mut pages)?;
@@ -146,9 +125,9 @@ impl Worker<'_> {
         block: usize,
         window: &Range<u64>,
         pages: &mut UnitPages,
-    ) -> Result<(), RamError> {
+    ) -> Result<(), PagesError> {
         let shared = self.shared;
-        let mut buffer = self.lane.buffer()?;
+        let mut buffer = self.lane.buffer().map_err(failed)?;
         let len = in_window(window.end - window.start);
         let read = shared.source.read(block, window, &mut buffer[..len]);
         if !read.map_err(|source| shared.read_error(block, window, source))? {
@@ -164,10 +143,10 @@ impl Worker<'_> {
         Ok(())
     }
 
-    fn hashes(&mut self, block: usize, pages: &UnitPages) -> Result<(), RamError> {
+    fn hashes(&mut self, block: usize, pages: &UnitPages) -> Result<(), PagesError> {
         // The table ends in zeros up to a multiple of 4096 bytes: whole pages of hashes.
         let len = pages.hashes.len().next_multiple_of(4096);
-        let mut buffer = self.lane.buffer()?;
+        let mut buffer = self.lane.buffer().map_err(failed)?;
         let (hashes, rest) = buffer[..len].split_at_mut(pages.hashes.len());
         hashes.copy_from_slice(&pages.hashes);
         rest.fill(0);
@@ -175,26 +154,20 @@ impl Worker<'_> {
         self.submit(self.shared.places.hashes()[block] + pages.first * HASH_LEN, memory)
     }
 
-    fn submit(&mut self, file_offset: u64, memory: Memory) -> Result<(), RamError> {
+    fn submit(&mut self, file_offset: u64, memory: Memory) -> Result<(), PagesError> {
         let transfer = Transfer { direction: Direction::Write, file_offset, memory, tag: 0 };
-        Ok(self.lane.submit(transfer)?)
+        self.lane.submit(transfer).map_err(failed)
     }
 }
 
 impl Shared<'_> {
-    fn read_error(&self, block: usize, range: &Range<u64>, source: io::Error) -> RamError {
-        RamError::Read {
+    fn read_error(&self, block: usize, range: &Range<u64>, source: io::Error) -> PagesError {
+        PagesError::ReadRam {
             block: self.places.blocks()[block].block.name().to_owned(),
             block_offset: range.start,
             len: range.end - range.start,
             source,
         }
-    }
-}
-
-impl From<io::Error> for RamError {
-    fn from(source: io::Error) -> RamError {
-        RamError::Write { source }
     }
 }
 

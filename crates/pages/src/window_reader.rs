@@ -8,6 +8,7 @@ use vmfile_format::mapped_ram::PlacedBlock;
 use vmfile_format::{PageBitmap, PageRange};
 
 use crate::control::{Control, Meter};
+use crate::error::PagesError;
 use crate::lane::{Lane, Workers};
 use crate::plan::{Unit, Units, WINDOW_LEN};
 
@@ -49,20 +50,9 @@ pub struct WindowReader<'a> {
     pub control: &'a Control<'a>,
 }
 
-/// Why windows could not be read. A window that the disk does not give is no such reason: the function
-/// that takes the window gets the error in place of its bytes.
-#[derive(Debug, thiserror::Error)]
-pub enum WindowError {
-    /// It could not be found out where `more` has places.
-    #[error("where there are pages to look at")]
-    Places(#[source] io::Error),
-    /// The file could not be read, or the threads ended.
-    #[error("the pages")]
-    Read(#[source] io::Error),
-    /// The caller stopped it.
-    #[error("stopped")]
-    Stopped,
-}
+/// What is read, for errors.
+const PAGES: &str = "the pages";
+const HOLES: &str = "which parts hold bytes";
 
 /// What all workers see.
 struct Shared<'a> {
@@ -73,20 +63,22 @@ struct Shared<'a> {
 impl WindowReader<'_> {
     /// Reads all windows by `workers`, whose lanes lead to the file, and hands each to `take`, with what
     /// the worker remembers; returns what all workers remember in the end, and the back end.
-    pub fn read<T, E>(
+    ///
+    /// A window that the disk does not give ends nothing: `take` gets the error in place of its bytes.
+    ///
+    /// # Errors
+    ///
+    /// Returns the first [`PagesError`] that any worker met or `take` returned.
+    pub fn read<T: Default + Send>(
         &self,
         workers: Workers,
-        take: impl Fn(&mut T, &Window, io::Result<&[u8]>) -> Result<(), E> + Sync,
-    ) -> Result<(Vec<T>, BackendInUse), E>
-    where
-        T: Default + Send,
-        E: From<WindowError> + Send,
-    {
+        take: impl Fn(&mut T, &Window, io::Result<&[u8]>) -> Result<(), PagesError> + Sync,
+    ) -> Result<(Vec<T>, BackendInUse), PagesError> {
         let lens = self.blocks.iter().map(|placed| placed.block.used_length());
         let units = Units::new(lens, WINDOW_LEN);
         let shared = Shared { units, meter: Meter::new(self.control, self.data_bytes()) };
         let part = |lane| self.work(&shared, lane, &take);
-        workers.drive(&shared.units, part, |source| WindowError::Read(source).into())
+        workers.drive(&shared.units, part, PagesError::reading(PAGES))
     }
 
     /// Returns how many bytes of data there are.
@@ -95,16 +87,12 @@ impl WindowReader<'_> {
         blocks.map(|(placed, bitmap)| bitmap.data_count().0 * page_len(placed)).sum()
     }
 
-    fn work<T, E>(
+    fn work<T: Default>(
         &self,
         shared: &Shared<'_>,
         mut lane: Lane,
-        take: &impl Fn(&mut T, &Window, io::Result<&[u8]>) -> Result<(), E>,
-    ) -> Result<T, E>
-    where
-        T: Default,
-        E: From<WindowError>,
-    {
+        take: &impl Fn(&mut T, &Window, io::Result<&[u8]>) -> Result<(), PagesError>,
+    ) -> Result<T, PagesError> {
         let mut remembered = T::default();
         loop {
             while let Some(window) = self.submit_next(shared, &mut lane)? {
@@ -112,7 +100,9 @@ impl WindowReader<'_> {
                     take(&mut remembered, &window, Ok(&[]))?;
                 }
             }
-            let Some(completion) = lane.next_read().map_err(WindowError::Read)? else { break };
+            let Some(completion) = lane.next_read().map_err(PagesError::reading(PAGES))? else {
+                break;
+            };
             let Transfer { file_offset, memory, tag, .. } = completion.transfer;
             let Memory::Owned(buffer, range) = memory else {
                 unreachable!("windows are read into buffers");
@@ -132,9 +122,9 @@ impl WindowReader<'_> {
         &self,
         shared: &Shared<'_>,
         lane: &mut Lane,
-    ) -> Result<Option<Window>, WindowError> {
+    ) -> Result<Option<Window>, PagesError> {
         if self.control.is_stopped() {
-            return Err(WindowError::Stopped);
+            return Err(PagesError::Stopped);
         }
         let buffer = if lane.has_room() { lane.free_buffer() } else { None };
         let Some(buffer) = buffer else { return Ok(None) };
@@ -149,13 +139,13 @@ impl WindowReader<'_> {
             // The completion says which block, and its offset says the rest.
             let tag = window.block as u64;
             let transfer = Transfer { direction: Direction::Read, file_offset, memory, tag };
-            lane.submit(transfer).map_err(WindowError::Read)?;
+            lane.submit(transfer).map_err(PagesError::reading(PAGES))?;
         }
         Ok(Some(window))
     }
 
     /// Returns the first byte of `range`, a range of a block, at which there is something.
-    fn first(&self, block: usize, range: &Range<u64>) -> Result<Option<u64>, WindowError> {
+    fn first(&self, block: usize, range: &Range<u64>) -> Result<Option<u64>, PagesError> {
         let page_len = page_len(&self.blocks[block]);
         let first = self.bitmaps[block].first_within(self.pages(block, range));
         let data = first.map(|page| (page.0 * page_len).max(range.start));
@@ -163,20 +153,20 @@ impl WindowReader<'_> {
             // What cannot come before the data need not be looked for.
             Some(more) if data != Some(range.start) => {
                 let before = range.start..data.unwrap_or(range.end);
-                more.first(block, &before).map_err(WindowError::Places)?
+                more.first(block, &before).map_err(PagesError::reading(HOLES))?
             }
             _ => None,
         };
         Ok(more.or(data))
     }
 
-    fn to_read(&self, Unit { block, range: whole }: Unit) -> Result<Window, WindowError> {
+    fn to_read(&self, Unit { block, range: whole }: Unit) -> Result<Window, PagesError> {
         let page_len = page_len(&self.blocks[block]);
         let runs = self.bitmaps[block].runs_within(self.pages(block, &whole));
         let data = runs.reduce(|all, run| PageRange::new(all.start.0, run.end.0));
         let data = data.map(|pages| pages.start.0 * page_len..pages.end.0 * page_len);
         let more = match self.more {
-            Some(more) => more.to_read(block, &whole).map_err(WindowError::Places)?,
+            Some(more) => more.to_read(block, &whole).map_err(PagesError::reading(HOLES))?,
             None => None,
         };
         let both = data.into_iter().chain(more);
@@ -247,7 +237,7 @@ mod tests {
             assert_eq!(read.unwrap().len() as u64, window.range.end - window.range.start);
             let read = window.range.start / 4096..window.range.end / 4096;
             found.lock().unwrap().push((window.whole.start / 4096, read));
-            Ok::<_, WindowError>(())
+            Ok::<_, PagesError>(())
         };
         let file = DataFile::new(file, DirectIo::Off).unwrap();
         let workers = Workers::start(&file, (Backend::Threads, 2)).unwrap();

@@ -14,7 +14,7 @@ use vmfile_engine::{Backend, BackendInUse, DataFile, DataSeeker, DirectIo, is_ze
 use vmfile_format::manifest::{FOOTER_LEN, HASH_LEN};
 use vmfile_format::mapped_ram::PlacedBlock;
 use vmfile_format::{PageBitmap, PageIndex};
-
+use vmfile_pages::PagesError;
 use vmfile_pages::control::Control;
 use vmfile_pages::jobs::Jobs;
 use vmfile_pages::lane::Workers;
@@ -22,7 +22,7 @@ use vmfile_pages::page_hashes::{Hash, PageHashes, is_page};
 use vmfile_pages::plan::{WINDOW_LEN, pieces};
 use vmfile_pages::reading::open_for_reading;
 use vmfile_pages::snapshot::{Manifest, Snapshot, SnapshotError};
-use vmfile_pages::window_reader::{MorePlaces, Window, WindowError, WindowReader};
+use vmfile_pages::window_reader::{MorePlaces, Window, WindowReader};
 
 /// How many findings are listed; all are counted.
 const FINDINGS_MAX: usize = 1000;
@@ -104,40 +104,16 @@ pub enum FindingKind {
     Unreadable,
 }
 
-/// Why a file could not be checked.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum CheckError {
-    /// The file's structure could not be read.
-    #[error(transparent)]
-    Snapshot(#[from] SnapshotError),
-    /// The file could not be looked at.
-    #[error("look at {what}")]
-    Io {
-        /// What was to be done.
-        what: &'static str,
-        /// What the kernel said.
-        source: io::Error,
-    },
-    /// The caller stopped it.
-    #[error("stopped")]
-    Stopped,
-}
-
-fn io(what: &'static str) -> impl Fn(io::Error) -> CheckError {
-    move |source| CheckError::Io { what, source }
-}
-
 /// Checks every byte of `snapshot`.
 ///
 /// # Errors
 ///
-/// Returns [`CheckError`] if the file cannot be looked at; damage is no error but a finding.
+/// Returns [`PagesError`] if the file cannot be looked at; damage is no error but a finding.
 pub fn check(
     snapshot: &Snapshot,
     options: &CheckOptions,
     control: &Control<'_>,
-) -> Result<CheckReport, CheckError> {
+) -> Result<CheckReport, PagesError> {
     let start = std::time::Instant::now();
     let mut findings = Findings::default();
     let mut report = CheckReport {
@@ -172,25 +148,25 @@ pub fn check(
 ///
 /// # Errors
 ///
-/// Returns [`SnapshotError::DamagedPage`] in [`CheckError::Snapshot`] for a page that is not what was
-/// written, as soon as one is found; otherwise [`CheckError`] if the pages cannot be read.
+/// Returns [`SnapshotError::DamagedPage`] in [`PagesError::Snapshot`] for a page that is not what was
+/// written, as soon as one is found; otherwise [`PagesError`] if the pages cannot be read.
 pub(crate) fn verify_pages(
     snapshot: &Snapshot,
     options: &CheckOptions,
     control: &Control<'_>,
-) -> Result<(), CheckError> {
+) -> Result<(), PagesError> {
     let Some(manifest) = snapshot.manifest() else { return Ok(()) };
     // What this finds besides is in the bitmaps, which have checksums.
     let pages = PageCheck::new(snapshot, manifest, options, control, &mut Findings::default())?;
     pages.read(|checked, window, read| {
-        pages.verify(window, read.map_err(io("the pages"))?, checked)?;
+        pages.verify(window, read.map_err(PagesError::reading("the pages"))?, checked)?;
         checked.found.list.first().map_or(Ok(()), |found| Err(damaged(snapshot, found)))
     })?;
     Ok(())
 }
 
 /// Makes an error of the finding that a page is wrong.
-fn damaged(snapshot: &Snapshot, found: &Finding) -> CheckError {
+fn damaged(snapshot: &Snapshot, found: &Finding) -> PagesError {
     let path = snapshot.path().to_path_buf();
     let block = found.block.clone().unwrap_or_default();
     let (page, offset) = (found.page.unwrap_or_default(), found.offset);
@@ -241,7 +217,7 @@ fn check_extents(
     snapshot: &Snapshot,
     manifest: &Manifest,
     findings: &mut Findings,
-) -> Result<(), CheckError> {
+) -> Result<(), PagesError> {
     for extent in &manifest.meta.extents {
         if !extent.has_hash(snapshot.checksum(extent)?) {
             findings.section(FindingKind::Checksum, &extent.what, extent.offset);
@@ -255,7 +231,7 @@ fn check_padding(
     snapshot: &Snapshot,
     manifest: &Manifest,
     findings: &mut Findings,
-) -> Result<(), CheckError> {
+) -> Result<(), PagesError> {
     let mut known: Vec<Range<u64>> = Vec::new();
     for extent in &manifest.meta.extents {
         known.push(extent.offset..extent.offset + extent.bytes);
@@ -284,8 +260,8 @@ fn check_zeros(
     snapshot: &Snapshot,
     range: Range<u64>,
     findings: &mut Findings,
-) -> Result<(), CheckError> {
-    let holes = io("the holes of the file");
+) -> Result<(), PagesError> {
+    let holes = PagesError::reading("the holes of the file");
     let seeker = DataSeeker::open(snapshot.file().as_fd()).map_err(&holes)?;
     let mut rest = range;
     while let Some(data) = seeker.next(&rest).map_err(&holes)? {
@@ -323,16 +299,6 @@ struct Checked<'a> {
     hashes: Option<PageHashes<'a>>,
 }
 
-impl From<WindowError> for CheckError {
-    fn from(error: WindowError) -> CheckError {
-        match error {
-            WindowError::Places(source) => CheckError::Io { what: "the holes of the file", source },
-            WindowError::Read(source) => CheckError::Io { what: "the pages", source },
-            WindowError::Stopped => CheckError::Stopped,
-        }
-    }
-}
-
 impl<'a> PageCheck<'a> {
     fn new(
         snapshot: &'a Snapshot,
@@ -340,7 +306,7 @@ impl<'a> PageCheck<'a> {
         options: &'a CheckOptions,
         control: &'a Control<'a>,
         findings: &mut Findings,
-    ) -> Result<PageCheck<'a>, CheckError> {
+    ) -> Result<PageCheck<'a>, PagesError> {
         let mut bitmaps = Vec::new();
         for (placed, meta) in snapshot.structure().blocks.iter().zip(&manifest.meta.blocks) {
             let bitmap = snapshot.bitmap(placed)?;
@@ -349,9 +315,10 @@ impl<'a> PageCheck<'a> {
             }
             bitmaps.push(bitmap);
         }
-        let seeker = DataSeeker::open(snapshot.file().as_fd()).map_err(io("the file once more"))?;
+        let seeker = DataSeeker::open(snapshot.file().as_fd())
+            .map_err(PagesError::reading("the file once more"))?;
         let opened = open_for_reading(snapshot, options.direct_io);
-        let (file, direct_io) = opened.map_err(io("the file once more"))?;
+        let (file, direct_io) = opened.map_err(PagesError::reading("the file once more"))?;
         Ok(PageCheck { snapshot, manifest, bitmaps, seeker, file, direct_io, options, control })
     }
 
@@ -365,7 +332,7 @@ impl<'a> PageCheck<'a> {
     }
 
     /// Checks all pages in parallel; returns how many, and the back end.
-    fn run(&self, findings: &mut Findings) -> Result<(u64, String), CheckError> {
+    fn run(&self, findings: &mut Findings) -> Result<(u64, String), PagesError> {
         let (all, backend) = self.read(|checked, window, read| match read {
             Ok(bytes) => self.verify(window, bytes, checked),
             Err(_) => self.verify_one_by_one(window, checked),
@@ -382,12 +349,13 @@ impl<'a> PageCheck<'a> {
     /// and the back end.
     fn read(
         &self,
-        take: impl Fn(&mut Checked<'a>, &Window, io::Result<&[u8]>) -> Result<(), CheckError> + Sync,
-    ) -> Result<(Vec<Checked<'a>>, BackendInUse), CheckError> {
+        take: impl Fn(&mut Checked<'a>, &Window, io::Result<&[u8]>) -> Result<(), PagesError> + Sync,
+    ) -> Result<(Vec<Checked<'a>>, BackendInUse), PagesError> {
         let width = (self.options.io, self.options.jobs.count());
         let blocks = &self.snapshot.structure().blocks;
         let workers = Workers::start(&self.file, width);
-        let workers = workers.map_err(io("the file, with the back end that was asked for"))?;
+        let workers = workers
+            .map_err(PagesError::reading("the file, with the back end that was asked for"))?;
         let (bitmaps, control) = (&self.bitmaps[..], self.control);
         WindowReader { blocks, bitmaps, more: Some(self), control }.read(workers, take)
     }
@@ -398,7 +366,7 @@ impl<'a> PageCheck<'a> {
         window: &Window,
         bytes: &[u8],
         checked: &mut Checked<'a>,
-    ) -> Result<(), CheckError> {
+    ) -> Result<(), PagesError> {
         let Checked { pages, found, hashes } = checked;
         let hashes = hashes.get_or_insert_with(|| PageHashes::new(self.snapshot));
         let placed = &self.snapshot.structure().blocks[window.block];
@@ -429,7 +397,7 @@ impl<'a> PageCheck<'a> {
         &self,
         window: &Window,
         checked: &mut Checked<'a>,
-    ) -> Result<(), CheckError> {
+    ) -> Result<(), PagesError> {
         let placed = &self.snapshot.structure().blocks[window.block];
         let page_len = placed.block.page_size().bytes();
         let mut bytes = vec![0; usize::try_from(page_len).expect("64 KiB at most")];

@@ -16,13 +16,14 @@ use std::time::Instant;
 use serde::Serialize;
 use vmfile_engine::{Backend, DirectIo, Existing, PublishError};
 use vmfile_format::stream::decoder::{EVENT_LEN_MAX, Event, StreamDecoder};
+use vmfile_pages::PagesError;
+use vmfile_pages::control::Control;
+use vmfile_pages::snapshot::{Snapshot, SnapshotError};
 
 use crate::beside::beside;
 use crate::new_file::new_file;
 use crate::receive::{ReceiveError, ReceiveOptions, StreamFrom, receive};
 use crate::send::{SendError, SendOptions, SendReport, SendTo, send};
-use vmfile_pages::control::Control;
-use vmfile_pages::snapshot::{Snapshot, SnapshotError};
 
 /// What a file is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,9 +86,9 @@ pub struct ConvertReport {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ConvertError {
-    /// The source is not what it should be.
+    /// The source is not what it should be, the new file could not be written, or the caller stopped it.
     #[error(transparent)]
-    Snapshot(#[from] SnapshotError),
+    Pages(#[from] PagesError),
     /// The source is already what it was to become.
     #[error("{path} is a {what} already", path = path.display())]
     Already {
@@ -113,15 +114,18 @@ pub enum ConvertError {
     /// The stream could not be written at fixed places.
     #[error(transparent)]
     Receive(ReceiveError),
-    /// The caller stopped it.
-    #[error("stopped")]
-    Stopped,
+}
+
+impl From<SnapshotError> for ConvertError {
+    fn from(error: SnapshotError) -> ConvertError {
+        ConvertError::Pages(error.into())
+    }
 }
 
 impl From<SendError> for ConvertError {
     fn from(error: SendError) -> ConvertError {
         match error {
-            SendError::Stopped => ConvertError::Stopped,
+            SendError::Pages(error) => ConvertError::Pages(error),
             error => ConvertError::Send(error),
         }
     }
@@ -130,7 +134,7 @@ impl From<SendError> for ConvertError {
 impl From<ReceiveError> for ConvertError {
     fn from(error: ReceiveError) -> ConvertError {
         match error {
-            ReceiveError::Stopped => ConvertError::Stopped,
+            ReceiveError::Pages(error) => ConvertError::Pages(error),
             ReceiveError::Publish(error) => ConvertError::Publish(error),
             error => ConvertError::Receive(error),
         }

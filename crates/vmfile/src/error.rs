@@ -6,16 +6,14 @@ use std::time::Duration;
 
 use vmfile_engine::PublishError;
 use vmfile_format::FormatError;
+use vmfile_pages::PagesError;
+use vmfile_pages::process_ram::ProcessRamError;
+use vmfile_pages::proof::ProofError;
+use vmfile_pages::snapshot::SnapshotError;
 use vmfile_qemu::{CommandLineError, VmError};
 
 use crate::receive::ReceiveError;
 use crate::save::Change;
-use vmfile_pages::draft::DraftError;
-use vmfile_pages::process_ram::ProcessRamError;
-use vmfile_pages::proof::ProofError;
-use vmfile_pages::ram_writer::RamError;
-use vmfile_pages::snapshot::SnapshotError;
-use vmfile_pages::window_reader::WindowError;
 
 /// Why a VM was not saved.
 #[derive(Debug, thiserror::Error)]
@@ -27,6 +25,9 @@ pub enum SaveError {
     /// QEMU refused, or could not be asked.
     #[error(transparent)]
     Vm(#[from] VmError),
+    /// The pages could not be moved from RAM to the file, or the caller stopped it.
+    #[error(transparent)]
+    Pages(#[from] PagesError),
     /// There is no process that would put things back, should this one end.
     #[error(transparent)]
     Guard(#[from] GuardError),
@@ -105,35 +106,9 @@ pub enum SaveError {
     /// What the command line names cannot be written into the manifest.
     #[error("the VM's command line cannot be kept")]
     Options(#[source] CommandLineError),
-    /// The file cannot be laid out.
-    #[error("the layout of the file")]
-    Layout(#[source] FormatError),
-    /// The file would be longer than the kernel allows.
-    #[error("the file would end past 2^63 bytes")]
-    TooLong,
-    /// The kernel refused to write.
-    #[error("write {what}")]
-    Write {
-        /// What was to be written.
-        what: &'static str,
-        /// What the kernel said.
-        source: io::Error,
-    },
     /// Threads, rings or memory for the save were not to be had. The VM was not paused.
     #[error("take threads and memory for the save")]
     Workers(#[source] io::Error),
-    /// The kernel refused to read guest RAM.
-    #[error("read {len} bytes of guest RAM at {block_offset:#x} of RAM block {block:?}")]
-    Read {
-        /// The block.
-        block: String,
-        /// Offset in the block, in bytes.
-        block_offset: u64,
-        /// How much, in bytes.
-        len: u64,
-        /// What the kernel said.
-        source: io::Error,
-    },
     /// QEMU cannot write such a file by itself.
     #[error("the route native needs QEMU {needed} or later, found {found}")]
     QemuTooOld {
@@ -154,9 +129,6 @@ pub enum SaveError {
     /// The file that QEMU wrote is not understood, or cannot be read.
     #[error("the file that QEMU wrote")]
     Written(#[source] SnapshotError),
-    /// The pages that QEMU wrote cannot be read.
-    #[error("read the pages that QEMU wrote")]
-    Reread(#[source] io::Error),
     /// What was written does not read back.
     #[error(transparent)]
     Proof(ProofError),
@@ -194,9 +166,6 @@ pub enum SaveError {
     /// What QEMU sent could not be received.
     #[error(transparent)]
     Receive(ReceiveError),
-    /// The caller stopped it.
-    #[error("stopped")]
-    Stopped,
     /// A disk cannot get an overlay.
     #[error("disk {device:?} cannot be kept with the file: {reason}")]
     Disk {
@@ -276,7 +245,7 @@ impl SaveError {
     /// Whether the caller stopped the save, in the middle of its work or of a wait for QEMU.
     #[must_use]
     pub fn is_stopped(&self) -> bool {
-        matches!(self, SaveError::Stopped)
+        matches!(self, SaveError::Pages(PagesError::Stopped))
             || matches!(self, SaveError::Vm(error) if error.is_stopped())
     }
 
@@ -321,18 +290,6 @@ pub struct GuardError {
     pub(crate) source: io::Error,
 }
 
-impl From<RamError> for SaveError {
-    fn from(error: RamError) -> SaveError {
-        match error {
-            RamError::Read { block, block_offset, len, source } => {
-                SaveError::Read { block, block_offset, len, source }
-            }
-            RamError::Write { source } => SaveError::Write { what: "guest RAM", source },
-            RamError::Stopped => SaveError::Stopped,
-        }
-    }
-}
-
 impl From<ProofError> for SaveError {
     fn from(error: ProofError) -> SaveError {
         match error {
@@ -342,30 +299,10 @@ impl From<ProofError> for SaveError {
     }
 }
 
-impl From<WindowError> for SaveError {
-    fn from(error: WindowError) -> SaveError {
-        match error {
-            WindowError::Places(source) | WindowError::Read(source) => SaveError::Reread(source),
-            WindowError::Stopped => SaveError::Stopped,
-        }
-    }
-}
-
-impl From<DraftError> for SaveError {
-    fn from(error: DraftError) -> SaveError {
-        match error {
-            DraftError::Layout(source) => SaveError::Layout(source),
-            DraftError::TooLong => SaveError::TooLong,
-            DraftError::Write { what, source } => SaveError::Write { what, source },
-        }
-    }
-}
-
 impl From<ReceiveError> for SaveError {
     fn from(error: ReceiveError) -> SaveError {
         match error {
-            ReceiveError::Stopped => SaveError::Stopped,
-            ReceiveError::Write { what, source } => SaveError::Write { what, source },
+            ReceiveError::Pages(error) => SaveError::Pages(error),
             error => SaveError::Receive(error),
         }
     }

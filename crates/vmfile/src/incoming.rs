@@ -10,9 +10,8 @@ use rustix::io::Errno;
 use rustix::pipe::fcntl_setpipe_size;
 use vmfile_format::stream::decoder::EVENT_LEN_MAX;
 
-use vmfile_qemu::is_process_stopped;
-
 use vmfile_pages::control::Control;
+use vmfile_qemu::is_process_stopped;
 
 /// How much is read at once: what a pipe holds when it was widened.
 const READ_LEN: usize = 1 << 20;

@@ -2,7 +2,6 @@
 
 use serde::Serialize;
 use vmfile_format::manifest::DiskMeta;
-
 use vmfile_pages::snapshot::{Snapshot, SnapshotError};
 
 /// What is in a file.

@@ -3,9 +3,8 @@
 
 use std::path::Path;
 
-use vmfile_qemu::{SaveRecord, Vm, VmError};
-
 use vmfile_pages::snapshot::Snapshot;
+use vmfile_qemu::{SaveRecord, Vm, VmError};
 
 /// Puts right what a killed save has left; returns a sentence about it, or `None` where there was
 /// nothing.

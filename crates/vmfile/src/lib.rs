@@ -29,11 +29,11 @@ pub use multifd::{CHANNELS_MAX, ChannelsError};
 pub use new_file::new_file;
 pub use restore_error::{ImageChange, Mismatch, RestoreError};
 pub use vmfile_engine::{Backend, DirectIo, Existing, PublishError, Unpublished, inherited};
+pub use vmfile_pages::PagesError;
 pub use vmfile_pages::control::{Control, Progress};
 pub use vmfile_pages::jobs::Jobs;
 pub use vmfile_pages::process_ram::ProcessRamError;
 pub use vmfile_pages::proof::ProofError;
-pub use vmfile_pages::ram_loader::LoadError;
 pub use vmfile_pages::snapshot::{Manifest, Snapshot, SnapshotError};
 pub use vmfile_qemu::{
     CommandLineError, DiscoverError, LaunchedQemu, Vm, VmAddress, VmError, resolve,

@@ -4,9 +4,8 @@ use std::fs::Metadata;
 use std::path::Path;
 
 use vmfile_engine::{Existing, PublishError, Unpublished};
-use vmfile_qemu::user_of_file;
-
 use vmfile_pages::snapshot::Snapshot;
+use vmfile_qemu::user_of_file;
 
 /// Creates an empty file that will be named `path`; `vm` is the process of a VM at hand, whose program
 /// may have any name.

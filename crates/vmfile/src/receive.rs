@@ -16,6 +16,11 @@ use serde::Serialize;
 use vmfile_engine::{Backend, DirectIo, Existing, PublishError};
 use vmfile_format::FormatError;
 use vmfile_format::manifest::VmMeta;
+use vmfile_pages::PagesError;
+use vmfile_pages::control::Control;
+use vmfile_pages::draft::{Draft, Facts};
+use vmfile_pages::lane::Workers;
+use vmfile_pages::proof::ProofError;
 use vmfile_qemu::ProcessInfo;
 
 use crate::incoming::{Patience, WaitError};
@@ -23,10 +28,6 @@ use crate::listener::Listener;
 use crate::multifd::{CHANNELS_MAX, ChannelsError, Connections};
 use crate::new_file::new_file;
 use crate::stream_receiver::{Received, StreamReceiver};
-use vmfile_pages::control::Control;
-use vmfile_pages::draft::{Draft, DraftError, Facts};
-use vmfile_pages::lane::Workers;
-use vmfile_pages::proof::ProofError;
 
 /// Where a stream comes from.
 #[derive(Debug)]
@@ -102,6 +103,9 @@ pub enum ReceiveError {
     /// The file cannot be made or given its name.
     #[error(transparent)]
     Publish(#[from] PublishError),
+    /// The pages could not be written to the file, or the caller stopped it.
+    #[error(transparent)]
+    Pages(#[from] PagesError),
     /// The socket cannot be made.
     #[error("listen at {path}", path = path.display())]
     Listen {
@@ -152,26 +156,9 @@ pub enum ReceiveError {
         /// How far it was read, in bytes.
         offset: u64,
     },
-    /// The file cannot be laid out.
-    #[error("the layout of the file")]
-    Layout(#[source] FormatError),
-    /// The file would be longer than the kernel allows.
-    #[error("the file would end past 2^63 bytes")]
-    TooLong,
-    /// The kernel refused to write.
-    #[error("write {what}")]
-    Write {
-        /// What was to be written.
-        what: &'static str,
-        /// What the kernel said.
-        source: io::Error,
-    },
     /// What was written does not read back.
     #[error(transparent)]
     Proof(ProofError),
-    /// The caller stopped it.
-    #[error("stopped")]
-    Stopped,
 }
 
 impl ReceiveError {
@@ -183,7 +170,7 @@ impl ReceiveError {
             WaitError::ProcessStopped(pid) => ReceiveError::ProcessStopped { pid },
             WaitError::TimedOut => ReceiveError::TimedOut { offset },
             // Who gives up for another is not asked why.
-            WaitError::Stopped | WaitError::GivenUp => ReceiveError::Stopped,
+            WaitError::Stopped | WaitError::GivenUp => PagesError::Stopped.into(),
         }
     }
 
@@ -198,7 +185,7 @@ impl ReceiveError {
     }
 
     pub(crate) fn write_ram(source: io::Error) -> ReceiveError {
-        ReceiveError::Write { what: "guest RAM", source }
+        PagesError::WriteFile { what: "guest RAM", source }.into()
     }
 }
 
@@ -207,16 +194,6 @@ impl From<ProofError> for ReceiveError {
         match error {
             ProofError::Publish(error) => ReceiveError::Publish(error),
             error => ReceiveError::Proof(error),
-        }
-    }
-}
-
-impl From<DraftError> for ReceiveError {
-    fn from(error: DraftError) -> ReceiveError {
-        match error {
-            DraftError::Layout(source) => ReceiveError::Layout(source),
-            DraftError::TooLong => ReceiveError::TooLong,
-            DraftError::Write { what, source } => ReceiveError::Write { what, source },
         }
     }
 }
@@ -252,7 +229,7 @@ pub fn receive(
     let facts = Facts { route: "stream", live: None, pause_seconds: None, vm };
     draft.finish(&received.places, &received.bitmaps, received.tail(), facts)?;
     if control.is_stopped() {
-        return Err(ReceiveError::Stopped);
+        return Err(PagesError::Stopped.into());
     }
     let direct_io = draft.file().direct().to_string();
     draft.prove()?.publish()?;

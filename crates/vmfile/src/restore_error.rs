@@ -4,22 +4,22 @@ use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
+use vmfile_pages::PagesError;
+use vmfile_pages::process_ram::ProcessRamError;
+use vmfile_pages::snapshot::SnapshotError;
 use vmfile_qemu::{CommandLineError, LaunchError, QmpError, VmError};
 
-use crate::check::CheckError;
 use crate::error::GuardError;
 use crate::send::SendError;
-use vmfile_pages::process_ram::ProcessRamError;
-use vmfile_pages::ram_loader::LoadError;
-use vmfile_pages::snapshot::SnapshotError;
 
 /// Why a VM was not restored.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RestoreError {
-    /// The file could not be read, or is not what was written.
+    /// The file could not be read, is not what was written, or its pages could not be brought into RAM;
+    /// or the caller stopped it.
     #[error(transparent)]
-    Snapshot(#[from] SnapshotError),
+    Pages(#[from] PagesError),
     /// The file could not be opened once more.
     #[error("open the file once more")]
     File(#[source] io::Error),
@@ -152,12 +152,6 @@ pub enum RestoreError {
     /// The RAM of the new process cannot be reached.
     #[error(transparent)]
     Process(#[from] ProcessRamError),
-    /// The pages that are mapped could not be verified.
-    #[error(transparent)]
-    Verify(CheckError),
-    /// RAM could not be loaded.
-    #[error(transparent)]
-    Load(LoadError),
     /// There is no process that would end the new QEMU, should this one end.
     #[error(transparent)]
     Guard(#[from] GuardError),
@@ -176,9 +170,12 @@ pub enum RestoreError {
         /// How long was waited.
         source: QmpError,
     },
-    /// The caller stopped it.
-    #[error("stopped")]
-    Stopped,
+}
+
+impl From<SnapshotError> for RestoreError {
+    fn from(error: SnapshotError) -> RestoreError {
+        RestoreError::Pages(error.into())
+    }
 }
 
 /// Something in which an image of a disk is not what it was when the VM was saved.

@@ -28,6 +28,9 @@ use std::time::{Duration, Instant};
 
 use vmfile_engine::PublishError;
 use vmfile_format::manifest::VmMeta;
+use vmfile_pages::PagesError;
+use vmfile_pages::control::Control;
+use vmfile_pages::draft::{Draft, Facts, Proven};
 use vmfile_qemu::{
     Footprint, Holder, PUT_BACK_TIMEOUT, Paused, RamBlockInfo, RunState, SaveRecord, Vm,
 };
@@ -46,8 +49,6 @@ use crate::error::SaveError;
 use crate::guard::Guard;
 use crate::leftover::put_right;
 use crate::new_file::new_file;
-use vmfile_pages::control::Control;
-use vmfile_pages::draft::{Draft, Facts, Proven};
 
 /// How long QEMU may take to flush its disks and end.
 const QUIT_TIMEOUT: Duration = Duration::from_secs(60);
@@ -347,7 +348,7 @@ impl<'a> Save<'a> {
     /// Gives the file its name.
     fn publish(&mut self, proven: Proven) -> Result<(), SaveError> {
         if self.control.is_stopped() {
-            return Err(SaveError::Stopped);
+            return Err(PagesError::Stopped.into());
         }
         // Once the file has its name the overlays are its own.
         self.watch(self.options.after != After::Pause, true)?;
@@ -459,7 +460,10 @@ impl<'a> Save<'a> {
 /// a process that ends before it closes its monitor, and a look into it then fails for another reason.
 fn unless_qemu_is_gone(vm: &mut Vm, error: SaveError) -> SaveError {
     // QEMU was not needed for these, or said so itself.
-    if matches!(error, SaveError::Publish(_) | SaveError::Stopped | SaveError::Vm(_)) {
+    if matches!(
+        error,
+        SaveError::Publish(_) | SaveError::Pages(PagesError::Stopped) | SaveError::Vm(_)
+    ) {
         return error;
     }
     match vm.unstoppable(PUT_BACK_TIMEOUT, Vm::run_state) {

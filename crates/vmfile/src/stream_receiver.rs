@@ -12,16 +12,16 @@ use vmfile_format::stream::decoder::{Event, StreamDecoder};
 use vmfile_format::stream::device_state::DeviceState;
 use vmfile_format::stream::{multifd, xbzrle};
 use vmfile_format::{FormatError, PageBitmap, PageIndex, RamLayout};
-
-use crate::incoming::{Patience, StreamSource};
-use crate::listener::Listener;
-use crate::multifd::{Channel, ChannelCounts, ChannelsError, Connections, Rounds, StreamRounds};
-use crate::receive::ReceiveError;
 use vmfile_pages::control::Meter;
 use vmfile_pages::draft::{Draft, Places, Tail};
 use vmfile_pages::lane::{Lane, Workers};
 use vmfile_pages::page_writer::{Counts, PAGE_LEN_MIN, PageWriter};
 use vmfile_pages::received_ram::ReceivedRam;
+
+use crate::incoming::{Patience, StreamSource};
+use crate::listener::Listener;
+use crate::multifd::{Channel, ChannelCounts, ChannelsError, Connections, Rounds, StreamRounds};
+use crate::receive::ReceiveError;
 
 /// A receive at work.
 #[derive(Debug)]

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 use vmfile::restore::{Destination, Mode, RestoreOptions};
-use vmfile::{Control, LaunchedQemu, RestoreError};
+use vmfile::{Control, LaunchedQemu, PagesError, RestoreError};
 
 use crate::args::{RestoreArguments, RestoreMode};
 use crate::failure::Failure;
@@ -71,7 +71,7 @@ pub(crate) fn run(arguments: &RestoreArguments, voice: &Voice) -> Result<ExitCod
 /// signal was the reason.
 fn failure(error: &RestoreError, signals: &Signals) -> Failure {
     if signals.are_set() && !matches!(error, RestoreError::Unanswered { .. }) {
-        let failure = Failure::from(&RestoreError::Stopped);
+        let failure = Failure::from(&PagesError::Stopped);
         return Failure { code: signals.code(), ..failure }
             .hint("no QEMU was left running; one that waited may have to be started again");
     }

@@ -8,13 +8,13 @@ use rustix::io::{Errno, readv};
 use vmfile_format::error::FormatErrorKind;
 use vmfile_format::stream::multifd::{Compression, INIT_LEN, Packet, PacketPages, packet_len};
 use vmfile_format::{FormatError, PageSize, RamBlock, RamLayout};
+use vmfile_pages::page_writer::{Counts, PageWriter};
 
 use super::inflater::Inflater;
 use super::order::Order;
 use super::rounds::Rounds;
 use crate::incoming::{Patience, Pulse, WaitError};
 use crate::receive::ReceiveError;
-use vmfile_pages::page_writer::{Counts, PageWriter};
 
 /// A channel whose init packet was read.
 pub(crate) struct Channel<'a> {

@@ -1,9 +1,9 @@
 //! Does the file fit the QEMU that waits?
 
+use vmfile_pages::snapshot::Snapshot;
 use vmfile_qemu::RamBlockInfo;
 
 use crate::restore_error::{Mismatch, RestoreError};
-use vmfile_pages::snapshot::Snapshot;
 
 /// Compares the file with the QEMU that waits, before QEMU sees a byte of it: QEMU itself does not
 /// compare the lengths of RAM blocks in a mapped-ram file (9.0 to 11.0).

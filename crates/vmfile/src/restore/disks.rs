@@ -8,13 +8,13 @@ use std::process::{Command, Stdio};
 
 use serde::Serialize;
 use vmfile_format::manifest::{DiskMeta, VmMeta};
+use vmfile_pages::snapshot::Snapshot;
 use vmfile_qemu::{CommandLine, Drive, LineDrive, Medium};
 
 use super::RestoreOptions;
 use super::changed_images::{self, is_same_file};
 use crate::restore_error::RestoreError;
 use crate::save::{is_file, overlay_names};
-use vmfile_pages::snapshot::Snapshot;
 
 /// QEMU's program that makes images.
 const QEMU_IMG: &str = "qemu-img";

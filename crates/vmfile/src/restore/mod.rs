@@ -24,6 +24,9 @@ use std::time::Instant;
 
 use serde::Serialize;
 use vmfile_engine::{Backend, DirectIo};
+use vmfile_pages::control::Control;
+use vmfile_pages::jobs::Jobs;
+use vmfile_pages::snapshot::Snapshot;
 use vmfile_qemu::{LaunchedQemu, PUT_BACK_TIMEOUT, RunState, Vm, VmError};
 
 pub(crate) use self::changed_images::is_same_file;
@@ -35,10 +38,6 @@ use self::prepare::{Prepared, prepare};
 use self::ram::{Brought, bring};
 use crate::guard::Guard;
 use crate::restore_error::RestoreError;
-use vmfile_pages::control::Control;
-use vmfile_pages::jobs::Jobs;
-use vmfile_pages::ram_loader::LoadError;
-use vmfile_pages::snapshot::Snapshot;
 
 /// How RAM comes back.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -240,15 +239,5 @@ fn run(vm: &mut Vm, is_to_run: bool) -> Result<(), RestoreError> {
             }
         }
         told => told.map_err(RestoreError::from),
-    }
-}
-
-impl From<LoadError> for RestoreError {
-    fn from(error: LoadError) -> RestoreError {
-        match error {
-            LoadError::Stopped => RestoreError::Stopped,
-            LoadError::Snapshot(error) => RestoreError::Snapshot(error),
-            error => RestoreError::Load(error),
-        }
     }
 }

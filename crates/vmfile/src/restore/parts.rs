@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 
 use vmfile_format::manifest::{ChangeMeta, PartsMeta, VmMeta};
+use vmfile_pages::snapshot::Snapshot;
 use vmfile_qemu::{CommandLine, Parts, Pin, Vm};
 
 use crate::restore_error::{Mismatch, RestoreError};
-use vmfile_pages::snapshot::Snapshot;
 
 /// Makes the saved command line make what the VM had in the end.
 ///

@@ -6,6 +6,9 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use vmfile_format::mapped_ram::PlacedBlock;
+use vmfile_pages::PagesError;
+use vmfile_pages::control::Control;
+use vmfile_pages::snapshot::Snapshot;
 use vmfile_qemu::{
     CommandLine, Feature, Launch, LaunchedQemu, MappedBlock, MonitorPair, PUT_BACK_TIMEOUT,
     QemuVersion, RunState, Vm, VmError, program_version,
@@ -17,8 +20,6 @@ use super::parts::remake;
 use super::{Destination, Mode, RestoreOptions};
 use crate::guard::Guard;
 use crate::restore_error::{Mismatch, RestoreError};
-use vmfile_pages::control::Control;
-use vmfile_pages::snapshot::Snapshot;
 
 /// How long QEMU may take to answer: it opens disks and makes RAM meanwhile.
 const START_TIMEOUT: Duration = Duration::from_secs(60);
@@ -84,7 +85,7 @@ impl Prepared {
     /// then is not the cause.
     pub(super) fn explain(&mut self, error: RestoreError) -> RestoreError {
         match error {
-            RestoreError::Stopped => error,
+            RestoreError::Pages(PagesError::Stopped) => error,
             RestoreError::DeviceState { source, .. } => {
                 RestoreError::DeviceState { source, stderr: self.stderr() }
             }

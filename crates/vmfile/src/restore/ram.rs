@@ -5,20 +5,20 @@ use std::error::Error;
 use vmfile_engine::Access;
 use vmfile_format::RamBlock;
 use vmfile_format::mapped_ram::PlacedBlock;
-use vmfile_qemu::{Feature, RamBlockInfo, Vm};
-
-use super::RestoreOptions;
-use super::prepare::{Chosen, Prepared};
-use super::stream::send_to;
-use crate::check::{CheckError, CheckOptions, verify_pages};
-use crate::restore_error::RestoreError;
-use crate::send::{Contents, LARGE_BLOCK_LEN, Pages, SendError, Source};
 use vmfile_pages::control::Control;
 use vmfile_pages::lane::Workers;
 use vmfile_pages::process_ram::{BlockAt, ProcessRam};
 use vmfile_pages::ram_loader::load_ram;
 use vmfile_pages::reading::{open_for_reading, verified};
 use vmfile_pages::snapshot::Snapshot;
+use vmfile_qemu::{Feature, RamBlockInfo, Vm};
+
+use super::RestoreOptions;
+use super::prepare::{Chosen, Prepared};
+use super::stream::send_to;
+use crate::check::{CheckOptions, verify_pages};
+use crate::restore_error::RestoreError;
+use crate::send::{Contents, LARGE_BLOCK_LEN, Pages, SendError, Source};
 
 /// What was brought into QEMU, and how.
 pub(super) struct Brought {
@@ -222,21 +222,10 @@ fn paused<'a>(
     }
 }
 
-impl From<CheckError> for RestoreError {
-    fn from(error: CheckError) -> RestoreError {
-        match error {
-            CheckError::Snapshot(error) => RestoreError::Snapshot(error),
-            CheckError::Stopped => RestoreError::Stopped,
-            error @ CheckError::Io { .. } => RestoreError::Verify(error),
-        }
-    }
-}
-
 impl From<SendError> for RestoreError {
     fn from(error: SendError) -> RestoreError {
         match error {
-            SendError::Snapshot(error) => RestoreError::Snapshot(error),
-            SendError::Stopped => RestoreError::Stopped,
+            SendError::Pages(error) => RestoreError::Pages(error),
             error => RestoreError::Send(error),
         }
     }

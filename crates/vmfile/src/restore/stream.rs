@@ -5,12 +5,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use vmfile_pages::PagesError;
+use vmfile_pages::control::{Control, Progress};
 use vmfile_qemu::{LoadError, Vm};
 
 use crate::beside::beside;
 use crate::restore_error::RestoreError;
 use crate::send::{Contents, Outlet, Source, write_short_stream, write_stream};
-use vmfile_pages::control::{Control, Progress};
 
 /// How long QEMU may take no byte of the stream, nor say that it is done: the device state is
 /// milliseconds of work.
@@ -53,7 +54,7 @@ pub(super) fn send_to(
     match (loaded, written) {
         // QEMU saw the stream end early, for our reason.
         (Err(_), Err(error)) if error.is_about_the_file() => Err(error.into()),
-        (Err(LoadError::Cancelled), _) if control.is_stopped() => Err(RestoreError::Stopped),
+        (Err(LoadError::Cancelled), _) if control.is_stopped() => Err(PagesError::Stopped.into()),
         (Err(LoadError::Cancelled), _) => Err(refused(LoadError::TimedOut)),
         (Err(source), _) => Err(refused(source)),
         (Ok(()), written) => Ok(written?),

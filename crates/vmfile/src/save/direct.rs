@@ -6,16 +6,16 @@ use vmfile_format::stream::configuration::Configuration;
 use vmfile_format::stream::device_state::DeviceState;
 use vmfile_format::stream::encoder;
 use vmfile_format::{FormatError, PageSize, RamBlock, RamLayout};
-use vmfile_qemu::{RamBlockInfo, Vm};
-
-use super::route::refuse_without_space;
-use super::{SaveOptions, Work, Written};
-use crate::error::SaveError;
 use vmfile_pages::draft::{Draft, Places, Tail};
 use vmfile_pages::lane::Workers;
 use vmfile_pages::plan::BRIDGE_LEN;
 use vmfile_pages::process_ram::{BlockAt, ProcessRam};
 use vmfile_pages::ram_writer::{self, write_ram};
+use vmfile_qemu::{RamBlockInfo, Vm};
+
+use super::route::refuse_without_space;
+use super::{SaveOptions, Work, Written};
+use crate::error::SaveError;
 
 /// The RAM of a VM, found in the memory of its process.
 #[derive(Debug)]

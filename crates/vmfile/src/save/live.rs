@@ -13,6 +13,7 @@ use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use vmfile_pages::lane::Workers;
 use vmfile_qemu::{Feature, Outgoing, PUT_BACK_TIMEOUT, RunState, StreamSettings, Vm, VmError};
 
 use super::sending::{Peer, sent};
@@ -23,7 +24,6 @@ use crate::error::SaveError;
 use crate::incoming::Patience;
 use crate::receive::ReceiveError;
 use crate::stream_receiver::{Received, StreamReceiver};
-use vmfile_pages::lane::Workers;
 
 /// How long QEMU may be silent: longer than any look at all of a large guest's memory.
 const STALL_TIMEOUT: Duration = Duration::from_secs(120);

@@ -12,15 +12,16 @@ use std::time::Duration;
 
 use rustix::fs::OFlags;
 use vmfile_engine::{DataFile, DirectIo, DirectIoInUse};
+use vmfile_pages::PagesError;
+use vmfile_pages::control::Progress;
+use vmfile_pages::draft::Draft;
+use vmfile_pages::lane::Workers;
 use vmfile_qemu::{Feature, KeptFile, Outgoing, PUT_BACK_TIMEOUT, StreamSettings, Vm};
 
 use super::route::refuse_without_space;
 use super::sending::{not_sent, sent};
 use super::{SaveOptions, Work, Written, native_file};
 use crate::error::SaveError;
-use vmfile_pages::control::Progress;
-use vmfile_pages::draft::Draft;
-use vmfile_pages::lane::Workers;
 
 /// How many threads of QEMU write if nobody says: QEMU's own default (10.0).
 const CHANNELS: NonZeroU8 = NonZeroU8::new(2).expect("2 is not zero");
@@ -169,7 +170,7 @@ fn send_to(work: &mut Work<'_>, kept: &KeptFile) -> Result<u64, SaveError> {
             other => return Err(not_sent(other)),
         }
         if work.control.is_stopped() {
-            return Err(cancel(work.vm, SaveError::Stopped));
+            return Err(cancel(work.vm, PagesError::Stopped.into()));
         }
         thread::sleep(POLL_INTERVAL);
     }

@@ -15,16 +15,17 @@ use vmfile_format::error::FormatErrorKind;
 use vmfile_format::manifest::{ExtentMeta, HASH_LEN, encode_hash};
 use vmfile_format::mapped_ram::{MARK, PlacedBlock};
 use vmfile_format::{FormatError, PageBitmap, PageIndex, PageRange};
-
-use super::native::total_bytes;
-use super::{Work, Written};
-use crate::error::SaveError;
+use vmfile_pages::PagesError;
 use vmfile_pages::control::Progress;
 use vmfile_pages::draft::Tables;
 use vmfile_pages::lane::Workers;
 use vmfile_pages::received_ram::empty;
 use vmfile_pages::snapshot::Snapshot;
 use vmfile_pages::window_reader::{Window, WindowReader};
+
+use super::native::total_bytes;
+use super::{Work, Written};
+use crate::error::SaveError;
 
 /// Makes what QEMU wrote a vmfile, in everything but the name; `ram_bytes` are those of all RAM.
 pub(super) fn complete(
@@ -106,19 +107,19 @@ impl NativeFile<'_> {
     /// Empties the places of zero pages, should QEMU have written there before they were zero.
     fn empty_stale_places(&self) -> Result<(), SaveError> {
         let file = self.work.draft.file();
-        let failed = |source| SaveError::Write { what: "the places of zero pages", source };
-        let seeker = DataSeeker::open(file.as_fd()).map_err(failed)?;
+        let failed = PagesError::writing("the places of zero pages");
+        let seeker = DataSeeker::open(file.as_fd()).map_err(&failed)?;
         for (placed, bitmap) in self.blocks().iter().zip(self.bitmaps) {
             let page_len = placed.block.page_size().bytes();
             let mut rest = placed.pages_offset..placed.pages_end();
-            while let Some(found) = seeker.next(&rest).map_err(failed)? {
+            while let Some(found) = seeker.next(&rest).map_err(&failed)? {
                 rest.start = found.end;
                 let in_block = |offset: u64| offset - placed.pages_offset;
                 let (start, end) = (in_block(found.start), in_block(found.end));
                 let found = PageRange::new(start / page_len, end.div_ceil(page_len));
                 for stale in bitmap.gaps_within(found) {
                     let at = |page: PageIndex| placed.pages_offset + page.0 * page_len;
-                    empty(file, at(stale.start)..at(stale.end)).map_err(failed)?;
+                    empty(file, at(stale.start)..at(stale.end)).map_err(&failed)?;
                 }
             }
         }
@@ -141,14 +142,15 @@ impl NativeFile<'_> {
             control: &self.work.control.with_progress(&second_half),
         };
         let take = |(): &mut (), window: &Window, read: io::Result<&[u8]>| {
-            self.put_hashes(window, read.map_err(SaveError::Reread)?)
+            let bytes = read.map_err(PagesError::reading("the pages that QEMU wrote"))?;
+            self.put_hashes(window, bytes)
         };
         let (_, backend) = reader.read(workers, take)?;
         Ok(backend.to_string())
     }
 
     /// Writes the hashes of a window's pages, and zeros for those that have no data.
-    fn put_hashes(&self, window: &Window, bytes: &[u8]) -> Result<(), SaveError> {
+    fn put_hashes(&self, window: &Window, bytes: &[u8]) -> Result<(), PagesError> {
         let (bitmap, page_size) = (&self.bitmaps[window.block], self.page_size(window.block));
         let page_len = usize::try_from(page_size).expect("64 KiB at most");
         let first = window.range.start / page_size;
@@ -160,7 +162,7 @@ impl NativeFile<'_> {
             })
             .collect();
         let offset = self.tables.hashes()[window.block] + first * HASH_LEN;
-        Ok(self.work.draft.put("hashes of pages", offset, &hashes)?)
+        self.work.draft.put("hashes of pages", offset, &hashes)
     }
 
     fn page_size(&self, block: usize) -> u64 {

@@ -4,7 +4,6 @@ use std::num::NonZeroU8;
 use std::time::Duration;
 
 use vmfile_engine::{Backend, DirectIo, Existing};
-
 use vmfile_pages::jobs::Jobs;
 
 /// What becomes of the VM once the file is durable.

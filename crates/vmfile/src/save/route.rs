@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 
 use vmfile_engine::{DataFile, available_space};
+use vmfile_pages::PagesError;
+use vmfile_pages::draft::Draft;
 use vmfile_qemu::{StreamSettings, Vm};
 
 use super::describe::is_out_of_reach;
@@ -12,7 +14,6 @@ use super::native::NativeRoute;
 use super::stream::StreamRoute;
 use super::{Live, Route, SaveOptions};
 use crate::error::SaveError;
-use vmfile_pages::draft::Draft;
 
 /// The route by which a VM is saved, and why.
 pub(super) struct ChosenRoute {
@@ -133,7 +134,7 @@ pub(super) fn refuse_without_space(data: u64, file: &DataFile) -> Result<(), Sav
     const OVERHEAD: u64 = 16 << 20;
     let needed_bytes = data + data / 100 * OVERHEAD_PERCENT + OVERHEAD;
     let available_bytes = available_space(file.buffered())
-        .map_err(|source| SaveError::Write { what: "the file system's free space", source })?;
+        .map_err(PagesError::reading("the free space of the file system"))?;
     if needed_bytes > available_bytes {
         return Err(SaveError::NoSpace { needed_bytes, available_bytes });
     }

@@ -8,6 +8,8 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use vmfile_pages::draft::Draft;
+use vmfile_pages::lane::Workers;
 use vmfile_qemu::{Feature, PUT_BACK_TIMEOUT, StreamSettings, Vm, VmError};
 
 use super::sending::{Peer, sent};
@@ -18,8 +20,6 @@ use crate::listener::{Listener, SocketPlace};
 use crate::multifd::{CHANNELS_MAX, ChannelsError};
 use crate::receive::ReceiveError;
 use crate::stream_receiver::{Received, StreamReceiver};
-use vmfile_pages::draft::Draft;
-use vmfile_pages::lane::Workers;
 
 /// How long QEMU may be silent: a VM that is stopped has nothing to wait for.
 const STALL_TIMEOUT: Duration = Duration::from_secs(120);

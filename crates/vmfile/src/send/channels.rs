@@ -25,16 +25,17 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use vmfile_format::stream::multifd::{Compression, Init, PACKET_PAGES_LEN, Packet, PacketPages};
 use vmfile_format::{PageIndex, RamLayout};
+use vmfile_pages::PagesError;
+use vmfile_pages::control::{Control, Progress};
+use vmfile_pages::lane::{Lane, on_lanes};
 use vmfile_qemu::{Feature, QemuVersion};
 
 use super::contents::{Contents, Window};
 use super::outlet::Outlet;
 use super::pages::PagesInOrder;
 use super::stream::{COUNTED_PARTS, Parts, Source, StreamWriter};
-use super::{SendError, connect};
+use super::{SendError, connect, reading};
 use crate::beside::beside;
-use vmfile_pages::control::{Control, Progress};
-use vmfile_pages::lane::{Lane, on_lanes};
 
 /// Most channels: QEMU takes 255, and a few keep any disk busy.
 pub(super) const CHANNELS_MAX: u32 = 16;
@@ -70,7 +71,11 @@ pub(super) fn write_channels(
     let work = |lane| senders.work(lane).inspect_err(fail);
     let both = beside(
         || zero_pages(stream).inspect_err(fail),
-        |_| on_lanes(&source.file, width, work).map_err(SendError::Reading).inspect_err(fail),
+        |_| {
+            on_lanes(&source.file, width, work)
+                .map_err(|source| reading(source).into())
+                .inspect_err(fail)
+        },
     );
     let (streamed, sent) = both.map_err(SendError::Thread)?;
     let (results, backend) = sent?;
@@ -79,7 +84,9 @@ pub(super) fn write_channels(
         Err(error) => (None, Some(error)),
     };
     let errors = results.into_iter().filter_map(Result::err).chain(error);
-    if let Some(error) = errors.min_by_key(|error| matches!(error, SendError::Stopped)) {
+    if let Some(error) =
+        errors.min_by_key(|error| matches!(error, SendError::Pages(PagesError::Stopped)))
+    {
         return Err(error);
     }
     stream.expect("it did not fail").finish()?;

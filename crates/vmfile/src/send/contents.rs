@@ -8,7 +8,6 @@ use vmfile_format::ram_block::RamBlock;
 use vmfile_format::stream::configuration::Configuration;
 use vmfile_format::stream::encoder;
 use vmfile_format::{PageBitmap, PageIndex};
-
 use vmfile_pages::page_hashes::PageHashes;
 use vmfile_pages::plan::{WINDOW_LEN, pieces};
 use vmfile_pages::snapshot::{Snapshot, SnapshotError};

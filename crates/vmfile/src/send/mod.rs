@@ -28,15 +28,16 @@ use rustix::io::Errno;
 use serde::Serialize;
 use vmfile_engine::{Backend, DirectIo};
 use vmfile_format::RamBlock;
+use vmfile_pages::PagesError;
+use vmfile_pages::control::Control;
+use vmfile_pages::reading::{open_for_reading, verified};
+use vmfile_pages::snapshot::{Snapshot, SnapshotError};
 use vmfile_qemu::unix_socket;
 
 use self::channels::{CHANNELS_MAX, write_channels};
 pub(crate) use self::contents::{Contents, LARGE_BLOCK_LEN, Pages};
 pub(crate) use self::outlet::Outlet;
 pub(crate) use self::stream::{Source, write_short_stream, write_stream};
-use vmfile_pages::control::Control;
-use vmfile_pages::reading::{open_for_reading, verified};
-use vmfile_pages::snapshot::{Snapshot, SnapshotError};
 
 /// Where a stream goes.
 #[derive(Debug)]
@@ -98,27 +99,12 @@ pub struct SendReport {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SendError {
-    /// The file could not be read, or is not what was written.
+    /// The file could not be read, or is not what was written; or the caller stopped it.
     #[error(transparent)]
-    Snapshot(#[from] SnapshotError),
-    /// The pages could not be read in the way that was asked for.
-    #[error("read guest RAM from the file")]
-    Reading(#[source] io::Error),
+    Pages(#[from] PagesError),
     /// A thread could not be started, or panicked.
     #[error("send by a thread of its own")]
     Thread(#[source] io::Error),
-    /// Some pages could not be read.
-    #[error("read {len} bytes at {offset:#x} of {path}", path = path.display())]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// File offset, in bytes.
-        offset: u64,
-        /// How much was asked for, in bytes.
-        len: usize,
-        /// What the kernel said.
-        source: io::Error,
-    },
     /// There are more channels than there may be, or no socket to connect them to.
     #[error("{found} multifd channels, expected at most {max}{}", where_to(*.max))]
     Channels {
@@ -158,16 +144,24 @@ pub enum SendError {
         /// What the kernel said.
         source: io::Error,
     },
-    /// The caller stopped it.
-    #[error("stopped")]
-    Stopped,
 }
 
 impl SendError {
     /// Says whether the file was at fault, and not whoever reads the stream.
     pub(crate) fn is_about_the_file(&self) -> bool {
-        matches!(self, SendError::Snapshot(_) | SendError::Reading(_) | SendError::Read { .. })
+        matches!(self, SendError::Pages(error) if !error.is_stopped())
     }
+}
+
+impl From<SnapshotError> for SendError {
+    fn from(error: SnapshotError) -> SendError {
+        SendError::Pages(error.into())
+    }
+}
+
+/// Says that the pages of the file could not be read.
+fn reading(source: io::Error) -> PagesError {
+    PagesError::ReadFile { what: "guest RAM from the file", source }
 }
 
 /// Sends `snapshot` as a migration stream.
@@ -189,7 +183,7 @@ pub fn send(
     snapshot.verify_parts()?;
     let contents = Contents::new(snapshot, |block| pages(block, options))?;
     let opened = open_for_reading(snapshot, options.direct_io);
-    let (file, direct_io) = opened.map_err(SendError::Reading)?;
+    let (file, direct_io) = opened.map_err(reading)?;
     let source = Source { file, io: options.io };
     let (io, bytes_sent) = match (to, options.channels) {
         (SendTo::Descriptor(descriptor), _) => send_one(&contents, &source, descriptor, control)?,
@@ -258,7 +252,7 @@ fn connect(path: &Path, control: &Control<'_>) -> Result<OwnedFd, SendError> {
             }
         }
         if control.is_stopped() {
-            return Err(SendError::Stopped);
+            return Err(PagesError::Stopped.into());
         }
         thread::sleep(RETRY_INTERVAL);
     }

@@ -13,6 +13,7 @@ use rustix::fs::{FileType, OFlags, fstat};
 use rustix::io::Errno;
 use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg, sockopt};
 use rustix::pipe::fcntl_setpipe_size;
+use vmfile_pages::PagesError;
 
 use super::SendError;
 
@@ -97,13 +98,13 @@ impl<'a> Outlet<'a> {
     ///
     /// # Errors
     ///
-    /// Returns [`SendError::PeerClosed`] if nobody reads any more, [`SendError::Stopped`], or
+    /// Returns [`SendError::PeerClosed`] if nobody reads any more, [`PagesError::Stopped`], or
     /// [`SendError::Write`].
     pub(crate) fn send_all(&mut self, mut slices: &mut [IoSlice<'_>]) -> Result<(), SendError> {
         IoSlice::advance_slices(&mut slices, 0);
         while !slices.is_empty() {
             if (self.is_stopped)() {
-                return Err(SendError::Stopped);
+                return Err(PagesError::Stopped.into());
             }
             match self.send_some(&slices[..slices.len().min(SLICES_MAX)]) {
                 Ok(len) => {
@@ -216,7 +217,10 @@ mod tests {
                 let sender = scope.spawn(move || outlet.send(&vec![0; 8 << 20]));
                 thread::sleep(Duration::from_millis(20));
                 stop.store(true, Ordering::Relaxed);
-                assert!(matches!(sender.join().unwrap(), Err(SendError::Stopped)));
+                assert!(matches!(
+                    sender.join().unwrap(),
+                    Err(SendError::Pages(PagesError::Stopped))
+                ));
             });
         }
     }

@@ -4,11 +4,12 @@ use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 
 use vmfile_engine::{Completion, Direction, Memory, PooledBuffer, Transfer};
-
-use super::SendError;
-use super::contents::{Contents, Window};
 use vmfile_pages::lane::Lane;
 use vmfile_pages::page_hashes::PageHashes;
+use vmfile_pages::snapshot::SnapshotError;
+
+use super::contents::{Contents, Window};
+use super::{SendError, reading};
 
 /// Reads windows, several in flight, and hands them on in the order in which they were asked for,
 /// each after its pages were compared with their hashes.
@@ -51,7 +52,7 @@ impl<'a, I: Iterator<Item = Window>> PagesInOrder<'a, I> {
     ///
     /// # Errors
     ///
-    /// Returns [`SendError::Read`], and [`SendError::Snapshot`] if a page is not what was written.
+    /// Returns [`SnapshotError::Read`], and [`SnapshotError::DamagedPage`] if a page is not what was written.
     pub(crate) fn next(&mut self) -> Result<Option<(Window, Read)>, SendError> {
         self.read_ahead()?;
         let Some(window) = self.underway.pop_front() else { return Ok(None) };
@@ -61,7 +62,7 @@ impl<'a, I: Iterator<Item = Window>> PagesInOrder<'a, I> {
                 self.contents.verify(&window, read.as_ref(), &mut self.hashes)?;
                 return Ok(Some((window, read)));
             }
-            let completion = self.lane.next_read().map_err(SendError::Reading)?;
+            let completion = self.lane.next_read().map_err(reading)?;
             let completion = completion.expect("what is underway is in flight, or has come early");
             let number = completion.transfer.tag;
             self.early.insert(number, self.whole(completion)?);
@@ -82,7 +83,7 @@ impl<'a, I: Iterator<Item = Window>> PagesInOrder<'a, I> {
                 memory: Memory::Owned(buffer, 0..window.read_len()),
                 tag: self.taken + self.underway.len() as u64,
             };
-            self.lane.submit(transfer).map_err(SendError::Reading)?;
+            self.lane.submit(transfer).map_err(reading)?;
             self.underway.push_back(window);
         }
         Ok(())
@@ -91,7 +92,7 @@ impl<'a, I: Iterator<Item = Window>> PagesInOrder<'a, I> {
     fn whole(&self, completion: Completion) -> Result<Read, SendError> {
         let (offset, len) = (completion.transfer.file_offset, completion.transfer.memory.len());
         let path = || self.contents.snapshot.path().to_path_buf();
-        completion.result.map_err(|source| SendError::Read {
+        completion.result.map_err(|source| SnapshotError::Read {
             path: path(),
             offset,
             len,

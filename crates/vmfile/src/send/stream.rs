@@ -15,15 +15,15 @@ use std::sync::Mutex;
 use vmfile_engine::{Backend, DataFile};
 use vmfile_format::PageIndex;
 use vmfile_format::stream::encoder::RamSection;
-
-use super::SendError;
-use super::contents::{Contents, Window};
-use super::outlet::Outlet;
-use super::pages::PagesInOrder;
 use vmfile_pages::control::{Control, Progress};
 use vmfile_pages::lane::{Lane, on_lanes};
 use vmfile_pages::page_hashes::PageHashes;
 use vmfile_pages::plan::UNIT_LEN;
+
+use super::contents::{Contents, Window};
+use super::outlet::Outlet;
+use super::pages::PagesInOrder;
+use super::{SendError, reading};
 
 /// How the pages of a stream are read.
 #[derive(Clone, Debug)]
@@ -54,8 +54,7 @@ pub(crate) fn write_stream(
         };
         write_windows(contents, next, &mut outlet, control)
     };
-    let (results, backend) =
-        on_lanes(&source.file, (source.io, 1), write).map_err(SendError::Reading)?;
+    let (results, backend) = on_lanes(&source.file, (source.io, 1), write).map_err(reading)?;
     results.into_iter().collect::<Result<(), SendError>>()?;
     Ok(backend.to_string())
 }

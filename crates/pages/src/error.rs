@@ -1,0 +1,83 @@
+//! Why pages could not be moved.
+
+use std::io;
+
+use vmfile_format::FormatError;
+
+use crate::snapshot::SnapshotError;
+
+/// Why pages could not be moved between RAM and a file.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PagesError {
+    /// The caller stopped it.
+    #[error("stopped")]
+    Stopped,
+    /// The file could not be read, or is not what was written.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    /// The file cannot be laid out.
+    #[error("the layout of the file")]
+    Layout(#[source] FormatError),
+    /// The file would be longer than the kernel allows.
+    #[error("the file would end past 2^63 bytes")]
+    TooLong,
+    /// The kernel refused to read the file, to ask where it has holes, or to give threads for it.
+    #[error("read {what}")]
+    ReadFile {
+        /// What was to be read.
+        what: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The kernel refused to write the file.
+    #[error("write {what}")]
+    WriteFile {
+        /// What was to be written.
+        what: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// RAM could not be read.
+    #[error("read {len} bytes of guest RAM at {block_offset:#x} of RAM block {block:?}")]
+    ReadRam {
+        /// The block.
+        block: String,
+        /// Offset in the block, in bytes.
+        block_offset: u64,
+        /// How much, in bytes.
+        len: u64,
+        /// What the source said.
+        source: io::Error,
+    },
+    /// RAM could not be written.
+    #[error("write {len} bytes of guest RAM at {block_offset:#x} of RAM block {block:?}")]
+    WriteRam {
+        /// The block.
+        block: String,
+        /// Offset in the block, in bytes.
+        block_offset: u64,
+        /// How much, in bytes.
+        len: usize,
+        /// What the sink said.
+        source: io::Error,
+    },
+}
+
+impl PagesError {
+    /// Returns a function that makes an error of what the kernel said when `what` was to be read.
+    pub fn reading(what: &'static str) -> impl Fn(io::Error) -> PagesError {
+        move |source| PagesError::ReadFile { what, source }
+    }
+
+    /// Returns a function that makes an error of what the kernel said when `what` was to be written.
+    pub fn writing(what: &'static str) -> impl Fn(io::Error) -> PagesError {
+        move |source| PagesError::WriteFile { what, source }
+    }
+
+    /// Whether the caller stopped it.
+    #[must_use]
+    pub fn is_stopped(&self) -> bool {
+        matches!(self, PagesError::Stopped)
+    }
+}
