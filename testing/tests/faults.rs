@@ -86,7 +86,11 @@ fn a_disk_that_fills_up_in_the_middle_harms_nobody() -> TestResult {
         let file = inside.join("vm.vmf");
         let error = save_with_meddling(&guest, &file, &options, fill_the_disk)?;
         assert!(
-            matches!(error, SaveError::Pages(PagesError::WriteFile { .. }) | SaveError::Publish(_)),
+            matches!(
+                error,
+                SaveError::Pages(PagesError::WriteFile { .. })
+                    | SaveError::Pages(PagesError::Publish(_))
+            ),
             "{error}"
         );
         nothing_happened(&mut guest, &inside)?;
@@ -118,7 +122,7 @@ fn a_file_that_appears_meanwhile_is_not_replaced() -> TestResult {
     let file = directory.path().join("vm.vmf");
     let appear = |_: &AtomicBool| fs::write(&file, "somebody else's").expect("a file");
     let error = save_with_meddling(&guest, &file, &slow_options(), appear)?;
-    assert!(matches!(error, SaveError::Publish(_)), "{error}");
+    assert!(matches!(error, SaveError::Pages(PagesError::Publish(_))), "{error}");
     assert_eq!(fs::read_to_string(&file)?, "somebody else's");
     fs::remove_file(&file)?;
     nothing_happened(&mut guest, directory.path())

@@ -7,8 +7,8 @@ use vmfile::error::SaveError;
 use vmfile::receive::ReceiveError;
 use vmfile::send::SendError;
 use vmfile::{
-    ChannelsError, CommandLineError, DiscoverError, PagesError, ProofError, PublishError,
-    RestoreError, SnapshotError, VmError,
+    ChannelsError, CommandLineError, DiscoverError, PagesError, PublishError, RestoreError,
+    SnapshotError, VmError,
 };
 use vmfile_bench::BenchError;
 
@@ -133,22 +133,9 @@ impl From<&PublishError> for Failure {
     }
 }
 
-impl From<&ProofError> for Failure {
-    fn from(error: &ProofError) -> Failure {
-        match error {
-            ProofError::Publish(error) => Failure::from(error),
-            _ => Failure::new(Code::System, "does_not_read_back", error).hint(
-                "the kernel or the disk lost what was written: the file was dropped; \
-                 look at the kernel's messages, and save to another disk",
-            ),
-        }
-    }
-}
-
 impl From<&SaveError> for Failure {
     fn from(error: &SaveError) -> Failure {
         match error {
-            SaveError::Publish(error) => Failure::from(error),
             SaveError::Vm(VmError::LeftPaused { .. }) => {
                 Failure::new(Code::LeftPaused, "left_paused", error).hint(CONT)
             }
@@ -175,7 +162,6 @@ impl From<&SaveError> for Failure {
             SaveError::QemuTooOld { .. } => Failure::new(Code::Vm, "qemu_too_old", error)
                 .hint("--route stream works with every QEMU"),
             SaveError::NoDirectIo { .. } => Failure::new(Code::System, "no_direct_io", error),
-            SaveError::Proof(error) => Failure::from(error),
             SaveError::Migration { .. } => Failure::new(Code::Vm, "migration", error),
             SaveError::NotConnected { .. } => Failure::new(Code::Vm, "not_connected", error)
                 .hint("without --channels the stream needs no socket"),
@@ -258,9 +244,7 @@ fn with_cause(error: &SaveError, cause: &SaveError, kind: &'static str) -> Failu
 impl From<&ReceiveError> for Failure {
     fn from(error: &ReceiveError) -> Failure {
         match error {
-            ReceiveError::Publish(error) => Failure::from(error),
             ReceiveError::Channels(error) => Failure::from(error),
-            ReceiveError::Proof(error) => Failure::from(error),
             ReceiveError::Channel { source, .. } => {
                 let failure = Failure::from(source.as_ref());
                 let message = Failure::new(failure.code, failure.kind, error).message;
@@ -288,7 +272,6 @@ impl From<&ConvertError> for Failure {
     fn from(error: &ConvertError) -> Failure {
         match error {
             ConvertError::Pages(error) => Failure::from(error),
-            ConvertError::Publish(error) => Failure::from(error),
             ConvertError::Send(error) => Failure::from(error),
             ConvertError::Receive(error) => Failure::from(error),
             ConvertError::Already { .. } => Failure::new(Code::Usage, "already", error)
@@ -431,6 +414,13 @@ impl From<&PagesError> for Failure {
         match error {
             PagesError::Stopped => Failure::new(Code::Interrupted, "stopped", error),
             PagesError::Snapshot(error) => Failure::from(error),
+            PagesError::Publish(error) => Failure::from(error),
+            PagesError::NotAsWritten(_) | PagesError::NoManifest => {
+                Failure::new(Code::System, "does_not_read_back", error).hint(
+                    "the kernel or the disk lost what was written: the file was dropped; \
+                     look at the kernel's messages, and save to another disk",
+                )
+            }
             PagesError::ReadRam { .. } => Failure::new(Code::System, "process", error).hint(TRACE),
             _ => Failure::new(Code::System, "io", error),
         }

@@ -189,6 +189,8 @@ impl fmt::Display for FormatErrorKind {
 
 impl Error for FormatError {}
 
+impl Error for FormatErrorKind {}
+
 /// Why something could not be read with a caller's function: the bytes, or the function.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ReadError<E> {

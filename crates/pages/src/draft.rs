@@ -16,7 +16,7 @@ use vmfile_format::stream::configuration::Configuration;
 use vmfile_format::{PageBitmap, RamBlock, RamLayout};
 
 use crate::error::PagesError;
-use crate::proof::{ProofError, prove};
+use crate::proof::prove;
 use crate::snapshot::{Snapshot, SnapshotError};
 
 /// A file that has no name yet. Dropping it leaves none.
@@ -155,15 +155,15 @@ impl Draft {
     ///
     /// # Errors
     ///
-    /// Returns [`ProofError`] if the file is not what was written; there is none then.
-    pub fn prove(self) -> Result<Proven, ProofError> {
+    /// Returns [`PagesError`] if the file is not what was written; there is none then.
+    pub fn prove(self) -> Result<Proven, PagesError> {
         let durable = self.unpublished.make_durable()?;
         let proven = Proven { durable, file: self.file };
         proven.forget_cached();
         let (path, file) = (proven.durable.path(), proven.durable.file().try_clone());
         let open = |source| SnapshotError::Open { path: path.to_path_buf(), source };
-        let file = file.map_err(open).map_err(ProofError::Differs)?;
-        let snapshot = Snapshot::from_file(path, file, 0).map_err(ProofError::Differs)?;
+        let file = file.map_err(open).map_err(PagesError::NotAsWritten)?;
+        let snapshot = Snapshot::from_file(path, file, 0).map_err(PagesError::NotAsWritten)?;
         prove(&snapshot)?;
         Ok(proven)
     }

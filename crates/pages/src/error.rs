@@ -2,6 +2,7 @@
 
 use std::io;
 
+use vmfile_engine::PublishError;
 use vmfile_format::FormatError;
 
 use crate::snapshot::SnapshotError;
@@ -16,6 +17,15 @@ pub enum PagesError {
     /// The file could not be read, or is not what was written.
     #[error(transparent)]
     Snapshot(#[from] SnapshotError),
+    /// The new file cannot be made, put on the disk, or given its name.
+    #[error(transparent)]
+    Publish(#[from] PublishError),
+    /// The new file does not read back as it was written: the kernel or the disk lost something.
+    #[error("the new file does not read back as it was written")]
+    NotAsWritten(#[source] SnapshotError),
+    /// The new file does not read back as it was written: it has no manifest.
+    #[error("the new file does not read back as it was written: it has no manifest")]
+    NoManifest,
     /// The file cannot be laid out.
     #[error("the layout of the file")]
     Layout(#[source] FormatError),

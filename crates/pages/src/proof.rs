@@ -14,46 +14,32 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::AsFd as _;
 
-use vmfile_engine::{PublishError, begin_reading};
+use vmfile_engine::begin_reading;
 use vmfile_format::manifest::HASH_LEN;
 use vmfile_format::{PageBitmap, PageIndex};
 
+use crate::error::PagesError;
 use crate::page_hashes::{Hash, damaged_page, is_page};
 use crate::snapshot::{Manifest, Snapshot, SnapshotError};
 
 /// How many pages are compared with their hashes, besides the first and the last of every block.
 const SAMPLE_PAGES: u64 = 256;
 
-/// Why a new file does not become a saved VM.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum ProofError {
-    /// It cannot be made durable.
-    #[error(transparent)]
-    Publish(#[from] PublishError),
-    /// It does not read back as what was written.
-    #[error("the new file does not read back as it was written")]
-    Differs(#[source] SnapshotError),
-    /// It has no manifest where one was written.
-    #[error("the new file does not read back as it was written: it has no manifest")]
-    NoManifest,
-}
-
 /// Compares the new file that `snapshot` opens with its own checksums and hashes.
 ///
 /// # Errors
 ///
-/// Returns [`ProofError`] for the first thing that is not what was written.
-pub fn prove(snapshot: &Snapshot) -> Result<(), ProofError> {
-    let manifest = snapshot.manifest().ok_or(ProofError::NoManifest)?;
-    snapshot.verify_parts().map_err(ProofError::Differs)?;
+/// Returns [`PagesError`] for the first thing that is not what was written.
+pub(crate) fn prove(snapshot: &Snapshot) -> Result<(), PagesError> {
+    let manifest = snapshot.manifest().ok_or(PagesError::NoManifest)?;
+    snapshot.verify_parts().map_err(PagesError::NotAsWritten)?;
     let bitmaps: Vec<PageBitmap> = snapshot
         .structure()
         .blocks
         .iter()
         .map(|placed| snapshot.bitmap(placed))
         .collect::<Result<_, _>>()
-        .map_err(ProofError::Differs)?;
+        .map_err(PagesError::NotAsWritten)?;
     let sample: Vec<Sample> = sample(&bitmaps, RandomState::new().build_hasher().finish())
         .into_iter()
         .map(|(block, page)| Sample::place(snapshot, manifest, block, page))
@@ -64,14 +50,14 @@ pub fn prove(snapshot: &Snapshot) -> Result<(), ProofError> {
         sample.iter().map(|sample| sample.hash.start / 4096 * 4096).collect();
     hashes.dedup();
     ask_for(snapshot, hashes.into_iter().map(|start| start..start + 4096))?;
-    sample.iter().try_for_each(|sample| sample.verify(snapshot)).map_err(ProofError::Differs)
+    sample.iter().try_for_each(|sample| sample.verify(snapshot)).map_err(PagesError::NotAsWritten)
 }
 
 /// Asks the disk for many ranges at once: one after the other they would take longer than all else.
 fn ask_for(
     snapshot: &Snapshot,
     ranges: impl Iterator<Item = Range<u64>>,
-) -> Result<(), ProofError> {
+) -> Result<(), PagesError> {
     for range in ranges {
         begin_reading(snapshot.file().as_fd(), range.clone())
             .map_err(|source| unreadable(snapshot, &range, source))?;
@@ -79,10 +65,10 @@ fn ask_for(
     Ok(())
 }
 
-fn unreadable(snapshot: &Snapshot, range: &Range<u64>, source: io::Error) -> ProofError {
+fn unreadable(snapshot: &Snapshot, range: &Range<u64>, source: io::Error) -> PagesError {
     let len = usize::try_from(range.end - range.start).unwrap_or(usize::MAX);
     let (path, offset) = (snapshot.path().to_path_buf(), range.start);
-    ProofError::Differs(SnapshotError::Read { path, offset, len, source })
+    PagesError::NotAsWritten(SnapshotError::Read { path, offset, len, source })
 }
 
 /// A page that is compared with its hash, and where both lie in the file.
@@ -247,12 +233,12 @@ mod tests {
             draft.file().buffered().read_exact_at(&mut byte, offset).unwrap();
             draft.put("another byte", offset, &[byte[0] ^ 1]).unwrap();
             let error = draft.prove().expect_err(what);
-            assert!(matches!(error, ProofError::Differs(_)), "{what}: {error}");
+            assert!(matches!(error, PagesError::NotAsWritten(_)), "{what}: {error}");
             assert!(!lost.exists(), "{what}");
         }
         let draft = draft(&lost);
         draft.file().buffered().set_len(whole.file_len() - 64).unwrap();
-        assert!(matches!(draft.prove(), Err(ProofError::Differs(_))));
+        assert!(matches!(draft.prove(), Err(PagesError::NotAsWritten(_))));
     }
 
     #[test]

@@ -97,9 +97,6 @@ pub enum ConvertError {
         /// What it is.
         what: &'static str,
     },
-    /// The new file cannot be made or given its name.
-    #[error(transparent)]
-    Publish(#[from] PublishError),
     /// A file or a pair of sockets could not be used.
     #[error("{what}")]
     Io {
@@ -114,6 +111,12 @@ pub enum ConvertError {
     /// The stream could not be written at fixed places.
     #[error(transparent)]
     Receive(ReceiveError),
+}
+
+impl From<PublishError> for ConvertError {
+    fn from(error: PublishError) -> ConvertError {
+        ConvertError::Pages(error.into())
+    }
 }
 
 impl From<SnapshotError> for ConvertError {
@@ -135,7 +138,6 @@ impl From<ReceiveError> for ConvertError {
     fn from(error: ReceiveError) -> ConvertError {
         match error {
             ReceiveError::Pages(error) => ConvertError::Pages(error),
-            ReceiveError::Publish(error) => ConvertError::Publish(error),
             error => ConvertError::Receive(error),
         }
     }

@@ -8,7 +8,6 @@ use vmfile_engine::PublishError;
 use vmfile_format::FormatError;
 use vmfile_pages::PagesError;
 use vmfile_pages::process_ram::ProcessRamError;
-use vmfile_pages::proof::ProofError;
 use vmfile_pages::snapshot::SnapshotError;
 use vmfile_qemu::{CommandLineError, VmError};
 
@@ -19,9 +18,6 @@ use crate::save::Change;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SaveError {
-    /// The file cannot be made or given its name.
-    #[error(transparent)]
-    Publish(#[from] PublishError),
     /// QEMU refused, or could not be asked.
     #[error(transparent)]
     Vm(#[from] VmError),
@@ -129,9 +125,6 @@ pub enum SaveError {
     /// The file that QEMU wrote is not understood, or cannot be read.
     #[error("the file that QEMU wrote")]
     Written(#[source] SnapshotError),
-    /// What was written does not read back.
-    #[error(transparent)]
-    Proof(ProofError),
     /// A pair of sockets could not be made.
     #[error("make a pair of sockets")]
     Socket(#[source] io::Error),
@@ -290,12 +283,9 @@ pub struct GuardError {
     pub(crate) source: io::Error,
 }
 
-impl From<ProofError> for SaveError {
-    fn from(error: ProofError) -> SaveError {
-        match error {
-            ProofError::Publish(error) => SaveError::Publish(error),
-            error => SaveError::Proof(error),
-        }
+impl From<PublishError> for SaveError {
+    fn from(error: PublishError) -> SaveError {
+        SaveError::Pages(error.into())
     }
 }
 

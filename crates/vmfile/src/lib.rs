@@ -6,7 +6,6 @@
 #![forbid(unsafe_code)]
 
 mod beside;
-pub mod check;
 pub mod convert;
 pub mod error;
 mod guard;
@@ -30,10 +29,10 @@ pub use new_file::new_file;
 pub use restore_error::{ImageChange, Mismatch, RestoreError};
 pub use vmfile_engine::{Backend, DirectIo, Existing, PublishError, Unpublished, inherited};
 pub use vmfile_pages::PagesError;
+pub use vmfile_pages::check;
 pub use vmfile_pages::control::{Control, Progress};
 pub use vmfile_pages::jobs::Jobs;
 pub use vmfile_pages::process_ram::ProcessRamError;
-pub use vmfile_pages::proof::ProofError;
 pub use vmfile_pages::snapshot::{Manifest, Snapshot, SnapshotError};
 pub use vmfile_qemu::{
     CommandLineError, DiscoverError, LaunchedQemu, Vm, VmAddress, VmError, resolve,

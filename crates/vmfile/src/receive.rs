@@ -20,7 +20,6 @@ use vmfile_pages::PagesError;
 use vmfile_pages::control::Control;
 use vmfile_pages::draft::{Draft, Facts};
 use vmfile_pages::lane::Workers;
-use vmfile_pages::proof::ProofError;
 use vmfile_qemu::ProcessInfo;
 
 use crate::incoming::{Patience, WaitError};
@@ -100,9 +99,6 @@ pub struct ReceiveReport {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ReceiveError {
-    /// The file cannot be made or given its name.
-    #[error(transparent)]
-    Publish(#[from] PublishError),
     /// The pages could not be written to the file, or the caller stopped it.
     #[error(transparent)]
     Pages(#[from] PagesError),
@@ -156,9 +152,12 @@ pub enum ReceiveError {
         /// How far it was read, in bytes.
         offset: u64,
     },
-    /// What was written does not read back.
-    #[error(transparent)]
-    Proof(ProofError),
+}
+
+impl From<PublishError> for ReceiveError {
+    fn from(error: PublishError) -> ReceiveError {
+        ReceiveError::Pages(error.into())
+    }
 }
 
 impl ReceiveError {
@@ -186,15 +185,6 @@ impl ReceiveError {
 
     pub(crate) fn write_ram(source: io::Error) -> ReceiveError {
         PagesError::WriteFile { what: "guest RAM", source }.into()
-    }
-}
-
-impl From<ProofError> for ReceiveError {
-    fn from(error: ProofError) -> ReceiveError {
-        match error {
-            ProofError::Publish(error) => ReceiveError::Publish(error),
-            error => ReceiveError::Proof(error),
-        }
     }
 }
 

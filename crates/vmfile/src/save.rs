@@ -462,7 +462,7 @@ fn unless_qemu_is_gone(vm: &mut Vm, error: SaveError) -> SaveError {
     // QEMU was not needed for these, or said so itself.
     if matches!(
         error,
-        SaveError::Publish(_) | SaveError::Pages(PagesError::Stopped) | SaveError::Vm(_)
+        SaveError::Pages(PagesError::Publish(_) | PagesError::Stopped) | SaveError::Vm(_)
     ) {
         return error;
     }

@@ -2,29 +2,31 @@
 
 use super::{Finding, numbered};
 
-/// The crates that must not know each other, by directory and name.
-const LEAVES: [(&str, &str); 3] = [
-    ("crates/format/", "vmfile-format"),
-    ("crates/engine/", "vmfile-engine"),
-    ("crates/qemu/", "vmfile-qemu"),
+/// The crates of the library, by directory, each with those that it may depend on.
+const WALLS: [(&str, &[&str]); 5] = [
+    ("crates/format/", &[]),
+    ("crates/engine/", &[]),
+    ("crates/qemu/", &[]),
+    ("crates/pages/", &["vmfile-engine", "vmfile-format"]),
+    ("crates/vmfile/", &["vmfile-engine", "vmfile-format", "vmfile-pages", "vmfile-qemu"]),
 ];
 
-/// Who may depend on the library that has all leaves.
+/// Which packages may depend on the library.
 const ABOVE_THE_LIBRARY: [&str; 4] = ["crates/cli/", "testing/Cargo.toml", "xtask/", "fuzz/"];
 
-/// The leaves do not name each other, and nobody below the library names the library.
+/// A crate of the library depends on those below it only, and only what is above the library depends on
+/// the library.
 pub(super) fn walls(path: &str, text: &str, findings: &mut Vec<Finding>) {
     if path == "Cargo.toml" || !path.ends_with("/Cargo.toml") {
         return;
     }
-    let leaf = LEAVES.iter().find(|(directory, _name)| path.starts_with(directory));
+    let wall = WALLS.iter().find(|(directory, _)| path.starts_with(directory));
     let is_above = ABOVE_THE_LIBRARY.iter().any(|start| path.starts_with(start));
     for (number, line) in numbered(text) {
         let Some(dependency) = dependency(line) else { continue };
-        if let Some((_, own_name)) = leaf {
-            let is_other_leaf = LEAVES.iter().any(|(_, name)| *name == dependency);
-            if is_other_leaf && dependency != *own_name {
-                let reason = format!("{own_name} must not know {dependency}");
+        if let Some((directory, below)) = wall {
+            if dependency.starts_with("vmfile-") && !below.contains(&dependency) {
+                let reason = format!("{directory} must not know {dependency}");
                 findings.push(Finding::new(path, number, reason));
             }
         }
@@ -51,13 +53,16 @@ mod tests {
     use crate::tidy::findings_of;
 
     #[test]
-    fn a_leaf_that_knows_another_is_found() {
+    fn a_crate_that_knows_another_than_those_below_it_is_found() {
         let manifest =
             "[package]\nname = \"vmfile-qemu\"\n[dependencies]\nvmfile-format.workspace = true\n";
         assert_eq!(
             findings_of(walls, "crates/qemu/Cargo.toml", manifest),
-            ["crates/qemu/Cargo.toml:4: vmfile-qemu must not know vmfile-format"]
+            ["crates/qemu/Cargo.toml:4: crates/qemu/ must not know vmfile-format"]
         );
+        assert!(findings_of(walls, "crates/pages/Cargo.toml", manifest).is_empty());
+        let manifest = "[dependencies]\nvmfile-qemu.workspace = true\n";
+        assert_eq!(findings_of(walls, "crates/pages/Cargo.toml", manifest).len(), 1);
         assert!(findings_of(walls, "crates/vmfile/Cargo.toml", manifest).is_empty());
         assert_eq!(
             findings_of(walls, "crates/format/Cargo.toml", "[dev-dependencies.vmfile-engine]")

@@ -137,6 +137,17 @@ impl DeviceState {
         (1..).find(|id| self.sections.iter().all(|section| section.id != *id)).unwrap_or(u32::MAX)
     }
 
+    /// Returns the payload of the first section named `name`. `bytes` are those from
+    /// [`DeviceState::start`] on.
+    #[must_use]
+    pub fn payload<'a>(&self, name: &str, bytes: &'a [u8]) -> Option<&'a [u8]> {
+        let section = self.sections.iter().find(|section| section.name == name)?;
+        let (start, len) = section.payload();
+        let first = section.offset.checked_sub(self.start)?.checked_add(start)?;
+        let first = usize::try_from(first).ok()?;
+        bytes.get(first..first.checked_add(usize::try_from(len).ok()?)?)
+    }
+
     /// Returns the run state in the section `globalstate`, which decides whether the restored VM
     /// runs: `running`, `paused`, ... `bytes` are those from [`DeviceState::start`] on.
     ///

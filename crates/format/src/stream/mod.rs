@@ -20,6 +20,7 @@ pub mod description;
 pub mod device_state;
 pub mod encoder;
 pub mod multifd;
+pub mod own_state;
 mod ram_word;
 pub mod xbzrle;
 

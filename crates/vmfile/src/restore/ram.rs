@@ -5,6 +5,7 @@ use std::error::Error;
 use vmfile_engine::Access;
 use vmfile_format::RamBlock;
 use vmfile_format::mapped_ram::PlacedBlock;
+use vmfile_pages::check::{CheckOptions, verify_pages};
 use vmfile_pages::control::Control;
 use vmfile_pages::lane::Workers;
 use vmfile_pages::process_ram::{BlockAt, ProcessRam};
@@ -16,7 +17,6 @@ use vmfile_qemu::{Feature, RamBlockInfo, Vm};
 use super::RestoreOptions;
 use super::prepare::{Chosen, Prepared};
 use super::stream::send_to;
-use crate::check::{CheckOptions, verify_pages};
 use crate::restore_error::RestoreError;
 use crate::send::{Contents, LARGE_BLOCK_LEN, Pages, SendError, Source};
 

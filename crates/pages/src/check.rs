@@ -9,20 +9,20 @@ use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 
+use crate::PagesError;
+use crate::control::Control;
+use crate::jobs::Jobs;
+use crate::lane::Workers;
+use crate::page_hashes::{Hash, PageHashes, is_page};
+use crate::plan::{WINDOW_LEN, pieces};
+use crate::reading::open_for_reading;
+use crate::snapshot::{Manifest, Snapshot, SnapshotError};
+use crate::window_reader::{MorePlaces, Window, WindowReader};
 use serde::Serialize;
 use vmfile_engine::{Backend, BackendInUse, DataFile, DataSeeker, DirectIo, is_zero};
 use vmfile_format::manifest::{FOOTER_LEN, HASH_LEN};
 use vmfile_format::mapped_ram::PlacedBlock;
 use vmfile_format::{PageBitmap, PageIndex};
-use vmfile_pages::PagesError;
-use vmfile_pages::control::Control;
-use vmfile_pages::jobs::Jobs;
-use vmfile_pages::lane::Workers;
-use vmfile_pages::page_hashes::{Hash, PageHashes, is_page};
-use vmfile_pages::plan::{WINDOW_LEN, pieces};
-use vmfile_pages::reading::open_for_reading;
-use vmfile_pages::snapshot::{Manifest, Snapshot, SnapshotError};
-use vmfile_pages::window_reader::{MorePlaces, Window, WindowReader};
 
 /// How many findings are listed; all are counted.
 const FINDINGS_MAX: usize = 1000;
@@ -150,7 +150,7 @@ pub fn check(
 ///
 /// Returns [`SnapshotError::DamagedPage`] in [`PagesError::Snapshot`] for a page that is not what was
 /// written, as soon as one is found; otherwise [`PagesError`] if the pages cannot be read.
-pub(crate) fn verify_pages(
+pub fn verify_pages(
     snapshot: &Snapshot,
     options: &CheckOptions,
     control: &Control<'_>,

@@ -1,0 +1,155 @@
+//! A file of any VMM's memory: [`save`], [`load`] and [`state`], without QEMU.
+
+use std::path::Path;
+
+use vmfile_engine::{Backend, DirectIo, Existing, Unpublished};
+use vmfile_format::RamLayout;
+use vmfile_format::manifest::VmMeta;
+use vmfile_format::stream::configuration::Configuration;
+use vmfile_format::stream::own_state::OwnState;
+
+use crate::control::Control;
+use crate::draft::{Draft, Facts, Places, Tail};
+use crate::error::PagesError;
+use crate::jobs::Jobs;
+use crate::lane::Workers;
+use crate::memory::{PageSink, PageSource};
+use crate::ram_loader::load_ram;
+use crate::ram_writer::write_ram;
+use crate::reading::open_for_reading;
+use crate::snapshot::Snapshot;
+
+/// How a file is written or read.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct FileOptions {
+    /// What to do where the file is there already.
+    pub existing: Existing,
+    /// Whether pages go past the page cache.
+    pub direct_io: DirectIo,
+    /// What moves the bytes: `io_uring`, or threads.
+    pub io: Backend,
+    /// How many threads work at once.
+    pub jobs: Jobs,
+}
+
+impl Default for FileOptions {
+    /// A new file, past the page cache where that is possible.
+    fn default() -> FileOptions {
+        FileOptions {
+            existing: Existing::Refuse,
+            direct_io: DirectIo::Preferred,
+            io: Backend::Auto,
+            jobs: Jobs::default(),
+        }
+    }
+}
+
+/// What was saved.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct SavedMemory {
+    /// Pages of all blocks.
+    pub pages_total: u64,
+    /// Those that are not zero.
+    pub pages_data: u64,
+    /// Whether the pages went past the page cache; if not, why.
+    pub direct_io: String,
+    /// What moved the bytes.
+    pub io: String,
+}
+
+/// Saves the blocks of `ram`, whose bytes `source` has, to a new file at `path`, with `state`: at least one
+/// part, a name and bytes of the caller's own.
+///
+/// `machine` names the VMM and the kind of its machine. No QEMU has a machine of that name, so that no
+/// QEMU takes the file for one of its own.
+///
+/// The file has its name when this returns, is on the disk, and was read back; if it fails there is none.
+///
+/// # Errors
+///
+/// Returns [`PagesError`] if the file cannot be written or does not read back.
+pub fn save(
+    path: &Path,
+    (machine, ram): (&str, RamLayout),
+    source: &dyn PageSource,
+    state: &[(&str, &[u8])],
+    options: &FileOptions,
+    control: &Control<'_>,
+) -> Result<SavedMemory, PagesError> {
+    let draft = Draft::new(Unpublished::create_beside(path, options.existing)?, options.direct_io)?;
+    let state = OwnState::new(state);
+    let tail = Tail { sections: &state.sections, description: &state.description };
+    let tail_len = (state.sections.len() + state.description.len()) as u64;
+    let configuration = Configuration { machine: machine.to_owned(), ..Configuration::default() };
+    let total_bytes = ram.blocks().iter().map(vmfile_format::RamBlock::used_length).sum();
+    let places = Places::new(&configuration, ram, state.unused_id, tail_len)?;
+    draft.reserve(places.tables())?;
+    let workers = Workers::start(draft.file(), (options.io, options.jobs.count()));
+    let workers = workers.map_err(PagesError::writing("the file, by threads of its own"))?;
+    let written = write_ram(workers, &places, source, total_bytes, control)?;
+    draft.finish(&places, &written.bitmaps, tail, facts(machine))?;
+    let direct_io = draft.file().direct().to_string();
+    draft.prove()?.publish()?;
+    Ok(SavedMemory {
+        pages_total: places.pages_total(),
+        pages_data: written.bitmaps.iter().map(|bitmap| bitmap.data_count().0).sum(),
+        direct_io,
+        io: written.backend.to_string(),
+    })
+}
+
+/// Loads all blocks of `snapshot` into `sink`, which has them in the same order and of the same lengths.
+/// Every page is compared with its hash before it is brought in. Returns how many bytes were read.
+///
+/// # Errors
+///
+/// Returns [`PagesError`] if a part of the file or a page is not what was written, or cannot be read. The
+/// memory then holds some of the pages.
+pub fn load(
+    snapshot: &Snapshot,
+    sink: &dyn PageSink,
+    options: &FileOptions,
+    control: &Control<'_>,
+) -> Result<u64, PagesError> {
+    snapshot.verify_parts()?;
+    let opened = open_for_reading(snapshot, options.direct_io);
+    let (file, _) = opened.map_err(PagesError::reading("the file once more"))?;
+    let workers = Workers::start(&file, (options.io, options.jobs.count()));
+    let workers = workers.map_err(PagesError::reading("the file, by threads of its own"))?;
+    let blocks: Vec<usize> = (0..snapshot.structure().blocks.len()).collect();
+    Ok(load_ram((snapshot, workers), &blocks, sink, control)?.0)
+}
+
+/// Returns the bytes of the part of the state that is called `name`; `None` if there is none.
+///
+/// # Errors
+///
+/// Returns [`PagesError`] if the file cannot be read.
+pub fn state(snapshot: &Snapshot, name: &str) -> Result<Option<Vec<u8>>, PagesError> {
+    let bytes = snapshot.device_state()?;
+    Ok(snapshot.structure().device_state.payload(name, &bytes).map(<[u8]>::to_vec))
+}
+
+fn facts(machine: &str) -> Facts {
+    Facts {
+        route: "memory",
+        live: Some(false),
+        pause_seconds: None,
+        vm: VmMeta {
+            name: None,
+            uuid: None,
+            machine: machine.to_owned(),
+            qemu_version: None,
+            run_state: "paused".to_owned(),
+            executable: None,
+            command_line: Vec::new(),
+            working_directory: None,
+            parts: None,
+            changes: Vec::new(),
+            disks: Vec::new(),
+            empty_drives: Vec::new(),
+        },
+    }
+}
