@@ -11,6 +11,7 @@
 //! **Invariant:** memory handed to the kernel belongs to the storage until its completion is
 //! reaped. **Invariant:** memory that another process may write is never a `&[u8]`.
 
+pub mod beside;
 pub mod buffer;
 pub mod crew;
 pub mod direct_io;
@@ -31,6 +32,7 @@ mod threads;
 pub mod transfer;
 pub mod zero;
 
+pub use beside::beside;
 pub use buffer::{AlignedBuffer, BufferPool, PooledBuffer, SharedBuffer};
 pub use crew::{Crew, Panicked};
 pub use direct_io::{DataFile, DirectIo, DirectIoInUse};

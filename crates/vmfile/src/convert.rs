@@ -14,13 +14,13 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use serde::Serialize;
+use vmfile_engine::beside;
 use vmfile_engine::{Backend, DirectIo, Existing, PublishError};
 use vmfile_format::stream::decoder::{EVENT_LEN_MAX, Event, StreamDecoder};
 use vmfile_pages::PagesError;
 use vmfile_pages::control::Control;
 use vmfile_pages::snapshot::{Snapshot, SnapshotError};
 
-use crate::beside::beside;
 use crate::new_file::new_file;
 use crate::receive::{ReceiveError, ReceiveOptions, StreamFrom, receive};
 use crate::send::{SendError, SendOptions, SendReport, SendTo, send};

@@ -81,7 +81,7 @@ impl Guard {
         self.guardian.dismiss();
     }
 
-    /// Lets it begin at once, and does not wait for it: it has more patience than this process.
+    /// Lets it begin at once, and does not wait for it: it has more limits than this process.
     pub(crate) fn leave(self) {
         self.guardian.leave();
     }

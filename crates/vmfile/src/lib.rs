@@ -5,26 +5,20 @@
 
 #![forbid(unsafe_code)]
 
-mod beside;
 pub mod convert;
 pub mod error;
 mod guard;
 mod image_facts;
-mod incoming;
 pub mod info;
 mod leftover;
 pub mod list;
-mod listener;
-mod multifd;
 mod new_file;
 pub mod receive;
 pub mod restore;
 mod restore_error;
 pub mod save;
 pub mod send;
-mod stream_receiver;
 
-pub use multifd::{CHANNELS_MAX, ChannelsError};
 pub use new_file::new_file;
 pub use restore_error::{ImageChange, Mismatch, RestoreError};
 pub use vmfile_engine::{Backend, DirectIo, Existing, PublishError, Unpublished, inherited};
@@ -37,3 +31,4 @@ pub use vmfile_pages::snapshot::{Manifest, Snapshot, SnapshotError};
 pub use vmfile_qemu::{
     CommandLineError, DiscoverError, LaunchedQemu, Vm, VmAddress, VmError, resolve,
 };
+pub use vmfile_stream::multifd::{CHANNELS_MAX, ChannelsError};

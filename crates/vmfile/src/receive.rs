@@ -7,26 +7,26 @@
 //! Whoever sends decides what comes; every page goes to its fixed place, and one that comes again
 //! overwrites it, so that the file is no longer than RAM however long the stream is.
 
-use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
-use vmfile_engine::{Backend, DirectIo, Existing, PublishError};
-use vmfile_format::FormatError;
+use vmfile_engine::{Backend, DirectIo, Existing};
 use vmfile_format::manifest::VmMeta;
 use vmfile_pages::PagesError;
 use vmfile_pages::control::Control;
 use vmfile_pages::draft::{Draft, Facts};
 use vmfile_pages::lane::Workers;
 use vmfile_qemu::ProcessInfo;
+use vmfile_stream::incoming::WaitLimits;
+use vmfile_stream::listener::Listener;
+use vmfile_stream::multifd::{CHANNELS_MAX, ChannelsError, Connections};
+use vmfile_stream::receiver::{Received, StreamReceiver};
 
-use crate::incoming::{Patience, WaitError};
-use crate::listener::Listener;
-use crate::multifd::{CHANNELS_MAX, ChannelsError, Connections};
+pub use vmfile_stream::error::ReceiveError;
+
 use crate::new_file::new_file;
-use crate::stream_receiver::{Received, StreamReceiver};
 
 /// Where a stream comes from.
 #[derive(Debug)]
@@ -95,99 +95,6 @@ pub struct ReceiveReport {
     pub total_seconds: f64,
 }
 
-/// Why a stream was not received.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum ReceiveError {
-    /// The pages could not be written to the file, or the caller stopped it.
-    #[error(transparent)]
-    Pages(#[from] PagesError),
-    /// The socket cannot be made.
-    #[error("listen at {path}", path = path.display())]
-    Listen {
-        /// Its path.
-        path: PathBuf,
-        /// What the kernel said.
-        source: io::Error,
-    },
-    /// The connections are not those of a sender with so many channels.
-    #[error(transparent)]
-    Channels(#[from] ChannelsError),
-    /// A multifd channel brought what it should not, or ended too soon.
-    #[error("multifd channel {channel}")]
-    Channel {
-        /// The channel's number.
-        channel: u8,
-        /// What happened there.
-        source: Box<ReceiveError>,
-    },
-    /// The stream is not what it should be.
-    #[error("the stream")]
-    Stream(#[source] FormatError),
-    /// The stream could not be read.
-    #[error("read the stream at offset {offset:#x}")]
-    Read {
-        /// How far it was read, in bytes.
-        offset: u64,
-        /// What the kernel said.
-        source: io::Error,
-    },
-    /// The sender is silent.
-    #[error("no byte came for {after:?}, at offset {offset:#x} of the stream")]
-    Stalled {
-        /// How far the stream was read, in bytes.
-        offset: u64,
-        /// How long was waited.
-        after: Duration,
-    },
-    /// The sender's process does not run.
-    #[error("QEMU's process {pid} is stopped, by SIGSTOP or a debugger, and sends nothing")]
-    ProcessStopped {
-        /// The process.
-        pid: u32,
-    },
-    /// The sender does not come to its end.
-    #[error("the stream has not ended in time; it was read up to offset {offset:#x}")]
-    TimedOut {
-        /// How far it was read, in bytes.
-        offset: u64,
-    },
-}
-
-impl From<PublishError> for ReceiveError {
-    fn from(error: PublishError) -> ReceiveError {
-        ReceiveError::Pages(error.into())
-    }
-}
-
-impl ReceiveError {
-    /// Gives an end of patience its place in the stream.
-    pub(crate) fn waited(error: WaitError, offset: u64) -> ReceiveError {
-        match error {
-            WaitError::Io(source) => ReceiveError::Read { offset, source },
-            WaitError::Stalled(after) => ReceiveError::Stalled { offset, after },
-            WaitError::ProcessStopped(pid) => ReceiveError::ProcessStopped { pid },
-            WaitError::TimedOut => ReceiveError::TimedOut { offset },
-            // Who gives up for another is not asked why.
-            WaitError::Stopped | WaitError::GivenUp => PagesError::Stopped.into(),
-        }
-    }
-
-    /// Says by which channel it came, where that matters.
-    pub(crate) fn of_channel(self, channel: u8) -> ReceiveError {
-        match self {
-            ReceiveError::Stream(_) | ReceiveError::Read { .. } => {
-                ReceiveError::Channel { channel, source: Box::new(self) }
-            }
-            error => error,
-        }
-    }
-
-    pub(crate) fn write_ram(source: io::Error) -> ReceiveError {
-        PagesError::WriteFile { what: "guest RAM", source }.into()
-    }
-}
-
 /// Receives a migration stream into a new file at `destination`.
 ///
 /// # Errors
@@ -203,17 +110,17 @@ pub fn receive(
     let started = Instant::now();
     let unpublished = new_file(destination, options.existing, None)?;
     let draft = Draft::new(unpublished, options.direct_io)?;
-    let patience = Patience {
+    let limits = WaitLimits {
         control,
         process: None,
         stall: options.stall_timeout,
         deadline: options.timeout.map(|timeout| started + timeout),
     };
-    let connections = connect(from, options.channels, &patience)?;
+    let connections = connect(from, options.channels, &limits)?;
     let sender = vmfile_qemu::sender(&connections.stream);
     let width = (options.io, connections.channels.len() + 1);
     let workers = Workers::start(draft.file(), width).map_err(ReceiveError::write_ram)?;
-    let receiver = StreamReceiver { draft: &draft, workers, patience };
+    let receiver = StreamReceiver { draft: &draft, workers, limits };
     let received = receiver.run(connections, || Ok::<_, ReceiveError>(()))?;
     let vm = describe_vm(&received, sender);
     let facts = Facts { route: "stream", live: None, pause_seconds: None, vm };
@@ -243,7 +150,7 @@ pub fn receive(
 fn connect(
     from: StreamFrom,
     channels: u32,
-    patience: &Patience<'_>,
+    limits: &WaitLimits<'_>,
 ) -> Result<Connections, ReceiveError> {
     if channels > CHANNELS_MAX {
         return Err(ChannelsError::TooMany { found: channels }.into());
@@ -251,7 +158,7 @@ fn connect(
     match from {
         StreamFrom::Descriptor(fd) if channels == 0 => Ok(fd.into()),
         StreamFrom::Descriptor(_) => Err(ChannelsError::NoSocket.into()),
-        StreamFrom::Listen(path) => Connections::accept(Listener::bind(&path)?, channels, patience),
+        StreamFrom::Listen(path) => Connections::accept(Listener::bind(&path)?, channels, limits),
     }
 }
 

@@ -3,12 +3,16 @@
 use super::{Finding, numbered};
 
 /// The crates of the library, by directory, each with those that it may depend on.
-const WALLS: [(&str, &[&str]); 5] = [
+const WALLS: [(&str, &[&str]); 6] = [
     ("crates/format/", &[]),
     ("crates/engine/", &[]),
     ("crates/qemu/", &[]),
     ("crates/pages/", &["vmfile-engine", "vmfile-format"]),
-    ("crates/vmfile/", &["vmfile-engine", "vmfile-format", "vmfile-pages", "vmfile-qemu"]),
+    ("crates/stream/", &["vmfile-engine", "vmfile-format", "vmfile-pages"]),
+    (
+        "crates/vmfile/",
+        &["vmfile-engine", "vmfile-format", "vmfile-pages", "vmfile-qemu", "vmfile-stream"],
+    ),
 ];
 
 /// Which packages may depend on the library.

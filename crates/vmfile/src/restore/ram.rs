@@ -13,12 +13,14 @@ use vmfile_pages::ram_loader::load_ram;
 use vmfile_pages::reading::{open_for_reading, verified};
 use vmfile_pages::snapshot::Snapshot;
 use vmfile_qemu::{Feature, RamBlockInfo, Vm};
+use vmfile_stream::contents::{Contents, LARGE_BLOCK_LEN, Pages};
+use vmfile_stream::stream_writer::Source;
 
 use super::RestoreOptions;
 use super::prepare::{Chosen, Prepared};
 use super::stream::send_to;
 use crate::restore_error::RestoreError;
-use crate::send::{Contents, LARGE_BLOCK_LEN, Pages, SendError, Source};
+use crate::send::SendError;
 
 /// What was brought into QEMU, and how.
 pub(super) struct Brought {

@@ -5,13 +5,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use vmfile_engine::beside;
 use vmfile_pages::PagesError;
 use vmfile_pages::control::{Control, Progress};
 use vmfile_qemu::{LoadError, Vm};
+use vmfile_stream::contents::Contents;
+use vmfile_stream::outlet::Outlet;
+use vmfile_stream::stream_writer::{Source, write_short_stream, write_stream};
 
-use crate::beside::beside;
 use crate::restore_error::RestoreError;
-use crate::send::{Contents, Outlet, Source, write_short_stream, write_stream};
 
 /// How long QEMU may take no byte of the stream, nor say that it is done: the device state is
 /// milliseconds of work.

@@ -13,17 +13,17 @@ use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use vmfile_engine::beside;
 use vmfile_pages::lane::Workers;
 use vmfile_qemu::{Feature, Outgoing, PUT_BACK_TIMEOUT, RunState, StreamSettings, Vm, VmError};
+use vmfile_stream::incoming::WaitLimits;
+use vmfile_stream::receiver::{Received, StreamReceiver};
 
-use super::sending::{Peer, sent};
+use super::sending::{Peer, peer_process, sent};
 use super::stream::written;
 use super::{Disks, Live, LiveDone, Work, Written};
-use crate::beside::beside;
 use crate::error::SaveError;
-use crate::incoming::Patience;
 use crate::receive::ReceiveError;
-use crate::stream_receiver::{Received, StreamReceiver};
 
 /// How long QEMU may be silent: longer than any look at all of a large guest's memory.
 const STALL_TIMEOUT: Duration = Duration::from_secs(120);
@@ -133,13 +133,13 @@ impl LiveRoute {
             work.disks.freeze(work.vm)?;
         }
         work.vm.send_stream(theirs.into())?;
-        let patience = Patience {
+        let limits = WaitLimits {
             control: work.control,
-            process: work.vm.pid().ok(),
+            process: peer_process(work.vm),
             stall: Some(STALL_TIMEOUT),
             deadline: Some(Instant::now() + self.live.timeout),
         };
-        let receiver = StreamReceiver { draft: work.draft, workers, patience };
+        let receiver = StreamReceiver { draft: work.draft, workers, limits };
         let mut watch = Watch { vm: &mut *work.vm, disks: &mut *work.disks, method, stands };
         let receive = move || receiver.run(ours.into(), || Ok::<_, SaveError>(()));
         let both = beside(receive, |is_through| {

@@ -9,13 +9,13 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, recv};
-use vmfile_qemu::{Outgoing, Vm, VmError};
+use vmfile_qemu::{Outgoing, Vm, VmError, is_process_stopped};
+use vmfile_stream::incoming::{PeerProcess, WaitLimits};
+use vmfile_stream::listener::Listener;
+use vmfile_stream::multifd::Connections;
 
 use crate::error::SaveError;
 use crate::guard::Guard;
-use crate::incoming::Patience;
-use crate::listener::Listener;
-use crate::multifd::Connections;
 use crate::receive::ReceiveError;
 
 /// How long QEMU may take to see that its stream has ended, and to end a sending.
@@ -29,6 +29,12 @@ const ASK_INTERVAL: Duration = Duration::from_millis(20);
 
 /// How long it takes at most until the drain sees that it is over, or that a connection has come.
 const DRAIN_INTERVAL: Duration = Duration::from_millis(20);
+
+/// Returns the process that sends, where it is known.
+pub(super) fn peer_process(vm: &mut Vm) -> Option<PeerProcess> {
+    let pid = vm.pid().ok()?;
+    Some(PeerProcess { pid, is_stopped: is_process_stopped })
+}
 
 /// Our ends of the connections of a QEMU that sends by several channels.
 ///
@@ -76,7 +82,7 @@ impl Peer {
         &mut self,
         (vm, guard): (&mut Vm, &Guard),
         (listener, channels): (Listener, NonZeroU8),
-        patience: &Patience<'_>,
+        limits: &WaitLimits<'_>,
     ) -> Result<Connections, SaveError> {
         let channels = u32::from(channels.get());
         let listener = &*self.listener.insert(listener);
@@ -109,7 +115,7 @@ impl Peer {
             listener.wait(ASK_INTERVAL)?;
         }
         let listener = self.listener.take().expect("it was put there");
-        Ok(Connections::sort(accepted, listener, channels, patience)?)
+        Ok(Connections::sort(accepted, listener, channels, limits)?)
     }
 
     /// Ends the sending after `error`, and says what was the reason: QEMU's, where QEMU gave up first.

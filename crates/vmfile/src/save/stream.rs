@@ -11,15 +11,15 @@ use std::time::Duration;
 use vmfile_pages::draft::Draft;
 use vmfile_pages::lane::Workers;
 use vmfile_qemu::{Feature, PUT_BACK_TIMEOUT, StreamSettings, Vm, VmError};
+use vmfile_stream::incoming::WaitLimits;
+use vmfile_stream::listener::{Listener, SocketPlace};
+use vmfile_stream::multifd::{CHANNELS_MAX, ChannelsError};
+use vmfile_stream::receiver::{Received, StreamReceiver};
 
-use super::sending::{Peer, sent};
+use super::sending::{Peer, peer_process, sent};
 use super::{SaveOptions, Work, Written};
 use crate::error::SaveError;
-use crate::incoming::Patience;
-use crate::listener::{Listener, SocketPlace};
-use crate::multifd::{CHANNELS_MAX, ChannelsError};
 use crate::receive::ReceiveError;
-use crate::stream_receiver::{Received, StreamReceiver};
 
 /// How long QEMU may be silent: a VM that is stopped has nothing to wait for.
 const STALL_TIMEOUT: Duration = Duration::from_secs(120);
@@ -141,9 +141,9 @@ fn receive(
     channels: Option<(NonZeroU8, Listener)>,
     workers: Workers,
 ) -> Result<Received, SaveError> {
-    let process = work.vm.pid().ok();
-    let patience =
-        Patience { control: work.control, process, stall: Some(STALL_TIMEOUT), deadline: None };
+    let process = peer_process(work.vm);
+    let limits =
+        WaitLimits { control: work.control, process, stall: Some(STALL_TIMEOUT), deadline: None };
     let mut peer = Peer::default();
     let connections = match channels {
         None => {
@@ -151,12 +151,12 @@ fn receive(
             work.vm.send_stream(theirs.into()).map(|()| ours.into()).map_err(SaveError::from)
         }
         Some((channels, listener)) => {
-            peer.connect((work.vm, work.guard), (listener, channels), &patience)
+            peer.connect((work.vm, work.guard), (listener, channels), &limits)
         }
     };
     let vm = &mut *work.vm;
     let received = connections.and_then(|connections| {
-        let receiver = StreamReceiver { draft: work.draft, workers, patience };
+        let receiver = StreamReceiver { draft: work.draft, workers, limits };
         receiver.run(connections, || sent(vm))
     });
     received.map_err(|error| peer.give_up(work.vm, error))

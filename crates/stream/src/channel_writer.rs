@@ -19,40 +19,44 @@
 
 use std::io::IoSlice;
 use std::ops::Range;
-use std::path::Path;
+use std::os::fd::OwnedFd;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use vmfile_engine::beside;
 use vmfile_format::stream::multifd::{Compression, Init, PACKET_PAGES_LEN, Packet, PacketPages};
 use vmfile_format::{PageIndex, RamLayout};
 use vmfile_pages::PagesError;
 use vmfile_pages::control::{Control, Progress};
 use vmfile_pages::lane::{Lane, on_lanes};
-use vmfile_qemu::{Feature, QemuVersion};
 
-use super::contents::{Contents, Window};
-use super::outlet::Outlet;
-use super::pages::PagesInOrder;
-use super::stream::{COUNTED_PARTS, Parts, Source, StreamWriter};
-use super::{SendError, connect, reading};
-use crate::beside::beside;
+use crate::contents::{Contents, Window};
+use crate::error::{SendError, reading};
+use crate::outlet::Outlet;
+use crate::pages_in_order::PagesInOrder;
+use crate::stream_writer::{COUNTED_PARTS, Parts, Source, StreamWriter};
 
 /// Most channels: QEMU takes 255, and a few keep any disk busy.
-pub(super) const CHANNELS_MAX: u32 = 16;
+pub const CHANNELS_MAX: u32 = 16;
 
-/// Sends all of `contents` to the socket at `path`, over one connection and `channels` more;
-/// returns the back end and how many bytes were sent.
-pub(super) fn write_channels(
+/// Sends all of `contents` over one connection and `channels` more, each of which `connect` makes; returns the
+/// back end and how many bytes were sent.
+///
+/// `parts` says how this machine's QEMU waits for its channels.
+///
+/// # Errors
+///
+/// Returns what the connection met that failed first.
+pub fn write_channels(
     contents: &Contents<'_>,
     source: &Source,
-    path: &Path,
-    channels: u32,
+    connect: &dyn Fn() -> Result<OwnedFd, SendError>,
+    (channels, parts): (u32, Parts),
     control: &Control<'_>,
 ) -> Result<(String, u64), SendError> {
-    let parts = parts(&contents.configuration().machine)?;
     let failed = AtomicBool::new(false);
     let is_stopped = || control.is_stopped() || failed.load(Ordering::Relaxed);
-    let open = || Outlet::new(connect(path, control)?, &is_stopped).map_err(SendError::Descriptor);
+    let open = || Outlet::new(connect()?, &is_stopped).map_err(SendError::Descriptor);
     let mut outlet = open()?;
     let mut counts = vec![outlet.sent()];
     let stream = StreamWriter::begin(contents, &mut outlet, parts)?;
@@ -92,16 +96,6 @@ pub(super) fn write_channels(
     stream.expect("it did not fail").finish()?;
     let sent = counts.iter().map(|count| count.load(Ordering::Relaxed)).sum();
     Ok((backend.to_string(), sent))
-}
-
-/// Says how the parts of "ram" end for this machine type.
-fn parts(machine: &str) -> Result<Parts, SendError> {
-    let version = machine.rsplit('-').next().and_then(|version| version.parse().ok());
-    match version.map(|version: QemuVersion| version.has(Feature::MultifdFlush)) {
-        Some(true) => Ok(Parts::Flushing),
-        Some(false) => Ok(Parts::Counted),
-        None => Err(SendError::MachineVersion { machine: machine.to_owned() }),
-    }
 }
 
 /// Returns the VM's uuid, by which QEMU knows its channels; zeros if it has none.
@@ -226,16 +220,6 @@ fn runs_of(numbers: &[u64]) -> impl Iterator<Item = Range<u64>> + '_ {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_machine_type_says_how_parts_end() {
-        assert!(matches!(parts("pc-i440fx-7.2"), Ok(Parts::Counted)));
-        assert!(matches!(parts("pc-q35-8.0"), Ok(Parts::Counted)));
-        assert!(matches!(parts("pc-q35-8.1"), Ok(Parts::Flushing)));
-        assert!(matches!(parts("virt-10.0"), Ok(Parts::Flushing)));
-        let error = parts("pc-q35-rhel9.4.0").unwrap_err().to_string();
-        assert_eq!(error, "machine type \"pc-q35-rhel9.4.0\" does not end with a version of QEMU");
-    }
 
     #[test]
     fn a_uuid_is_sixteen_bytes_in_the_order_of_its_digits() {

@@ -6,13 +6,13 @@ use vmfile_format::stream::multifd::PacketPages;
 
 /// The pages with data of a packet, in ascending order.
 #[derive(Debug)]
-pub(super) struct Order {
+pub(crate) struct Order {
     /// Each page with its place in the buffer, in pages.
-    pub(super) places: Vec<(usize, PageIndex)>,
+    pub places: Vec<(usize, PageIndex)>,
     /// For each page as it comes, its number in `places`.
     wire: Vec<usize>,
     /// Whether they come as they stand in the buffer.
-    pub(super) is_wire: bool,
+    pub is_wire: bool,
 }
 
 impl Order {
@@ -20,7 +20,7 @@ impl Order {
     ///
     /// Zero pages that the packet names have their places between them, as far as there is room: then
     /// one write takes all of them. No other channel sends those pages in this round.
-    pub(super) fn of(packet: &PacketPages, room: usize) -> Result<Order, FormatErrorKind> {
+    pub(crate) fn of(packet: &PacketPages, room: usize) -> Result<Order, FormatErrorKind> {
         let pages = &packet.normal;
         let mut sorted: Vec<usize> = (0..pages.len()).collect();
         sorted.sort_by_key(|&index| pages[index]);
@@ -51,12 +51,12 @@ impl Order {
     }
 
     /// Returns how many pages of a buffer are taken.
-    pub(super) fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.places.last().map_or(0, |last| last.0 + 1)
     }
 
     /// Cuts `room`, as long as this says, into places for pages as they come.
-    pub(super) fn slots<'a>(
+    pub(crate) fn slots<'a>(
         &self,
         room: &'a mut [u8],
     ) -> impl Iterator<Item = &'a mut [u8]> + use<'_, 'a> {

@@ -10,7 +10,7 @@ use zstd::stream::raw::{DParameter, Decoder, InBuffer, Operation as _, OutBuffer
 const WINDOW_LOG_MAX: u32 = 25;
 
 /// Expands the data of a channel.
-pub(super) enum Inflater {
+pub(crate) enum Inflater {
     Zlib(Decompress),
     Zstd(Decoder<'static>),
 }
@@ -20,7 +20,7 @@ type Step = (usize, usize);
 
 impl Inflater {
     /// Returns one for the first packet whose data are compressed so; `None` if they are not.
-    pub(super) fn new(compression: Compression) -> Result<Option<Inflater>, FormatErrorKind> {
+    pub(crate) fn new(compression: Compression) -> Result<Option<Inflater>, FormatErrorKind> {
         Ok(match compression {
             Compression::None => None,
             Compression::Zlib => Some(Inflater::Zlib(Decompress::new(true))),
@@ -34,7 +34,7 @@ impl Inflater {
     }
 
     /// Returns whether this is for such data.
-    pub(super) fn is_for(&self, compression: Compression) -> bool {
+    pub(crate) fn is_for(&self, compression: Compression) -> bool {
         match self {
             Inflater::Zlib(_) => compression == Compression::Zlib,
             Inflater::Zstd(_) => compression == Compression::Zstd,
@@ -42,7 +42,7 @@ impl Inflater {
     }
 
     /// Expands `data`, the next piece of the stream, which must fill `pages` and no more.
-    pub(super) fn fill<'a>(
+    pub(crate) fn fill<'a>(
         &mut self,
         data: &[u8],
         pages: impl Iterator<Item = &'a mut [u8]>,

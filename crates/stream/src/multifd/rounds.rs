@@ -9,16 +9,16 @@ use std::thread;
 use vmfile_engine::Panicked;
 
 use super::connections::ChannelsError;
-use crate::incoming::{Patience, Pulse, STOP_INTERVAL};
-use crate::receive::ReceiveError;
+use crate::error::ReceiveError;
+use crate::incoming::{Activity, STOP_INTERVAL, WaitLimits};
 
 /// The meeting place of the connections of one receive.
 ///
 /// When one of them fails, none waits on.
 #[derive(Debug)]
-pub(crate) struct Rounds<'a> {
-    patience: Patience<'a>,
-    pulse: Pulse,
+pub struct Rounds<'a> {
+    limits: WaitLimits<'a>,
+    activity: Activity,
     channels: usize,
     meeting: Mutex<Meeting>,
     changed: Condvar,
@@ -46,54 +46,54 @@ enum Who {
 
 impl<'a> Rounds<'a> {
     /// Prepares for a stream and so many channels.
-    pub(crate) fn new(patience: Patience<'a>, channels: usize) -> Rounds<'a> {
+    pub fn new(limits: WaitLimits<'a>, channels: usize) -> Rounds<'a> {
         let (meeting, changed) = (Mutex::default(), Condvar::new());
-        Rounds { patience, pulse: Pulse::new(), channels, meeting, changed }
+        Rounds { limits, activity: Activity::default(), channels, meeting, changed }
     }
 
     /// Returns what all of them wait by.
-    pub(crate) fn patience(&self) -> (&Patience<'a>, &Pulse) {
-        (&self.patience, &self.pulse)
+    pub fn limits(&self) -> (&WaitLimits<'a>, &Activity) {
+        (&self.limits, &self.activity)
     }
 
     /// Waits at the SYNC of a channel, which has been read up to `offset`.
-    pub(crate) fn channel_syncs(&self, offset: u64) -> Result<(), ReceiveError> {
+    pub fn channel_syncs(&self, offset: u64) -> Result<(), ReceiveError> {
         self.meet(Who::Channel, offset)
     }
 
     /// Notes that a channel has ended.
-    pub(crate) fn channel_ends(&self) {
+    pub fn channel_ends(&self) {
         self.lock().channel_ended = true;
         self.changed.notify_all();
     }
 
     /// Notes that the stream has ended, and with it the last round.
-    pub(crate) fn stream_ends(&self) {
+    pub fn stream_ends(&self) {
         self.lock().stream_ended = true;
         self.changed.notify_all();
     }
 
     /// Does the part of one connection; if it fails or panics, none of the others waits for it.
-    pub(crate) fn take_part<T>(&self, part: impl FnOnce() -> Result<T, ReceiveError>) -> Option<T> {
+    pub fn take_part<T>(&self, part: impl FnOnce() -> Result<T, ReceiveError>) -> Option<T> {
         let _panics = FailOnPanic(self);
         part().map_err(|error| self.fail(error)).ok()
     }
 
     /// Ends the work of all connections.
-    pub(crate) fn fail(&self, error: ReceiveError) {
+    pub fn fail(&self, error: ReceiveError) {
         self.lock().failure.get_or_insert(error);
-        self.pulse.give_up();
+        self.activity.give_up();
         self.changed.notify_all();
     }
 
     /// Returns what failed first, if anything did.
-    pub(crate) fn into_result(self) -> Result<(), ReceiveError> {
+    pub fn into_result(self) -> Result<(), ReceiveError> {
         let meeting = self.meeting.into_inner().unwrap_or_else(PoisonError::into_inner);
         meeting.failure.map_or(Ok(()), Err)
     }
 
     fn meet(&self, who: Who, offset: u64) -> Result<(), ReceiveError> {
-        self.pulse.beat();
+        self.activity.note();
         let mut meeting = self.lock();
         meeting.arrived += 1;
         if meeting.arrived == self.channels + 1 {
@@ -107,7 +107,7 @@ impl<'a> Rounds<'a> {
             if who == Who::Stream && meeting.channel_ended {
                 return Err(ChannelsError::Ended.into());
             }
-            let waited = self.patience.check(&self.pulse);
+            let waited = self.limits.check(&self.activity);
             waited.map_err(|error| ReceiveError::waited(error, offset))?;
             let woken = self.changed.wait_timeout(meeting, STOP_INTERVAL);
             meeting = woken.unwrap_or_else(PoisonError::into_inner).0;
@@ -133,7 +133,7 @@ impl Drop for FailOnPanic<'_> {
 
 /// The stream's part in the rounds.
 #[derive(Debug)]
-pub(crate) struct StreamRounds<'a> {
+pub struct StreamRounds<'a> {
     rounds: &'a Rounds<'a>,
     ends: RoundEnds,
 }
@@ -150,12 +150,14 @@ enum RoundEnds {
 }
 
 impl<'a> StreamRounds<'a> {
-    pub(crate) fn new(rounds: &'a Rounds<'a>) -> StreamRounds<'a> {
+    /// Begins before the first round.
+    #[must_use]
+    pub fn new(rounds: &'a Rounds<'a>) -> StreamRounds<'a> {
         StreamRounds { rounds, ends: RoundEnds::Unknown }
     }
 
     /// Comes to a MULTIFD_FLUSH; everything that came by the stream so far is in the file.
-    pub(crate) fn flush(&mut self, offset: u64) -> Result<(), ReceiveError> {
+    pub fn flush(&mut self, offset: u64) -> Result<(), ReceiveError> {
         if self.rounds.channels == 0 {
             return Err(ChannelsError::Unexpected.into());
         }
@@ -166,7 +168,7 @@ impl<'a> StreamRounds<'a> {
     }
 
     /// Comes to the end of a part of "ram"; everything that came by the stream so far is in the file.
-    pub(crate) fn part_ends(&mut self, offset: u64) -> Result<(), ReceiveError> {
+    pub fn part_ends(&mut self, offset: u64) -> Result<(), ReceiveError> {
         if self.ends == RoundEnds::Unknown {
             self.ends = RoundEnds::Part;
         }
@@ -177,7 +179,7 @@ impl<'a> StreamRounds<'a> {
     }
 
     /// Returns how many channels there are.
-    pub(crate) fn channels(&self) -> usize {
+    pub fn channels(&self) -> usize {
         self.rounds.channels
     }
 }

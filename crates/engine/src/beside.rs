@@ -4,7 +4,7 @@ use std::io;
 use std::mem;
 use std::thread;
 
-use vmfile_engine::Panicked;
+use crate::crew::Panicked;
 
 /// Does `aside` in a thread of its own while `here` runs, which can ask whether `aside` is through;
 /// returns what both returned.
@@ -13,7 +13,7 @@ use vmfile_engine::Panicked;
 ///
 /// Returns the kernel's error if there is no thread to be had, and then neither has run; and an error if
 /// `aside` panicked, after `here` has returned.
-pub(crate) fn beside<A: Send, B>(
+pub fn beside<A: Send, B>(
     aside: impl FnOnce() -> A + Send,
     here: impl FnOnce(&dyn Fn() -> bool) -> B,
 ) -> io::Result<(A, B)> {

@@ -12,7 +12,7 @@ mod inflater;
 mod order;
 mod rounds;
 
-pub(crate) use channel::{Channel, ChannelCounts};
-pub(crate) use connections::Connections;
+pub use channel::{Channel, ChannelCounts};
+pub use connections::Connections;
 pub use connections::{CHANNELS_MAX, ChannelsError};
-pub(crate) use rounds::{Rounds, StreamRounds};
+pub use rounds::{Rounds, StreamRounds};

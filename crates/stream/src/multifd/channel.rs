@@ -13,11 +13,11 @@ use vmfile_pages::page_writer::{Counts, PageWriter};
 use super::inflater::Inflater;
 use super::order::Order;
 use super::rounds::Rounds;
-use crate::incoming::{Patience, Pulse, WaitError};
-use crate::receive::ReceiveError;
+use crate::error::ReceiveError;
+use crate::incoming::{Activity, WaitError, WaitLimits};
 
 /// A channel whose init packet was read.
-pub(crate) struct Channel<'a> {
+pub struct Channel<'a> {
     fd: OwnedFd,
     ram: &'a RamLayout,
     page_size: PageSize,
@@ -31,21 +31,23 @@ pub(crate) struct Channel<'a> {
 
 /// What came by a channel.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct ChannelCounts {
-    pub(crate) pages: Counts,
-    pub(crate) stream_bytes: u64,
+pub struct ChannelCounts {
+    /// The pages.
+    pub pages: Counts,
+    /// The length of what came, in bytes.
+    pub stream_bytes: u64,
 }
 
 impl<'a> Channel<'a> {
     /// Takes the channel `fd`, reading from which does not block, for pages of `ram`.
-    pub(crate) fn new(fd: OwnedFd, ram: &'a RamLayout, rounds: &'a Rounds<'a>) -> Channel<'a> {
+    pub fn new(fd: OwnedFd, ram: &'a RamLayout, rounds: &'a Rounds<'a>) -> Channel<'a> {
         let page_size = ram.blocks().first().map_or(PageSize::KIB_4, RamBlock::page_size);
         let (offset, inflater, data) = (INIT_LEN as u64, None, Vec::new());
         Channel { fd, ram, page_size, rounds, offset, inflater, data }
     }
 
     /// Receives all that comes; `done` hears of each packet's pages, in bytes.
-    pub(crate) fn receive(
+    pub fn receive(
         mut self,
         mut writer: PageWriter<'_>,
         done: impl Fn(u64),
@@ -68,8 +70,8 @@ impl<'a> Channel<'a> {
 
     /// Reads the next packet up to its data; `None` at the end.
     fn packet(&mut self) -> Result<Option<Packet>, ReceiveError> {
-        let (patience, pulse) = self.rounds.patience();
-        patience.check(pulse).map_err(|error| ReceiveError::waited(error, self.offset))?;
+        let (limits, activity) = self.rounds.limits();
+        limits.check(activity).map_err(|error| ReceiveError::waited(error, self.offset))?;
         let offset = self.offset;
         let mut bytes = vec![0; packet_len(self.page_size)];
         let needed = bytes.len();
@@ -139,8 +141,8 @@ impl<'a> Channel<'a> {
 
     /// Fills `slices`; returns how many bytes came, which are fewer at the end of the channel.
     fn read(&mut self, slices: &mut [IoSliceMut<'_>]) -> Result<usize, ReceiveError> {
-        let (patience, pulse) = self.rounds.patience();
-        let found = read_all(self.fd.as_fd(), slices, patience, pulse)
+        let (limits, activity) = self.rounds.limits();
+        let found = read_all(self.fd.as_fd(), slices, limits, activity)
             .map_err(|error| ReceiveError::waited(error, self.offset))?;
         self.offset += found as u64;
         Ok(found)
@@ -168,22 +170,22 @@ impl fmt::Debug for Channel<'_> {
 
 /// Fills `slices` from `fd`, which does not block; returns how many bytes came, which are fewer only
 /// at the end.
-pub(super) fn read_all(
+pub(crate) fn read_all(
     fd: BorrowedFd<'_>,
     mut slices: &mut [IoSliceMut<'_>],
-    patience: &Patience<'_>,
-    pulse: &Pulse,
+    limits: &WaitLimits<'_>,
+    activity: &Activity,
 ) -> Result<usize, WaitError> {
     let mut found = 0;
     while !slices.is_empty() {
         match readv(fd, slices) {
             Ok(0) => break,
             Ok(len) => {
-                pulse.beat();
+                activity.note();
                 found += len;
                 IoSliceMut::advance_slices(&mut slices, len);
             }
-            Err(Errno::AGAIN) => patience.wait(fd, pulse)?,
+            Err(Errno::AGAIN) => limits.wait(fd, activity)?,
             Err(Errno::INTR) => {}
             Err(errno) => return Err(WaitError::Io(errno.into())),
         }

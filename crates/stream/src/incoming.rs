@@ -11,32 +11,41 @@ use rustix::pipe::fcntl_setpipe_size;
 use vmfile_format::stream::decoder::EVENT_LEN_MAX;
 
 use vmfile_pages::control::Control;
-use vmfile_qemu::is_process_stopped;
 
 /// How much is read at once: what a pipe holds when it was widened.
 const READ_LEN: usize = 1 << 20;
 
 /// How often a wait looks whether it was told to stop.
-pub(crate) const STOP_INTERVAL: Duration = Duration::from_millis(100);
+pub const STOP_INTERVAL: Duration = Duration::from_millis(100);
 
 /// How long a peer may be silent before its process is looked at.
 const STILL_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// How long a peer may be waited for.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Patience<'a> {
-    pub(crate) control: &'a Control<'a>,
+pub struct WaitLimits<'a> {
+    /// The caller's hold.
+    pub control: &'a Control<'a>,
     /// Without a byte from a peer.
-    pub(crate) stall: Option<Duration>,
-    /// QEMU's process, where it is known to be the peer: one that is stopped sends nothing.
-    pub(crate) process: Option<u32>,
+    pub stall: Option<Duration>,
+    /// The peer's process, where it is known: one that is stopped sends nothing.
+    pub process: Option<PeerProcess>,
     /// Until all has come.
-    pub(crate) deadline: Option<Instant>,
+    pub deadline: Option<Instant>,
 }
 
-/// Why no more comes.
+/// The process at the other end of a connection.
+#[derive(Clone, Copy, Debug)]
+pub struct PeerProcess {
+    /// Its id.
+    pub pid: u32,
+    /// Says whether the process with this id is stopped, by SIGSTOP or a debugger.
+    pub is_stopped: fn(u32) -> bool,
+}
+
+/// Why reading the stream ended early.
 #[derive(Debug)]
-pub(crate) enum WaitError {
+pub enum WaitError {
     /// The kernel refused.
     Io(io::Error),
     /// Nothing came for so long.
@@ -60,54 +69,56 @@ impl From<io::Error> for WaitError {
 /// What the connections of one receive have in common: whether any of them moves, and whether there
 /// is any use in it.
 #[derive(Debug)]
-pub(crate) struct Pulse {
+pub struct Activity {
     begin: Instant,
     /// When one of them last began to wait, or got a byte, in milliseconds since `begin`.
-    beat_ms: AtomicU64,
+    moved_ms: AtomicU64,
     is_given_up: AtomicBool,
 }
 
-impl Pulse {
-    pub(crate) fn new() -> Pulse {
-        let (beat_ms, is_given_up) = (AtomicU64::new(0), AtomicBool::new(false));
-        Pulse { begin: Instant::now(), beat_ms, is_given_up }
+impl Default for Activity {
+    fn default() -> Activity {
+        let (moved_ms, is_given_up) = (AtomicU64::new(0), AtomicBool::new(false));
+        Activity { begin: Instant::now(), moved_ms, is_given_up }
     }
+}
 
+impl Activity {
     /// Notes that a connection moves.
-    pub(crate) fn beat(&self) {
+    pub fn note(&self) {
         let now_ms = u64::try_from(self.begin.elapsed().as_millis()).unwrap_or(u64::MAX);
-        self.beat_ms.fetch_max(now_ms, Ordering::Relaxed);
+        self.moved_ms.fetch_max(now_ms, Ordering::Relaxed);
     }
 
     /// Ends all waiting.
-    pub(crate) fn give_up(&self) {
+    pub fn give_up(&self) {
         self.is_given_up.store(true, Ordering::Relaxed);
     }
 
     fn silence(&self) -> Duration {
-        let beat = Duration::from_millis(self.beat_ms.load(Ordering::Relaxed));
-        self.begin.elapsed().saturating_sub(beat)
+        let moved = Duration::from_millis(self.moved_ms.load(Ordering::Relaxed));
+        self.begin.elapsed().saturating_sub(moved)
     }
 }
 
-impl Patience<'_> {
+impl WaitLimits<'_> {
     /// Says why there is no more waiting, if so.
-    pub(crate) fn check(&self, pulse: &Pulse) -> Result<(), WaitError> {
+    pub fn check(&self, activity: &Activity) -> Result<(), WaitError> {
         if self.control.is_stopped() {
             return Err(WaitError::Stopped);
         }
-        if pulse.is_given_up.load(Ordering::Relaxed) {
+        if activity.is_given_up.load(Ordering::Relaxed) {
             return Err(WaitError::GivenUp);
         }
         if self.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
             return Err(WaitError::TimedOut);
         }
-        if let Some(pid) = self.process.filter(|_| pulse.silence() >= STILL_TIMEOUT) {
-            if is_process_stopped(pid) {
-                return Err(WaitError::ProcessStopped(pid));
+        if let Some(peer) = self.process.filter(|_| activity.silence() >= STILL_TIMEOUT) {
+            if (peer.is_stopped)(peer.pid) {
+                return Err(WaitError::ProcessStopped(peer.pid));
             }
         }
-        match self.stall.filter(|&stall| pulse.silence() >= stall) {
+        match self.stall.filter(|&stall| activity.silence() >= stall) {
             Some(stall) => Err(WaitError::Stalled(stall)),
             None => Ok(()),
         }
@@ -115,11 +126,11 @@ impl Patience<'_> {
 
     /// Waits until `fd` has something to read, or has ended.
     ///
-    /// That others with the same `pulse` move is as good as a byte here.
-    pub(crate) fn wait(&self, fd: BorrowedFd<'_>, pulse: &Pulse) -> Result<(), WaitError> {
-        pulse.beat();
+    /// That others with the same `activity` move is as good as a byte here.
+    pub fn wait(&self, fd: BorrowedFd<'_>, activity: &Activity) -> Result<(), WaitError> {
+        activity.note();
         loop {
-            self.check(pulse)?;
+            self.check(activity)?;
             let interval = Timespec::try_from(STOP_INTERVAL).expect("a tenth of a second");
             match poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&interval)) {
                 Ok(0) | Err(Errno::INTR) => {}
@@ -130,14 +141,14 @@ impl Patience<'_> {
     }
 
     /// Reads what is there into `into`; 0 at the end.
-    pub(crate) fn read(
+    pub fn read(
         &self,
         fd: BorrowedFd<'_>,
         into: &mut [u8],
-        pulse: &Pulse,
+        activity: &Activity,
     ) -> Result<usize, WaitError> {
         loop {
-            self.wait(fd, pulse)?;
+            self.wait(fd, activity)?;
             match rustix::io::read(fd, &mut *into) {
                 Ok(len) => return Ok(len),
                 Err(Errno::INTR | Errno::AGAIN) => {}
@@ -149,10 +160,10 @@ impl Patience<'_> {
 
 /// A stream of bytes, of which some have been read and not been used yet.
 #[derive(Debug)]
-pub(crate) struct StreamSource<'a> {
+pub struct StreamSource<'a> {
     fd: OwnedFd,
-    patience: Patience<'a>,
-    pulse: &'a Pulse,
+    limits: WaitLimits<'a>,
+    activity: &'a Activity,
     buffer: Box<[u8]>,
     start: usize,
     end: usize,
@@ -160,38 +171,38 @@ pub(crate) struct StreamSource<'a> {
 
 impl<'a> StreamSource<'a> {
     /// Reads from `fd` from now on; `begun` has been read from it already.
-    pub(crate) fn new(
+    pub fn new(
         fd: OwnedFd,
         begun: &[u8],
-        patience: Patience<'a>,
-        pulse: &'a Pulse,
+        limits: WaitLimits<'a>,
+        activity: &'a Activity,
     ) -> StreamSource<'a> {
         // A pipe of 64 KiB costs a factor of four; a socket refuses, and an unprivileged user may
         // have used up what pipes may take together.
         let _ = fcntl_setpipe_size(&fd, READ_LEN);
         let mut buffer = vec![0; READ_LEN + EVENT_LEN_MAX].into_boxed_slice();
         buffer[..begun.len()].copy_from_slice(begun);
-        StreamSource { fd, patience, pulse, buffer, start: 0, end: begun.len() }
+        StreamSource { fd, limits, activity, buffer, start: 0, end: begun.len() }
     }
 
     /// Returns what has been read and not been used.
-    pub(crate) fn bytes(&self) -> &[u8] {
+    pub fn bytes(&self) -> &[u8] {
         &self.buffer[self.start..self.end]
     }
 
     /// Marks `len` bytes as used.
-    pub(crate) fn consume(&mut self, len: usize) {
+    pub fn consume(&mut self, len: usize) {
         assert!(len <= self.end - self.start, "no more than there is");
         self.start += len;
     }
 
     /// Reads more; `false` at the end of the stream.
-    pub(crate) fn fill(&mut self) -> Result<bool, WaitError> {
+    pub fn fill(&mut self) -> Result<bool, WaitError> {
         self.buffer.copy_within(self.start..self.end, 0);
         (self.start, self.end) = (0, self.end - self.start);
         assert!(self.end < self.buffer.len(), "less is left than one event may need");
         let into = &mut self.buffer[self.end..];
-        let len = self.patience.read(self.fd.as_fd(), into, self.pulse)?;
+        let len = self.limits.read(self.fd.as_fd(), into, self.activity)?;
         self.end += len;
         Ok(len > 0)
     }

@@ -11,13 +11,6 @@
 //! places, so that they can be read ahead, past the page cache, and go out from where they were read
 //! to.
 
-mod channels;
-mod contents;
-mod outlet;
-mod pages;
-mod stream;
-
-use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
@@ -31,13 +24,14 @@ use vmfile_format::RamBlock;
 use vmfile_pages::PagesError;
 use vmfile_pages::control::Control;
 use vmfile_pages::reading::{open_for_reading, verified};
-use vmfile_pages::snapshot::{Snapshot, SnapshotError};
-use vmfile_qemu::unix_socket;
+use vmfile_pages::snapshot::Snapshot;
+use vmfile_qemu::{Feature, QemuVersion, unix_socket};
+use vmfile_stream::channel_writer::{CHANNELS_MAX, write_channels};
+use vmfile_stream::contents::{Contents, LARGE_BLOCK_LEN, Pages};
+use vmfile_stream::outlet::Outlet;
+use vmfile_stream::stream_writer::{Parts, Source, write_stream};
 
-use self::channels::{CHANNELS_MAX, write_channels};
-pub(crate) use self::contents::{Contents, LARGE_BLOCK_LEN, Pages};
-pub(crate) use self::outlet::Outlet;
-pub(crate) use self::stream::{Source, write_short_stream, write_stream};
+pub use vmfile_stream::error::SendError;
 
 /// Where a stream goes.
 #[derive(Debug)]
@@ -95,75 +89,6 @@ pub struct SendReport {
     pub total_seconds: f64,
 }
 
-/// Why a stream was not sent, or not all of it.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum SendError {
-    /// The file could not be read, or is not what was written; or the caller stopped it.
-    #[error(transparent)]
-    Pages(#[from] PagesError),
-    /// A thread could not be started, or panicked.
-    #[error("send by a thread of its own")]
-    Thread(#[source] io::Error),
-    /// There are more channels than there may be, or no socket to connect them to.
-    #[error("{found} multifd channels, expected at most {max}{}", where_to(*.max))]
-    Channels {
-        /// How many were asked for.
-        found: u32,
-        /// How many there may be.
-        max: u32,
-    },
-    /// It depends on the machine type when QEMU waits for its channels, and this does not tell.
-    #[error("machine type {machine:?} does not end with a version of QEMU")]
-    MachineVersion {
-        /// The machine type.
-        machine: String,
-    },
-    /// Nobody listens at the socket, or it may not be used.
-    #[error("connect to {path}", path = path.display())]
-    Connect {
-        /// The socket.
-        path: PathBuf,
-        /// What the kernel said.
-        source: io::Error,
-    },
-    /// It cannot be said what the descriptor is.
-    #[error("look at the descriptor of the stream")]
-    Descriptor(#[source] io::Error),
-    /// Whoever reads has ended before the stream did, as a QEMU does that refuses it.
-    #[error("the reader closed its end at offset {offset:#x} of the stream")]
-    PeerClosed {
-        /// How much was sent, in bytes.
-        offset: u64,
-    },
-    /// The stream could not be written.
-    #[error("write at offset {offset:#x} of the stream")]
-    Write {
-        /// How much was sent, in bytes.
-        offset: u64,
-        /// What the kernel said.
-        source: io::Error,
-    },
-}
-
-impl SendError {
-    /// Says whether the file was at fault, and not whoever reads the stream.
-    pub(crate) fn is_about_the_file(&self) -> bool {
-        matches!(self, SendError::Pages(error) if !error.is_stopped())
-    }
-}
-
-impl From<SnapshotError> for SendError {
-    fn from(error: SnapshotError) -> SendError {
-        SendError::Pages(error.into())
-    }
-}
-
-/// Says that the pages of the file could not be read.
-fn reading(source: io::Error) -> PagesError {
-    PagesError::ReadFile { what: "guest RAM from the file", source }
-}
-
 /// Sends `snapshot` as a migration stream.
 ///
 /// # Errors
@@ -183,7 +108,7 @@ pub fn send(
     snapshot.verify_parts()?;
     let contents = Contents::new(snapshot, |block| pages(block, options))?;
     let opened = open_for_reading(snapshot, options.direct_io);
-    let (file, direct_io) = opened.map_err(reading)?;
+    let (file, direct_io) = opened.map_err(PagesError::reading("guest RAM from the file"))?;
     let source = Source { file, io: options.io };
     let (io, bytes_sent) = match (to, options.channels) {
         (SendTo::Descriptor(descriptor), _) => send_one(&contents, &source, descriptor, control)?,
@@ -191,7 +116,9 @@ pub fn send(
             send_one(&contents, &source, connect(&path, control)?, control)?
         }
         (SendTo::Connect(path), channels) => {
-            write_channels(&contents, &source, &path, channels, control)?
+            let parts = parts(&contents.configuration().machine)?;
+            let connect = || connect(&path, control);
+            write_channels(&contents, &source, &connect, (channels, parts), control)?
         }
     };
     let blocks = &snapshot.structure().blocks;
@@ -222,16 +149,22 @@ fn send_one(
     Ok((io, outlet.sent().load(Ordering::Relaxed)))
 }
 
-fn where_to(channels_max: u32) -> &'static str {
-    if channels_max == 0 { " into a descriptor" } else { "" }
-}
-
 /// Says which pages of a block are sent.
 fn pages(block: &RamBlock, options: &SendOptions) -> Pages {
     if options.assume_zeroed && block.used_length() >= LARGE_BLOCK_LEN {
         Pages::Data
     } else {
         Pages::All
+    }
+}
+
+/// Says how the parts of "ram" end for this machine type.
+fn parts(machine: &str) -> Result<Parts, SendError> {
+    let version = machine.rsplit('-').next().and_then(|version| version.parse().ok());
+    match version.map(|version: QemuVersion| version.has(Feature::MultifdFlush)) {
+        Some(true) => Ok(Parts::Flushing),
+        Some(false) => Ok(Parts::Counted),
+        None => Err(SendError::MachineVersion { machine: machine.to_owned() }),
     }
 }
 
@@ -255,5 +188,20 @@ fn connect(path: &Path, control: &Control<'_>) -> Result<OwnedFd, SendError> {
             return Err(PagesError::Stopped.into());
         }
         thread::sleep(RETRY_INTERVAL);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_machine_type_says_how_parts_end() {
+        assert!(matches!(parts("pc-i440fx-7.2"), Ok(Parts::Counted)));
+        assert!(matches!(parts("pc-q35-8.0"), Ok(Parts::Counted)));
+        assert!(matches!(parts("pc-q35-8.1"), Ok(Parts::Flushing)));
+        assert!(matches!(parts("virt-10.0"), Ok(Parts::Flushing)));
+        let error = parts("pc-q35-rhel9.4.0").unwrap_err().to_string();
+        assert_eq!(error, "machine type \"pc-q35-rhel9.4.0\" does not end with a version of QEMU");
     }
 }

@@ -8,8 +8,8 @@ use vmfile_pages::lane::Lane;
 use vmfile_pages::page_hashes::PageHashes;
 use vmfile_pages::snapshot::SnapshotError;
 
-use super::contents::{Contents, Window};
-use super::{SendError, reading};
+use crate::contents::{Contents, Window};
+use crate::error::{SendError, reading};
 
 /// Reads windows, several in flight, and hands them on in the order in which they were asked for,
 /// each after its pages were compared with their hashes.

@@ -20,16 +20,18 @@ use vmfile_pages::lane::{Lane, on_lanes};
 use vmfile_pages::page_hashes::PageHashes;
 use vmfile_pages::plan::UNIT_LEN;
 
-use super::contents::{Contents, Window};
-use super::outlet::Outlet;
-use super::pages::PagesInOrder;
-use super::{SendError, reading};
+use crate::contents::{Contents, Window};
+use crate::error::{SendError, reading};
+use crate::outlet::Outlet;
+use crate::pages_in_order::PagesInOrder;
 
 /// How the pages of a stream are read.
 #[derive(Clone, Debug)]
-pub(crate) struct Source {
-    pub(crate) file: DataFile,
-    pub(crate) io: Backend,
+pub struct Source {
+    /// The file.
+    pub file: DataFile,
+    /// What moves the bytes.
+    pub io: Backend,
 }
 
 /// Writes all of `contents` into `outlet`; returns the back end that read the pages.
@@ -37,7 +39,7 @@ pub(crate) struct Source {
 /// # Errors
 ///
 /// Returns [`SendError`] if the file cannot be read or nobody takes the stream.
-pub(crate) fn write_stream(
+pub fn write_stream(
     contents: &Contents<'_>,
     source: &Source,
     outlet: &mut Outlet<'_>,
@@ -66,7 +68,7 @@ pub(crate) fn write_stream(
 /// # Errors
 ///
 /// As [`write_stream`].
-pub(crate) fn write_short_stream(
+pub fn write_short_stream(
     contents: &Contents<'_>,
     outlet: &mut Outlet<'_>,
     control: &Control<'_>,
@@ -107,7 +109,7 @@ fn write_windows<B: AsRef<[u8]>>(
 
 /// How the parts of the "ram" section end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Parts {
+pub enum Parts {
     /// As often as is good, and with nothing.
     Plain,
     /// Three times, each with MULTIFD_FLUSH.
@@ -117,11 +119,11 @@ pub(crate) enum Parts {
 }
 
 /// How many parts the "ram" section has beside multifd channels: START, PART and END.
-pub(crate) const COUNTED_PARTS: usize = 3;
+pub const COUNTED_PARTS: usize = 3;
 
 /// Writes a stream, a window of pages at a time.
 #[derive(Debug)]
-pub(crate) struct StreamWriter<'w, 'o> {
+pub struct StreamWriter<'w, 'o> {
     contents: &'w Contents<'w>,
     outlet: &'w mut Outlet<'o>,
     section: RamSection,
@@ -133,7 +135,7 @@ pub(crate) struct StreamWriter<'w, 'o> {
 
 impl<'w, 'o> StreamWriter<'w, 'o> {
     /// Writes everything up to the first page.
-    pub(crate) fn begin(
+    pub fn begin(
         contents: &'w Contents<'w>,
         outlet: &'w mut Outlet<'o>,
         parts: Parts,
@@ -150,13 +152,13 @@ impl<'w, 'o> StreamWriter<'w, 'o> {
     }
 
     /// Returns what the stream is made of.
-    pub(crate) fn contents(&self) -> &'w Contents<'w> {
+    pub fn contents(&self) -> &'w Contents<'w> {
         self.contents
     }
 
     /// Writes the pages of a window, of which `bytes` are those from the first page with data to
     /// the last; `None` if pages with data go another way.
-    pub(crate) fn pages(&mut self, window: &Window, bytes: Option<&[u8]>) -> Result<(), SendError> {
+    pub fn pages(&mut self, window: &Window, bytes: Option<&[u8]>) -> Result<(), SendError> {
         let block = &self.contents.blocks[window.block];
         let placed = (block.index, &block.placed.block);
         let page_len = block.placed.block.page_size().bytes();
@@ -195,7 +197,7 @@ impl<'w, 'o> StreamWriter<'w, 'o> {
     }
 
     /// Writes everything after the last page.
-    pub(crate) fn finish(self) -> Result<(), SendError> {
+    pub fn finish(self) -> Result<(), SendError> {
         let mut end = Vec::new();
         self.section.finish(&mut end);
         let parts = [&end, &self.contents.devices, &self.contents.description];

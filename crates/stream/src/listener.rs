@@ -13,15 +13,15 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{AtFlags, unlinkat};
 use rustix::io::Errno;
 
-use crate::incoming::{Patience, Pulse};
-use crate::receive::ReceiveError;
+use crate::error::ReceiveError;
+use crate::incoming::{Activity, WaitLimits};
 
 /// The name of a socket in its own directory.
 const SOCKET: &str = "stream";
 
 /// A socket with a name; dropping it removes the name.
 #[derive(Debug)]
-pub(crate) struct Listener {
+pub struct Listener {
     listener: UnixListener,
     path: PathBuf,
     /// Its path for the sender, which may have another root directory.
@@ -33,7 +33,7 @@ pub(crate) struct Listener {
 
 /// Where a socket will have a directory of its own: in `/tmp`, for a short path. Nothing is there yet.
 #[derive(Debug)]
-pub(crate) struct SocketPlace {
+pub struct SocketPlace {
     /// The directory `/tmp` of the sender.
     parent: PathBuf,
     name: PathBuf,
@@ -43,7 +43,7 @@ pub(crate) struct SocketPlace {
 
 impl Listener {
     /// Listens at `path`, where nothing may be yet.
-    pub(crate) fn bind(path: &Path) -> Result<Listener, ReceiveError> {
+    pub fn bind(path: &Path) -> Result<Listener, ReceiveError> {
         let error = |source| ReceiveError::Listen { path: path.to_path_buf(), source };
         let listener = UnixListener::bind(path).map_err(error)?;
         let path = path.to_path_buf();
@@ -51,12 +51,12 @@ impl Listener {
     }
 
     /// Returns the path of the socket for the sender.
-    pub(crate) fn path_of_sender(&self) -> &Path {
+    pub fn path_of_sender(&self) -> &Path {
         &self.path_of_sender
     }
 
     /// Waits at most `timeout` for a connection.
-    pub(crate) fn wait(&self, timeout: Duration) -> Result<bool, ReceiveError> {
+    pub fn wait(&self, timeout: Duration) -> Result<bool, ReceiveError> {
         let timeout = Timespec::try_from(timeout).expect("a short time");
         match poll(&mut [PollFd::new(&self.listener, PollFlags::IN)], Some(&timeout)) {
             Ok(count) => Ok(count > 0),
@@ -68,7 +68,7 @@ impl Listener {
     }
 
     /// Takes a connection that waits; `None` where there is none.
-    pub(crate) fn accept_waiting(&self) -> Result<Option<OwnedFd>, ReceiveError> {
+    pub fn accept_waiting(&self) -> Result<Option<OwnedFd>, ReceiveError> {
         if !self.wait(Duration::ZERO)? {
             return Ok(None);
         }
@@ -78,16 +78,16 @@ impl Listener {
     }
 
     /// Waits for the next connection.
-    pub(crate) fn accept(&self, patience: &Patience<'_>) -> Result<OwnedFd, ReceiveError> {
+    pub fn accept(&self, limits: &WaitLimits<'_>) -> Result<OwnedFd, ReceiveError> {
         let error = |source| ReceiveError::Listen { path: self.path.clone(), source };
-        let waited = patience.wait(self.listener.as_fd(), &Pulse::new());
+        let waited = limits.wait(self.listener.as_fd(), &Activity::default());
         waited.map_err(|error| ReceiveError::waited(error, 0))?;
         let (connection, _) = self.listener.accept().map_err(error)?;
         Ok(connection.into())
     }
 
     /// Returns whether a connection waits that was not accepted.
-    pub(crate) fn is_awaited(&self) -> Result<bool, ReceiveError> {
+    pub fn is_awaited(&self) -> Result<bool, ReceiveError> {
         self.wait(Duration::ZERO)
     }
 }
@@ -95,7 +95,7 @@ impl Listener {
 impl SocketPlace {
     /// Chooses a directory where process `pid` sees it, in a container or another root directory, as
     /// far as this process may look there.
-    pub(crate) fn new(pid: Option<u32>) -> SocketPlace {
+    pub fn new(pid: Option<u32>) -> SocketPlace {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         // Short: a socket's path has at most 107 bytes.
@@ -106,14 +106,14 @@ impl SocketPlace {
     }
 
     /// Returns the paths that [`SocketPlace::listen`] makes: the socket's and its directory's.
-    pub(crate) fn paths(&self) -> [PathBuf; 2] {
+    pub fn paths(&self) -> [PathBuf; 2] {
         let directory = self.parent.join(&self.name);
         [directory.join(SOCKET), directory]
     }
 
     /// Makes the directory, which only this user and the one of the sender can enter, and listens
     /// there.
-    pub(crate) fn listen(self) -> Result<Listener, ReceiveError> {
+    pub fn listen(self) -> Result<Listener, ReceiveError> {
         let [path, directory] = self.paths();
         let error = |source| ReceiveError::Listen { path: directory.clone(), source };
         let parent = File::open(&self.parent).map_err(error)?;

@@ -18,29 +18,37 @@ use vmfile_pages::lane::{Lane, Workers};
 use vmfile_pages::page_writer::{Counts, PAGE_LEN_MIN, PageWriter};
 use vmfile_pages::received_ram::ReceivedRam;
 
-use crate::incoming::{Patience, StreamSource};
+use crate::error::ReceiveError;
+use crate::incoming::{StreamSource, WaitLimits};
 use crate::listener::Listener;
 use crate::multifd::{Channel, ChannelCounts, ChannelsError, Connections, Rounds, StreamRounds};
-use crate::receive::ReceiveError;
 
 /// A receive at work.
 #[derive(Debug)]
-pub(crate) struct StreamReceiver<'a> {
-    pub(crate) draft: &'a Draft,
+pub struct StreamReceiver<'a> {
+    /// The file in the making.
+    pub draft: &'a Draft,
     /// A thread for the stream and one for each channel.
-    pub(crate) workers: Workers,
-    pub(crate) patience: Patience<'a>,
+    pub workers: Workers,
+    /// How long the sender is waited for.
+    pub limits: WaitLimits<'a>,
 }
 
 /// What came; RAM is in the file already.
 #[derive(Debug)]
-pub(crate) struct Received {
-    pub(crate) configuration: Configuration,
-    pub(crate) places: Places,
-    pub(crate) bitmaps: Vec<PageBitmap>,
-    pub(crate) backend: BackendInUse,
-    pub(crate) counts: Counts,
-    pub(crate) stream_bytes: u64,
+pub struct Received {
+    /// The configuration section: the machine type, and the uuid where there is one.
+    pub configuration: Configuration,
+    /// Where the pages are in the file.
+    pub places: Places,
+    /// The pages of each block that have data.
+    pub bitmaps: Vec<PageBitmap>,
+    /// The back end that wrote them.
+    pub backend: BackendInUse,
+    /// How much was written.
+    pub counts: Counts,
+    /// The length of the stream and its channels, in bytes.
+    pub stream_bytes: u64,
     state: DeviceState,
     /// From the first device section to the end of the stream.
     devices: Vec<u8>,
@@ -48,19 +56,19 @@ pub(crate) struct Received {
 
 impl Received {
     /// Returns what follows RAM, byte for byte as it came.
-    pub(crate) fn tail(&self) -> Tail<'_> {
+    pub fn tail(&self) -> Tail<'_> {
         let len = usize::try_from(self.state.end - self.state.start).expect("it is in memory");
         let (sections, description) = self.devices.split_at(len);
         Tail { sections, description }
     }
 
     /// Writes how the VM is to come back; returns whether there is room.
-    pub(crate) fn set_run_state(&mut self, state: &str) -> bool {
+    pub fn set_run_state(&mut self, state: &str) -> bool {
         self.state.set_run_state(&mut self.devices, state)
     }
 
     /// Returns whether the VM runs when it comes back: `running`, `paused`, ...
-    pub(crate) fn run_state(&self) -> Option<&str> {
+    pub fn run_state(&self) -> Option<&str> {
         self.state.run_state(self.tail().sections)
     }
 }
@@ -75,14 +83,14 @@ struct Head {
 impl StreamReceiver<'_> {
     /// Receives all that comes by `connections`; `at_end` is called when the last byte of the stream
     /// has come, before the last pages are on the disk.
-    pub(crate) fn run<E: From<ReceiveError> + Send>(
+    pub fn run<E: From<ReceiveError> + Send>(
         self,
         connections: Connections,
         at_end: impl FnOnce() -> Result<(), E> + Send,
     ) -> Result<Received, E> {
         let Connections { stream, begun, channels, listener } = connections;
-        let rounds = Rounds::new(self.patience, channels.len());
-        let mut source = StreamSource::new(stream, &begun, self.patience, rounds.patience().1);
+        let rounds = Rounds::new(self.limits, channels.len());
+        let mut source = StreamSource::new(stream, &begun, self.limits, rounds.limits().1);
         let mut decoder = StreamDecoder::new();
         let head = head(&mut source, &mut decoder)?;
         let (configuration, section_id) = (&head.configuration, head.section_id);
@@ -92,7 +100,7 @@ impl StreamReceiver<'_> {
         let file = self.draft.file().clone();
         let ram = ReceivedRam::new(file, places.blocks(), places.hashes());
         let backend = self.workers.backend().clone();
-        let meter = Meter::new(self.patience.control, head.ram.total_length());
+        let meter = Meter::new(self.limits.control, head.ram.total_length());
         let channel = |channel| Channel::new(channel, &head.ram, &rounds);
         let parts = Parts { rounds: &rounds, meter: &meter, ram: &ram };
         let channels = channels.into_iter().map(channel).collect();

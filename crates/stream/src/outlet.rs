@@ -15,7 +15,7 @@ use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg, sockopt};
 use rustix::pipe::fcntl_setpipe_size;
 use vmfile_pages::PagesError;
 
-use super::SendError;
+use crate::error::SendError;
 
 /// What a pipe is widened to: the most that an unprivileged user may have. The 64 KiB of a new one
 /// cost a change of process for each sixteen pages.
@@ -31,7 +31,7 @@ const SLICES_MAX: usize = 1024;
 const POLL_INTERVAL: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 
 /// Where a stream goes, and how much of it has gone.
-pub(crate) struct Outlet<'a> {
+pub struct Outlet<'a> {
     descriptor: OwnedFd,
     kind: Kind,
     sent: Arc<AtomicU64>,
@@ -56,7 +56,7 @@ impl<'a> Outlet<'a> {
     /// # Errors
     ///
     /// Returns the kernel's error if it cannot be said what the descriptor is.
-    pub(crate) fn new(
+    pub fn new(
         descriptor: OwnedFd,
         is_stopped: &'a (dyn Fn() -> bool + Sync),
     ) -> io::Result<Outlet<'a>> {
@@ -81,7 +81,7 @@ impl<'a> Outlet<'a> {
     }
 
     /// Returns the count of bytes that were sent, as it grows.
-    pub(crate) fn sent(&self) -> Arc<AtomicU64> {
+    pub fn sent(&self) -> Arc<AtomicU64> {
         Arc::clone(&self.sent)
     }
 
@@ -90,7 +90,7 @@ impl<'a> Outlet<'a> {
     /// # Errors
     ///
     /// As [`Outlet::send_all`].
-    pub(crate) fn send(&mut self, bytes: &[u8]) -> Result<(), SendError> {
+    pub fn send(&mut self, bytes: &[u8]) -> Result<(), SendError> {
         self.send_all(&mut [IoSlice::new(bytes)])
     }
 
@@ -100,7 +100,7 @@ impl<'a> Outlet<'a> {
     ///
     /// Returns [`SendError::PeerClosed`] if nobody reads any more, [`PagesError::Stopped`], or
     /// [`SendError::Write`].
-    pub(crate) fn send_all(&mut self, mut slices: &mut [IoSlice<'_>]) -> Result<(), SendError> {
+    pub fn send_all(&mut self, mut slices: &mut [IoSlice<'_>]) -> Result<(), SendError> {
         IoSlice::advance_slices(&mut slices, 0);
         while !slices.is_empty() {
             if (self.is_stopped)() {

@@ -14,14 +14,14 @@ use vmfile_pages::snapshot::{Snapshot, SnapshotError};
 
 /// Blocks below this length always have their zero pages sent: firmware is among them, which a
 /// destination has filled by itself.
-pub(crate) const LARGE_BLOCK_LEN: u64 = 4 << 20;
+pub const LARGE_BLOCK_LEN: u64 = 4 << 20;
 
 /// How long a gap between two pages with data may be for one read to go on across it.
 const GAP_LEN_MAX: u64 = 64 << 10;
 
 /// Which pages of a block are sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Pages {
+pub enum Pages {
     /// All of them: zero pages too, whatever the destination has there.
     All,
     /// Those with data: the destination has zeros elsewhere.
@@ -32,41 +32,44 @@ pub(crate) enum Pages {
 
 /// What a stream is made of.
 #[derive(Debug)]
-pub(crate) struct Contents<'a> {
-    pub(crate) snapshot: &'a Snapshot,
+pub struct Contents<'a> {
+    /// The file.
+    pub snapshot: &'a Snapshot,
     /// The blocks of which pages are sent, in the order of the file.
-    pub(crate) blocks: Vec<BlockContents<'a>>,
+    pub blocks: Vec<BlockContents<'a>>,
     /// The device sections and EOF.
-    pub(crate) devices: Vec<u8>,
+    pub devices: Vec<u8>,
     /// What QEMU says about the device sections, from its section type on.
-    pub(crate) description: Vec<u8>,
+    pub description: Vec<u8>,
 }
 
 /// A block of which pages are sent.
 #[derive(Debug)]
-pub(crate) struct BlockContents<'a> {
+pub struct BlockContents<'a> {
     /// Its place in the block list.
-    pub(crate) index: usize,
-    pub(crate) placed: &'a PlacedBlock,
-    pub(crate) bitmap: PageBitmap,
+    pub index: usize,
+    /// The block, and its place in the file.
+    pub placed: &'a PlacedBlock,
+    /// Its pages that have data.
+    pub bitmap: PageBitmap,
     /// Whether its zero pages are sent.
-    pub(crate) zero_pages: bool,
+    pub zero_pages: bool,
 }
 
 /// Pages that are sent together, at most a window of one block.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Window {
+pub struct Window {
     /// The place of the block in [`Contents::blocks`].
-    pub(crate) block: usize,
+    pub block: usize,
     /// The pages; those without data are sent as zero pages, or not at all.
-    pub(crate) pages: PageRange,
+    pub pages: PageRange,
     /// The bytes of the block from the first page with data to the last; empty if there is none.
-    pub(crate) bytes: Range<u64>,
+    pub bytes: Range<u64>,
 }
 
 impl Window {
     /// Returns how many bytes are read for it; at most a window.
-    pub(crate) fn read_len(&self) -> usize {
+    pub fn read_len(&self) -> usize {
         usize::try_from(self.bytes.end - self.bytes.start).expect("a window")
     }
 }
@@ -77,7 +80,7 @@ impl<'a> Contents<'a> {
     /// # Errors
     ///
     /// Returns [`SnapshotError`] if the file cannot be read.
-    pub(crate) fn new(
+    pub fn new(
         snapshot: &'a Snapshot,
         pages: impl Fn(&RamBlock) -> Pages,
     ) -> Result<Contents<'a>, SnapshotError> {
@@ -104,13 +107,13 @@ impl<'a> Contents<'a> {
     }
 
     /// Returns the configuration of a plain stream: no capability.
-    pub(crate) fn configuration(&self) -> Configuration {
+    pub fn configuration(&self) -> Configuration {
         let found = &self.snapshot.structure().configuration;
         Configuration { capabilities: Vec::new(), ..found.clone() }
     }
 
     /// Returns how many pages with data are sent, and their length in bytes.
-    pub(crate) fn data(&self) -> (u64, u64) {
+    pub fn data(&self) -> (u64, u64) {
         self.blocks.iter().fold((0, 0), |(pages, bytes), block| {
             let count = block.bitmap.data_count().0;
             (pages + count, bytes + count * block.placed.block.page_size().bytes())
@@ -118,14 +121,14 @@ impl<'a> Contents<'a> {
     }
 
     /// Returns the length of the pages with data in `window`, in bytes.
-    pub(crate) fn data_len(&self, window: &Window) -> u64 {
+    pub fn data_len(&self, window: &Window) -> u64 {
         let block = &self.blocks[window.block];
         let runs = block.bitmap.runs_within(window.pages);
         runs.map(|run| run.count().0).sum::<u64>() * block.placed.block.page_size().bytes()
     }
 
     /// Returns how many zero pages are sent.
-    pub(crate) fn zero_pages(&self) -> u64 {
+    pub fn zero_pages(&self) -> u64 {
         let blocks = self.blocks.iter().filter(|block| block.zero_pages);
         blocks.map(|block| block.bitmap.page_count().0 - block.bitmap.data_count().0).sum()
     }
@@ -135,7 +138,7 @@ impl<'a> Contents<'a> {
     /// # Errors
     ///
     /// Returns [`SnapshotError::DamagedPage`] for the first that is not what was written.
-    pub(crate) fn verify(
+    pub fn verify(
         &self,
         window: &Window,
         bytes: &[u8],
@@ -147,7 +150,7 @@ impl<'a> Contents<'a> {
     }
 
     /// Returns the windows in the order of the file; each page that is sent is in one of them.
-    pub(crate) fn windows(&self) -> impl Iterator<Item = Window> + Send + '_ {
+    pub fn windows(&self) -> impl Iterator<Item = Window> + Send + '_ {
         let blocks = self.blocks.iter().enumerate();
         blocks.flat_map(|(index, block)| {
             let cells = pieces(0..block.placed.block.used_length(), WINDOW_LEN);

@@ -11,9 +11,9 @@ use vmfile_format::stream;
 use vmfile_format::stream::multifd::{INIT_LEN, Init};
 
 use super::channel::read_all;
-use crate::incoming::{Patience, Pulse};
+use crate::error::ReceiveError;
+use crate::incoming::{Activity, WaitLimits};
 use crate::listener::Listener;
-use crate::receive::ReceiveError;
 
 /// Most channels that are taken: more than processors gain nothing, and each has its buffers.
 pub const CHANNELS_MAX: u32 = 16;
@@ -23,13 +23,15 @@ const MAGIC_LEN: usize = 4;
 
 /// The connections of one sender.
 #[derive(Debug)]
-pub(crate) struct Connections {
-    pub(crate) stream: OwnedFd,
+pub struct Connections {
+    /// The stream.
+    pub stream: OwnedFd,
     /// What has been read of the stream.
-    pub(crate) begun: Vec<u8>,
+    pub begun: Vec<u8>,
     /// The channels by their numbers, after their init packets; reading them does not block.
-    pub(crate) channels: Vec<OwnedFd>,
-    pub(crate) listener: Option<Listener>,
+    pub channels: Vec<OwnedFd>,
+    /// The socket that they came to; further connections to it are an error.
+    pub listener: Option<Listener>,
 }
 
 /// Why the connections are not those of one sender with so many channels.
@@ -115,31 +117,31 @@ enum Begin {
 
 impl Connections {
     /// Waits for a stream and its `channels`.
-    pub(crate) fn accept(
+    pub fn accept(
         listener: Listener,
         channels: u32,
-        patience: &Patience<'_>,
+        limits: &WaitLimits<'_>,
     ) -> Result<Connections, ReceiveError> {
         if channels == 0 {
-            let stream = listener.accept(patience)?;
+            let stream = listener.accept(limits)?;
             return Ok(Connections { listener: Some(listener), ..stream.into() });
         }
-        let accepted = accept_all(&listener, channels as usize + 1, patience)?;
-        Connections::sort(accepted, listener, channels, patience)
+        let accepted = accept_all(&listener, channels as usize + 1, limits)?;
+        Connections::sort(accepted, listener, channels, limits)
     }
 
     /// Tells the stream and its `channels` apart by what they begin with.
-    pub(crate) fn sort(
+    pub fn sort(
         accepted: Vec<OwnedFd>,
         listener: Listener,
         channels: u32,
-        patience: &Patience<'_>,
+        limits: &WaitLimits<'_>,
     ) -> Result<Connections, ReceiveError> {
         let mut streams = Vec::new();
         let mut places: Vec<Option<OwnedFd>> = (0..channels).map(|_| None).collect();
         let mut uuid = None;
         for connection in accepted {
-            match begin(&connection, patience)? {
+            match begin(&connection, limits)? {
                 Begin::Stream(begun) => streams.push((connection, begun)),
                 Begin::Channel(init) => {
                     let channel = init.channel;
@@ -168,11 +170,11 @@ impl Connections {
 fn accept_all(
     listener: &Listener,
     expected: usize,
-    patience: &Patience<'_>,
+    limits: &WaitLimits<'_>,
 ) -> Result<Vec<OwnedFd>, ReceiveError> {
     let mut accepted = Vec::new();
     while accepted.len() < expected {
-        match listener.accept(patience) {
+        match listener.accept(limits) {
             Ok(connection) => accepted.push(connection),
             Err(ReceiveError::Stalled { .. }) if !accepted.is_empty() => {
                 return Err(ChannelsError::Missing { found: accepted.len(), expected }.into());
@@ -184,12 +186,12 @@ fn accept_all(
 }
 
 /// Reads the first bytes of a connection, those of a channel up to its first packet.
-fn begin(connection: &OwnedFd, patience: &Patience<'_>) -> Result<Begin, ReceiveError> {
-    let pulse = Pulse::new();
+fn begin(connection: &OwnedFd, limits: &WaitLimits<'_>) -> Result<Begin, ReceiveError> {
+    let activity = Activity::default();
     let read = |field: &'static str, into: &mut [u8]| {
         let needed = into.len();
         let mut slices = [IoSliceMut::new(into)];
-        let found = read_all(connection.as_fd(), &mut slices, patience, &pulse)
+        let found = read_all(connection.as_fd(), &mut slices, limits, &activity)
             .map_err(|error| ReceiveError::waited(error, 0))?;
         if found < needed {
             let (needed, found) = (needed as u64, found as u64);

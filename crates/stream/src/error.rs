@@ -1,0 +1,180 @@
+//! Why a stream was not received, or not sent.
+
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use vmfile_engine::PublishError;
+use vmfile_format::FormatError;
+use vmfile_pages::{PagesError, SnapshotError};
+
+use crate::incoming::WaitError;
+use crate::multifd::ChannelsError;
+
+/// Why a stream was not received.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ReceiveError {
+    /// The pages could not be written to the file, or the caller stopped it.
+    #[error(transparent)]
+    Pages(#[from] PagesError),
+    /// The socket cannot be made.
+    #[error("listen at {path}", path = path.display())]
+    Listen {
+        /// Its path.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The connections are not those of a sender with so many channels.
+    #[error(transparent)]
+    Channels(#[from] ChannelsError),
+    /// A multifd channel brought what it should not, or ended too soon.
+    #[error("multifd channel {channel}")]
+    Channel {
+        /// The channel's number.
+        channel: u8,
+        /// What happened there.
+        source: Box<ReceiveError>,
+    },
+    /// The stream is not what it should be.
+    #[error("the stream")]
+    Stream(#[source] FormatError),
+    /// The stream could not be read.
+    #[error("read the stream at offset {offset:#x}")]
+    Read {
+        /// How far it was read, in bytes.
+        offset: u64,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The sender is silent.
+    #[error("no byte came for {after:?}, at offset {offset:#x} of the stream")]
+    Stalled {
+        /// How far the stream was read, in bytes.
+        offset: u64,
+        /// How long was waited.
+        after: Duration,
+    },
+    /// The sender's process does not run.
+    #[error("QEMU's process {pid} is stopped, by SIGSTOP or a debugger, and sends nothing")]
+    ProcessStopped {
+        /// The process.
+        pid: u32,
+    },
+    /// The sender does not come to its end.
+    #[error("the stream has not ended in time; it was read up to offset {offset:#x}")]
+    TimedOut {
+        /// How far it was read, in bytes.
+        offset: u64,
+    },
+}
+
+impl From<PublishError> for ReceiveError {
+    fn from(error: PublishError) -> ReceiveError {
+        ReceiveError::Pages(error.into())
+    }
+}
+
+impl ReceiveError {
+    /// Gives an end of limits its place in the stream.
+    pub fn waited(error: WaitError, offset: u64) -> ReceiveError {
+        match error {
+            WaitError::Io(source) => ReceiveError::Read { offset, source },
+            WaitError::Stalled(after) => ReceiveError::Stalled { offset, after },
+            WaitError::ProcessStopped(pid) => ReceiveError::ProcessStopped { pid },
+            WaitError::TimedOut => ReceiveError::TimedOut { offset },
+            // Who gives up for another is not asked why.
+            WaitError::Stopped | WaitError::GivenUp => PagesError::Stopped.into(),
+        }
+    }
+
+    /// Says by which channel it came, where that matters.
+    pub fn of_channel(self, channel: u8) -> ReceiveError {
+        match self {
+            ReceiveError::Stream(_) | ReceiveError::Read { .. } => {
+                ReceiveError::Channel { channel, source: Box::new(self) }
+            }
+            error => error,
+        }
+    }
+
+    /// Says that the kernel refused to write pages to the file.
+    #[must_use]
+    pub fn write_ram(source: io::Error) -> ReceiveError {
+        PagesError::WriteFile { what: "guest RAM", source }.into()
+    }
+}
+
+/// Why a stream was not sent, or not all of it.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SendError {
+    /// The file could not be read, or is not what was written; or the caller stopped it.
+    #[error(transparent)]
+    Pages(#[from] PagesError),
+    /// A thread could not be started, or panicked.
+    #[error("send by a thread of its own")]
+    Thread(#[source] io::Error),
+    /// There are more channels than there may be, or no socket to connect them to.
+    #[error("{found} multifd channels, expected at most {max}{}", where_to(*.max))]
+    Channels {
+        /// How many were asked for.
+        found: u32,
+        /// How many there may be.
+        max: u32,
+    },
+    /// It depends on the machine type when QEMU waits for its channels, and this does not tell.
+    #[error("machine type {machine:?} does not end with a version of QEMU")]
+    MachineVersion {
+        /// The machine type.
+        machine: String,
+    },
+    /// Nobody listens at the socket, or it may not be used.
+    #[error("connect to {path}", path = path.display())]
+    Connect {
+        /// The socket.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// It cannot be said what the descriptor is.
+    #[error("look at the descriptor of the stream")]
+    Descriptor(#[source] io::Error),
+    /// Whoever reads has ended before the stream did, as a QEMU does that refuses it.
+    #[error("the reader closed its end at offset {offset:#x} of the stream")]
+    PeerClosed {
+        /// How much was sent, in bytes.
+        offset: u64,
+    },
+    /// The stream could not be written.
+    #[error("write at offset {offset:#x} of the stream")]
+    Write {
+        /// How much was sent, in bytes.
+        offset: u64,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+impl SendError {
+    /// Says whether the file was at fault, and not whoever reads the stream.
+    pub fn is_about_the_file(&self) -> bool {
+        matches!(self, SendError::Pages(error) if !error.is_stopped())
+    }
+}
+
+impl From<SnapshotError> for SendError {
+    fn from(error: SnapshotError) -> SendError {
+        SendError::Pages(error.into())
+    }
+}
+
+fn where_to(channels_max: u32) -> &'static str {
+    if channels_max == 0 { " into a descriptor" } else { "" }
+}
+
+/// Says that the pages of the file could not be read.
+pub(crate) fn reading(source: io::Error) -> PagesError {
+    PagesError::ReadFile { what: "guest RAM from the file", source }
+}
