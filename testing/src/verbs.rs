@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
 use vmfile::check::CheckOptions;
-use vmfile::restore::{Destination, Mode, RestoreOptions, Restored};
+use vmfile::restore::{Destination, Mode, ModeUsed, RestoreOptions, Restored};
 use vmfile::save::{SaveOptions, SaveReport};
 use vmfile::{Control, RestoreError, Snapshot, Vm};
 use vmfile_format::manifest::VmMeta;
@@ -96,9 +96,9 @@ pub fn restore(qemu: &Qemu, config: &GuestConfig, file: &Path, mode: Mode) -> Te
     let destination = Destination::Command(words);
     let restored = vmfile::restore::restore(&snapshot, destination, &options, &Control::none())?;
     let expected = match mode {
-        Mode::Map => Some("map"),
-        Mode::Load => Some("load"),
-        Mode::Stream => Some("stream"),
+        Mode::Map => Some(ModeUsed::Map),
+        Mode::Load => Some(ModeUsed::Load),
+        Mode::Stream => Some(ModeUsed::Stream),
         Mode::Auto => None,
     };
     assert!(expected.is_none_or(|mode| mode == restored.report.mode), "{:?}", restored.report);

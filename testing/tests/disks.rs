@@ -83,7 +83,7 @@ fn round_trip(
     guest.wait_for_passes(1)?;
     guest.judge_counts()?;
     assert!(fs::read(config.disk_path())? == frozen, "the image stays as it was");
-    Ok(report.live_method.unwrap_or_default())
+    Ok(report.live_method.map_or_else(String::new, |method| method.to_string()))
 }
 
 #[test]

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use vmfile::check::CheckOptions;
-use vmfile::restore::{Destination, Mode, RestoreOptions};
-use vmfile::{Control, RestoreError, Snapshot, Vm};
+use vmfile::restore::{Destination, Mode, ModeUsed, RestoreOptions};
+use vmfile::{Control, FileFormat, RestoreError, Snapshot, Vm};
 use vmfile_testing::verbs::{self, check_is_clean, load, save};
 use vmfile_testing::{Guest, GuestConfig, Machine, Qemu, Ram, TestResult, requires};
 
@@ -124,7 +124,7 @@ fn we_restore_qemus(qemu: &Qemu, config: &GuestConfig, way: Way, offset: u64) ->
 
     let snapshot = Snapshot::open(&file, offset)?;
     let info = vmfile::info::info(&snapshot)?;
-    assert_eq!(info.format, "mapped-ram");
+    assert_eq!(info.format, FileFormat::MappedRam);
     assert!(info.device_sections.len() > 10, "{} sections", info.device_sections.len());
     assert!(info.blocks.iter().any(|block| block.name == "pc.ram" && block.pages_data > 0));
     let report = vmfile::check::check(&snapshot, &CheckOptions::default(), &Control::none())?;
@@ -135,7 +135,7 @@ fn we_restore_qemus(qemu: &Qemu, config: &GuestConfig, way: Way, offset: u64) ->
     let options = RestoreOptions::default();
     let destination = Destination::Waiting(vm);
     let restored = vmfile::restore::restore(&snapshot, destination, &options, &Control::none())?;
-    assert_eq!(restored.report.mode, "load");
+    assert_eq!(restored.report.mode, ModeUsed::Load);
     let after = waiting.wait_for_passes(2)?;
     assert!(after.number >= before.number, "{} after {}", after.number, before.number);
     waiting.judge_counts()

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde_json::json;
 use vmfile::error::SaveError;
-use vmfile::save::{After, Live, Route, SaveOptions, SaveReport};
+use vmfile::save::{After, Live, LiveMethod, Route, RouteUsed, SaveOptions, SaveReport};
 use vmfile_testing::verbs::{check_is_clean, load, map, save_with};
 use vmfile_testing::{Guest, GuestConfig, Machine, Qemu, Ram, Release, TestResult, requires};
 
@@ -71,7 +71,7 @@ fn a_busy_guest_with_private_ram_is_saved_by_background_snapshot() -> TestResult
     let qemu = requires!(Qemu::of(Release::Distribution));
     let config = Guest::boot_sector(Ram::private(64)).seed(111).busy();
     let report = round_trip(&qemu, &qemu, &config, &live())?;
-    assert_eq!(report.live_method.as_deref(), Some("background-snapshot"));
+    assert_eq!(report.live_method, Some(LiveMethod::BackgroundSnapshot));
     assert_eq!(report.bytes_rewritten, 0, "each page comes once");
     assert!(report.pause_seconds > 0.0 && report.pause_seconds < report.total_seconds);
     Ok(())
@@ -100,8 +100,8 @@ fn ram_in_a_file_on_a_disk_is_saved_by_pre_copy() -> TestResult {
     // The guest writes in a tenth of its time only, and a save may fall between.
     let is_rewritten = |report: &SaveReport| report.bytes_rewritten > 0;
     let report = round_trip_of(&qemu, &qemu, &config, &live(), is_rewritten)?;
-    let method = report.live_method.as_deref().unwrap_or_default();
-    assert!(method.starts_with("pre-copy (") && method.contains("not compatible"), "{method}");
+    let Some(LiveMethod::PreCopy { reason }) = &report.live_method else { panic!("{report:?}") };
+    assert!(reason.contains("not compatible"), "{reason}");
     Ok(())
 }
 
@@ -137,7 +137,7 @@ fn a_paused_guest_is_saved_as_it_is_and_the_direct_route_is_refused() -> TestRes
     assert_eq!(guest.status()?, "running");
     guest.stop()?;
     let report = save_with(&guest, &file, &live())?;
-    assert!(!report.live && report.route == "direct", "{report:?}");
+    assert!(!report.live && report.route == RouteUsed::Direct, "{report:?}");
     assert_eq!(guest.status()?, "paused");
     Ok(())
 }

@@ -51,7 +51,7 @@ fn pages_of_one_channel_come_back() -> TestResult {
     let config = Guest::boot_sector(Ram::private(64)).seed(101);
     let report = round_trip((&qemu, &qemu), &config, 1, &[])?;
     assert!(report.pages_zero > 0 && report.bytes_written > 0, "{report:?}");
-    assert!(report.direct_io.starts_with("yes"), "{report:?}");
+    assert!(report.direct_io.to_string().starts_with("yes"), "{report:?}");
     Ok(())
 }
 

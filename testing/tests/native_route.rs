@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde_json::{Value, json};
 use vmfile::error::SaveError;
-use vmfile::save::{After, Route, SaveOptions};
+use vmfile::save::{After, Route, RouteUsed, SaveOptions};
 use vmfile::{Control, DirectIo, Progress, Snapshot, Vm};
 use vmfile_testing::verbs::{check_is_clean, load, map, pages, save_with};
 use vmfile_testing::{
@@ -35,8 +35,8 @@ fn round_trip(qemu: &Qemu, config: &GuestConfig) -> TestResult {
     let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
     let file = directory.path().join("vm.vmf");
     let report = save_with(&guest, &file, &by_qemu(After::Quit))?;
-    assert_eq!((report.route, report.route_reason.as_str()), ("native", "asked for"));
-    assert!(report.direct_io.starts_with("yes"), "{}", report.direct_io);
+    assert_eq!((report.route, report.route_reason.as_str()), (RouteUsed::Native, "asked for"));
+    assert!(report.direct_io.to_string().starts_with("yes"), "{}", report.direct_io);
     drop(guest);
     check_is_clean(&file)?;
     let snapshot = Snapshot::open(&file, 0)?;
@@ -167,7 +167,7 @@ fn a_file_system_without_direct_io_is_written_through_the_page_cache() -> TestRe
     let required = SaveOptions { direct_io: DirectIo::Required, ..by_qemu(After::Quit) };
     assert!(save_with(&guest, &file, &required).is_err());
     let report = save_with(&guest, &file, &by_qemu(After::Quit))?;
-    assert_eq!(report.direct_io, "no: tmpfs is page cache and nothing else");
+    assert_eq!(report.direct_io.to_string(), "no: tmpfs is page cache and nothing else");
     drop(guest);
     check_is_clean(&file)?;
     let guest = map(&qemu, &config, &file)?;
@@ -183,7 +183,7 @@ fn direct_io_that_is_not_wanted_is_not_used() -> TestResult {
     let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
     let file = directory.path().join("vm.vmf");
     let options = SaveOptions { direct_io: DirectIo::Off, ..by_qemu(After::Quit) };
-    assert_eq!(save_with(&guest, &file, &options)?.direct_io, "no: not asked for");
+    assert_eq!(save_with(&guest, &file, &options)?.direct_io.to_string(), "no: not asked for");
     check_is_clean(&file)
 }
 

@@ -43,7 +43,7 @@ fn a_stream_of_the_installed_qemu_comes_back() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
     let report = round_trip(&qemu, &qemu, &Guest::boot_sector(Ram::private(64)).seed(71))?;
     assert!(report.pages_zero > 0 && report.bytes_written > 0, "{report:?}");
-    assert!(report.direct_io.starts_with("yes"), "{report:?}");
+    assert!(report.direct_io.to_string().starts_with("yes"), "{report:?}");
     Ok(())
 }
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
-use vmfile::restore::{Destination, Mode, RestoreOptions};
+use vmfile::restore::{Destination, Mode, ModeUsed, RestoreOptions};
 use vmfile::send::{SendOptions, SendReport, SendTo, send};
 use vmfile::{Control, Snapshot, Vm};
 use vmfile_testing::verbs::{self, save, stream};
@@ -83,7 +83,7 @@ fn a_qemu_that_waits_takes_the_stream() -> TestResult {
         let destination = Destination::Waiting(vm);
         let restored =
             vmfile::restore::restore(&snapshot, destination, &options, &Control::none())?;
-        assert_eq!(restored.report.mode, "stream");
+        assert_eq!(restored.report.mode, ModeUsed::Stream);
         let data = vmfile::info::info(&snapshot)?.blocks.iter().map(|b| b.pages_data).sum::<u64>();
         assert_eq!(restored.report.bytes_read, data * 4096);
         waiting.wait_for_passes(2)?;

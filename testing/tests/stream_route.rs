@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use serde_json::{Value, json};
 use vmfile::PagesError;
 use vmfile::error::SaveError;
-use vmfile::save::{After, Route, SaveOptions};
+use vmfile::save::{After, Route, RouteUsed, SaveOptions};
 use vmfile::{Control, Progress, Vm};
 use vmfile_testing::verbs::{check_is_clean, load, map, pages, save_with};
 use vmfile_testing::{
@@ -27,7 +27,7 @@ fn round_trip(qemu: &Qemu, config: &GuestConfig) -> TestResult {
     let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
     let file = directory.path().join("vm.vmf");
     let report = save_with(&guest, &file, &by_stream(After::Quit))?;
-    assert_eq!((report.route, report.route_reason.as_str()), ("stream", "asked for"));
+    assert_eq!((report.route, report.route_reason.as_str()), (RouteUsed::Stream, "asked for"));
     drop(guest);
     check_is_clean(&file)?;
     for restore in [map, load] {

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 
 use serde_json::{Value, json};
 use vmfile::restore::Mode;
-use vmfile::save::{Route, SaveOptions};
+use vmfile::save::{Route, RouteUsed, SaveOptions};
 use vmfile_qemu::{Feature, QemuVersion};
 use vmfile_testing::verbs::{self, check_is_clean, load, map, save, save_with};
 use vmfile_testing::{Guest, GuestConfig, Machine, Qemu, Ram, Release, TestResult, requires};
@@ -174,7 +174,7 @@ fn the_oldest_shows_no_addresses_and_is_saved_by_its_stream() -> TestResult {
 
     let report = save(&guest, &file)?;
     drop(guest);
-    assert_eq!(report.route, "stream");
+    assert_eq!(report.route, RouteUsed::Stream);
     assert!(report.route_reason.contains("prints no address of RAM block"), "{report:?}");
     check_is_clean(&file)?;
     let guest = map(&newer, &config, &file)?;

@@ -265,7 +265,11 @@ fn a_file_system_without_direct_io_works_and_the_report_says_so() -> TestResult 
 
     let report = save(&guest, &file)?;
     drop(guest);
-    assert!(report.direct_io.starts_with("no: tmpfs is page cache"), "{}", report.direct_io);
+    assert!(
+        report.direct_io.to_string().starts_with("no: tmpfs is page cache"),
+        "{}",
+        report.direct_io
+    );
     check_is_clean(&file)?;
     let guest = map(&qemu, &config, &file)?;
     guest.wait_for_passes(2)?;

@@ -300,7 +300,7 @@ mod tests {
     fn the_report_names_alignment_or_reason() {
         let yes = DirectIoInUse::Yes { offset_align: 512, memory_align: 4 };
         let no = DirectIoInUse::No { reason: "not asked for".to_owned() };
-        assert_eq!(yes.to_string(), "direct I/O (512-byte alignment)");
-        assert_eq!(no.to_string(), "buffered I/O (not asked for)");
+        assert_eq!(yes.to_string(), "yes, 512-byte alignment");
+        assert_eq!(no.to_string(), "no: not asked for");
     }
 }

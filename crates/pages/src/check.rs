@@ -15,11 +15,13 @@ use crate::jobs::Jobs;
 use crate::lane::Workers;
 use crate::page_hashes::{Hash, PageHashes, is_page};
 use crate::plan::{WINDOW_LEN, pieces};
-use crate::reading::open_for_reading;
-use crate::snapshot::{Manifest, Snapshot, SnapshotError};
+use crate::reading::{as_text, open_for_reading};
+use crate::snapshot::{FileFormat, Manifest, Snapshot, SnapshotError};
 use crate::window_reader::{MorePlaces, Window, WindowReader};
-use serde::Serialize;
-use vmfile_engine::{Backend, BackendInUse, DataFile, DataSeeker, DirectIo, is_zero};
+use serde::{Serialize, Serializer};
+use vmfile_engine::{
+    Backend, BackendInUse, DataFile, DataSeeker, DirectIo, DirectIoInUse, is_zero,
+};
 use vmfile_format::manifest::{FOOTER_LEN, HASH_LEN};
 use vmfile_format::mapped_ram::PlacedBlock;
 use vmfile_format::{PageBitmap, PageIndex};
@@ -48,7 +50,7 @@ impl Default for CheckOptions {
 #[derive(Clone, Debug, Serialize)]
 pub struct CheckReport {
     /// `vmfile`, or `mapped-ram` for a file that QEMU wrote, whose pages have no hashes.
-    pub format: &'static str,
+    pub format: FileFormat,
     /// What is wrong, in the order of the file; at most 1000 are listed.
     pub findings: Vec<Finding>,
     /// How many there are.
@@ -56,11 +58,20 @@ pub struct CheckReport {
     /// Pages whose bytes were compared with their hash.
     pub pages_checked: u64,
     /// Whether direct I/O was used; if not, why.
-    pub direct_io: String,
-    /// The back end that was used.
-    pub io: String,
+    #[serde(serialize_with = "as_text")]
+    pub direct_io: DirectIoInUse,
+    /// What moved the bytes; `None` if no page was read.
+    #[serde(serialize_with = "as_text_or_none")]
+    pub io: Option<BackendInUse>,
     /// How long it took, in seconds.
     pub total_seconds: f64,
+}
+
+fn as_text_or_none<S: Serializer>(io: &Option<BackendInUse>, to: S) -> Result<S::Ok, S::Error> {
+    match io {
+        Some(io) => as_text(io, to),
+        None => to.serialize_str("none"),
+    }
 }
 
 /// One thing that is wrong.
@@ -117,23 +128,23 @@ pub fn check(
     let start = std::time::Instant::now();
     let mut findings = Findings::default();
     let mut report = CheckReport {
-        format: "mapped-ram",
+        format: snapshot.format(),
         findings: Vec::new(),
         findings_total: 0,
         pages_checked: 0,
-        direct_io: "no: no page was read".to_owned(),
-        io: "none".to_owned(),
+        direct_io: DirectIoInUse::No { reason: "no page was read".to_owned() },
+        io: None,
         total_seconds: 0.0,
     };
     match snapshot.manifest() {
         None => trailing_bytes(snapshot, &mut findings),
         Some(manifest) => {
-            report.format = "vmfile";
             check_extents(snapshot, manifest, &mut findings)?;
             check_padding(snapshot, manifest, &mut findings)?;
             let pages = PageCheck::new(snapshot, manifest, options, control, &mut findings)?;
             report.direct_io = pages.direct_io.clone();
-            (report.pages_checked, report.io) = pages.run(&mut findings)?;
+            let (pages_checked, backend) = pages.run(&mut findings)?;
+            (report.pages_checked, report.io) = (pages_checked, Some(backend));
         }
     }
     findings.list.sort_by_key(|finding| finding.offset);
@@ -285,7 +296,7 @@ struct PageCheck<'a> {
     /// Finds data in the file where no page has any.
     seeker: DataSeeker,
     file: DataFile,
-    direct_io: String,
+    direct_io: DirectIoInUse,
     options: &'a CheckOptions,
     control: &'a Control<'a>,
 }
@@ -332,7 +343,7 @@ impl<'a> PageCheck<'a> {
     }
 
     /// Checks all pages in parallel; returns how many, and the back end.
-    fn run(&self, findings: &mut Findings) -> Result<(u64, String), PagesError> {
+    fn run(&self, findings: &mut Findings) -> Result<(u64, BackendInUse), PagesError> {
         let (all, backend) = self.read(|checked, window, read| match read {
             Ok(bytes) => self.verify(window, bytes, checked),
             Err(_) => self.verify_one_by_one(window, checked),
@@ -342,7 +353,7 @@ impl<'a> PageCheck<'a> {
             pages += checked.pages;
             findings.append(checked.found);
         }
-        Ok((pages, backend.to_string()))
+        Ok((pages, backend))
     }
 
     /// Reads all windows in parallel and hands each to `take`; returns what every worker has seen,

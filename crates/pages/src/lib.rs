@@ -79,8 +79,10 @@ pub use jobs::Jobs;
 pub use memory::{OwnMemory, OwnMemoryMut, PageSink, PageSource};
 pub use process_ram::{ProcessRam, ProcessRamError};
 pub use vmfile_engine::{
-    Access, Backend, BackingError, DataFile, DirectIo, Existing, PublishError, Unpublished,
+    Access, Backend, BackendInUse, BackingError, DataFile, DirectIo, DirectIoInUse, Existing,
+    PublishError, Unpublished,
 };
 pub use vmfile_format::{FormatError, PageBitmap, PageIndex, PageSize, RamBlock, RamLayout};
 
-pub use snapshot::{Manifest, Snapshot, SnapshotError};
+pub use reading::Verified;
+pub use snapshot::{FileFormat, Manifest, Snapshot, SnapshotError};

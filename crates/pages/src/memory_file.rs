@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use vmfile_engine::{Backend, DirectIo, Existing, Unpublished};
+use vmfile_engine::{Backend, BackendInUse, DirectIo, DirectIoInUse, Existing, Unpublished};
 use vmfile_format::RamLayout;
 use vmfile_format::manifest::VmMeta;
 use vmfile_format::stream::configuration::Configuration;
@@ -54,9 +54,9 @@ pub struct SavedMemory {
     /// Those that are not zero.
     pub pages_data: u64,
     /// Whether the pages went past the page cache; if not, why.
-    pub direct_io: String,
+    pub direct_io: DirectIoInUse,
     /// What moved the bytes.
-    pub io: String,
+    pub io: BackendInUse,
 }
 
 /// Saves the blocks of `ram`, whose bytes `source` has, to a new file at `path`, with `state`: at least one
@@ -90,13 +90,13 @@ pub fn save(
     let workers = workers.map_err(PagesError::writing("the file, by threads of its own"))?;
     let written = write_ram(workers, &places, source, total_bytes, control)?;
     draft.finish(&places, &written.bitmaps, tail, facts(machine))?;
-    let direct_io = draft.file().direct().to_string();
+    let direct_io = draft.file().direct().clone();
     draft.prove()?.publish()?;
     Ok(SavedMemory {
         pages_total: places.pages_total(),
         pages_data: written.bitmaps.iter().map(|bitmap| bitmap.data_count().0).sum(),
         direct_io,
-        io: written.backend.to_string(),
+        io: written.backend,
     })
 }
 

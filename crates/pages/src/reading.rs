@@ -1,15 +1,16 @@
 //! How the pages of a file are read: past the page cache, or from it; and whether they are verified.
 
+use std::fmt;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 
-use vmfile_engine::{DataFile, DirectIo, resident_bytes};
+use serde::{Serialize, Serializer};
+use vmfile_engine::{DataFile, DirectIo, DirectIoInUse, resident_bytes};
 
 use crate::snapshot::Snapshot;
 
-/// Opens the file for reading its pages, past the page cache unless that holds most of it; says
-/// which, in the words of a report.
+/// Opens the file for reading its pages, past the page cache unless that holds most of it; says which.
 ///
 /// # Errors
 ///
@@ -18,26 +19,68 @@ use crate::snapshot::Snapshot;
 pub fn open_for_reading(
     snapshot: &Snapshot,
     direct_io: DirectIo,
-) -> io::Result<(DataFile, String)> {
+) -> io::Result<(DataFile, DirectIoInUse)> {
     let file = snapshot.file();
-    let mut cached = None;
+    let mut is_cached = false;
     if direct_io == DirectIo::Preferred {
         let resident = resident_bytes(file.as_fd(), 0..snapshot.file_len())?;
         let allocated = file.metadata()?.blocks() * 512;
-        if resident.saturating_mul(2) > allocated {
-            cached = Some("no: most of the file is in the page cache".to_owned());
-        }
+        is_cached = resident.saturating_mul(2) > allocated;
     }
-    let wanted = if cached.is_some() { DirectIo::Off } else { direct_io };
+    let wanted = if is_cached { DirectIo::Off } else { direct_io };
     let file = DataFile::new(file.try_clone()?, wanted)?;
-    let said = cached.unwrap_or_else(|| file.direct().to_string());
-    Ok((file, said))
+    let in_use = if is_cached {
+        DirectIoInUse::No { reason: "most of the file is in the page cache".to_owned() }
+    } else {
+        file.direct().clone()
+    };
+    Ok((file, in_use))
 }
 
-/// Says whether pages that are read are compared with their hashes, in the words of a report.
-pub fn verified(snapshot: &Snapshot) -> &'static str {
-    match snapshot.manifest() {
-        Some(_) => "yes",
-        None => "no: QEMU wrote the file, and its pages have no hashes",
+/// Whether pages that are read are compared with their hashes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Verified {
+    /// They are, and everything else is compared with its checksum.
+    Yes,
+    /// QEMU wrote the file: nothing is recorded that its pages could be compared with.
+    NoHashes,
+    /// They are mapped and not read; everything else was compared with its checksum.
+    NotPages,
+    /// They came by a stream, which has no hashes.
+    Stream,
+}
+
+impl fmt::Display for Verified {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Verified::Yes => "yes",
+            Verified::NoHashes => "no: QEMU wrote the file, and its pages have no hashes",
+            Verified::NotPages => "all but the pages: they are mapped, not read",
+            Verified::Stream => "no: a stream has no hashes",
+        })
+    }
+}
+
+impl Serialize for Verified {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        as_text(self, serializer)
+    }
+}
+
+/// Serializes what a report tells as the text that it is shown by.
+///
+/// # Errors
+///
+/// Returns the serializer's error.
+pub fn as_text<S: Serializer>(value: &impl fmt::Display, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(value)
+}
+
+impl Verified {
+    /// Returns what can be compared where pages of `snapshot` are read.
+    #[must_use]
+    pub fn of(snapshot: &Snapshot) -> Verified {
+        if snapshot.manifest().is_some() { Verified::Yes } else { Verified::NoHashes }
     }
 }

@@ -1,11 +1,13 @@
 //! A saved VM as a file: opened once, its structure checked, its pages not yet read.
 
+use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use serde::Serialize;
 use vmfile_engine::{PageHasher, begin_reading};
 use vmfile_format::limits::FILE_LEN_MAX;
 use vmfile_format::manifest::{ExtentMeta, FOOTER_LEN, Footer, Meta};
@@ -24,6 +26,26 @@ pub struct Snapshot {
     len: u64,
     structure: MappedRamFile,
     manifest: Option<Manifest>,
+}
+
+/// Which program wrote a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum FileFormat {
+    /// vmfile, with a manifest: every page has a hash.
+    Vmfile,
+    /// QEMU, with its capability mapped-ram.
+    MappedRam,
+}
+
+impl fmt::Display for FileFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            FileFormat::Vmfile => "vmfile",
+            FileFormat::MappedRam => "mapped-ram",
+        })
+    }
 }
 
 /// What vmfile appended to the file.
@@ -209,6 +231,12 @@ impl Snapshot {
             hasher.write(bytes);
         }
         Ok(hasher.finish())
+    }
+
+    /// Returns which program wrote the file.
+    #[must_use]
+    pub fn format(&self) -> FileFormat {
+        if self.manifest.is_some() { FileFormat::Vmfile } else { FileFormat::MappedRam }
     }
 
     /// Returns the file's path as it was given.

@@ -23,7 +23,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use vmfile_engine::beside;
+use vmfile_engine::{BackendInUse, beside};
 use vmfile_format::stream::multifd::{Compression, Init, PACKET_PAGES_LEN, Packet, PacketPages};
 use vmfile_format::{PageIndex, RamLayout};
 use vmfile_pages::PagesError;
@@ -53,7 +53,7 @@ pub fn write_channels(
     connect: &dyn Fn() -> Result<OwnedFd, SendError>,
     (channels, parts): (u32, Parts),
     control: &Control<'_>,
-) -> Result<(String, u64), SendError> {
+) -> Result<(BackendInUse, u64), SendError> {
     let failed = AtomicBool::new(false);
     let is_stopped = || control.is_stopped() || failed.load(Ordering::Relaxed);
     let open = || Outlet::new(connect()?, &is_stopped).map_err(SendError::Descriptor);
@@ -95,7 +95,7 @@ pub fn write_channels(
     }
     stream.expect("it did not fail").finish()?;
     let sent = counts.iter().map(|count| count.load(Ordering::Relaxed)).sum();
-    Ok((backend.to_string(), sent))
+    Ok((backend, sent))
 }
 
 /// Returns the VM's uuid, by which QEMU knows its channels; zeros if it has none.

@@ -12,7 +12,7 @@ use std::io::IoSlice;
 use std::ops::Range;
 use std::sync::Mutex;
 
-use vmfile_engine::{Backend, DataFile};
+use vmfile_engine::{Backend, BackendInUse, DataFile};
 use vmfile_format::PageIndex;
 use vmfile_format::stream::encoder::RamSection;
 use vmfile_pages::control::{Control, Progress};
@@ -44,7 +44,7 @@ pub fn write_stream(
     source: &Source,
     outlet: &mut Outlet<'_>,
     control: &Control<'_>,
-) -> Result<String, SendError> {
+) -> Result<BackendInUse, SendError> {
     // The lane is lent to another thread, and the outlet with it.
     let outlet = Mutex::new(outlet);
     let write = |lane: Lane| {
@@ -58,7 +58,7 @@ pub fn write_stream(
     };
     let (results, backend) = on_lanes(&source.file, (source.io, 1), write).map_err(reading)?;
     results.into_iter().collect::<Result<(), SendError>>()?;
-    Ok(backend.to_string())
+    Ok(backend)
 }
 
 /// Writes all of `contents` into `outlet` and reads one window after another through the page

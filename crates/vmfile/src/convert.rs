@@ -7,6 +7,7 @@
 //! The device sections are the same bytes in both. The source is verified as it is read, so that
 //! bytes that fail their hash never get a new one.
 
+use std::fmt;
 use std::fs::File;
 use std::io::{Read as _, Seek as _, SeekFrom};
 use std::os::unix::net::UnixStream;
@@ -19,6 +20,7 @@ use vmfile_engine::{Backend, DirectIo, Existing, PublishError};
 use vmfile_format::stream::decoder::{EVENT_LEN_MAX, Event, StreamDecoder};
 use vmfile_pages::PagesError;
 use vmfile_pages::control::Control;
+use vmfile_pages::reading::Verified;
 use vmfile_pages::snapshot::{Snapshot, SnapshotError};
 
 use crate::new_file::new_file;
@@ -26,7 +28,8 @@ use crate::receive::{ReceiveError, ReceiveOptions, StreamFrom, receive};
 use crate::send::{SendError, SendOptions, SendReport, SendTo, send};
 
 /// What a file is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Format {
     /// Every page at a fixed place: a vmfile, or a file that QEMU wrote with mapped-ram.
     MappedRam,
@@ -34,14 +37,12 @@ pub enum Format {
     Stream,
 }
 
-impl Format {
-    /// Returns the word for it: `mapped-ram` or `stream`.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
             Format::MappedRam => "mapped-ram",
             Format::Stream => "stream",
-        }
+        })
     }
 }
 
@@ -69,15 +70,15 @@ pub struct ConvertReport {
     /// The new file.
     pub file: PathBuf,
     /// What the old one is: `mapped-ram` or `stream`.
-    pub from: &'static str,
+    pub from: Format,
     /// What the new one is.
-    pub to: &'static str,
+    pub to: Format,
     /// Pages of all RAM blocks.
     pub pages_total: u64,
     /// Pages that hold data.
     pub pages_data: u64,
     /// Whether the source was compared with its checksums and each page with its hash; if not, why.
-    pub verified: &'static str,
+    pub verified: Verified,
     /// How long it took, in seconds.
     pub total_seconds: f64,
 }
@@ -189,8 +190,8 @@ pub fn convert(
     };
     Ok(ConvertReport {
         file: destination.to_path_buf(),
-        from: from.name(),
-        to: to.name(),
+        from,
+        to,
         pages_total: converted.pages_total,
         pages_data: converted.pages_data,
         verified: converted.verified,
@@ -218,7 +219,7 @@ fn open_stream(source: &Path, start: u64) -> Result<Option<File>, ConvertError> 
 struct Converted {
     pages_total: u64,
     pages_data: u64,
-    verified: &'static str,
+    verified: Verified,
 }
 
 /// Writes the VM as a stream.
@@ -248,7 +249,7 @@ fn from_stream(
     Ok(Converted {
         pages_total: received.pages_total,
         pages_data: received.pages_total - received.pages_zero,
-        verified: "no: a stream has no hashes",
+        verified: Verified::Stream,
     })
 }
 

@@ -2,13 +2,14 @@
 
 use serde::Serialize;
 use vmfile_format::manifest::DiskMeta;
+use vmfile_pages::snapshot::FileFormat;
 use vmfile_pages::snapshot::{Snapshot, SnapshotError};
 
 /// What is in a file.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Info {
     /// `vmfile`, or `mapped-ram` for a file that QEMU wrote.
-    pub format: &'static str,
+    pub format: FileFormat,
     /// The VM, where the file names it: `None` in a file that QEMU wrote.
     pub vm: Option<VmInfo>,
     /// The versioned machine type.
@@ -97,7 +98,7 @@ pub fn info(snapshot: &Snapshot) -> Result<Info, SnapshotError> {
         bytes: section.len,
     });
     Ok(Info {
-        format: if meta.is_some() { "vmfile" } else { "mapped-ram" },
+        format: snapshot.format(),
         vm: meta.map(|meta| VmInfo {
             name: meta.vm.name.clone(),
             uuid: meta.vm.uuid.clone(),

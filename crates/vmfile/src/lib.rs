@@ -27,7 +27,7 @@ pub use vmfile_pages::check;
 pub use vmfile_pages::control::{Control, Progress};
 pub use vmfile_pages::jobs::Jobs;
 pub use vmfile_pages::process_ram::ProcessRamError;
-pub use vmfile_pages::snapshot::{Manifest, Snapshot, SnapshotError};
+pub use vmfile_pages::snapshot::{FileFormat, Manifest, Snapshot, SnapshotError};
 pub use vmfile_qemu::{
     CommandLineError, DiscoverError, LaunchedQemu, Vm, VmAddress, VmError, resolve,
 };

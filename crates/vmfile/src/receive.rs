@@ -12,12 +12,13 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
-use vmfile_engine::{Backend, DirectIo, Existing};
+use vmfile_engine::{Backend, BackendInUse, DirectIo, DirectIoInUse, Existing};
 use vmfile_format::manifest::VmMeta;
 use vmfile_pages::PagesError;
 use vmfile_pages::control::Control;
 use vmfile_pages::draft::{Draft, Facts};
 use vmfile_pages::lane::Workers;
+use vmfile_pages::reading::as_text;
 use vmfile_qemu::ProcessInfo;
 use vmfile_stream::incoming::WaitLimits;
 use vmfile_stream::listener::Listener;
@@ -76,9 +77,11 @@ pub struct ReceiveReport {
     /// The versioned machine type of the VM.
     pub machine: String,
     /// Whether direct I/O was used; if not, why.
-    pub direct_io: String,
+    #[serde(serialize_with = "as_text")]
+    pub direct_io: DirectIoInUse,
     /// The back end that was used.
-    pub io: String,
+    #[serde(serialize_with = "as_text")]
+    pub io: BackendInUse,
     /// Multifd channels that pages came by.
     pub channels: u32,
     /// Pages of all RAM blocks.
@@ -128,7 +131,7 @@ pub fn receive(
     if control.is_stopped() {
         return Err(PagesError::Stopped.into());
     }
-    let direct_io = draft.file().direct().to_string();
+    let direct_io = draft.file().direct().clone();
     draft.prove()?.publish()?;
     let pages_data: u64 = received.bitmaps.iter().map(|bitmap| bitmap.data_count().0).sum();
     let pages_total = received.places.pages_total();
@@ -136,7 +139,7 @@ pub fn receive(
         file: destination.to_path_buf(),
         machine: received.configuration.machine,
         direct_io,
-        io: received.backend.to_string(),
+        io: received.backend,
         channels: options.channels,
         pages_total,
         pages_zero: pages_total - pages_data,

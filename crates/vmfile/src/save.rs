@@ -27,6 +27,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use vmfile_engine::PublishError;
+use vmfile_engine::{BackendInUse, DirectIoInUse};
 use vmfile_format::manifest::VmMeta;
 use vmfile_pages::PagesError;
 use vmfile_pages::control::Control;
@@ -43,7 +44,7 @@ pub(crate) use self::disks::overlay_names;
 use self::disks::{Disks, deep_disks, saved_disks};
 pub(crate) use self::images::is_file;
 pub use self::options::{After, Live, Route, SaveOptions};
-pub use self::report::SaveReport;
+pub use self::report::{LiveMethod, RouteUsed, SaveReport};
 use self::route::{ChosenRoute, ReadyRoute, choose, choose_live};
 use crate::error::SaveError;
 use crate::guard::Guard;
@@ -96,9 +97,10 @@ struct Save<'a> {
     is_named: bool,
     known: Known,
     disks: Disks,
-    direct_io: String,
+    direct_io: DirectIoInUse,
     meta: VmMeta,
-    written: Written,
+    /// `None` before the route has written.
+    written: Option<Written>,
     warnings: Vec<String>,
     pause_seconds: f64,
 }
@@ -121,8 +123,9 @@ struct Work<'a> {
 
 impl Work<'_> {
     /// Returns what the manifest says of this save.
-    fn facts(&self, route: &'static str, pause_seconds: f64, live: bool) -> Facts {
+    fn facts(&self, route: RouteUsed, pause_seconds: f64, live: bool) -> Facts {
         let vm = self.meta.clone();
+        let route = route.name();
         Facts { route, live: Some(live), pause_seconds: Some(pause_seconds), vm }
     }
 
@@ -154,20 +157,20 @@ impl Work<'_> {
 }
 
 /// What a route has written: everything but the name.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Written {
     pages_total: u64,
     pages_data: u64,
     bytes_written: u64,
     bytes_rewritten: u64,
-    io: String,
+    io: BackendInUse,
     live: Option<LiveDone>,
 }
 
 /// How a guest was saved that ran.
 #[derive(Debug)]
 struct LiveDone {
-    method: String,
+    method: LiveMethod,
     pause_seconds: f64,
 }
 
@@ -232,7 +235,7 @@ impl<'a> Save<'a> {
             known,
             disks,
             meta,
-            written: Written::default(),
+            written: None,
             warnings,
             pause_seconds: 0.0,
         };
@@ -291,12 +294,12 @@ impl<'a> Save<'a> {
             warnings: &mut self.warnings,
             paused_at: Some(paused_at),
         };
-        self.written = match &mut self.route.route {
+        self.written = Some(match &mut self.route.route {
             ReadyRoute::Direct(route) => route.write(&mut work)?,
             ReadyRoute::Stream(route) => route.write(&mut work)?,
             ReadyRoute::Live(route) => route.write(&mut work)?,
             ReadyRoute::Native(route) => route.write(&mut work)?,
-        };
+        });
         let proven = self.prove()?;
         paused.verify()?;
         self.publish(proven)
@@ -326,11 +329,12 @@ impl<'a> Save<'a> {
             warnings: &mut self.warnings,
             paused_at: None,
         };
-        self.written = route.write(&mut work)?;
+        let written = route.write(&mut work)?;
         self.known.still_holds(vm)?;
         let proven = self.prove()?;
         self.publish(proven)?;
-        self.pause_seconds = self.written.live.as_ref().map_or(0.0, |live| live.pause_seconds);
+        self.pause_seconds = written.live.as_ref().map_or(0.0, |live| live.pause_seconds);
+        self.written = Some(written);
         let after = self.options.after;
         let released = vm.unstoppable(QUIT_TIMEOUT, |vm| match after {
             After::Quit => vm.quit(QUIT_TIMEOUT),
@@ -395,20 +399,21 @@ impl<'a> Save<'a> {
                 self.guard.leave();
             }
         }
+        let written = self.written.expect("the route has written it");
         let disks = saved_disks(&self.meta);
         self.warnings.extend(deep_disks(&disks));
         SaveReport {
             file: self.path,
-            route: self.route.route.name(),
+            route: self.route.route.used(),
             route_reason: self.route.reason,
-            live: self.written.live.is_some(),
-            live_method: self.written.live.map(|live| live.method),
+            live: written.live.is_some(),
+            live_method: written.live.map(|live| live.method),
             direct_io: self.direct_io,
-            io: self.written.io,
-            pages_total: self.written.pages_total,
-            pages_zero: self.written.pages_total - self.written.pages_data,
-            bytes_written: self.written.bytes_written,
-            bytes_rewritten: self.written.bytes_rewritten,
+            io: written.io,
+            pages_total: written.pages_total,
+            pages_zero: written.pages_total - written.pages_data,
+            bytes_written: written.bytes_written,
+            bytes_rewritten: written.bytes_rewritten,
             disks,
             changes: changed::report(&self.meta),
             warnings: self.warnings,

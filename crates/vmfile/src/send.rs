@@ -19,11 +19,11 @@ use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use serde::Serialize;
-use vmfile_engine::{Backend, DirectIo};
+use vmfile_engine::{Backend, BackendInUse, DirectIo, DirectIoInUse};
 use vmfile_format::RamBlock;
 use vmfile_pages::PagesError;
 use vmfile_pages::control::Control;
-use vmfile_pages::reading::{open_for_reading, verified};
+use vmfile_pages::reading::{Verified, as_text, open_for_reading};
 use vmfile_pages::snapshot::Snapshot;
 use vmfile_qemu::{Feature, QemuVersion, unix_socket};
 use vmfile_stream::channel_writer::{CHANNELS_MAX, write_channels};
@@ -80,11 +80,13 @@ pub struct SendReport {
     /// The length of the stream and of what the channels carried, in bytes.
     pub bytes_sent: u64,
     /// Whether the file was compared with its checksums and each page with its hash; if not, why.
-    pub verified: &'static str,
+    pub verified: Verified,
     /// Whether direct I/O was used; if not, why.
-    pub direct_io: String,
+    #[serde(serialize_with = "as_text")]
+    pub direct_io: DirectIoInUse,
     /// The back end that was used.
-    pub io: String,
+    #[serde(serialize_with = "as_text")]
+    pub io: BackendInUse,
     /// How long it took, in seconds.
     pub total_seconds: f64,
 }
@@ -129,7 +131,7 @@ pub fn send(
         pages_data: contents.data().0,
         pages_zero: contents.zero_pages(),
         bytes_sent,
-        verified: verified(snapshot),
+        verified: Verified::of(snapshot),
         direct_io,
         io,
         total_seconds: started.elapsed().as_secs_f64(),
@@ -142,7 +144,7 @@ fn send_one(
     source: &Source,
     descriptor: OwnedFd,
     control: &Control<'_>,
-) -> Result<(String, u64), SendError> {
+) -> Result<(BackendInUse, u64), SendError> {
     let is_stopped = || control.is_stopped();
     let mut outlet = Outlet::new(descriptor, &is_stopped).map_err(SendError::Descriptor)?;
     let io = write_stream(contents, source, &mut outlet, control)?;

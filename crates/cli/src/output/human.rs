@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 
+use vmfile::FileFormat;
 use vmfile::check::{CheckReport, Finding};
 use vmfile::convert::ConvertReport;
 use vmfile::info::Info;
@@ -91,7 +92,8 @@ pub(crate) fn restore(report: &RestoreReport) -> String {
     }
     line(&mut text, "mode", &format!("{} ({})", report.mode, report.mode_reason));
     if report.bytes_read > 0 {
-        let direct_io = report.direct_io.as_deref().unwrap_or("no");
+        let direct_io =
+            report.direct_io.as_ref().map_or_else(|| "no".to_owned(), ToString::to_string);
         let read = format!("{}, direct I/O: {direct_io}", size::bytes(report.bytes_read));
         line(&mut text, "read", &read);
     }
@@ -139,7 +141,7 @@ pub(crate) fn check(report: &CheckReport) -> String {
     if report.findings_total > listed {
         let _ = writeln!(text, "and {} more", report.findings_total - listed);
     }
-    if report.format == "vmfile" {
+    if report.format == FileFormat::Vmfile {
         let result = if report.findings_total == 0 { "ok" } else { "damaged" };
         let checked = format!(
             "{result}: {} pages, {} findings, {}",
@@ -148,7 +150,8 @@ pub(crate) fn check(report: &CheckReport) -> String {
             size::seconds(report.total_seconds)
         );
         line(&mut text, "checked", &checked);
-        line(&mut text, "engine", &format!("{}, direct I/O: {}", report.io, report.direct_io));
+        let io = report.io.as_ref().map_or_else(|| "none".to_owned(), ToString::to_string);
+        line(&mut text, "engine", &format!("{io}, direct I/O: {}", report.direct_io));
     } else {
         line(&mut text, "checked", &"structure only: QEMU writes no checksums");
     }

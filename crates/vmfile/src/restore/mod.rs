@@ -19,13 +19,15 @@ mod prepare;
 mod ram;
 mod stream;
 
+use std::fmt;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use serde::Serialize;
-use vmfile_engine::{Backend, DirectIo};
+use serde::{Serialize, Serializer};
+use vmfile_engine::{Backend, DirectIo, DirectIoInUse};
 use vmfile_pages::control::Control;
 use vmfile_pages::jobs::Jobs;
+use vmfile_pages::reading::Verified;
 use vmfile_pages::snapshot::Snapshot;
 use vmfile_qemu::{LaunchedQemu, PUT_BACK_TIMEOUT, RunState, Vm, VmError};
 
@@ -51,6 +53,29 @@ pub enum Mode {
     Load,
     /// Sent as QEMU's own stream.
     Stream,
+}
+
+/// How RAM came back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum ModeUsed {
+    /// Mapped from the file.
+    Map,
+    /// Read from the file into the new process.
+    Load,
+    /// Sent as QEMU's own stream.
+    Stream,
+}
+
+impl fmt::Display for ModeUsed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            ModeUsed::Map => "map",
+            ModeUsed::Load => "load",
+            ModeUsed::Stream => "stream",
+        })
+    }
 }
 
 /// Into which QEMU a VM is restored.
@@ -109,7 +134,7 @@ pub struct RestoreReport {
     /// The first QMP socket that its command line names.
     pub qmp: Option<PathBuf>,
     /// How RAM came back: `map`, `load` or `stream`.
-    pub mode: &'static str,
+    pub mode: ModeUsed,
     /// Why it was that mode.
     pub mode_reason: String,
     /// Whether the guest runs now.
@@ -119,17 +144,25 @@ pub struct RestoreReport {
     /// What the user should know, such as images that are not what they were.
     pub warnings: Vec<String>,
     /// Whether `load` or `stream` used direct I/O; if not, why.
-    pub direct_io: Option<String>,
+    #[serde(serialize_with = "as_text_if_any")]
+    pub direct_io: Option<DirectIoInUse>,
     /// Bytes of pages that `load` or `stream` read from the file.
     pub bytes_read: u64,
     /// Whether the file was compared with its checksums and each page with its hash; if not, why.
-    pub verified: &'static str,
+    pub verified: Verified,
     /// From the start of QEMU to its first answer, in seconds; 0 for a QEMU that waited.
     pub qemu_start_seconds: f64,
     /// From QEMU's first answer to the guest running, in seconds.
     pub resume_seconds: f64,
     /// How long it all took, in seconds.
     pub total_seconds: f64,
+}
+
+fn as_text_if_any<S: Serializer>(
+    direct_io: &Option<DirectIoInUse>,
+    to: S,
+) -> Result<S::Ok, S::Error> {
+    direct_io.as_ref().map(ToString::to_string).serialize(to)
 }
 
 /// A restored VM.
@@ -184,12 +217,12 @@ pub fn restore(
     let report = RestoreReport {
         pid: prepared.vm().pid()?,
         qmp,
-        mode: brought.mode.name(),
+        mode: brought.mode,
         mode_reason: brought.reason,
         running: is_to_run,
         disks: prepared.overlays.keep(),
         warnings: prepared.warnings,
-        direct_io: (brought.bytes_read > 0).then_some(brought.direct_io),
+        direct_io: brought.direct_io.filter(|_| brought.bytes_read > 0),
         bytes_read: brought.bytes_read,
         verified: brought.verified,
         qemu_start_seconds: prepared.start_seconds,

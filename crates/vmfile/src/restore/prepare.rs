@@ -1,5 +1,6 @@
 //! Which QEMU the VM goes into, how its RAM comes back, and why in that way.
 
+use super::ModeUsed;
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -32,7 +33,7 @@ pub(super) struct Prepared {
     pub(super) qemu: Qemu,
     /// Whether its command line is the one that was saved.
     pub(super) is_saved: bool,
-    pub(super) mode: Chosen,
+    pub(super) mode: ModeUsed,
     pub(super) reason: String,
     /// Whether `stream` may take the place of `load`.
     pub(super) may_stream: bool,
@@ -46,24 +47,6 @@ pub(super) struct Prepared {
     pub(super) start_seconds: f64,
     /// Ends the QEMU that was started, should this process end. It is the last to be dropped.
     pub(super) guard: Option<Guard>,
-}
-
-/// The mode that was chosen.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Chosen {
-    Map,
-    Load,
-    Stream,
-}
-
-impl Chosen {
-    pub(super) fn name(self) -> &'static str {
-        match self {
-            Chosen::Map => "map",
-            Chosen::Load => "load",
-            Chosen::Stream => "stream",
-        }
-    }
 }
 
 pub(super) enum Qemu {
@@ -233,9 +216,9 @@ fn prepare_waiting(
     }
     let warnings = check_waiting(snapshot, &mut vm, options)?;
     let (mode, reason) = match options.mode {
-        Mode::Stream => (Chosen::Stream, "asked for"),
-        Mode::Load => (Chosen::Load, "asked for"),
-        Mode::Map | Mode::Auto => (Chosen::Load, "QEMU was running already"),
+        Mode::Stream => (ModeUsed::Stream, "asked for"),
+        Mode::Load => (ModeUsed::Load, "asked for"),
+        Mode::Map | Mode::Auto => (ModeUsed::Load, "QEMU was running already"),
     };
     Ok(Prepared {
         qemu: Qemu::Waiting(vm),
@@ -305,10 +288,10 @@ fn choose<'a>(
     command_line: &CommandLine,
     version: QemuVersion,
     mode: Mode,
-) -> Result<(Vec<&'a PlacedBlock>, Chosen, String), RestoreError> {
+) -> Result<(Vec<&'a PlacedBlock>, ModeUsed, String), RestoreError> {
     match mode {
-        Mode::Load => return Ok((Vec::new(), Chosen::Load, "asked for".to_owned())),
-        Mode::Stream => return Ok((Vec::new(), Chosen::Stream, "asked for".to_owned())),
+        Mode::Load => return Ok((Vec::new(), ModeUsed::Load, "asked for".to_owned())),
+        Mode::Stream => return Ok((Vec::new(), ModeUsed::Stream, "asked for".to_owned())),
         Mode::Auto | Mode::Map => {}
     }
     let blocks = &snapshot.structure().blocks;
@@ -329,9 +312,9 @@ fn choose<'a>(
         None
     };
     match (obstacle, mode) {
-        (None, Mode::Map) => Ok((mappable, Chosen::Map, "asked for".to_owned())),
-        (None, _) => Ok((mappable, Chosen::Map, "the file and this QEMU allow it".to_owned())),
+        (None, Mode::Map) => Ok((mappable, ModeUsed::Map, "asked for".to_owned())),
+        (None, _) => Ok((mappable, ModeUsed::Map, "the file and this QEMU allow it".to_owned())),
         (Some(reason), Mode::Map) => Err(RestoreError::CannotMap { reason }),
-        (Some(reason), _) => Ok((Vec::new(), Chosen::Load, reason)),
+        (Some(reason), _) => Ok((Vec::new(), ModeUsed::Load, reason)),
     }
 }

@@ -3,6 +3,7 @@
 use std::error::Error;
 
 use vmfile_engine::Access;
+use vmfile_engine::DirectIoInUse;
 use vmfile_format::RamBlock;
 use vmfile_format::mapped_ram::PlacedBlock;
 use vmfile_pages::check::{CheckOptions, verify_pages};
@@ -10,27 +11,29 @@ use vmfile_pages::control::Control;
 use vmfile_pages::lane::Workers;
 use vmfile_pages::process_ram::{BlockAt, ProcessRam};
 use vmfile_pages::ram_loader::load_ram;
-use vmfile_pages::reading::{open_for_reading, verified};
+use vmfile_pages::reading::{Verified, open_for_reading};
 use vmfile_pages::snapshot::Snapshot;
 use vmfile_qemu::{Feature, RamBlockInfo, Vm};
 use vmfile_stream::contents::{Contents, LARGE_BLOCK_LEN, Pages};
 use vmfile_stream::stream_writer::Source;
 
+use super::ModeUsed;
 use super::RestoreOptions;
-use super::prepare::{Chosen, Prepared};
+use super::prepare::Prepared;
 use super::stream::send_to;
 use crate::restore_error::RestoreError;
 use crate::send::SendError;
 
 /// What was brought into QEMU, and how.
 pub(super) struct Brought {
-    pub(super) mode: Chosen,
+    pub(super) mode: ModeUsed,
     pub(super) reason: String,
     /// What the mode itself read, without the small blocks that go through a short stream.
     pub(super) bytes_read: u64,
-    pub(super) direct_io: String,
+    /// `None` if nothing was read.
+    pub(super) direct_io: Option<DirectIoInUse>,
     /// Whether all that the guest will see was verified; if not, why.
-    pub(super) verified: &'static str,
+    pub(super) verified: Verified,
 }
 
 /// Brings RAM and device state into the QEMU that waits.
@@ -43,20 +46,20 @@ pub(super) fn bring(
 ) -> Result<Brought, RestoreError> {
     let reason = prepared.reason.clone();
     match prepared.mode {
-        Chosen::Map => {
+        ModeUsed::Map => {
             let mapped = prepared.mapped.clone();
             let is_there = |name: &str| mapped.iter().any(|mapped| mapped == name);
             let verified = verify_mapped(snapshot, options, control)?;
             short_stream(snapshot, prepared.vm(), is_there, control)?;
-            let (mode, direct_io) = (Chosen::Map, String::new());
+            let (mode, direct_io) = (ModeUsed::Map, None);
             Ok(Brought { mode, reason, bytes_read: 0, direct_io, verified })
         }
-        Chosen::Load => match Loadable::find(snapshot, prepared.vm(), found)? {
+        ModeUsed::Load => match Loadable::find(snapshot, prepared.vm(), found)? {
             Ok(loadable) => {
                 let (bytes_read, direct_io) = loadable.load(snapshot, options, control)?;
                 let is_there = |name: &str| loadable.has(name);
                 short_stream(snapshot, prepared.vm(), is_there, control)?;
-                let (mode, verified) = (Chosen::Load, verified(snapshot));
+                let (mode, verified) = (ModeUsed::Load, Verified::of(snapshot));
                 Ok(Brought { mode, reason, bytes_read, direct_io, verified })
             }
             Err(obstacle) if prepared.may_stream => {
@@ -65,7 +68,7 @@ pub(super) fn bring(
             }
             Err(obstacle) => Err(obstacle.into()),
         },
-        Chosen::Stream => whole_stream(snapshot, prepared, reason, options, control),
+        ModeUsed::Stream => whole_stream(snapshot, prepared, reason, options, control),
     }
 }
 
@@ -74,13 +77,13 @@ fn verify_mapped(
     snapshot: &Snapshot,
     options: &RestoreOptions,
     control: &Control<'_>,
-) -> Result<&'static str, RestoreError> {
+) -> Result<Verified, RestoreError> {
     if !options.verify {
-        return Ok("all but the pages: they are mapped, not read");
+        return Ok(Verified::NotPages);
     }
     let RestoreOptions { direct_io, io, jobs, .. } = *options;
     verify_pages(snapshot, &CheckOptions { direct_io, io, jobs }, control)?;
-    Ok(verified(snapshot))
+    Ok(Verified::of(snapshot))
 }
 
 /// The large blocks, and the process in whose memory they lie.
@@ -160,15 +163,15 @@ impl<'a> Loadable<'a> {
         snapshot: &Snapshot,
         options: &RestoreOptions,
         control: &Control<'_>,
-    ) -> Result<(u64, String), RestoreError> {
-        let Some(process) = &self.process else { return Ok((0, String::new())) };
+    ) -> Result<(u64, Option<DirectIoInUse>), RestoreError> {
+        let Some(process) = &self.process else { return Ok((0, None)) };
         let blocks: Vec<usize> = self.blocks.iter().map(|&(block, _)| block).collect();
         let opened = open_for_reading(snapshot, options.direct_io);
         let (file, direct_io) = opened.map_err(RestoreError::File)?;
         let width = (options.io, options.jobs.count());
         let workers = Workers::start(&file, width).map_err(RestoreError::File)?;
         let (bytes_read, _) = load_ram((snapshot, workers), &blocks, process, control)?;
-        Ok((bytes_read, direct_io))
+        Ok((bytes_read, Some(direct_io)))
     }
 }
 
@@ -207,8 +210,8 @@ fn whole_stream(
     let report = |progress| control.report(progress);
     send_to(prepared.vm(), &contents, Some(&source), control, &report)?;
     let (_, bytes_read) = contents.data();
-    let (mode, verified) = (Chosen::Stream, verified(snapshot));
-    Ok(Brought { mode, reason, bytes_read, direct_io, verified })
+    let (mode, verified) = (ModeUsed::Stream, Verified::of(snapshot));
+    Ok(Brought { mode, reason, bytes_read, direct_io: Some(direct_io), verified })
 }
 
 /// Whatever the guest did, it waits for `cont`, even in a QEMU that was started without -S.

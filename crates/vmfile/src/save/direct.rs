@@ -1,5 +1,6 @@
 //! The route `direct`: RAM from the memory of QEMU's process, device state from its monitor.
 
+use super::RouteUsed;
 use vmfile_engine::Access;
 use vmfile_format::error::FormatErrorKind;
 use vmfile_format::stream::configuration::Configuration;
@@ -72,7 +73,7 @@ impl DirectRoute {
 
         let written = self.ram(work, &places)?;
         super::images::record(work.vm, work.meta)?;
-        let facts = work.facts("direct", work.seconds_paused(), false);
+        let facts = work.facts(RouteUsed::Direct, work.seconds_paused(), false);
         work.draft.finish(&places, &written.bitmaps, tail, facts)?;
         let pages_data = written.bitmaps.iter().map(|bitmap| bitmap.data_count().0).sum();
         Ok(Written {
@@ -80,7 +81,7 @@ impl DirectRoute {
             pages_data,
             bytes_written: written.data_bytes,
             bytes_rewritten: 0,
-            io: written.backend.to_string(),
+            io: written.backend,
             live: None,
         })
     }

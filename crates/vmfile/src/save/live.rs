@@ -8,6 +8,7 @@
 //! The disks of that moment are frozen while the guest stands still: before the one, when vmfile
 //! stops it, and at the end of the other, when QEMU waits with it (`pause-before-switchover`).
 
+use super::{LiveMethod, RouteUsed};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::thread;
@@ -39,16 +40,6 @@ const CANCEL_TIMEOUT: Duration = Duration::from_secs(60);
 pub(super) struct LiveRoute {
     before: StreamSettings,
     live: Live,
-}
-
-/// How the guest is sent.
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Method {
-    BackgroundSnapshot,
-    PreCopy {
-        /// Why not the other.
-        reason: String,
-    },
 }
 
 impl LiveRoute {
@@ -87,17 +78,13 @@ impl LiveRoute {
         }
         let pause_seconds = work.vm.pause_seen().unwrap_or_default().as_secs_f64();
         super::images::record(work.vm, work.meta)?;
-        let facts = work.facts("stream", pause_seconds, true);
+        let facts = work.facts(RouteUsed::Stream, pause_seconds, true);
         work.draft.finish(&received.places, &received.bitmaps, received.tail(), facts)?;
-        let method = match method {
-            Method::BackgroundSnapshot => "background-snapshot".to_owned(),
-            Method::PreCopy { reason } => format!("pre-copy ({reason})"),
-        };
         Ok(Written { live: Some(LiveDone { method, pause_seconds }), ..written(&received) })
     }
 
     /// Chooses how, by trying: QEMU refuses the capability where the memory does not allow it.
-    fn choose(&self, vm: &mut Vm, hold: bool) -> Result<(Method, StreamSettings), SaveError> {
+    fn choose(&self, vm: &mut Vm, hold: bool) -> Result<(LiveMethod, StreamSettings), SaveError> {
         let version = vm.version()?;
         let reason = match self.before.background_snapshot() {
             _ if !version.has(Feature::StoppableSnapshot) => {
@@ -107,17 +94,17 @@ impl LiveRoute {
             }
             None => "this QEMU has no background-snapshot".to_owned(),
             Some(ours) => match vm.change_stream_settings(&self.before, &ours) {
-                Ok(()) => return Ok((Method::BackgroundSnapshot, ours)),
+                Ok(()) => return Ok((LiveMethod::BackgroundSnapshot, ours)),
                 Err(VmError::Qmp(error)) if error.is_refused() => error.to_string(),
                 Err(error) => return Err(error.into()),
             },
         };
         let ours = self.before.pre_copy(self.live.pause_max, hold);
         vm.change_stream_settings(&self.before, &ours)?;
-        Ok((Method::PreCopy { reason }, ours))
+        Ok((LiveMethod::PreCopy { reason }, ours))
     }
 
-    fn receive(&self, work: &mut Work<'_>, method: &Method) -> Result<Received, SaveError> {
+    fn receive(&self, work: &mut Work<'_>, method: &LiveMethod) -> Result<Received, SaveError> {
         let (ours, theirs) = UnixStream::pair().map_err(SaveError::Socket)?;
         let workers = Workers::start(work.draft.file(), (work.options.io, 1));
         let workers = workers.map_err(SaveError::Workers)?;
@@ -127,7 +114,7 @@ impl LiveRoute {
         work.guard.keep_open(ours.as_fd())?;
         // From here on only the pause of this save is among the events.
         let _ = work.vm.pause_seen();
-        let stands = *method == Method::BackgroundSnapshot && !work.disks.is_empty();
+        let stands = *method == LiveMethod::BackgroundSnapshot && !work.disks.is_empty();
         if stands {
             work.vm.stop()?;
             work.disks.freeze(work.vm)?;
@@ -175,7 +162,7 @@ impl LiveRoute {
 struct Watch<'a> {
     vm: &'a mut Vm,
     disks: &'a mut Disks,
-    method: &'a Method,
+    method: &'a LiveMethod,
     /// The guest was stopped, and waits until its memory is write-protected.
     stands: bool,
 }
@@ -212,7 +199,7 @@ impl Watch<'_> {
 
     /// The file will have all of it: the guest need not wait for the disk.
     fn completed(&mut self) -> Result<bool, SaveError> {
-        if self.stands || *self.method != Method::BackgroundSnapshot {
+        if self.stands || *self.method != LiveMethod::BackgroundSnapshot {
             self.vm.cont()?;
         }
         Ok(true)

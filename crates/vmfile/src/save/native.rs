@@ -40,8 +40,8 @@ const PAGE_LEN: usize = 4096;
 pub(super) struct NativeRoute {
     before: StreamSettings,
     ours: StreamSettings,
-    /// Whether QEMU writes past the page cache, or why not.
-    direct_io: Result<String, String>,
+    /// Whether QEMU writes past the page cache.
+    direct_io: DirectIoInUse,
     /// Threads that read the pages again for their hashes, started while the VM runs; `None` once they
     /// were used.
     workers: Option<Workers>,
@@ -61,11 +61,13 @@ impl NativeRoute {
         }
         let before = vm.stream_settings()?;
         let direct_io = direct_io(&before, draft.file());
-        if let (DirectIo::Required, Err(reason)) = (options.direct_io, &direct_io) {
+        if let (DirectIo::Required, DirectIoInUse::No { reason }) = (options.direct_io, &direct_io)
+        {
             return Err(SaveError::NoDirectIo { reason: reason.clone() });
         }
         check_space(vm, draft.file())?;
-        let ours = before.mapped_ram(options.channels.unwrap_or(CHANNELS), direct_io.is_ok());
+        let is_direct = matches!(direct_io, DirectIoInUse::Yes { .. });
+        let ours = before.mapped_ram(options.channels.unwrap_or(CHANNELS), is_direct);
         let width = (options.io, options.jobs.count());
         let workers = Some(Workers::start(draft.file(), width).map_err(SaveError::Workers)?);
         Ok(NativeRoute { before, ours, direct_io, workers })
@@ -76,12 +78,9 @@ impl NativeRoute {
         &self.before
     }
 
-    /// Says whether QEMU writes past the page cache, in the words of a report.
-    pub(super) fn direct_io(&self) -> String {
-        match &self.direct_io {
-            Ok(alignment) => alignment.clone(),
-            Err(reason) => format!("no: {reason}"),
-        }
+    /// Says whether QEMU writes past the page cache.
+    pub(super) fn direct_io(&self) -> DirectIoInUse {
+        self.direct_io.clone()
     }
 
     /// Lets QEMU write the paused VM, and then makes the file a vmfile.
@@ -107,7 +106,7 @@ impl NativeRoute {
         let file = work.draft.file().buffered();
         work.guard.keep_open(file.as_fd())?;
         let mut descriptors = vec![reopen(file, OFlags::empty())?];
-        if self.direct_io.is_ok() {
+        if matches!(self.direct_io, DirectIoInUse::Yes { .. }) {
             descriptors.push(reopen(file, OFlags::DIRECT)?);
         }
         let kept = work.vm.keep_file(&descriptors)?;
@@ -128,19 +127,19 @@ fn check_space(vm: &mut Vm, file: &DataFile) -> Result<(), SaveError> {
     refuse_without_space(ram, file)
 }
 
-/// Whether QEMU can write past the page cache, or why not.
-fn direct_io(settings: &StreamSettings, file: &DataFile) -> Result<String, String> {
+/// Says whether QEMU can write past the page cache.
+fn direct_io(settings: &StreamSettings, file: &DataFile) -> DirectIoInUse {
+    let no = |reason| DirectIoInUse::No { reason };
     match file.direct() {
-        DirectIoInUse::No { reason } => Err(reason.clone()),
         DirectIoInUse::Yes { offset_align, memory_align }
             if *offset_align.max(memory_align) > PAGE_LEN =>
         {
-            Err(format!("QEMU writes single pages, the file system wants {offset_align} bytes"))
+            no(format!("QEMU writes single pages, the file system wants {offset_align} bytes"))
         }
         DirectIoInUse::Yes { .. } if !settings.has_direct_io() => {
-            Err("this QEMU has no direct I/O".to_owned())
+            no("this QEMU has no direct I/O".to_owned())
         }
-        direct => Ok(direct.to_string()),
+        as_found => as_found.clone(),
     }
 }
 

@@ -7,9 +7,11 @@
 //! QEMU's bitmap is the truth about which pages have data: what lies under a clear bit is emptied,
 //! and a page of zeros under a set bit is data like any other.
 
+use super::RouteUsed;
 use std::io;
 use std::os::fd::AsFd;
 
+use vmfile_engine::BackendInUse;
 use vmfile_engine::{DataSeeker, page_hash};
 use vmfile_format::error::FormatErrorKind;
 use vmfile_format::manifest::{ExtentMeta, HASH_LEN, encode_hash};
@@ -54,7 +56,7 @@ pub(super) fn complete(
     file.empty_stale_places()?;
     let io = file.hash(workers, ram_bytes)?;
     let extents = file.extents(&tail)?;
-    let facts = work.facts("native", work.seconds_paused(), false);
+    let facts = work.facts(RouteUsed::Native, work.seconds_paused(), false);
     work.draft.put_manifest(&tables, stream_end, &bitmaps, extents, facts)?;
     let pages_data = |bitmap: &PageBitmap| bitmap.data_count().0;
     let bytes_data = |(placed, bitmap): (&PlacedBlock, &PageBitmap)| {
@@ -64,8 +66,9 @@ pub(super) fn complete(
         pages_total: tables.pages_total(),
         pages_data: bitmaps.iter().map(pages_data).sum(),
         bytes_written: structure.blocks.iter().zip(&bitmaps).map(bytes_data).sum(),
+        bytes_rewritten: 0,
         io,
-        ..Written::default()
+        live: None,
     })
 }
 
@@ -127,7 +130,7 @@ impl NativeFile<'_> {
     }
 
     /// Reads every page with data and writes its hash; returns the back end.
-    fn hash(&self, workers: Workers, ram_bytes: u64) -> Result<String, SaveError> {
+    fn hash(&self, workers: Workers, ram_bytes: u64) -> Result<BackendInUse, SaveError> {
         // QEMU has done the first half.
         let second_half = |progress: Progress| {
             let Progress { done_bytes, total_bytes: all } = progress;
@@ -146,7 +149,7 @@ impl NativeFile<'_> {
             self.put_hashes(window, bytes)
         };
         let (_, backend) = reader.read(workers, take)?;
-        Ok(backend.to_string())
+        Ok(backend)
     }
 
     /// Writes the hashes of a window's pages, and zeros for those that have no data.

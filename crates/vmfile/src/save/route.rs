@@ -1,7 +1,9 @@
 //! Which route a save takes, and why: direct, stream, live or native.
 
+use super::RouteUsed;
 use std::path::PathBuf;
 
+use vmfile_engine::DirectIoInUse;
 use vmfile_engine::{DataFile, available_space};
 use vmfile_pages::PagesError;
 use vmfile_pages::draft::Draft;
@@ -30,22 +32,22 @@ pub(super) enum ReadyRoute {
 }
 
 impl ReadyRoute {
-    /// Says whether pages are written past the page cache, in the words of a report.
-    pub(super) fn direct_io(&self, draft: &Draft) -> String {
+    /// Says whether pages are written past the page cache.
+    pub(super) fn direct_io(&self, draft: &Draft) -> DirectIoInUse {
         match self {
             ReadyRoute::Native(route) => route.direct_io(),
             ReadyRoute::Direct(_) | ReadyRoute::Stream(_) | ReadyRoute::Live(_) => {
-                draft.file().direct().to_string()
+                draft.file().direct().clone()
             }
         }
     }
 
-    /// Returns its name in a report and in a manifest.
-    pub(super) fn name(&self) -> &'static str {
+    /// Returns which route it is.
+    pub(super) fn used(&self) -> RouteUsed {
         match self {
-            ReadyRoute::Direct(_) => "direct",
-            ReadyRoute::Stream(_) | ReadyRoute::Live(_) => "stream",
-            ReadyRoute::Native(_) => "native",
+            ReadyRoute::Direct(_) => RouteUsed::Direct,
+            ReadyRoute::Stream(_) | ReadyRoute::Live(_) => RouteUsed::Stream,
+            ReadyRoute::Native(_) => RouteUsed::Native,
         }
     }
 

@@ -3,6 +3,7 @@
 //! It needs no right but the monitor's, and every QEMU has it. QEMU's capabilities and parameters are
 //! changed for it and put back as they were.
 
+use super::RouteUsed;
 use std::num::NonZeroU8;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -93,7 +94,7 @@ impl StreamRoute {
             return Err(SaveError::NoRunState);
         }
         super::images::record(work.vm, work.meta)?;
-        let facts = work.facts("stream", work.seconds_paused(), false);
+        let facts = work.facts(RouteUsed::Stream, work.seconds_paused(), false);
         work.draft.finish(&received.places, &received.bitmaps, received.tail(), facts)?;
         Ok(written(&received))
     }
@@ -169,7 +170,7 @@ pub(super) fn written(received: &Received) -> Written {
         pages_data: received.bitmaps.iter().map(|bitmap| bitmap.data_count().0).sum(),
         bytes_written: received.counts.written_bytes,
         bytes_rewritten: received.counts.rewritten_bytes,
-        io: received.backend.to_string(),
+        io: received.backend.clone(),
         live: None,
     }
 }
