@@ -92,7 +92,7 @@ pub fn restore(qemu: &Qemu, config: &GuestConfig, file: &Path, mode: Mode) -> Te
     let words = prepared.command_line();
     let words = words.into_iter().map(|word| word.into_string().expect("UTF-8")).collect();
     let snapshot = Snapshot::open(file, 0)?;
-    let options = RestoreOptions { mode, disks_changed_ok: true, ..RestoreOptions::default() };
+    let options = RestoreOptions::default().mode(mode).disks_changed_ok(true);
     let destination = Destination::Command(words);
     let restored = vmfile::restore::restore(&snapshot, destination, &options, &Control::none())?;
     let expected = match mode {

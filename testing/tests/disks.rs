@@ -21,12 +21,12 @@ fn config(ram: Ram) -> GuestConfig {
 }
 
 fn with_disks(route: Route) -> SaveOptions {
-    SaveOptions { route, with_disks: true, after: After::Resume, ..SaveOptions::default() }
+    SaveOptions::default().route(route).with_disks(true).after(After::Resume)
 }
 
 fn live() -> SaveOptions {
-    let live = Some(Live { pause_max: Duration::from_secs(2), ..Live::default() });
-    SaveOptions { live, ..with_disks(Route::Auto) }
+    let live = Some(Live::default().pause_max(Duration::from_secs(2)));
+    with_disks(Route::Auto).live(live)
 }
 
 /// The images beside the guest's disk, the disk itself among them, by name.
@@ -319,7 +319,7 @@ fn a_vm_is_saved_with_its_disks_twenty_times_in_a_row() -> TestResult {
     let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
     for number in 1..=20 {
         let file = directory.path().join("a-name-that-is-not-short-at-all.vmf");
-        let options = SaveOptions { existing: Existing::Replace, ..with_disks(Route::Auto) };
+        let options = with_disks(Route::Auto).existing(Existing::Replace);
         let report = save_with(&guest, &file, &options)?;
         let [disk] = report.disks.as_slice() else { return Err("one disk".into()) };
         assert_eq!(disk.depth, number + 1);

@@ -32,7 +32,7 @@ fn nothing_happened(guest: &mut Guest, directory: &Path) -> TestResult {
 
 fn slow_options() -> SaveOptions {
     let jobs = Jobs::new(1).expect("1 is a number of jobs");
-    SaveOptions { jobs, io: Backend::Threads, ..SaveOptions::default() }
+    SaveOptions::default().jobs(jobs).io(Backend::Threads)
 }
 
 /// Saves, and calls `meddle` when the first pages have been written.
@@ -75,7 +75,7 @@ fn a_disk_that_fills_up_in_the_middle_harms_nobody() -> TestResult {
     let (inside, other) = (mount.path().join("dir"), mount.path().join("other"));
     fs::create_dir(&inside)?;
     for direct_io in [DirectIo::Required, DirectIo::Off] {
-        let options = SaveOptions { direct_io, ..slow_options() };
+        let options = slow_options().direct_io(direct_io);
         let fill_the_disk = |_: &AtomicBool| {
             let filler = File::options().create_new(true).write(true).open(&other);
             let filler = filler.expect("a file on the mount");
@@ -138,7 +138,7 @@ fn a_qemu_that_dies_in_the_middle_leaves_no_file() -> TestResult {
     let kill = |_: &AtomicBool| {
         rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("our own child");
     };
-    let options = SaveOptions { after: After::Resume, ..slow_options() };
+    let options = slow_options().after(After::Resume);
     let error = save_with_meddling(&guest, &directory.path().join("vm.vmf"), &options, kill);
     // Where the kernel had all pages already, the file is whole and only the VM is gone.
     let error = error?;

@@ -217,7 +217,7 @@ fn paths(drive: &Drive) -> Vec<&str> {
 
 /// What runs is not what the line says, and the save is to go on all the same.
 fn changed_ok() -> SaveOptions {
-    SaveOptions { changed_ok: true, ..SaveOptions::default() }
+    SaveOptions::default().changed_ok(true)
 }
 
 /// The drive of a VM that was restored.
@@ -335,8 +335,7 @@ fn the_image_of_a_file_is_below_an_overlay_however_the_drive_is_written() -> Tes
         let words = spellings(&image).swap_remove(number);
         let mut guest = guest(&words.iter().map(String::as_str).collect::<Vec<_>>()).boot(&qemu)?;
         guest.wait_for_count(1)?;
-        let options =
-            SaveOptions { with_disks: true, after: After::Resume, ..SaveOptions::default() };
+        let options = SaveOptions::default().with_disks(true).after(After::Resume);
         let file = files.path("vm.vmf");
         save_with(&guest, &file, &options)?;
         guest.qmp("quit", json!({}))?;

@@ -204,7 +204,7 @@ fn reused_ram_files_are_cleared_where_the_file_has_zero_pages() -> TestResult {
     )?;
     let vm = Vm::connect(&waiting.qmp_path())?;
     let snapshot = Snapshot::open(&file, 0)?;
-    let options = RestoreOptions { paused: true, ..RestoreOptions::default() };
+    let options = RestoreOptions::default().paused(true);
     vmfile::restore::restore(&snapshot, Destination::Waiting(vm), &options, &Control::none())?;
     let found = std::fs::read(&ram)?;
     assert!(found == verbs::pages(&file, "pc.ram")?, "RAM is what the file says, byte for byte");

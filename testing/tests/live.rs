@@ -11,8 +11,8 @@ use vmfile_testing::verbs::{check_is_clean, load, map, save_with};
 use vmfile_testing::{Guest, GuestConfig, Machine, Qemu, Ram, Release, TestResult, requires};
 
 fn live() -> SaveOptions {
-    let live = Some(Live { pause_max: Duration::from_secs(2), ..Live::default() });
-    SaveOptions { live, after: After::Resume, ..SaveOptions::default() }
+    let live = Some(Live::default().pause_max(Duration::from_secs(2)));
+    SaveOptions::default().live(live).after(After::Resume)
 }
 
 /// Saves a guest that rewrites its memory all the time; it runs on, and so does what comes back.
@@ -113,8 +113,9 @@ fn a_guest_that_is_too_busy_is_given_up_and_runs_on() -> TestResult {
     let mut guest = config.boot(&qemu)?;
     guest.wait_for_count(1)?;
     let directory = tempfile::tempdir()?;
-    let live = Live { timeout: Duration::from_millis(20), pause_max: Duration::from_millis(1) };
-    let options = SaveOptions { live: Some(live), ..self::live() };
+    let live =
+        Live::default().timeout(Duration::from_millis(20)).pause_max(Duration::from_millis(1));
+    let options = self::live().live(Some(live));
     let error = save_with(&guest, &directory.path().join("vm.vmf"), &options).expect_err("busy");
     let error = error.downcast::<SaveError>()?;
     assert!(matches!(*error, SaveError::NotConverged { .. }), "{error}");
@@ -131,7 +132,7 @@ fn a_paused_guest_is_saved_as_it_is_and_the_direct_route_is_refused() -> TestRes
     guest.wait_for_count(1)?;
     let directory = tempfile::tempdir()?;
     let file = directory.path().join("vm.vmf");
-    let options = SaveOptions { route: Route::Direct, ..live() };
+    let options = live().route(Route::Direct);
     let error = save_with(&guest, &file, &options).expect_err("direct pauses");
     assert!(matches!(*error.downcast::<SaveError>()?, SaveError::NotLive { .. }));
     assert_eq!(guest.status()?, "running");

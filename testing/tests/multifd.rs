@@ -18,7 +18,7 @@ use vmfile_testing::migration::{Outcome, comes_back, send_to, set_capability, se
 use vmfile_testing::{Guest, GuestConfig, Qemu, Ram, Release, TestResult, requires};
 
 fn channels(channels: u32) -> ReceiveOptions {
-    ReceiveOptions { channels, ..ReceiveOptions::default() }
+    ReceiveOptions::default().channels(channels)
 }
 
 /// Boots on `source`, receives by `count` channels with these parameters, and
@@ -203,7 +203,7 @@ impl Receiving {
         let directory = tempfile::tempdir()?;
         let (socket, file) = (directory.path().join("socket"), directory.path().join("vm.vmf"));
         let stall_timeout = Some(Duration::from_millis(500));
-        let options = ReceiveOptions { stall_timeout, ..channels(2) };
+        let options = channels(2).stall_timeout(stall_timeout);
         let from = StreamFrom::Listen(socket.clone());
         let receiver = thread::spawn(move || receive(from, &file, &options, &Control::none()));
         let deadline = Instant::now() + Duration::from_secs(10);

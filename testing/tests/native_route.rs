@@ -17,7 +17,7 @@ use vmfile_testing::{
 };
 
 fn by_qemu(after: After) -> SaveOptions {
-    SaveOptions { route: Route::Native, after, ..SaveOptions::default() }
+    SaveOptions::default().route(Route::Native).after(after)
 }
 
 /// QEMU loads the file with nothing of ours.
@@ -101,14 +101,10 @@ fn both_routes_write_the_same_pages(release: Release) -> TestResult {
     guest.stop()?;
     let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
     let (direct, native) = (directory.path().join("direct"), directory.path().join("native"));
-    let options = SaveOptions { after: After::Pause, ..SaveOptions::default() };
+    let options = SaveOptions::default().after(After::Pause);
     save_with(&guest, &direct, &options)?;
     let channels = NonZeroU8::new(3).ok_or("zero")?;
-    let report = save_with(
-        &guest,
-        &native,
-        &SaveOptions { channels: Some(channels), ..by_qemu(After::Pause) },
-    )?;
+    let report = save_with(&guest, &native, &by_qemu(After::Pause).channels(Some(channels)))?;
     assert_eq!(settings(&mut guest)?, before);
     let sets = guest.qmp("query-fdsets", json!({}))?;
     assert_eq!(sets, json!([]), "QEMU keeps no descriptor");
@@ -164,7 +160,7 @@ fn a_file_system_without_direct_io_is_written_through_the_page_cache() -> TestRe
     let guest = config.boot(&qemu)?;
     guest.wait_for_count(1)?;
     let file = mount.path().join("vm.vmf");
-    let required = SaveOptions { direct_io: DirectIo::Required, ..by_qemu(After::Quit) };
+    let required = by_qemu(After::Quit).direct_io(DirectIo::Required);
     assert!(save_with(&guest, &file, &required).is_err());
     let report = save_with(&guest, &file, &by_qemu(After::Quit))?;
     assert_eq!(report.direct_io.to_string(), "no: tmpfs is page cache and nothing else");
@@ -182,7 +178,7 @@ fn direct_io_that_is_not_wanted_is_not_used() -> TestResult {
     guest.wait_for_count(1)?;
     let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
     let file = directory.path().join("vm.vmf");
-    let options = SaveOptions { direct_io: DirectIo::Off, ..by_qemu(After::Quit) };
+    let options = by_qemu(After::Quit).direct_io(DirectIo::Off);
     assert_eq!(save_with(&guest, &file, &options)?.direct_io.to_string(), "no: not asked for");
     check_is_clean(&file)
 }

@@ -199,7 +199,7 @@ fn a_sender_that_falls_silent_is_given_up() -> TestResult {
     let (mut ours, theirs) = UnixStream::pair()?;
     ours.write_all(b"QEVM\0\0\0\x03")?;
     let stall_timeout = Some(Duration::from_millis(300));
-    let options = ReceiveOptions { stall_timeout, ..ReceiveOptions::default() };
+    let options = ReceiveOptions::default().stall_timeout(stall_timeout);
     let from = StreamFrom::Descriptor(theirs.into());
     let error = receive(from, &file, &options, &Control::none()).expect_err("silence");
     assert_eq!(error.to_string(), "no byte came for 300ms, at offset 0x0 of the stream");
@@ -225,7 +225,7 @@ fn a_sender_without_an_end_is_given_up_in_time() -> TestResult {
         }
     });
     let timeout = Some(Duration::from_secs(1));
-    let options = ReceiveOptions { timeout, ..ReceiveOptions::default() };
+    let options = ReceiveOptions::default().timeout(timeout);
     let from = StreamFrom::Descriptor(theirs.into());
     let error = receive(from, &file, &options, &Control::none()).expect_err("no end");
     assert!(matches!(error, ReceiveError::TimedOut { offset } if offset > 1 << 16), "{error}");

@@ -79,7 +79,7 @@ fn a_qemu_that_waits_takes_the_stream() -> TestResult {
         let waiting = config.incoming(&qemu, "defer")?;
         let vm = Vm::connect(&waiting.qmp_path())?;
         let snapshot = Snapshot::open(&saved.file, 0)?;
-        let options = RestoreOptions { mode: Mode::Stream, ..RestoreOptions::default() };
+        let options = RestoreOptions::default().mode(Mode::Stream);
         let destination = Destination::Waiting(vm);
         let restored =
             vmfile::restore::restore(&snapshot, destination, &options, &Control::none())?;
@@ -137,7 +137,7 @@ fn a_ram_file_that_was_used_before_is_cleared() -> TestResult {
     let ram = fill_with_noise(&waiting, 64 << 20)?;
     let vm = Vm::connect(&waiting.qmp_path())?;
     let snapshot = Snapshot::open(&saved.file, 0)?;
-    let options = RestoreOptions { mode: Mode::Stream, paused: true, ..RestoreOptions::default() };
+    let options = RestoreOptions::default().mode(Mode::Stream).paused(true);
     vmfile::restore::restore(&snapshot, Destination::Waiting(vm), &options, &Control::none())?;
     let found = std::fs::read(&ram)?;
     assert!(found == verbs::pages(&saved.file, "pc.ram")?, "RAM is what the file says");
@@ -166,7 +166,7 @@ fn zero_pages_are_left_out_only_where_that_was_asked_for() -> TestResult {
         let mut waiting = config.incoming(&qemu, "defer")?;
         let ram = fill_with_noise(&waiting, 64 << 20)?;
         waiting.qmp("migrate-incoming", json!({ "uri": format!("unix:{}", socket.display()) }))?;
-        let options = SendOptions { assume_zeroed, ..SendOptions::default() };
+        let options = SendOptions::default().assume_zeroed(assume_zeroed);
         let report = send_to(&saved.file, 0, &socket, &options)?;
         let zero = report.pages_total - report.pages_data;
         assert!(report.pages_zero == zero || assume_zeroed && report.pages_zero < zero / 2);
@@ -256,7 +256,7 @@ fn comes_over_channels(release: Release, config: &GuestConfig, channels: &[u32])
     for &channels in channels {
         let mut waiting = config.incoming(&qemu, "defer")?;
         listen(&mut waiting, &socket, channels)?;
-        let options = SendOptions { channels, ..SendOptions::default() };
+        let options = SendOptions::default().channels(channels);
         let report = send_to(&saved.file, 0, &socket, &options)?;
         assert_eq!(report.channels, channels);
         wait_until_loaded(&mut waiting)?;
@@ -299,7 +299,7 @@ fn a_ram_file_that_was_used_before_is_cleared_over_channels() -> TestResult {
     let mut waiting = config.prepare(&qemu)?.start(&["-incoming", "defer", "-S"])?;
     let ram = fill_with_noise(&waiting, 64 << 20)?;
     listen(&mut waiting, &socket, 2)?;
-    let options = SendOptions { channels: 2, ..SendOptions::default() };
+    let options = SendOptions::default().channels(2);
     send_to(&saved.file, 0, &socket, &options)?;
     wait_until_loaded(&mut waiting)?;
     assert!(std::fs::read(&ram)? == verbs::pages(&saved.file, "pc.ram")?, "as the file says");
@@ -319,7 +319,7 @@ fn channels_that_the_receiver_closes_are_an_error_and_end_the_others() -> TestRe
         drop(connections.remove(2));
         std::io::Result::Ok(connections)
     });
-    let options = SendOptions { channels: 3, ..SendOptions::default() };
+    let options = SendOptions::default().channels(3);
     let error = send_to(&saved.file, 0, &socket, &options).expect_err("closed").to_string();
     assert!(error.contains("the reader closed its end"), "{error}");
     drop(receiver.join().map_err(|_| "no panic")??);
@@ -330,7 +330,7 @@ fn channels_that_the_receiver_closes_are_an_error_and_end_the_others() -> TestRe
 fn channels_need_a_socket_and_are_not_many() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
     let saved = saved(&qemu, &Guest::boot_sector(Ram::private(16)).fill_mib(1).seed(96))?;
-    let options = SendOptions { channels: 17, ..SendOptions::default() };
+    let options = SendOptions::default().channels(17);
     let error = send_to(&saved.file, 0, Path::new("/nonexistent"), &options).expect_err("many");
     assert_eq!(error.to_string(), "17 multifd channels, expected at most 16");
     let snapshot = Snapshot::open(&saved.file, 0)?;

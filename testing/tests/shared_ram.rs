@@ -14,7 +14,7 @@ use vmfile_testing::{Guest, Ram, TestResult, requires};
 const RAM_MIB: u64 = 128;
 
 fn options(io: Backend) -> SaveOptions {
-    SaveOptions { io, after: After::Pause, ..SaveOptions::default() }
+    SaveOptions::default().io(io).after(After::Pause)
 }
 
 /// A vhost-user back end, say: it writes to the guest's memory although the guest stands still. Pages
@@ -77,7 +77,7 @@ fn a_ram_file_that_is_cut_in_the_middle_of_a_save_is_an_error() -> TestResult {
         };
         let mut vm = Vm::connect(&guest.qmp_path())?;
         let stop = Arc::new(AtomicBool::new(false));
-        let options = SaveOptions { jobs: Jobs::new(1).ok_or("one")?, ..options(io) };
+        let options = options(io).jobs(Jobs::new(1).ok_or("one")?);
         let result = vmfile::save::save(&mut vm, &file, &options, &Control::new(&stop, &cut));
         let error = result.expect_err("the RAM is not there any more");
         let source = std::error::Error::source(&error).ok_or("a cause")?;

@@ -18,7 +18,7 @@ use vmfile_testing::{
 };
 
 fn by_stream(after: After) -> SaveOptions {
-    SaveOptions { route: Route::Stream, after, ..SaveOptions::default() }
+    SaveOptions::default().route(Route::Stream).after(after)
 }
 
 fn round_trip(qemu: &Qemu, config: &GuestConfig) -> TestResult {
@@ -61,7 +61,7 @@ fn comes_back_by_channels(source: &Qemu, config: &GuestConfig, channels: u8) -> 
     let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
     let file = directory.path().join("vm.vmf");
     let channels = NonZeroU8::new(channels);
-    let options = SaveOptions { channels, ..by_stream(After::Resume) };
+    let options = by_stream(After::Resume).channels(channels);
     save_with(&guest, &file, &options)?;
     assert_eq!(guest.qmp("query-migrate-parameters", json!({}))?, settings);
     guest.wait_for_passes(1)?;
@@ -99,7 +99,7 @@ fn more_channels_than_are_taken_are_refused() -> TestResult {
     let mut guest = Guest::boot_sector(Ram::private(64)).seed(107).boot(&qemu)?;
     guest.wait_for_count(1)?;
     let directory = tempfile::tempdir()?;
-    let options = SaveOptions { channels: NonZeroU8::new(17), ..by_stream(After::Resume) };
+    let options = by_stream(After::Resume).channels(NonZeroU8::new(17));
     let error = save_with(&guest, &directory.path().join("vm.vmf"), &options).expect_err("17");
     assert_eq!(error.to_string(), "17 channels, at most 16 are taken");
     assert_eq!(guest.status()?, "running");
@@ -122,7 +122,7 @@ fn both_routes_write_the_same_pages_and_leave_qemu_as_it_was() -> TestResult {
     guest.stop()?;
     let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
     let (direct, stream) = (directory.path().join("direct"), directory.path().join("stream"));
-    let options = SaveOptions { after: After::Pause, ..SaveOptions::default() };
+    let options = SaveOptions::default().after(After::Pause);
     save_with(&guest, &direct, &options)?;
     save_with(&guest, &stream, &by_stream(After::Pause))?;
     assert_eq!(settings(&mut guest)?, before);
@@ -176,7 +176,7 @@ fn harms_nobody(
     };
     let parameters = guest.qmp("query-migrate-parameters", json!({}))?;
     let control = Control::new(&flag, &progress);
-    let options = SaveOptions { channels: NonZeroU8::new(channels), ..by_stream(After::Quit) };
+    let options = by_stream(After::Quit).channels(NonZeroU8::new(channels));
     let result = vmfile::save::save(&mut vm, &directory.join("vm.vmf"), &options, &control);
     let error = result.expect_err("the save failed");
     assert_eq!(guest.status()?, "running", "{error}");

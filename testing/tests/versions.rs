@@ -165,7 +165,7 @@ fn the_oldest_shows_no_addresses_and_is_saved_by_its_stream() -> TestResult {
     let before = guest.wait_for_count(1)?;
     let directory = tempfile::tempdir()?;
     let file = directory.path().join("vm.vmf");
-    let direct = SaveOptions { route: Route::Direct, ..SaveOptions::default() };
+    let direct = SaveOptions::default().route(Route::Direct);
     let error = save_with(&guest, &file, &direct).expect_err("there are no addresses").to_string();
     assert!(error.contains("pc.ram"), "{error}");
     assert!(!file.exists());

@@ -133,7 +133,7 @@ fn every_back_end_and_both_kinds_of_io_write_the_same_pages() -> TestResult {
     for (number, (io, direct_io)) in ways.into_iter().enumerate() {
         let file = directory.path().join(format!("{number}.vmf"));
         let after = After::Pause;
-        save_with(&guest, &file, &SaveOptions { io, direct_io, after, ..SaveOptions::default() })?;
+        save_with(&guest, &file, &SaveOptions::default().io(io).direct_io(direct_io).after(after))?;
         check_is_clean(&file)?;
         pages.push(verbs::pages(&file, "pc.ram")?);
     }
@@ -165,7 +165,7 @@ fn a_vm_that_is_saved_with_resume_runs_on() -> TestResult {
     let mut guest = Guest::boot_sector(Ram::private(64)).seed(11).boot(&qemu)?;
     guest.wait_for_count(1)?;
     let directory = tempfile::tempdir()?;
-    let options = SaveOptions { after: After::Resume, ..SaveOptions::default() };
+    let options = SaveOptions::default().after(After::Resume);
     save_with(&guest, &directory.path().join("vm.vmf"), &options)?;
     assert_eq!(guest.status()?, "running");
     guest.wait_for_passes(2)?;
@@ -257,7 +257,7 @@ fn a_file_system_without_direct_io_works_and_the_report_says_so() -> TestResult 
     let mut guest = config.boot(&qemu)?;
     guest.wait_for_count(1)?;
     let file = mount.path().join("vm.vmf");
-    let required = SaveOptions { direct_io: DirectIo::Required, ..SaveOptions::default() };
+    let required = SaveOptions::default().direct_io(DirectIo::Required);
     let error = save_with(&guest, &file, &required).expect_err("tmpfs has no direct I/O");
     let source = error.source().map(ToString::to_string).unwrap_or_default();
     assert!(source.starts_with("direct I/O is not possible: tmpfs"), "{error}: {source}");

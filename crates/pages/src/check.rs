@@ -18,6 +18,7 @@ use crate::plan::{WINDOW_LEN, pieces};
 use crate::reading::{as_text, open_for_reading};
 use crate::snapshot::{FileFormat, Manifest, Snapshot, SnapshotError};
 use crate::window_reader::{MorePlaces, Window, WindowReader};
+use derive_setters::Setters;
 use serde::{Serialize, Serializer};
 use vmfile_engine::{
     Backend, BackendInUse, DataFile, DataSeeker, DirectIo, DirectIoInUse, is_zero,
@@ -30,7 +31,8 @@ use vmfile_format::{PageBitmap, PageIndex};
 const FINDINGS_MAX: usize = 1000;
 
 /// How a file is checked.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Setters)]
+#[non_exhaustive]
 pub struct CheckOptions {
     /// Whether pages are read past the page cache. `Preferred` decides by what the cache holds.
     pub direct_io: DirectIo,
@@ -48,6 +50,7 @@ impl Default for CheckOptions {
 
 /// What a check found.
 #[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
 pub struct CheckReport {
     /// `vmfile`, or `mapped-ram` for a file that QEMU wrote, whose pages have no hashes.
     pub format: FileFormat,
@@ -76,6 +79,7 @@ fn as_text_or_none<S: Serializer>(io: &Option<BackendInUse>, to: S) -> Result<S:
 
 /// One thing that is wrong.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
 pub struct Finding {
     /// What it is.
     pub kind: FindingKind,

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use derive_setters::Setters;
 use vmfile_engine::{Backend, BackendInUse, DirectIo, DirectIoInUse, Existing, Unpublished};
 use vmfile_format::RamLayout;
 use vmfile_format::manifest::VmMeta;
@@ -20,7 +21,7 @@ use crate::reading::open_for_reading;
 use crate::snapshot::Snapshot;
 
 /// How a file is written or read.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Setters)]
 #[non_exhaustive]
 pub struct FileOptions {
     /// What to do where the file is there already.

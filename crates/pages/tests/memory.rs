@@ -24,10 +24,7 @@ fn layout(blocks: &[Vec<u8>], page_size: u64) -> RamLayout {
 }
 
 fn options(io: Backend) -> FileOptions {
-    let mut options = FileOptions::default();
-    options.existing = Existing::Replace;
-    options.io = io;
-    options
+    FileOptions::default().existing(Existing::Replace).io(io)
 }
 
 fn save_blocks(path: &Path, blocks: &[Vec<u8>], page_size: u64, source: &dyn PageSource) {

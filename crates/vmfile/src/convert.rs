@@ -14,6 +14,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use derive_setters::Setters;
 use serde::Serialize;
 use vmfile_engine::beside;
 use vmfile_engine::{Backend, DirectIo, Existing, PublishError};
@@ -47,7 +48,8 @@ impl fmt::Display for Format {
 }
 
 /// How a file is converted.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Setters)]
+#[non_exhaustive]
 pub struct ConvertOptions {
     /// Whether pages go past the page cache.
     pub direct_io: DirectIo,
@@ -66,6 +68,7 @@ impl Default for ConvertOptions {
 
 /// What a conversion did.
 #[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
 pub struct ConvertReport {
     /// The new file.
     pub file: PathBuf,

@@ -7,6 +7,7 @@ use vmfile_pages::snapshot::{Snapshot, SnapshotError};
 
 /// What is in a file.
 #[derive(Clone, Debug, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct Info {
     /// `vmfile`, or `mapped-ram` for a file that QEMU wrote.
     pub format: FileFormat,
@@ -36,6 +37,7 @@ pub struct Info {
 
 /// The VM that was saved.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
 pub struct VmInfo {
     /// Its name, where it has one.
     pub name: Option<String>,
@@ -51,6 +53,7 @@ pub struct VmInfo {
 
 /// A RAM block.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
 pub struct BlockInfo {
     /// Its name.
     pub name: String,
@@ -66,6 +69,7 @@ pub struct BlockInfo {
 
 /// A device's section.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
 pub struct SectionInfo {
     /// The device's name.
     pub name: String,

@@ -11,6 +11,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use derive_setters::Setters;
 use serde::Serialize;
 use vmfile_engine::{Backend, BackendInUse, DirectIo, DirectIoInUse, Existing};
 use vmfile_format::manifest::VmMeta;
@@ -39,7 +40,8 @@ pub enum StreamFrom {
 }
 
 /// How a stream is received.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Setters)]
+#[non_exhaustive]
 pub struct ReceiveOptions {
     /// Whether pages are written past the page cache.
     pub direct_io: DirectIo,
@@ -71,6 +73,7 @@ impl Default for ReceiveOptions {
 
 /// What a receive did.
 #[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
 pub struct ReceiveReport {
     /// The file.
     pub file: PathBuf,

@@ -17,6 +17,7 @@ use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use derive_setters::Setters;
 use rustix::io::Errno;
 use serde::Serialize;
 use vmfile_engine::{Backend, BackendInUse, DirectIo, DirectIoInUse};
@@ -44,7 +45,8 @@ pub enum SendTo {
 }
 
 /// How a stream is sent.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Setters)]
+#[non_exhaustive]
 pub struct SendOptions {
     /// Whether pages are read past the page cache. `Preferred` decides by what the cache holds.
     pub direct_io: DirectIo,
@@ -66,6 +68,7 @@ impl Default for SendOptions {
 
 /// What was sent.
 #[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
 pub struct SendReport {
     /// The file.
     pub file: PathBuf,

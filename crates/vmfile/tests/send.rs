@@ -153,7 +153,7 @@ proptest! {
         let directory = tempfile::tempdir().unwrap();
         let path = make_file(directory.path(), &blocks, None);
         let io = if threads { Backend::Threads } else { Backend::Auto };
-        let options = SendOptions { direct_io: DirectIo::Off, io, channels: 0, assume_zeroed };
+        let options = SendOptions::default().direct_io(DirectIo::Off).io(io).channels(0).assume_zeroed(assume_zeroed);
         let (report, stream) = send_file(&path, &options);
         let decoded = decode(&stream);
         let expected = blocks.iter().map(|pages| {
@@ -193,7 +193,7 @@ fn nothing_is_sent_of_zero_pages_however_many_there_are() {
     let mut pages = vec![0; 1 << 14];
     pages[9000] = 3;
     let path = make_file(directory.path(), &[pages], None);
-    let options = SendOptions { assume_zeroed: true, ..SendOptions::default() };
+    let options = SendOptions::default().assume_zeroed(true);
     let (report, stream) = send_file(&path, &options);
     assert_eq!((report.pages_total, report.pages_data, report.pages_zero), (1 << 14, 1, 0));
     assert!(stream.len() < 2 * PAGE_LEN, "{} bytes", stream.len());
@@ -219,7 +219,7 @@ fn send_over(path: &Path, channels: u32) -> (Vec<u8>, Vec<Vec<u8>>) {
         connections.into_iter().map(|reader| reader.join().unwrap()).collect::<Vec<_>>()
     });
     let snapshot = Snapshot::open(path, 0).unwrap();
-    let options = SendOptions { channels, ..SendOptions::default() };
+    let options = SendOptions::default().channels(channels);
     let report = send(&snapshot, SendTo::Connect(socket), &options, &Control::none()).unwrap();
     let mut found = receiver.join().unwrap();
     assert_eq!(report.bytes_sent, found.iter().map(|bytes| bytes.len() as u64).sum::<u64>());

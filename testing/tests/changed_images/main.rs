@@ -89,11 +89,11 @@ fn qemu_img(options: &[&str], image: &Path) -> TestResult {
 }
 
 fn changed_ok() -> RestoreOptions {
-    RestoreOptions { disks_changed_ok: true, ..RestoreOptions::default() }
+    RestoreOptions::default().disks_changed_ok(true)
 }
 
 fn with_disks() -> SaveOptions {
-    SaveOptions { with_disks: true, after: After::Resume, ..SaveOptions::default() }
+    SaveOptions::default().with_disks(true).after(After::Resume)
 }
 
 /// The images of the disk of a restored VM, top first.
@@ -193,7 +193,7 @@ fn images_that_did_not_change_are_not_said_to_have_changed() -> TestResult {
                 command.args(["amend", "-o", "lazy_refcounts=on"]).arg(scene.path("top.qcow2"));
                 assert!(command.status()?.success());
             }
-            let options = SaveOptions { route, ..SaveOptions::default() };
+            let options = SaveOptions::default().route(route);
             let (_guest, file) = scene.saved(qemu, &options)?;
             let restored = restore_saved(&file, &RestoreOptions::default())?;
             assert_eq!(restored.report.warnings, [""; 0], "{route:?}");
@@ -217,7 +217,7 @@ fn a_busy_disk_is_not_said_to_have_changed_after_its_vm_was_saved() -> TestResul
         guest.wait_for_count(2)?;
         let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
         let file = directory.path().join("vm.vmf");
-        save_with(&guest, &file, &SaveOptions { route, ..SaveOptions::default() })?;
+        save_with(&guest, &file, &SaveOptions::default().route(route))?;
         guest.wait_for_exit()?;
         let restored = restore_saved(&file, &RestoreOptions::default())?;
         assert_eq!(restored.report.warnings, [""; 0], "{route:?} {more}");
@@ -264,7 +264,7 @@ fn a_live_save_that_ends_the_vm_needs_its_disks() -> TestResult {
     let mut guest = scene.boot(&qemu)?;
     let file = scene.path("vm.vmf");
     let live = Some(Live::default());
-    let options = SaveOptions { live, ..SaveOptions::default() };
+    let options = SaveOptions::default().live(live);
     let error = refused(save_with(&guest, &file, &options))?;
     let SaveError::DisksGoOn { devices } = &error else { panic!("{error}") };
     assert!(devices.contains(&"d0".to_owned()), "{devices:?}");
@@ -272,16 +272,15 @@ fn a_live_save_that_ends_the_vm_needs_its_disks() -> TestResult {
     assert!(!file.exists());
 
     for options in [
-        SaveOptions { live, after: After::Resume, ..SaveOptions::default() },
-        SaveOptions { after: After::Resume, ..SaveOptions::default() },
+        SaveOptions::default().live(live).after(After::Resume),
+        SaveOptions::default().after(After::Resume),
     ] {
         let report = save_with(&guest, &file, &options)?;
         let [warning] = &*report.warnings else { panic!("{:?}", report.warnings) };
         assert!(warning.contains("d0") && warning.contains("--with-disks"), "{warning}");
         fs::remove_file(&file)?;
     }
-    for options in [with_disks(), SaveOptions { live, with_disks: true, ..SaveOptions::default() }]
-    {
+    for options in [with_disks(), SaveOptions::default().live(live).with_disks(true)] {
         let report = save_with(&guest, &file, &options)?;
         let goes_on = report.warnings.iter().any(|warning| warning.contains("goes on writing"));
         assert!(!goes_on, "{:?}", report.warnings);
@@ -354,7 +353,7 @@ fn an_image_that_was_deleted_or_replaced_is_refused_where_the_vm_would_end() -> 
         assert_eq!((device.as_str(), lost), ("d0", &image), "{error}");
         assert_eq!(guest.status()?, "running");
         // The VM that goes on has its image, whatever the name says.
-        let options = SaveOptions { after: After::Pause, ..SaveOptions::default() };
+        let options = SaveOptions::default().after(After::Pause);
         let report = save_with(&guest, &file, &options)?;
         let named = report.warnings.iter().any(|w| w.contains("top.qcow2") && w.contains("again"));
         assert!(named, "{:?}", report.warnings);
@@ -374,7 +373,7 @@ fn an_image_in_an_fd_set_is_refused_where_the_vm_would_end() -> TestResult {
             "locking": "off" }, "read-only": true });
     guest.qmp("blockdev-add", node)?;
     guest.qmp("device_add", json!({ "driver": "virtio-blk-pci", "drive": "n", "id": "hot" }))?;
-    let options = SaveOptions { changed_ok: true, ..SaveOptions::default() };
+    let options = SaveOptions::default().changed_ok(true);
     let error = refused(save_with(&guest, &scene.path("vm.vmf"), &options))?;
     assert!(matches!(error, SaveError::ImageLost { .. }), "{error}");
     assert!(error.to_string().contains("descriptor"), "{error}");

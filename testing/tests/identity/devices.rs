@@ -232,6 +232,6 @@ fn what_ends_with_the_process_is_named_before_the_vm_is_ended() -> TestResult {
         error.contains("-chardev log: found it names a descriptor that QEMU was started with"),
         "{error}"
     );
-    save_with(&guest, &file, &SaveOptions { changed_ok: true, ..SaveOptions::default() })?;
+    save_with(&guest, &file, &SaveOptions::default().changed_ok(true))?;
     Ok(())
 }

@@ -148,7 +148,7 @@ fn an_overlay_of_an_earlier_save_is_told_and_is_no_change() -> TestResult {
     let directory = tempfile::tempdir()?;
     for name in ["1.vmf", "2.vmf"] {
         let after = After::Resume;
-        let options = SaveOptions { with_disks: true, after, ..SaveOptions::default() };
+        let options = SaveOptions::default().with_disks(true).after(after);
         let report = save_with(&guest, &directory.path().join(name), &options)?;
         assert_eq!(report.changes, []);
     }

@@ -18,7 +18,7 @@ use vmfile_testing::{Guest, TestResult};
 /// What a save says has changed in a VM that goes on.
 fn changes(guest: &Guest) -> TestResult<Vec<Change>> {
     let directory = tempfile::tempdir()?;
-    let options = SaveOptions { after: After::Resume, ..SaveOptions::default() };
+    let options = SaveOptions::default().after(After::Resume);
     Ok(save_with(guest, &directory.path().join("vm.vmf"), &options)?.changes)
 }
 
@@ -37,7 +37,7 @@ fn save_and_restore(guest: &mut Guest, expected: &[&str]) -> TestResult<Restored
     assert_eq!(names(changes), expected, "{error}");
     assert!(!file.exists());
     assert_eq!(guest.status()?, "running");
-    save_with(guest, &file, &SaveOptions { changed_ok: true, ..SaveOptions::default() })?;
+    save_with(guest, &file, &SaveOptions::default().changed_ok(true))?;
     guest.wait_for_exit()?;
     Ok(restore_saved(&file)?)
 }

@@ -15,11 +15,10 @@ use crate::signals::Signals;
 pub(crate) fn run(arguments: &CheckArguments, voice: &Voice) -> Result<ExitCode, Failure> {
     let signals = Signals::listen().map_err(|error| Failure::system("signals", &error))?;
     let snapshot = super::open(&arguments.file)?;
-    let options = CheckOptions {
-        direct_io: arguments.engine.direct_io(),
-        io: arguments.engine.io(),
-        jobs: arguments.engine.jobs(),
-    };
+    let options = CheckOptions::default()
+        .direct_io(arguments.engine.direct_io())
+        .io(arguments.engine.io())
+        .jobs(arguments.engine.jobs());
     let meter = Meter::new("check", voice.progress, &signals.asked);
     let show = |progress| meter.show(progress);
     let result = vmfile::check::check(&snapshot, &options, &Control::new(&signals.stop, &show));

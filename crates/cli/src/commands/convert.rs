@@ -18,11 +18,10 @@ pub(crate) fn run(arguments: &ConvertArguments, voice: &Voice) -> Result<ExitCod
         FormatMode::MappedRam => Format::MappedRam,
         FormatMode::Stream => Format::Stream,
     };
-    let options = ConvertOptions {
-        direct_io: arguments.direct_io.into(),
-        io: arguments.io.into(),
-        existing: if arguments.force { Existing::Replace } else { Existing::Refuse },
-    };
+    let options = ConvertOptions::default()
+        .direct_io(arguments.direct_io.into())
+        .io(arguments.io.into())
+        .existing(if arguments.force { Existing::Replace } else { Existing::Refuse });
     let meter = Meter::new("convert", voice.progress, &signals.asked);
     let show = |progress| meter.show(progress);
     let control = Control::new(&signals.stop, &show);

@@ -18,14 +18,13 @@ pub(crate) fn run(arguments: &ReceiveArguments, voice: &Voice) -> Result<ExitCod
     let signals = Signals::listen().map_err(|error| Failure::system("signals", &error))?;
     let from = source(arguments)?;
     let stall = Duration::from_secs(arguments.stall_timeout);
-    let options = ReceiveOptions {
-        direct_io: arguments.direct_io.into(),
-        io: arguments.io.into(),
-        existing: if arguments.force { Existing::Replace } else { Existing::Refuse },
-        channels: arguments.channels,
-        stall_timeout: (!stall.is_zero()).then_some(stall),
-        timeout: arguments.timeout.map(Duration::from_secs),
-    };
+    let options = ReceiveOptions::default()
+        .direct_io(arguments.direct_io.into())
+        .io(arguments.io.into())
+        .existing(if arguments.force { Existing::Replace } else { Existing::Refuse })
+        .channels(arguments.channels)
+        .stall_timeout((!stall.is_zero()).then_some(stall))
+        .timeout(arguments.timeout.map(Duration::from_secs));
     let meter = Meter::new("receive", voice.progress, &signals.asked);
     let show = |progress| meter.show(progress);
     let control = Control::new(&signals.stop, &show);

@@ -30,21 +30,20 @@ pub(crate) fn run(arguments: &RestoreArguments, voice: &Voice) -> Result<ExitCod
         None if arguments.command.is_empty() => Destination::Saved,
         None => Destination::Command(arguments.command.clone()),
     };
-    let options = RestoreOptions {
-        mode: match arguments.mode {
+    let options = RestoreOptions::default()
+        .mode(match arguments.mode {
             RestoreMode::Auto => Mode::Auto,
             RestoreMode::Map => Mode::Map,
             RestoreMode::Load => Mode::Load,
             RestoreMode::Stream => Mode::Stream,
-        },
-        direct_io: arguments.engine.direct_io(),
-        io: arguments.engine.io(),
-        jobs: arguments.engine.jobs(),
-        disks_changed_ok: arguments.disks_changed_ok,
-        verify: arguments.verify,
-        paused: arguments.paused,
-        foreground: arguments.foreground,
-    };
+        })
+        .direct_io(arguments.engine.direct_io())
+        .io(arguments.engine.io())
+        .jobs(arguments.engine.jobs())
+        .disks_changed_ok(arguments.disks_changed_ok)
+        .verify(arguments.verify)
+        .paused(arguments.paused)
+        .foreground(arguments.foreground);
     let meter = Meter::new("restore", voice.progress, &signals.asked);
     let show = |progress| meter.show(progress);
     let control = Control::new(&signals.stop, &show);

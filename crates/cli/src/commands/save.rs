@@ -17,31 +17,31 @@ pub(crate) fn run(arguments: &SaveArguments, voice: &Voice) -> Result<ExitCode, 
     let signals = Signals::listen().map_err(|error| Failure::system("signals", &error))?;
     let held = NoSuspend::begin().map_err(|error| Failure::system("signals", &error))?;
     let mut vm = connect(&arguments.vm, &signals)?;
-    let options = SaveOptions {
-        route: match arguments.route {
+    let options = SaveOptions::default()
+        .route(match arguments.route {
             RouteMode::Auto => Route::Auto,
             RouteMode::Direct => Route::Direct,
             RouteMode::Stream => Route::Stream,
             RouteMode::Native => Route::Native,
-        },
-        after: match arguments.after {
+        })
+        .after(match arguments.after {
             None if arguments.live => After::Resume,
             None | Some(AfterMode::Quit) => After::Quit,
             Some(AfterMode::Resume) => After::Resume,
             Some(AfterMode::Pause) => After::Pause,
-        },
-        live: arguments.live.then(|| Live {
-            timeout: Duration::from_secs(arguments.live_timeout),
-            pause_max: Duration::from_millis(arguments.max_pause),
-        }),
-        with_disks: arguments.with_disks,
-        direct_io: arguments.engine.direct_io(),
-        io: arguments.engine.io(),
-        jobs: arguments.engine.jobs(),
-        channels: arguments.channels,
-        changed_ok: arguments.changed_ok,
-        existing: if arguments.force { Existing::Replace } else { Existing::Refuse },
-    };
+        })
+        .live(arguments.live.then(|| {
+            Live::default()
+                .timeout(Duration::from_secs(arguments.live_timeout))
+                .pause_max(Duration::from_millis(arguments.max_pause))
+        }))
+        .with_disks(arguments.with_disks)
+        .direct_io(arguments.engine.direct_io())
+        .io(arguments.engine.io())
+        .jobs(arguments.engine.jobs())
+        .channels(arguments.channels)
+        .changed_ok(arguments.changed_ok)
+        .existing(if arguments.force { Existing::Replace } else { Existing::Refuse });
     let meter = Meter::new("save", voice.progress, &signals.asked);
     let show = |progress| meter.show(progress);
     let control = Control::new(&signals.stop, &show);

@@ -17,12 +17,11 @@ pub(crate) fn run(arguments: &SendArguments, voice: &Voice) -> Result<ExitCode, 
     let signals = Signals::listen().map_err(|error| Failure::system("signals", &error))?;
     let to = destination(arguments)?;
     let snapshot = super::open(&arguments.file)?;
-    let options = SendOptions {
-        direct_io: arguments.direct_io.into(),
-        io: arguments.io.into(),
-        channels: arguments.channels.unwrap_or(0),
-        assume_zeroed: arguments.assume_zeroed,
-    };
+    let options = SendOptions::default()
+        .direct_io(arguments.direct_io.into())
+        .io(arguments.io.into())
+        .channels(arguments.channels.unwrap_or(0))
+        .assume_zeroed(arguments.assume_zeroed);
     let meter = Meter::new("send", voice.progress, &signals.asked);
     let show = |progress| meter.show(progress);
     let control = Control::new(&signals.stop, &show);

@@ -23,6 +23,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Instant;
 
+use derive_setters::Setters;
 use serde::{Serialize, Serializer};
 use vmfile_engine::{Backend, DirectIo, DirectIoInUse};
 use vmfile_pages::control::Control;
@@ -90,7 +91,8 @@ pub enum Destination {
 }
 
 /// How a VM is restored.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Setters)]
+#[non_exhaustive]
 pub struct RestoreOptions {
     /// How RAM comes back.
     pub mode: Mode,
@@ -128,6 +130,7 @@ impl Default for RestoreOptions {
 
 /// What a restore did.
 #[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
 pub struct RestoreReport {
     /// QEMU's process.
     pub pid: u32,
@@ -167,6 +170,7 @@ fn as_text_if_any<S: Serializer>(
 
 /// A restored VM.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct Restored {
     /// What was done.
     pub report: RestoreReport,

@@ -82,7 +82,11 @@ fn verify_mapped(
         return Ok(Verified::NotPages);
     }
     let RestoreOptions { direct_io, io, jobs, .. } = *options;
-    verify_pages(snapshot, &CheckOptions { direct_io, io, jobs }, control)?;
+    verify_pages(
+        snapshot,
+        &CheckOptions::default().direct_io(direct_io).io(io).jobs(jobs),
+        control,
+    )?;
     Ok(Verified::of(snapshot))
 }
 

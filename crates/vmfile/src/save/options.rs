@@ -3,6 +3,7 @@
 use std::num::NonZeroU8;
 use std::time::Duration;
 
+use derive_setters::Setters;
 use vmfile_engine::{Backend, DirectIo, Existing};
 use vmfile_pages::jobs::Jobs;
 
@@ -33,7 +34,8 @@ pub enum Route {
 }
 
 /// How a guest is saved while it runs.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Setters)]
+#[non_exhaustive]
 pub struct Live {
     /// How long it may take, before it is given up: a guest may write faster than it is saved.
     pub timeout: Duration,
@@ -48,7 +50,8 @@ impl Default for Live {
 }
 
 /// How a VM is saved.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Setters)]
+#[non_exhaustive]
 pub struct SaveOptions {
     /// Let the guest run while its memory is written; the file holds one moment. A guest that is
     /// paused is saved as it is.

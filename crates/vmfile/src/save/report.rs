@@ -75,6 +75,7 @@ impl Serialize for LiveMethod {
 
 /// What a save did.
 #[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
 pub struct SaveReport {
     /// The file.
     pub file: PathBuf,
