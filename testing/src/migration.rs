@@ -33,9 +33,9 @@ pub fn send_to(
     let uri = format!("unix:{}", socket.display());
     let from = StreamFrom::Listen(socket.clone());
     let (file, options) = (file.to_path_buf(), options.clone());
-    if options.channels > 0 {
+    if let Some(channels) = options.channels {
         set_capability(guest, "multifd")?;
-        set_parameter(guest, "multifd-channels", json!(options.channels))?;
+        set_parameter(guest, "multifd-channels", json!(channels.count()))?;
     }
     set_parameter(guest, "max-bandwidth", json!(0))?;
     let receiver = thread::spawn(move || receive(from, &file, &options, &Control::none()));

@@ -1,7 +1,6 @@
 //! `save --route native`: QEMU writes the file, vmfile makes it whole, QEMU is left as it was.
 
 use std::fs;
-use std::num::NonZeroU8;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::sync::Arc;
@@ -10,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use serde_json::{Value, json};
 use vmfile::error::SaveError;
 use vmfile::save::{After, Route, RouteUsed, SaveOptions};
-use vmfile::{Control, DirectIo, Progress, Snapshot, Vm};
+use vmfile::{Channels, Control, DirectIo, Progress, Snapshot, Vm};
 use vmfile_testing::verbs::{check_is_clean, load, map, pages, save_with};
 use vmfile_testing::{
     Guest, GuestConfig, Machine, Mount, Qemu, Ram, Release, TestResult, requires,
@@ -103,7 +102,7 @@ fn both_routes_write_the_same_pages(release: Release) -> TestResult {
     let (direct, native) = (directory.path().join("direct"), directory.path().join("native"));
     let options = SaveOptions::default().after(After::Pause);
     save_with(&guest, &direct, &options)?;
-    let channels = NonZeroU8::new(3).ok_or("zero")?;
+    let channels = Channels::new(3).ok_or("zero")?;
     let report = save_with(&guest, &native, &by_qemu(After::Pause).channels(Some(channels)))?;
     assert_eq!(settings(&mut guest)?, before);
     let sets = guest.qmp("query-fdsets", json!({}))?;

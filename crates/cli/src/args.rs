@@ -2,7 +2,6 @@
 
 mod bench;
 
-use std::num::NonZeroU8;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -189,8 +188,8 @@ pub(crate) struct SaveArguments {
     #[arg(long, value_name = "ROUTE", default_value = "auto")]
     pub(crate) route: RouteMode,
     /// Threads of QEMU that send (route stream, 1 to 16) or write (native; 2 if not given)
-    #[arg(long, value_name = "N", conflicts_with = "live")]
-    pub(crate) channels: Option<NonZeroU8>,
+    #[arg(long, value_name = "N", conflicts_with = "live", value_parser = clap::value_parser!(u8).range(1..=16))]
+    pub(crate) channels: Option<u8>,
     /// Replace an existing file
     #[arg(long)]
     pub(crate) force: bool,
@@ -275,8 +274,8 @@ pub(crate) struct SendArguments {
     #[arg(long, value_name = "N")]
     pub(crate) fd: Option<i32>,
     /// Multifd channels besides the stream, as many as QEMU was told, 1 to 16
-    #[arg(long, value_name = "N", requires = "connect", value_parser = clap::value_parser!(u32).range(1..=16))]
-    pub(crate) channels: Option<u32>,
+    #[arg(long, value_name = "N", requires = "connect", value_parser = clap::value_parser!(u8).range(1..=16))]
+    pub(crate) channels: Option<u8>,
     /// Leave zero pages out: the destination's RAM is fresh, not a file that was used before
     #[arg(long)]
     pub(crate) assume_zeroed: bool,
@@ -304,9 +303,9 @@ pub(crate) struct ReceiveArguments {
         value_name = "N",
         default_value_t = 0,
         requires = "listen",
-        value_parser = clap::value_parser!(u32).range(..=i64::from(vmfile::CHANNELS_MAX))
+        value_parser = clap::value_parser!(u8).range(..=16)
     )]
-    pub(crate) channels: u32,
+    pub(crate) channels: u8,
     /// Replace an existing file
     #[arg(long)]
     pub(crate) force: bool,

@@ -284,9 +284,7 @@ impl From<&ConvertError> for Failure {
 impl From<&ChannelsError> for Failure {
     fn from(error: &ChannelsError) -> Failure {
         match error {
-            ChannelsError::TooMany { .. } | ChannelsError::NoSocket => {
-                Failure::new(Code::Usage, "usage", error)
-            }
+            ChannelsError::NoSocket => Failure::new(Code::Usage, "usage", error),
             ChannelsError::Unexpected => Failure::new(Code::Vm, "channels", error).hint(
                 "--channels N receives them, N being QEMU's multifd-channels; \
                  or turn its capability multifd off",
@@ -379,7 +377,7 @@ impl From<&SendError> for Failure {
                 .hint("start a QEMU with -incoming unix:PATH first"),
             SendError::PeerClosed { .. } => Failure::new(Code::Vm, "peer_closed", error)
                 .hint("QEMU says on its stderr why it refused the stream"),
-            SendError::Channels { .. } => Failure::new(Code::Usage, "usage", error),
+            SendError::NoSocket => Failure::new(Code::Usage, "usage", error),
             SendError::MachineVersion { .. } => {
                 Failure::new(Code::Incompatible, "machine_version", error)
                     .hint("without --channels any machine type can be sent")

@@ -30,14 +30,12 @@ use vmfile_pages::PagesError;
 use vmfile_pages::control::{Control, Progress};
 use vmfile_pages::lane::{Lane, on_lanes};
 
+use crate::channels::Channels;
 use crate::contents::{Contents, Window};
 use crate::error::{SendError, reading};
 use crate::outlet::Outlet;
 use crate::pages_in_order::PagesInOrder;
 use crate::stream_writer::{COUNTED_PARTS, Parts, Source, StreamWriter};
-
-/// Most channels: QEMU takes 255, and a few keep any disk busy.
-pub const CHANNELS_MAX: u32 = 16;
 
 /// Sends all of `contents` over one connection and `channels` more, each of which `connect` makes; returns the
 /// back end and how many bytes were sent.
@@ -51,7 +49,7 @@ pub fn write_channels(
     contents: &Contents<'_>,
     source: &Source,
     connect: &dyn Fn() -> Result<OwnedFd, SendError>,
-    (channels, parts): (u32, Parts),
+    (channels, parts): (Channels, Parts),
     control: &Control<'_>,
 ) -> Result<(BackendInUse, u64), SendError> {
     let failed = AtomicBool::new(false);
@@ -61,17 +59,16 @@ pub fn write_channels(
     let mut counts = vec![outlet.sent()];
     let stream = StreamWriter::begin(contents, &mut outlet, parts)?;
     let mut outlets = Vec::new();
-    for channel in (0..channels).rev() {
+    for channel in (0..channels.count().get()).rev() {
         let mut outlet = open()?;
-        let channel = u8::try_from(channel).expect("at most CHANNELS_MAX");
         outlet.send(&Init { uuid: uuid(contents), channel }.encode())?;
         counts.push(outlet.sent());
         outlets.push(outlet);
     }
     // The others end with `Stopped` then; what this one says is what happened.
     let fail = |_: &SendError| failed.store(true, Ordering::Relaxed);
-    let senders = Channels::new(contents, outlets, control);
-    let width = (source.io, usize::try_from(channels).expect("few"));
+    let senders = Senders::new(contents, outlets, control);
+    let width = (source.io, usize::from(channels.count().get()));
     let work = |lane| senders.work(lane).inspect_err(fail);
     let both = beside(
         || zero_pages(stream).inspect_err(fail),
@@ -121,7 +118,7 @@ fn zero_pages<'w, 'o>(mut stream: StreamWriter<'w, 'o>) -> Result<StreamWriter<'
 }
 
 /// What all channels share.
-struct Channels<'a, I> {
+struct Senders<'a, I> {
     contents: &'a Contents<'a>,
     ram: RamLayout,
     outlets: Mutex<Vec<Outlet<'a>>>,
@@ -133,13 +130,13 @@ struct Channels<'a, I> {
     control: &'a Control<'a>,
 }
 
-impl<'a> Channels<'a, ()> {
+impl<'a> Senders<'a, ()> {
     fn new(
         contents: &'a Contents<'a>,
         outlets: Vec<Outlet<'a>>,
         control: &'a Control<'a>,
-    ) -> Channels<'a, impl Iterator<Item = Window> + Send + use<'a>> {
-        Channels {
+    ) -> Senders<'a, impl Iterator<Item = Window> + Send + use<'a>> {
+        Senders {
             contents,
             ram: contents.snapshot.structure().ram(),
             outlets: Mutex::new(outlets),
@@ -152,7 +149,7 @@ impl<'a> Channels<'a, ()> {
     }
 }
 
-impl<I: Iterator<Item = Window> + Send> Channels<'_, I> {
+impl<I: Iterator<Item = Window> + Send> Senders<'_, I> {
     /// Sends what one channel carries.
     fn work(&self, lane: Lane) -> Result<(), SendError> {
         let outlet = self.outlets.lock().expect("no panic").pop();

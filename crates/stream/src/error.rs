@@ -116,14 +116,9 @@ pub enum SendError {
     /// A thread could not be started, or panicked.
     #[error("send by a thread of its own")]
     Thread(#[source] io::Error),
-    /// There are more channels than there may be, or no socket to connect them to.
-    #[error("{found} multifd channels, expected at most {max}{}", where_to(*.max))]
-    Channels {
-        /// How many were asked for.
-        found: u32,
-        /// How many there may be.
-        max: u32,
-    },
+    /// Channels were asked for, and there is no socket that they could connect to.
+    #[error("channels need a socket to connect to; there is one descriptor")]
+    NoSocket,
     /// It depends on the machine type when QEMU waits for its channels, and this does not tell.
     #[error("machine type {machine:?} does not end with a version of QEMU")]
     MachineVersion {
@@ -168,10 +163,6 @@ impl From<SnapshotError> for SendError {
     fn from(error: SnapshotError) -> SendError {
         SendError::Pages(error.into())
     }
-}
-
-fn where_to(channels_max: u32) -> &'static str {
-    if channels_max == 0 { " into a descriptor" } else { "" }
 }
 
 /// Says that the pages of the file could not be read.

@@ -15,6 +15,7 @@
 #![forbid(unsafe_code)]
 
 pub mod channel_writer;
+pub mod channels;
 pub mod contents;
 pub mod error;
 pub mod incoming;
@@ -25,4 +26,5 @@ mod pages_in_order;
 pub mod receiver;
 pub mod stream_writer;
 
+pub use channels::Channels;
 pub use error::{ReceiveError, SendError};

@@ -175,7 +175,7 @@ impl<'a> Parts<'a> {
                 Some(number) => {
                     let received =
                         taken(&channels[number]).receive(writer, |bytes| self.meter.add(bytes));
-                    let number = u8::try_from(number).expect("at most CHANNELS_MAX");
+                    let number = u8::try_from(number).expect("at most Channels::MAX");
                     received.map(Part::Channel).map_err(|error| error.of_channel(number))
                 }
             })

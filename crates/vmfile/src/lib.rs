@@ -31,4 +31,5 @@ pub use vmfile_pages::snapshot::{FileFormat, Manifest, Snapshot, SnapshotError};
 pub use vmfile_qemu::{
     CommandLineError, DiscoverError, LaunchedQemu, Vm, VmAddress, VmError, resolve,
 };
-pub use vmfile_stream::multifd::{CHANNELS_MAX, ChannelsError};
+pub use vmfile_stream::Channels;
+pub use vmfile_stream::multifd::ChannelsError;

@@ -21,9 +21,10 @@ use vmfile_pages::draft::{Draft, Facts};
 use vmfile_pages::lane::Workers;
 use vmfile_pages::reading::as_text;
 use vmfile_qemu::ProcessInfo;
+use vmfile_stream::Channels;
 use vmfile_stream::incoming::WaitLimits;
 use vmfile_stream::listener::Listener;
-use vmfile_stream::multifd::{CHANNELS_MAX, ChannelsError, Connections};
+use vmfile_stream::multifd::{ChannelsError, Connections};
 use vmfile_stream::receiver::{Received, StreamReceiver};
 
 pub use vmfile_stream::error::ReceiveError;
@@ -50,8 +51,8 @@ pub struct ReceiveOptions {
     /// Whether a file of that name may be replaced.
     pub existing: Existing,
     /// Multifd channels that connect to the socket beside the stream, as many as QEMU's parameter
-    /// `multifd-channels` says; 0 if its capability `multifd` is off.
-    pub channels: u32,
+    /// `multifd-channels` says; `None` if its capability `multifd` is off.
+    pub channels: Option<Channels>,
     /// How long the sender may be silent.
     pub stall_timeout: Option<Duration>,
     /// How long it may all take.
@@ -64,7 +65,7 @@ impl Default for ReceiveOptions {
             direct_io: DirectIo::Preferred,
             io: Backend::Auto,
             existing: Existing::Refuse,
-            channels: 0,
+            channels: None,
             stall_timeout: Some(Duration::from_secs(300)),
             timeout: None,
         }
@@ -86,7 +87,7 @@ pub struct ReceiveReport {
     #[serde(serialize_with = "as_text")]
     pub io: BackendInUse,
     /// Multifd channels that pages came by.
-    pub channels: u32,
+    pub channels: u8,
     /// Pages of all RAM blocks.
     pub pages_total: u64,
     /// Pages that are zero and take no room.
@@ -143,7 +144,7 @@ pub fn receive(
         machine: received.configuration.machine,
         direct_io,
         io: received.backend,
-        channels: options.channels,
+        channels: Channels::count_of(options.channels),
         pages_total,
         pages_zero: pages_total - pages_data,
         bytes_written: received.counts.written_bytes,
@@ -155,16 +156,15 @@ pub fn receive(
 
 fn connect(
     from: StreamFrom,
-    channels: u32,
+    channels: Option<Channels>,
     limits: &WaitLimits<'_>,
 ) -> Result<Connections, ReceiveError> {
-    if channels > CHANNELS_MAX {
-        return Err(ChannelsError::TooMany { found: channels }.into());
-    }
     match from {
-        StreamFrom::Descriptor(fd) if channels == 0 => Ok(fd.into()),
+        StreamFrom::Descriptor(fd) if channels.is_none() => Ok(fd.into()),
         StreamFrom::Descriptor(_) => Err(ChannelsError::NoSocket.into()),
-        StreamFrom::Listen(path) => Connections::accept(Listener::bind(&path)?, channels, limits),
+        StreamFrom::Listen(path) => {
+            Connections::accept(Listener::bind(&path)?, Channels::count_of(channels), limits)
+        }
     }
 }
 

@@ -27,7 +27,8 @@ use vmfile_pages::control::Control;
 use vmfile_pages::reading::{Verified, as_text, open_for_reading};
 use vmfile_pages::snapshot::Snapshot;
 use vmfile_qemu::{Feature, QemuVersion, unix_socket};
-use vmfile_stream::channel_writer::{CHANNELS_MAX, write_channels};
+use vmfile_stream::Channels;
+use vmfile_stream::channel_writer::write_channels;
 use vmfile_stream::contents::{Contents, LARGE_BLOCK_LEN, Pages};
 use vmfile_stream::outlet::Outlet;
 use vmfile_stream::stream_writer::{Parts, Source, write_stream};
@@ -52,9 +53,9 @@ pub struct SendOptions {
     pub direct_io: DirectIo,
     /// Who moves the bytes.
     pub io: Backend,
-    /// How many multifd channels there are besides the stream: 0 to 16, as many as the destination
+    /// How many multifd channels there are besides the stream, as many as the destination
     /// was told. They need [`SendTo::Connect`].
-    pub channels: u32,
+    pub channels: Option<Channels>,
     /// The destination's RAM is fresh: zero pages of blocks of 4 MiB and more are not sent.
     pub assume_zeroed: bool,
 }
@@ -62,7 +63,7 @@ pub struct SendOptions {
 impl Default for SendOptions {
     fn default() -> SendOptions {
         let (direct_io, io) = (DirectIo::Preferred, Backend::Auto);
-        SendOptions { direct_io, io, channels: 0, assume_zeroed: false }
+        SendOptions { direct_io, io, channels: None, assume_zeroed: false }
     }
 }
 
@@ -73,7 +74,7 @@ pub struct SendReport {
     /// The file.
     pub file: PathBuf,
     /// How many multifd channels there were besides the stream.
-    pub channels: u32,
+    pub channels: u8,
     /// Pages of all RAM blocks.
     pub pages_total: u64,
     /// Pages that were sent with their bytes.
@@ -106,9 +107,8 @@ pub fn send(
     control: &Control<'_>,
 ) -> Result<SendReport, SendError> {
     let started = Instant::now();
-    let max = if matches!(to, SendTo::Connect(_)) { CHANNELS_MAX } else { 0 };
-    if options.channels > max {
-        return Err(SendError::Channels { found: options.channels, max });
+    if options.channels.is_some() && matches!(to, SendTo::Descriptor(_)) {
+        return Err(SendError::NoSocket);
     }
     snapshot.verify_parts()?;
     let contents = Contents::new(snapshot, |block| pages(block, options))?;
@@ -117,10 +117,10 @@ pub fn send(
     let source = Source { file, io: options.io };
     let (io, bytes_sent) = match (to, options.channels) {
         (SendTo::Descriptor(descriptor), _) => send_one(&contents, &source, descriptor, control)?,
-        (SendTo::Connect(path), 0) => {
+        (SendTo::Connect(path), None) => {
             send_one(&contents, &source, connect(&path, control)?, control)?
         }
-        (SendTo::Connect(path), channels) => {
+        (SendTo::Connect(path), Some(channels)) => {
             let parts = parts(&contents.configuration().machine)?;
             let connect = || connect(&path, control);
             write_channels(&contents, &source, &connect, (channels, parts), control)?
@@ -129,7 +129,7 @@ pub fn send(
     let blocks = &snapshot.structure().blocks;
     Ok(SendReport {
         file: snapshot.path().to_path_buf(),
-        channels: options.channels,
+        channels: Channels::count_of(options.channels),
         pages_total: blocks.iter().map(|placed| placed.block.page_count().0).sum(),
         pages_data: contents.data().0,
         pages_zero: contents.zero_pages(),

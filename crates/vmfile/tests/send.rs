@@ -15,7 +15,7 @@ use std::thread;
 
 use proptest::prelude::*;
 use vmfile::send::{SendOptions, SendReport, SendTo, send};
-use vmfile::{Backend, Control, DirectIo, Snapshot};
+use vmfile::{Backend, Channels, Control, DirectIo, Snapshot};
 use vmfile_format::mapped_ram::MappedRamLayout;
 use vmfile_format::stream::configuration::Configuration;
 use vmfile_format::stream::decoder::{Event, StreamDecoder};
@@ -153,7 +153,7 @@ proptest! {
         let directory = tempfile::tempdir().unwrap();
         let path = make_file(directory.path(), &blocks, None);
         let io = if threads { Backend::Threads } else { Backend::Auto };
-        let options = SendOptions::default().direct_io(DirectIo::Off).io(io).channels(0).assume_zeroed(assume_zeroed);
+        let options = SendOptions::default().direct_io(DirectIo::Off).io(io).assume_zeroed(assume_zeroed);
         let (report, stream) = send_file(&path, &options);
         let decoded = decode(&stream);
         let expected = blocks.iter().map(|pages| {
@@ -209,7 +209,7 @@ fn read_all(mut connection: UnixStream) -> thread::JoinHandle<Vec<u8>> {
 }
 
 /// Sends over channels and returns what came on the stream, and on each channel.
-fn send_over(path: &Path, channels: u32) -> (Vec<u8>, Vec<Vec<u8>>) {
+fn send_over(path: &Path, channels: u8) -> (Vec<u8>, Vec<Vec<u8>>) {
     let socket = path.with_extension("sock");
     let listener = UnixListener::bind(&socket).unwrap();
     let receiver = thread::spawn(move || {
@@ -219,7 +219,7 @@ fn send_over(path: &Path, channels: u32) -> (Vec<u8>, Vec<Vec<u8>>) {
         connections.into_iter().map(|reader| reader.join().unwrap()).collect::<Vec<_>>()
     });
     let snapshot = Snapshot::open(path, 0).unwrap();
-    let options = SendOptions::default().channels(channels);
+    let options = SendOptions::default().channels(Channels::new(channels));
     let report = send(&snapshot, SendTo::Connect(socket), &options, &Control::none()).unwrap();
     let mut found = receiver.join().unwrap();
     assert_eq!(report.bytes_sent, found.iter().map(|bytes| bytes.len() as u64).sum::<u64>());
@@ -254,7 +254,7 @@ proptest! {
     #[test]
     fn every_page_comes_once_over_channels_and_each_part_ends_on_all_of_them(
         blocks in proptest::collection::vec(pages(), 1..3),
-        channels in 1_u32..5,
+        channels in 1_u8..5,
         is_old: bool,
     ) {
         let directory = tempfile::tempdir().unwrap();

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use vmfile::receive::{ReceiveOptions, StreamFrom};
-use vmfile::{Control, Existing};
+use vmfile::{Channels, Control, Existing};
 
 use crate::args::ReceiveArguments;
 use crate::failure::Failure;
@@ -22,7 +22,7 @@ pub(crate) fn run(arguments: &ReceiveArguments, voice: &Voice) -> Result<ExitCod
         .direct_io(arguments.direct_io.into())
         .io(arguments.io.into())
         .existing(if arguments.force { Existing::Replace } else { Existing::Refuse })
-        .channels(arguments.channels)
+        .channels(Channels::new(arguments.channels))
         .stall_timeout((!stall.is_zero()).then_some(stall))
         .timeout(arguments.timeout.map(Duration::from_secs));
     let meter = Meter::new("receive", voice.progress, &signals.asked);

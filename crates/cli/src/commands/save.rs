@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use vmfile::save::{After, Live, Route, SaveOptions};
-use vmfile::{Control, Existing, Vm, VmAddress};
+use vmfile::{Channels, Control, Existing, Vm, VmAddress};
 
 use crate::args::{AfterMode, RouteMode, SaveArguments};
 use crate::failure::Failure;
@@ -39,7 +39,7 @@ pub(crate) fn run(arguments: &SaveArguments, voice: &Voice) -> Result<ExitCode, 
         .direct_io(arguments.engine.direct_io())
         .io(arguments.engine.io())
         .jobs(arguments.engine.jobs())
-        .channels(arguments.channels)
+        .channels(arguments.channels.and_then(Channels::new))
         .changed_ok(arguments.changed_ok)
         .existing(if arguments.force { Existing::Replace } else { Existing::Refuse });
     let meter = Meter::new("save", voice.progress, &signals.asked);

@@ -4,8 +4,8 @@ use std::io::{IsTerminal as _, stdout};
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::process::ExitCode;
 
-use vmfile::Control;
 use vmfile::send::{SendOptions, SendTo};
+use vmfile::{Channels, Control};
 
 use crate::args::SendArguments;
 use crate::failure::Failure;
@@ -20,7 +20,7 @@ pub(crate) fn run(arguments: &SendArguments, voice: &Voice) -> Result<ExitCode, 
     let options = SendOptions::default()
         .direct_io(arguments.direct_io.into())
         .io(arguments.io.into())
-        .channels(arguments.channels.unwrap_or(0))
+        .channels(arguments.channels.and_then(Channels::new))
         .assume_zeroed(arguments.assume_zeroed);
     let meter = Meter::new("send", voice.progress, &signals.asked);
     let show = |progress| meter.show(progress);

@@ -15,9 +15,6 @@ use crate::error::ReceiveError;
 use crate::incoming::{Activity, WaitLimits};
 use crate::listener::Listener;
 
-/// Most channels that are taken: more than processors gain nothing, and each has its buffers.
-pub const CHANNELS_MAX: u32 = 16;
-
 /// Bytes by which a stream is told from a channel.
 const MAGIC_LEN: usize = 4;
 
@@ -38,12 +35,6 @@ pub struct Connections {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ChannelsError {
-    /// More channels were asked for than are taken.
-    #[error("{found} channels, at most {CHANNELS_MAX} are taken")]
-    TooMany {
-        /// How many.
-        found: u32,
-    },
     /// Channels were asked for, and there is no socket that they could connect to.
     #[error("channels need a socket to connect to; there is one descriptor")]
     NoSocket,
@@ -76,7 +67,7 @@ pub enum ChannelsError {
         /// The number.
         channel: u8,
         /// How many channels were asked for.
-        channels: u32,
+        channels: u8,
     },
     /// A channel belongs to another VM.
     #[error("multifd channel {channel} has another uuid than the one before it")]
@@ -119,14 +110,14 @@ impl Connections {
     /// Waits for a stream and its `channels`.
     pub fn accept(
         listener: Listener,
-        channels: u32,
+        channels: u8,
         limits: &WaitLimits<'_>,
     ) -> Result<Connections, ReceiveError> {
         if channels == 0 {
             let stream = listener.accept(limits)?;
             return Ok(Connections { listener: Some(listener), ..stream.into() });
         }
-        let accepted = accept_all(&listener, channels as usize + 1, limits)?;
+        let accepted = accept_all(&listener, usize::from(channels) + 1, limits)?;
         Connections::sort(accepted, listener, channels, limits)
     }
 
@@ -134,7 +125,7 @@ impl Connections {
     pub fn sort(
         accepted: Vec<OwnedFd>,
         listener: Listener,
-        channels: u32,
+        channels: u8,
         limits: &WaitLimits<'_>,
     ) -> Result<Connections, ReceiveError> {
         let mut streams = Vec::new();

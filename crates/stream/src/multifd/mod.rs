@@ -13,6 +13,6 @@ mod order;
 mod rounds;
 
 pub use channel::{Channel, ChannelCounts};
+pub use connections::ChannelsError;
 pub use connections::Connections;
-pub use connections::{CHANNELS_MAX, ChannelsError};
 pub use rounds::{Rounds, StreamRounds};

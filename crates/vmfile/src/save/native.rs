@@ -17,6 +17,7 @@ use vmfile_pages::control::Progress;
 use vmfile_pages::draft::Draft;
 use vmfile_pages::lane::Workers;
 use vmfile_qemu::{Feature, KeptFile, Outgoing, PUT_BACK_TIMEOUT, StreamSettings, Vm};
+use vmfile_stream::Channels;
 
 use super::route::refuse_without_space;
 use super::sending::{not_sent, sent};
@@ -67,7 +68,7 @@ impl NativeRoute {
         }
         check_space(vm, draft.file())?;
         let is_direct = matches!(direct_io, DirectIoInUse::Yes { .. });
-        let ours = before.mapped_ram(options.channels.unwrap_or(CHANNELS), is_direct);
+        let ours = before.mapped_ram(options.channels.map_or(CHANNELS, Channels::count), is_direct);
         let width = (options.io, options.jobs.count());
         let workers = Some(Workers::start(draft.file(), width).map_err(SaveError::Workers)?);
         Ok(NativeRoute { before, ours, direct_io, workers })

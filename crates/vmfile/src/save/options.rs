@@ -1,11 +1,11 @@
 //! How a VM is saved: what the caller chooses.
 
-use std::num::NonZeroU8;
 use std::time::Duration;
 
 use derive_setters::Setters;
 use vmfile_engine::{Backend, DirectIo, Existing};
 use vmfile_pages::jobs::Jobs;
+use vmfile_stream::Channels;
 
 /// What becomes of the VM once the file is durable.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -71,7 +71,7 @@ pub struct SaveOptions {
     pub jobs: Jobs,
     /// How many threads of QEMU send or write, by the routes `stream` and `native`: its parameter
     /// `multifd-channels`. `None`: one stream without channels, or two threads that write.
-    pub channels: Option<NonZeroU8>,
+    pub channels: Option<Channels>,
     /// Whether a file of that name may be replaced.
     pub existing: Existing,
     /// Save and end a VM even if it is not what its command line would make.

@@ -1,6 +1,5 @@
 //! Our ends of the connections by which QEMU sends a VM, and how a sending is ended.
 
-use std::num::NonZeroU8;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -10,6 +9,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, recv};
 use vmfile_qemu::{Outgoing, Vm, VmError, is_process_stopped};
+use vmfile_stream::Channels;
 use vmfile_stream::incoming::{PeerProcess, WaitLimits};
 use vmfile_stream::listener::Listener;
 use vmfile_stream::multifd::Connections;
@@ -81,16 +81,16 @@ impl Peer {
     pub(super) fn connect(
         &mut self,
         (vm, guard): (&mut Vm, &Guard),
-        (listener, channels): (Listener, NonZeroU8),
+        (listener, channels): (Listener, Channels),
         limits: &WaitLimits<'_>,
     ) -> Result<Connections, SaveError> {
-        let channels = u32::from(channels.get());
+        let channels = channels.count().get();
         let listener = &*self.listener.insert(listener);
         guard.keep_listening(listener.as_fd())?;
         vm.send_to_socket(listener.path_of_sender())?;
         let deadline = Instant::now() + CONNECT_TIMEOUT;
         let mut accepted = Vec::new();
-        while accepted.len() <= channels as usize {
+        while accepted.len() <= usize::from(channels) {
             if let Some(connection) = listener.accept_waiting()? {
                 guard.keep_open(connection.as_fd())?;
                 self.held.push(connection.try_clone().map_err(SaveError::Socket)?);

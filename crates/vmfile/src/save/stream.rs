@@ -4,7 +4,6 @@
 //! changed for it and put back as they were.
 
 use super::RouteUsed;
-use std::num::NonZeroU8;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -12,15 +11,14 @@ use std::time::Duration;
 use vmfile_pages::draft::Draft;
 use vmfile_pages::lane::Workers;
 use vmfile_qemu::{Feature, PUT_BACK_TIMEOUT, StreamSettings, Vm, VmError};
+use vmfile_stream::Channels;
 use vmfile_stream::incoming::WaitLimits;
 use vmfile_stream::listener::{Listener, SocketPlace};
-use vmfile_stream::multifd::{CHANNELS_MAX, ChannelsError};
 use vmfile_stream::receiver::{Received, StreamReceiver};
 
 use super::sending::{Peer, peer_process, sent};
 use super::{SaveOptions, Work, Written};
 use crate::error::SaveError;
-use crate::receive::ReceiveError;
 
 /// How long QEMU may be silent: a VM that is stopped has nothing to wait for.
 const STALL_TIMEOUT: Duration = Duration::from_secs(120);
@@ -30,7 +28,7 @@ const STALL_TIMEOUT: Duration = Duration::from_secs(120);
 pub(super) struct StreamRoute {
     before: StreamSettings,
     /// How many connections beside the stream pages go by.
-    channels: Option<NonZeroU8>,
+    channels: Option<Channels>,
     /// Where QEMU makes these connections; `None` once there is a socket, or without channels.
     place: Option<SocketPlace>,
     /// The socket there; `None` until then, and once it was used.
@@ -47,14 +45,10 @@ impl StreamRoute {
         draft: &Draft,
     ) -> Result<StreamRoute, SaveError> {
         let channels = options.channels;
-        let found = channels.map_or(0, |channels| channels.get().into());
-        if found > CHANNELS_MAX {
-            return Err(ReceiveError::from(ChannelsError::TooMany { found }).into());
-        }
         let before = vm.stream_settings()?;
         let process = vm.pid().ok();
         let place = channels.map(|_| SocketPlace::new(process));
-        let width = (options.io, channels.map_or(0, |channels| channels.get().into()) + 1);
+        let width = (options.io, usize::from(Channels::count_of(channels)) + 1);
         let workers = Some(Workers::start(draft.file(), width).map_err(SaveError::Workers)?);
         Ok(StreamRoute { before, channels, place, listener: None, workers })
     }
@@ -114,7 +108,7 @@ impl StreamRoute {
         }
         let ours = match self.channels {
             None => self.before.plain(),
-            Some(channels) => self.before.multifd(channels),
+            Some(channels) => self.before.multifd(channels.count()),
         };
         let changed = work.vm.change_stream_settings(&self.before, &ours);
         (ours, changed)
@@ -139,7 +133,7 @@ impl StreamRoute {
 /// Receives the VM; whatever comes of it, QEMU is not sending any more.
 fn receive(
     work: &mut Work<'_>,
-    channels: Option<(NonZeroU8, Listener)>,
+    channels: Option<(Channels, Listener)>,
     workers: Workers,
 ) -> Result<Received, SaveError> {
     let process = peer_process(work.vm);
