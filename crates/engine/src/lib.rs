@@ -4,6 +4,35 @@
 //! crate knows files, mappings, processes and errors of the kernel; what the bytes mean is for
 //! those who call it. It never prints, never exits and never reads the environment.
 //!
+//! ```
+//! use vmfile_engine::{
+//!     Backend, BufferPool, DataFile, DirectIo, Direction, Existing, Memory, Transfer, Unpublished,
+//!     open_storage,
+//! };
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let directory = tempfile::tempdir()?;
+//! # let path = directory.path().join("data");
+//! // A new file, which has no name yet, written past the page cache where that is possible.
+//! let unpublished = Unpublished::create_beside(&path, Existing::Refuse)?;
+//! let file = DataFile::new(unpublished.file().try_clone()?, DirectIo::Preferred)?;
+//! let mut storage = open_storage(&file, Backend::Auto, 8)?.storage;
+//!
+//! let pool = BufferPool::new(1, 4096, 4096)?;
+//! let mut buffer = pool.take();
+//! buffer[..5].copy_from_slice(b"hello");
+//! let memory = Memory::Owned(buffer, 0..4096);
+//! storage.submit(Transfer { direction: Direction::Write, file_offset: 8192, memory, tag: 0 })?;
+//! let completion = storage.reap()?.ok_or("one is in flight")?;
+//! completion.result?;
+//!
+//! // On the disk, and then under its name.
+//! unpublished.make_durable()?.publish()?;
+//! assert_eq!(&std::fs::read(&path)?[8192..8197], b"hello");
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! A write goes this way: fill a [`PooledBuffer`], wrap it in a [`Transfer`],
 //! submit it to a [`Storage`], reap its [`Completion`] and with it the memory. [`Unpublished`] gives
 //! the finished file its name.

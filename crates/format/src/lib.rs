@@ -3,6 +3,25 @@
 //! QEMU's migration stream, its mapped-ram layout (every RAM page at a fixed place in the file) and
 //! the manifest that vmfile appends after QEMU's last byte. `docs/format.md` says the same in words.
 //!
+//! ```
+//! use vmfile_format::mapped_ram::MappedRamLayout;
+//! use vmfile_format::stream::configuration::Configuration;
+//! use vmfile_format::{PageIndex, PageSize, RamBlock, RamLayout};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! // Where do the pages of a machine with 128 MiB of RAM lie in a file?
+//! let ram = RamBlock::new("pc.ram".to_owned(), 128 << 20, PageSize::KIB_4)?;
+//! let machine = "pc-q35-10.0".to_owned();
+//! let configuration = Configuration { machine, ..Configuration::default() };
+//! let section_id = 2;
+//! let layout = MappedRamLayout::new(&configuration, RamLayout::new(vec![ram])?, section_id)?;
+//! let block = &layout.blocks()[0];
+//! assert_eq!(block.pages_offset, 2 << 20);
+//! assert_eq!(block.page_offset(PageIndex(5)), Some((2 << 20) + 5 * 4096));
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! This crate performs no I/O: it is handed bytes and hands back values, and it does not panic on
 //! any input. A number from a file is bounded before it is used to index, allocate or multiply.
 

@@ -1,5 +1,30 @@
 //! Speaks to QEMU: commands to a running VM and back.
 //!
+//! ```
+//! use vmfile_qemu::{Feature, QemuVersion};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! // What can a QEMU of this version do?
+//! let version: QemuVersion = "10.0.2".parse()?;
+//! assert!(version.has(Feature::MappedRam));
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! ```no_run
+//! use vmfile_qemu::Vm;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! // What does a running VM say of itself?
+//! let mut vm = Vm::connect("/run/vm.qmp".as_ref())?;
+//! println!("{}: {:?}", vm.version()?, vm.run_state()?);
+//! for block in vm.ram_blocks()? {
+//!     println!("{}: {} bytes", block.name, block.used_length);
+//! }
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! | module | subject |
 //! |---|---|
 //! | [`qmp`] | the monitor's protocol: one command, one answer, events aside |

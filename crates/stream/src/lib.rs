@@ -9,6 +9,41 @@
 //! stream that any QEMU takes; [`write_channels`](channel_writer::write_channels) sends the pages by multifd
 //! channels beside it.
 //!
+//! ```
+//! use std::io::Read as _;
+//! use std::os::unix::net::UnixStream;
+//!
+//! # use vmfile_pages::memory_file::{FileOptions, save};
+//! # use vmfile_pages::{OwnMemory, PageSize, RamBlock, RamLayout};
+//! use vmfile_pages::{Backend, Control, DataFile, DirectIo, Snapshot};
+//! use vmfile_stream::contents::{Contents, Pages};
+//! use vmfile_stream::outlet::Outlet;
+//! use vmfile_stream::stream_writer::{Source, write_stream};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let directory = tempfile::tempdir()?;
+//! # let path = directory.path().join("vm.vmf");
+//! # let ram = RamLayout::new(vec![RamBlock::new("pc.ram".to_owned(), 65536, PageSize::KIB_4)?])?;
+//! # let (memory, options) = (OwnMemory::new(vec![&[7; 65536]]), FileOptions::default());
+//! # save(&path, ("example-1.0", ram), &memory, &[("cpu", b"state")], &options, &Control::none())?;
+//! // A file with every page at a fixed place, as a stream into a socket.
+//! let snapshot = Snapshot::open(&path, 0)?;
+//! let contents = Contents::new(&snapshot, |_| Pages::All)?;
+//! let (ours, mut theirs) = UnixStream::pair()?;
+//! let not_stopped = || false;
+//! let mut outlet = Outlet::new(ours.into(), &not_stopped)?;
+//! let file = DataFile::new(snapshot.file().try_clone()?, DirectIo::Off)?;
+//! let source = Source { file, io: Backend::Auto };
+//! write_stream(&contents, &source, &mut outlet, &Control::none())?;
+//! drop(outlet);
+//!
+//! let mut stream = Vec::new();
+//! theirs.read_to_end(&mut stream)?;
+//! assert!(stream.starts_with(b"QEVM"));
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! The crate is handed open descriptors and hands back what it found: it starts no QEMU, and does not
 //! talk to one's monitor.
 

@@ -111,6 +111,12 @@ fn step(undo: UndoStep) -> Step {
         UndoStep::UntilStill { line, answer, from, quiet, limit } => {
             Step::AwaitStill { line, answer, from: from.as_bytes().to_vec(), quiet, limit }
         }
+        UndoStep::UnlessNamed { path: name, file, steps } => Step::UnlessNamed {
+            path: path(&name).unwrap_or_default(),
+            device: file.device,
+            inode: file.inode,
+            steps: steps.into_iter().map(step).collect(),
+        },
         // A path with a zero byte in it leads to no file.
         UndoStep::RemoveIfLast(file) => Step::RemoveIfLast(path(&file).unwrap_or_default()),
     }

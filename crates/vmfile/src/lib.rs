@@ -1,7 +1,65 @@
 //! Saves a running QEMU virtual machine to a file and brings it back.
 //!
-//! One verb, one module. The library never prints, never exits and never reads the environment: it
-//! returns numbers and typed errors.
+//! ```no_run
+//! use vmfile::restore::{Destination, RestoreOptions, restore};
+//! use vmfile::save::{After, SaveOptions, save};
+//! use vmfile::{Control, Snapshot, Vm};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! // The VM whose QEMU was started with -qmp unix:/run/vm.qmp,server=on,wait=off.
+//! let mut vm = Vm::connect("/run/vm.qmp".as_ref())?;
+//! let options = SaveOptions::default().after(After::Quit);
+//! let report = save(&mut vm, "/var/lib/vms/vm.vmf".as_ref(), &options, &Control::none())?;
+//! println!("paused for {:.3} s, {} bytes", report.pause_seconds, report.bytes_written);
+//!
+//! // A new QEMU, started with the command line that was saved; its RAM is mapped from the file.
+//! let snapshot = Snapshot::open("/var/lib/vms/vm.vmf".as_ref(), 0)?;
+//! let options = RestoreOptions::default();
+//! let restored = restore(&snapshot, Destination::Saved, &options, &Control::none())?;
+//! println!("{} runs: {}", restored.report.pid, restored.report.running);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! What is in a file is read without any QEMU:
+//!
+//! ```
+//! # use vmfile_pages::memory_file::{FileOptions, save};
+//! # use vmfile_pages::{OwnMemory, PageSize, RamBlock, RamLayout};
+//! use vmfile::check::{CheckOptions, check};
+//! use vmfile::info::info;
+//! use vmfile::{Control, Snapshot};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let directory = tempfile::tempdir()?;
+//! # let path = directory.path().join("vm.vmf");
+//! # let ram = RamLayout::new(vec![RamBlock::new("pc.ram".to_owned(), 1 << 20, PageSize::KIB_4)?])?;
+//! # let memory = OwnMemory::new(vec![&[7; 1 << 20]]);
+//! # let options = FileOptions::default();
+//! # save(&path, ("example-1.0", ram), &memory, &[("cpu", b"state")], &options, &Control::none())?;
+//! let snapshot = Snapshot::open(&path, 0)?;
+//! let info = info(&snapshot)?;
+//! assert_eq!(info.blocks[0].name, "pc.ram");
+//!
+//! // Every byte of the file is accounted for.
+//! let report = check(&snapshot, &CheckOptions::default(), &Control::none())?;
+//! assert_eq!((report.pages_checked, report.findings_total), (256, 0));
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! One verb, one module: [`save`](mod@save), [`restore`](mod@restore), [`check`](mod@check), [`info`](mod@info),
+//! [`list`](mod@list), and for QEMU's migration streams [`receive`](mod@receive), [`send`](mod@send) and
+//! [`convert`](mod@convert). Each takes options, which have a method for each field, and a [`Control`], by which the
+//! caller stops it and hears how far it is; it returns a report, or an error that says what was found
+//! and what was expected.
+//!
+//! The library never prints, never exits and never reads the environment. Whatever fails, the VM that is
+//! saved runs on as it did; where even that cannot be done, the error says so
+//! ([`SaveError::leaves_paused`](error::SaveError::leaves_paused)). A process that saves has a child process besides, its
+//! guardian, which lets the VM run on should the saving process be killed.
+//!
+//! An author of another VMM uses the crate `vmfile-pages` alone.
 
 #![forbid(unsafe_code)]
 

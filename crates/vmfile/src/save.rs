@@ -33,7 +33,7 @@ use vmfile_pages::PagesError;
 use vmfile_pages::control::Control;
 use vmfile_pages::draft::{Draft, Facts, Proven};
 use vmfile_qemu::{
-    Footprint, Holder, PUT_BACK_TIMEOUT, Paused, RamBlockInfo, RunState, SaveRecord, Vm,
+    FileId, Footprint, Holder, PUT_BACK_TIMEOUT, Paused, RamBlockInfo, RunState, SaveRecord, Vm,
 };
 
 pub use self::changed::Change;
@@ -93,6 +93,8 @@ struct Save<'a> {
     route: ChosenRoute,
     /// `None` once it was published or given up.
     draft: Option<Draft>,
+    /// The file, whatever its name.
+    file: FileId,
     /// Whether the file has its name: then the overlays belong to it.
     is_named: bool,
     known: Known,
@@ -221,6 +223,8 @@ impl<'a> Save<'a> {
             settings: route.route.settings().cloned(),
             overlays: disks.overlays().to_vec(),
         };
+        let file = draft.file().buffered().metadata();
+        let file = file.map_err(PagesError::reading("what the new file is"))?;
         let mut save = Save {
             options,
             control,
@@ -230,6 +234,7 @@ impl<'a> Save<'a> {
             record,
             direct_io: route.route.direct_io(&draft),
             route,
+            file: FileId::of(&file),
             draft: Some(draft),
             is_named: false,
             known,
@@ -240,7 +245,7 @@ impl<'a> Save<'a> {
             pause_seconds: 0.0,
         };
         // Before there is a record that would be left.
-        save.watch(true, false)?;
+        save.watch(options.after == After::Pause)?;
         if let Err(error) = vm.hold(&save.record) {
             // QEMU may take the record later than this save waits.
             save.guard.leave();
@@ -252,12 +257,12 @@ impl<'a> Save<'a> {
         }
     }
 
-    /// Tells the guardian what is to be put back from now on.
-    fn watch(&self, is_to_run: bool, keeps_overlays: bool) -> Result<(), SaveError> {
+    /// Tells the guardian what is to be put back from now on. It looks by itself whether the file has its
+    /// name: this process may be killed right before it gives it, or right after.
+    fn watch(&self, stays_paused: bool) -> Result<(), SaveError> {
         let writes_file = matches!(self.route.route, ReadyRoute::Native(_));
-        let record = &self.record;
-        let footprint = Footprint { record, writes_file, is_to_run, keeps_overlays };
-        Ok(self.guard.watch_save(&footprint)?)
+        let (record, file) = (&self.record, (&*self.record.destination, self.file));
+        Ok(self.guard.watch_save(&Footprint { record, writes_file, file, stays_paused })?)
     }
 
     /// Saves a VM that stands still, from the pause to the release.
@@ -311,7 +316,7 @@ impl<'a> Save<'a> {
         self.record.was_running = paused.ran();
         describe::set_run_state(&mut self.meta, paused.ran());
         paused.vm().update_record(&self.record)?;
-        self.watch(true, false)
+        self.watch(self.options.after == After::Pause)
     }
 
     /// Saves a VM whose guest runs meanwhile.
@@ -354,8 +359,6 @@ impl<'a> Save<'a> {
         if self.control.is_stopped() {
             return Err(PagesError::Stopped.into());
         }
-        // Once the file has its name the overlays are its own.
-        self.watch(self.options.after != After::Pause, true)?;
         match proven.publish() {
             Ok(()) => {
                 self.is_named = true;
@@ -363,7 +366,8 @@ impl<'a> Save<'a> {
             }
             Err(error) => {
                 self.is_named = matches!(error, PublishError::NotDurable { .. });
-                self.watch(true, self.is_named)?;
+                // The save has failed: the guest is to run.
+                self.watch(false)?;
                 Err(error.into())
             }
         }

@@ -313,6 +313,19 @@ fn a_vm_whose_save_is_killed_before_any_of_its_words_is_as_it_was() -> TestResul
     trial.next_save_is_right()
 }
 
+/// The guardian was told before the file got its name that it has it: a save that was killed in between left
+/// the overlays on the disks, and with `--after pause` the guest paused, and there was no file.
+#[test]
+fn a_vm_whose_save_is_killed_before_the_file_has_its_name_is_as_it_was() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    requires!(strace());
+    let mut trial = Trial::begin(&qemu, Random::new(0))?;
+    for (way, words) in WAYS.iter().enumerate() {
+        assert!(trial.kill_at_call(way, "linkat", 1)?, "{words:?} names a file by `linkat`");
+    }
+    trial.next_save_is_right()
+}
+
 /// QEMU 7.2 never lets the guest's CPUs go whose writes wait for a background snapshot that was
 /// cancelled or failed: vmfile takes pre-copy there.
 #[test]

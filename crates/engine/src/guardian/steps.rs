@@ -7,14 +7,14 @@ use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{AtFlags, CWD, unlinkat};
+use rustix::fs::{AtFlags, CWD, statat, unlinkat};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 
 use super::kept::Kept;
 use super::will::{
     ASK, AWAIT, AWAIT_NONE, AWAIT_STILL, CONNECTION, DISMISSED, LISTENER, ONLY_IF, REMOVE,
-    REMOVE_IF_LAST, Reader, WILL_LEN_MAX,
+    REMOVE_IF_LAST, Reader, UNLESS_NAMED, WILL_LEN_MAX,
 };
 
 /// How much of an answer is looked at together: words are found if they lie this close together.
@@ -94,7 +94,10 @@ impl Room {
         let mut reader = Reader(will.get(1..*will_len).unwrap_or_default());
         let mut peer = Peer { socket, has_spoken: false, answer, kept };
         let mut progress = Progress { last: false, is_over: false };
-        while carry_out_one(&mut reader, &mut peer, &mut progress).is_some() {}
+        while let Some(inner) = carry_out_one(&mut reader, &mut peer, &mut progress) {
+            let mut inner = Reader(inner);
+            while carry_out_one(&mut inner, &mut peer, &mut progress).is_some() {}
+        }
     }
 }
 
@@ -106,12 +109,13 @@ struct Progress {
     is_over: bool,
 }
 
-/// Carries out the next step; `None` where there is none.
-fn carry_out_one(
-    reader: &mut Reader<'_>,
+/// Carries out the next step; `None` where there is none. Returns the steps, mostly none, that are to be
+/// carried out before the next.
+fn carry_out_one<'a>(
+    reader: &mut Reader<'a>,
     peer: &mut Peer<'_>,
     progress: &mut Progress,
-) -> Option<()> {
+) -> Option<&'a [u8]> {
     match reader.byte()? {
         ASK => {
             let asking = asking(reader)?;
@@ -139,6 +143,11 @@ fn carry_out_one(
                 peer.ask_until_still(&asking, from, quiet);
             }
         }
+        UNLESS_NAMED => {
+            let (path, file) = (reader.bytes()?, (reader.number()?, reader.number()?));
+            let steps = reader.bytes()?;
+            return Some(if leads_to(path, file) { &[] } else { steps });
+        }
         REMOVE => remove(reader.bytes()?),
         REMOVE_IF_LAST => {
             let path = reader.bytes()?;
@@ -148,7 +157,7 @@ fn carry_out_one(
         }
         _ => return None,
     }
-    Some(())
+    Some(&[])
 }
 
 /// Reads words into `room`, and returns those that found room.
@@ -343,6 +352,13 @@ fn rest(duration: Duration) {
             return;
         }
     }
+}
+
+/// Whether `path`, which ends in a zero byte, leads to the file with this device and inode.
+fn leads_to(path: &[u8], (device, inode): (u64, u64)) -> bool {
+    let Ok(path) = CStr::from_bytes_with_nul(path) else { return false };
+    statat(CWD, path, AtFlags::SYMLINK_NOFOLLOW)
+        .is_ok_and(|found| (found.st_dev, found.st_ino) == (device, inode))
 }
 
 /// Removes the file or the empty directory at `path`, which ends in a zero byte.

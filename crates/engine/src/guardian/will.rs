@@ -26,6 +26,7 @@ pub(crate) const AWAIT_STILL: u8 = 4;
 pub(crate) const REMOVE: u8 = 5;
 pub(crate) const REMOVE_IF_LAST: u8 = 6;
 pub(crate) const ONLY_IF: u8 = 7;
+pub(crate) const UNLESS_NAMED: u8 = 8;
 
 /// One thing to be done. A line is what goes over the socket; its answer is the first line with the
 /// bytes `answer` in it. Lines without them are skipped.
@@ -88,6 +89,17 @@ pub enum Step {
         /// How long it may take.
         limit: Duration,
     },
+    /// Carries out `steps` unless `path` leads to the file with this device and inode.
+    UnlessNamed {
+        /// The path.
+        path: CString,
+        /// The device of the file's file system.
+        device: u64,
+        /// The file's inode there.
+        inode: u64,
+        /// What is done if the file does not have this name. None of them is `UnlessNamed`.
+        steps: Vec<Step>,
+    },
     /// Removes a file, or an empty directory.
     Remove(CString),
     /// Removes a file if the last [`Step::Await`] or [`Step::AwaitNone`] saw what it waited for.
@@ -144,6 +156,15 @@ impl Step {
                 put_asking(into, line, answer, *limit);
                 put(into, from);
                 put_duration(into, *quiet);
+            }
+            Step::UnlessNamed { path, device, inode, steps } => {
+                into.push(UNLESS_NAMED);
+                put(into, path.as_bytes_with_nul());
+                put_number(into, *device);
+                put_number(into, *inode);
+                let mut inner = Vec::new();
+                steps.iter().for_each(|step| step.encode(&mut inner));
+                put(into, &inner);
             }
             Step::Remove(path) => {
                 into.push(REMOVE);

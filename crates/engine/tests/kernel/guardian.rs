@@ -4,6 +4,7 @@ use std::ffi::CString;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -243,5 +244,48 @@ fn after_a_condition_that_does_not_hold_only_files_are_removed() {
 
         assert_eq!(asked.join().unwrap(), expected, "{owner}");
         assert!(!always.exists() && last.exists(), "{owner}");
+    }
+}
+
+/// The parent may be killed just before a file gets its name, or just after.
+#[test]
+fn steps_that_a_name_makes_needless_are_left_out() {
+    for is_named in [false, true] {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        theirs.set_read_timeout(Some(LIMIT)).unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        let (draft, name) = (directory.path().join("draft"), directory.path().join("name"));
+        std::fs::write(&draft, b"new").unwrap();
+        // Another file has the name before.
+        std::fs::write(&name, b"old").unwrap();
+        let file = std::fs::metadata(&draft).unwrap();
+        let path = CString::new(name.as_os_str().as_bytes()).unwrap();
+        let (device, inode) = (file.dev(), file.ino());
+        let steps = vec![ask("merge"), ask("tidy")];
+        let steps = [Step::UnlessNamed { path, device, inode, steps }, ask("bye")];
+        let guardian = Guardian::start(ours.as_fd()).unwrap();
+        guardian.entrust(&Will::new(&steps)).unwrap();
+        drop(ours);
+        if is_named {
+            std::fs::rename(&draft, &name).unwrap();
+        }
+        let asked = std::thread::spawn(move || {
+            let mut peer = BufReader::new(theirs);
+            let mut lines = Vec::new();
+            loop {
+                let line = next_line(&mut peer);
+                match line.as_str() {
+                    "" => return lines,
+                    "\u{1}\n" => continue,
+                    _ => peer.get_mut().write_all(line.as_bytes()).unwrap(),
+                }
+                lines.push(line);
+            }
+        });
+
+        drop(guardian);
+
+        let expected = if is_named { &["bye\n"][..] } else { &["merge\n", "tidy\n", "bye\n"] };
+        assert_eq!(asked.join().unwrap(), expected, "{is_named}");
     }
 }

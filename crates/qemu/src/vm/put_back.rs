@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use super::record::{inquiry, removal};
-use super::{Overlay, RunState, SaveRecord, Vm, VmError, flush};
+use super::{FileId, Overlay, RunState, SaveRecord, Vm, VmError, flush};
 use crate::outgoing::{self, Outgoing, StreamSettings};
 use crate::pass_fd::{self, FDSETS};
 use crate::qmp::{QmpError, command_line};
@@ -35,10 +35,11 @@ pub struct Footprint<'a> {
     pub record: &'a SaveRecord,
     /// Whether QEMU writes the file itself: its threads run dry before it is told to stop.
     pub writes_file: bool,
-    /// Whether the guest is to run on, if it ran.
-    pub is_to_run: bool,
-    /// Whether the overlays belong to a file that has its name: then they stay.
-    pub keeps_overlays: bool,
+    /// The path and the id of the file of this save. The overlays are its own once it has its name: then
+    /// they stay.
+    pub file: (&'a Path, FileId),
+    /// Whether the guest, if it ran, is to stay paused once the file has its name.
+    pub stays_paused: bool,
 }
 
 /// One step of putting things back, for a process that may not ask and decide: QEMU's answer to
@@ -93,6 +94,15 @@ pub enum UndoStep {
         /// How long it may take.
         limit: Duration,
     },
+    /// Carry out steps unless `path` leads to `file`.
+    UnlessNamed {
+        /// The path.
+        path: PathBuf,
+        /// The file that may have this name.
+        file: FileId,
+        /// The steps.
+        steps: Vec<UndoStep>,
+    },
     /// Remove a file if the last [`UndoStep::Until`] ended well.
     RemoveIfLast(PathBuf),
 }
@@ -120,10 +130,12 @@ pub fn undo_steps(footprint: &Footprint<'_>) -> Vec<UndoStep> {
     if record.settings.is_some() {
         steps.end_migration(footprint.writes_file);
     }
-    if footprint.is_to_run && record.was_running {
-        let (command, arguments) = flush::taking(true);
-        steps.ask(command, arguments, SHORT);
-        steps.ask("cont", json!({}), PATIENT);
+    if record.was_running {
+        steps.unless(footprint.stays_paused.then_some(footprint.file), |steps| {
+            let (command, arguments) = flush::taking(true);
+            steps.ask(command, arguments, SHORT);
+            steps.ask("cont", json!({}), PATIENT);
+        });
     }
     if let Some(before) = &record.settings {
         for (command, arguments) in before.commands() {
@@ -134,8 +146,10 @@ pub fn undo_steps(footprint: &Footprint<'_>) -> Vec<UndoStep> {
     for fdset in FDSETS {
         steps.ask("remove-fd", json!({ "fdset-id": fdset }), SHORT);
     }
-    if !footprint.keeps_overlays {
-        record.overlays.iter().for_each(|overlay| steps.merge(overlay));
+    if !record.overlays.is_empty() {
+        steps.unless(Some(footprint.file), |steps| {
+            record.overlays.iter().for_each(|overlay| steps.merge(overlay));
+        });
     }
     let (command, arguments) = removal();
     steps.ask(command, arguments, SHORT);
@@ -164,11 +178,23 @@ pub fn steps_to_run() -> Vec<UndoStep> {
 #[derive(Default)]
 struct Steps {
     list: Vec<UndoStep>,
+    lines: usize,
 }
 
 impl Steps {
-    fn line(&self, command: &str, arguments: &Value) -> (Vec<u8>, Vec<u8>) {
-        let id = format!("guardian-{}-", self.list.len());
+    /// Adds the steps that `add` adds, which are left out if `file` is given and has its name by then.
+    fn unless(&mut self, file: Option<(&Path, FileId)>, add: impl FnOnce(&mut Steps)) {
+        let before = self.list.len();
+        add(self);
+        if let Some((path, file)) = file {
+            let steps = self.list.split_off(before);
+            self.list.push(UndoStep::UnlessNamed { path: path.to_path_buf(), file, steps });
+        }
+    }
+
+    fn line(&mut self, command: &str, arguments: &Value) -> (Vec<u8>, Vec<u8>) {
+        let id = format!("guardian-{}-", self.lines);
+        self.lines += 1;
         (command_line(command, arguments, &id), id.into_bytes())
     }
 
