@@ -4,6 +4,7 @@
 //! `N passed, N failed`, with `, N skipped` where tests could not run; those are listed with their
 //! reasons before it.
 
+mod api;
 mod fuzz;
 mod loops;
 mod outcome;
@@ -28,7 +29,7 @@ struct Step {
     run: fn(&Workspace, &mut Outcome) -> StepResult,
 }
 
-const STEPS: [Step; 10] = [
+const STEPS: [Step; 11] = [
     Step {
         name: "setup",
         shows: "what the tests need is here",
@@ -42,6 +43,11 @@ const STEPS: [Step; 10] = [
         name: "unit",
         shows: "every test that needs no VM",
         run: |workspace, outcome| test_programs(workspace, Kind::Other, outcome),
+    },
+    Step {
+        name: "api",
+        shows: "the public face of the library is the recorded one",
+        run: api::run,
     },
     Step { name: "doctest", shows: "the examples in the documentation", run: doctest },
     Step {

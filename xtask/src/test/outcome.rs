@@ -56,6 +56,12 @@ impl Outcome {
         if status.success() { Ok(()) } else { Err(format!("{program}: {status}").into()) }
     }
 
+    /// Notes that something could not be tested.
+    pub(super) fn skip(&mut self, program: &str, test: &str, reason: &str) {
+        let (program, test, reason) = (program.to_owned(), test.to_owned(), reason.to_owned());
+        self.skipped.push(Skipped { program, test, reason });
+    }
+
     /// Lists the tests that could not run.
     pub(crate) fn print_skipped(&self) {
         for Skipped { program, test, reason } in &self.skipped {
