@@ -19,7 +19,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let usage = "usage: save_and_restore QMP-SOCKET FILE";
     let (socket, file) = (arguments.next().ok_or(usage)?, arguments.next().ok_or(usage)?);
     // A QEMU that is not detached ends with its value.
-    run(&socket, &file)?.detach();
+    drop(run(&socket, &file)?.detach());
     Ok(())
 }
 
