@@ -48,7 +48,7 @@ pub(crate) fn available_memory() -> u64 {
     number_of(&list, "MemAvailable").unwrap_or(0)
 }
 
-/// Returns the kind of the file system and its device; where it is mounted is nobody's business.
+/// Returns the kind of the file system and its device; where it is mounted is not reported.
 fn file_system(directory: &Path) -> String {
     let find =
         |column| said(Command::new("findmnt").args(["-n", "-o", column, "-T"]).arg(directory));

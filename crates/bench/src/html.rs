@@ -1,6 +1,6 @@
 //! A report as a page: plots, then all tables.
 //!
-//! The page is one file that asks nobody for anything: the plots are inline SVG, the style is inline,
+//! The page is one file that loads nothing from elsewhere: the plots are inline SVG, the style is inline,
 //! and there is no script.
 
 mod bars;
@@ -32,7 +32,7 @@ const HOW: [&str; 6] = [
     "Every comparison is made in rounds: A B C, A B C, never A A B B. A disk that others share \
      changes its speed within seconds, and so it changes for all ways alike.",
     "The first round warms up and is not counted.",
-    "Whoever writes a file makes it durable within the time that is measured: fsync is inside.",
+    "Every program makes its file durable within the time that is measured: fsync is inside.",
     "A ratio (x disk, x vmfile) is the median of the rounds' ratios, not the ratio of two medians: \
      what the disk did to both in a round cancels out.",
     "The disk's limit is fio, writing or reading as many bytes as the ways beside it.",

@@ -2,7 +2,7 @@
 //!
 //! Every comparison is made in rounds: A B C, A B C, never A A B B, because a disk that others share
 //! changes its mind within seconds. The first round warms up and is not counted; ratios are medians
-//! of the rounds' ratios. Whoever writes a file makes it durable within the time that is measured.
+//! of the rounds' ratios. Every program makes its file durable within the time that is measured.
 
 mod contents;
 mod error;

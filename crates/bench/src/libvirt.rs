@@ -220,7 +220,7 @@ impl Libvirt {
     }
 }
 
-/// For what must be done, whoever wants to stop.
+/// For what must be done although the user wants to stop.
 static NEVER: AtomicBool = AtomicBool::new(false);
 
 impl Drop for Libvirt {

@@ -90,7 +90,7 @@ impl Bench<'_> {
         self.directory.path().join(name)
     }
 
-    /// Removes `file` and waits until the disk is at rest, so that nobody pays for another's file.
+    /// Removes `file` and waits until the disk is at rest, so that no way to save pays for another's file.
     pub(crate) fn make_way(&self, file: &Path) -> Result<(), BenchError> {
         let removed = fs::remove_file(file);
         if removed.as_ref().is_err_and(|error| error.kind() != std::io::ErrorKind::NotFound) {

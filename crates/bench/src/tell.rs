@@ -1,4 +1,4 @@
-//! What somebody who waits is told.
+//! Telling the user what is being measured.
 
 use std::fmt;
 

@@ -291,7 +291,7 @@ pub(crate) struct SendArguments {
 pub(crate) struct ReceiveArguments {
     /// The file to write, readable by its owner only
     pub(crate) file: PathBuf,
-    /// Receive from whoever connects to this Unix socket, unix:PATH
+    /// Receive from the QEMU that connects to this Unix socket, unix:PATH
     #[arg(long, value_name = "ADDRESS", conflicts_with = "fd")]
     pub(crate) listen: Option<String>,
     /// Receive from this open descriptor

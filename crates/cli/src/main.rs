@@ -49,7 +49,7 @@ fn wrong_usage(error: &clap::Error) -> ExitCode {
     let options = std::env::args_os().take_while(|argument| argument != "--");
     let is_json = options.skip(1).any(|argument| argument == "--json");
     if !error.use_stderr() || !is_json {
-        // Whoever reads may have read enough.
+        // The reader may have closed its end.
         let _ = error.print();
         return u8::try_from(error.exit_code()).map_or(ExitCode::FAILURE, ExitCode::from);
     }

@@ -30,7 +30,7 @@ impl Signals {
         let others = [SIGHUP, SIGQUIT].into_iter().filter(|&signal| !is_ignored(signal));
         for signal in [SIGINT, SIGTERM].into_iter().chain(others) {
             let number = usize::try_from(signal).unwrap_or_default();
-            // `which` first: whoever sees `stop` finds it set.
+            // `which` first: a thread that sees `stop` finds it set.
             signal_hook::flag::register_usize(signal, Arc::clone(&signals.which), number)?;
             signal_hook::flag::register(signal, Arc::clone(&signals.stop))?;
         }
@@ -99,7 +99,7 @@ impl Drop for NoSuspend {
     }
 }
 
-/// Whether whoever started this process has it ignore `signal`, as nohup does.
+/// Whether the parent process made this one ignore `signal`, as nohup does.
 fn is_ignored(signal: i32) -> bool {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));

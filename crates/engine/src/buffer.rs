@@ -90,7 +90,7 @@ impl Deref for AlignedBuffer {
     fn deref(&self) -> &[u8] {
         // SAFETY:
         // - `start` points to `layout.size()` initialized bytes of one allocation (invariants).
-        // - The slice borrows `self`, so nobody writes or frees the bytes while it lives.
+        // - The slice borrows `self`, so no other code writes or frees the bytes while it lives.
         unsafe { slice::from_raw_parts(self.start.as_ptr(), self.layout.size()) }
     }
 }

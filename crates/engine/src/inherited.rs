@@ -1,4 +1,4 @@
-//! Descriptors that somebody else opened for this process and named by their numbers.
+//! Descriptors that another process opened for this one and named by their numbers.
 
 #![expect(unsafe_code, reason = "duplicates a descriptor that is only known by its number")]
 
@@ -7,7 +7,7 @@ use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 
 /// Returns a descriptor of its own for what is open as `number`.
 ///
-/// The one that was inherited stays open: whoever waits for the last writer or reader to go away
+/// The one that was inherited stays open: a process that waits for the last writer or reader to go away
 /// waits for this process to end.
 ///
 /// # Errors
@@ -19,7 +19,7 @@ pub fn inherited(number: RawFd) -> io::Result<OwnedFd> {
     if copy < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the kernel has just made this descriptor, and nobody else knows it.
+    // SAFETY: the kernel has just made this descriptor, and no other code knows it.
     Ok(unsafe { OwnedFd::from_raw_fd(copy) })
 }
 

@@ -354,7 +354,7 @@ pub enum Backing {
         /// The file it started as a copy of, open for reading, if any.
         file: Option<BackingFile>,
     },
-    /// A file that it shares with whoever maps it too.
+    /// A file that it shares with other processes that map it.
     Shared {
         /// The file.
         file: BackingFile,

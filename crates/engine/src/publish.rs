@@ -249,7 +249,7 @@ impl AsFd for Unpublished {
 impl Drop for Unpublished {
     fn drop(&mut self) {
         if let Some(temporary) = &self.temporary {
-            // Nobody is left to tell; the name says what the file is.
+            // No caller is left to tell; the name says what the file is.
             let _ = rustix::fs::unlinkat(&self.directory, temporary, AtFlags::empty());
         }
     }

@@ -17,7 +17,7 @@ use crate::direct_io::DataFile;
 use crate::storage::Storage;
 use crate::transfer::{Completion, Direction, Progress, Transfer};
 
-/// Transfers that are collected before the kernel is told, if nobody waits before.
+/// Transfers that are collected before the kernel is told, unless a wait comes first.
 const BATCH: usize = 8;
 
 /// Bytes after which the kernel is told whatever the number: large transfers gain nothing from

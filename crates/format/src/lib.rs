@@ -51,7 +51,7 @@ pub use ram_block::{RamBlock, RamLayout};
 
 /// Returns the XXH3-128 checksum of `bytes`, the one checksum of this format.
 ///
-/// It finds damage; it is no proof against somebody who means harm.
+/// It finds damage; it is no proof against an attacker.
 #[must_use]
 pub fn checksum(bytes: &[u8]) -> u128 {
     twox_hash::XxHash3_128::oneshot(bytes)

@@ -1,6 +1,6 @@
 //! A file in the making: where everything goes, and the parts around RAM.
 //!
-//! RAM is written by whoever has its pages; what stands before, between and after them is written
+//! The caller writes RAM, which it has the pages of; what stands before, between and after them is written
 //! here, once it is known which pages there are.
 
 use std::os::fd::AsFd;
@@ -35,14 +35,14 @@ pub struct Proven {
 
 /// The places of everything in a draft.
 #[derive(Debug)]
-pub struct Places {
+pub struct FileLayout {
     layout: MappedRamLayout,
-    tables: Tables,
+    tables: HashTables,
 }
 
 /// The places of what vmfile appends: tables of page hashes, one for each block, and metadata.
 #[derive(Debug)]
-pub struct Tables {
+pub struct HashTables {
     ram: RamLayout,
     /// File offsets of the tables.
     hashes: Vec<u64>,
@@ -51,7 +51,7 @@ pub struct Tables {
 
 /// What follows RAM.
 #[derive(Clone, Copy, Debug)]
-pub struct Tail<'a> {
+pub struct StreamTail<'a> {
     /// The device sections, from the first to EOF.
     pub sections: &'a [u8],
     /// What stands after them in the stream: the VM description, or nothing.
@@ -60,7 +60,7 @@ pub struct Tail<'a> {
 
 /// What the manifest says of a save, besides the places.
 #[derive(Debug)]
-pub struct Facts {
+pub struct SaveFacts {
     /// The route by which RAM was taken.
     pub route: &'static str,
     /// Whether the guest ran while it was saved; `None` if that is not known.
@@ -87,7 +87,7 @@ impl Draft {
 
     /// Gives the file its length, up to the manifest: writes that extend a file wait for one another
     /// (ext4, XFS).
-    pub fn reserve(&self, tables: &Tables) -> Result<(), PagesError> {
+    pub fn reserve(&self, tables: &HashTables) -> Result<(), PagesError> {
         let set = self.file.buffered().set_len(tables.end);
         set.map_err(PagesError::writing("the length of the file"))
     }
@@ -95,10 +95,10 @@ impl Draft {
     /// Writes everything but RAM and its hashes.
     pub fn finish(
         &self,
-        places: &Places,
+        places: &FileLayout,
         bitmaps: &[PageBitmap],
-        tail: Tail<'_>,
-        facts: Facts,
+        tail: StreamTail<'_>,
+        facts: SaveFacts,
     ) -> Result<(), PagesError> {
         let mut extents = Vec::new();
         let mut put = |what: &'static str, offset: u64, bytes: &[u8]| {
@@ -124,14 +124,14 @@ impl Draft {
         self.put_manifest(&places.tables, stream_end, bitmaps, extents, facts)
     }
 
-    /// Writes metadata and footer behind the tables, whoever wrote the rest.
+    /// Writes metadata and footer behind the tables. The rest may have been written by QEMU.
     pub fn put_manifest(
         &self,
-        tables: &Tables,
+        tables: &HashTables,
         stream_end: u64,
         bitmaps: &[PageBitmap],
         extents: Vec<ExtentMeta>,
-        facts: Facts,
+        facts: SaveFacts,
     ) -> Result<(), PagesError> {
         let meta = meta(facts, tables.block_metas(bitmaps), extents);
         self.put("manifest", tables.end, &meta.encode(stream_end, tables.end))
@@ -189,7 +189,7 @@ impl Proven {
     }
 }
 
-impl Places {
+impl FileLayout {
     /// Places the blocks of `ram`, `tail_len` bytes at most after them, and the tables of hashes.
     ///
     /// `section_id` is the id of the section "ram", which no device section has.
@@ -198,11 +198,11 @@ impl Places {
         ram: RamLayout,
         section_id: u32,
         tail_len: u64,
-    ) -> Result<Places, PagesError> {
+    ) -> Result<FileLayout, PagesError> {
         let layout = MappedRamLayout::new(source, ram.clone(), section_id);
         let layout = layout.map_err(PagesError::Layout)?;
         let stream_end = layout.device_state_offset().saturating_add(tail_len);
-        Ok(Places { layout, tables: Tables::new(ram, stream_end)? })
+        Ok(FileLayout { layout, tables: HashTables::new(ram, stream_end)? })
     }
 
     /// Returns the blocks and their places, in the order of the file.
@@ -211,7 +211,7 @@ impl Places {
     }
 
     /// Returns the places of what follows the stream.
-    pub fn tables(&self) -> &Tables {
+    pub fn tables(&self) -> &HashTables {
         &self.tables
     }
 
@@ -226,7 +226,7 @@ impl Places {
     }
 }
 
-impl Places {
+impl FileLayout {
     /// Returns how many bytes the pages have whose bits are set in `bitmaps`, one for each block.
     #[must_use]
     pub fn data_bytes(&self, bitmaps: &[PageBitmap]) -> u64 {
@@ -237,12 +237,12 @@ impl Places {
     }
 }
 
-impl Tables {
+impl HashTables {
     /// Places the tables of the blocks of `ram` behind the stream.
-    pub fn new(ram: RamLayout, stream_end: u64) -> Result<Tables, PagesError> {
+    pub fn new(ram: RamLayout, stream_end: u64) -> Result<HashTables, PagesError> {
         let pages: Vec<_> = ram.blocks().iter().map(RamBlock::page_count).collect();
         let (hashes, end) = place_tables(stream_end, &pages).ok_or(PagesError::TooLong)?;
-        Ok(Tables { ram, hashes, end })
+        Ok(HashTables { ram, hashes, end })
     }
 
     /// Returns the file offsets of the tables, one for each block.
@@ -267,7 +267,7 @@ impl Tables {
     }
 }
 
-fn meta(facts: Facts, blocks: Vec<BlockMeta>, extents: Vec<ExtentMeta>) -> Meta {
+fn meta(facts: SaveFacts, blocks: Vec<BlockMeta>, extents: Vec<ExtentMeta>) -> Meta {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     Meta {
         vmfile_version: env!("CARGO_PKG_VERSION").to_owned(),

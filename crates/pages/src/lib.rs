@@ -41,7 +41,7 @@
 //! # }
 //! ```
 //!
-//! [`check`](mod@check) says what is damaged in a file. The other modules are for whoever moves pages in another
+//! [`check`](mod@check) says what is damaged in a file. The other modules are for programs that move pages in another
 //! way: [`draft`] is a file in the making, [`lane`] threads with transfers in flight, [`window_reader`] reads
 //! many pages of a file at once, and [`page_writer`] writes pages that come in any order.
 //!

@@ -10,7 +10,7 @@ use crate::plan::{WINDOW_LEN, pieces};
 
 /// RAM that pages are taken from, in blocks that are counted from 0.
 ///
-/// Nobody writes to it while pages are taken: the bytes that [`PageSource::read`] copies are those that
+/// It must not be written to while pages are taken: the bytes that [`PageSource::read`] copies are those that
 /// are hashed and written, but two pages are of one moment only if the memory stands still.
 ///
 /// Ranges are bytes of a block. Several threads ask at the same time, for different ranges.

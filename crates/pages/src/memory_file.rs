@@ -10,7 +10,7 @@ use vmfile_format::stream::configuration::Configuration;
 use vmfile_format::stream::own_state::OwnState;
 
 use crate::control::Control;
-use crate::draft::{Draft, Facts, Places, Tail};
+use crate::draft::{Draft, FileLayout, SaveFacts, StreamTail};
 use crate::error::PagesError;
 use crate::jobs::Jobs;
 use crate::lane::Workers;
@@ -81,11 +81,11 @@ pub fn save(
 ) -> Result<SavedMemory, PagesError> {
     let draft = Draft::new(Unpublished::create_beside(path, options.existing)?, options.direct_io)?;
     let state = OwnState::new(state);
-    let tail = Tail { sections: &state.sections, description: &state.description };
+    let tail = StreamTail { sections: &state.sections, description: &state.description };
     let tail_len = (state.sections.len() + state.description.len()) as u64;
     let configuration = Configuration { machine: machine.to_owned(), ..Configuration::default() };
     let total_bytes = ram.blocks().iter().map(vmfile_format::RamBlock::used_length).sum();
-    let places = Places::new(&configuration, ram, state.unused_id, tail_len)?;
+    let places = FileLayout::new(&configuration, ram, state.unused_id, tail_len)?;
     draft.reserve(places.tables())?;
     let workers = Workers::start(draft.file(), (options.io, options.jobs.count()));
     let workers = workers.map_err(PagesError::writing("the file, by threads of its own"))?;
@@ -133,8 +133,8 @@ pub fn state(snapshot: &Snapshot, name: &str) -> Result<Option<Vec<u8>>, PagesEr
     Ok(snapshot.structure().device_state.payload(name, &bytes).map(<[u8]>::to_vec))
 }
 
-fn facts(machine: &str) -> Facts {
-    Facts {
+fn facts(machine: &str) -> SaveFacts {
+    SaveFacts {
         route: "memory",
         live: Some(false),
         pause_seconds: None,

@@ -267,7 +267,7 @@ mod tests {
     use vmfile_format::{PageSize, RamBlock, RamLayout};
 
     use super::*;
-    use crate::draft::Places;
+    use crate::draft::FileLayout;
     use crate::lane::on_lanes;
 
     const PAGES: u64 = WINDOW_LEN / PAGE_LEN_MIN;
@@ -279,7 +279,7 @@ mod tests {
         let data_file = DataFile::new(file.try_clone().unwrap(), DirectIo::Off).unwrap();
         let block = RamBlock::new("ram".to_owned(), WINDOW_LEN, PageSize::KIB_4).unwrap();
         let ram = RamLayout::new(vec![block]).unwrap();
-        let places = Places::new(&Configuration::default(), ram, 1, 0).unwrap();
+        let places = FileLayout::new(&Configuration::default(), ram, 1, 0).unwrap();
         let ram = ReceivedRam::new(data_file.clone(), places.blocks(), places.hashes());
         let offset = places.blocks()[0].pages_offset;
         // The tables of hashes, which follow, are no part of what is counted.

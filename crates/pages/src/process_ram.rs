@@ -354,7 +354,7 @@ impl FilePart {
         Ok(found.map(|offset| offset - self.offset))
     }
 
-    /// Adds the pages of `range` that are data, one by one: where the next hole is, is not asked, for
+    /// Adds the pages of `range` that are data, one by one. The kernel is not asked where the next hole is:
     /// the kernel looks for it beyond the range, through all data that follows.
     fn add_data(&self, range: &Range<u64>, found: &mut Vec<Range<u64>>) -> io::Result<()> {
         let mut rest = range.clone();

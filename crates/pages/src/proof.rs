@@ -149,7 +149,7 @@ mod tests {
     use vmfile_format::{PageCount, PageSize, RamBlock, RamLayout};
 
     use super::*;
-    use crate::draft::{Draft, Facts, Places, Tail};
+    use crate::draft::{Draft, FileLayout, SaveFacts, StreamTail};
 
     fn bitmap(pages: u64, has_data: impl Fn(u64) -> bool) -> PageBitmap {
         let mut bitmap = PageBitmap::new(PageCount(pages));
@@ -175,7 +175,7 @@ mod tests {
         encoder::vm_description(&mut description);
         let ram = RamLayout::new(vec![block]).unwrap();
         let tail_len = (sections.len() + description.len()) as u64;
-        let places = Places::new(&source, ram, 2, tail_len).unwrap();
+        let places = FileLayout::new(&source, ram, 2, tail_len).unwrap();
         draft.reserve(places.tables()).unwrap();
         let bitmap = bitmap(PAGES, |page| page % 2 == 0);
         let placed = &places.blocks()[0];
@@ -185,12 +185,12 @@ mod tests {
             let hash = encode_hash(page_hash(&bytes));
             draft.put("hash", places.hashes()[0] + 16 * page.0, &hash).unwrap();
         }
-        let tail = Tail { sections: &sections, description: &description };
+        let tail = StreamTail { sections: &sections, description: &description };
         draft.finish(&places, &[bitmap], tail, facts()).unwrap();
         draft
     }
 
-    fn facts() -> Facts {
+    fn facts() -> SaveFacts {
         let vm = VmMeta {
             name: None,
             uuid: None,
@@ -205,7 +205,7 @@ mod tests {
             disks: Vec::new(),
             empty_drives: Vec::new(),
         };
-        Facts { route: "direct", live: Some(false), pause_seconds: None, vm }
+        SaveFacts { route: "direct", live: Some(false), pause_seconds: None, vm }
     }
 
     /// A disk that loses a write, or writes something else, was noticed when the VM was wanted back,

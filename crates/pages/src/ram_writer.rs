@@ -15,7 +15,7 @@ use vmfile_format::mapped_ram::PlacedBlock;
 use vmfile_format::{PageBitmap, PageIndex};
 
 use crate::control::{Control, Meter};
-use crate::draft::Places;
+use crate::draft::FileLayout;
 use crate::error::PagesError;
 use crate::lane::{Lane, Workers};
 use crate::memory::PageSource;
@@ -41,7 +41,7 @@ pub struct Written {
 /// Returns the first [`PagesError`] that any worker met, after all of them have stopped.
 pub fn write_ram(
     workers: Workers,
-    places: &Places,
+    places: &FileLayout,
     source: &dyn PageSource,
     total_bytes: u64,
     control: &Control<'_>,
@@ -74,7 +74,7 @@ fn failed(source: io::Error) -> PagesError {
 
 /// What all workers see.
 struct Shared<'a> {
-    places: &'a Places,
+    places: &'a FileLayout,
     source: &'a dyn PageSource,
     units: &'a Units,
     bitmaps: Vec<Mutex<PageBitmap>>,

@@ -330,7 +330,7 @@ impl CommandLine {
         sockets::has_libvirt(self)
     }
 
-    /// Returns those sockets of this command line that somebody already listens on.
+    /// Returns those sockets of this command line that a process already listens on.
     ///
     /// A QEMU that was started with them would take the paths away from the VM that has them.
     /// `directory` is what relative paths refer to.

@@ -147,7 +147,7 @@ pub fn list() -> Result<Vec<Found>, DiscoverError> {
 
 /// Returns the QMP socket of the VM at `address`.
 ///
-/// A path is returned as it is: whether somebody answers there is found out by connecting.
+/// A path is returned as it is: whether a QEMU answers there is found out by connecting.
 ///
 /// # Errors
 ///

@@ -111,7 +111,7 @@ pub(crate) fn listening_sockets(pid: u32) -> io::Result<HashMap<u32, PathBuf>> {
     Ok(sockets)
 }
 
-/// Returns the absolute paths of all Unix sockets that somebody listens on in our network
+/// Returns the absolute paths of all Unix sockets that a process listens on in our network
 /// namespace.
 pub(crate) fn listening_paths() -> io::Result<HashSet<PathBuf>> {
     Ok(parse_listening(&fs::read_to_string("/proc/self/net/unix")?).into_values().collect())
@@ -176,7 +176,7 @@ fn socket_inode(link: &Path) -> Option<u64> {
 }
 
 /// Reads the table of Unix sockets: number, reference count, protocol, flags, type, state, inode,
-/// path. Flag 0x10000 means that somebody listens (`__SO_ACCEPTCON`).
+/// path. Flag 0x10000 means that a process listens (`__SO_ACCEPTCON`).
 fn parse_listening(table: &str) -> HashMap<u64, PathBuf> {
     const FLAG_LISTENS: u32 = 0x1_0000;
     let mut sockets = HashMap::new();

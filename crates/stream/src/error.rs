@@ -84,7 +84,8 @@ impl ReceiveError {
             WaitError::Stalled(after) => ReceiveError::Stalled { offset, after },
             WaitError::ProcessStopped(pid) => ReceiveError::ProcessStopped { pid },
             WaitError::TimedOut => ReceiveError::TimedOut { offset },
-            // Who gives up for another is not asked why.
+            // A connection that stopped because another one failed does not report its own error: the
+            // first failure is the cause.
             WaitError::Stopped | WaitError::GivenUp => PagesError::Stopped.into(),
         }
     }
@@ -125,7 +126,7 @@ pub enum SendError {
         /// The machine type.
         machine: String,
     },
-    /// Nobody listens at the socket, or it may not be used.
+    /// No process listens at the socket, or it may not be used.
     #[error("connect to {path}", path = path.display())]
     Connect {
         /// The socket.
@@ -136,7 +137,7 @@ pub enum SendError {
     /// It cannot be said what the descriptor is.
     #[error("look at the descriptor of the stream")]
     Descriptor(#[source] io::Error),
-    /// Whoever reads has ended before the stream did, as a QEMU does that refuses it.
+    /// The reader closed its end before the stream ended, as a QEMU does that refuses it.
     #[error("the reader closed its end at offset {offset:#x} of the stream")]
     PeerClosed {
         /// How much was sent, in bytes.
@@ -153,7 +154,7 @@ pub enum SendError {
 }
 
 impl SendError {
-    /// Says whether the file was at fault, and not whoever reads the stream.
+    /// Says whether the file was at fault, and not the reader of the stream.
     pub fn is_about_the_file(&self) -> bool {
         matches!(self, SendError::Pages(error) if !error.is_stopped())
     }

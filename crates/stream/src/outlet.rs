@@ -45,7 +45,7 @@ enum Kind {
     Socket,
     /// The descriptor says it.
     Pipe,
-    /// Nothing does: a file, or a pipe of somebody else's.
+    /// Nothing does: a file, or a pipe that another process made.
     Waiting,
 }
 
@@ -98,7 +98,7 @@ impl<'a> Outlet<'a> {
     ///
     /// # Errors
     ///
-    /// Returns [`SendError::PeerClosed`] if nobody reads any more, [`PagesError::Stopped`], or
+    /// Returns [`SendError::PeerClosed`] if the reader has gone, [`PagesError::Stopped`], or
     /// [`SendError::Write`].
     pub fn send_all(&mut self, mut slices: &mut [IoSlice<'_>]) -> Result<(), SendError> {
         IoSlice::advance_slices(&mut slices, 0);

@@ -1,4 +1,4 @@
-//! A stream in, pages and devices out: the work of a receive, whoever asked for it.
+//! A stream in, pages and devices out: the work of `receive`, and of the routes of a save that use streams.
 
 use std::ops::ControlFlow;
 use std::sync::{Mutex, PoisonError};
@@ -13,7 +13,7 @@ use vmfile_format::stream::device_state::DeviceState;
 use vmfile_format::stream::{multifd, xbzrle};
 use vmfile_format::{FormatError, PageBitmap, PageIndex, RamLayout};
 use vmfile_pages::control::Meter;
-use vmfile_pages::draft::{Draft, Places, Tail};
+use vmfile_pages::draft::{Draft, FileLayout, StreamTail};
 use vmfile_pages::lane::{Lane, Workers};
 use vmfile_pages::page_writer::{Counts, PAGE_LEN_MIN, PageWriter};
 use vmfile_pages::received_ram::ReceivedRam;
@@ -40,7 +40,7 @@ pub struct Received {
     /// The configuration section: the machine type, and the uuid where there is one.
     pub configuration: Configuration,
     /// Where the pages are in the file.
-    pub places: Places,
+    pub places: FileLayout,
     /// The pages of each block that have data.
     pub bitmaps: Vec<PageBitmap>,
     /// The back end that wrote them.
@@ -56,10 +56,10 @@ pub struct Received {
 
 impl Received {
     /// Returns what follows RAM, byte for byte as it came.
-    pub fn tail(&self) -> Tail<'_> {
+    pub fn tail(&self) -> StreamTail<'_> {
         let len = usize::try_from(self.state.end - self.state.start).expect("it is in memory");
         let (sections, description) = self.devices.split_at(len);
-        Tail { sections, description }
+        StreamTail { sections, description }
     }
 
     /// Writes how the VM is to come back; returns whether there is room.
@@ -94,8 +94,9 @@ impl StreamReceiver<'_> {
         let mut decoder = StreamDecoder::new();
         let head = head(&mut source, &mut decoder)?;
         let (configuration, section_id) = (&head.configuration, head.section_id);
-        let places = Places::new(configuration, head.ram.clone(), section_id, DEVICE_STATE_LEN_MAX)
-            .map_err(ReceiveError::from)?;
+        let places =
+            FileLayout::new(configuration, head.ram.clone(), section_id, DEVICE_STATE_LEN_MAX)
+                .map_err(ReceiveError::from)?;
         self.draft.reserve(places.tables()).map_err(ReceiveError::from)?;
         let file = self.draft.file().clone();
         let ram = ReceivedRam::new(file, places.blocks(), places.hashes());
@@ -338,7 +339,7 @@ fn each_event(
     }
 }
 
-/// A multifd channel that came before its stream, to somebody who expects none, is told by its magic.
+/// If the first bytes are multifd's magic number, the sender uses channels, but none are expected: says so.
 fn refused(error: FormatError) -> ReceiveError {
     match error.kind {
         FormatErrorKind::NotAStream { found: multifd::MAGIC } => ChannelsError::Unexpected.into(),

@@ -38,7 +38,7 @@ pub struct Source {
 ///
 /// # Errors
 ///
-/// Returns [`SendError`] if the file cannot be read or nobody takes the stream.
+/// Returns [`SendError`] if the file cannot be read or the reader of the stream has gone.
 pub fn write_stream(
     contents: &Contents<'_>,
     source: &Source,

@@ -4,7 +4,7 @@
 //! begin - connect - RAM, as it comes - devices - metadata - prove - publish
 //! ```
 //!
-//! Whoever sends decides what comes; every page goes to its fixed place, and one that comes again
+//! The sender decides what comes; every page goes to its fixed place, and one that comes again
 //! overwrites it, so that the file is no longer than RAM however long the stream is.
 
 use std::os::fd::OwnedFd;
@@ -17,7 +17,7 @@ use vmfile_engine::{Backend, BackendInUse, DirectIo, DirectIoInUse, Existing};
 use vmfile_format::manifest::VmMeta;
 use vmfile_pages::PagesError;
 use vmfile_pages::control::Control;
-use vmfile_pages::draft::{Draft, Facts};
+use vmfile_pages::draft::{Draft, SaveFacts};
 use vmfile_pages::lane::Workers;
 use vmfile_pages::reading::as_text;
 use vmfile_qemu::ProcessInfo;
@@ -36,7 +36,7 @@ use crate::new_file::new_file;
 pub enum StreamFrom {
     /// A pipe or a socket that is open.
     Descriptor(OwnedFd),
-    /// Whoever connects to a Unix socket that is made at this path, and removed afterwards.
+    /// The QEMU that connects to a Unix socket, which is made at this path and removed afterwards.
     Listen(PathBuf),
 }
 
@@ -130,7 +130,7 @@ pub fn receive(
     let receiver = StreamReceiver { draft: &draft, workers, limits };
     let received = receiver.run(connections, || Ok::<_, ReceiveError>(()))?;
     let vm = describe_vm(&received, sender);
-    let facts = Facts { route: "stream", live: None, pause_seconds: None, vm };
+    let facts = SaveFacts { route: "stream", live: None, pause_seconds: None, vm };
     draft.finish(&received.places, &received.bitmaps, received.tail(), facts)?;
     if control.is_stopped() {
         return Err(PagesError::Stopped.into());

@@ -65,7 +65,7 @@ pub enum RestoreError {
     /// QEMU wrote the file, or it came as a stream: neither tells the command line.
     #[error("the file holds no command line")]
     NoSavedCommand,
-    /// The saved command line has parts that belonged to whoever started the VM.
+    /// The saved command line has parts that belonged to the process that started the VM.
     #[error("the saved command line cannot be started again: {}", what.join("; "))]
     CannotRecreate {
         /// The options at fault.

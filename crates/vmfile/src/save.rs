@@ -31,7 +31,7 @@ use vmfile_engine::{BackendInUse, DirectIoInUse};
 use vmfile_format::manifest::VmMeta;
 use vmfile_pages::PagesError;
 use vmfile_pages::control::Control;
-use vmfile_pages::draft::{Draft, Facts, Proven};
+use vmfile_pages::draft::{Draft, Proven, SaveFacts};
 use vmfile_qemu::{
     FileId, Footprint, Holder, PUT_BACK_TIMEOUT, Paused, RamBlockInfo, RunState, SaveRecord, Vm,
 };
@@ -125,10 +125,10 @@ struct Work<'a> {
 
 impl Work<'_> {
     /// Returns what the manifest says of this save.
-    fn facts(&self, route: RouteUsed, pause_seconds: f64, live: bool) -> Facts {
+    fn facts(&self, route: RouteUsed, pause_seconds: f64, live: bool) -> SaveFacts {
         let vm = self.meta.clone();
         let route = route.name();
-        Facts { route, live: Some(live), pause_seconds: Some(pause_seconds), vm }
+        SaveFacts { route, live: Some(live), pause_seconds: Some(pause_seconds), vm }
     }
 
     fn seconds_paused(&self) -> f64 {

@@ -38,7 +38,7 @@ pub use vmfile_stream::error::SendError;
 /// Where a stream goes.
 #[derive(Debug)]
 pub enum SendTo {
-    /// Into a pipe, a socket or a file. Writing to a pipe that nobody reads raises SIGPIPE, which a
+    /// Into a pipe, a socket or a file. Writing to a pipe whose reader is gone raises SIGPIPE, which a
     /// program of Rust ignores unless it was told otherwise.
     Descriptor(OwnedFd),
     /// To a Unix socket on which QEMU listens.

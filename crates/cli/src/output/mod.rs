@@ -44,13 +44,13 @@ impl Voice {
     ) -> Result<(), Failure> {
         let Some(text) = self.words(value, text)? else { return Ok(()) };
         match io::stdout().lock().write_all(text.as_bytes()) {
-            // Whoever reads has read enough, as `head` does.
+            // The reader has closed its end, as `head` does.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
             result => result.map_err(|error| Failure::system("stdout", &error)),
         }
     }
 
-    /// Prints what was done, as [`Voice::answer`] does. The deed is done even where nobody can be
+    /// Prints what was done, as [`Voice::answer`] does. The work is done even where no reader can be
     /// told of it: that is a warning, and no failure.
     pub(crate) fn report<T: Serialize>(&self, value: &T, text: impl FnOnce(&T) -> String) {
         if let Err(failure) = self.answer(value, text) {
@@ -61,7 +61,7 @@ impl Voice {
     /// Prints what was done on stderr, where stdout was used for something else.
     pub(crate) fn report_aside<T: Serialize>(&self, value: &T, text: impl FnOnce(&T) -> String) {
         if let Ok(Some(text)) = self.words(value, text) {
-            // There is nobody left to tell.
+            // Standard error is closed: there is no way to tell.
             let _ = io::stderr().lock().write_all(text.as_bytes());
         }
     }
@@ -91,7 +91,7 @@ impl Voice {
             ProgressMode::Auto if !io::stderr().is_terminal() => return,
             ProgressMode::Auto | ProgressMode::Bar => printable(&format!("{line}\n")),
         };
-        // There is nobody left to tell.
+        // Standard error is closed: there is no way to tell.
         let _ = io::stderr().lock().write_all(text.as_bytes());
     }
 
@@ -113,7 +113,7 @@ impl Voice {
         } else {
             printable(&format!("vmfile: warning: {message}\n"))
         };
-        // There is nobody left to tell.
+        // Standard error is closed: there is no way to tell.
         let _ = io::stderr().lock().write_all(text.as_bytes());
     }
 
@@ -135,7 +135,7 @@ impl Voice {
             }
             printable(&text)
         };
-        // There is nobody left to tell.
+        // Standard error is closed: there is no way to tell.
         let _ = io::stderr().lock().write_all(text.as_bytes());
     }
 }

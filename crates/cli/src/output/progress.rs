@@ -52,7 +52,7 @@ impl<'a> Meter<'a> {
         }
         let asked = self.asked.swap(false, Ordering::Relaxed);
         if let Some(last) = &self.lines {
-            self.json_line(progress, asked, &mut last.lock().expect("nobody panics holding it"));
+            self.json_line(progress, asked, &mut last.lock().expect("no thread panics holding it"));
         } else if asked {
             let elapsed = self.started.elapsed().as_secs_f64();
             self.line(&format_args!(
@@ -86,7 +86,7 @@ impl<'a> Meter<'a> {
     }
 
     fn line(&self, line: &dyn std::fmt::Display) {
-        // Nobody reads progress: the work goes on.
+        // The reader of progress has gone: the work goes on.
         let _ = writeln!(io::stderr().lock(), "{line}");
     }
 }

@@ -91,7 +91,7 @@ pub enum Event<'a> {
         block: usize,
         /// The page.
         page: PageIndex,
-        /// A whole zlib stream, which nobody has looked into.
+        /// A whole zlib stream, which was not decompressed yet.
         zlib: &'a [u8],
     },
     /// What the multifd channels carry up to their next SYNC comes before what follows.

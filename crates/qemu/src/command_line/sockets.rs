@@ -49,11 +49,11 @@ pub(super) fn in_use(
     Ok(paths)
 }
 
-/// Tells whether somebody listens at `path`.
+/// Tells whether a process listens at `path`.
 ///
 /// The kernel's table answers without disturbing the listener, a serial console perhaps. It shows
 /// paths as they were bound, and this network namespace only, so that the rest is tried; a socket
-/// file that nobody listens on refuses the connection.
+/// file that no process listens on refuses the connection.
 fn is_in_use(path: &Path, listening: &HashSet<PathBuf>) -> bool {
     listening.contains(path) || unix_socket::is_served(path)
 }

@@ -250,7 +250,7 @@ impl Qmp {
         }
     }
 
-    /// Returns how many events were dropped because nobody took them.
+    /// Returns how many events were dropped because the caller did not take them.
     #[must_use]
     pub fn events_dropped(&self) -> u64 {
         self.events.dropped()

@@ -255,7 +255,7 @@ pub(super) fn refuse_own(
     Ok(())
 }
 
-/// Makes an empty overlay beside `image`, under a name that nobody else has.
+/// Makes an empty overlay beside `image`, under a name that no other file has.
 fn make_overlay(start: Start<'_>, image: &Path, format: &str) -> Result<PathBuf, RestoreError> {
     let failed = |source| RestoreError::Overlay { image: image.to_path_buf(), source };
     let mut names = overlay_names(image);

@@ -86,7 +86,7 @@ pub enum Destination {
     Saved,
     /// One that is started with this command line, the program's name first.
     Command(Vec<String>),
-    /// One that somebody else started with `-incoming defer`.
+    /// One that the caller started with `-incoming defer`.
     Waiting(Vm),
 }
 
@@ -174,7 +174,7 @@ fn as_text_if_any<S: Serializer>(
 pub struct Restored {
     /// What was done.
     pub report: RestoreReport,
-    /// The QEMU that was started, or `None` for one that somebody else did.
+    /// The QEMU that was started, or `None` for one that was waiting.
     pub qemu: Option<LaunchedQemu>,
 }
 

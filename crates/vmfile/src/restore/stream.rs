@@ -48,7 +48,7 @@ pub(super) fn send_to(
         let stall = Stall::new(&sent);
         let deadline = Instant::now() + LOAD_TIMEOUT;
         let loaded = vm.wait_loaded(deadline, &|| control.is_stopped() || stall.is_too_long());
-        // Once QEMU has failed nobody takes the rest.
+        // A QEMU that has failed takes no more of the stream.
         over.store(loaded.is_err(), Ordering::Relaxed);
         loaded
     });

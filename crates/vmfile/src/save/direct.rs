@@ -7,7 +7,7 @@ use vmfile_format::stream::configuration::Configuration;
 use vmfile_format::stream::device_state::DeviceState;
 use vmfile_format::stream::encoder;
 use vmfile_format::{FormatError, PageSize, RamBlock, RamLayout};
-use vmfile_pages::draft::{Draft, Places, Tail};
+use vmfile_pages::draft::{Draft, FileLayout, StreamTail};
 use vmfile_pages::lane::Workers;
 use vmfile_pages::plan::BRIDGE_LEN;
 use vmfile_pages::process_ram::{BlockAt, ProcessRam};
@@ -66,9 +66,9 @@ impl DirectRoute {
         let source = Configuration { machine, ..Configuration::default() };
         let mut description = Vec::new();
         encoder::vm_description(&mut description);
-        let tail = Tail { sections: &sections, description: &description };
+        let tail = StreamTail { sections: &sections, description: &description };
         let tail_len = (sections.len() + description.len()) as u64;
-        let places = Places::new(&source, self.ram.clone(), state.unused_id(), tail_len)?;
+        let places = FileLayout::new(&source, self.ram.clone(), state.unused_id(), tail_len)?;
         work.draft.reserve(places.tables())?;
 
         let written = self.ram(work, &places)?;
@@ -86,7 +86,11 @@ impl DirectRoute {
         })
     }
 
-    fn ram(&mut self, work: &Work<'_>, places: &Places) -> Result<ram_writer::Written, SaveError> {
+    fn ram(
+        &mut self,
+        work: &Work<'_>,
+        places: &FileLayout,
+    ) -> Result<ram_writer::Written, SaveError> {
         self.process.look_again()?;
         let workers = self.workers.take().expect("a route writes once");
         Ok(write_ram(workers, places, &self.process, self.data_bytes, work.control)?)

@@ -168,11 +168,11 @@ struct Watch<'a> {
 }
 
 impl Watch<'_> {
-    /// Does it until QEMU has sent all, or `is_finished` says that nobody receives any more; returns
+    /// Does it until QEMU has sent all, or `is_finished` says that the receiver has ended; returns
     /// whether all was sent.
     fn until(&mut self, is_finished: impl Fn() -> bool) -> Result<bool, SaveError> {
         loop {
-            // Asked before QEMU is: whoever has received all leaves QEMU at its end.
+            // Look at the receiver first, then ask QEMU: once all has arrived, QEMU is about to complete.
             let finished = is_finished();
             let (outgoing, ram) = self.vm.outgoing_ram()?;
             match outgoing {
@@ -189,7 +189,7 @@ impl Watch<'_> {
                 }
                 Outgoing::Active if !finished => {}
                 Outgoing::Completed => return self.completed(),
-                // Whoever has received all is ahead of QEMU, which is to say so.
+                // All pages have arrived, but QEMU may not have reported completion yet: ask it once more.
                 Outgoing::Active if sent(self.vm).is_ok() => return self.completed(),
                 _ => return Ok(false),
             }

@@ -24,7 +24,7 @@ use super::sending::{not_sent, sent};
 use super::{SaveOptions, Work, Written, native_file};
 use crate::error::SaveError;
 
-/// How many threads of QEMU write if nobody says: QEMU's own default (10.0).
+/// How many threads of QEMU write if the caller does not say: QEMU's own default (10.0).
 const CHANNELS: NonZeroU8 = NonZeroU8::new(2).expect("2 is not zero");
 
 /// How often QEMU is asked how far it is.
@@ -186,7 +186,7 @@ fn cancel(vm: &mut Vm, error: SaveError) -> SaveError {
     }
 }
 
-/// What there is to do: QEMU looks at all RAM once, and so does whoever hashes it.
+/// What there is to do: QEMU looks at all RAM once, and the threads that hash it once more.
 pub(super) fn total_bytes(ram_bytes: u64) -> u64 {
     ram_bytes.saturating_mul(2)
 }

@@ -19,7 +19,7 @@ use vmfile_format::mapped_ram::{MARK, PlacedBlock};
 use vmfile_format::{FormatError, PageBitmap, PageIndex, PageRange};
 use vmfile_pages::PagesError;
 use vmfile_pages::control::Progress;
-use vmfile_pages::draft::Tables;
+use vmfile_pages::draft::HashTables;
 use vmfile_pages::lane::Workers;
 use vmfile_pages::received_ram::empty;
 use vmfile_pages::snapshot::Snapshot;
@@ -50,7 +50,7 @@ pub(super) fn complete(
         .map(|placed| snapshot.bitmap(placed))
         .collect::<Result<_, _>>()
         .map_err(SaveError::Written)?;
-    let tables = Tables::new(structure.ram(), stream_end)?;
+    let tables = HashTables::new(structure.ram(), stream_end)?;
     work.draft.reserve(&tables)?;
     let file = NativeFile { work, snapshot: &snapshot, bitmaps: &bitmaps, tables: &tables };
     file.empty_stale_places()?;
@@ -99,7 +99,7 @@ struct NativeFile<'a> {
     work: &'a Work<'a>,
     snapshot: &'a Snapshot,
     bitmaps: &'a [PageBitmap],
-    tables: &'a Tables,
+    tables: &'a HashTables,
 }
 
 impl NativeFile<'_> {

@@ -120,7 +120,7 @@ pub(super) fn choose(
             Ok(ChosenRoute { route: ReadyRoute::Direct(direct), reason: reason.to_owned() })
         }
         // What keeps this process out of QEMU's memory does not keep QEMU from sending it.
-        Err(error) if route == Route::Auto && keeps_out(&error) => {
+        Err(error) if route == Route::Auto && is_memory_out_of_reach(&error) => {
             let because = std::error::Error::source(&error);
             let because = because.map(|source| format!(": {source}")).unwrap_or_default();
             stream(vm, format!("not direct: {error}{because}"))
@@ -144,7 +144,7 @@ pub(super) fn refuse_without_space(data: u64, file: &DataFile) -> Result<(), Sav
 }
 
 /// Whether an error of the route `direct` says that QEMU's memory cannot be reached.
-fn keeps_out(error: &SaveError) -> bool {
+fn is_memory_out_of_reach(error: &SaveError) -> bool {
     match error {
         SaveError::NoAddress { .. } | SaveError::Process(_) => true,
         SaveError::Vm(error) => is_out_of_reach(error),
