@@ -1,8 +1,9 @@
 //! `cargo xtask tidy`: checks what no compiler checks.
 //!
-//! Every rule is a function from a file's path and text to findings; all are run over all files, so
-//! that one run shows everything there is to do.
+//! A rule is a function from a file's path and text to findings, or from those of all files; all are run
+//! over all files, so that one run shows everything there is to do.
 
+mod circles;
 mod documents;
 mod manifests;
 mod source;
@@ -45,11 +46,15 @@ pub(crate) fn run(workspace: &Workspace) -> Result<(), Box<dyn Error>> {
     collect(workspace.root(), "", &mut files)?;
     files.sort();
     let mut findings = Vec::new();
+    let mut texts = Vec::new();
     for path in &files {
         let text = fs::read_to_string(workspace.root().join(path))
             .map_err(|error| format!("{path}: {error}"))?;
         check(workspace.root(), path, &text, &mut findings);
+        texts.push((path.as_str(), text));
     }
+    let all: Vec<(&str, &str)> = texts.iter().map(|(path, text)| (*path, text.as_str())).collect();
+    circles::circles(&all, &mut findings);
     for finding in &findings {
         println!("{finding}");
     }

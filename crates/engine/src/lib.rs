@@ -40,6 +40,7 @@
 //! **Invariant:** memory handed to the kernel belongs to the storage until its completion is
 //! reaped. **Invariant:** memory that another process may write is never a `&[u8]`.
 
+pub mod backend;
 pub mod beside;
 pub mod buffer;
 pub mod crew;
@@ -61,6 +62,7 @@ mod threads;
 pub mod transfer;
 pub mod zero;
 
+pub use backend::{Backend, BackendInUse, OpenStorage, open_storage};
 pub use beside::beside;
 pub use buffer::{AlignedBuffer, BufferPool, PooledBuffer, SharedBuffer};
 pub use crew::{Crew, Panicked};
@@ -77,6 +79,6 @@ pub use probe::{KernelProbe, Support};
 pub use process_memory::{Access, Backing, BackingError, BackingFile, Fault, ProcessMemory};
 pub use publish::{Durable, Existing, PublishError, Unpublished, UserOf, available_space};
 pub use residency::{begin_reading, drop_cached, resident_bytes};
-pub use storage::{Backend, BackendInUse, OpenStorage, Storage, open_storage};
+pub use storage::Storage;
 pub use transfer::{Completion, Direction, Memory, Transfer};
 pub use zero::is_zero;

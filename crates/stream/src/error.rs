@@ -9,7 +9,61 @@ use vmfile_format::FormatError;
 use vmfile_pages::{PagesError, SnapshotError};
 
 use crate::incoming::WaitError;
-use crate::multifd::ChannelsError;
+
+/// Why the connections are not those of one sender with so many channels.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ChannelsError {
+    /// Channels were asked for, and there is no socket that they could connect to.
+    #[error("channels need a socket to connect to; there is one descriptor")]
+    NoSocket,
+    /// The sender has channels, and none were asked for.
+    #[error("the sender uses multifd channels, and none are expected")]
+    Unexpected,
+    /// Fewer connections came than the stream and its channels.
+    #[error("{found} of {expected} connections came: the stream and its multifd channels")]
+    Missing {
+        /// How many came.
+        found: usize,
+        /// How many were waited for.
+        expected: usize,
+    },
+    /// Further connections came.
+    #[error("more connections came than the stream and {channels} multifd channels")]
+    More {
+        /// How many channels were asked for.
+        channels: usize,
+    },
+    /// Two channels have one number.
+    #[error("two multifd channels have the number {channel}")]
+    Twice {
+        /// The number.
+        channel: u8,
+    },
+    /// A channel's number is too large.
+    #[error("a multifd channel has the number {channel}, of {channels} from 0 on")]
+    Number {
+        /// The number.
+        channel: u8,
+        /// How many channels were asked for.
+        channels: u8,
+    },
+    /// A channel belongs to another VM.
+    #[error("multifd channel {channel} has another uuid than the one before it")]
+    OtherVm {
+        /// The channel's number.
+        channel: u8,
+    },
+    /// No connection, or more than one, begins as a stream.
+    #[error("{found} of the connections begin as a stream, expected 1")]
+    Streams {
+        /// How many.
+        found: usize,
+    },
+    /// A channel ended before its round did.
+    #[error("a multifd channel ended inside a round")]
+    Ended,
+}
 
 /// Why a stream was not received.
 #[derive(Debug, thiserror::Error)]

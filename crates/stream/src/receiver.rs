@@ -18,10 +18,11 @@ use vmfile_pages::lane::{Lane, Workers};
 use vmfile_pages::page_writer::{Counts, PAGE_LEN_MIN, PageWriter};
 use vmfile_pages::received_ram::ReceivedRam;
 
+use crate::error::ChannelsError;
 use crate::error::ReceiveError;
 use crate::incoming::{StreamSource, WaitLimits};
 use crate::listener::Listener;
-use crate::multifd::{Channel, ChannelCounts, ChannelsError, Connections, Rounds, StreamRounds};
+use crate::multifd::{Channel, ChannelCounts, Connections, Rounds, StreamRounds};
 
 /// A receive at work.
 #[derive(Debug)]

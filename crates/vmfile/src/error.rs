@@ -11,8 +11,9 @@ use vmfile_pages::process_ram::ProcessRamError;
 use vmfile_pages::snapshot::SnapshotError;
 use vmfile_qemu::{CommandLineError, VmError};
 
+use crate::change::Change;
+use crate::guard::GuardError;
 use crate::receive::ReceiveError;
-use crate::save::Change;
 
 /// Why a VM was not saved.
 #[derive(Debug, thiserror::Error)]
@@ -273,14 +274,6 @@ fn left(error: &VmError) -> &'static str {
     } else {
         "the VM is left paused"
     }
-}
-
-/// A guardian could not be started, or has ended.
-#[derive(Debug, thiserror::Error)]
-#[error("the process that would let the VM run on, should this one be ended")]
-pub struct GuardError {
-    /// What the kernel said.
-    pub(crate) source: io::Error,
 }
 
 impl From<PublishError> for SaveError {

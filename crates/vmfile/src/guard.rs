@@ -1,6 +1,7 @@
 //! What is put back in QEMU by another process, should this one end in the middle of a verb.
 
 use std::ffi::CString;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -8,7 +9,13 @@ use std::path::{Path, PathBuf};
 use vmfile_engine::{Guardian, Step, Will};
 use vmfile_qemu::{Footprint, UndoStep, Vm, steps_to_end, steps_to_run, undo_steps};
 
-use crate::error::GuardError;
+/// A guardian could not be started, or has ended.
+#[derive(Debug, thiserror::Error)]
+#[error("the process that would let the VM run on, should this one be ended")]
+pub struct GuardError {
+    /// What the kernel said.
+    source: io::Error,
+}
 
 /// A guardian, and the files that it removes besides.
 #[derive(Debug)]

@@ -63,10 +63,12 @@
 
 #![forbid(unsafe_code)]
 
+mod change;
 pub mod convert;
 pub mod error;
 mod guard;
 mod image_facts;
+mod image_path;
 pub mod info;
 mod leftover;
 pub mod list;
@@ -77,6 +79,7 @@ mod restore_error;
 pub mod save;
 pub mod send;
 
+pub use guard::GuardError;
 pub use new_file::new_file;
 pub use restore_error::{ImageChange, Mismatch, RestoreError};
 pub use vmfile_engine::{Backend, DirectIo, Existing, PublishError, Unpublished, inherited};
@@ -90,4 +93,4 @@ pub use vmfile_qemu::{
     CommandLineError, DiscoverError, LaunchedQemu, Vm, VmAddress, VmError, resolve,
 };
 pub use vmfile_stream::Channels;
-pub use vmfile_stream::multifd::ChannelsError;
+pub use vmfile_stream::error::ChannelsError;

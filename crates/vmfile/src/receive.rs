@@ -22,9 +22,10 @@ use vmfile_pages::lane::Workers;
 use vmfile_pages::reading::as_text;
 use vmfile_qemu::ProcessInfo;
 use vmfile_stream::Channels;
+use vmfile_stream::error::ChannelsError;
 use vmfile_stream::incoming::WaitLimits;
 use vmfile_stream::listener::Listener;
-use vmfile_stream::multifd::{ChannelsError, Connections};
+use vmfile_stream::multifd::Connections;
 use vmfile_stream::receiver::{Received, StreamReceiver};
 
 pub use vmfile_stream::error::ReceiveError;

@@ -9,7 +9,7 @@ use vmfile_pages::process_ram::ProcessRamError;
 use vmfile_pages::snapshot::SnapshotError;
 use vmfile_qemu::{CommandLineError, LaunchError, QmpError, VmError};
 
-use crate::error::GuardError;
+use crate::guard::GuardError;
 use crate::send::SendError;
 
 /// Why a VM was not restored.

@@ -21,6 +21,7 @@ mod options;
 mod report;
 mod route;
 mod sending;
+mod space;
 mod stream;
 
 use std::path::{Path, PathBuf};
@@ -36,16 +37,15 @@ use vmfile_qemu::{
     FileId, Footprint, Holder, PUT_BACK_TIMEOUT, Paused, RamBlockInfo, RunState, SaveRecord, Vm,
 };
 
-pub use self::changed::Change;
 use self::changed::Known;
 use self::describe::describe_vm;
 pub use self::disks::SavedDisk;
 pub(crate) use self::disks::overlay_names;
 use self::disks::{Disks, deep_disks, saved_disks};
-pub(crate) use self::images::is_file;
 pub use self::options::{After, Live, Route, SaveOptions};
 pub use self::report::{LiveMethod, RouteUsed, SaveReport};
 use self::route::{ChosenRoute, ReadyRoute, choose, choose_live};
+pub use crate::change::Change;
 use crate::error::SaveError;
 use crate::guard::Guard;
 use crate::leftover::put_right;

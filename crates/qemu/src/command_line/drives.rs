@@ -6,7 +6,6 @@
 
 use serde_json::{Map, Value};
 
-use super::images::NodeAt;
 use super::keys::{self, Keys};
 use super::{Argument, CommandLine};
 use crate::vm::{DeviceName, Drive, RAW_WINDOW};
@@ -220,6 +219,13 @@ fn put(tree: &mut Map<String, Value>, key: &str, value: &str) {
 
 fn is_true(value: &Value) -> bool {
     value.as_bool() == Some(true) || value.as_str().is_some_and(keys::is_on)
+}
+
+/// Where a node stands: in which argument, and how many `file` below the node that is the argument.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct NodeAt {
+    pub(super) argument: usize,
+    pub(super) depth: usize,
 }
 
 /// The `-blockdev` nodes of a command line.

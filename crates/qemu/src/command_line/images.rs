@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde_json::{Map, Value, json};
 
-use super::drives::{LineDrive, Nodes, Place, blockdev_tree, drive_tree, own_keys};
+use super::drives::{LineDrive, NodeAt, Nodes, Place, blockdev_tree, drive_tree, own_keys};
 use super::keys::{self, Keys};
 use super::{Argument, CommandLine, CommandLineError};
 use crate::vm::RAW_WINDOW;
@@ -268,13 +268,6 @@ impl CommandLine {
             references(&tree, &mut names);
         }
     }
-}
-
-/// Where a node stands: in which argument, and how many `file` below the node that is the argument.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct NodeAt {
-    pub(super) argument: usize,
-    pub(super) depth: usize,
 }
 
 fn is_json(value: &str) -> bool {

@@ -9,11 +9,14 @@
 //! and QEMU has it no longer. What the line does not mention and QEMU has from the start was made by
 //! the machine type.
 
+mod compare;
 mod difference;
 mod drives;
 mod networks;
 mod parts;
 mod plugged;
+mod questions;
 
-pub use difference::{Compared, Difference, Remedy, compare};
+pub use compare::{Compared, compare};
+pub use difference::{Difference, Remedy};
 pub use parts::{Cpu, Device, MemoryDevice, Parts};

@@ -4,7 +4,7 @@ use serde_json::{Map, Value, json};
 
 use super::difference::{Difference, Remedy};
 use super::parts::Device;
-use super::plugged::{Made, back_end, human};
+use super::questions::{Made, back_end, human};
 use crate::command_line::CommandLine;
 use crate::vm::{Vm, VmError};
 

@@ -4,7 +4,8 @@ use serde_json::{Map, Value, json};
 
 use super::difference::Remedy;
 use super::networks::netdev;
-use super::parts::{Device, MemoryDevice, Parts, known};
+use super::parts::{Device, MemoryDevice, Parts};
+use super::questions::{Made, back_end, human};
 use crate::command_line::{CommandLine, value_in_json};
 use crate::qmp::unexpected;
 use crate::vm::{OVERLAY_PREFIX, Vm, VmError};
@@ -60,9 +61,6 @@ const DERIVED: [&str; 10] = [
 
 /// Formats of images that have no options without which they cannot be opened.
 const FORMATS: [&str; 6] = ["raw", "qcow2", "qed", "vmdk", "vdi", "vhdx"];
-
-/// Options that make a device, or why there are none.
-pub(super) type Made = Result<Vec<(String, String)>, String>;
 
 impl Vm {
     /// Returns the QOM path of the bus that a device is on; empty where it is on none.
@@ -199,11 +197,6 @@ fn usb_port(text: &str, id: &str) -> Option<String> {
     Some(rest.split_once(',')?.0.to_owned())
 }
 
-pub(super) fn human(vm: &mut Vm, command: &str) -> Result<String, VmError> {
-    let answer = known(vm.execute("human-monitor-command", json!({"command-line": command})))?;
-    Ok(answer.and_then(|text| Some(text.as_str()?.to_owned())).unwrap_or_default())
-}
-
 /// Makes the memory behind a DIMM.
 fn memory_backend(vm: &mut Vm, memory: &MemoryDevice, line: &CommandLine) -> Result<Made, VmError> {
     if line.defines(&memory.memdev) {
@@ -224,13 +217,6 @@ fn memory_backend(vm: &mut Vm, memory: &MemoryDevice, line: &CommandLine) -> Res
         }
     }
     Ok(Ok(vec![("-object".to_owned(), object.to_string())]))
-}
-
-/// Returns the name of the back end that the property `key` of a device names, if it has one.
-pub(super) fn back_end(vm: &mut Vm, device: &Device, key: &str) -> Result<Option<String>, VmError> {
-    let name = vm.property(&device.path, key)?;
-    let name = name.as_ref().and_then(Value::as_str);
-    Ok(name.filter(|name| !name.is_empty()).map(str::to_owned))
 }
 
 /// Makes the drive of a disk.

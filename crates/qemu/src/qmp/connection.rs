@@ -16,9 +16,10 @@ use rustix::net::{RecvFlags, recv};
 use serde_json::Value;
 
 use super::command::{decode_answer, encode, timeout_for};
-use super::connect::{Holders, connect_within, process_of};
+use super::connect::{connect_within, process_of};
 use super::error::QmpError;
 use super::event::{Event, EventQueue};
+use super::holders::Holders;
 use super::wait::{Limits, Wait, WaitEnd};
 use crate::pass_fd;
 use crate::proc::is_process_stopped;

@@ -4,7 +4,7 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::connect::Holders;
+use super::holders::Holders;
 
 /// An error on a QMP connection, or QEMU's refusal of a command.
 #[derive(Debug, thiserror::Error)]

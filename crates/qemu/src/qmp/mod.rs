@@ -9,14 +9,15 @@ mod connect;
 mod connection;
 mod error;
 mod event;
+mod holders;
 mod wait;
 
 pub use command::{COMMAND_TIMEOUT, command_line};
-pub use connect::Holders;
 pub(crate) use connect::is_of_libvirt;
 pub use connection::{LINE_LEN_MAX, Qmp};
 pub use error::QmpError;
 pub use event::{EVENT_COUNT_MAX, Event};
+pub use holders::Holders;
 
 pub(crate) use command::is_missing_command;
 pub(crate) use error::{LIBVIRT_HINT, unexpected};

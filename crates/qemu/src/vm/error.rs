@@ -145,6 +145,16 @@ impl VmError {
         matches!(self, VmError::Qmp(error) if error.is_stopped())
     }
 
+    /// Whether QEMU's process cannot be found or looked at, which leaves its monitor.
+    #[must_use]
+    pub fn is_out_of_reach(&self) -> bool {
+        match self {
+            VmError::ProcessUnknown { .. } => true,
+            VmError::System { source, .. } => source.kind() == io::ErrorKind::PermissionDenied,
+            _ => false,
+        }
+    }
+
     /// Makes an error of a failed system call.
     pub(crate) fn system(what: impl Into<String>, source: impl Into<io::Error>) -> VmError {
         VmError::System { what: what.into(), source: source.into() }

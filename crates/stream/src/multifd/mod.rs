@@ -13,6 +13,5 @@ mod order;
 mod rounds;
 
 pub use channel::{Channel, ChannelCounts};
-pub use connections::ChannelsError;
 pub use connections::Connections;
 pub use rounds::{Rounds, StreamRounds};

@@ -8,7 +8,7 @@ use std::thread;
 
 use vmfile_engine::Panicked;
 
-use super::connections::ChannelsError;
+use crate::error::ChannelsError;
 use crate::error::ReceiveError;
 use crate::incoming::{Activity, STOP_INTERVAL, WaitLimits};
 

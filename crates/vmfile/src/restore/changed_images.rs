@@ -1,16 +1,14 @@
 //! Images that are not what they were when the VM was saved: its memory would not fit them.
 
-use std::fs;
 use std::io;
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
 use vmfile_format::manifest::{DiskMeta, ImageMeta, VmMeta};
-use vmfile_qemu::FileId;
 
 use super::RestoreOptions;
 use crate::image_facts;
+use crate::image_path::{is_file, is_same_file};
 use crate::restore_error::{ImageChange, RestoreError};
-use crate::save::is_file;
 
 /// Compares every image that the file names with what it was; returns what the user should know.
 pub(super) fn check_all(
@@ -140,49 +138,4 @@ impl Seen {
 
 fn images_of(disk: &DiskMeta) -> impl Iterator<Item = &ImageMeta> {
     disk.images.iter()
-}
-
-/// Tells whether two paths lead to one file: by what is written, or by where they lead.
-pub(crate) fn is_same_file(a: &Path, b: &Path) -> bool {
-    if normalized(a) == normalized(b) {
-        return true;
-    }
-    let id = |path: &Path| fs::metadata(path).map(|metadata| FileId::of(&metadata)).ok();
-    id(a).is_some_and(|a| Some(a) == id(b))
-}
-
-/// Returns a path without its detours by `.`, `..` and doubled slashes; symbolic links are left.
-fn normalized(path: &Path) -> PathBuf {
-    let mut parts = PathBuf::new();
-    for part in path.components() {
-        match part {
-            Component::ParentDir => {
-                parts.pop();
-            }
-            Component::CurDir => {}
-            part => parts.push(part),
-        }
-    }
-    parts
-}
-
-#[cfg(test)]
-mod tests {
-    use std::os::unix::fs::symlink;
-
-    use super::*;
-
-    #[test]
-    fn one_file_is_known_by_any_of_its_names() {
-        let directory = tempfile::tempdir().unwrap();
-        let (a, b) = (directory.path().join("a"), directory.path().join("b"));
-        fs::write(&a, b"").unwrap();
-        symlink(&a, &b).unwrap();
-        assert!(is_same_file(&a, &b));
-        assert!(is_same_file(&a, &directory.path().join("x/../a")));
-        fs::remove_file(&b).unwrap();
-        fs::write(&b, b"").unwrap();
-        assert!(!is_same_file(&a, &b));
-        assert!(!is_same_file(&a, &directory.path().join("none")));
-    }
 }

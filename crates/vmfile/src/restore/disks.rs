@@ -12,9 +12,11 @@ use vmfile_pages::snapshot::Snapshot;
 use vmfile_qemu::{CommandLine, Drive, LineDrive, Medium};
 
 use super::RestoreOptions;
-use super::changed_images::{self, is_same_file};
+use super::changed_images;
+use crate::image_path::is_file;
+use crate::image_path::is_same_file;
 use crate::restore_error::RestoreError;
-use crate::save::{is_file, overlay_names};
+use crate::save::overlay_names;
 
 /// QEMU's program that makes images.
 const QEMU_IMG: &str = "qemu-img";

@@ -6,9 +6,8 @@ use vmfile_format::manifest::{DiskMeta, VmMeta};
 use vmfile_qemu::Drive;
 
 use super::RestoredDisk;
-use super::changed_images::is_same_file;
+use crate::image_path::{is_file, is_same_file};
 use crate::restore_error::{Mismatch, RestoreError};
-use crate::save::is_file;
 
 /// Compares what QEMU says of its drives with the file, whose command line it was started with:
 /// every chain of images that the VM had, below its new overlay where there is one, is that of a

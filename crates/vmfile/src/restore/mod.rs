@@ -32,7 +32,6 @@ use vmfile_pages::reading::Verified;
 use vmfile_pages::snapshot::Snapshot;
 use vmfile_qemu::{LaunchedQemu, PUT_BACK_TIMEOUT, RunState, Vm, VmError};
 
-pub(crate) use self::changed_images::is_same_file;
 use self::compare::compare;
 pub use self::disks::RestoredDisk;
 use self::drives::compare_drives;

@@ -7,7 +7,7 @@ use std::os::fd::AsRawFd as _;
 use std::path::Path;
 
 use vmfile_format::manifest::VmMeta;
-use vmfile_qemu::{CommandLine, Drive, ProcessInfo, Vm, VmError};
+use vmfile_qemu::{CommandLine, Drive, ProcessInfo, Vm};
 
 use super::images;
 use crate::error::SaveError;
@@ -21,7 +21,7 @@ pub(super) fn describe_vm(
     let process = match vm.process() {
         Ok(process) => Some(process),
         // The file then has no command line, and a restore asks for one.
-        Err(error) if is_out_of_reach(&error) => None,
+        Err(error) if error.is_out_of_reach() => None,
         Err(error) => return Err(error.into()),
     };
     let text = |path: &Path| path.to_string_lossy().into_owned();
@@ -59,15 +59,6 @@ pub(super) fn set_run_state(meta: &mut VmMeta, ran: bool) {
 
 fn run_state(ran: bool) -> String {
     if ran { "running" } else { "paused" }.to_owned()
-}
-
-/// Whether QEMU's process cannot be found or looked at, which leaves its monitor.
-pub(super) fn is_out_of_reach(error: &VmError) -> bool {
-    match error {
-        VmError::ProcessUnknown { .. } => true,
-        VmError::System { source, .. } => source.kind() == io::ErrorKind::PermissionDenied,
-        _ => false,
-    }
 }
 
 /// Longest configuration file read, in bytes: QEMU's own examples have ten thousand.

@@ -14,7 +14,7 @@ use vmfile_pages::process_ram::{BlockAt, ProcessRam};
 use vmfile_pages::ram_writer::{self, write_ram};
 use vmfile_qemu::{RamBlockInfo, Vm};
 
-use super::route::refuse_without_space;
+use super::space::refuse_without_space;
 use super::{SaveOptions, Work, Written};
 use crate::error::SaveError;
 

@@ -11,10 +11,9 @@ use serde::Serialize;
 use vmfile_format::manifest::{DiskMeta, VmMeta};
 use vmfile_qemu::{Drive, Overlay, Vm, VmError};
 
-use super::is_file;
 use crate::error::SaveError;
 use crate::image_facts;
-use crate::restore::is_same_file;
+use crate::image_path::{is_file, is_same_file};
 
 /// How long a merge may take: an overlay of a save that failed holds what the guest wrote meanwhile.
 const MERGE_TIMEOUT: Duration = Duration::from_secs(60);

@@ -9,10 +9,10 @@ use std::path::{Path, PathBuf};
 use vmfile_format::manifest::{DiskMeta, EmptyDriveMeta, FileMeta, ImageMeta, VmMeta};
 use vmfile_qemu::{Drive, FileId, Image, ProcessInfo, Vm};
 
-use super::describe::is_out_of_reach;
 use super::{After, SaveOptions};
 use crate::error::SaveError;
 use crate::image_facts::{self, Use};
+use crate::image_path::is_file;
 
 /// Names of files that mean something else in every process.
 const DESCRIPTORS: [&str; 3] = ["/dev/fdset/", "/dev/fd/", "/proc/self/fd/"];
@@ -73,7 +73,7 @@ pub(super) fn look(
     let mut warnings = disks_that_go_on(meta, options, was_running)?;
     let process = match vm.process() {
         Ok(process) => process,
-        Err(error) if is_out_of_reach(&error) => {
+        Err(error) if error.is_out_of_reach() => {
             if meta.disks.iter().any(|disk| disk.images.iter().any(|image| is_file(&image.path))) {
                 warnings.push(format!("disk images could not be looked at: {error}"));
             }
@@ -115,7 +115,7 @@ pub(super) fn record(vm: &mut Vm, meta: &mut VmMeta) -> Result<(), SaveError> {
     let drives = vm.drives()?;
     let process = match vm.process() {
         Ok(process) => Some(process),
-        Err(error) if is_out_of_reach(&error) => None,
+        Err(error) if error.is_out_of_reach() => None,
         Err(error) => return Err(error.into()),
     };
     for disk in &mut meta.disks {
@@ -248,27 +248,4 @@ fn disks_that_go_on(
          moment, or save with --with-disks",
         devices.join(", ")
     )])
-}
-
-/// Tells whether an image is a file of this host, rather than a URL or something without a path.
-///
-/// QEMU takes a name for a URL that has a colon before its first slash (7.2 to 11.1).
-pub(crate) fn is_file(path: &str) -> bool {
-    let before_slash = path.split('/').next().unwrap_or_default();
-    !path.is_empty() && !before_slash.contains(':')
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn urls_are_no_files() {
-        for path in ["/srv/a:b.qcow2", "a.qcow2", "./a:b", "dir/x"] {
-            assert!(is_file(path), "{path}");
-        }
-        for path in ["nbd://host/x", "json:{}", "rbd:pool/image", "fat:rw:/srv", ""] {
-            assert!(!is_file(path), "{path}");
-        }
-    }
 }

@@ -19,8 +19,8 @@ use vmfile_pages::lane::Workers;
 use vmfile_qemu::{Feature, KeptFile, Outgoing, PUT_BACK_TIMEOUT, StreamSettings, Vm};
 use vmfile_stream::Channels;
 
-use super::route::refuse_without_space;
 use super::sending::{not_sent, sent};
+use super::space::refuse_without_space;
 use super::{SaveOptions, Work, Written, native_file};
 use crate::error::SaveError;
 
@@ -162,7 +162,8 @@ fn send_to(work: &mut Work<'_>, kept: &KeptFile) -> Result<u64, SaveError> {
         if let Some(ram) = ram {
             ram_bytes = ram.total_bytes;
             let done_bytes = ram_bytes.saturating_sub(ram.remaining_bytes);
-            work.control.report(Progress { done_bytes, total_bytes: total_bytes(ram_bytes) });
+            work.control
+                .report(Progress { done_bytes, total_bytes: native_file::total_bytes(ram_bytes) });
         }
         match outgoing {
             Outgoing::Active => {}
@@ -184,9 +185,4 @@ fn cancel(vm: &mut Vm, error: SaveError) -> SaveError {
         }
         Ok(_) | Err(_) => error,
     }
-}
-
-/// What there is to do: QEMU looks at all RAM once, and the threads that hash it once more.
-pub(super) fn total_bytes(ram_bytes: u64) -> u64 {
-    ram_bytes.saturating_mul(2)
 }

@@ -25,7 +25,6 @@ use vmfile_pages::received_ram::empty;
 use vmfile_pages::snapshot::Snapshot;
 use vmfile_pages::window_reader::{Window, WindowReader};
 
-use super::native::total_bytes;
 use super::{Work, Written};
 use crate::error::SaveError;
 
@@ -198,4 +197,9 @@ impl NativeFile<'_> {
         }
         Ok(extents)
     }
+}
+
+/// What there is to do: QEMU looks at all RAM once, and the threads that hash it once more.
+pub(super) fn total_bytes(ram_bytes: u64) -> u64 {
+    ram_bytes.saturating_mul(2)
 }

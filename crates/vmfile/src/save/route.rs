@@ -4,12 +4,9 @@ use super::RouteUsed;
 use std::path::PathBuf;
 
 use vmfile_engine::DirectIoInUse;
-use vmfile_engine::{DataFile, available_space};
-use vmfile_pages::PagesError;
 use vmfile_pages::draft::Draft;
 use vmfile_qemu::{StreamSettings, Vm};
 
-use super::describe::is_out_of_reach;
 use super::direct::DirectRoute;
 use super::live::LiveRoute;
 use super::native::NativeRoute;
@@ -129,25 +126,11 @@ pub(super) fn choose(
     }
 }
 
-/// Refuses a disk that `data` bytes of pages would fill up.
-pub(super) fn refuse_without_space(data: u64, file: &DataFile) -> Result<(), SaveError> {
-    // Bitmaps, hashes, device state and the file system's own needs.
-    const OVERHEAD_PERCENT: u64 = 1;
-    const OVERHEAD: u64 = 16 << 20;
-    let needed_bytes = data + data / 100 * OVERHEAD_PERCENT + OVERHEAD;
-    let available_bytes = available_space(file.buffered())
-        .map_err(PagesError::reading("the free space of the file system"))?;
-    if needed_bytes > available_bytes {
-        return Err(SaveError::NoSpace { needed_bytes, available_bytes });
-    }
-    Ok(())
-}
-
 /// Whether an error of the route `direct` says that QEMU's memory cannot be reached.
 fn is_memory_out_of_reach(error: &SaveError) -> bool {
     match error {
         SaveError::NoAddress { .. } | SaveError::Process(_) => true,
-        SaveError::Vm(error) => is_out_of_reach(error),
+        SaveError::Vm(error) => error.is_out_of_reach(),
         _ => false,
     }
 }
