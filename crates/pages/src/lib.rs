@@ -50,6 +50,10 @@
 
 #![forbid(unsafe_code)]
 
+// What the signatures below show of the crates beneath.
+pub use vmfile_engine as engine;
+pub use vmfile_format as format;
+
 pub mod check;
 pub mod control;
 pub mod draft;

@@ -49,6 +49,11 @@
 
 #![forbid(unsafe_code)]
 
+// What the signatures below show of the crates beneath.
+pub use vmfile_engine as engine;
+pub use vmfile_format as format;
+pub use vmfile_pages as pages;
+
 pub mod channel_writer;
 pub mod channels;
 pub mod contents;

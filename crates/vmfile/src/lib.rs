@@ -82,15 +82,21 @@ pub mod send;
 pub use guard::GuardError;
 pub use new_file::new_file;
 pub use restore_error::{ImageChange, Mismatch, RestoreError};
-pub use vmfile_engine::{Backend, DirectIo, Existing, PublishError, Unpublished, inherited};
+pub use vmfile_engine::{
+    Backend, BackendInUse, DirectIo, DirectIoInUse, Existing, PublishError, Unpublished, inherited,
+};
+pub use vmfile_format::FormatError;
+pub use vmfile_format::manifest::DiskMeta;
 pub use vmfile_pages::PagesError;
 pub use vmfile_pages::check;
 pub use vmfile_pages::control::{Control, Progress};
 pub use vmfile_pages::jobs::Jobs;
 pub use vmfile_pages::process_ram::ProcessRamError;
+pub use vmfile_pages::reading::Verified;
 pub use vmfile_pages::snapshot::{FileFormat, Manifest, Snapshot, SnapshotError};
 pub use vmfile_qemu::{
-    CommandLineError, DiscoverError, LaunchedQemu, Vm, VmAddress, VmError, resolve,
+    CommandLineError, DiscoverError, LaunchError, LaunchedQemu, LoadError, QmpError, Vm, VmAddress,
+    VmError, resolve,
 };
 pub use vmfile_stream::Channels;
 pub use vmfile_stream::error::ChannelsError;
