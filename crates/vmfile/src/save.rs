@@ -359,6 +359,8 @@ impl<'a> Save<'a> {
         if self.control.is_stopped() {
             return Err(PagesError::Stopped.into());
         }
+        // Once more, so that a guardian that was ended is noticed while there is no file.
+        self.watch(self.options.after == After::Pause)?;
         match proven.publish() {
             Ok(()) => {
                 self.is_named = true;
