@@ -1,6 +1,6 @@
 //! The example of the library that needs a VM does what it says.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vmfile_testing::{Guest, Qemu, Ram, Release, TestResult, requires};
 
@@ -20,8 +20,10 @@ fn a_vm_is_saved_and_restored_by_the_example() -> TestResult {
     let mut restored = restored.map_err(|error| error.to_string())?;
     // It writes to the log of the guest that is gone.
     let newest = || guest.counts().last().map_or(0, |count| count.number);
+    let deadline = Instant::now() + Duration::from_secs(120);
     while newest() < before.number + 3 {
         assert!(restored.ended()?.is_none(), "it runs");
+        assert!(Instant::now() < deadline, "no three passes after {}: {}", before.number, newest());
         std::thread::sleep(Duration::from_millis(10));
     }
     guest.judge_counts()

@@ -138,19 +138,6 @@ fn facts(machine: &str) -> SaveFacts {
         route: "memory",
         live: Some(false),
         pause_seconds: None,
-        vm: VmMeta {
-            name: None,
-            uuid: None,
-            machine: machine.to_owned(),
-            qemu_version: None,
-            run_state: "paused".to_owned(),
-            executable: None,
-            command_line: Vec::new(),
-            working_directory: None,
-            parts: None,
-            changes: Vec::new(),
-            disks: Vec::new(),
-            empty_drives: Vec::new(),
-        },
+        vm: VmMeta::of_machine(machine),
     }
 }

@@ -107,6 +107,11 @@ impl Drop for EndUnless<'_> {
     }
 }
 
+/// Returns a length or an offset inside a window or a unit as an index.
+pub(crate) fn in_window(bytes: u64) -> usize {
+    usize::try_from(bytes).expect("a window")
+}
+
 /// Cuts `range` at the multiples of `len`.
 pub fn pieces(range: Range<u64>, len: u64) -> impl Iterator<Item = Range<u64>> {
     let mut start = range.start;

@@ -13,7 +13,7 @@ use vmfile_engine::{
 };
 
 use crate::memory::{PageSink, PageSource};
-use crate::plan::{UNIT_LEN, Units, pieces};
+use crate::plan::{UNIT_LEN, Units, in_window, pieces};
 use crate::ranges;
 
 /// Pages of x86, in which Linux says what a process has touched.
@@ -386,11 +386,6 @@ impl FilePart {
     fn in_file(&self, range: &Range<u64>) -> Range<u64> {
         self.offset + range.start..self.offset + range.end
     }
-}
-
-/// A length or an offset inside a window.
-fn in_window(bytes: u64) -> usize {
-    usize::try_from(bytes).expect("a window")
 }
 
 fn file_error(what: &'static str, at: &BlockAt, source: io::Error) -> ProcessRamError {

@@ -191,20 +191,7 @@ mod tests {
     }
 
     fn facts() -> SaveFacts {
-        let vm = VmMeta {
-            name: None,
-            uuid: None,
-            machine: "pc-i440fx-10.0".to_owned(),
-            qemu_version: None,
-            run_state: "running".to_owned(),
-            executable: None,
-            command_line: Vec::new(),
-            working_directory: None,
-            parts: None,
-            changes: Vec::new(),
-            disks: Vec::new(),
-            empty_drives: Vec::new(),
-        };
+        let vm = VmMeta { run_state: "running".to_owned(), ..VmMeta::of_machine("pc-i440fx-10.0") };
         SaveFacts { route: "direct", live: Some(false), pause_seconds: None, vm }
     }
 

@@ -17,7 +17,7 @@ use crate::error::PagesError;
 use crate::lane::Workers;
 use crate::memory::PageSink;
 use crate::page_hashes::PageHashes;
-use crate::plan::pieces;
+use crate::plan::{in_window, pieces};
 use crate::snapshot::Snapshot;
 use crate::window_reader::{MorePlaces, Window, WindowReader};
 
@@ -124,9 +124,4 @@ impl LoadedBlock<'_> {
             source,
         })
     }
-}
-
-/// A length or an offset inside a window.
-fn in_window(bytes: u64) -> usize {
-    usize::try_from(bytes).expect("a window")
 }

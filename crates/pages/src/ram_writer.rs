@@ -19,7 +19,7 @@ use crate::draft::FileLayout;
 use crate::error::PagesError;
 use crate::lane::{Lane, Workers};
 use crate::memory::PageSource;
-use crate::plan::{UNIT_LEN, Unit, Units, WINDOW_LEN, pieces};
+use crate::plan::{UNIT_LEN, Unit, Units, WINDOW_LEN, in_window, pieces};
 use crate::runs::PageRuns;
 
 /// What was written.
@@ -214,11 +214,6 @@ impl UnitPages {
         self.hashes[at..at + hashes.len()].copy_from_slice(hashes);
         runs
     }
-}
-
-/// A length or an offset inside a window or a unit.
-fn in_window(bytes: u64) -> usize {
-    usize::try_from(bytes).expect("a window")
 }
 
 #[cfg(test)]

@@ -176,18 +176,12 @@ fn describe_vm(received: &Received, sender: Option<ProcessInfo>) -> VmMeta {
         sender.arguments.iter().map(|word| word.to_str().map(str::to_owned)).collect()
     });
     VmMeta {
-        name: None,
         uuid: received.configuration.uuid.map(uuid_text),
-        machine: received.configuration.machine.clone(),
-        qemu_version: None,
         run_state: received.run_state().unwrap_or("running").to_owned(),
         executable: sender.as_ref().map(|sender| text(&sender.executable)),
         command_line: words.unwrap_or_default(),
         working_directory: sender.as_ref().map(|sender| text(&sender.working_directory)),
-        disks: Vec::new(),
-        parts: None,
-        changes: Vec::new(),
-        empty_drives: Vec::new(),
+        ..VmMeta::of_machine(&received.configuration.machine)
     }
 }
 

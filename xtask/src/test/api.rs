@@ -1,6 +1,6 @@
 //! The public face of the library: a list of what each crate shows, beside the list that was recorded.
 //!
-//! Whoever changes a line of it sees so in the change, and decides whether it breaks a caller.
+//! A change of the face changes the list, in the same commit: its author decides whether it breaks callers.
 //!
 //! The list comes from rustdoc's JSON, whose form changes with the compiler: with another minor version
 //! than the recorded one nothing is compared, and that is said.

@@ -7,6 +7,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use vmfile_engine::{Guardian, Step, Will};
@@ -206,6 +207,26 @@ fn a_peer_that_never_answers_holds_a_guardian_only_so_long() {
     drop(guardian);
 }
 
+/// Answers each line by `answer`; returns what was asked, when the guardian has closed its end.
+fn asked_of(
+    theirs: UnixStream,
+    answer: impl Fn(&str) -> String + Send + 'static,
+) -> JoinHandle<Vec<String>> {
+    std::thread::spawn(move || {
+        let mut peer = BufReader::new(theirs);
+        let mut lines = Vec::new();
+        loop {
+            let line = next_line(&mut peer);
+            match line.as_str() {
+                "" => return lines,
+                "\u{1}\n" => continue,
+                line => peer.get_mut().write_all(answer(line).as_bytes()).unwrap(),
+            }
+            lines.push(line);
+        }
+    })
+}
+
 #[test]
 fn after_a_condition_that_does_not_hold_only_files_are_removed() {
     for (owner, expected) in [("me", &["owner?\n", "bye\n"][..]), ("another", &["owner?\n"])] {
@@ -225,19 +246,9 @@ fn after_a_condition_that_does_not_hold_only_files_are_removed() {
         let guardian = Guardian::start(ours.as_fd()).unwrap();
         guardian.entrust(&Will::new(&steps)).unwrap();
         drop(ours);
-        let asked = std::thread::spawn(move || {
-            let mut peer = BufReader::new(theirs);
-            let mut lines = Vec::new();
-            loop {
-                let line = next_line(&mut peer);
-                match line.as_str() {
-                    "" => return lines,
-                    "\u{1}\n" => continue,
-                    "owner?\n" => writeln!(peer.get_mut(), "owner {owner}").unwrap(),
-                    _ => peer.get_mut().write_all(b"bye\n").unwrap(),
-                }
-                lines.push(line);
-            }
+        let asked = asked_of(theirs, move |line| match line {
+            "owner?\n" => format!("owner {owner}\n"),
+            _ => "bye\n".to_owned(),
         });
 
         drop(guardian);
@@ -269,19 +280,7 @@ fn steps_that_a_name_makes_needless_are_left_out() {
         if is_named {
             std::fs::rename(&draft, &name).unwrap();
         }
-        let asked = std::thread::spawn(move || {
-            let mut peer = BufReader::new(theirs);
-            let mut lines = Vec::new();
-            loop {
-                let line = next_line(&mut peer);
-                match line.as_str() {
-                    "" => return lines,
-                    "\u{1}\n" => continue,
-                    _ => peer.get_mut().write_all(line.as_bytes()).unwrap(),
-                }
-                lines.push(line);
-            }
-        });
+        let asked = asked_of(theirs, str::to_owned);
 
         drop(guardian);
 

@@ -72,6 +72,27 @@ pub struct VmMeta {
     pub empty_drives: Vec<EmptyDriveMeta>,
 }
 
+impl VmMeta {
+    /// Returns a paused VM of which nothing is known but its machine.
+    #[must_use]
+    pub fn of_machine(machine: &str) -> VmMeta {
+        VmMeta {
+            name: None,
+            uuid: None,
+            machine: String::from(machine),
+            qemu_version: None,
+            run_state: String::from("paused"),
+            executable: None,
+            command_line: Vec::new(),
+            working_directory: None,
+            disks: Vec::new(),
+            parts: None,
+            changes: Vec::new(),
+            empty_drives: Vec::new(),
+        }
+    }
+}
+
 /// A RAM block and its page hashes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BlockMeta {
