@@ -47,6 +47,7 @@ fuzz_target!(|input: &[u8]| {
     }
 
     let footer = Footer {
+        version: 2,
         stream_end: before,
         metadata_offset: before,
         metadata_len: json.len() as u64,
@@ -79,7 +80,8 @@ fuzz_target!(|input: &[u8]| {
 
 fn check(meta: &Meta) {
     let stream_end = STRUCTURE.device_state.stream_end;
-    let footer = Footer { stream_end, metadata_offset: 1 << 20, metadata_len: 0, metadata_hash: 0 };
+    let (metadata_offset, metadata_len) = (1 << 20, 0);
+    let footer = Footer { version: 2, stream_end, metadata_offset, metadata_len, metadata_hash: 0 };
     if meta.check(&STRUCTURE, &footer).is_err() {
         return;
     }
@@ -89,6 +91,13 @@ fn check(meta: &Meta) {
         assert!(block.hashes_offset >= free);
         free = block.hashes_offset + table_len(placed.block.page_count());
     }
+    for table in &meta.tables {
+        assert!(table.offset >= free);
+        free = table.offset + table.bytes;
+    }
     assert!(free <= footer.metadata_offset);
+    for section in &meta.cpu_sections {
+        assert!(section.offset + section.bytes <= STRUCTURE.device_state.end);
+    }
     assert!(meta.extents.iter().all(|extent| extent.offset + extent.bytes <= stream_end));
 }

@@ -90,6 +90,8 @@ impl From<&SnapshotError> for Failure {
         match error {
             SnapshotError::Format { .. } => Failure::new(Code::File, "damaged", error)
                 .hint("expected a file of `vmfile save`, or of QEMU's migration with mapped-ram"),
+            SnapshotError::Newer { .. } => Failure::new(Code::File, "newer", error)
+                .hint("`vmfile --version` says which one this is"),
             SnapshotError::DamagedPage { .. } | SnapshotError::DamagedPart { .. } => {
                 Failure::new(Code::File, "damaged", error)
                     .hint("`vmfile check FILE` lists everything that is damaged")

@@ -103,6 +103,18 @@ pub enum FormatErrorKind {
         /// Its name or number in the file.
         name: String,
     },
+    /// A footer of a newer version.
+    NewerFooter {
+        /// The version in the file.
+        found: u32,
+        /// The newest version that is read.
+        max: u32,
+    },
+    /// An incompatible feature, of a version of vmfile that is newer than this crate.
+    UnknownFeature {
+        /// Its name.
+        name: String,
+    },
     /// The device sections cannot be followed from the first to the last.
     BrokenSections,
     /// The VM description is not the JSON it should be.
@@ -125,6 +137,15 @@ pub enum FormatErrorKind {
 impl FormatError {
     pub(crate) fn new(offset: u64, kind: FormatErrorKind) -> FormatError {
         FormatError { offset, kind }
+    }
+
+    /// Returns whether nothing is wrong but that a newer version of vmfile wrote the file.
+    #[must_use]
+    pub fn is_of_newer_version(&self) -> bool {
+        matches!(
+            self.kind,
+            FormatErrorKind::NewerFooter { .. } | FormatErrorKind::UnknownFeature { .. }
+        )
     }
 }
 
@@ -170,6 +191,12 @@ impl fmt::Display for FormatErrorKind {
             }
             FormatErrorKind::Unsupported { what, name } => {
                 write!(f, "{what} {name:?} is not supported")
+            }
+            FormatErrorKind::NewerFooter { found, max } => {
+                write!(f, "the footer has version {found}, at most {max} is read")
+            }
+            FormatErrorKind::UnknownFeature { name } => {
+                write!(f, "the file has the feature {name:?}, which is not known")
             }
             FormatErrorKind::BrokenSections => {
                 f.write_str("the device sections do not follow one another to their end")

@@ -6,7 +6,7 @@ use std::convert::Infallible;
 
 use serde_json::Value;
 use vmfile_format::manifest::{
-    FOOTER_LEN, Footer, HASH_LEN, Meta, decode_hash, place_tables, table_len,
+    CpuSectionMeta, FOOTER_LEN, Footer, HASH_LEN, Meta, decode_hash, place_tables, table_len,
 };
 use vmfile_format::mapped_ram::{
     HEADER_LEN, MARK, MappedRamFile, MappedRamLayout, PAGES_ALIGNMENT,
@@ -125,8 +125,8 @@ fn manifest(file: &[u8]) -> (Footer, Meta) {
 #[test]
 fn the_worked_example_says_what_the_text_says() {
     let file = example();
-    assert!(FORMAT_MD.contains("A whole vmfile of 4,213,373 bytes."));
-    assert_eq!(file.len(), 4_213_373);
+    assert!(FORMAT_MD.contains("A whole vmfile of 4,213,783 bytes."));
+    assert_eq!(file.len(), 4_213_783);
 
     let structure = structure(&file);
     assert_eq!(structure.configuration.machine, "pc-i440fx-10.0");
@@ -148,17 +148,18 @@ fn the_worked_example_says_what_the_text_says() {
     let state = &structure.device_state;
     let sections: Vec<_> =
         state.sections.iter().map(|s| (s.name.as_str(), s.id, s.version)).collect();
-    assert_eq!(sections, [("timer", 0, 2), ("globalstate", 2, 1)]);
-    assert_eq!((structure.ram_end_offset, state.stream_end), (0x40_1000, 0x40_1106));
+    assert_eq!(sections, [("timer", 0, 2), ("cpu", 3, 12), ("globalstate", 2, 1)]);
+    assert_eq!((structure.ram_end_offset, state.stream_end), (0x40_1000, 0x40_1124));
 
     let (footer, meta) = manifest(&file);
-    assert_eq!((footer.stream_end, footer.metadata_offset), (0x40_1106, 0x40_4000));
+    assert_eq!((footer.stream_end, footer.metadata_offset), (0x40_1124, 0x40_4000));
     assert_eq!(meta.check(&structure, &footer), Ok(()));
     assert_eq!(meta.vm.name.as_deref(), Some("tiny"));
     let parts: Vec<&str> = meta.extents.iter().map(|extent| extent.what.as_str()).collect();
     let expected =
         ["head", "mark", "record", "bitmap", "record", "bitmap", "device_state", "vm_description"];
     assert_eq!(parts, expected);
+    assert_eq!(meta.cpu_sections, CpuSectionMeta::find(state, state.start));
     let tables: Vec<u64> = meta.blocks.iter().map(|block| block.hashes_offset).collect();
     assert_eq!(tables, [0x40_2000, 0x40_3000]);
 }
@@ -277,6 +278,7 @@ fn fields(heading: &str, len: u64) -> Vec<(&'static str, u64, u64)> {
 #[test]
 fn the_table_of_the_footer_is_what_the_footer_encodes() {
     let footer = Footer {
+        version: 2,
         stream_end: 0x0102_0304_0506_0708,
         metadata_offset: 0x1112_1314_1516_1718,
         metadata_len: 0x2122_2324_2526_2728,
@@ -287,7 +289,7 @@ fn the_table_of_the_footer_is_what_the_footer_encodes() {
     for (name, offset, size) in fields("### 7.3 The footer", FOOTER_LEN) {
         let expected = match name {
             "magic" => b"vmfile\r\n".to_vec(),
-            "version" => 1_u32.to_be_bytes().to_vec(),
+            "version" => 2_u32.to_be_bytes().to_vec(),
             "footer_len" => 64_u32.to_be_bytes().to_vec(),
             "stream_end" => footer.stream_end.to_be_bytes().to_vec(),
             "metadata_offset" => footer.metadata_offset.to_be_bytes().to_vec(),

@@ -1,10 +1,12 @@
-//! Files that real QEMU wrote, without their pages: see `testing/src/bin/fixtures.rs`.
+//! Files that real QEMU wrote, and vmfiles of the format's first version, without their pages: see
+//! `testing/src/bin/fixtures.rs`.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::fs;
 use std::path::Path;
 
+use vmfile_format::manifest::{FOOTER_LEN, Features, Footer, Meta};
 use vmfile_format::mapped_ram::MappedRamFile;
 use vmfile_format::stream::configuration::Configuration;
 use vmfile_format::stream::decoder::{Event, StreamDecoder};
@@ -268,4 +270,35 @@ fn a_stream_of_each_version_is_decoded() {
             assert_stream_is_decoded(name, machine, piece_len);
         }
     }
+}
+
+/// A file that vmfile wrote before the metadata had features, further tables, the guest-physical map and
+/// the CPUs' registers.
+fn assert_first_version_is_read(name: &str, machine: &str) {
+    let file = Sparse::load(name);
+    let structure = file.structure();
+    assert_eq!(structure.configuration.machine, machine);
+    let read = |offset, len: u64| file.read(offset, usize::try_from(len).expect("short"));
+    let last = read(file.len() - FOOTER_LEN, FOOTER_LEN);
+    let footer = Footer::decode(&last, file.len()).expect("a good footer").expect("one");
+    assert_eq!(footer.version, 1);
+    let json = read(footer.metadata_offset, footer.metadata_len);
+    let meta = Meta::decode(&json, &footer).expect("metadata");
+    assert_eq!(meta.check(&structure, &footer), Ok(()));
+    for extent in &meta.extents {
+        let bytes = read(extent.offset, extent.bytes);
+        assert!(extent.matches(&bytes), "{} at {:#x}", extent.what, extent.offset);
+    }
+    assert_eq!(meta.vm.machine, machine);
+    assert_eq!(meta.vm.memory_map, None);
+    assert_eq!((meta.features, meta.tables), (Features::default(), vec![]));
+    assert_eq!((meta.cpu_sections, meta.working_set_known), (vec![], false));
+}
+
+#[test]
+fn a_vmfile_of_the_first_version_is_read() {
+    assert_first_version_is_read("vmfile-v1-example.pieces", "pc-i440fx-10.0");
+    assert_first_version_is_read("vmfile-v1-direct.pieces", "pc-i440fx-10.0");
+    assert_first_version_is_read("vmfile-v1-stream.pieces", "pc-i440fx-10.0");
+    assert_first_version_is_read("vmfile-v1-native.pieces", "pc-q35-10.0");
 }

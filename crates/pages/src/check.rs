@@ -233,7 +233,7 @@ fn check_extents(
     manifest: &Manifest,
     findings: &mut Findings,
 ) -> Result<(), PagesError> {
-    for extent in &manifest.meta.extents {
+    for extent in manifest.meta.extents.iter().chain(&manifest.meta.tables) {
         if !extent.has_hash(snapshot.checksum(extent)?) {
             findings.section(FindingKind::Checksum, &extent.what, extent.offset);
         }
@@ -248,7 +248,7 @@ fn check_padding(
     findings: &mut Findings,
 ) -> Result<(), PagesError> {
     let mut known: Vec<Range<u64>> = Vec::new();
-    for extent in &manifest.meta.extents {
+    for extent in manifest.meta.extents.iter().chain(&manifest.meta.tables) {
         known.push(extent.offset..extent.offset + extent.bytes);
     }
     for (placed, meta) in snapshot.structure().blocks.iter().zip(&manifest.meta.blocks) {

@@ -10,9 +10,12 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use vmfile_engine::{
     DataFile, DirectIo, DirectIoInUse, Durable, PublishError, Unpublished, drop_cached,
 };
-use vmfile_format::manifest::{BlockMeta, ExtentMeta, Meta, VmMeta, place_tables};
+use vmfile_format::manifest::{
+    BlockMeta, CpuSectionMeta, ExtentMeta, Features, Meta, VmMeta, place_tables,
+};
 use vmfile_format::mapped_ram::{MARK, MappedRamLayout, PlacedBlock};
 use vmfile_format::stream::configuration::Configuration;
+use vmfile_format::stream::device_state::DeviceState;
 use vmfile_format::{PageBitmap, RamBlock, RamLayout};
 
 use crate::error::PagesError;
@@ -56,6 +59,17 @@ pub struct StreamTail<'a> {
     pub sections: &'a [u8],
     /// What stands after them in the stream: the VM description, or nothing.
     pub description: &'a [u8],
+    /// Where each section is, if they are QEMU's: they are searched for the CPUs' registers.
+    pub state: Option<&'a DeviceState>,
+}
+
+/// The parts of the stream that the manifest lists.
+#[derive(Debug, Default)]
+pub struct StreamParts {
+    /// Those that a checksum covers.
+    pub extents: Vec<ExtentMeta>,
+    /// The CPUs' registers.
+    pub cpu_sections: Vec<CpuSectionMeta>,
 }
 
 /// What the manifest says of a save, besides the places.
@@ -113,6 +127,9 @@ impl Draft {
             put("record", placed.record_offset, &placed.encode_record())?;
             put("bitmap", placed.bitmap_offset, &bitmap.encode())?;
         }
+        let start = places.layout.device_state_offset();
+        let find = |state| CpuSectionMeta::find(state, start);
+        let cpu_sections = tail.state.map(find).unwrap_or_default();
         let (offset, mut sections) = places.layout.encode_end();
         sections.extend_from_slice(tail.sections);
         put("device_state", offset, &sections)?;
@@ -121,7 +138,8 @@ impl Draft {
             put("vm_description", stream_end, tail.description)?;
             stream_end += tail.description.len() as u64;
         }
-        self.put_manifest(&places.tables, stream_end, bitmaps, extents, facts)
+        let parts = StreamParts { extents, cpu_sections };
+        self.put_manifest(&places.tables, stream_end, bitmaps, parts, facts)
     }
 
     /// Writes metadata and footer behind the tables. The rest may have been written by QEMU.
@@ -130,10 +148,10 @@ impl Draft {
         tables: &HashTables,
         stream_end: u64,
         bitmaps: &[PageBitmap],
-        extents: Vec<ExtentMeta>,
+        parts: StreamParts,
         facts: SaveFacts,
     ) -> Result<(), PagesError> {
-        let meta = meta(facts, tables.block_metas(bitmaps), extents);
+        let meta = meta(facts, tables.block_metas(bitmaps), parts);
         self.put("manifest", tables.end, &meta.encode(stream_end, tables.end))
     }
 
@@ -267,7 +285,7 @@ impl HashTables {
     }
 }
 
-fn meta(facts: SaveFacts, blocks: Vec<BlockMeta>, extents: Vec<ExtentMeta>) -> Meta {
+fn meta(facts: SaveFacts, blocks: Vec<BlockMeta>, parts: StreamParts) -> Meta {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     Meta {
         vmfile_version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -277,6 +295,10 @@ fn meta(facts: SaveFacts, blocks: Vec<BlockMeta>, extents: Vec<ExtentMeta>) -> M
         pause_seconds: facts.pause_seconds,
         vm: facts.vm,
         blocks,
-        extents,
+        extents: parts.extents,
+        features: Features::default(),
+        tables: Vec::new(),
+        cpu_sections: parts.cpu_sections,
+        working_set_known: false,
     }
 }

@@ -81,7 +81,8 @@ pub fn save(
 ) -> Result<SavedMemory, PagesError> {
     let draft = Draft::new(Unpublished::create_beside(path, options.existing)?, options.direct_io)?;
     let state = OwnState::new(state);
-    let tail = StreamTail { sections: &state.sections, description: &state.description };
+    let tail =
+        StreamTail { sections: &state.sections, description: &state.description, state: None };
     let tail_len = (state.sections.len() + state.description.len()) as u64;
     let configuration = Configuration { machine: machine.to_owned(), ..Configuration::default() };
     let total_bytes = ram.blocks().iter().map(vmfile_format::RamBlock::used_length).sum();

@@ -185,7 +185,7 @@ mod tests {
             let hash = encode_hash(page_hash(&bytes));
             draft.put("hash", places.hashes()[0] + 16 * page.0, &hash).unwrap();
         }
-        let tail = StreamTail { sections: &sections, description: &description };
+        let tail = StreamTail { sections: &sections, description: &description, state: None };
         draft.finish(&places, &[bitmap], tail, facts()).unwrap();
         draft
     }

@@ -95,6 +95,14 @@ pub enum SnapshotError {
         /// What is wrong, and where.
         source: FormatError,
     },
+    /// A newer version of vmfile wrote it, in a form that this one would misread.
+    #[error("{path} needs a newer version of vmfile", path = path.display())]
+    Newer {
+        /// The file.
+        path: PathBuf,
+        /// What is newer.
+        source: FormatError,
+    },
     /// A page, or its recorded hash, is not what was written.
     #[error(
         "{path} is damaged: page {page} of RAM block {block:?}, at file offset {offset:#x}, \
@@ -275,6 +283,18 @@ impl Snapshot {
     }
 }
 
+impl SnapshotError {
+    /// Makes an error of what is wrong with the bytes of the file at `path`.
+    fn format(path: &Path, source: FormatError) -> SnapshotError {
+        let path = path.to_path_buf();
+        if source.is_of_newer_version() {
+            SnapshotError::Newer { path, source }
+        } else {
+            SnapshotError::Format { path, source }
+        }
+    }
+}
+
 fn in_memory(len: u64) -> usize {
     usize::try_from(len).expect("the structure's limits fit into memory")
 }
@@ -299,13 +319,13 @@ fn read_structure(
 ) -> Result<MappedRamFile, SnapshotError> {
     let read = |offset, len| read_at(path, file, offset, len);
     MappedRamFile::read(start, len, read).map_err(|error| match error {
-        ReadError::Format(source) => SnapshotError::Format { path: path.to_path_buf(), source },
+        ReadError::Format(source) => SnapshotError::format(path, source),
         ReadError::Source(error) => error,
     })
 }
 
 fn read_manifest(path: &Path, file: &File, len: u64) -> Result<Option<Manifest>, SnapshotError> {
-    let format = |source| SnapshotError::Format { path: path.to_path_buf(), source };
+    let format = |source| SnapshotError::format(path, source);
     let footer_offset = len.saturating_sub(FOOTER_LEN);
     let footer_len = usize::try_from(len - footer_offset).expect("at most FOOTER_LEN");
     let footer = read_at(path, file, footer_offset, footer_len)?;
@@ -334,9 +354,9 @@ fn check_manifest(
     manifest: Option<&Manifest>,
 ) -> Result<(), SnapshotError> {
     match manifest {
-        Some(Manifest { footer, meta }) => meta
-            .check(structure, footer)
-            .map_err(|source| SnapshotError::Format { path: path.to_path_buf(), source }),
+        Some(Manifest { footer, meta }) => {
+            meta.check(structure, footer).map_err(|source| SnapshotError::format(path, source))
+        }
         None if is_ours(path, file, structure)? => {
             let offset = len.saturating_sub(FOOTER_LEN);
             Err(SnapshotError::LostEnd { path: path.to_path_buf(), offset })

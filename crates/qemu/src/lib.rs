@@ -76,6 +76,6 @@ pub use qmp::{Event, Qmp, QmpError};
 pub use version::{Feature, QemuVersion};
 pub use vm::{
     Blocker, BlockerKind, DeviceName, Drive, FileId, Footprint, Holder, Image, MemoryBackend,
-    Overlay, PUT_BACK_TIMEOUT, Paused, ProcessInfo, RamBlockInfo, RunState, SaveRecord, UndoStep,
-    Vm, VmError, sender, steps_to_end, steps_to_run, undo_steps,
+    MemoryRange, Overlay, PUT_BACK_TIMEOUT, Paused, ProcessInfo, RamBlockInfo, RunState,
+    SaveRecord, UndoStep, Vm, VmError, sender, steps_to_end, steps_to_run, undo_steps,
 };

@@ -60,7 +60,7 @@ impl Received {
     pub fn tail(&self) -> StreamTail<'_> {
         let len = usize::try_from(self.state.end - self.state.start).expect("it is in memory");
         let (sections, description) = self.devices.split_at(len);
-        StreamTail { sections, description }
+        StreamTail { sections, description, state: Some(&self.state) }
     }
 
     /// Writes how the VM is to come back; returns whether there is room.

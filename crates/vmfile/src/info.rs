@@ -1,7 +1,7 @@
 //! `vmfile info`: what is in a file, without reading a page.
 
 use serde::Serialize;
-use vmfile_format::manifest::DiskMeta;
+use vmfile_format::manifest::{CpuSectionMeta, DiskMeta, Features, MemoryRangeMeta};
 use vmfile_pages::snapshot::FileFormat;
 use vmfile_pages::snapshot::{Snapshot, SnapshotError};
 
@@ -33,6 +33,12 @@ pub struct Info {
     pub device_state_bytes: u64,
     /// The disks that must be kept as they were; empty in a file that QEMU wrote.
     pub disks: Vec<DiskMeta>,
+    /// Which memory the guest saw at which address, where the file says it.
+    pub memory_map: Option<Vec<MemoryRangeMeta>>,
+    /// The device sections that hold the CPUs' registers; empty where the file does not say it.
+    pub cpu_sections: Vec<CpuSectionMeta>,
+    /// What of the file is not as in every file.
+    pub features: Features,
 }
 
 /// The VM that was saved.
@@ -120,6 +126,9 @@ pub fn info(snapshot: &Snapshot) -> Result<Info, SnapshotError> {
         device_sections: device_sections.collect(),
         device_state_bytes: state.end - state.start,
         disks: meta.map(|meta| meta.vm.disks.clone()).unwrap_or_default(),
+        memory_map: meta.and_then(|meta| meta.vm.memory_map.clone()),
+        cpu_sections: meta.map(|meta| meta.cpu_sections.clone()).unwrap_or_default(),
+        features: meta.map(|meta| meta.features.clone()).unwrap_or_default(),
     })
 }
 

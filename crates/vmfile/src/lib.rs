@@ -86,7 +86,9 @@ pub use vmfile_engine::{
     Backend, BackendInUse, DirectIo, DirectIoInUse, Existing, PublishError, Unpublished, inherited,
 };
 pub use vmfile_format::FormatError;
-pub use vmfile_format::manifest::DiskMeta;
+pub use vmfile_format::manifest::{
+    CpuSectionMeta, DiskMeta, Features, FileMeta, ImageMeta, MemoryRangeMeta,
+};
 pub use vmfile_pages::PagesError;
 pub use vmfile_pages::check;
 pub use vmfile_pages::control::{Control, Progress};

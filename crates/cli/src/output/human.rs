@@ -2,7 +2,6 @@
 
 use std::fmt::Write;
 
-use vmfile::FileFormat;
 use vmfile::check::{CheckReport, Finding};
 use vmfile::convert::ConvertReport;
 use vmfile::info::Info;
@@ -10,6 +9,7 @@ use vmfile::receive::ReceiveReport;
 use vmfile::restore::RestoreReport;
 use vmfile::save::SaveReport;
 use vmfile::send::SendReport;
+use vmfile::{FileFormat, MemoryRangeMeta};
 
 use super::{one_line, size};
 
@@ -238,12 +238,32 @@ pub(crate) fn info(info: &Info, verbose: bool) -> String {
                 section.offset
             );
         }
+        memory_map(&mut text, info.memory_map.as_deref().unwrap_or_default());
         if let Some(vm) = &info.vm {
             let words = one_line(&vm.command_line.join(" "));
             let _ = writeln!(text, "\ncommand line\n  {words}");
         }
     }
     text
+}
+
+/// Lists which memory the guest saw at which address.
+fn memory_map(text: &mut String, map: &[MemoryRangeMeta]) {
+    if !map.is_empty() {
+        let _ = writeln!(text, "\nguest-physical map");
+    }
+    for range in map {
+        let block = range.block.as_deref().unwrap_or("not in the file");
+        let _ = writeln!(
+            text,
+            "  {:#018x} {:>9} {:<9}  {} at {:#x}",
+            range.guest_address,
+            size::bytes(range.bytes),
+            if range.writable { "writable" } else { "read-only" },
+            one_line(block),
+            range.offset
+        );
+    }
 }
 
 /// Returns a point in time as RFC 3339, UTC.

@@ -3,7 +3,7 @@
 //! ```text
 //! offset  size  field            meaning
 //!      0     8  magic            "vmfile\r\n"
-//!      8     4  version          1
+//!      8     4  version          1, or 2 where the file has what version 1 did not know
 //!     12     4  footer_len       64
 //!     16     8  stream_end       file offset one past QEMU's last byte
 //!     24     8  metadata_offset  file offset of the metadata
@@ -24,8 +24,9 @@ use crate::limits::MANIFEST_LEN_MAX;
 /// The carriage return and line feed show a file that was copied as text.
 const MAGIC: &[u8; 8] = b"vmfile\r\n";
 
-/// The newest version that this crate reads, and the one it writes.
-const VERSION: u32 = 1;
+/// The newest version that this crate reads. It writes it where a reader of the version before would
+/// misread the file, and that version otherwise.
+const VERSION_MAX: u32 = 2;
 
 /// The footer's length, in bytes.
 pub const FOOTER_LEN: u64 = 64;
@@ -35,6 +36,8 @@ pub const FOOTER_LEN: u64 = 64;
 /// A value of this type has passed every check that needs the footer and the file's length alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Footer {
+    /// 1, or 2 for a file with incompatible features or further tables.
+    pub version: u32,
     /// File offset one past QEMU's last byte.
     pub stream_end: u64,
     /// File offset of the metadata.
@@ -61,13 +64,13 @@ impl Footer {
         cursor.bytes("footer magic", MAGIC.len())?;
         let version = cursor.be32("footer version")?;
         let covered = bytes.get(..56).unwrap_or_default();
-        if version > VERSION {
-            let (field, found, max) = ("footer version", version.into(), VERSION.into());
-            let kind = FormatErrorKind::TooLarge { field, found, max };
+        if version > VERSION_MAX {
+            let kind = FormatErrorKind::NewerFooter { found: version, max: VERSION_MAX };
             return Err(FormatError::new(start.saturating_add(8), kind));
         }
         cursor.expect_be32("footer length", 64)?;
         let footer = Footer {
+            version,
             stream_end: cursor.be64("stream end")?,
             metadata_offset: cursor.be64("metadata offset")?,
             metadata_len: cursor.be64("metadata length")?,
@@ -104,7 +107,7 @@ impl Footer {
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
         let mut bytes = Vec::from(*MAGIC);
-        bytes.extend_from_slice(&VERSION.to_be_bytes());
+        bytes.extend_from_slice(&self.version.to_be_bytes());
         bytes.extend_from_slice(&64_u32.to_be_bytes());
         bytes.extend_from_slice(&self.stream_end.to_be_bytes());
         bytes.extend_from_slice(&self.metadata_offset.to_be_bytes());
@@ -125,6 +128,7 @@ mod tests {
     use super::*;
 
     const FOOTER: Footer = Footer {
+        version: 1,
         stream_end: 0x1000,
         metadata_offset: 0x3000,
         metadata_len: 0x100,

@@ -6,6 +6,8 @@ use alloc::vec::Vec;
 
 use serde::{Deserialize, Serialize};
 
+use crate::stream::device_state::DeviceState;
+
 /// The parts of a VM that can come and go while it runs.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PartsMeta {
@@ -50,6 +52,51 @@ pub struct CpuMeta {
     pub kind: String,
     /// Its place: `socket-id`, `core-id`, `thread-id` and so on.
     pub place: BTreeMap<String, i64>,
+}
+
+/// A range of the guest's physical addresses with memory behind it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryRangeMeta {
+    /// Its first guest-physical address.
+    pub guest_address: u64,
+    /// Its length in bytes.
+    pub bytes: u64,
+    /// The RAM block that it shows; `None` if that is not in the file, or could be one of several.
+    pub block: Option<String>,
+    /// Where in the block it begins, in bytes.
+    pub offset: u64,
+    /// Whether the guest may write there.
+    pub writable: bool,
+}
+
+/// The device section that holds a CPU's registers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CpuSectionMeta {
+    /// QEMU's number of the CPU: the section's instance.
+    pub cpu: u32,
+    /// The version of the section's format.
+    pub version: u32,
+    /// File offset of the section's payload.
+    pub offset: u64,
+    /// Length of the payload, in bytes.
+    pub bytes: u64,
+}
+
+impl CpuSectionMeta {
+    /// Finds the CPUs among the sections of `state`, the first of which lies at file offset `start`.
+    ///
+    /// QEMU (2.4 to 11.1) calls the section `cpu`; its instance is the number of the CPU.
+    #[must_use]
+    pub fn find(state: &DeviceState, start: u64) -> Vec<CpuSectionMeta> {
+        let cpus = state.sections.iter().filter(|section| section.name == "cpu");
+        let found = cpus.map(|section| {
+            let (payload, bytes) = section.payload();
+            let in_state = section.offset.saturating_sub(state.start);
+            let offset = start.saturating_add(in_state).saturating_add(payload);
+            CpuSectionMeta { cpu: section.instance, version: section.version, offset, bytes }
+        });
+        found.collect()
+    }
 }
 
 /// A part of the VM that was not what its command line makes.

@@ -9,8 +9,9 @@ use alloc::vec::Vec;
 use serde::{Deserialize, Serialize};
 
 use super::disks::{DiskMeta, EmptyDriveMeta};
+use super::features::Features;
 use super::footer::Footer;
-use super::machine::{ChangeMeta, PartsMeta};
+use super::machine::{ChangeMeta, CpuSectionMeta, MemoryRangeMeta, PartsMeta};
 use super::page_hashes::{TABLE_ALIGNMENT, table_len};
 use crate::checksum;
 use crate::error::{FormatError, FormatErrorKind};
@@ -35,8 +36,22 @@ pub struct Meta {
     pub vm: VmMeta,
     /// The RAM blocks, in the order of the stream.
     pub blocks: Vec<BlockMeta>,
-    /// The parts that a checksum covers: everything but pages, their hashes, and zeros.
+    /// The parts that a checksum covers: everything but pages, their hashes, further tables, and
+    /// zeros.
     pub extents: Vec<ExtentMeta>,
+    /// What of the file is not as in every file.
+    #[serde(default)]
+    pub features: Features,
+    /// Tables besides those of the page hashes, behind them. A reader passes over one of a name that
+    /// it does not know.
+    #[serde(default)]
+    pub tables: Vec<ExtentMeta>,
+    /// Where the CPUs' registers are; empty in files of older versions.
+    #[serde(default)]
+    pub cpu_sections: Vec<CpuSectionMeta>,
+    /// Whether a table says which pages the guest used first after a restore.
+    #[serde(default)]
+    pub working_set_known: bool,
 }
 
 /// The VM as it was.
@@ -70,6 +85,10 @@ pub struct VmMeta {
     /// The drives that had no medium.
     #[serde(default)]
     pub empty_drives: Vec<EmptyDriveMeta>,
+    /// The guest-physical map: which memory the guest saw at which address, in the order of the
+    /// addresses. `None` where it is not known: a stream does not tell.
+    #[serde(default)]
+    pub memory_map: Option<Vec<MemoryRangeMeta>>,
 }
 
 impl VmMeta {
@@ -89,6 +108,7 @@ impl VmMeta {
             parts: None,
             changes: Vec::new(),
             empty_drives: Vec::new(),
+            memory_map: None,
         }
     }
 }
@@ -109,7 +129,8 @@ pub struct BlockMeta {
 /// A part of the file that one checksum covers.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExtentMeta {
-    /// What it is: `head`, `mark`, `record`, `bitmap`, `device_state`, `vm_description`.
+    /// What it is: `head`, `mark`, `record`, `bitmap`, `device_state`, `vm_description`, or the name
+    /// of a table.
     pub what: String,
     /// File offset, in bytes.
     pub offset: u64,
@@ -150,6 +171,7 @@ impl Meta {
     pub fn encode(&self, stream_end: u64, metadata_offset: u64) -> Vec<u8> {
         let mut bytes = serde_json::to_vec(self).expect("plain data has a JSON form");
         let footer = Footer {
+            version: self.footer_version(),
             stream_end,
             metadata_offset,
             metadata_len: bytes.len() as u64,
@@ -159,18 +181,38 @@ impl Meta {
         bytes
     }
 
+    /// Returns the version of the footer that this metadata needs: 1 unless a reader of version 1 would
+    /// misread the file.
+    fn footer_version(&self) -> u32 {
+        let is_plain = self.features.incompatible.is_empty() && self.tables.is_empty();
+        if is_plain { 1 } else { 2 }
+    }
+
     /// Decodes the metadata that `footer` found.
     ///
     /// # Errors
     ///
-    /// Returns [`FormatError`] if the checksum does not match or the JSON is not what it should be.
+    /// Returns [`FormatError`] if the checksum does not match, if the file has an incompatible feature that
+    /// this crate does not know, or if the JSON is not what it should be.
     pub fn decode(bytes: &[u8], footer: &Footer) -> Result<Meta, FormatError> {
         let error = |kind| FormatError::new(footer.metadata_offset, kind);
         if checksum(bytes) != footer.metadata_hash {
             return Err(error(FormatErrorKind::Checksum { field: "metadata" }));
         }
-        serde_json::from_slice(bytes)
-            .map_err(|cause| error(FormatErrorKind::BadManifest { message: cause.to_string() }))
+        let json = |cause: serde_json::Error| {
+            error(FormatErrorKind::BadManifest { message: cause.to_string() })
+        };
+        // First by themselves: what a feature changes in the rest may not be readable here.
+        let FeaturesAlone { features } = serde_json::from_slice(bytes).map_err(json)?;
+        features.check().map_err(error)?;
+        let meta: Meta = serde_json::from_slice(bytes).map_err(json)?;
+        let expected = meta.footer_version();
+        if footer.version < expected {
+            let (field, found) = ("footer version", footer.version.into());
+            let kind = FormatErrorKind::Differs { field, found, expected: expected.into() };
+            return Err(error(kind));
+        }
+        Ok(meta)
     }
 
     /// Checks the metadata against the file's structure, so that what it says about places can be
@@ -204,6 +246,8 @@ impl Meta {
             }
             free = end;
         }
+        self.check_tables(free, footer.metadata_offset).or_else(error)?;
+        self.check_guest(file).or_else(error)?;
         let mut extents_len = 0_u64;
         for extent in &self.extents {
             extents_len = extents_len.saturating_add(extent.bytes);
@@ -227,6 +271,48 @@ impl Meta {
         }
         Ok(())
     }
+
+    /// Checks that the further tables lie one after another from `free` to `limit`.
+    fn check_tables(&self, mut free: u64, limit: u64) -> Result<(), FormatErrorKind> {
+        for table in &self.tables {
+            let end = table.offset.saturating_add(table.bytes);
+            let aligned = table.offset % TABLE_ALIGNMENT == 0;
+            if !aligned || table.offset < free || end > limit {
+                return Err(FormatErrorKind::Outside { field: "table", end, limit });
+            }
+            free = end;
+        }
+        Ok(())
+    }
+
+    /// Checks that the guest-physical map and the CPUs' registers lie in what `file` has.
+    fn check_guest(&self, file: &MappedRamFile) -> Result<(), FormatErrorKind> {
+        for range in self.vm.memory_map.iter().flatten() {
+            let Some(name) = &range.block else { continue };
+            let placed = file.block(name);
+            let limit = placed.map_or(0, |placed| placed.block.used_length());
+            let end = range.offset.saturating_add(range.bytes);
+            let fits = range.guest_address.checked_add(range.bytes).is_some() && end <= limit;
+            if !fits {
+                return Err(FormatErrorKind::Outside { field: "guest-physical map", end, limit });
+            }
+        }
+        for section in &self.cpu_sections {
+            let end = section.offset.saturating_add(section.bytes);
+            let limit = file.device_state.end;
+            if section.offset < file.device_state.start || end > limit {
+                return Err(FormatErrorKind::Outside { field: "registers of a CPU", end, limit });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The one member that is read before all others.
+#[derive(Deserialize)]
+struct FeaturesAlone {
+    #[serde(default)]
+    features: Features,
 }
 
 #[cfg(test)]
@@ -255,9 +341,14 @@ mod tests {
                 parts: None,
                 changes: Vec::new(),
                 empty_drives: Vec::new(),
+                memory_map: None,
             },
             blocks: Vec::new(),
             extents: vec![ExtentMeta::of("head", 0, b"QEVM")],
+            features: Features::default(),
+            tables: Vec::new(),
+            cpu_sections: Vec::new(),
+            working_set_known: false,
         }
     }
 
@@ -280,6 +371,72 @@ mod tests {
             damaged[index] ^= 1;
             let error = Meta::decode(&damaged, &footer).unwrap_err();
             assert_eq!(error.kind, FormatErrorKind::Checksum { field: "metadata" });
+        }
+    }
+
+    fn decode(bytes: &[u8]) -> Result<Meta, FormatErrorKind> {
+        let (json, footer) = bytes.split_at(bytes.len() - 64);
+        let footer = Footer::decode(footer, 0x1000 + bytes.len() as u64).unwrap().unwrap();
+        Meta::decode(json, &footer).map_err(|error| error.kind)
+    }
+
+    #[test]
+    fn an_incompatible_feature_is_refused_by_name_and_a_compatible_one_is_passed_over() {
+        let features = |compatible: &[&str], incompatible: &[&str]| Features {
+            compatible: compatible.iter().map(ToString::to_string).collect(),
+            incompatible: incompatible.iter().map(ToString::to_string).collect(),
+        };
+        let meta = Meta { features: features(&["hints"], &[]), ..sample() };
+        assert_eq!(decode(&meta.encode(0x900, 0x1000)), Ok(meta));
+        let meta = Meta { features: features(&["hints"], &["striped"]), ..sample() };
+        let bytes = meta.encode(0x900, 0x1000);
+        let refused = FormatErrorKind::UnknownFeature { name: "striped".into() };
+        assert_eq!(decode(&bytes), Err(refused.clone()));
+        // A reader of the first version refuses the version: it does not read the names.
+        let version = &bytes[bytes.len() - 56..bytes.len() - 52];
+        assert_eq!(version, 2_u32.to_be_bytes());
+        // Even where nothing else can be understood.
+        let json = br#"{"features":{"incompatible":["striped"]},"blocks":7}"#;
+        let footer = Footer {
+            version: 2,
+            stream_end: 0x900,
+            metadata_offset: 0x1000,
+            metadata_len: json.len() as u64,
+            metadata_hash: checksum(json),
+        };
+        assert_eq!(Meta::decode(json, &footer).map_err(|error| error.kind), Err(refused));
+    }
+
+    #[test]
+    fn further_tables_need_the_second_version_of_the_footer() {
+        let tables = vec![ExtentMeta::of("working_set", 0x1000, b"pages")];
+        let meta = Meta { tables, ..sample() };
+        let bytes = meta.encode(0x900, 0x2000);
+        let (json, footer) = bytes.split_at(bytes.len() - 64);
+        let footer = Footer::decode(footer, 0x2000 + bytes.len() as u64).unwrap().unwrap();
+        assert_eq!(footer.version, 2);
+        assert_eq!(Meta::decode(json, &footer), Ok(meta));
+        let kind = Meta::decode(json, &Footer { version: 1, ..footer }).unwrap_err().kind;
+        let field = "footer version";
+        assert_eq!(kind, FormatErrorKind::Differs { field, found: 1, expected: 2 });
+    }
+
+    #[test]
+    fn further_tables_lie_behind_the_hashes_and_do_not_overlap() {
+        let table = |offset, bytes| ExtentMeta { bytes, ..ExtentMeta::of("any", offset, b"") };
+        let check = |tables: &[ExtentMeta]| {
+            Meta { tables: tables.to_vec(), ..sample() }.check_tables(0x3000, 0x6000)
+        };
+        assert_eq!(check(&[table(0x3000, 0x1000), table(0x4000, 0x2000)]), Ok(()));
+        for wrong in [
+            &[table(0x2000, 0x1000)][..],
+            &[table(0x3800, 0x100)],
+            &[table(0x3000, 0x1001), table(0x4000, 0x1000)],
+            &[table(0x5000, 0x1001)],
+            &[table(0x5000, u64::MAX)],
+        ] {
+            let refused = check(wrong);
+            assert!(matches!(refused, Err(FormatErrorKind::Outside { .. })), "{wrong:?}");
         }
     }
 

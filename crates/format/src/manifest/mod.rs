@@ -5,6 +5,7 @@
 //! zeros to a multiple of 4096
 //! page hashes of block 0      16 bytes for each page, zeros for a zero page
 //! page hashes of block 1 ...    each table begins at a multiple of 4096
+//! further tables              of any kind, if there are some
 //! metadata                    JSON
 //! footer                      the last 64 bytes of the file
 //! ```
@@ -13,14 +14,19 @@
 //! writers need no order, and one page is checked without reading about the others.
 
 mod disks;
+mod features;
 mod footer;
 mod machine;
 mod meta;
 mod page_hashes;
 
 pub use disks::{DiskMeta, EmptyDriveMeta, FileMeta, ImageMeta};
+pub use features::Features;
 pub use footer::{FOOTER_LEN, Footer};
-pub use machine::{ChangeMeta, CpuMeta, DeviceMeta, MemoryDeviceMeta, PartsMeta, PinMeta};
+pub use machine::{
+    ChangeMeta, CpuMeta, CpuSectionMeta, DeviceMeta, MemoryDeviceMeta, MemoryRangeMeta, PartsMeta,
+    PinMeta,
+};
 pub use meta::{BlockMeta, ExtentMeta, Meta, VmMeta};
 pub use page_hashes::{
     HASH_LEN, TABLE_ALIGNMENT, decode_hash, encode_hash, place_tables, table_len,

@@ -10,7 +10,7 @@ use crate::limits::{
     BLOCK_LEN_MAX, BLOCK_NAME_LEN_MAX, BLOCKS_MAX, DEVICE_STATE_LEN_MAX, FILE_LEN_MAX,
 };
 use crate::ram_block::{RamBlock, RamLayout, at};
-use crate::stream::configuration::{Configuration, MAPPED_RAM};
+use crate::stream::configuration::{Configuration, FEATURE_PREFIX, MAPPED_RAM};
 use crate::stream::device_state::DeviceState;
 use crate::stream::{RAM_SECTION_VERSION, ram_flag, section};
 
@@ -142,7 +142,10 @@ fn locate(tail: &[u8], offset: u64, section_id: u32) -> Result<DeviceState, Form
 fn require_mapped_ram(configuration: &Configuration, start: u64) -> Result<(), FormatError> {
     let unknown = configuration.capabilities.iter().find(|name| *name != MAPPED_RAM);
     if let Some(name) = unknown {
-        let kind = FormatErrorKind::Unsupported { what: "capability", name: name.clone() };
+        let kind = match name.strip_prefix(FEATURE_PREFIX) {
+            Some(name) => FormatErrorKind::UnknownFeature { name: name.into() },
+            None => FormatErrorKind::Unsupported { what: "capability", name: name.clone() },
+        };
         return Err(FormatError::new(start, kind));
     }
     if configuration.capabilities.is_empty() {
@@ -307,6 +310,19 @@ mod tests {
         let file = sample();
         let error = read(&file[..0x20_2000]).unwrap_err();
         let text = "at offset 0x63: RAM block's pages ends at 0x203000, past 0x202000";
+        assert_eq!(error.to_string(), text);
+    }
+
+    #[test]
+    fn a_feature_in_the_head_that_is_not_known_is_refused_by_name() {
+        let configuration = Configuration {
+            machine: "pc".into(),
+            capabilities: Vec::from([MAPPED_RAM.into(), "vmfile-thin".into()]),
+            ..Configuration::default()
+        };
+        let error = read(&configuration.encode()).unwrap_err();
+        assert!(error.is_of_newer_version());
+        let text = "at offset 0x0: the file has the feature \"thin\", which is not known";
         assert_eq!(error.to_string(), text);
     }
 

@@ -15,6 +15,12 @@ const UUID: &str = "configuration/uuid";
 /// The capability that says: RAM lies at fixed offsets.
 pub const MAPPED_RAM: &str = "mapped-ram";
 
+/// What the name of a capability begins with if it stands for a feature of vmfile's.
+///
+/// A file that QEMU must not take for whole has a capability of this prefix and the feature's name. QEMU
+/// (4.0 to 11.1) refuses a capability that it does not know by its name, before it loads a page.
+pub const FEATURE_PREFIX: &str = "vmfile-";
+
 /// The stream's header and configuration section.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Configuration {

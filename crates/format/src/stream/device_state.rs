@@ -53,7 +53,7 @@ pub struct DeviceSection {
 
 impl DeviceSection {
     /// Returns the payload's offset from the section's first byte and its length, in bytes.
-    fn payload(&self) -> (u64, u64) {
+    pub(crate) fn payload(&self) -> (u64, u64) {
         (self.header_len, self.len.saturating_sub(self.header_len).saturating_sub(5))
     }
 }

@@ -6,10 +6,10 @@ use std::io::{self, Read as _};
 use std::os::fd::AsRawFd as _;
 use std::path::Path;
 
-use vmfile_format::manifest::VmMeta;
-use vmfile_qemu::{CommandLine, Drive, ProcessInfo, Vm};
+use vmfile_format::manifest::{MemoryRangeMeta, VmMeta};
+use vmfile_qemu::{CommandLine, Drive, MemoryRange, ProcessInfo, Vm};
 
-use super::images;
+use super::{Work, images};
 use crate::error::SaveError;
 
 /// Describes the VM, with `drives`, which are those that it has.
@@ -30,6 +30,7 @@ pub(super) fn describe_vm(
         empty_drives: Vec::new(),
         parts: None,
         changes: Vec::new(),
+        memory_map: memory_map(vm)?,
         name: vm.name()?,
         uuid: vm.uuid()?,
         machine: vm.machine_type()?,
@@ -41,6 +42,28 @@ pub(super) fn describe_vm(
     };
     images::describe(drives, &mut meta);
     Ok(meta)
+}
+
+/// Notes what may have changed until now: the guest stands still, or has run meanwhile.
+pub(super) fn record(work: &mut Work<'_>) -> Result<(), SaveError> {
+    images::record(work.vm, work.meta)?;
+    let map = memory_map(work.vm)?;
+    // A guest that ran may have changed the map before the saved moment, or after it.
+    let is_of_moment = work.paused_at.is_some() || work.meta.memory_map == map;
+    work.meta.memory_map = map.filter(|_| is_of_moment);
+    Ok(())
+}
+
+/// Asks which memory the guest sees at which address.
+fn memory_map(vm: &mut Vm) -> Result<Option<Vec<MemoryRangeMeta>>, SaveError> {
+    let range = |range: MemoryRange| MemoryRangeMeta {
+        guest_address: range.guest_address,
+        bytes: range.bytes,
+        block: range.block,
+        offset: range.offset,
+        writable: range.writable,
+    };
+    Ok(vm.memory_map()?.map(|map| map.into_iter().map(range).collect()))
 }
 
 /// Says so where the file will hold no command line.

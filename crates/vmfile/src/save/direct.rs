@@ -66,13 +66,14 @@ impl DirectRoute {
         let source = Configuration { machine, ..Configuration::default() };
         let mut description = Vec::new();
         encoder::vm_description(&mut description);
-        let tail = StreamTail { sections: &sections, description: &description };
+        let tail =
+            StreamTail { sections: &sections, description: &description, state: Some(&state) };
         let tail_len = (sections.len() + description.len()) as u64;
         let places = FileLayout::new(&source, self.ram.clone(), state.unused_id(), tail_len)?;
         work.draft.reserve(places.tables())?;
 
         let written = self.ram(work, &places)?;
-        super::images::record(work.vm, work.meta)?;
+        super::describe::record(work)?;
         let facts = work.facts(RouteUsed::Direct, work.seconds_paused(), false);
         work.draft.finish(&places, &written.bitmaps, tail, facts)?;
         let pages_data = written.bitmaps.iter().map(|bitmap| bitmap.data_count().0).sum();

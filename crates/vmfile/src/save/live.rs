@@ -77,7 +77,7 @@ impl LiveRoute {
             return Err(SaveError::NoRunState);
         }
         let pause_seconds = work.vm.pause_seen().unwrap_or_default().as_secs_f64();
-        super::images::record(work.vm, work.meta)?;
+        super::describe::record(work)?;
         let facts = work.facts(RouteUsed::Stream, pause_seconds, true);
         work.draft.finish(&received.places, &received.bitmaps, received.tail(), facts)?;
         Ok(Written { live: Some(LiveDone { method, pause_seconds }), ..written(&received) })

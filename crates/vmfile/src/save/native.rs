@@ -97,7 +97,7 @@ impl NativeRoute {
         });
         let ram_bytes = sent?;
         put_back?;
-        super::images::record(work.vm, work.meta)?;
+        super::describe::record(work)?;
         let workers = self.workers.take().expect("a route writes once");
         native_file::complete(work, workers, ram_bytes)
     }

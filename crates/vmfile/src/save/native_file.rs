@@ -7,25 +7,24 @@
 //! QEMU's bitmap is the truth about which pages have data: what lies under a clear bit is emptied,
 //! and a page of zeros under a set bit is data like any other.
 
-use super::RouteUsed;
 use std::io;
 use std::os::fd::AsFd;
 
 use vmfile_engine::BackendInUse;
 use vmfile_engine::{DataSeeker, page_hash};
 use vmfile_format::error::FormatErrorKind;
-use vmfile_format::manifest::{ExtentMeta, HASH_LEN, encode_hash};
+use vmfile_format::manifest::{CpuSectionMeta, ExtentMeta, HASH_LEN, encode_hash};
 use vmfile_format::mapped_ram::{MARK, PlacedBlock};
 use vmfile_format::{FormatError, PageBitmap, PageIndex, PageRange};
 use vmfile_pages::PagesError;
 use vmfile_pages::control::Progress;
-use vmfile_pages::draft::HashTables;
+use vmfile_pages::draft::{HashTables, StreamParts};
 use vmfile_pages::lane::Workers;
 use vmfile_pages::received_ram::empty;
 use vmfile_pages::snapshot::Snapshot;
 use vmfile_pages::window_reader::{Window, WindowReader};
 
-use super::{Work, Written};
+use super::{RouteUsed, Work, Written};
 use crate::error::SaveError;
 
 /// Makes what QEMU wrote a vmfile, in everything but the name; `ram_bytes` are those of all RAM.
@@ -55,8 +54,11 @@ pub(super) fn complete(
     file.empty_stale_places()?;
     let io = file.hash(workers, ram_bytes)?;
     let extents = file.extents(&tail)?;
+    let state = &structure.device_state;
+    let cpu_sections = CpuSectionMeta::find(state, state.start);
+    let parts = StreamParts { extents, cpu_sections };
     let facts = work.facts(RouteUsed::Native, work.seconds_paused(), false);
-    work.draft.put_manifest(&tables, stream_end, &bitmaps, extents, facts)?;
+    work.draft.put_manifest(&tables, stream_end, &bitmaps, parts, facts)?;
     let pages_data = |bitmap: &PageBitmap| bitmap.data_count().0;
     let bytes_data = |(placed, bitmap): (&PlacedBlock, &PageBitmap)| {
         pages_data(bitmap) * placed.block.page_size().bytes()

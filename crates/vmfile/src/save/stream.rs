@@ -87,7 +87,7 @@ impl StreamRoute {
         if !received.set_run_state(&work.meta.run_state) {
             return Err(SaveError::NoRunState);
         }
-        super::images::record(work.vm, work.meta)?;
+        super::describe::record(work)?;
         let facts = work.facts(RouteUsed::Stream, work.seconds_paused(), false);
         work.draft.finish(&received.places, &received.bitmaps, received.tail(), facts)?;
         Ok(written(&received))
