@@ -1,19 +1,105 @@
 //! `cargo xtask bench`: measures vmfile beside the disk's limit and QEMU's own ways, or beside itself.
+//!
+//! All of it is measured by `vmfile bench`, as everybody can. What this adds is the project's own: the
+//! sizes, the targets, and the page docs/benchmarks.md.
 
+mod compare;
+mod figures;
+mod page;
+mod targets;
+
+use std::env;
 use std::error::Error;
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
 
-use crate::demo::run_optimized;
+use serde_json::Value;
+
+use self::figures::Figures;
+use crate::command::{output, run as run_command, say, shown};
+use crate::setup;
 use crate::workspace::Workspace;
-use crate::{compare, setup};
+
+/// The page.
+const PAGE: &str = "docs/benchmarks.md";
+
+/// What the RAM of the guests holds, in percent.
+const CONTENTS: [&str; 4] = ["--data", "65", "--repeated", "8"];
+
+/// Free memory, in MiB, from which the guests have 2 GiB: two of them, and a file in the page cache.
+const FREE_MIB_FOR_LARGE: u64 = 14_000;
 
 /// Installs what is missing, builds the program, and measures it.
 pub(crate) fn run(workspace: &Workspace, rest: &[String]) -> Result<(), Box<dyn Error>> {
-    match rest {
-        [option, base] if option == "--compare" => compare::run(workspace, base),
-        [option, ..] if option == "--compare" => Err("--compare takes one revision".into()),
-        _ => {
-            setup::for_bench(workspace)?;
-            run_optimized(workspace, "bench", rest)
-        }
+    let words: Vec<&str> = rest.iter().map(String::as_str).collect();
+    let is_quick = match words[..] {
+        ["--compare", base] => return compare::run(workspace, base),
+        ["--compare", ..] => return Err("--compare takes one revision".into()),
+        [] => false,
+        ["--quick"] => true,
+        _ => return Err("takes --quick, or --compare and a revision".into()),
+    };
+    setup::for_bench()?;
+    say("build vmfile, optimized");
+    run_command(&mut build(workspace.root()))?;
+    let report = measure(workspace, is_quick)?;
+    let targets = targets::judge(&Figures(&report));
+    println!("\n{}", targets::summary(&targets));
+    if !is_quick {
+        let path = workspace.root().join(PAGE);
+        fs::write(&path, page::page(&report, &targets, &commit(workspace)?))?;
+        println!("wrote {}", path.display());
     }
+    Ok(())
+}
+
+/// Returns the order to build the program of the workspace in `directory`, as its users have it.
+fn build(directory: &Path) -> Command {
+    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(directory);
+    command.args(["build", "--quiet", "--release", "-p", "vmfile-cli"]);
+    command
+}
+
+/// Returns the program that [`build`] makes, with its files on the file system of the build directory.
+fn vmfile_bench(workspace: &Workspace) -> Command {
+    let mut command = Command::new(workspace.target().join("release/vmfile"));
+    command.arg("bench").arg("--dir").arg(workspace.target());
+    command
+}
+
+/// Measures everything; a quick run has fewer rounds and smaller guests, and nothing that grows.
+fn measure(workspace: &Workspace, is_quick: bool) -> Result<Value, Box<dyn Error>> {
+    let is_small = is_quick || free_mib()? < FREE_MIB_FOR_LARGE;
+    let (size, runs) = (if is_small { "1G" } else { "2G" }, if is_quick { "3" } else { "5" });
+    let mut command = vmfile_bench(workspace);
+    command.args(["--json", "--ram", "shared,private", "--size", size, "--runs", runs]);
+    command.args(CONTENTS);
+    if !is_quick {
+        command.arg("--sweep");
+    }
+    say(&shown(&command));
+    let output = command.stderr(Stdio::inherit()).output()?;
+    if !output.status.success() {
+        return Err(format!("vmfile bench: {}", output.status).into());
+    }
+    Ok(serde_json::from_slice(&output.stdout)?)
+}
+
+fn free_mib() -> Result<u64, Box<dyn Error>> {
+    let list = fs::read_to_string("/proc/meminfo")?;
+    let line = list.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kib = line.and_then(|rest| rest.trim().trim_end_matches(" kB").parse::<u64>().ok());
+    Ok(kib.ok_or("the kernel does not say how much memory is free")? >> 10)
+}
+
+/// Returns the commit that was measured.
+fn commit(workspace: &Workspace) -> Result<String, Box<dyn Error>> {
+    let git =
+        |words: &[&str]| output(Command::new("git").current_dir(workspace.root()).args(words));
+    let commit = git(&["rev-parse", "--short=12", "HEAD"])?;
+    let is_changed = !git(&["status", "--porcelain", "--", "crates"])?.is_empty();
+    let changed = if is_changed { ", with changes in crates/" } else { "" };
+    Ok(format!("{}{changed}", commit.trim()))
 }

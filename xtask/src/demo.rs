@@ -11,25 +11,12 @@ use crate::workspace::Workspace;
 /// Installs what is missing, builds the program, and shows what it does.
 pub(crate) fn run(workspace: &Workspace) -> Result<(), Box<dyn Error>> {
     setup::one_qemu(workspace)?;
-    run_optimized(workspace, "demo", &[])
-}
-
-/// Builds vmfile and a program of the tests, and runs the latter.
-pub(crate) fn run_optimized(
-    workspace: &Workspace,
-    program: &str,
-    arguments: &[String],
-) -> Result<(), Box<dyn Error>> {
-    say(&format!("build vmfile and the {program}, optimized"));
+    say("build vmfile and the demo, optimized");
     let cargo = || {
         let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
         command.current_dir(workspace.root());
         command
     };
     run_command(cargo().args(["build", "--release", "-p", "vmfile-cli"]))?;
-    run_command(
-        cargo()
-            .args(["run", "--release", "-p", "vmfile-testing", "--bin", program, "--"])
-            .args(arguments),
-    )
+    run_command(cargo().args(["run", "--release", "-p", "vmfile-testing", "--bin", "demo"]))
 }

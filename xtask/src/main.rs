@@ -5,7 +5,6 @@
 mod bench;
 mod chaos;
 mod command;
-mod compare;
 mod demo;
 mod guest;
 mod qemus;

@@ -27,11 +27,11 @@ enum Kind {
     Untouched,
 }
 
-/// Fills the largest block of `blocks`, in the memory of process `pid`.
+/// Fills the first `len_max` bytes of the largest block of `blocks`, in the memory of process `pid`.
 pub(crate) fn fill(
-    pid: u32,
-    blocks: &[RamBlockInfo],
+    (pid, blocks): (u32, &[RamBlockInfo]),
     contents: Contents,
+    len_max: u64,
     stop: &AtomicBool,
 ) -> Result<(), BenchError> {
     let largest = blocks.iter().max_by_key(|block| block.used_length);
@@ -40,14 +40,13 @@ pub(crate) fn fill(
         BenchError::program("QEMU", "it prints no address of its RAM; 8.0 and later do")
     })?;
     let memory = ProcessMemory::open(pid).map_err(BenchError::system("look into QEMU"))?;
-    write(&memory, address, len, contents, stop)
+    write(&memory, (address, len.min(len_max)), contents, stop)
 }
 
 /// Fills `len` bytes of RAM at `address`.
 pub(crate) fn write(
     memory: &ProcessMemory,
-    address: u64,
-    len: u64,
+    (address, len): (u64, u64),
     contents: Contents,
     stop: &AtomicBool,
 ) -> Result<(), BenchError> {

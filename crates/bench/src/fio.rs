@@ -16,7 +16,7 @@ use crate::process::run as run_program;
 /// # Errors
 ///
 /// What fio says, or that there is none.
-pub fn write(path: &Path, bytes: u64, stop: &AtomicBool) -> Result<f64, BenchError> {
+pub(crate) fn write(path: &Path, bytes: u64, stop: &AtomicBool) -> Result<f64, BenchError> {
     run(path, bytes, "write", &["--fallocate=truncate", "--end_fsync=1"], stop)
 }
 
@@ -25,7 +25,7 @@ pub fn write(path: &Path, bytes: u64, stop: &AtomicBool) -> Result<f64, BenchErr
 /// # Errors
 ///
 /// What fio says, or that there is none.
-pub fn read(path: &Path, bytes: u64, stop: &AtomicBool) -> Result<f64, BenchError> {
+pub(crate) fn read(path: &Path, bytes: u64, stop: &AtomicBool) -> Result<f64, BenchError> {
     // fio would make a file that is missing or too short, and read zeros from holes.
     run(path, bytes, "read", &["--allow_file_create=0"], stop)
 }

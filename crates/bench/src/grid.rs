@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use crate::report::{BenchReport, GuestShape, Host, Run, Sweep, Way};
+use crate::report::{BenchReport, Comparison, Difference, GuestShape, Host, Run, Sweep, Way};
 use crate::series::Summary;
 
 /// A table before it gets its looks.
@@ -44,7 +44,7 @@ struct Fact {
     of: fn(&Way) -> Option<f64>,
 }
 
-const FACTS: [Fact; 12] = [
+const FACTS: [Fact; 13] = [
     fact("AVG", Group::Summed, 3, |way| Some(way.seconds.mean)),
     fact("stddev", Group::Summed, 3, |way| Some(way.seconds.stddev)),
     fact("median", Group::Summed, 3, |way| Some(way.seconds.median)),
@@ -58,6 +58,9 @@ const FACTS: [Fact; 12] = [
     fact("cached MiB", Group::Besides, 1, |way| median(way, |run| run.cached_bytes.map(mebibytes))),
     fact("pause ms", Group::Besides, 1, |way| {
         median(way, |run| run.pause_seconds.map(|seconds| seconds * 1000.0))
+    }),
+    fact("QEMU's start ms", Group::Besides, 1, |way| {
+        median(way, |run| run.qemu_start_seconds.map(|seconds| seconds * 1000.0))
     }),
     fact("x disk", Group::Besides, 2, |way| way.ratio_to_disk),
     fact("x vmfile", Group::Besides, 2, |way| way.ratio_to_vmfile),
@@ -114,6 +117,28 @@ pub(crate) fn sweep(sweep: &Sweep) -> Grid {
         corner: with_unit(&sweep.name, sweep.unit),
         columns: sweep.lines.clone(),
         rows: rows.collect(),
+    }
+}
+
+/// Returns the table of two builds: a row for each thing that both did.
+pub(crate) fn comparisons(comparisons: &[Comparison]) -> Grid {
+    let columns = ["other s", "this s", "this / other", "min", "max", "verdict"];
+    let row = |comparison: &Comparison| {
+        let Comparison { base_seconds, seconds, ratio, .. } = comparison;
+        let verdict = match comparison.verdict {
+            Difference::Faster => "faster",
+            Difference::Slower => "slower",
+            Difference::None => "no difference",
+        };
+        let times = [base_seconds.median, seconds.median].map(|time| format!("{time:.4}"));
+        let ratios = [ratio.median, ratio.min, ratio.max].map(|ratio| format!("{ratio:.3}"));
+        let cells = times.into_iter().chain(ratios).chain([verdict.to_owned()]).collect();
+        Row { label: comparison.what.clone(), group: Group::Measured, cells }
+    };
+    Grid {
+        corner: "what".to_owned(),
+        columns: columns.map(str::to_owned).into(),
+        rows: comparisons.iter().map(row).collect(),
     }
 }
 

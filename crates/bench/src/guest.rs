@@ -24,9 +24,17 @@ pub(crate) struct Machine {
     pub(crate) qemu: PathBuf,
     pub(crate) ram_bytes: u64,
     pub(crate) backing: Backing,
+    /// Whether the host must have as much memory free.
+    pub(crate) is_reserved: bool,
 }
 
 impl Machine {
+    /// Returns a machine with private RAM, which the host must have.
+    pub(crate) fn new(qemu: &Path, ram_bytes: u64) -> Machine {
+        let qemu = qemu.to_path_buf();
+        Machine { qemu, ram_bytes, backing: Backing::Private, is_reserved: true }
+    }
+
     /// Returns the command line of a QEMU of this kind, the program first, with its sockets in
     /// `directory`.
     ///
@@ -36,15 +44,19 @@ impl Machine {
         let mebibytes = self.ram_bytes >> 20;
         words.extend(["-nodefaults", "-no-user-config", "-display", "none"].map(OsString::from));
         words.extend(["-m".into(), format!("{mebibytes}M").into()]);
-        match self.backing {
-            Backing::Private => words.extend(["-machine", "pc,accel=tcg"].map(OsString::from)),
-            Backing::Shared => {
-                let object = format!("memory-backend-memfd,id=ram0,size={mebibytes}M,share=on");
-                words.extend(["-object".into(), object.into()]);
-                let machine = "pc,accel=tcg,memory-backend=ram0";
-                words.extend(["-machine", machine].map(OsString::from));
-            }
+        let kind = match (self.backing, self.is_reserved) {
+            (Backing::Private, true) => None,
+            (Backing::Private, false) => Some("memory-backend-ram,reserve=off"),
+            (Backing::Shared, true) => Some("memory-backend-memfd,share=on"),
+            (Backing::Shared, false) => Some("memory-backend-memfd,share=on,reserve=off"),
+        };
+        let mut machine = "pc,accel=tcg".to_owned();
+        if let Some(kind) = kind {
+            let object = format!("{kind},id=ram0,size={mebibytes}M");
+            words.extend(["-object".into(), object.into()]);
+            machine += ",memory-backend=ram0";
         }
+        words.extend(["-machine".into(), machine.into()]);
         let socket = socket_in(directory);
         let mut qmp = OsString::from("unix:");
         qmp.push(&socket);
@@ -141,13 +153,23 @@ impl Subject {
         contents: Contents,
         stop: &AtomicBool,
     ) -> Result<Subject, BenchError> {
+        Subject::start_filled(machine, contents, u64::MAX, stop)
+    }
+
+    /// Does the same, and fills no more than the first `len_max` bytes of RAM.
+    pub(crate) fn start_filled(
+        machine: &Machine,
+        contents: Contents,
+        len_max: u64,
+        stop: &AtomicBool,
+    ) -> Result<Subject, BenchError> {
         let qemu = Qemu::start(machine, &["-S"])?;
         let mut vm = Vm::connect(&qemu.socket())?;
         // A VM that has never run is not saved. The firmware finds nothing to boot, and rests.
         vm.cont()?;
         thread::sleep(Duration::from_millis(500));
         vm.stop()?;
-        fill(qemu.pid(), &vm.ram_blocks()?, contents, stop)?;
+        fill((qemu.pid(), &vm.ram_blocks()?), contents, len_max, stop)?;
         Ok(Subject {
             socket: qemu.socket(),
             pid: qemu.pid(),

@@ -4,20 +4,23 @@
 //! changes its mind within seconds. The first round warms up and is not counted; ratios are medians
 //! of the rounds' ratios. Every program makes its file durable within the time that is measured.
 
+mod compare;
 mod contents;
 mod error;
-pub mod fio;
+mod fio;
 mod grid;
 mod guest;
 mod host;
 pub mod html;
 mod libvirt;
 mod options;
-pub mod page_cache;
+mod page_cache;
 mod process;
 mod qemu_ways;
+mod reading;
 pub mod report;
 mod restoring;
+mod rounds;
 mod run;
 mod saving;
 mod scene;

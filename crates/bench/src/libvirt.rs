@@ -169,7 +169,7 @@ impl Libvirt {
             mapping.has_file() && mapping.range.end - mapping.range.start >= ram_bytes
         });
         let ram = ram.ok_or_else(|| BenchError::program("libvirtd", "no memfd of the domain"))?;
-        write(&memory, ram.range.start, ram_bytes, contents, stop)
+        write(&memory, (ram.range.start, ram_bytes), contents, stop)
     }
 
     /// Saves the paused domain to `file`, durably; returns the seconds. It is restored and paused

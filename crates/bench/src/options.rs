@@ -52,7 +52,9 @@ pub struct BenchOptions {
     pub qemu: PathBuf,
     /// The program `vmfile`.
     pub program: PathBuf,
-    /// Measure restores, too.
+    /// Another build of vmfile: nothing is measured but this one and that one in turns.
+    pub against: Option<PathBuf>,
+    /// Measure restores and what looks at a file, too.
     pub restores: bool,
     /// Measure how cost grows with one thing, too.
     pub sweep: bool,

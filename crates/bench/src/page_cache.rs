@@ -7,23 +7,24 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{Advice, fadvise};
 
+use crate::error::BenchError;
+
+/// Makes the file one that is in the page cache, or one that is not.
+pub(crate) fn prepare(file: &Path, is_cold: bool, stop: &AtomicBool) -> Result<(), BenchError> {
+    let made = if is_cold { make_cold(file) } else { make_warm(file, stop) };
+    made.map_err(BenchError::system("make the page cache what it is to be"))?;
+    if stop.load(Ordering::Relaxed) { Err(BenchError::Stopped) } else { Ok(()) }
+}
+
 /// Drops the file from the page cache.
-///
-/// # Errors
-///
-/// Returns the kernel's error.
-pub fn make_cold(file: &Path) -> io::Result<()> {
+fn make_cold(file: &Path) -> io::Result<()> {
     let file = File::open(file)?;
     file.sync_all()?;
     Ok(fadvise(&file, 0, None, Advice::DontNeed)?)
 }
 
 /// Reads the file into the page cache, until `stop` is set.
-///
-/// # Errors
-///
-/// Returns the kernel's error.
-pub fn make_warm(file: &Path, stop: &AtomicBool) -> io::Result<()> {
+fn make_warm(file: &Path, stop: &AtomicBool) -> io::Result<()> {
     let mut file = File::open(file)?;
     let mut buffer = vec![0; 1 << 20];
     while !stop.load(Ordering::Relaxed) && file.read(&mut buffer)? > 0 {}

@@ -13,10 +13,26 @@ pub struct BenchReport {
     pub scenes: Vec<Scene>,
     /// How cost grows with one thing while the rest stays, where that was asked for.
     pub sweeps: Vec<Sweep>,
+    /// How this build compares with another one, where that was asked for.
+    pub comparisons: Vec<Comparison>,
     /// What could not be measured, and why.
     pub not_measured: Vec<NotMeasured>,
     /// How long it all took, in seconds.
     pub total_seconds: f64,
+}
+
+impl BenchReport {
+    /// Returns the report of a run that has measured nothing yet.
+    pub(crate) fn of_host(host: Host) -> BenchReport {
+        BenchReport {
+            host,
+            scenes: Vec::new(),
+            sweeps: Vec::new(),
+            comparisons: Vec::new(),
+            not_measured: Vec::new(),
+            total_seconds: 0.0,
+        }
+    }
 }
 
 /// The machine, and what was measured on it.
@@ -49,7 +65,7 @@ pub struct Host {
 }
 
 /// One guest, saved and restored in every way.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct Scene {
     /// The guest.
     pub guest: GuestShape,
@@ -57,10 +73,19 @@ pub struct Scene {
     pub saves: Vec<Way>,
     /// The ways of restoring it.
     pub restores: Vec<Way>,
+    /// What looks at the file that was saved.
+    pub reads: Vec<Way>,
+}
+
+impl Scene {
+    /// Returns the tables that it has, with their names.
+    pub(crate) fn tables(&self) -> [(&'static str, &[Way]); 3] {
+        [("saves", &self.saves), ("restores", &self.restores), ("reads", &self.reads)]
+    }
 }
 
 /// What the RAM of a guest is like.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct GuestShape {
     /// Its name, for headings: `4 GiB, private, 75 % data`.
     pub name: String,
@@ -123,6 +148,8 @@ pub struct Run {
     pub cached_bytes: Option<u64>,
     /// How long a guest that ran stood still, in seconds.
     pub pause_seconds: Option<f64>,
+    /// How long QEMU itself took to start, of `seconds`.
+    pub qemu_start_seconds: Option<f64>,
 }
 
 /// How cost grows with one thing.
@@ -147,6 +174,33 @@ pub struct SweepPoint {
     pub x: f64,
     /// A value for each line, `None` where it was not measured.
     pub values: Vec<Option<Summary>>,
+}
+
+/// One thing, done by another build of vmfile and by this one in turns.
+#[derive(Clone, Debug, Serialize)]
+pub struct Comparison {
+    /// What was done.
+    pub what: String,
+    /// What the other build took.
+    pub base_seconds: Summary,
+    /// What this one took.
+    pub seconds: Summary,
+    /// This build's time to the other's in the same round: 2 is twice as long.
+    pub ratio: Summary,
+    /// What the rounds agree on.
+    pub verdict: Difference,
+}
+
+/// Whether two builds differ.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Difference {
+    /// This build was faster in every round.
+    Faster,
+    /// This build was slower in every round.
+    Slower,
+    /// The rounds do not agree.
+    None,
 }
 
 /// Something that could not be measured.

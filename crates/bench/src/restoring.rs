@@ -13,10 +13,11 @@ use crate::error::BenchError;
 use crate::fio;
 use crate::guest::{Machine, Qemu, sockets};
 use crate::libvirt::{Libvirt, VirshWay};
-use crate::page_cache::{make_cold, make_warm};
+use crate::page_cache;
 use crate::process;
 use crate::qemu_ways::QemuWay;
 use crate::report::{Family, Run};
+use crate::rounds::Measured;
 use crate::saving::{Bench, gib};
 
 /// How long QEMU may take.
@@ -42,8 +43,8 @@ pub(crate) enum By {
     Virsh(VirshWay),
 }
 
-impl RestoreWay {
-    pub(crate) fn name(&self) -> String {
+impl Measured for RestoreWay {
+    fn name(&self) -> String {
         let by = match self.by {
             By::Disk => "fio read limit".to_owned(),
             By::Vmfile(mode) => format!("vmfile restore --mode {mode}"),
@@ -54,7 +55,7 @@ impl RestoreWay {
         format!("{by}, {}", self.state())
     }
 
-    pub(crate) fn short(&self) -> String {
+    fn short(&self) -> String {
         let by = match self.by {
             By::Disk => "fio".to_owned(),
             By::Vmfile(mode) => mode.to_owned(),
@@ -64,7 +65,7 @@ impl RestoreWay {
         format!("{by} {}", self.state())
     }
 
-    pub(crate) fn family(&self) -> Family {
+    fn family(&self) -> Family {
         match self.by {
             By::Disk => Family::Disk,
             By::Vmfile(_) => Family::Vmfile,
@@ -72,7 +73,9 @@ impl RestoreWay {
             By::Virsh(_) => Family::Libvirt,
         }
     }
+}
 
+impl RestoreWay {
     fn state(&self) -> &'static str {
         if self.is_cold { "cold" } else { "warm" }
     }
@@ -91,12 +94,7 @@ pub(crate) fn restore(
         let libvirt = libvirt.ok_or_else(|| BenchError::program("virsh", "no libvirt"))?;
         libvirt.destroy()?;
     }
-    let file = way.file.as_path();
-    let cached = if way.is_cold { make_cold(file) } else { make_warm(file, bench.stop) };
-    cached.map_err(BenchError::system("make the page cache what it is to be"))?;
-    if bench.stop.load(Ordering::Relaxed) {
-        return Err(BenchError::Stopped);
-    }
+    page_cache::prepare(&way.file, way.is_cold, bench.stop)?;
     let mut run = match way.by {
         By::Disk => {
             Run { seconds: fio::read(&way.file, data_bytes, bench.stop)?, ..Run::default() }
@@ -134,7 +132,9 @@ pub(crate) fn by_vmfile(
     // All that QEMU has used so far belongs to it.
     let theirs = process::cpu_seconds(pid).unwrap_or(0.0);
     let cpu_seconds = Some(usage.cpu_seconds + theirs);
-    Ok((Run { seconds: usage.seconds, cpu_seconds, ..Run::default() }, pid))
+    let qemu_start_seconds = report["qemu_start_seconds"].as_f64();
+    let seconds = usage.seconds;
+    Ok((Run { seconds, cpu_seconds, qemu_start_seconds, ..Run::default() }, pid))
 }
 
 /// From the start of QEMU to the VM that has all its memory.

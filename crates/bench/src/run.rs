@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use vmfile_qemu::{QemuVersion, Vm, program_version};
 
+use crate::compare::compare;
 use crate::error::{BenchError, in_words};
 use crate::guest::{Machine, Subject};
 use crate::host::{available_memory, describe};
@@ -33,12 +34,13 @@ pub fn run(
 ) -> Result<BenchReport, BenchError> {
     let started = Instant::now();
     let tell = Tell(tell);
-    let directory = tempfile::Builder::new()
-        .prefix("vmfile-bench-")
-        .tempdir_in(&options.directory)
-        .map_err(BenchError::system(format!("write to {}", options.directory.display())))?;
-    let mut bench = Bench { options, stop, directory, not_measured: Vec::new() };
     let mut host = describe(options, command);
+    if let Some(base) = &options.against {
+        let comparisons = compare(options, base, stop, &tell)?;
+        let total_seconds = started.elapsed().as_secs_f64();
+        return Ok(BenchReport { comparisons, total_seconds, ..BenchReport::of_host(host) });
+    }
+    let mut bench = Bench::new(options, stop)?;
     let mut scenes = Vec::new();
     let mut refused = None;
     if let Some(socket) = &options.vm {
@@ -55,7 +57,7 @@ pub fn run(
         let version = version_of(&options.qemu)?;
         'sizes: for &ram_bytes in &options.sizes {
             for &backing in &options.backings {
-                let machine = Machine { qemu: options.qemu.clone(), ram_bytes, backing };
+                let machine = Machine { backing, ..Machine::new(&options.qemu, ram_bytes) };
                 let shape = shape(&machine, options);
                 match guest(&mut bench, &machine, shape.clone(), version, &tell) {
                     Ok(scene) => scenes.push(scene),
@@ -85,7 +87,8 @@ pub fn run(
     let sweeps =
         if options.sweep && !is_stopped { sweep::measure(&mut bench, &tell)? } else { Vec::new() };
     let total_seconds = started.elapsed().as_secs_f64();
-    Ok(BenchReport { host, scenes, sweeps, not_measured: bench.not_measured, total_seconds })
+    let not_measured = bench.not_measured;
+    Ok(BenchReport { scenes, sweeps, not_measured, total_seconds, ..BenchReport::of_host(host) })
 }
 
 fn guest(

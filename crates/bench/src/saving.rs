@@ -20,6 +20,7 @@ use crate::options::BenchOptions;
 use crate::process;
 use crate::qemu_ways::{QemuWay, save_by_shell};
 use crate::report::{Family, NotMeasured, Run};
+use crate::rounds::Measured;
 
 /// A way of saving.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,8 +39,8 @@ pub(crate) enum SaveWay {
     Virsh(VirshWay),
 }
 
-impl SaveWay {
-    pub(crate) fn name(self) -> String {
+impl Measured for SaveWay {
+    fn name(&self) -> String {
         match self {
             SaveWay::Disk => "fio write limit".to_owned(),
             SaveWay::Vmfile => "vmfile save".to_owned(),
@@ -52,7 +53,7 @@ impl SaveWay {
         }
     }
 
-    pub(crate) fn short(self) -> String {
+    fn short(&self) -> String {
         match self {
             SaveWay::Disk => "fio".to_owned(),
             SaveWay::Vmfile => "vmfile".to_owned(),
@@ -65,7 +66,7 @@ impl SaveWay {
         }
     }
 
-    pub(crate) fn family(self) -> Family {
+    fn family(&self) -> Family {
         match self {
             SaveWay::Disk => Family::Disk,
             SaveWay::Qemu(_) => Family::Qemu,
@@ -83,6 +84,20 @@ pub(crate) struct Bench<'a> {
     /// Where the files lie; it vanishes with all of them.
     pub(crate) directory: TempDir,
     pub(crate) not_measured: Vec<NotMeasured>,
+}
+
+impl<'a> Bench<'a> {
+    /// Makes a directory for the files.
+    pub(crate) fn new(
+        options: &'a BenchOptions,
+        stop: &'a AtomicBool,
+    ) -> Result<Bench<'a>, BenchError> {
+        let directory = tempfile::Builder::new()
+            .prefix("vmfile-bench-")
+            .tempdir_in(&options.directory)
+            .map_err(BenchError::system(format!("write to {}", options.directory.display())))?;
+        Ok(Bench { options, stop, directory, not_measured: Vec::new() })
+    }
 }
 
 impl Bench<'_> {

@@ -10,21 +10,15 @@ use crate::host::{available_memory, said};
 use crate::libvirt::{Libvirt, VirshWay};
 use crate::options::BenchOptions;
 use crate::qemu_ways::QemuWay;
-use crate::report::{Family, GuestShape, Run, Scene, Way};
+use crate::reading::ReadWay;
+use crate::report::{GuestShape, Scene, Way};
 use crate::restoring::{By, RestoreWay, restore};
+use crate::rounds::{self, Entry, Measured as _};
 use crate::saving::{Bench, SaveWay, gib, save};
-use crate::series::{Summary, ratio};
 use crate::tell::Tell;
 
 /// Files that lie on the disk at once, of as many bytes as the guest has data.
 const FILES: u64 = 7;
-
-/// A way, its file, and what its rounds took.
-struct Entry<W> {
-    way: W,
-    file: PathBuf,
-    runs: Vec<Run>,
-}
 
 /// Measures one guest.
 pub(crate) fn measure(
@@ -40,37 +34,17 @@ pub(crate) fn measure(
     let libvirt = libvirt(bench, subject);
     let ways = ways(bench, version, libvirt.is_some());
     let ways = tuned(bench, subject, ways, version, data_bytes, tell);
-    let mut entries: Vec<Entry<SaveWay>> = ways
-        .into_iter()
-        .map(|way| Entry { way, file: bench.file(file_name(way)), runs: Vec::new() })
-        .collect();
-    'rounds: for round in 0..=bench.options.rounds.get() {
-        let mut failed = Vec::new();
-        for index in 0..entries.len() {
-            let entry = &mut entries[index];
-            tell.step(round, bench.options.rounds.get(), &entry.way.name());
-            let file = (entry.file.as_path(), data_bytes);
-            match save(bench, subject, libvirt.as_ref(), entry.way, file) {
-                Ok(run) if round > 0 => entry.runs.push(run),
-                Ok(_) => {}
-                Err(BenchError::Stopped) => {
-                    forget_round(&mut entries[..index], round);
-                    break 'rounds;
-                }
-                Err(error) => failed.push((index, error)),
-            }
-            if !is_kept(entry.way) {
-                bench.make_way(&entry.file)?;
-            }
+    let entries = ways.into_iter().map(|way| Entry::new(way, bench.file(file_name(way)))).collect();
+    let saves = rounds::measure(bench, entries, tell, |bench, entry: &Entry<SaveWay>| {
+        let run = save(bench, subject, libvirt.as_ref(), entry.way, (&entry.file, data_bytes))?;
+        if !is_kept(entry.way) {
+            bench.make_way(&entry.file)?;
         }
-        for (index, error) in failed.into_iter().rev() {
-            let entry = entries.remove(index);
-            bench.note(&entry.way.name(), error.in_words());
-        }
-    }
-    let saves = compared(entries, |way| (way.name(), way.short(), way.family()));
+        Ok(run)
+    });
+    let reads = reads(bench, data_bytes, tell);
     let restores = restores(bench, subject, libvirt.as_ref(), (version, data_bytes), tell)?;
-    Ok(Scene { guest: GuestShape { data_bytes, ..shape }, saves, restores })
+    Ok(Scene { guest: GuestShape { data_bytes, ..shape }, saves, restores, reads })
 }
 
 /// Saves once, to learn how many bytes there are.
@@ -199,13 +173,6 @@ fn file_name(way: SaveWay) -> &'static str {
     }
 }
 
-/// A round that was not finished counts for no way: they are compared round by round.
-fn forget_round<W>(entries: &mut [Entry<W>], round: u32) {
-    for entry in entries.iter_mut().filter(|_| round > 0) {
-        entry.runs.pop();
-    }
-}
-
 /// Restores what was saved.
 fn restores(
     bench: &mut Bench<'_>,
@@ -221,31 +188,23 @@ fn restores(
         bench.note("restore", "the VM runs, and a second one would take its sockets and disks");
         return Ok(Vec::new());
     };
-    let mut entries: Vec<Entry<RestoreWay>> = restore_ways(bench, version, libvirt.is_some())
-        .into_iter()
-        .map(|way| Entry { file: way.file.clone(), way, runs: Vec::new() })
-        .collect();
-    'rounds: for round in 0..=bench.options.rounds.get() {
-        let mut failed = Vec::new();
-        for index in 0..entries.len() {
-            let entry = &mut entries[index];
-            tell.step(round, bench.options.rounds.get(), &entry.way.name());
-            match restore(bench, &machine, libvirt, &entry.way, data_bytes) {
-                Ok(run) if round > 0 => entry.runs.push(run),
-                Ok(_) => {}
-                Err(BenchError::Stopped) => {
-                    forget_round(&mut entries[..index], round);
-                    break 'rounds;
-                }
-                Err(error) => failed.push((index, error)),
-            }
-        }
-        for (index, error) in failed.into_iter().rev() {
-            let entry = entries.remove(index);
-            bench.note(&entry.way.name(), error.in_words());
-        }
+    let ways = restore_ways(bench, version, libvirt.is_some());
+    let entries = ways.into_iter().map(|way| Entry::new(way.clone(), way.file)).collect();
+    Ok(rounds::measure(bench, entries, tell, |bench, entry: &Entry<RestoreWay>| {
+        restore(bench, &machine, libvirt, &entry.way, data_bytes)
+    }))
+}
+
+/// Looks at what vmfile saved.
+fn reads(bench: &mut Bench<'_>, data_bytes: u64, tell: &Tell<'_>) -> Vec<Way> {
+    let file = bench.file("saved.vmf");
+    if !bench.options.restores || !file.exists() {
+        return Vec::new();
     }
-    Ok(compared(entries, |way| (way.name(), way.short(), way.family())))
+    let entries = ReadWay::ALL.map(|way| Entry::new(way, file.clone()));
+    rounds::measure(bench, entries.into(), tell, |bench, entry: &Entry<ReadWay>| {
+        entry.way.read(bench, &entry.file, data_bytes)
+    })
 }
 
 fn restore_ways(bench: &Bench<'_>, version: QemuVersion, with_libvirt: bool) -> Vec<RestoreWay> {
@@ -277,31 +236,6 @@ fn restore_ways(bench: &Bench<'_>, version: QemuVersion, with_libvirt: bool) -> 
                 add(By::Virsh(way), file(way.file_name()));
             }
         }
-    }
-    ways
-}
-
-/// Sums up, and compares with the disk's limit and the best of vmfile's ways.
-fn compared<W>(entries: Vec<Entry<W>>, names: impl Fn(&W) -> (String, String, Family)) -> Vec<Way> {
-    let seconds = |runs: &[Run]| runs.iter().map(|run| run.seconds).collect::<Vec<f64>>();
-    let mut ways: Vec<Way> = Vec::new();
-    for Entry { way, runs, .. } in entries {
-        let Some(summary) = Summary::of(&seconds(&runs)) else { continue };
-        let (name, short, family) = names(&way);
-        let (ratio_to_vmfile, ratio_to_disk) = (None, None);
-        let seconds = summary;
-        ways.push(Way { name, short, family, runs, seconds, ratio_to_vmfile, ratio_to_disk });
-    }
-    let best = |family| {
-        let of_family = ways.iter().filter(|way| way.family == family);
-        let best = of_family.min_by(|a, b| a.seconds.median.total_cmp(&b.seconds.median));
-        best.map(|way| seconds(&way.runs))
-    };
-    let (disk, ours) = (best(Family::Disk), best(Family::Vmfile));
-    for way in &mut ways {
-        let theirs = seconds(&way.runs);
-        way.ratio_to_disk = disk.as_ref().and_then(|disk| ratio(&theirs, disk));
-        way.ratio_to_vmfile = ours.as_ref().and_then(|ours| ratio(&theirs, ours));
     }
     ways
 }

@@ -1,7 +1,8 @@
 //! How cost grows with one thing while the rest stays.
 
 use std::ffi::OsStr;
-use std::path::Path;
+
+use serde_json::Value;
 
 use crate::error::BenchError;
 use crate::guest::{Machine, Subject};
@@ -9,6 +10,7 @@ use crate::host::available_memory;
 use crate::options::{Backing, Contents};
 use crate::page_cache;
 use crate::process;
+use crate::reading::ReadWay;
 use crate::report::{Sweep, SweepPoint};
 use crate::restoring::by_vmfile;
 use crate::saving::Bench;
@@ -25,6 +27,18 @@ const ZERO_PERCENT: [u8; 5] = [0, 25, 50, 75, 95];
 const JOBS: [u32; 5] = [1, 2, 4, 8, 16];
 const CLONES: [usize; 6] = [1, 2, 4, 8, 16, 32];
 
+/// Sizes of RAM of which little is touched, in GiB.
+const EMPTY_GIB: [u64; 3] = [2, 16, 256];
+
+/// The part of it that is filled, in bytes.
+const FILLED_LEN: u64 = 1 << 30;
+
+/// Sizes of RAM of guests that run while they are saved, in MiB.
+const LIVE_MIB: [u64; 3] = [1024, 4096, 8192];
+
+/// Each round fills a guest anew; a pause of milliseconds needs no more.
+const LIVE_ROUNDS: usize = 3;
+
 /// Rounds of each point, after one that warms up.
 const ROUNDS: usize = 5;
 
@@ -36,6 +50,7 @@ pub(crate) fn measure(bench: &mut Bench<'_>, tell: &Tell<'_>) -> Result<Vec<Swee
     let mut sweeps = vec![by_size(bench, tell)?, by_share(bench, tell)?];
     sweeps.push(by_jobs(bench, tell)?);
     sweeps.extend(by_clones(bench, tell)?);
+    sweeps.extend([by_empty_size(bench, tell)?, by_untouched(bench, tell)?, live(bench, tell)?]);
     let why = "they are constants of this build: `cargo xtask bench --compare` compares builds";
     bench.note("sweep of queue depth and request size", why);
     Ok(sweeps)
@@ -43,7 +58,7 @@ pub(crate) fn measure(bench: &mut Bench<'_>, tell: &Tell<'_>) -> Result<Vec<Swee
 
 fn machine(bench: &Bench<'_>, mebibytes: u64) -> Machine {
     let backing = bench.options.backings.first().copied().unwrap_or(Backing::Private);
-    Machine { qemu: bench.options.qemu.clone(), ram_bytes: mebibytes << 20, backing }
+    Machine { backing, ..Machine::new(&bench.options.qemu, mebibytes << 20) }
 }
 
 fn by_size(bench: &mut Bench<'_>, tell: &Tell<'_>) -> Result<Sweep, BenchError> {
@@ -61,7 +76,7 @@ fn by_size(bench: &mut Bench<'_>, tell: &Tell<'_>) -> Result<Sweep, BenchError> 
         for round in 0..=ROUNDS {
             let mut times = vec![save(bench, &subject, &[])?];
             for mode in ["map", "load"] {
-                make_cold(&bench.file("sweep.vmf"))?;
+                page_cache::prepare(&bench.file("sweep.vmf"), true, bench.stop)?;
                 let (run, pid) = by_vmfile(bench, &machine, &bench.file("sweep.vmf"), mode)?;
                 process::end(pid)?;
                 times.push(run.seconds);
@@ -97,7 +112,7 @@ fn by_jobs(bench: &Bench<'_>, tell: &Tell<'_>) -> Result<Sweep, BenchError> {
         let text = jobs.to_string();
         let values = rounds(bench, |bench| {
             let saved = save(bench, &subject, &["--jobs", &text])?;
-            make_cold(&file)?;
+            page_cache::prepare(&file, true, bench.stop)?;
             let words = ["check", "--jobs", &text].map(OsStr::new);
             let (_, usage) = bench.vmfile(&[&words[..], &[file.as_os_str()]].concat())?;
             Ok(vec![saved, usage.seconds])
@@ -135,7 +150,7 @@ fn start_clones(
     clones: usize,
 ) -> Result<Vec<f64>, BenchError> {
     let file = bench.file("sweep.vmf");
-    make_cold(&file)?;
+    page_cache::prepare(&file, true, bench.stop)?;
     let started = std::time::Instant::now();
     let restored: Vec<_> = std::thread::scope(|scope| {
         let start = |_| scope.spawn(|| by_vmfile(bench, machine, &file, "map"));
@@ -163,14 +178,102 @@ fn start_clones(
     }
 }
 
-/// Saves to `sweep.vmf`; returns the seconds.
+/// RAM grows, what is in it does not: the file is as large to look at as it is to write.
+fn by_empty_size(bench: &Bench<'_>, tell: &Tell<'_>) -> Result<Sweep, BenchError> {
+    let contents = Contents { data_percent: 100, repeated_percent: 0 };
+    let file = bench.file("sweep.vmf");
+    let mut points = Vec::new();
+    for gib in EMPTY_GIB {
+        tell.say(&format!("sweep of RAM with 1 GiB of data: {gib} GiB"));
+        let machine =
+            Machine { is_reserved: false, ..Machine::new(&bench.options.qemu, gib << 30) };
+        let subject = Subject::start_filled(&machine, contents, FILLED_LEN, bench.stop)?;
+        let values = rounds(bench, |bench| {
+            let mut times = vec![save(bench, &subject, &[])?];
+            for way in [ReadWay::CHECK_COLD, ReadWay::INFO_COLD] {
+                times.push(way.read(bench, &file, 0)?.seconds);
+            }
+            page_cache::prepare(&file, true, bench.stop)?;
+            let (run, pid) = by_vmfile(bench, &machine, &file, "map")?;
+            process::end(pid)?;
+            times.push(run.seconds);
+            Ok(times)
+        })?;
+        points.push(point(gib as f64, &values));
+    }
+    bench.make_way(&file)?;
+    let lines = ["vmfile save", "check, cold", "info, cold", "restore --mode map, cold"];
+    Ok(sweep("RAM with 1 GiB of data", ("GiB", "s"), &lines, points))
+}
+
+/// RAM that the guest never touched.
+fn by_untouched(bench: &Bench<'_>, tell: &Tell<'_>) -> Result<Sweep, BenchError> {
+    let contents = Contents { data_percent: 0, repeated_percent: 0 };
+    let mut points = Vec::new();
+    for gib in EMPTY_GIB {
+        tell.say(&format!("sweep of untouched RAM: {gib} GiB"));
+        let start = |backing| {
+            let machine = Machine::new(&bench.options.qemu, gib << 30);
+            let machine = Machine { backing, is_reserved: false, ..machine };
+            Subject::start(&machine, contents, bench.stop)
+        };
+        let guests = [start(Backing::Private)?, start(Backing::Shared)?];
+        let values = rounds(bench, |bench| {
+            guests.iter().map(|subject| save(bench, subject, &[])).collect()
+        })?;
+        points.push(point(gib as f64, &values));
+    }
+    bench.make_way(&bench.file("sweep.vmf"))?;
+    let lines = ["vmfile save, private RAM", "vmfile save, shared RAM"];
+    Ok(sweep("untouched RAM", ("GiB", "s"), &lines, points))
+}
+
+/// Guests that run while they are saved, each for the first and for the second time: QEMU splits huge pages
+/// to write-protect them, and a second save meets the pieces.
+fn live(bench: &mut Bench<'_>, tell: &Tell<'_>) -> Result<Sweep, BenchError> {
+    let mut points = Vec::new();
+    for mebibytes in LIVE_MIB {
+        if (mebibytes << 20) * 3 / 2 > available_memory() {
+            bench.note(&format!("save --live of {mebibytes} MiB"), "not enough free memory");
+            continue;
+        }
+        tell.say(&format!("sweep of RAM, live: {mebibytes} MiB"));
+        let machine = Machine::new(&bench.options.qemu, mebibytes << 20);
+        let mut values: Values = vec![Vec::new(); 3];
+        for _ in 0..LIVE_ROUNDS {
+            let subject = Subject::start(&machine, bench.options.contents, bench.stop)?;
+            subject.connect()?.cont()?;
+            let (report, usage) = save_reported(bench, &subject, &["--live"])?;
+            let (again, _) = save_reported(bench, &subject, &["--live"])?;
+            let pause = |report: &Value| report["pause_seconds"].as_f64().unwrap_or(f64::NAN);
+            let times = [pause(&report), pause(&again), usage.seconds];
+            values.iter_mut().zip(times).for_each(|(values, time)| values.push(time));
+        }
+        points.push(point(mebibytes as f64, &values));
+    }
+    bench.make_way(&bench.file("sweep.vmf"))?;
+    let lines = ["pause, first save", "pause, second save", "all of it, first save"];
+    Ok(sweep("RAM, save --live", ("MiB", "s"), &lines, points))
+}
+
+/// Saves to `sweep.vmf` and leaves the guest paused; returns the seconds.
 fn save(bench: &Bench<'_>, subject: &Subject, more: &[&str]) -> Result<f64, BenchError> {
+    let more = [&["--after", "pause"], more].concat();
+    Ok(save_reported(bench, subject, &more)?.1.seconds)
+}
+
+/// Saves to `sweep.vmf`; returns the report, and what the program used.
+fn save_reported(
+    bench: &Bench<'_>,
+    subject: &Subject,
+    more: &[&str],
+) -> Result<(Value, process::Usage), BenchError> {
     let file = bench.file("sweep.vmf");
     bench.make_way(&file)?;
-    let mut words = ["save", "--after", "pause"].map(OsStr::new).to_vec();
+    let mut words = vec![OsStr::new("save")];
     words.extend(more.iter().map(OsStr::new));
     words.extend([subject.socket().as_os_str(), file.as_os_str()]);
-    Ok(bench.vmfile(&words)?.1.seconds)
+    bench.vmfile(&words)
 }
 
 fn rounds(
@@ -205,8 +308,4 @@ fn sweep(
 ) -> Sweep {
     let lines = lines.iter().map(|&line| line.to_owned()).collect();
     Sweep { name: name.to_owned(), unit, lines, value_unit, points }
-}
-
-fn make_cold(file: &Path) -> Result<(), BenchError> {
-    page_cache::make_cold(file).map_err(BenchError::system("drop a file from the page cache"))
 }

@@ -27,6 +27,10 @@ pub fn table(report: &BenchReport) -> String {
         let _ = writeln!(text, "\n{}\n", grid::sweep_title(sweep));
         write_grid(&mut text, &grid::sweep(sweep));
     }
+    if !report.comparisons.is_empty() {
+        let _ = writeln!(text, "\nthis build beside the other\n");
+        write_grid(&mut text, &grid::comparisons(&report.comparisons));
+    }
     if !report.not_measured.is_empty() {
         let _ = writeln!(text, "\nnot measured\n");
         for missing in &report.not_measured {
@@ -38,7 +42,7 @@ pub fn table(report: &BenchReport) -> String {
 
 fn write_scene(text: &mut String, scene: &Scene) {
     let _ = writeln!(text, "\n{}\n{}", scene.guest.name, grid::data_of(&scene.guest));
-    for (what, ways) in [("saves", &scene.saves), ("restores", &scene.restores)] {
+    for (what, ways) in scene.tables() {
         if !ways.is_empty() {
             let _ = writeln!(text, "\n{what}\n");
             write_grid(text, &grid::ways(ways));
@@ -160,8 +164,9 @@ mod tests {
         let (what, why) = ("virsh save".to_owned(), "libvirtd is not installed".to_owned());
         BenchReport {
             host: host(),
-            scenes: vec![Scene { guest, saves: vec![disk, ours], restores: Vec::new() }],
+            scenes: vec![Scene { guest, saves: vec![disk, ours], ..Scene::default() }],
             sweeps: vec![sweep],
+            comparisons: Vec::new(),
             not_measured: vec![NotMeasured { what, why }],
             total_seconds: 919.4,
         }

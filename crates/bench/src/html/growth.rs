@@ -153,7 +153,7 @@ mod tests {
     fn scene(ram_bytes: u64, backing: &'static str, data_bytes: u64) -> Scene {
         let name = String::new();
         let guest = GuestShape { name, ram_bytes, backing, data_bytes, repeated_bytes: 0 };
-        Scene { guest, saves: Vec::new(), restores: Vec::new() }
+        Scene { guest, ..Scene::default() }
     }
 
     #[test]

@@ -65,7 +65,7 @@ fn best(ways: &[Way], family: Family) -> String {
 /// Returns the complete tables of a guest.
 pub(super) fn of_scene(scene: &Scene) -> String {
     let mut html = String::new();
-    for (what, ways) in [("saves", &scene.saves), ("restores", &scene.restores)] {
+    for (what, ways) in scene.tables() {
         if !ways.is_empty() {
             let caption = format!("{}: {what}", scene.guest.name);
             html.push_str(&table(&caption, &grid::ways(ways)));

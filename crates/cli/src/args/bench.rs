@@ -31,12 +31,15 @@ pub(crate) struct BenchArguments {
     /// QEMU's program
     #[arg(long, value_name = "PROGRAM", default_value = "qemu-system-x86_64")]
     pub(crate) qemu: PathBuf,
-    /// Measure no restores
+    /// Measure no restores, check or info
     #[arg(long)]
     pub(crate) saves_only: bool,
     /// Measure also how cost grows with RAM, zero pages, jobs and clones
     #[arg(long)]
     pub(crate) sweep: bool,
+    /// Measure nothing but this program and another build of it, in turns
+    #[arg(long, value_name = "PROGRAM", conflicts_with_all = ["vm", "sweep", "html", "saves_only"])]
+    pub(crate) against: Option<PathBuf>,
     /// Write a page with plots, too
     #[arg(long, value_name = "FILE")]
     pub(crate) html: Option<PathBuf>,

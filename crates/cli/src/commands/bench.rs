@@ -30,6 +30,7 @@ pub(crate) fn run(arguments: &BenchArguments, voice: &Voice) -> Result<ExitCode,
         directory: arguments.dir.clone(),
         qemu: arguments.qemu.clone(),
         program: program.map_err(|error| Failure::system("find this program", &error))?,
+        against: arguments.against.clone(),
         restores: !arguments.saves_only,
         sweep: arguments.sweep,
     };

@@ -3,14 +3,17 @@
 //! BASE, a revision, is built in a worktree under `target/compare` that is gone before anything is
 //! measured; its build directory stays, so that the next comparison builds little.
 
-use std::env;
 use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use super::{build, vmfile_bench};
 use crate::command::{output, run as run_command, say};
 use crate::setup;
 use crate::workspace::Workspace;
+
+/// What both builds save: as `cargo xtask bench` does, in more rounds.
+const OPTIONS: [&str; 8] = ["--size", "1G", "--runs", "10", "--data", "62", "--repeated", "7"];
 
 /// Builds vmfile as it is here and as it was at `base`, and measures both.
 pub(crate) fn run(workspace: &Workspace, base: &str) -> Result<(), Box<dyn Error>> {
@@ -25,10 +28,9 @@ pub(crate) fn run(workspace: &Workspace, base: &str) -> Result<(), Box<dyn Error
     }
     say("build vmfile as it is here, optimized");
     run_command(&mut build(workspace.root()))?;
-    let mut measure = cargo(workspace.root());
-    measure.args(["run", "--release", "-p", "vmfile-testing", "--bin", "compare", "--"]);
-    measure.arg(build_directory.join("release/vmfile"));
-    run_command(measure.arg(workspace.target().join("release/vmfile")))
+    let mut measure = vmfile_bench(workspace);
+    measure.args(OPTIONS).arg("--against").arg(build_directory.join("release/vmfile"));
+    run_command(&mut measure)
 }
 
 /// Returns the commit that `base` names, abbreviated.
@@ -44,18 +46,6 @@ fn resolve(workspace: &Workspace, base: &str) -> Result<String, Box<dyn Error>> 
 fn git(workspace: &Workspace) -> Command {
     let mut command = Command::new("git");
     command.current_dir(workspace.root());
-    command
-}
-
-fn cargo(directory: &Path) -> Command {
-    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    command.current_dir(directory);
-    command
-}
-
-fn build(directory: &Path) -> Command {
-    let mut command = cargo(directory);
-    command.args(["build", "--quiet", "--release", "-p", "vmfile-cli"]);
     command
 }
 

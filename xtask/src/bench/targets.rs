@@ -1,0 +1,199 @@
+//! What the project promises of its speed, and whether a report keeps it.
+
+use std::fmt::Write as _;
+
+use super::figures::Figures;
+
+/// A promise, and what became of it.
+pub(super) struct Target {
+    pub(super) what: String,
+    pub(super) wanted: String,
+    pub(super) measured: String,
+    pub(super) verdict: Verdict,
+}
+
+/// Whether a target is met.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Verdict {
+    Met,
+    Missed,
+    NotMeasured,
+}
+
+/// What stands in the way of a target, by the beginning of its name.
+const WHY_MISSED: [(&str, &str); 6] = [
+    ("save, shared RAM: / fio", SPREAD),
+    ("save, private RAM: / fio", SPREAD),
+    ("restore, load: / fio", SPREAD),
+    ("check: speed / fio", SPREAD),
+    ("save, shared RAM: ", DISK_DECIDES),
+    ("save, private RAM: ", DISK_DECIDES),
+];
+const SPREAD: &str = "fio itself differs by more between rounds: see its min and max";
+const DISK_DECIDES: &str =
+    "both wait for the disk, and it leaves no such distance above fio's time";
+
+impl Target {
+    /// Returns what is known of the cause, if the target was missed.
+    pub(super) fn why_missed(&self) -> &'static str {
+        if self.verdict != Verdict::Missed {
+            return "";
+        }
+        let known = WHY_MISSED.iter().find(|(name, _)| self.what.starts_with(name));
+        known.map_or("not known yet", |(_, why)| why)
+    }
+}
+
+/// The targets that were judged so far.
+#[derive(Default)]
+struct Judged(Vec<Target>);
+
+impl Judged {
+    /// Adds a target that is met by `value` up to `limit`.
+    fn at_most(&mut self, what: &str, value: Option<f64>, limit: f64, unit: &str) {
+        let is_met = value.is_some_and(|value| value <= limit);
+        self.add(what, format!("<= {limit} {unit}"), value, unit, is_met);
+    }
+
+    /// Adds a target that is met by `value` from `limit` on.
+    fn at_least(&mut self, what: &str, value: Option<f64>, limit: f64, unit: &str) {
+        let is_met = value.is_some_and(|value| value >= limit);
+        self.add(what, format!(">= {limit} {unit}"), value, unit, is_met);
+    }
+
+    fn add(&mut self, what: &str, wanted: String, value: Option<f64>, unit: &str, is_met: bool) {
+        let value = value.filter(|value| value.is_finite());
+        let measured =
+            value.map_or("not measured".to_owned(), |value| format!("{value:.2} {unit}"));
+        let verdict = match value {
+            None => Verdict::NotMeasured,
+            Some(_) if is_met => Verdict::Met,
+            Some(_) => Verdict::Missed,
+        };
+        self.0.push(Target { what: what.to_owned(), wanted, measured, verdict });
+    }
+}
+
+/// Judges all targets.
+pub(super) fn judge(figures: &Figures<'_>) -> Vec<Target> {
+    let mut judged = Judged::default();
+    saves(*figures, &mut judged);
+    reads(*figures, &mut judged);
+    growth(*figures, &mut judged);
+    judged.0
+}
+
+fn saves(figures: Figures<'_>, judged: &mut Judged) {
+    let way = |backing: &str, name: &str| figures.way(backing, "saves", name);
+    for (backing, of_disk, of_best) in [("shared", 1.05, 1.6), ("private", 1.1, 1.4)] {
+        let ours = way(backing, "vmfile save");
+        let beside = |name: &str| Some(way(backing, name)?.ratio(ours?));
+        let disk = way(backing, "fio write limit");
+        let what = |what: &str| format!("save, {backing} RAM: {what}");
+        let ratio = ours.zip(disk).map(|(ours, disk)| ours.ratio(disk));
+        judged.at_most(&what("/ fio write"), ratio, of_disk, "x");
+        let best = figures.best_of_qemu(backing);
+        let ratio = best.zip(ours).map(|(best, ours)| best.ratio(ours));
+        judged.at_least(&what("QEMU's best / ours"), ratio, of_best, "x");
+        if backing == "shared" {
+            judged.at_least(&what("`exec:cat` / ours"), beside("QEMU exec:cat >"), 3.5, "x");
+            let virsh = "virsh save --bypass-cache";
+            judged.at_least(&what(&format!("`{virsh}` / ours")), beside(virsh), 2.2, "x");
+            let cached = ours.map(|ours| ours.largest_mib("cached_bytes"));
+            judged.at_most("page cache: left by a direct save", cached, 16.0, "MiB");
+            let peak = ours.map(|ours| ours.largest_mib("peak_memory_bytes"));
+            judged.at_most("our memory: peak of a save", peak, 64.0, "MiB");
+        } else {
+            let stream = way(backing, "vmfile save --route stream");
+            let ratio = best.zip(stream).map(|(best, stream)| best.ratio(stream));
+            judged.at_least("save, stream: QEMU's best / ours", ratio, 1.0, "x");
+            let exec =
+                way(backing, "QEMU exec:cat >").zip(way(backing, "QEMU exec:vmfile receive"));
+            let ratio = exec.map(|(cat, receive)| cat.ratio(receive));
+            judged.at_least("`exec:cat` / `exec:vmfile receive`", ratio, 2.0, "x");
+        }
+    }
+}
+
+fn reads(figures: Figures<'_>, judged: &mut Judged) {
+    let restore = |name: &str| figures.way("shared", "restores", name);
+    let read = |name: &str| figures.way("shared", "reads", name);
+    let map = restore("vmfile restore --mode map, cold");
+    let seconds = map.map(|map| map.median_without_start() * 1e3);
+    judged.at_most("restore, map: guest runs after QEMU's start, cold", seconds, 20.0, "ms");
+    let disk = restore("fio read limit, cold");
+    let load = restore("vmfile restore --mode load, cold").zip(disk);
+    let ratio = load.map(|(load, disk)| load.ratio_without_start(disk));
+    judged.at_most("restore, load: / fio read, cold", ratio, 1.1, "x");
+    let check = read("vmfile check, cold").zip(disk);
+    let ratio = check.map(|(check, disk)| disk.ratio(check));
+    judged.at_least("check: speed / fio read's, cold", ratio, 0.9, "x");
+    let warm = read("vmfile check, warm").zip(figures.data_bytes("shared"));
+    let rate = warm.map(|(check, bytes)| bytes / 1e9 / check.median());
+    judged.at_least("check: speed, cached", rate, 6.0, "GB/s");
+    let info = read("vmfile info, cold").map(|info| info.median() * 1e3);
+    judged.at_most("info: cold", info, 10.0, "ms");
+}
+
+fn growth(figures: Figures<'_>, judged: &mut Judged) {
+    let empty = |line: &str, gib: f64| figures.at("RAM with 1 GiB of data", line, gib);
+    for (verb, line) in
+        [("save", "vmfile save"), ("check", "check, cold"), ("restore", "restore --mode map, cold")]
+    {
+        let ratio = empty(line, 256.0).zip(empty(line, 2.0)).map(|(large, small)| large / small);
+        judged.at_most(&format!("RAM size: {verb}, 256 GiB / 2 GiB"), ratio, 1.3, "x");
+    }
+    let info = empty("info, cold", 256.0).map(|seconds| seconds * 1e3);
+    judged.at_most("info: 256 GiB of RAM, cold", info, 10.0, "ms");
+    for backing in ["private", "shared"] {
+        let line = format!("vmfile save, {backing} RAM");
+        let seconds = figures.at("untouched RAM", &line, 16.0);
+        judged.at_most(&format!("zero memory: 16 GiB, {backing}"), seconds, 0.3, "s");
+    }
+    const CLONES: &str = "clones of one file, 1 GiB of RAM";
+    let seconds = figures.at(CLONES, "all restored by map", 32.0);
+    judged.at_most("restore, map: 32 clones, all running, cold", seconds, 4.0, "s");
+    let memory = figures.at(&format!("{CLONES}: memory"), "of each", 32.0);
+    judged.at_most("restore, map: memory (PSS) of each of 32 clones", memory, 64.0, "MiB");
+    for mebibytes in [1024_u32, 4096, 8192] {
+        let pause = figures.at("RAM, save --live", "pause, first save", mebibytes.into());
+        let what = format!("pause, --live: {mebibytes} MiB of RAM, first save");
+        judged.at_most(&what, pause.map(|seconds| seconds * 1e3), 10.0, "ms");
+    }
+}
+
+/// Returns how many targets are met, and those that are not.
+pub(super) fn summary(targets: &[Target]) -> String {
+    let count = |verdict| targets.iter().filter(|target| target.verdict == verdict).count();
+    let [met, missed, unknown] = [Verdict::Met, Verdict::Missed, Verdict::NotMeasured].map(count);
+    let mut text = format!("{met} targets met, {missed} missed, {unknown} not measured");
+    for target in targets.iter().filter(|target| target.verdict == Verdict::Missed) {
+        let Target { what, wanted, measured, .. } = target;
+        let _ = write!(text, "\n  missed: {what}: {measured}, wanted {wanted}");
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_target_without_a_figure_is_not_met() {
+        let targets = judge(&Figures(&json!({})));
+        assert!(targets.iter().all(|target| target.verdict == Verdict::NotMeasured));
+        assert!(summary(&targets).starts_with("0 targets met, 0 missed, "));
+    }
+
+    #[test]
+    fn a_limit_itself_is_met() {
+        let mut judged = Judged::default();
+        judged.at_most("size", Some(1.5), 1.5, "x");
+        judged.at_least("speed", Some(1.4), 1.5, "x");
+        let verdicts: Vec<Verdict> = judged.0.iter().map(|target| target.verdict).collect();
+        assert_eq!(verdicts, [Verdict::Met, Verdict::Missed]);
+        assert_eq!(judged.0[1].why_missed(), "not known yet");
+    }
+}
