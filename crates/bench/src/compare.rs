@@ -8,6 +8,7 @@
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
+use crate::bench::Bench;
 use crate::error::BenchError;
 use crate::guest::{Machine, Subject};
 use crate::options::{Backing, BenchOptions};
@@ -16,7 +17,7 @@ use crate::process;
 use crate::reading::ReadWay;
 use crate::report::{Comparison, Difference};
 use crate::restoring::by_vmfile;
-use crate::saving::{Bench, SaveWay, save};
+use crate::saving::{SaveWay, save};
 use crate::series::Summary;
 use crate::tell::Tell;
 

@@ -4,6 +4,7 @@
 //! changes its mind within seconds. The first round warms up and is not counted; ratios are medians
 //! of the rounds' ratios. Every program makes its file durable within the time that is measured.
 
+mod bench;
 mod compare;
 mod contents;
 mod error;

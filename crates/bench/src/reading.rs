@@ -2,11 +2,12 @@
 
 use std::ffi::OsStr;
 
+use crate::bench::Bench;
 use crate::error::BenchError;
 use crate::page_cache;
 use crate::report::{Family, Run};
 use crate::rounds::Measured;
-use crate::saving::{Bench, gib, used};
+use crate::saving::{gib, used};
 
 /// A verb that reads a file of vmfile's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

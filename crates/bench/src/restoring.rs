@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use vmfile_qemu::Vm;
 
+use crate::bench::Bench;
 use crate::error::BenchError;
 use crate::fio;
 use crate::guest::{Machine, Qemu, sockets};
@@ -18,7 +19,7 @@ use crate::process;
 use crate::qemu_ways::QemuWay;
 use crate::report::{Family, Run};
 use crate::rounds::Measured;
-use crate::saving::{Bench, gib};
+use crate::saving::gib;
 
 /// How long QEMU may take.
 const TIMEOUT: Duration = Duration::from_secs(1800);

@@ -2,9 +2,9 @@
 
 use std::path::PathBuf;
 
+use crate::bench::Bench;
 use crate::error::BenchError;
 use crate::report::{Family, Run, Way};
-use crate::saving::Bench;
 use crate::series::{Summary, ratio};
 use crate::tell::Tell;
 

@@ -6,13 +6,14 @@ use std::time::Instant;
 
 use vmfile_qemu::{QemuVersion, Vm, program_version};
 
+use crate::bench::Bench;
 use crate::compare::compare;
 use crate::error::{BenchError, in_words};
 use crate::guest::{Machine, Subject};
 use crate::host::{available_memory, describe};
 use crate::options::{Backing, BenchOptions};
 use crate::report::{BenchReport, GuestShape};
-use crate::saving::{Bench, gib};
+use crate::saving::gib;
 use crate::scene;
 use crate::sweep;
 use crate::tell::Tell;

@@ -1,25 +1,20 @@
 //! One paused VM, saved in every way there is.
 
 use std::ffi::OsStr;
-use std::fs::{self, File};
+use std::fs::File;
 use std::os::fd::AsFd;
-use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::sync::atomic::AtomicBool;
+use std::path::Path;
 
-use rustix::fs::syncfs;
-use serde_json::Value;
-use tempfile::TempDir;
 use vmfile_engine::resident_bytes;
 
+use crate::bench::Bench;
 use crate::error::BenchError;
 use crate::fio;
 use crate::guest::Subject;
 use crate::libvirt::{Libvirt, VirshWay};
-use crate::options::BenchOptions;
 use crate::process;
 use crate::qemu_ways::{QemuWay, save_by_shell};
-use crate::report::{Family, NotMeasured, Run};
+use crate::report::{Family, Run};
 use crate::rounds::Measured;
 
 /// A way of saving.
@@ -73,66 +68,6 @@ impl Measured for SaveWay {
             SaveWay::Virsh(_) => Family::Libvirt,
             _ => Family::Vmfile,
         }
-    }
-}
-
-/// What every measurement works with.
-#[derive(Debug)]
-pub(crate) struct Bench<'a> {
-    pub(crate) options: &'a BenchOptions,
-    pub(crate) stop: &'a AtomicBool,
-    /// Where the files lie; it vanishes with all of them.
-    pub(crate) directory: TempDir,
-    pub(crate) not_measured: Vec<NotMeasured>,
-}
-
-impl<'a> Bench<'a> {
-    /// Makes a directory for the files.
-    pub(crate) fn new(
-        options: &'a BenchOptions,
-        stop: &'a AtomicBool,
-    ) -> Result<Bench<'a>, BenchError> {
-        let directory = tempfile::Builder::new()
-            .prefix("vmfile-bench-")
-            .tempdir_in(&options.directory)
-            .map_err(BenchError::system(format!("write to {}", options.directory.display())))?;
-        Ok(Bench { options, stop, directory, not_measured: Vec::new() })
-    }
-}
-
-impl Bench<'_> {
-    pub(crate) fn file(&self, name: &str) -> PathBuf {
-        self.directory.path().join(name)
-    }
-
-    /// Removes `file` and waits until the disk is at rest, so that no way to save pays for another's file.
-    pub(crate) fn make_way(&self, file: &Path) -> Result<(), BenchError> {
-        let removed = fs::remove_file(file);
-        if removed.as_ref().is_err_and(|error| error.kind() != std::io::ErrorKind::NotFound) {
-            removed.map_err(BenchError::system("remove a file"))?;
-        }
-        let synced = File::open(self.directory.path())
-            .and_then(|directory| syncfs(&directory).map_err(Into::into));
-        synced.map_err(BenchError::system("wait for the disk"))
-    }
-
-    /// Notes that something could not be measured.
-    pub(crate) fn note(&mut self, what: &str, why: impl Into<String>) {
-        let note = NotMeasured { what: what.to_owned(), why: why.into() };
-        if !self.not_measured.contains(&note) {
-            self.not_measured.push(note);
-        }
-    }
-
-    /// Runs the program with `arguments`, and returns its report and what it used.
-    pub(crate) fn vmfile(
-        &self,
-        arguments: &[&OsStr],
-    ) -> Result<(Value, process::Usage), BenchError> {
-        let mut command = Command::new(&self.options.program);
-        command.arg("--json").args(arguments);
-        let (output, usage) = process::run(&mut command, self.stop)?;
-        Ok((serde_json::from_slice(&output.stdout).unwrap_or_default(), usage))
     }
 }
 

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use vmfile_qemu::{Feature, QemuVersion};
 
+use crate::bench::Bench;
 use crate::error::BenchError;
 use crate::guest::Subject;
 use crate::host::{available_memory, said};
@@ -14,7 +15,7 @@ use crate::reading::ReadWay;
 use crate::report::{GuestShape, Scene, Way};
 use crate::restoring::{By, RestoreWay, restore};
 use crate::rounds::{self, Entry, Measured as _};
-use crate::saving::{Bench, SaveWay, gib, save};
+use crate::saving::{SaveWay, gib, save};
 use crate::tell::Tell;
 
 /// Files that lie on the disk at once, of as many bytes as the guest has data.

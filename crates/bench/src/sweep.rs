@@ -4,6 +4,7 @@ use std::ffi::OsStr;
 
 use serde_json::Value;
 
+use crate::bench::Bench;
 use crate::error::BenchError;
 use crate::guest::{Machine, Subject};
 use crate::host::available_memory;
@@ -13,7 +14,6 @@ use crate::process;
 use crate::reading::ReadWay;
 use crate::report::{Sweep, SweepPoint};
 use crate::restoring::by_vmfile;
-use crate::saving::Bench;
 use crate::series::Summary;
 use crate::tell::Tell;
 
