@@ -44,7 +44,7 @@ struct Fact {
     of: fn(&Way) -> Option<f64>,
 }
 
-const FACTS: [Fact; 13] = [
+const FACTS: [Fact; 14] = [
     fact("AVG", Group::Summed, 3, |way| Some(way.seconds.mean)),
     fact("stddev", Group::Summed, 3, |way| Some(way.seconds.stddev)),
     fact("median", Group::Summed, 3, |way| Some(way.seconds.median)),
@@ -61,6 +61,9 @@ const FACTS: [Fact; 13] = [
     }),
     fact("QEMU's start ms", Group::Besides, 1, |way| {
         median(way, |run| run.qemu_start_seconds.map(|seconds| seconds * 1000.0))
+    }),
+    fact("guest runs, ms after it", Group::Besides, 1, |way| {
+        median(way, |run| run.resume_seconds.map(|seconds| seconds * 1000.0))
     }),
     fact("x disk", Group::Besides, 2, |way| way.ratio_to_disk),
     fact("x vmfile", Group::Besides, 2, |way| way.ratio_to_vmfile),

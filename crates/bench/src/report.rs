@@ -150,6 +150,8 @@ pub struct Run {
     pub pause_seconds: Option<f64>,
     /// How long QEMU itself took to start, of `seconds`.
     pub qemu_start_seconds: Option<f64>,
+    /// How long it took from QEMU's first answer to the guest that runs, of `seconds`.
+    pub resume_seconds: Option<f64>,
 }
 
 /// How cost grows with one thing.

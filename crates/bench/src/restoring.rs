@@ -133,9 +133,14 @@ pub(crate) fn by_vmfile(
     // All that QEMU has used so far belongs to it.
     let theirs = process::cpu_seconds(pid).unwrap_or(0.0);
     let cpu_seconds = Some(usage.cpu_seconds + theirs);
-    let qemu_start_seconds = report["qemu_start_seconds"].as_f64();
-    let seconds = usage.seconds;
-    Ok((Run { seconds, cpu_seconds, qemu_start_seconds, ..Run::default() }, pid))
+    let run = Run {
+        seconds: usage.seconds,
+        cpu_seconds,
+        qemu_start_seconds: report["qemu_start_seconds"].as_f64(),
+        resume_seconds: report["resume_seconds"].as_f64(),
+        ..Run::default()
+    };
+    Ok((run, pid))
 }
 
 /// From the start of QEMU to the VM that has all its memory.

@@ -119,11 +119,11 @@ fn reads(figures: Figures<'_>, judged: &mut Judged) {
     let restore = |name: &str| figures.way("shared", "restores", name);
     let read = |name: &str| figures.way("shared", "reads", name);
     let map = restore("vmfile restore --mode map, cold");
-    let seconds = map.map(|map| map.median_without_start() * 1e3);
+    let seconds = map.map(|map| map.resume_seconds() * 1e3);
     judged.at_most("restore, map: guest runs after QEMU's start, cold", seconds, 20.0, "ms");
     let disk = restore("fio read limit, cold");
     let load = restore("vmfile restore --mode load, cold").zip(disk);
-    let ratio = load.map(|(load, disk)| load.ratio_without_start(disk));
+    let ratio = load.map(|(load, disk)| load.resume_ratio(disk));
     judged.at_most("restore, load: / fio read, cold", ratio, 1.1, "x");
     let check = read("vmfile check, cold").zip(disk);
     let ratio = check.map(|(check, disk)| disk.ratio(check));

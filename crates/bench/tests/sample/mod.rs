@@ -136,6 +136,7 @@ fn way(made: &Made, data_gib: f64, noise: &mut Noise) -> Way {
             cached_bytes: (!is_disk).then_some(180 << 10),
             pause_seconds: name.contains("live").then_some(0.0021),
             qemu_start_seconds: None,
+            resume_seconds: None,
         }
     };
     let runs: Vec<Run> = (0..ROUNDS).map(|_| run(noise)).collect();
