@@ -13,8 +13,8 @@ use std::process::Command;
 use std::time::SystemTime;
 
 use self::cpio::CpioWriter;
+use crate::apt::apt_get;
 use crate::command::{output, run, say};
-use crate::setup;
 use crate::workspace::Workspace;
 
 /// Debian's metapackage of the kernel for virtual machines: small, and with virtio.
@@ -60,7 +60,7 @@ fn make_kernel(directory: &Path) -> Result<PathBuf, Box<dyn Error>> {
         Ok(package) => package,
         Err(_) => {
             // apt's lists are missing, or older than the mirror.
-            setup::apt_get(&["update", "-qq"])?;
+            apt_get(&["update", "-qq"])?;
             download_kernel(&aside)?
         }
     };

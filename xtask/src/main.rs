@@ -2,6 +2,7 @@
 
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a program, not a library")]
 
+mod apt;
 mod bench;
 mod chaos;
 mod command;

@@ -10,8 +10,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use crate::apt::{KEYRING, apt_get, find_in_path, index_targets, mirror_of, own_codename};
 use crate::command::{output, run, say};
-use crate::setup::{self, KEYRING, find_in_path, index_targets, mirror_of, own_codename};
 use crate::workspace::Workspace;
 
 /// A QEMU that is fetched: the suite of Debian that has it, and what for.
@@ -45,7 +45,7 @@ pub(crate) fn fetch(workspace: &Workspace) -> Result<(), Box<dyn Error>> {
     let missing: Vec<&Fetched> = FETCHED
         .iter()
         // The loader's path is in the program, so one whose directory was moved does not run.
-        .filter(|qemu| setup::qemu_version(&directory.join(qemu.suite).join(PROGRAM)).is_none())
+        .filter(|qemu| qemu_version(&directory.join(qemu.suite).join(PROGRAM)).is_none())
         .collect();
     if missing.is_empty() {
         return Ok(());
@@ -81,7 +81,7 @@ fn mirror() -> Result<String, Box<dyn Error>> {
         return Ok(mirror);
     }
     // apt knows the codenames of its sources by the lists that it has fetched.
-    setup::apt_get(&["update", "-qq"])?;
+    apt_get(&["update", "-qq"])?;
     let mirror = mirror_of(&index_targets()?, &codename);
     Ok(mirror.ok_or_else(|| format!("apt has no source for {codename} main to find QEMUs by"))?)
 }
@@ -111,7 +111,7 @@ fn fetch_one(directory: &Path, suite: &str, mirror: &str) -> Result<String, Box<
         fs::remove_dir_all(&tree)?;
         return Err(format!("it would load {library}, which is not in its directory").into());
     }
-    let version = setup::qemu_version(&program);
+    let version = qemu_version(&program);
     Ok(version.ok_or_else(|| format!("{} does not run", program.display()))?)
 }
 
@@ -196,6 +196,13 @@ impl PrivateApt {
         set("APT::Sandbox::User", "root");
         command
     }
+}
+
+/// Returns the version that a QEMU program says it has, such as `10.0.2`, if it runs.
+pub(crate) fn qemu_version(program: &Path) -> Option<String> {
+    let text = output(Command::new(program).arg("--version")).ok()?;
+    let version = text.strip_prefix("QEMU emulator version ")?;
+    Some(version.split([' ', '\n']).next()?.to_owned())
 }
 
 #[cfg(test)]

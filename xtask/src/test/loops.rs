@@ -10,8 +10,8 @@ use std::fmt;
 use std::fs;
 use std::process::Command;
 
+use crate::apt::find_in_path;
 use crate::command::{output, run as run_command, say};
-use crate::setup::find_in_path;
 use crate::workspace::Workspace;
 
 /// The figures, in the repository.

@@ -12,18 +12,16 @@ type Graph = BTreeMap<String, BTreeSet<String>>;
 pub(super) fn circles(files: &[(&str, &str)], findings: &mut Vec<Finding>) {
     let mut crates: BTreeMap<&str, Vec<(&str, &str)>> = BTreeMap::new();
     for &(path, text) in files {
-        let Some((name, _)) =
-            path.strip_prefix("crates/").and_then(|rest| rest.split_once("/src/"))
-        else {
-            continue;
-        };
-        crates.entry(name).or_default().push((path, text));
+        let Some((name, _)) = path.split_once("/src/") else { continue };
+        if name.starts_with("crates/") || name == "xtask" {
+            crates.entry(name).or_default().push((path, text));
+        }
     }
     for (name, files) in crates {
-        let graph = graph(&format!("crates/{name}/src/"), &files);
+        let graph = graph(&format!("{name}/src/"), &files);
         for module in graph.keys() {
             if reaches(&graph, module, module) {
-                let path = format!("crates/{name}/src");
+                let path = format!("{name}/src");
                 let reason = format!("module {module} is in a circle: it needs what needs it");
                 findings.push(Finding::new(&path, 1, reason));
             }
