@@ -14,12 +14,12 @@ use crate::guest::{Machine, Subject};
 use crate::options::{Backing, BenchOptions};
 use crate::page_cache;
 use crate::process;
+use crate::progress::Progress;
 use crate::reading::ReadWay;
 use crate::report::{Comparison, Difference};
 use crate::restoring::by_vmfile;
 use crate::saving::{SaveWay, save};
 use crate::series::Summary;
-use crate::tell::Tell;
 
 /// What is compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,7 +63,7 @@ pub(crate) fn compare(
     options: &BenchOptions,
     base: &Path,
     stop: &AtomicBool,
-    tell: &Tell<'_>,
+    progress: &Progress<'_>,
 ) -> Result<Vec<Comparison>, BenchError> {
     let base_options = BenchOptions { program: base.to_path_buf(), ..options.clone() };
     let builds = [Bench::new(&base_options, stop)?, Bench::new(options, stop)?];
@@ -75,7 +75,7 @@ pub(crate) fn compare(
         Task::ALL.into_iter().map(|task| (task, Vec::new())).collect();
     for round in 0..=options.rounds.get() {
         for (index, (task, pairs)) in pairs.iter_mut().enumerate() {
-            tell.step(round, options.rounds.get(), &task.name());
+            progress.step(round, options.rounds.get(), &task.name());
             // By round and task, so that nothing that every other task does falls to one build.
             let first = (round as usize + index) % 2;
             let mut seconds = [0.0; 2];

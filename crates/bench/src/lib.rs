@@ -17,6 +17,7 @@ mod libvirt;
 mod options;
 mod page_cache;
 mod process;
+mod progress;
 mod qemu_ways;
 mod reading;
 pub mod report;
@@ -27,7 +28,6 @@ mod saving;
 mod scene;
 pub mod series;
 mod sweep;
-mod tell;
 
 pub use error::BenchError;
 pub use options::{Backing, BenchOptions, Contents};

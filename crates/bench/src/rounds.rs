@@ -4,9 +4,9 @@ use std::path::PathBuf;
 
 use crate::bench::Bench;
 use crate::error::BenchError;
+use crate::progress::Progress;
 use crate::report::{Family, Run, Way};
 use crate::series::{Summary, ratio};
-use crate::tell::Tell;
 
 /// A way of doing one thing, and what it is called.
 pub(crate) trait Measured {
@@ -33,7 +33,7 @@ impl<W> Entry<W> {
 pub(crate) fn measure<W: Measured>(
     bench: &mut Bench<'_>,
     mut entries: Vec<Entry<W>>,
-    tell: &Tell<'_>,
+    progress: &Progress<'_>,
     once: impl Fn(&Bench<'_>, &Entry<W>) -> Result<Run, BenchError>,
 ) -> Vec<Way> {
     let rounds = bench.options.rounds.get();
@@ -41,7 +41,7 @@ pub(crate) fn measure<W: Measured>(
         let mut failed = Vec::new();
         for index in 0..entries.len() {
             let entry = &mut entries[index];
-            tell.step(round, rounds, &entry.way.name());
+            progress.step(round, rounds, &entry.way.name());
             match once(bench, entry) {
                 Ok(run) if round > 0 => entry.runs.push(run),
                 Ok(_) => {}

@@ -12,13 +12,13 @@ use crate::error::{BenchError, in_words};
 use crate::guest::{Machine, Subject};
 use crate::host::{available_memory, describe};
 use crate::options::{Backing, BenchOptions};
+use crate::progress::Progress;
 use crate::report::{BenchReport, GuestShape};
 use crate::saving::gib;
 use crate::scene;
 use crate::sweep;
-use crate::tell::Tell;
 
-/// Measures what `options` say; `tell` is called with a line for each step, and `command` is what the
+/// Measures what `options` say; `progress` is called with a line for each step, and `command` is what the
 /// user typed, for the report.
 ///
 /// # Errors
@@ -31,13 +31,13 @@ pub fn run(
     options: &BenchOptions,
     command: Vec<String>,
     stop: &AtomicBool,
-    tell: &dyn Fn(&str),
+    progress: &dyn Fn(&str),
 ) -> Result<BenchReport, BenchError> {
     let started = Instant::now();
-    let tell = Tell(tell);
+    let progress = Progress(progress);
     let mut host = describe(options, command);
     if let Some(base) = &options.against {
-        let comparisons = compare(options, base, stop, &tell)?;
+        let comparisons = compare(options, base, stop, &progress)?;
         let total_seconds = started.elapsed().as_secs_f64();
         return Ok(BenchReport { comparisons, total_seconds, ..BenchReport::of_host(host) });
     }
@@ -53,14 +53,14 @@ pub fn run(
         };
         let subject = Subject::take(socket)?;
         let shape = shape_of(&subject, socket)?;
-        scenes.push(scene::measure(&mut bench, &subject, shape, version, &tell)?);
+        scenes.push(scene::measure(&mut bench, &subject, shape, version, &progress)?);
     } else {
         let version = version_of(&options.qemu)?;
         'sizes: for &ram_bytes in &options.sizes {
             for &backing in &options.backings {
                 let machine = Machine { backing, ..Machine::new(&options.qemu, ram_bytes) };
                 let shape = shape(&machine, options);
-                match guest(&mut bench, &machine, shape.clone(), version, &tell) {
+                match guest(&mut bench, &machine, shape.clone(), version, &progress) {
                     Ok(scene) => scenes.push(scene),
                     Err(BenchError::Stopped) => break 'sizes,
                     // The others may still be measured.
@@ -85,8 +85,11 @@ pub fn run(
         }
         bench.note("what was still to be measured", "stopped by a signal");
     }
-    let sweeps =
-        if options.sweep && !is_stopped { sweep::measure(&mut bench, &tell)? } else { Vec::new() };
+    let sweeps = if options.sweep && !is_stopped {
+        sweep::measure(&mut bench, &progress)?
+    } else {
+        Vec::new()
+    };
     let total_seconds = started.elapsed().as_secs_f64();
     let not_measured = bench.not_measured;
     Ok(BenchReport { scenes, sweeps, not_measured, total_seconds, ..BenchReport::of_host(host) })
@@ -97,7 +100,7 @@ fn guest(
     machine: &Machine,
     shape: GuestShape,
     version: QemuVersion,
-    tell: &Tell<'_>,
+    progress: &Progress<'_>,
 ) -> Result<crate::report::Scene, BenchError> {
     // The guest, and the one that is restored while it is there.
     let (needed_bytes, available_bytes) = (machine.ram_bytes * 2, available_memory());
@@ -105,7 +108,7 @@ fn guest(
         return Err(BenchError::NoMemory { needed_bytes, available_bytes });
     }
     let subject = Subject::start(machine, bench.options.contents, bench.stop)?;
-    scene::measure(bench, &subject, shape, version, tell)
+    scene::measure(bench, &subject, shape, version, progress)
 }
 
 fn version_of(program: &Path) -> Result<QemuVersion, BenchError> {

@@ -10,13 +10,13 @@ use crate::guest::Subject;
 use crate::host::{available_memory, said};
 use crate::libvirt::{Libvirt, VirshWay};
 use crate::options::BenchOptions;
+use crate::progress::Progress;
 use crate::qemu_ways::QemuWay;
 use crate::reading::ReadWay;
 use crate::report::{GuestShape, Scene, Way};
 use crate::restoring::{By, RestoreWay, restore};
 use crate::rounds::{self, Entry, Measured as _};
 use crate::saving::{SaveWay, gib, save};
-use crate::tell::Tell;
 
 /// Files that lie on the disk at once, of as many bytes as the guest has data.
 const FILES: u64 = 7;
@@ -27,24 +27,24 @@ pub(crate) fn measure(
     subject: &Subject,
     shape: GuestShape,
     version: QemuVersion,
-    tell: &Tell<'_>,
+    progress: &Progress<'_>,
 ) -> Result<Scene, BenchError> {
-    tell.say(&format!("guest: {}", shape.name));
+    progress.say(&format!("guest: {}", shape.name));
     let data_bytes = data_of(bench, subject)?;
     check_room(bench, data_bytes)?;
     let libvirt = libvirt(bench, subject);
     let ways = ways(bench, version, libvirt.is_some());
-    let ways = tuned(bench, subject, ways, version, data_bytes, tell);
+    let ways = tuned(bench, subject, ways, version, data_bytes, progress);
     let entries = ways.into_iter().map(|way| Entry::new(way, bench.file(file_name(way)))).collect();
-    let saves = rounds::measure(bench, entries, tell, |bench, entry: &Entry<SaveWay>| {
+    let saves = rounds::measure(bench, entries, progress, |bench, entry: &Entry<SaveWay>| {
         let run = save(bench, subject, libvirt.as_ref(), entry.way, (&entry.file, data_bytes))?;
         if !is_kept(entry.way) {
             bench.make_way(&entry.file)?;
         }
         Ok(run)
     });
-    let reads = reads(bench, data_bytes, tell);
-    let restores = restores(bench, subject, libvirt.as_ref(), (version, data_bytes), tell)?;
+    let reads = reads(bench, data_bytes, progress);
+    let restores = restores(bench, subject, libvirt.as_ref(), (version, data_bytes), progress)?;
     Ok(Scene { guest: GuestShape { data_bytes, ..shape }, saves, restores, reads })
 }
 
@@ -130,7 +130,7 @@ fn tuned(
     mut ways: Vec<SaveWay>,
     version: QemuVersion,
     data_bytes: u64,
-    tell: &Tell<'_>,
+    progress: &Progress<'_>,
 ) -> Vec<SaveWay> {
     let file = bench.file("tuned");
     for (direct_io, feature) in [(false, Feature::MappedRam), (true, Feature::MigrationDirectIo)] {
@@ -140,7 +140,7 @@ fn tuned(
         let mut best: Option<(f64, QemuWay)> = None;
         for channels in [BenchOptions::CHANNELS, BenchOptions::CHANNELS].concat() {
             let way = QemuWay::Multifd { channels, direct_io };
-            tell.say(&format!("trying {}", way.name()));
+            progress.say(&format!("trying {}", way.name()));
             match save(bench, subject, None, SaveWay::Qemu(way), (&file, data_bytes)) {
                 Ok(run) if best.is_none_or(|(seconds, _)| run.seconds < seconds) => {
                     best = Some((run.seconds, way));
@@ -180,7 +180,7 @@ fn restores(
     subject: &Subject,
     libvirt: Option<&Libvirt>,
     (version, data_bytes): (QemuVersion, u64),
-    tell: &Tell<'_>,
+    progress: &Progress<'_>,
 ) -> Result<Vec<Way>, BenchError> {
     if !bench.options.restores {
         return Ok(Vec::new());
@@ -191,19 +191,19 @@ fn restores(
     };
     let ways = restore_ways(bench, version, libvirt.is_some());
     let entries = ways.into_iter().map(|way| Entry::new(way.clone(), way.file)).collect();
-    Ok(rounds::measure(bench, entries, tell, |bench, entry: &Entry<RestoreWay>| {
+    Ok(rounds::measure(bench, entries, progress, |bench, entry: &Entry<RestoreWay>| {
         restore(bench, &machine, libvirt, &entry.way, data_bytes)
     }))
 }
 
 /// Looks at what vmfile saved.
-fn reads(bench: &mut Bench<'_>, data_bytes: u64, tell: &Tell<'_>) -> Vec<Way> {
+fn reads(bench: &mut Bench<'_>, data_bytes: u64, progress: &Progress<'_>) -> Vec<Way> {
     let file = bench.file("saved.vmf");
     if !bench.options.restores || !file.exists() {
         return Vec::new();
     }
     let entries = ReadWay::ALL.map(|way| Entry::new(way, file.clone()));
-    rounds::measure(bench, entries.into(), tell, |bench, entry: &Entry<ReadWay>| {
+    rounds::measure(bench, entries.into(), progress, |bench, entry: &Entry<ReadWay>| {
         entry.way.read(bench, &entry.file, data_bytes)
     })
 }

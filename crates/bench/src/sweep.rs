@@ -11,11 +11,11 @@ use crate::host::available_memory;
 use crate::options::{Backing, Contents};
 use crate::page_cache;
 use crate::process;
+use crate::progress::Progress;
 use crate::reading::ReadWay;
 use crate::report::{Sweep, SweepPoint};
 use crate::restoring::by_vmfile;
 use crate::series::Summary;
-use crate::tell::Tell;
 
 /// Sizes of RAM, in MiB.
 const SIZES_MIB: [u64; 7] = [256, 512, 1024, 2048, 4096, 8192, 16384];
@@ -46,11 +46,18 @@ const ROUNDS: usize = 5;
 type Values = Vec<Vec<f64>>;
 
 /// Measures all that grows.
-pub(crate) fn measure(bench: &mut Bench<'_>, tell: &Tell<'_>) -> Result<Vec<Sweep>, BenchError> {
-    let mut sweeps = vec![by_size(bench, tell)?, by_share(bench, tell)?];
-    sweeps.push(by_jobs(bench, tell)?);
-    sweeps.extend(by_clones(bench, tell)?);
-    sweeps.extend([by_empty_size(bench, tell)?, by_untouched(bench, tell)?, live(bench, tell)?]);
+pub(crate) fn measure(
+    bench: &mut Bench<'_>,
+    progress: &Progress<'_>,
+) -> Result<Vec<Sweep>, BenchError> {
+    let mut sweeps = vec![by_size(bench, progress)?, by_share(bench, progress)?];
+    sweeps.push(by_jobs(bench, progress)?);
+    sweeps.extend(by_clones(bench, progress)?);
+    sweeps.extend([
+        by_empty_size(bench, progress)?,
+        by_untouched(bench, progress)?,
+        live(bench, progress)?,
+    ]);
     let why = "they are constants of this build: `cargo xtask bench --compare` compares builds";
     bench.note("sweep of queue depth and request size", why);
     Ok(sweeps)
@@ -61,7 +68,7 @@ fn machine(bench: &Bench<'_>, mebibytes: u64) -> Machine {
     Machine { backing, ..Machine::new(&bench.options.qemu, mebibytes << 20) }
 }
 
-fn by_size(bench: &mut Bench<'_>, tell: &Tell<'_>) -> Result<Sweep, BenchError> {
+fn by_size(bench: &mut Bench<'_>, progress: &Progress<'_>) -> Result<Sweep, BenchError> {
     let mut points = Vec::new();
     for mebibytes in SIZES_MIB {
         // The guest, the one that is restored, and the page cache between them.
@@ -69,7 +76,7 @@ fn by_size(bench: &mut Bench<'_>, tell: &Tell<'_>) -> Result<Sweep, BenchError> 
             bench.note(&format!("sweep of RAM: {mebibytes} MiB"), "not enough free memory");
             continue;
         }
-        tell.say(&format!("sweep of RAM: {mebibytes} MiB"));
+        progress.say(&format!("sweep of RAM: {mebibytes} MiB"));
         let machine = machine(bench, mebibytes);
         let subject = Subject::start(&machine, bench.options.contents, bench.stop)?;
         let mut values: Values = vec![Vec::new(); 3];
@@ -90,11 +97,11 @@ fn by_size(bench: &mut Bench<'_>, tell: &Tell<'_>) -> Result<Sweep, BenchError> 
     Ok(sweep("RAM", ("MiB", "s"), &lines, points))
 }
 
-fn by_share(bench: &Bench<'_>, tell: &Tell<'_>) -> Result<Sweep, BenchError> {
+fn by_share(bench: &Bench<'_>, progress: &Progress<'_>) -> Result<Sweep, BenchError> {
     let machine = machine(bench, SIZE_MIB);
     let mut points = Vec::new();
     for percent in ZERO_PERCENT {
-        tell.say(&format!("sweep of zero pages: {percent} %"));
+        progress.say(&format!("sweep of zero pages: {percent} %"));
         let contents = Contents { data_percent: 100 - percent, repeated_percent: 0 };
         let subject = Subject::start(&machine, contents, bench.stop)?;
         points.push(point(percent.into(), &rounds(bench, |b| Ok(vec![save(b, &subject, &[])?]))?));
@@ -102,13 +109,13 @@ fn by_share(bench: &Bench<'_>, tell: &Tell<'_>) -> Result<Sweep, BenchError> {
     Ok(sweep("share of zero pages, 1 GiB of RAM", ("%", "s"), &["vmfile save"], points))
 }
 
-fn by_jobs(bench: &Bench<'_>, tell: &Tell<'_>) -> Result<Sweep, BenchError> {
+fn by_jobs(bench: &Bench<'_>, progress: &Progress<'_>) -> Result<Sweep, BenchError> {
     let machine = machine(bench, SIZE_MIB);
     let subject = Subject::start(&machine, bench.options.contents, bench.stop)?;
     let file = bench.file("sweep.vmf");
     let mut points = Vec::new();
     for jobs in JOBS {
-        tell.say(&format!("sweep of jobs: {jobs}"));
+        progress.say(&format!("sweep of jobs: {jobs}"));
         let text = jobs.to_string();
         let values = rounds(bench, |bench| {
             let saved = save(bench, &subject, &["--jobs", &text])?;
@@ -124,14 +131,14 @@ fn by_jobs(bench: &Bench<'_>, tell: &Tell<'_>) -> Result<Sweep, BenchError> {
 }
 
 /// Time until all run, and memory of each.
-fn by_clones(bench: &Bench<'_>, tell: &Tell<'_>) -> Result<Vec<Sweep>, BenchError> {
+fn by_clones(bench: &Bench<'_>, progress: &Progress<'_>) -> Result<Vec<Sweep>, BenchError> {
     let machine = machine(bench, SIZE_MIB);
     let subject = Subject::start(&machine, bench.options.contents, bench.stop)?;
     save(bench, &subject, &[])?;
     drop(subject);
     let (mut times, mut memories) = (Vec::new(), Vec::new());
     for clones in CLONES {
-        tell.say(&format!("sweep of clones: {clones}"));
+        progress.say(&format!("sweep of clones: {clones}"));
         let values = rounds(bench, |bench| start_clones(bench, &machine, clones))?;
         times.push(point(clones as f64, &values[..1]));
         memories.push(point(clones as f64, &values[1..]));
@@ -179,12 +186,12 @@ fn start_clones(
 }
 
 /// RAM grows, what is in it does not: the file is as large to look at as it is to write.
-fn by_empty_size(bench: &Bench<'_>, tell: &Tell<'_>) -> Result<Sweep, BenchError> {
+fn by_empty_size(bench: &Bench<'_>, progress: &Progress<'_>) -> Result<Sweep, BenchError> {
     let contents = Contents { data_percent: 100, repeated_percent: 0 };
     let file = bench.file("sweep.vmf");
     let mut points = Vec::new();
     for gib in EMPTY_GIB {
-        tell.say(&format!("sweep of RAM with 1 GiB of data: {gib} GiB"));
+        progress.say(&format!("sweep of RAM with 1 GiB of data: {gib} GiB"));
         let machine =
             Machine { is_reserved: false, ..Machine::new(&bench.options.qemu, gib << 30) };
         let subject = Subject::start_filled(&machine, contents, FILLED_LEN, bench.stop)?;
@@ -207,11 +214,11 @@ fn by_empty_size(bench: &Bench<'_>, tell: &Tell<'_>) -> Result<Sweep, BenchError
 }
 
 /// RAM that the guest never touched.
-fn by_untouched(bench: &Bench<'_>, tell: &Tell<'_>) -> Result<Sweep, BenchError> {
+fn by_untouched(bench: &Bench<'_>, progress: &Progress<'_>) -> Result<Sweep, BenchError> {
     let contents = Contents { data_percent: 0, repeated_percent: 0 };
     let mut points = Vec::new();
     for gib in EMPTY_GIB {
-        tell.say(&format!("sweep of untouched RAM: {gib} GiB"));
+        progress.say(&format!("sweep of untouched RAM: {gib} GiB"));
         let start = |backing| {
             let machine = Machine::new(&bench.options.qemu, gib << 30);
             let machine = Machine { backing, is_reserved: false, ..machine };
@@ -230,14 +237,14 @@ fn by_untouched(bench: &Bench<'_>, tell: &Tell<'_>) -> Result<Sweep, BenchError>
 
 /// Guests that run while they are saved, each for the first and for the second time: QEMU splits huge pages
 /// to write-protect them, and a second save meets the pieces.
-fn live(bench: &mut Bench<'_>, tell: &Tell<'_>) -> Result<Sweep, BenchError> {
+fn live(bench: &mut Bench<'_>, progress: &Progress<'_>) -> Result<Sweep, BenchError> {
     let mut points = Vec::new();
     for mebibytes in LIVE_MIB {
         if (mebibytes << 20) * 3 / 2 > available_memory() {
             bench.note(&format!("save --live of {mebibytes} MiB"), "not enough free memory");
             continue;
         }
-        tell.say(&format!("sweep of RAM, live: {mebibytes} MiB"));
+        progress.say(&format!("sweep of RAM, live: {mebibytes} MiB"));
         let machine = Machine::new(&bench.options.qemu, mebibytes << 20);
         let mut values: Values = vec![Vec::new(); 3];
         for _ in 0..LIVE_ROUNDS {

@@ -136,5 +136,6 @@ const TAIL: &str = "
 - Disks of your own: where the disk is faster, the processor decides, and hashing every page costs.
 - Guests whose data lies in small pieces: here most of it lies together.
 - Guests that are busy: these stand still or rest. A page that the guest writes again while it is sent has
-  one place in a file of vmfile's, and one for each time in QEMU's stream.
+  one place in a file of vmfile's, and one for each time in QEMU's stream. A clone that writes has the pages that it
+  wrote for itself.
 ";

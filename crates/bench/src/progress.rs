@@ -3,9 +3,9 @@
 use std::fmt;
 
 /// Takes lines that say what is being measured.
-pub(crate) struct Tell<'a>(pub(crate) &'a dyn Fn(&str));
+pub(crate) struct Progress<'a>(pub(crate) &'a dyn Fn(&str));
 
-impl Tell<'_> {
+impl Progress<'_> {
     pub(crate) fn say(&self, words: &str) {
         (self.0)(words);
     }
@@ -20,8 +20,8 @@ impl Tell<'_> {
     }
 }
 
-impl fmt::Debug for Tell<'_> {
+impl fmt::Debug for Progress<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Tell").finish_non_exhaustive()
+        f.debug_struct("Progress").finish_non_exhaustive()
     }
 }
