@@ -381,3 +381,28 @@ fn a_qcow2_name_is_as_long_as_qemu_allows() {
     assert_eq!(hash(0), hash(1));
     assert_ne!(hash(0), hash(2));
 }
+
+#[test]
+fn a_qcow2_header_is_as_long_as_its_version_says() {
+    let with_len = |len: u32| {
+        let mut bytes = qcow2(0, 0, 0);
+        bytes[100..104].copy_from_slice(&len.to_be_bytes());
+        Qcow2Header::decode(&bytes)
+    };
+    assert!(with_len(104).is_ok());
+    assert!(with_len(103).is_err());
+}
+
+#[test]
+fn of_an_old_qcow2_header_nothing_is_left_out() {
+    // Version 2 has no feature bits: where version 3 has some, an extension has its data.
+    let hash = |byte: u8| {
+        let mut bytes = b"QFI\xfb\0\0\0\x02".to_vec();
+        bytes.resize(72, 0);
+        bytes.extend_from_slice(&[0x12, 0x34, 0x56, 0x78, 0, 0, 0, 32]);
+        bytes.resize(72 + 8 + 32 + 8, 0);
+        bytes[90] = byte;
+        Qcow2Header::decode(&bytes).expect("a header").hash
+    };
+    assert_ne!(hash(0), hash(1));
+}
