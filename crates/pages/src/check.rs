@@ -34,11 +34,11 @@ const FINDINGS_MAX: usize = 1000;
 #[derive(Clone, Debug, Setters)]
 #[non_exhaustive]
 pub struct CheckOptions {
-    /// Whether pages are read past the page cache. `Preferred` decides by what the cache holds.
+    /// Whether pages are read past the page cache. `Preferred` uses the cache if most of the file is in it.
     pub direct_io: DirectIo,
-    /// Who moves the bytes.
+    /// What moves the bytes: `io_uring`, or threads.
     pub io: Backend,
-    /// How many threads hash.
+    /// How many threads read and hash.
     pub jobs: Jobs,
 }
 
@@ -113,9 +113,9 @@ pub enum FindingKind {
     Padding,
     /// Bytes follow the last byte of the stream that QEMU wrote.
     TrailingBytes,
-    /// The manifest counts other pages than the bitmap.
+    /// The manifest and the bitmap disagree on how many pages of a block have data.
     PageCount,
-    /// The disk does not give the bytes.
+    /// The bytes cannot be read.
     Unreadable,
 }
 
@@ -123,7 +123,7 @@ pub enum FindingKind {
 ///
 /// # Errors
 ///
-/// Returns [`PagesError`] if the file cannot be looked at; damage is no error but a finding.
+/// Returns [`PagesError`] if the check itself cannot be done; damage is a finding, not an error.
 pub fn check(
     snapshot: &Snapshot,
     options: &CheckOptions,
@@ -171,7 +171,7 @@ pub fn verify_pages(
     control: &Control<'_>,
 ) -> Result<(), PagesError> {
     let Some(manifest) = snapshot.manifest() else { return Ok(()) };
-    // What this finds besides is in the bitmaps, which have checksums.
+    // The findings are discarded: they concern the bitmaps, which the caller verifies by their checksums.
     let pages = PageCheck::new(snapshot, manifest, options, control, &mut Findings::default())?;
     pages.read(|checked, window, read| {
         pages.verify(window, read.map_err(PagesError::reading("the pages"))?, checked)?;
@@ -407,7 +407,7 @@ impl<'a> PageCheck<'a> {
         Ok(())
     }
 
-    /// A window of which some bytes cannot be read: finds out which pages.
+    /// Reads a window again page by page, after a read error, to find the pages that cannot be read.
     fn verify_one_by_one(
         &self,
         window: &Window,
@@ -442,8 +442,8 @@ impl MorePlaces for PageCheck<'_> {
     }
 
     fn to_read(&self, block: usize, window: &Range<u64>) -> io::Result<Option<Range<u64>>> {
-        // Up to the end of the window: a hole costs nothing to read, and where it begins the kernel would
-        // look for through all data that follows.
+        // To the end of the window: a hole costs nothing to read, but to find where the next one begins the
+        // kernel would search all data that follows.
         let first = self.first(block, window)?;
         let page_len = self.place(block).page_len;
         Ok(first.map(|first| first - first % page_len..window.end))
@@ -470,7 +470,7 @@ impl Place {
         hash(range.start / self.page_len)..hash(range.end.div_ceil(self.page_len))
     }
 
-    /// Returns where in the block the page begins to which the byte of the table at `offset` belongs.
+    /// Returns the block offset of the page whose hash contains the byte at file offset `offset`.
     fn page_of(&self, offset: u64) -> u64 {
         (offset - self.hashes_offset) / HASH_LEN * self.page_len
     }

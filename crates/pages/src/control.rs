@@ -1,4 +1,4 @@
-//! What a caller holds while a verb works: it may stop it, and it hears how far it is.
+//! How a caller stops a verb that is running, and how the verb reports its progress.
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -13,33 +13,33 @@ pub struct Progress {
     pub total_bytes: u64,
 }
 
-/// A caller's hold on a verb at work.
+/// The caller's stop flag and progress function for a running verb.
 pub struct Control<'a> {
     stop: &'a Arc<AtomicBool>,
     progress: &'a (dyn Fn(Progress) + Sync),
 }
 
 impl<'a> Control<'a> {
-    /// Returns a control by which setting `stop` ends the verb at its next step, with everything
-    /// as it was before; `progress` is called now and then, from several threads.
+    /// Returns a control. Once `stop` is set, the verb ends at its next step and leaves everything as it
+    /// was before. Several threads call `progress` from time to time.
     pub fn new(stop: &'a Arc<AtomicBool>, progress: &'a (dyn Fn(Progress) + Sync)) -> Control<'a> {
         Control { stop, progress }
     }
 
-    /// Returns a control that never stops and hears nothing.
+    /// Returns a control that never stops the verb and ignores its progress.
     #[must_use]
     pub fn none() -> Control<'static> {
         static NEVER: LazyLock<Arc<AtomicBool>> = LazyLock::new(Arc::default);
         Control { stop: &NEVER, progress: &|_| {} }
     }
 
-    /// Returns a control that stops when this one does, and tells no progress.
+    /// Returns a control that stops when this one does, and ignores progress.
     #[must_use]
     pub fn quiet(&self) -> Control<'a> {
         Control { stop: self.stop, progress: &|_| {} }
     }
 
-    /// Returns a control that stops when this one does, and tells its progress to `progress`.
+    /// Returns a control that stops when this one does, and reports to `progress`.
     #[must_use]
     pub fn with_progress<'b>(&self, progress: &'b (dyn Fn(Progress) + Sync)) -> Control<'b>
     where
@@ -60,13 +60,13 @@ impl<'a> Control<'a> {
         self.stop.load(Ordering::Relaxed)
     }
 
-    /// Tells the caller how far the verb is.
+    /// Reports to the caller how far the verb is.
     pub fn report(&self, progress: Progress) {
         (self.progress)(progress);
     }
 }
 
-/// Adds up what several threads have done, and tells the caller.
+/// Adds up what several threads have done, and reports the sum to the caller.
 #[derive(Debug)]
 pub struct Meter<'a> {
     control: &'a Control<'a>,
@@ -84,12 +84,12 @@ impl<'a> Meter<'a> {
     /// Notes that `bytes` more are done.
     pub fn add(&self, bytes: u64) {
         let done_bytes = self.done_bytes.fetch_add(bytes, Ordering::Relaxed) + bytes;
-        // A guest that runs sends more than its RAM.
+        // A running guest sends some pages more than once, so more bytes arrive than it has RAM.
         let done_bytes = done_bytes.min(self.total_bytes);
         self.control.report(Progress { done_bytes, total_bytes: self.total_bytes });
     }
 
-    /// Tells that all is done, where the whole was an estimate.
+    /// Reports that everything is done; needed where `total_bytes` was an upper bound.
     pub fn finish(&self) {
         if self.done_bytes.load(Ordering::Relaxed) < self.total_bytes {
             let (done_bytes, total_bytes) = (self.total_bytes, self.total_bytes);

@@ -1,7 +1,7 @@
 //! A file in the making: where everything goes, and the parts around RAM.
 //!
-//! The caller writes RAM, which it has the pages of; what stands before, between and after them is written
-//! here, once it is known which pages there are.
+//! The caller writes the pages. This module writes everything before, between and after them, once the
+//! caller knows which pages have data.
 
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
@@ -22,14 +22,15 @@ use crate::error::PagesError;
 use crate::proof::prove;
 use crate::snapshot::{Snapshot, SnapshotError};
 
-/// A file that has no name yet. Dropping it leaves none.
+/// A file that has no name yet. If it is dropped, nothing is left of it.
 #[derive(Debug)]
 pub struct Draft {
     unpublished: Unpublished,
     file: DataFile,
 }
 
-/// A whole file that is on the disk, was read back, and has no name yet. Dropping it leaves none.
+/// A complete file that is on the disk, was read back, and has no name yet. If it is dropped, nothing is
+/// left of it.
 #[derive(Debug)]
 pub struct Proven {
     durable: Durable,
@@ -57,9 +58,9 @@ pub struct HashTables {
 pub struct StreamTail<'a> {
     /// The device sections, from the first to EOF.
     pub sections: &'a [u8],
-    /// What stands after them in the stream: the VM description, or nothing.
+    /// What follows them in the stream: the VM description, or nothing.
     pub description: &'a [u8],
-    /// Where each section is, if they are QEMU's: they are searched for the CPUs' registers.
+    /// Where each section is, if QEMU wrote them; used to find the CPUs' registers.
     pub state: Option<&'a DeviceState>,
 }
 
@@ -86,7 +87,7 @@ pub struct SaveFacts {
 }
 
 impl Draft {
-    /// Takes a new file, which is written past the page cache as `direct_io` says.
+    /// Takes a new file; `direct_io` says whether it is written past the page cache.
     pub fn new(unpublished: Unpublished, direct_io: DirectIo) -> Result<Draft, PagesError> {
         let open = PagesError::writing("the new file");
         let file = unpublished.file().try_clone().map_err(&open)?;
@@ -99,7 +100,7 @@ impl Draft {
         &self.file
     }
 
-    /// Gives the file its length, up to the manifest: writes that extend a file wait for one another
+    /// Sets the file's length up to the metadata, because writes that extend a file wait for one another
     /// (ext4, XFS).
     pub fn reserve(&self, tables: &HashTables) -> Result<(), PagesError> {
         let set = self.file.buffered().set_len(tables.end);
@@ -142,7 +143,7 @@ impl Draft {
         self.put_manifest(&places.tables, stream_end, bitmaps, parts, facts)
     }
 
-    /// Writes metadata and footer behind the tables. The rest may have been written by QEMU.
+    /// Writes metadata and footer after the tables. QEMU may have written the rest of the file.
     pub fn put_manifest(
         &self,
         tables: &HashTables,
@@ -161,7 +162,7 @@ impl Draft {
         put.map_err(PagesError::writing(what))
     }
 
-    /// Reads the structure of the file, which a program other than this one wrote.
+    /// Reads the structure of the file, which another program wrote.
     pub fn snapshot(&self) -> Result<Snapshot, SnapshotError> {
         let path = self.unpublished.path();
         let open = |source| SnapshotError::Open { path: path.to_path_buf(), source };
@@ -173,7 +174,7 @@ impl Draft {
     ///
     /// # Errors
     ///
-    /// Returns [`PagesError`] if the file is not what was written; there is none then.
+    /// Returns [`PagesError`] if the file is not what was written; nothing is left of it then.
     pub fn prove(self) -> Result<Proven, PagesError> {
         let durable = self.unpublished.make_durable()?;
         let proven = Proven { durable, file: self.file };
@@ -198,19 +199,19 @@ impl Proven {
         self.durable.publish().map(drop)
     }
 
-    /// Leaves the page cache as it was found, if the file was written past it.
+    /// Drops the file from the page cache, if it was written by direct I/O.
     fn forget_cached(&self) {
         if matches!(self.file.direct(), DirectIoInUse::Yes { .. }) {
-            // If the kernel will not, nothing is lost.
+            // Only advice: if the kernel refuses, nothing is lost.
             let _ = drop_cached(self.file.as_fd(), 0..u64::MAX);
         }
     }
 }
 
 impl FileLayout {
-    /// Places the blocks of `ram`, `tail_len` bytes at most after them, and the tables of hashes.
+    /// Places the blocks of `ram`, after them at most `tail_len` bytes, and the tables of hashes.
     ///
-    /// `section_id` is the id of the section "ram", which no device section has.
+    /// `section_id` is the id of the section "ram"; no device section may have the same.
     pub fn new(
         source: &Configuration,
         ram: RamLayout,

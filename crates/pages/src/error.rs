@@ -11,7 +11,7 @@ use crate::snapshot::SnapshotError;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum PagesError {
-    /// The caller stopped it.
+    /// The caller stopped the verb.
     #[error("stopped")]
     Stopped,
     /// The file could not be read, or is not what was written.
@@ -32,7 +32,7 @@ pub enum PagesError {
     /// The file would be longer than the kernel allows.
     #[error("the file would end past 2^63 bytes")]
     TooLong,
-    /// The kernel refused to read the file, to ask where it has holes, or to give threads for it.
+    /// The kernel could not read the file, find its holes, or start threads for it.
     #[error("read {what}")]
     ReadFile {
         /// What was to be read.
@@ -75,17 +75,17 @@ pub enum PagesError {
 }
 
 impl PagesError {
-    /// Returns a function that makes an error of what the kernel said when `what` was to be read.
+    /// Returns a function that turns the kernel's error while reading `what` into a [`PagesError`].
     pub fn reading(what: &'static str) -> impl Fn(io::Error) -> PagesError {
         move |source| PagesError::ReadFile { what, source }
     }
 
-    /// Returns a function that makes an error of what the kernel said when `what` was to be written.
+    /// Returns a function that turns the kernel's error while writing `what` into a [`PagesError`].
     pub fn writing(what: &'static str) -> impl Fn(io::Error) -> PagesError {
         move |source| PagesError::WriteFile { what, source }
     }
 
-    /// Whether the caller stopped it.
+    /// Whether the caller stopped the verb.
     #[must_use]
     pub fn is_stopped(&self) -> bool {
         matches!(self, PagesError::Stopped)

@@ -8,7 +8,7 @@ use std::thread;
 pub struct Jobs(usize);
 
 impl Jobs {
-    /// More threads than this gain nothing: two keep any disk busy that was tried.
+    /// More threads than this gain nothing: two kept every disk that we tried busy.
     pub const MAX: usize = 16;
 
     /// Returns `count` threads, or `None` if that is not from 1 to [`Jobs::MAX`].

@@ -1,7 +1,7 @@
-//! A worker's way to the disk: transfers in flight, and the buffers they use.
+//! A worker's queue of transfers to the disk, and the buffers they use.
 //!
-//! Each worker has one lane. A lane reaps when its queue or its buffers are used up, so that a
-//! worker never waits for memory that only it could give back.
+//! Each worker has one lane. A lane reaps completions when its queue is full or all its buffers are in
+//! use, so a worker never waits for a buffer that only itself could free.
 
 use std::io;
 use std::sync::{Mutex, PoisonError};
@@ -13,15 +13,15 @@ use vmfile_engine::{
 
 use crate::plan::{Units, WINDOW_LEN};
 
-/// Bytes of buffers that all lanes of one verb have together: enough to keep a fast disk busy,
-/// half of the 64 MiB that vmfile may take.
+/// Length of the buffers of all lanes of one verb together: enough to keep a fast disk busy, and half of
+/// the 64 MiB of memory that vmfile may use. Each lane has one buffer on top.
 const BUFFERS_LEN: usize = 32 << 20;
 
 /// Length of each buffer: one window.
 const WINDOW: usize = 2 << 20;
 const _: () = assert!(WINDOW as u64 == WINDOW_LEN);
 
-/// Transfers in flight: as many as the engine takes, for guests whose data lies in small pieces.
+/// Transfers in flight in one lane: many, for guests whose data lies in small pieces.
 const DEPTH: usize = 64;
 
 /// Transfers in flight, and the buffers they use.
@@ -33,8 +33,8 @@ pub struct Lane {
 
 /// Threads that wait for work, each with a lane of its own to a file.
 ///
-/// Everything that can be refused has been given when there is a value: threads, rings, and memory
-/// that was touched.
+/// Everything that the kernel could refuse is already there: threads, rings, and buffers whose memory was
+/// touched.
 #[derive(Debug)]
 pub struct Workers {
     crew: Crew,
@@ -47,7 +47,7 @@ impl Workers {
     ///
     /// # Errors
     ///
-    /// Returns the kernel's error; nothing is left of those that were started.
+    /// Returns the kernel's error; the threads that were started have ended by then.
     pub fn start(file: &DataFile, (backend, jobs): (Backend, usize)) -> io::Result<Workers> {
         let mut crew = Crew::start(jobs)?;
         // Each thread opens its own lane: touching the buffers takes a while.
@@ -76,8 +76,8 @@ impl Workers {
         &self.backend
     }
 
-    /// Lets each thread do `work` with its number, from 0, and its lane, and waits for all of them;
-    /// returns what each returned.
+    /// Runs `work` in each thread, with the thread's number, from 0, and its lane. Waits for all threads and
+    /// returns their results.
     ///
     /// # Errors
     ///
@@ -98,9 +98,9 @@ impl Workers {
         Ok(results.into_iter().map(result).collect())
     }
 
-    /// Lets each thread do `part` with its lane: a loop that takes from `units` until there are none left.
-    /// Waits for all of them; returns what each returned, and the back end. Where one fails or panics, no
-    /// thread gets a further unit.
+    /// Runs `part` in each thread, with its lane: a loop that takes from `units` until none are left. Waits
+    /// for all threads; returns their results and the back end. If one fails or panics, no thread gets
+    /// another unit.
     ///
     /// # Errors
     ///
@@ -148,7 +148,7 @@ impl Lane {
         self.storage.submit(transfer)
     }
 
-    /// Returns a free buffer, after waiting for transfers that hold all of them.
+    /// Returns a free buffer; if transfers hold all of them, waits for one to complete.
     pub fn buffer(&mut self) -> io::Result<PooledBuffer> {
         loop {
             if let Some(buffer) = self.pool.try_take() {

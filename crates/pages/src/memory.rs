@@ -10,10 +10,11 @@ use crate::plan::{WINDOW_LEN, pieces};
 
 /// RAM that pages are taken from, in blocks that are counted from 0.
 ///
-/// It must not be written to while pages are taken: the bytes that [`PageSource::read`] copies are those that
-/// are hashed and written, but two pages are of one moment only if the memory stands still.
+/// The memory must not change while pages are taken. A page that changes still gets the right hash, because
+/// the copy made by [`PageSource::read`] is what is hashed and written; but the pages of a file are then not
+/// all of the same moment.
 ///
-/// Ranges are bytes of a block. Several threads ask at the same time, for different ranges.
+/// Ranges are bytes of a block. Several threads call these functions at the same time, for different ranges.
 pub trait PageSource: Sync {
     /// Returns the first byte of `range` that may be other than zero; all before it is zero.
     ///
@@ -33,8 +34,8 @@ pub trait PageSource: Sync {
     fn read(&self, block: usize, range: &Range<u64>, into: &mut [u8]) -> io::Result<bool>;
 }
 
-/// RAM that pages are brought into. It is asked first where it holds bytes already: they are
-/// overwritten with zeros where the file has a zero page.
+/// RAM that pages are loaded into. The loader first asks where it already holds bytes, and overwrites
+/// them with zeros where the file has a zero page.
 pub trait PageSink: PageSource {
     /// Returns the parts of `range`, [`WINDOW_LEN`] bytes at most, that may be other than zero.
     ///
@@ -74,7 +75,7 @@ impl<'a> OwnMemory<'a> {
 
 impl PageSource for OwnMemory<'_> {
     fn first_data(&self, _: usize, range: &Range<u64>) -> io::Result<Option<u64>> {
-        // A page is looked at when it is read.
+        // Zero pages are found later, when the copy is tested.
         Ok((!range.is_empty()).then_some(range.start))
     }
 
@@ -99,7 +100,7 @@ impl<'a> OwnMemoryMut<'a> {
         OwnMemoryMut { blocks: blocks.into_iter().map(windows).collect() }
     }
 
-    /// Does `work` with the part of the window at `start` that begins there.
+    /// Runs `work` on the bytes from `start` to the end of its window.
     fn window<T>(&self, block: usize, start: u64, work: impl FnOnce(&mut [u8]) -> T) -> T {
         let window = &self.blocks[block][in_block(start / WINDOW_LEN)];
         let mut window = window.lock().unwrap_or_else(PoisonError::into_inner);
@@ -144,7 +145,7 @@ impl PageSink for OwnMemoryMut<'_> {
     }
 }
 
-/// How much of the caller's memory is looked at in one go, in bytes.
+/// How much of the caller's memory is tested for zeros at once, in bytes.
 const PAGE_LEN: u64 = 4096;
 
 const WINDOW: usize = 2 << 20;

@@ -24,7 +24,7 @@ use crate::snapshot::Snapshot;
 #[derive(Clone, Debug, Setters)]
 #[non_exhaustive]
 pub struct FileOptions {
-    /// What to do where the file is there already.
+    /// What to do if the file exists already.
     pub existing: Existing,
     /// Whether pages go past the page cache.
     pub direct_io: DirectIo,
@@ -60,13 +60,14 @@ pub struct SavedMemory {
     pub io: BackendInUse,
 }
 
-/// Saves the blocks of `ram`, whose bytes `source` has, to a new file at `path`, with `state`: at least one
-/// part, a name and bytes of the caller's own.
+/// Saves the blocks of `ram`, whose bytes `source` provides, to a new file at `path`, with `state`: at least
+/// one part, each a name and bytes of the caller's choice.
 ///
-/// `machine` names the VMM and the kind of its machine. No QEMU has a machine of that name, so that no
-/// QEMU takes the file for one of its own.
+/// `machine` names the VMM and its kind of machine. Choose a name that no machine type of QEMU has: then
+/// no QEMU loads the file as one of its own.
 ///
-/// The file has its name when this returns, is on the disk, and was read back; if it fails there is none.
+/// When this returns, the file is on the disk, was read back, and has its name. If it fails, there is no
+/// file.
 ///
 /// # Errors
 ///
@@ -102,8 +103,8 @@ pub fn save(
     })
 }
 
-/// Loads all blocks of `snapshot` into `sink`, which has them in the same order and of the same lengths.
-/// Every page is compared with its hash before it is brought in. Returns how many bytes were read.
+/// Loads all blocks of `snapshot` into `sink`, whose blocks have the same order and lengths. Every page is
+/// compared with its hash before it is copied. Returns how many bytes were read.
 ///
 /// # Errors
 ///

@@ -1,7 +1,7 @@
 //! The recorded hashes of a file's pages, and the one place where a page is compared with its own.
 //!
-//! `check`, a restore by `load` or `stream`, `send` and `convert` verify here every page that they read,
-//! before they hand it on. A file that QEMU wrote has no hashes: there nothing is compared.
+//! `check`, a restore by `load` or `stream`, `send` and `convert` use it to verify every page that they read,
+//! before they pass it on. A file that QEMU wrote has no hashes, so nothing is compared.
 
 use vmfile_engine::page_hash;
 use vmfile_format::manifest::{HASH_LEN, encode_hash};
@@ -19,8 +19,8 @@ const _: () = assert!(NO_HASH.len() as u64 == HASH_LEN);
 
 /// The recorded hashes of a file's pages, read a unit of 16 MiB at a time.
 ///
-/// Each worker has one of its own and takes the pages of a unit together: then each part of a
-/// table is read once.
+/// Each worker has its own, and should take all pages of a unit one after another: each part of the
+/// hash tables is then read only once.
 #[derive(Debug)]
 pub struct PageHashes<'a> {
     snapshot: &'a Snapshot,
