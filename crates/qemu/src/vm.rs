@@ -49,15 +49,14 @@ use crate::version::QemuVersion;
 
 /// How long a monitor may take to greet us.
 ///
-/// A free monitor greets at once. One that another client holds stays silent, and the user should
-/// learn that before wondering.
+/// A free monitor greets at once. A monitor that is serving another client stays silent, and the
+/// user should learn that within seconds.
 const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long the commands may take in all that put a VM back as it was, where no disk has to be
-/// waited for.
+/// The total time for the commands that put a VM back as it was, if none of them waits for a disk.
 pub const PUT_BACK_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What QEMU says that its guest is doing.
+/// The run state that QEMU reports.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum RunState {
@@ -69,7 +68,7 @@ pub enum RunState {
     Prelaunch,
     /// Waits for, or is reading, an incoming migration.
     InMigrate,
-    /// Stopped because its migration is done; its disks are released.
+    /// Stopped because its migration is complete; QEMU has released its disks.
     PostMigrate,
     /// Stopped for the last part of a migration.
     FinishMigrate,
@@ -141,7 +140,7 @@ impl fmt::Display for RunState {
 
 /// A running QEMU, connected through its monitor.
 ///
-/// Nothing is cached that the guest or another client of QEMU can change. Dropping it leaves QEMU
+/// It caches nothing that the guest or another client of QEMU can change. Dropping it leaves QEMU
 /// as it is.
 #[derive(Debug)]
 pub struct Vm {
@@ -149,7 +148,8 @@ pub struct Vm {
     socket: Option<PathBuf>,
     /// Known when we started this QEMU, or found by [`Vm::pid`].
     pid: Option<u32>,
-    /// Whether [`Vm::release_disks`] was the last word about its disks.
+    /// Whether [`Vm::release_disks`] was called and [`Vm::take_back_disks`] has not succeeded
+    /// since.
     has_released_disks: bool,
 }
 
@@ -185,7 +185,7 @@ impl Vm {
     }
 
     fn connect_with(socket: &Path, stop: Option<Arc<AtomicBool>>) -> Result<Vm, VmError> {
-        // A silent monitor is found out soon, without shortening every later command.
+        // The short timeout applies to the greeting only, not to later commands.
         let mut qmp = Qmp::connect_until(socket, GREETING_TIMEOUT, stop)?;
         qmp.set_timeout(COMMAND_TIMEOUT);
         Ok(Vm { qmp, socket: Some(socket.to_owned()), pid: None, has_released_disks: false })
@@ -196,8 +196,8 @@ impl Vm {
         self.qmp.set_stop(Arc::clone(stop));
     }
 
-    /// Lets `work` put things back although the stop flag is set, within `limit` in all, as
-    /// [`Qmp::unstoppable`] does.
+    /// Runs `work`, whose commands ignore the stop flag and may take `limit` in all, as
+    /// [`Qmp::unstoppable`] does. It is for putting the VM back.
     pub fn unstoppable<T>(&mut self, limit: Duration, work: impl FnOnce(&mut Vm) -> T) -> T {
         let before = self.qmp.ignore_stop(limit);
         let result = work(self);
@@ -205,7 +205,7 @@ impl Vm {
         result
     }
 
-    /// Takes over a connected monitor; `pid` when the caller knows the process.
+    /// Takes over a connected monitor; `pid` is QEMU's process, if the caller knows it.
     ///
     /// # Errors
     ///
@@ -234,7 +234,7 @@ impl Vm {
         Ok(self.execute("stop", Value::Null).map(drop)?)
     }
 
-    /// Lets the guest run on, as soon as a migration that is over has left it.
+    /// Resumes the guest. First waits until QEMU has finished cleaning up after an ended migration.
     ///
     /// # Errors
     ///
@@ -244,13 +244,15 @@ impl Vm {
         Ok(self.execute("cont", Value::Null).map(drop)?)
     }
 
-    /// Lets the guest run on, and makes sure that it does.
+    /// Resumes the guest, takes back its disks if they were released, and checks that it runs.
     ///
-    /// A guest that stops again by itself at once, for an error of a disk, has run.
+    /// A guest that stops again at once by itself, for example because of a disk error, counts as
+    /// resumed.
     ///
     /// # Errors
     ///
-    /// As for [`Vm::cont`], and [`VmError::WrongState`] if the guest still stands as before.
+    /// As for [`Vm::take_back_disks`] and [`Vm::cont`]; [`VmError::WrongState`] if the guest is
+    /// still stopped as before.
     pub fn let_run(&mut self) -> Result<(), VmError> {
         if self.has_released_disks {
             self.take_back_disks()?;
@@ -274,13 +276,13 @@ impl Vm {
     ///
     /// # Errors
     ///
-    /// [`VmError::StillRunning`] when it does not go in time.
+    /// [`VmError::StillRunning`] if QEMU does not end in time.
     pub fn quit(&mut self, timeout: Duration) -> Result<(), VmError> {
         let deadline = Instant::now() + timeout;
         let process = self.pid().ok().and_then(|pid| open_process(pid).ok());
         match self.execute("quit", Value::Null) {
             Ok(_) => {}
-            // QEMU may be gone before its answer is on the wire.
+            // QEMU may exit before it has sent its answer.
             Err(error) if error.is_closed() => {}
             Err(error) => return Err(error.into()),
         }
@@ -384,7 +386,7 @@ impl Vm {
         Ok(given.then(|| uuid.to_owned()))
     }
 
-    /// Returns the path of the monitor's socket, where this VM was connected by one.
+    /// Returns the path of the monitor's socket, if this VM was connected by path.
     #[must_use]
     pub fn socket(&self) -> Option<&Path> {
         self.socket.as_deref()
@@ -430,14 +432,14 @@ fn text_of(value: &Value) -> Option<String> {
     value.as_str().filter(|text| !text.is_empty()).map(str::to_owned)
 }
 
-/// Opens a process so that its end can be waited for, even if its number is used again.
+/// Opens a process so that we can wait for its end, even if the kernel reuses its number.
 fn open_process(pid: u32) -> Result<OwnedFd, io::Error> {
     let pid = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw);
     let pid = pid.ok_or(io::ErrorKind::InvalidInput)?;
     Ok(rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())?)
 }
 
-/// Waits until `fd` has something to read or has ended.
+/// Waits until `fd` is readable or at its end; `false` if that takes longer than `timeout`.
 fn readable_within(fd: &impl std::os::fd::AsFd, timeout: Duration) -> Result<bool, io::Error> {
     let deadline = Instant::now() + timeout;
     loop {

@@ -1,4 +1,5 @@
-//! Disks of a stopped VM: made durable, with an answer whether they were; and released at its end.
+//! Disks of a stopped VM: flushing them with a reported result, and releasing them before QEMU
+//! ends.
 
 use serde_json::{Value, json};
 
@@ -6,22 +7,23 @@ use super::{Drive, Vm, VmError};
 use crate::qmp::QmpError;
 use crate::version::Feature;
 
-/// The id of a block node that no VM has.
+/// The name of a block node that no VM has.
 const NO_NODE: &str = "vmfile-flush";
 
 impl Vm {
-    /// Flushes every disk that the guest can write; returns why QEMU could not say what came of it,
-    /// a sentence for each disk of which that is so.
+    /// Flushes every disk that the guest can write. Returns one sentence for each disk whose flush
+    /// result QEMU does not report.
     ///
-    /// `stop` flushes them as well, and tells of no error (QEMU 10.0); nor does any other command that
-    /// leaves the disk as it is. But before QEMU puts a snapshot on top of a disk it flushes it, and
-    /// refuses if that fails; and only then does it look for the node that is to be put there. So it
-    /// is asked for one that is not there, and which of the two it says is the answer (tried on 7.2,
-    /// 10.0 and 11.1; half a millisecond a disk with nothing to flush).
+    /// `stop` flushes the disks too, but does not report errors (QEMU 10.0), and neither does any
+    /// other command that leaves the disk unchanged. But `blockdev-snapshot` first flushes the
+    /// disk, fails if the flush fails, and only then looks up the overlay node. So this method
+    /// names an overlay node that does not exist: QEMU's error message shows whether the flush
+    /// worked (tried on 7.2, 10.0 and 11.1; half a millisecond per disk if there is nothing to
+    /// flush).
     ///
     /// # Errors
     ///
-    /// [`VmError::NotFlushed`] when a disk does not take what the guest wrote.
+    /// [`VmError::NotFlushed`] when QEMU could not flush a disk.
     pub fn flush_disks(&mut self) -> Result<Vec<String>, VmError> {
         let mut unknown = Vec::new();
         for drive in self.drives()?.into_iter().filter(Drive::is_writable) {
@@ -46,12 +48,12 @@ impl Vm {
         Ok(unknown)
     }
 
-    /// Releases the disks of a stopped VM that is about to end, where this QEMU can: it writes what
-    /// an image's format still has to say, so that ending QEMU changes no image any more, and another
-    /// QEMU may open them. [`Vm::take_back_disks`] makes them this VM's again.
+    /// Releases the disks of a stopped VM that is about to end. QEMU writes each image's pending
+    /// format metadata, so that its exit changes no image any more, and another QEMU may open them.
+    /// [`Vm::take_back_disks`] makes them this VM's again.
     ///
-    /// A disk that something uses besides the guest, such as a block job, is not released; nor is any
-    /// other then.
+    /// QEMU refuses if something besides the guest, such as a block job, uses one of the disks;
+    /// this VM then keeps all of them.
     ///
     /// # Errors
     ///
@@ -69,7 +71,7 @@ impl Vm {
     ///
     /// # Errors
     ///
-    /// Whatever QEMU says: another QEMU may have one of them now.
+    /// QEMU's error: for example, another QEMU has one of the disks open now.
     pub fn take_back_disks(&mut self) -> Result<(), VmError> {
         if self.version()?.has(Feature::BlockdevSetActive) {
             self.set_disks_active(true)?;
@@ -84,13 +86,13 @@ impl Vm {
     }
 }
 
-/// Returns the command that makes all disks the VM's own, or releases them.
+/// Returns the command that takes (`active`) or releases all of the VM's disks.
 pub(crate) fn taking(active: bool) -> (&'static str, Value) {
     ("blockdev-set-active", json!({ "active": active }))
 }
 
-/// Whether QEMU says that a disk could not be flushed: `An IO error has occurred` up to 9.2, and
-/// `Write to node 'd0' failed: Input/output error` later, or another of the kernel's reasons.
+/// Whether QEMU's text says that a flush failed: `An IO error has occurred` up to 9.2, later
+/// `Write to node 'd0' failed: ` and the kernel's reason, such as `Input/output error`.
 fn is_io_error(desc: &str) -> bool {
     desc.contains("IO error") || desc.starts_with("Write to node")
 }

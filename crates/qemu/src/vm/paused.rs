@@ -1,4 +1,4 @@
-//! A VM that stands still: what it is like is asked after it was stopped, and it is let go on.
+//! A VM whose guest is stopped: queries its state after the stop, and resumes it at the end.
 
 use std::time::{Duration, Instant};
 
@@ -6,10 +6,10 @@ use super::{PUT_BACK_TIMEOUT, RamBlockInfo, RunState, Vm, VmError};
 
 /// A VM whose guest was stopped.
 ///
-/// What it tells was asked after the guest stood still, and holds for as long as it does;
-/// [`Paused::verify`] finds out whether another client of QEMU let it run or changed its memory
-/// meanwhile. A guest that ran runs on when this is dropped: use [`Paused::resume`], which says
-/// whether that was possible, or [`Paused::leave`].
+/// Its values were queried after the guest was stopped, and hold while the guest stays stopped;
+/// [`Paused::verify`] finds out whether another client of QEMU resumed the guest or changed its RAM
+/// blocks meanwhile. Dropping this resumes a guest that ran before, but reports no error: use
+/// [`Paused::resume`], which does, or [`Paused::leave`].
 #[derive(Debug)]
 pub struct Paused<'vm> {
     vm: &'vm mut Vm,
@@ -17,17 +17,19 @@ pub struct Paused<'vm> {
     state: RunState,
     blocks: Vec<RamBlockInfo>,
     stopped_at: Instant,
-    /// How often QEMU had said that the guest runs, when it stood still.
+    /// How many `RESUME` events QEMU had sent when the guest was stopped.
     resumes: u64,
     is_over: bool,
 }
 
 impl Vm {
-    /// Stops the guest, and asks what it is like now. Its disks are drained when this returns.
+    /// Stops the guest, and queries its state and RAM blocks. Its disks are drained when this
+    /// returns.
     ///
     /// # Errors
     ///
-    /// Whatever QEMU says; the guest runs on then, if it ran.
+    /// QEMU's error; the guest is then resumed, if it ran. [`VmError::LeftPaused`] if that fails
+    /// too.
     pub fn pause(&mut self) -> Result<Paused<'_>, VmError> {
         let before = self.run_state()?;
         let stopped_at = Instant::now();
@@ -44,7 +46,7 @@ impl Vm {
             Ok(()) => Ok(paused),
             Err(error) => match paused.resume() {
                 Ok(()) => Err(error),
-                // Where QEMU has ended there is no VM that could be paused.
+                // If QEMU has ended, no VM is left paused.
                 Err(source) if source.is_closed() => Err(error),
                 Err(source) => {
                     Err(VmError::LeftPaused { cause: Box::new(error), source: Box::new(source) })
@@ -61,8 +63,8 @@ impl Paused<'_> {
         }
         self.resumes = self.vm.qmp.resumes();
         self.state = self.vm.run_state()?;
-        // A guest that stopped by itself in the meantime, for an error of a disk or because it
-        // panicked, is in another state: it was not this pause that stopped it.
+        // If the guest stopped by itself just before, because of a disk error or a panic, QEMU
+        // reports another state: this pause did not stop it, and must not resume it.
         self.ran = self.ran && self.state == RunState::Paused;
         self.blocks = self.vm.ram_blocks()?;
         Ok(())
@@ -79,13 +81,13 @@ impl Paused<'_> {
         self.ran
     }
 
-    /// Returns the state in which QEMU is since the guest was stopped.
+    /// Returns the run state that QEMU reported after the stop.
     #[must_use]
     pub fn state(&self) -> &RunState {
         &self.state
     }
 
-    /// Returns the RAM blocks that belong into a save, as they are since the guest was stopped.
+    /// Returns the RAM blocks that a save contains, as QEMU reported them after the stop.
     #[must_use]
     pub fn blocks(&self) -> &[RamBlockInfo] {
         &self.blocks
@@ -97,7 +99,7 @@ impl Paused<'_> {
         self.stopped_at
     }
 
-    /// Finds out whether the guest stood still all the time, and has the RAM blocks that it had.
+    /// Checks that the guest was not resumed since the stop, and that its RAM blocks are the same.
     ///
     /// # Errors
     ///
@@ -109,7 +111,7 @@ impl Paused<'_> {
         if resumes > 0 {
             return not_still("another client of QEMU let the guest run".to_owned());
         }
-        // A migration that is over leaves the guest stopped, in a state of its own.
+        // A migration that has completed leaves the guest stopped, but in the state PostMigrate.
         if found != self.state && found != RunState::PostMigrate {
             return not_still(format!("its run state is {found}, expected {}", self.state));
         }
@@ -120,11 +122,11 @@ impl Paused<'_> {
         Ok(())
     }
 
-    /// Lets the guest run on if it ran before; returns how long it stood still.
+    /// Resumes the guest if it ran before; if not, only takes back its disks if they were released.
     ///
     /// # Errors
     ///
-    /// Whatever QEMU says, and [`VmError::WrongState`] if the guest does not run all the same.
+    /// QEMU's error; [`VmError::WrongState`] if QEMU accepts `cont` but the guest does not run.
     pub fn resume(&mut self) -> Result<(), VmError> {
         self.is_over = true;
         let vm = &mut *self.vm;
@@ -135,8 +137,7 @@ impl Paused<'_> {
         }
     }
 
-    /// Leaves the guest as it is: stopped, or ended with its QEMU; returns how long it stood still
-    /// so far.
+    /// Leaves the guest as it is: stopped, or ended with its QEMU. Returns the time since the stop.
     pub fn leave(mut self) -> Duration {
         self.is_over = true;
         self.stopped_at.elapsed()
@@ -146,13 +147,13 @@ impl Paused<'_> {
 impl Drop for Paused<'_> {
     fn drop(&mut self) {
         if !self.is_over {
-            // This is for a panic: every other exit resumes or leaves, and says what came of it.
+            // Only a panic comes here: every other exit calls `resume` or `leave`.
             drop(self.resume());
         }
     }
 }
 
-/// Returns the name of a block that is not the same in both lists.
+/// Returns the name of a block that only one of the lists has, or that differs between them.
 fn changed_block<'a>(before: &'a [RamBlockInfo], after: &'a [RamBlockInfo]) -> Option<&'a str> {
     let differs = |(one, other): (&'a [RamBlockInfo], &[RamBlockInfo])| {
         one.iter().find(|block| !other.contains(block)).map(|block| block.name.as_str())

@@ -17,18 +17,19 @@ pub struct ProcessInfo {
     pub pid: u32,
     /// The program it runs. The file may have been replaced since it was started.
     pub executable: PathBuf,
-    /// Its command line; the first is the name it was started under.
+    /// Its command line; the first argument is the name it was started under.
     pub arguments: Vec<OsString>,
-    /// The directory that relative paths in its arguments refer to, unless it has moved since.
+    /// Its current directory. Relative paths in its arguments refer to it, unless the process has
+    /// changed its directory since.
     pub working_directory: PathBuf,
 }
 
 impl Vm {
     /// Returns the number of QEMU's process.
     ///
-    /// The kernel names the process that listens on the socket. Where a manager such as libvirt made
-    /// the socket and passed it on, that is the manager; QEMU is then the one that holds the
-    /// listening socket.
+    /// The kernel names the process that called `listen` on the socket. If a manager such as
+    /// libvirt made the socket and passed it to QEMU, that is the manager; then the QEMU that holds
+    /// the listening socket is returned.
     ///
     /// # Errors
     ///
@@ -38,8 +39,8 @@ impl Vm {
             return Ok(pid);
         }
         let peer = rustix::net::sockopt::socket_peercred(self.qmp.as_fd());
-        // The kernel gives the number 0 for a process that this one's PID namespace does not have,
-        // which rustix takes for an error. There is no other for a Unix socket.
+        // The kernel returns pid 0 for a process that is not in our PID namespace, and rustix turns
+        // that into an error. No other error can occur on a Unix socket.
         let peer = peer.map_err(|_| VmError::ProcessUnknown {
             reason: "it belongs to a PID namespace that this process does not see".to_owned(),
         })?;
@@ -68,8 +69,8 @@ impl Vm {
     }
 }
 
-/// Returns the QEMU that writes into `stream`, where that can be told: the peer of a socket, or the
-/// one that started this process by `exec:`, through a shell or without.
+/// Returns the QEMU that writes into `stream`, if it can be found: the peer of a socket, or else
+/// the QEMU that started this process by `exec:`, directly or through a shell.
 #[must_use]
 pub fn sender(stream: impl AsFd) -> Option<ProcessInfo> {
     let pid = match rustix::net::sockopt::socket_peercred(&stream) {
@@ -114,7 +115,7 @@ fn owner_of(socket: &Path, peer: u32) -> Result<u32, VmError> {
 }
 
 fn holds(pid: u32, socket: &Path) -> bool {
-    // A process whose descriptors we may not see cannot be told apart from one that has none.
+    // If we may not read a process's descriptors, it counts as one that does not hold the socket.
     proc::listening_sockets(pid)
         .is_ok_and(|held| held.values().any(|bound| proc::is_same_socket(pid, bound, socket)))
 }

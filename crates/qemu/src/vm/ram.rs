@@ -5,7 +5,7 @@ use serde_json::Value;
 use super::{Vm, VmError};
 use crate::qmp::unexpected;
 
-/// Longest block name accepted: QEMU's own is 256 bytes with its terminator.
+/// Longest block name accepted: QEMU's buffer for it has 256 bytes, with the terminator.
 const BLOCK_NAME_LEN_MAX: usize = 255;
 
 /// One RAM block of a running VM.
@@ -14,7 +14,7 @@ const BLOCK_NAME_LEN_MAX: usize = 255;
 pub struct RamBlockInfo {
     /// QEMU's name of the block, e.g. `pc.ram`; empty for a block that no save contains.
     pub name: String,
-    /// The page size of the memory behind it: more than the guest's with huge pages.
+    /// The page size of the memory behind it; with huge pages larger than the guest's.
     pub page_size: u64,
     /// Bytes in use.
     pub used_length: u64,
@@ -27,7 +27,7 @@ pub struct RamBlockInfo {
 }
 
 impl Vm {
-    /// Returns the RAM blocks that belong into a save, in QEMU's order.
+    /// Returns the RAM blocks that a save contains, in QEMU's order.
     ///
     /// # Errors
     ///
@@ -53,7 +53,7 @@ impl Vm {
     }
 }
 
-/// The columns after the name, as the headline says.
+/// Which of the optional columns the headline has.
 #[derive(Clone, Copy)]
 struct Columns {
     address: bool,

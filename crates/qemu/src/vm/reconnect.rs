@@ -1,4 +1,4 @@
-//! A connection to QEMU's monitor that broke. QEMU may live on behind it.
+//! Reconnecting to QEMU's monitor after the connection broke while QEMU may still run.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 use super::{SaveRecord, Vm, VmError};
 use crate::qmp::QmpError;
 
-/// How long QEMU may take to greet once more.
+/// How long a reconnect may take in all.
 const RECONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long a connection waits that comes after one that has ended as well.
+/// The wait between two attempts to reconnect.
 const INTERVAL: Duration = Duration::from_millis(20);
 
 impl Vm {
@@ -19,12 +19,13 @@ impl Vm {
         state.is_err_and(|error| error.is_closed())
     }
 
-    /// Connects to the monitor again, by the path of its socket, if QEMU there has the record of this
-    /// save. The new connection heeds no stop flag: it is for putting the VM back.
+    /// Connects to the monitor again, by the path of its socket, if the QEMU there holds the record
+    /// of this save. The new connection has no stop flag: it is for putting the VM back.
     ///
     /// # Errors
     ///
-    /// [`VmError::NotStill`] where it is another VM or another save; whatever the kernel or QEMU says.
+    /// [`VmError::NotStill`] if the VM has no socket path, or if the QEMU there does not hold this
+    /// save's record; otherwise the kernel's or QEMU's error.
     pub fn reconnect(&mut self, record: &SaveRecord) -> Result<(), VmError> {
         let not_it = |what: &str| Err(VmError::NotStill { what: what.to_owned() });
         let Some(socket) = self.socket().map(ToOwned::to_owned) else {
@@ -36,8 +37,9 @@ impl Vm {
             let asked = Vm::connect_within(&socket, left)
                 .and_then(|mut again| again.record().map(|found| (again, found)));
             match asked {
-                // What has ended the first connection may end another one; and QEMU (10.0.2) may give
-                // the next connection an answer that was meant for the last, before it greets.
+                // The cause that ended the first connection may end the next one too. And QEMU
+                // (10.0.2) may send an answer meant for the old connection on the new one, before
+                // its greeting.
                 Err(error)
                     if (error.is_closed()
                         || matches!(error, VmError::Qmp(QmpError::NotQmp { .. })))
