@@ -1,4 +1,4 @@
-//! Everything that forbids a save, by whatever route, and what to do about it.
+//! What makes a VM impossible to save by any route, and what the user can do about it.
 
 use std::fmt;
 
@@ -10,15 +10,15 @@ use super::{RunState, Vm, VmError};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum BlockerKind {
-    /// QEMU itself forbids every migration: a device or an option cannot be moved.
+    /// QEMU itself forbids every migration, because of a device or an option.
     QemuForbids,
-    /// virtio-mem: part of the RAM may be unplugged, and its map travels with the RAM sections.
+    /// virtio-mem: part of its RAM may be unplugged, and which part is only in the RAM sections.
     VirtioMem,
     /// A device passed through from the host keeps state that only a migration collects.
     Vfio,
     /// The guest's RAM is encrypted; what we could read is of no use.
     EncryptedGuest,
-    /// A disk's newest data end with this QEMU.
+    /// A disk's newest data are in a temporary file, which is lost when QEMU ends.
     TemporaryDisk,
     /// A migration is under way, or the VM has already been handed over by one.
     Migration,
@@ -76,14 +76,14 @@ impl fmt::Display for Blocker {
 
 /// Machine types whose architecture sends more than RAM and device sections.
 ///
-/// pseries has its page table (`spapr/htab`), s390 its storage keys and attributes, as iterable
-/// sections of their own, which a save of the device state leaves out.
+/// pseries sends its page table (`spapr/htab`), and s390 its storage keys and attributes, as
+/// iterable sections of their own, and a save of the device state leaves those out.
 const MACHINES_WITH_MORE: [&str; 2] = ["pseries", "s390-ccw-virtio"];
 
 impl Vm {
     /// Returns everything that forbids a save of this VM by any route, not just the first.
     ///
-    /// A queried command that this QEMU does not have means that it does not have the thing either.
+    /// If this QEMU lacks a query command, it also lacks the feature that the command is about.
     ///
     /// # Errors
     ///
@@ -119,8 +119,8 @@ impl Vm {
         if let Some(object) = self.machine_property("confidential-guest-support")? {
             return Ok(blocker(format!("the guest is confidential ({object})")));
         }
-        // Before 6.0 SEV was an option of the machine and not an object. Elsewhere the query is
-        // missing, or refused.
+        // Before 6.0, SEV was not given by `confidential-guest-support`. Where there is no SEV, the
+        // query is missing or refused.
         let sev = self.execute("query-sev", Value::Null).unwrap_or_default();
         let enabled = sev.get("enabled").and_then(Value::as_bool).unwrap_or(false);
         Ok(if enabled { blocker("the guest's RAM is encrypted (SEV)".to_owned()) } else { None })
@@ -168,7 +168,7 @@ fn virtio_mem(memory_devices: &Value) -> Vec<Blocker> {
 
 /// Finds passed-through devices among the children of a QOM container.
 ///
-/// Those that cannot migrate are in `blocked-reasons` too; those that can have sections that only a
+/// A device that cannot migrate is in `blocked-reasons` too. One that can has sections that only a
 /// migration writes.
 fn vfio(devices: &Value) -> Vec<Blocker> {
     let devices = devices.as_array().into_iter().flatten();

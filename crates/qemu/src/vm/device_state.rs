@@ -1,4 +1,4 @@
-//! The device state: everything of a stopped VM that is not RAM.
+//! The device state: everything that QEMU saves of a stopped VM besides RAM.
 
 use std::fs::{File, OpenOptions};
 use std::io::Read;
@@ -13,8 +13,8 @@ use crate::version::Feature;
 
 /// Most bytes of device state accepted.
 ///
-/// A large server VM has a few megabytes; devices with big buffers of their own (a graphics card
-/// under virtio-gpu) tens of them. What is more is not what we asked for.
+/// A large server VM has a few megabytes; one with a device that has big buffers of its own (such
+/// as virtio-gpu) has tens of megabytes. More than this is not a device state.
 pub const DEVICE_STATE_LEN_MAX: u64 = 256 << 20;
 
 /// "QEVM" and version 3: how every migration stream of QEMU starts.
@@ -29,10 +29,10 @@ impl Vm {
     ///
     /// The bytes are QEMU's: "QEVM", version 3, then sections of type FULL with their footers, then
     /// one zero byte. Tried on 10.0.2: no configuration section, no RAM section, no description.
-    /// The `globalstate` section in it says `running`, whatever the VM did before.
+    /// Its `globalstate` section says `running`, whatever the VM's state was.
     ///
-    /// The VM stays as it is, stopped, and [`Vm::let_run`] lets it run on. With `is_last` its disks
-    /// are released, as is fit for a VM that ends soon.
+    /// The VM stays stopped, and [`Vm::let_run`] can resume it. With `is_last`, which is for a VM
+    /// that ends soon, QEMU also releases its disks.
     ///
     /// # Errors
     ///
@@ -49,8 +49,8 @@ impl Vm {
         }
         let memory = memfd_create("vmfile-device-state", MemfdFlags::CLOEXEC)
             .map_err(|errno| VmError::system("create memory for the device state", errno))?;
-        // QEMU opens the set for writing only and takes a descriptor of just that access mode, so
-        // the set needs an open of its own.
+        // QEMU opens the fd set for writing only, and picks a descriptor with exactly that access
+        // mode, so the memory must be opened once more.
         let for_qemu = OpenOptions::new()
             .write(true)
             .open(format!("/proc/self/fd/{}", memory.as_raw_fd()))
@@ -67,11 +67,10 @@ impl Vm {
     }
 
     fn save_device_state_into(&mut self, fdset: u64, release: bool) -> Result<(), VmError> {
-        // `live` decides about the disks, not about the guest. With `true` and a stopped VM QEMU
-        // releases the disks, as Xen's tools want before the domain is destroyed: another QEMU may
-        // then open them for writing, and the VM depends on `cont` to take them back. With `false`
-        // the disks stay active and locked. Both write the same bytes. (Tried on 7.2, 10.0.2 and
-        // 11.1.)
+        // `live` affects the disks, not the guest. With `true` and a stopped VM, QEMU releases the
+        // disks, as Xen's tools want before the domain is destroyed: another QEMU may then open
+        // them for writing, and only `cont` takes them back. With `false` the disks stay active and
+        // locked. The bytes are the same either way. (Tried on 7.2, 10.0.2 and 11.1.)
         let arguments = json!({ "filename": format!("/dev/fdset/{fdset}"), "live": release });
         Ok(self.execute("xen-save-devices-state", arguments).map(drop)?)
     }
@@ -85,7 +84,7 @@ fn read_device_state(memory: File) -> Result<Vec<u8>, VmError> {
         return Err(bad(format!("{len} bytes, expected at most {DEVICE_STATE_LEN_MAX}")));
     }
     let mut bytes = Vec::new();
-    // The descriptor of our own still stands at the start: QEMU wrote through another open.
+    // Our descriptor's offset is still 0: QEMU wrote through a separate open.
     memory.take(DEVICE_STATE_LEN_MAX).read_to_end(&mut bytes).map_err(system)?;
     check_device_state(&bytes).map_err(|reason| bad(reason.to_owned()))?;
     Ok(bytes)

@@ -1,4 +1,4 @@
-//! The drives of a running VM: which images each has, down to the lowest, and which are empty.
+//! The drives of a running VM: the chain of images that each has, and which drives are empty.
 
 use serde_json::Value;
 
@@ -8,17 +8,17 @@ use crate::qmp::unexpected;
 /// Deepest chain of images followed: more is a loop or a mistake.
 const IMAGE_DEPTH_MAX: usize = 256;
 
-/// Drivers that QEMU lists like images of the chain, and that have no image of their own.
+/// Filter drivers: QEMU lists them in the chain like images, but they have no image of their own.
 const FILTERS: [&str; 5] =
     ["throttle", "copy-on-read", "preallocate", "copy-before-write", "snapshot-access"];
 
 /// Keys of a node's format that say where a raw image lies within its file.
 pub(crate) const RAW_WINDOW: [&str; 2] = ["offset", "size"];
 
-/// The QOM path of the devices that have an id.
+/// The start of the QOM path of a device with an id.
 const PERIPHERAL: &str = "/machine/peripheral/";
 
-/// The QOM path of the devices that have none.
+/// The start of the QOM path of a device without an id.
 const PERIPHERAL_ANON: &str = "/machine/peripheral-anon/device[";
 
 /// A drive of a running VM, with a medium or without.
@@ -27,7 +27,7 @@ const PERIPHERAL_ANON: &str = "/machine/peripheral-anon/device[";
 pub struct Drive {
     /// QEMU's id of the drive, such as `ide1-cd0`; empty for one that was made with `-blockdev`.
     pub id: String,
-    /// The device that has it: its id or its QOM path; `None` where no device has it.
+    /// The id or the QOM path of the device that it is attached to; `None` if it is not attached.
     pub qdev: Option<String>,
     /// The name of the block node on top; `None` for an empty drive.
     pub node: Option<String>,
@@ -37,11 +37,11 @@ pub struct Drive {
     pub tray_open: Option<bool>,
     /// The guest cannot write it.
     pub read_only: bool,
-    /// Its newest data lie in a temporary file that goes with this QEMU (`-snapshot`).
+    /// Its newest data are in a temporary file, which is lost when QEMU ends (`-snapshot`).
     pub temporary: bool,
-    /// It has dirty bitmaps, which QEMU writes into the image when it closes it.
+    /// It has persistent dirty bitmaps, which QEMU writes into the image when it closes it.
     pub keeps_bitmaps: bool,
-    /// The image on top and those below it, top first; nothing for an empty drive.
+    /// The image on top and those below it, top first; no images for an empty drive.
     pub images: Vec<Image>,
 }
 
@@ -56,14 +56,14 @@ pub struct Image {
     pub format: String,
     /// Its contents are encrypted.
     pub encrypted: bool,
-    /// It is a part of its file, as raw's `offset` and `size` say.
+    /// It is only a part of its file, given by the raw driver's `offset` or `size`.
     pub is_window: bool,
-    /// The file beside a qcow2 image that holds its data, where there is one.
+    /// The external data file of a qcow2 image, if it has one.
     pub data_file: Option<String>,
 }
 
 impl Drive {
-    /// Returns the name that a user knows it by: the drive's id, or its device's where it has none.
+    /// Returns the name that a user knows it by: the drive's id, or its device's if it has no id.
     #[must_use]
     pub fn name(&self) -> &str {
         let Some(qdev) = self.qdev.as_deref().filter(|_| self.id.is_empty()) else {
@@ -85,7 +85,7 @@ impl Drive {
     }
 }
 
-/// How a command line knows a device.
+/// How a command line identifies a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum DeviceName {
     /// By its id.
@@ -97,10 +97,11 @@ pub enum DeviceName {
 }
 
 impl DeviceName {
-    /// Reads what `query-block` says as `qdev`; `None` for a device that the machine made.
+    /// Reads the `qdev` member of `query-block`; `None` for another device that the machine made.
     ///
-    /// QEMU (7.2 to 11.1) gives an id where the device itself has the drive, and a QOM path where a
-    /// part of it has, as with virtio: `/machine/peripheral/ID/virtio-backend`.
+    /// QEMU (7.2 to 11.1) gives an id if the drive is attached to the device itself, and a QOM path
+    /// if it is attached to a child of the device, as with virtio:
+    /// `/machine/peripheral/ID/virtio-backend`.
     #[must_use]
     pub fn of_qdev(qdev: &str) -> Option<DeviceName> {
         if let Some(rest) = qdev.strip_prefix(PERIPHERAL) {
@@ -224,15 +225,16 @@ pub(crate) fn protocol_path(name: &str) -> String {
 
 /// Tells whether a name in JSON has a node of this driver on the way to its file.
 ///
-/// A `luks` node below a `raw` one shows in no other way (QEMU 7.2 to 11.1): it has a secret, so
-/// that its name is always written in JSON.
+/// Only the name shows a `luks` node below a `raw` one (QEMU 7.2 to 11.1). QEMU always writes that
+/// name in JSON, because the node has a secret.
 fn name_has_driver(name: &str, driver: &str) -> bool {
     let Some(parsed) = json_name(name) else { return false };
     let mut nodes = std::iter::successors(Some(&parsed), |node| node.get("file"));
     nodes.any(|node| node.get("driver").and_then(Value::as_str) == Some(driver))
 }
 
-/// Tells whether a name is that of a part of a file, which QEMU (7.2 to 11.1) always writes in JSON.
+/// Tells whether a name is that of a part of a file, which QEMU (7.2 to 11.1) always writes in
+/// JSON.
 fn is_window(name: &str) -> bool {
     let Some(parsed) = json_name(name) else { return false };
     let is_raw = parsed.get("driver").and_then(Value::as_str) == Some("raw");
@@ -241,8 +243,8 @@ fn is_window(name: &str) -> bool {
 
 /// Tells whether an image is an overlay that QEMU made for `-snapshot`.
 ///
-/// QEMU (blockdev, 10.0) makes it as `vl.XXXXXX` in a directory for temporary files, unlinks it at
-/// once, and names it in JSON together with the image below, for no other way would say so.
+/// QEMU (blockdev, 10.0) creates it as `vl.XXXXXX` in a directory for temporary files, unlinks it
+/// at once, and writes its name in JSON, together with the image below it.
 fn is_temporary(name: &str, path: &str) -> bool {
     let file_name = path.rsplit('/').next().unwrap_or_default();
     let random = file_name.strip_prefix("vl.");

@@ -1,4 +1,4 @@
-//! What may go wrong with a running VM.
+//! The errors of a running VM.
 
 use std::io;
 use std::path::PathBuf;
@@ -11,22 +11,22 @@ use crate::qmp::QmpError;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum VmError {
-    /// The monitor.
+    /// An error of the monitor.
     #[error(transparent)]
     Qmp(#[from] QmpError),
     /// A file of `/proc` or a descriptor of ours could not be used.
     #[error("{what}")]
     System {
-        /// What was done to what.
+        /// The operation and its object.
         what: String,
-        /// What the kernel said.
+        /// The kernel's error.
         #[source]
         source: io::Error,
     },
     /// No process was found that answers on the monitor.
     #[error("cannot tell which process answers on the monitor: {reason}")]
     ProcessUnknown {
-        /// What was looked at, and what was there.
+        /// Why not.
         reason: String,
     },
     /// `x-query-ramblock` printed a line that we do not understand.
@@ -37,7 +37,7 @@ pub enum VmError {
         /// What is wrong with it.
         reason: &'static str,
     },
-    /// The VM runs, or is in another state that the call does not allow.
+    /// The VM is in a run state that the call does not allow.
     #[error("the VM is {found}, expected {expected}")]
     WrongState {
         /// The state QEMU reports.
@@ -45,31 +45,31 @@ pub enum VmError {
         /// The states allowed.
         expected: &'static str,
     },
-    /// QEMU's device state is not what we know how to keep.
+    /// QEMU's device state has a form that we do not know.
     #[error("the device state from QEMU: {reason}")]
     DeviceState {
         /// What is wrong with it.
         reason: String,
     },
-    /// What an overlay holds was not written into the image below it.
+    /// QEMU did not commit an overlay into the image below it.
     #[error("{overlay} was not merged into the image below it", overlay = overlay.display())]
     NotMerged {
         /// The overlay, which the disk still needs.
         overlay: PathBuf,
     },
-    /// The guest did not stand still, or its memory was changed, while it was to be saved.
+    /// The guest ran or its RAM blocks changed during a save, or the VM no longer holds its record.
     #[error("the VM did not stand still: {what}")]
     NotStill {
         /// What happened.
         what: String,
     },
-    /// A save of this VM is at work, or one was killed and what it left is still there.
+    /// A save of this VM is running, or one was killed and its record is still in QEMU.
     #[error("{by} saves this VM")]
     Held {
         /// The process.
         by: Holder,
     },
-    /// There is a record of a save that this version does not understand.
+    /// QEMU holds the record of a save, and this version does not understand it.
     #[error("the record of another save, in QEMU's object \"vmfile-save\"")]
     UnknownRecord {
         /// What the parser said.
@@ -92,10 +92,10 @@ pub enum VmError {
         /// Why the VM could not be resumed.
         source: Box<VmError>,
     },
-    /// QEMU took the order to quit and did not go.
+    /// QEMU accepted `quit` and still runs.
     #[error("QEMU still runs {after:?} after it was told to quit")]
     StillRunning {
-        /// How long was waited.
+        /// How long vmfile waited.
         after: Duration,
     },
 }
@@ -139,13 +139,13 @@ impl VmError {
         }
     }
 
-    /// Tells whether the caller asked to stop, and that is why.
+    /// Tells whether the cause is that the caller asked to stop.
     #[must_use]
     pub fn is_stopped(&self) -> bool {
         matches!(self, VmError::Qmp(error) if error.is_stopped())
     }
 
-    /// Whether QEMU's process cannot be found or looked at, which leaves its monitor.
+    /// Whether QEMU's process cannot be found or inspected, so that only its monitor can be used.
     #[must_use]
     pub fn is_out_of_reach(&self) -> bool {
         match self {

@@ -11,7 +11,7 @@ use rustix::io::Errno;
 
 use super::ProcessInfo;
 
-/// What tells a file from every other one on this host, while it exists.
+/// Identifies a file on this host, while it exists.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct FileId {
     /// The device of its file system.
@@ -21,7 +21,7 @@ pub struct FileId {
 }
 
 impl FileId {
-    /// Returns the id of a file, given what the kernel says of it.
+    /// Returns the id of the file that `metadata` describes.
     #[must_use]
     pub fn of(metadata: &fs::Metadata) -> FileId {
         FileId { device: metadata.dev(), inode: metadata.ino() }
@@ -29,17 +29,18 @@ impl FileId {
 }
 
 impl ProcessInfo {
-    /// Finds the file to which `path` leads this process, without opening it: the descriptor is one
-    /// of `O_PATH`.
+    /// Resolves `path` as this process would, without opening the file: the result is an `O_PATH`
+    /// descriptor.
     ///
     /// # Errors
     ///
-    /// What the kernel says; it lets root, and the user who owns the process, look.
+    /// The kernel's error; only root and the user who owns the process may look.
     pub fn find(&self, path: &Path) -> io::Result<File> {
         let flags = OFlags::PATH | OFlags::CLOEXEC;
         let Ok(inside) = path.strip_prefix("/") else {
-            // From the working directory; a symbolic link from there to an absolute path would
-            // lead into our own root directory; the caller compares inodes and sees that.
+            // A relative path is resolved from the working directory. An absolute symbolic link on
+            // the way would lead into our own root directory; the caller notices, as it compares
+            // inodes.
             let path = Path::new(&format!("/proc/{}/cwd", self.pid)).join(path);
             return Ok(openat(CWD, path, flags, Mode::empty())?.into());
         };
@@ -60,7 +61,7 @@ impl ProcessInfo {
     ///
     /// # Errors
     ///
-    /// What the kernel says; it lets root, and the user who owns the process, look.
+    /// The kernel's error; only root and the user who owns the process may look.
     pub fn open_files(&self) -> io::Result<HashSet<FileId>> {
         let mut files = HashSet::new();
         for entry in fs::read_dir(format!("/proc/{}/fd", self.pid))? {

@@ -1,4 +1,4 @@
-//! What lies behind guest RAM.
+//! The memory backends of guest RAM.
 
 use std::path::PathBuf;
 
@@ -19,9 +19,9 @@ pub struct MemoryBackend {
     pub share: bool,
     /// Its QOM type, e.g. `memory-backend-memfd`.
     pub kind: String,
-    /// The file or directory it was given, where its kind takes one.
+    /// The file or directory that it uses, if its type has one.
     pub path: Option<PathBuf>,
-    /// Its memory lies in huge pages that were asked for by this backend itself.
+    /// Its own option `hugetlb` puts its memory into huge pages.
     pub hugetlb: bool,
 }
 

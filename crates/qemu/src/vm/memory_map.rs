@@ -24,8 +24,8 @@ pub struct MemoryRange {
     pub guest_address: u64,
     /// Its length in bytes.
     pub bytes: u64,
-    /// The RAM block that it shows; `None` if it is none of those that a save contains, or if QEMU's text
-    /// fits several.
+    /// The RAM block that is mapped there; `None` if a save does not contain it, or if QEMU's text
+    /// matches several blocks.
     pub block: Option<String>,
     /// Where in the block it begins, in bytes.
     pub offset: u64,
@@ -34,15 +34,16 @@ pub struct MemoryRange {
 }
 
 impl Vm {
-    /// Returns which memory the guest sees at which address, in the order of the addresses; `None` if
-    /// QEMU does not say it in a way that we understand (it does from 2.10 to 11.1).
+    /// Returns the guest-physical ranges with memory, by ascending address; `None` if we do not
+    /// understand QEMU's text (we do from 2.10 to 11.1), or if QEMU cannot list its RAM blocks
+    /// (before 6.2).
     ///
-    /// A guest can change the map while it runs: firmware hides and shows its ROMs, and a driver moves
-    /// a device's memory.
+    /// A guest can change the map while it runs: firmware hides and shows its ROMs, and a driver
+    /// moves a device's memory.
     ///
     /// # Errors
     ///
-    /// [`VmError`] if QEMU does not answer.
+    /// [`VmError`] if QEMU does not answer, or if its list of RAM blocks is not understood.
     pub fn memory_map(&mut self) -> Result<Option<Vec<MemoryRange>>, VmError> {
         let arguments = json!({ "command-line": "info mtree -f" });
         let text = match self.execute("human-monitor-command", arguments) {
@@ -52,7 +53,7 @@ impl Vm {
         };
         match self.ram_blocks() {
             Ok(blocks) => Ok(parse(&text, &blocks)),
-            // QEMU before 6.2 does not name its blocks.
+            // QEMU before 6.2 has no command that lists its RAM blocks.
             Err(VmError::Qmp(QmpError::Refused { .. })) => Ok(None),
             Err(error) => Err(error),
         }
@@ -88,8 +89,8 @@ fn parse(text: &str, blocks: &[RamBlockInfo]) -> Option<Vec<MemoryRange>> {
     Some(ranges)
 }
 
-/// Returns the name of a memory region and the offset behind it, which QEMU leaves out if it is 0. The
-/// name of the accelerator may follow.
+/// Splits the end of a line into the region's name and offset. QEMU omits an offset of 0, and may
+/// append the accelerator's name.
 fn region_and_offset(text: &str) -> (&str, u64) {
     let offset = |rest: &str| hex(rest.get(..16)?);
     match text.rsplit_once(" @") {
@@ -98,8 +99,8 @@ fn region_and_offset(text: &str) -> (&str, u64) {
     }
 }
 
-/// Finds the block that shows as the region `name`: the region has the last part of its name, without
-/// the device that it belongs to.
+/// Finds the block of the region `name`. The region's name is the block's name, or its last part
+/// without the device's path; `None` if several blocks match.
 fn block_of<'a>(name: &str, blocks: &'a [RamBlockInfo]) -> Option<&'a RamBlockInfo> {
     if let Some(block) = blocks.iter().find(|block| block.name == name) {
         return Some(block);

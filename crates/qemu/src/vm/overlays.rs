@@ -1,4 +1,4 @@
-//! Overlays: from one moment on a guest writes to new images, and the old ones stay as they were.
+//! Overlays: from one moment on the guest writes to new images, and the old ones stay unchanged.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -11,30 +11,30 @@ use serde_json::{Value, json};
 use super::{Vm, VmError};
 use crate::qmp::unexpected;
 
-/// What the node name of every overlay of ours begins with.
+/// The prefix of the node name of every overlay that vmfile makes.
 pub(crate) const OVERLAY_PREFIX: &str = "vmf-";
 
-/// How often a merge is looked at.
+/// How often the state of a merge is polled.
 const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
-/// A qcow2 image that is put, or was put, on top of a disk's image.
+/// A qcow2 image that vmfile puts on top of a disk's image.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Overlay {
     /// The block node that is below it.
     below: String,
-    /// Its own block node, whose name no other has.
+    /// Its own block node, with a unique name.
     node: String,
     file: PathBuf,
 }
 
 impl Overlay {
-    /// Names an overlay of the block node `below`; it will lie in `file`.
+    /// Describes an overlay of the block node `below`, in `file`; creates nothing.
     #[must_use]
     pub fn new(below: &str, file: &Path) -> Overlay {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-        // QEMU (10.0) takes 31 characters.
+        // QEMU (10.0) allows at most 31 characters.
         let node = format!("{OVERLAY_PREFIX}{since:x}-{:x}-{number:x}", std::process::id());
         Overlay { below: below.to_owned(), node, file: file.to_path_buf() }
     }
@@ -59,14 +59,14 @@ impl Overlay {
 }
 
 impl Vm {
-    /// Puts all of `overlays` on top of their disks at one moment, or none of them.
+    /// Puts all of `overlays` on top of their disks in one transaction.
     ///
-    /// QEMU makes the images, each with the disk's image as its backing file. To a VM that stands
-    /// still the moment is that of its memory.
+    /// QEMU creates the images, each with the disk's image as its backing file. If the guest is
+    /// stopped, the disks below are of the same moment as its memory.
     ///
     /// # Errors
     ///
-    /// Whatever QEMU says; the disks are as they were then.
+    /// QEMU's error; no disk has changed then.
     pub fn take_overlays(&mut self, overlays: &[Overlay]) -> Result<(), VmError> {
         let action = |overlay: &Overlay| {
             json!({ "type": "blockdev-snapshot-sync", "data": {
@@ -81,13 +81,14 @@ impl Vm {
         Ok(self.execute("transaction", json!({ "actions": actions })).map(drop)?)
     }
 
-    /// Writes what an overlay holds into the image below it, which is on top of the disk again then.
+    /// Commits an overlay into the image below it, which the disk then uses again.
     ///
-    /// The guest may run meanwhile. The overlay's file is left.
+    /// The guest may run meanwhile. The overlay's file stays.
     ///
     /// # Errors
     ///
-    /// Whatever QEMU says; the disk keeps its overlay then. [`VmError::NotMerged`] after `timeout`.
+    /// QEMU's error, or [`VmError::NotMerged`] if the job fails or takes longer than `timeout`. The
+    /// disk then keeps its overlay.
     pub fn merge_overlay(&mut self, overlay: &Overlay, timeout: Duration) -> Result<(), VmError> {
         let deadline = Instant::now() + timeout;
         let job = overlay.node.as_str();
@@ -105,7 +106,8 @@ impl Vm {
             }
             thread::sleep(POLL_INTERVAL);
         }
-        // A job that failed is gone like one that ended well; the disk tells them apart.
+        // QEMU drops a failed job from the list just like a successful one. The disk shows which it
+        // was.
         let is_on_top = |node: Option<&str>| node == Some(job);
         if self.drives()?.iter().any(|drive| is_on_top(drive.node.as_deref())) {
             return Err(VmError::NotMerged { overlay: overlay.file.clone() });
@@ -113,7 +115,7 @@ impl Vm {
         Ok(())
     }
 
-    /// Returns whether a job waits to be told to complete; `None` if there is no such job.
+    /// Returns whether a job is ready for `block-job-complete`; `None` if there is no such job.
     fn block_job(&mut self, name: &str) -> Result<Option<bool>, VmError> {
         let answer = self.execute("query-block-jobs", Value::Null)?;
         let jobs = answer.as_array().ok_or_else(|| unexpected("query-block-jobs", "list"))?;

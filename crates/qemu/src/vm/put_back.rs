@@ -1,5 +1,5 @@
-//! Putting back what a save has changed in QEMU. Three do it: the save itself, its guardian, or
-//! the next vmfile that meets the VM.
+//! Undoing what a save has changed in QEMU. The save itself does it, or its guardian, or the next
+//! vmfile process that is used with the VM.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -18,78 +18,81 @@ const LONG: Duration = Duration::from_secs(60);
 /// How long QEMU may take to make its connections.
 const CONNECTING: Duration = Duration::from_secs(10);
 
-/// How long QEMU may take to hand out no more pages of a file that it writes.
+/// How long QEMU may take until it gives its threads no more pages of a file that it writes.
 const RUNNING_DRY: Duration = Duration::from_secs(10);
 
-/// How long QEMU may take for a command that waits for nothing.
+/// How long QEMU may take for a command that waits neither for a disk nor for a migration.
 const SHORT: Duration = Duration::from_secs(10);
 
-/// How long QEMU may take until it lets the guest run. It forgets a command when the connection ends,
-/// so a guardian stays: QEMU may be stopped itself, by a debugger or a full host.
+/// How long QEMU may take to resume the guest. QEMU's process may itself be stopped, by a debugger
+/// or an overloaded host, and QEMU forgets a command when the connection ends; so a guardian keeps
+/// waiting.
 const PATIENT: Duration = Duration::from_secs(3600);
 
 /// What a save may have changed, so far.
 #[derive(Clone, Copy, Debug)]
 pub struct Footprint<'a> {
-    /// Who saves, and how the VM was.
+    /// The save's record: which process saves, and the VM's state before.
     pub record: &'a SaveRecord,
-    /// Whether QEMU writes the file itself: its threads run dry before it is told to stop.
+    /// Whether QEMU writes the file itself: its threads must be idle before the migration is
+    /// cancelled.
     pub writes_file: bool,
-    /// The path and the id of the file of this save. The overlays are its own once it has its name: then
-    /// they stay.
+    /// The path and the id of the file of this save. Once the file has its name, the overlays
+    /// belong to it and stay.
     pub file: (&'a Path, FileId),
-    /// Whether the guest, if it ran, is to stay paused once the file has its name.
+    /// Whether a guest that ran before is to stay paused once the file has its name.
     pub stays_paused: bool,
 }
 
-/// One step of putting things back, for a process that may not ask and decide: QEMU's answer to
-/// `line` is the first line with `answer` in it.
+/// One step of the undo, for a process that cannot parse QEMU's answers: QEMU's answer to `line` is
+/// the first line that contains `answer`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum UndoStep {
-    /// Send a line and wait for its answer, whatever it says.
+    /// Send a line and wait for its answer, which may be an error.
     Ask {
         /// The line.
         line: Vec<u8>,
-        /// What its answer holds.
+        /// The text that identifies its answer.
         answer: Vec<u8>,
         /// How long it may take.
         limit: Duration,
     },
-    /// Send a line until its answer holds one of the words, or none of them.
+    /// Send a line again and again until its answer contains one of the words, or none of them.
     Until {
         /// The line.
         line: Vec<u8>,
-        /// What its answer holds.
+        /// The text that identifies its answer.
         answer: Vec<u8>,
         /// The words.
         words: &'static [&'static str],
-        /// A further word, which is not known before.
+        /// A further word, which depends on the VM; empty for none.
         word: String,
-        /// Whether one of them must be there, or none.
+        /// Whether one of the words must be there; if not, none of them may be.
         is_there: bool,
         /// How long it may take.
         limit: Duration,
     },
-    /// Send a line; unless its answer holds the word, carry out none of the later steps.
+    /// Send a line; unless its answer contains the word, carry out none of the later steps.
     OnlyIf {
         /// The line.
         line: Vec<u8>,
-        /// What its answer holds.
+        /// The text that identifies its answer.
         answer: Vec<u8>,
         /// The word.
         word: String,
         /// How long it may take.
         limit: Duration,
     },
-    /// Send a line until its answer is the same, from `from` to the next `}`, for as long as `quiet`.
+    /// Send a line again and again until the part of its answer from `from` to the next `}` has not
+    /// changed for `quiet`.
     UntilStill {
         /// The line.
         line: Vec<u8>,
-        /// What its answer holds.
+        /// The text that identifies its answer.
         answer: Vec<u8>,
-        /// Where the part begins.
+        /// The text with which the part begins.
         from: &'static str,
-        /// How long it is to be the same.
+        /// How long the part must stay the same.
         quiet: Duration,
         /// How long it may take.
         limit: Duration,
@@ -119,9 +122,9 @@ const UNDER_WAY: [&str; 8] = [
     "\"colo\"",
 ];
 
-/// Returns the steps by which everything is put back that a save may have changed, whether or not it
-/// has come to it: each does nothing to a VM that is as it was. They begin with the question whether
-/// the record in QEMU is the one of this save: the VM may be held by another.
+/// Returns the steps that undo everything that a save may have changed. The save need not have got
+/// that far: no step does anything to a VM that is as it was before. The first step checks that the
+/// record in QEMU is the one of this save, because by then another save may hold the VM.
 #[must_use]
 pub fn undo_steps(footprint: &Footprint<'_>) -> Vec<UndoStep> {
     let mut steps = Steps::default();
@@ -156,8 +159,8 @@ pub fn undo_steps(footprint: &Footprint<'_>) -> Vec<UndoStep> {
     steps.list
 }
 
-/// Returns the steps that end a QEMU, which may not have greeted yet: it then takes no other command
-/// before the first.
+/// Returns the steps that end a QEMU. Its monitor may not be in command mode yet, so the first step
+/// sends `qmp_capabilities`.
 #[must_use]
 pub fn steps_to_end() -> Vec<UndoStep> {
     let mut steps = Steps::default();
@@ -182,7 +185,8 @@ struct Steps {
 }
 
 impl Steps {
-    /// Adds the steps that `add` adds, which are left out if `file` is given and has its name by then.
+    /// Adds the steps that `add` adds. If `file` is given, they are skipped once the file has its
+    /// name.
     fn unless(&mut self, file: Option<(&Path, FileId)>, add: impl FnOnce(&mut Steps)) {
         let before = self.list.len();
         add(self);
@@ -221,11 +225,12 @@ impl Steps {
         self.list.push(UndoStep::Until { line, answer, words, word, is_there, limit });
     }
 
-    /// Tells QEMU to stop what it sends: the process that received it is gone. QEMU says that the migration is over some moments before it takes `cont` again
-    /// ("Migration is not finalized yet", 7.2 to 11.1).
+    /// Cancels the migration: the process that received it is gone. QEMU reports the end of the
+    /// migration some moments before it accepts `cont` again ("Migration is not finalized yet", 7.2
+    /// to 11.1), so the last step waits for that.
     fn end_migration(&mut self, writes_file: bool) {
         let over = (&UNDER_WAY[..], String::new());
-        // Told to stop while it connects, QEMU 10.0.2 may abort.
+        // QEMU 10.0.2 may abort if the migration is cancelled while it connects.
         let connects = (&["\"setup\""][..], String::new());
         self.until(("query-migrate", json!({})), connects, false, CONNECTING);
         if writes_file {
@@ -242,12 +247,12 @@ impl Steps {
         self.until(("query-status", json!({})), finishes, false, LONG);
     }
 
-    /// Writes what an overlay holds into the image below it, and removes it.
+    /// Commits an overlay into the image below it, and removes its file.
     fn merge(&mut self, overlay: &Overlay) {
         let node = overlay.node();
         let commit = json!({ "job-id": node, "device": node, "base-node": overlay.below() });
         self.ask("block-commit", commit, SHORT);
-        // Refused until the job is ready; and once it is over there is none of that name.
+        // QEMU refuses this until the job is ready. Once the job has ended, it answers "not found".
         let ended = (&["\"return\"", "not found"][..], String::new());
         let complete = ("block-job-complete", json!({ "device": node }));
         self.until(complete, ended, true, LONG);
@@ -258,13 +263,14 @@ impl Steps {
 }
 
 impl StreamSettings {
-    /// Returns the commands that set all of these settings, whatever QEMU has now.
+    /// Returns the commands that set all of these settings, whatever QEMU's current ones are.
     fn commands(&self) -> [(&'static str, Value); 2] {
         let capability =
             |(name, state): (&String, &bool)| json!({ "capability": name, "state": state });
         let capabilities: Vec<Value> = self.capabilities().iter().map(capability).collect();
         let parameters = Value::Object(self.parameters().clone());
-        // Capabilities first: with mapped RAM on, QEMU takes no parameter that does not go with it.
+        // Capabilities first: while mapped-ram is on, QEMU refuses parameters that conflict with
+        // it.
         [
             ("migrate-set-capabilities", json!({ "capabilities": capabilities })),
             ("migrate-set-parameters", parameters),
@@ -273,12 +279,12 @@ impl StreamSettings {
 }
 
 impl Vm {
-    /// Puts back what the save of `record` has changed and left. Overlays for which `is_kept` says so
-    /// belong to a file and stay.
+    /// Undoes what the save of `record` has changed in QEMU. Overlays stay if `is_kept` returns
+    /// `true` for them: they belong to a file.
     ///
     /// # Errors
     ///
-    /// Whatever QEMU says; the record is still there then.
+    /// QEMU's error; the record then stays in QEMU.
     pub fn put_back(
         &mut self,
         record: &SaveRecord,
@@ -297,19 +303,20 @@ impl Vm {
         self.let_go()
     }
 
-    /// Puts back what takes no time: lets the guest run, and restores settings. Overlays stay, and so
-    /// does the record, for [`Vm::put_back`].
+    /// Undoes everything but the overlays: ends the migration, resumes the guest, and restores the
+    /// settings. The overlays and the record stay, for [`Vm::put_back`].
     ///
     /// # Errors
     ///
-    /// Whatever QEMU says.
+    /// QEMU's error, or [`VmError::NotStill`] if the migration does not end.
     pub fn put_back_at_once(&mut self, record: &SaveRecord) -> Result<(), VmError> {
         if record.settings.is_some() {
             self.end_left_migration()?;
         }
         let is_still = match self.run_state()? {
             RunState::Paused => true,
-            // Of a save that starts no migration, it is another client's: the guest runs elsewhere.
+            // If the save starts no migration, another client migrated the guest, and it runs
+            // elsewhere.
             RunState::PostMigrate => record.settings.is_some(),
             _ => false,
         };
@@ -321,7 +328,7 @@ impl Vm {
             let current = self.stream_settings()?;
             self.change_stream_settings(&current, before)?;
             match pass_fd::closefd(&mut self.qmp, outgoing::STREAM_NAME) {
-                // None of that name.
+                // QEMU refuses if it has no descriptor of that name.
                 Ok(()) | Err(QmpError::Refused { .. }) => {}
                 Err(error) => return Err(error.into()),
             }
@@ -329,7 +336,7 @@ impl Vm {
         Ok(pass_fd::remove_left(&mut self.qmp)?)
     }
 
-    /// Ends a migration whose other end is gone.
+    /// Ends a migration whose receiver is gone.
     fn end_left_migration(&mut self) -> Result<(), VmError> {
         self.wait_connected(Instant::now() + CONNECTING)?;
         match self.outgoing()? {

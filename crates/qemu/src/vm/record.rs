@@ -1,9 +1,9 @@
-//! The record of a save, kept inside QEMU: who saves the VM, and what must be put back.
+//! The record of a save, kept inside QEMU: which process saves the VM, and what must be undone.
 //!
-//! It is the data of a `secret` object of the VM, which has nothing secret in it: QEMU refuses a
-//! second object of that name, so that there is one save of a VM at a time whatever monitor it uses;
-//! every client of QEMU can read it; and it ends with QEMU. No part of the machine depends on such an
-//! object, and it is in no migration stream (tried on 7.2, 10.0 and 11.1).
+//! It is the data of a `secret` object of the VM, though nothing in it is secret. QEMU refuses a
+//! second object of that name, so only one save of a VM can run at a time, whatever monitor it
+//! uses. Every client of QEMU can read the record, and it ends with QEMU. No part of the machine
+//! depends on such an object, and no migration stream contains it (tried on 7.2, 10.0 and 11.1).
 
 use std::fmt;
 use std::path::PathBuf;
@@ -24,13 +24,13 @@ pub(crate) const RECORD_ID: &str = "vmfile-save";
 pub struct SaveRecord {
     /// The process that saves.
     pub holder: Holder,
-    /// The process id of its guardian, of which this save has its own.
+    /// The process id of this save's guardian. Each save has a guardian of its own.
     pub guardian: u32,
     /// The file that is being written.
     pub destination: PathBuf,
-    /// Whether the guest ran when the save began: then it is to run on.
+    /// Whether the guest ran when the save began, and so is to be resumed.
     pub was_running: bool,
-    /// The migration settings as they were, where the save changes them.
+    /// The migration settings before the save; `None` if the save does not change them.
     pub settings: Option<StreamSettings>,
     /// The overlays that the save puts on top of disks.
     pub overlays: Vec<Overlay>,
@@ -42,24 +42,24 @@ impl SaveRecord {
         (&self.holder, self.guardian) == (&other.holder, other.guardian)
     }
 
-    /// Returns what QEMU's answer to [`inquiry`] holds if it has the record of this save, whatever
-    /// else the record says by then.
+    /// Returns text that QEMU's answer to [`inquiry`] contains if it has the record of this save.
+    /// The fields that an update may change are not in it.
     pub(crate) fn mark(&self) -> String {
         let holder = serde_json::to_string(&self.holder).expect("plain data has a JSON form");
         let start = format!("\"holder\":{holder},\"guardian\":{},", self.guardian);
-        // It is a string within QEMU's answer.
+        // The record is a JSON string inside QEMU's answer, so its quotes are escaped there.
         start.replace('"', "\\\"")
     }
 }
 
-/// A process, told from others that have or had its number.
+/// A process, with what distinguishes it from others of the same number.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Holder {
-    /// Its process id, as its own namespace numbers it.
+    /// Its process id in its own PID namespace.
     pub pid: u32,
-    /// When it was started, in the kernel's ticks since the boot (field 22 of `/proc/PID/stat`).
+    /// Its start time in the kernel's ticks since boot (field 22 of `/proc/PID/stat`).
     pub started_at_ticks: u64,
-    /// The boot and the process namespace that these numbers belong to.
+    /// The boot and the PID namespace in which these numbers are valid.
     pub namespace: String,
 }
 
@@ -76,8 +76,8 @@ impl Holder {
         Ok(Holder { pid, started_at_ticks, namespace: proc::namespace().map_err(unreadable)? })
     }
 
-    /// Returns whether the process still runs; `None` if this process cannot see it, because it runs
-    /// in another process namespace or on another host.
+    /// Returns whether the process still runs; `None` if this process cannot see it, because it
+    /// runs in another process namespace or on another host.
     #[must_use]
     pub fn is_alive(&self) -> Option<bool> {
         if proc::namespace().ok()? != self.namespace {
@@ -98,11 +98,12 @@ impl fmt::Display for Holder {
 }
 
 impl Vm {
-    /// Leaves `record` in QEMU, so that no other save of this VM begins.
+    /// Puts `record` into QEMU, so that no other save of this VM can begin.
     ///
     /// # Errors
     ///
-    /// [`VmError::Held`] when there is a record already, of a save at work or of one that was killed.
+    /// [`VmError::Held`] when QEMU already has a record, of a save that runs or of one that was
+    /// killed.
     pub fn hold(&mut self, record: &SaveRecord) -> Result<(), VmError> {
         let data = serde_json::to_string(record).expect("plain data has a JSON form");
         let object = json!({ "qom-type": "secret", "id": RECORD_ID, "data": data });
@@ -138,7 +139,7 @@ impl Vm {
         serde_json::from_str(text).map(Some).map_err(|source| VmError::UnknownRecord { source })
     }
 
-    /// Removes the record of a save: everything was put back.
+    /// Removes the record of a save, after everything was undone.
     ///
     /// # Errors
     ///
@@ -152,12 +153,12 @@ fn record_path() -> String {
     format!("/objects/{RECORD_ID}")
 }
 
-/// Returns the command that asks for a record.
+/// Returns the command that reads the record.
 pub(crate) fn inquiry() -> (&'static str, Value) {
     ("qom-get", json!({ "path": record_path(), "property": "data" }))
 }
 
-/// Returns the command that removes a record.
+/// Returns the command that removes the record.
 pub(crate) fn removal() -> (&'static str, Value) {
     ("object-del", json!({ "id": RECORD_ID }))
 }
