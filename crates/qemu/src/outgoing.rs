@@ -1,4 +1,4 @@
-//! A running VM that sends itself: as a stream, or as a file that QEMU writes.
+//! Outgoing migration of a running VM: as a stream, or as a file that QEMU writes.
 
 use std::collections::BTreeMap;
 use std::num::NonZeroU8;
@@ -17,24 +17,25 @@ use crate::vm::{RunState, Vm, VmError};
 /// The name under which QEMU keeps the stream's descriptor until it writes to it.
 pub(crate) const STREAM_NAME: &str = "vmfile-outgoing";
 
-/// How often QEMU is asked how far it is.
+/// How often the state of the migration is polled.
 const POLL_INTERVAL: Duration = Duration::from_millis(2);
 
-/// A bandwidth at which QEMU hands its threads some pages every tenth of a second, in bytes each
-/// second: it takes less than ten for no limit (10.0).
+/// A bandwidth in bytes per second at which QEMU gives its threads only a few pages every tenth of
+/// a second. QEMU (10.0) treats less than ten bytes per second as no limit.
 const TRICKLE: u64 = 4096;
 
-/// How long QEMU has handed out nothing when its threads have run dry: less than the time between two
-/// portions of a trickle, long enough for a thread of a busy host to have marked its pages. A fixed
-/// rest of 200 ms, at whose end a portion may just have been handed out, killed 2 VMs in 400.
+/// QEMU's threads count as idle when QEMU has given them no pages for this long. It is less than
+/// the time between two portions of a trickle, and long enough for a thread on a busy host to have
+/// marked its pages. A fixed wait of 200 ms, which may end just after a portion, killed 2 VMs in
+/// 400.
 pub(crate) const QUIET: Duration = Duration::from_millis(50);
 
-/// Returns the command by which QEMU hands its threads hardly any page from now on.
+/// Returns the command after which QEMU gives its threads hardly any pages.
 pub(crate) fn trickle() -> (&'static str, Value) {
     ("migrate-set-parameters", json!({ "max-bandwidth": TRICKLE }))
 }
 
-/// Parameters that decide about what is sent and how fast, as far as a QEMU has them.
+/// Parameters that affect what is sent and how fast. Not every QEMU has all of them.
 const PARAMETERS: [&str; 7] = [
     "tls-creds",
     "max-bandwidth",
@@ -45,15 +46,15 @@ const PARAMETERS: [&str; 7] = [
     "direct-io",
 ];
 
-/// Capabilities by which QEMU writes pages at fixed offsets, several at a time.
+/// Capabilities with which several threads of QEMU write pages at fixed offsets.
 const FILE_CAPABILITIES: [&str; 2] = ["mapped-ram", "multifd"];
 
-/// A capability that changes nothing about the stream: QEMU tells more of what it does.
+/// Capabilities that do not change the stream: with `events`, QEMU sends more events.
 const HARMLESS: [&str; 1] = ["events"];
 
-/// How QEMU is to send: capabilities and parameters, by QEMU's names.
+/// QEMU's migration capabilities and parameters, by QEMU's names.
 ///
-/// Read from a VM, it is what the VM had, and can be given back.
+/// Those that were read from a VM can be restored later.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StreamSettings {
     capabilities: BTreeMap<String, bool>,
@@ -62,8 +63,8 @@ pub struct StreamSettings {
 
 impl StreamSettings {
     /// Returns these settings with every capability off that changes the stream, without TLS, which
-    /// neither a pair of sockets nor a file has, and without a limit on bandwidth: the default of
-    /// 128 MiB/s holds for a VM that is stopped, too (QEMU 10.0).
+    /// neither a socket pair nor a file supports, and without a bandwidth limit: QEMU (10.0)
+    /// applies the default of 128 MiB/s to a stopped VM too.
     #[must_use]
     pub fn plain(&self) -> StreamSettings {
         let mut plain = self.clone();
@@ -77,10 +78,10 @@ impl StreamSettings {
         plain
     }
 
-    /// Returns plain settings by which the guest runs while it is sent, and stands still for about
-    /// `pause_max` at the end.
+    /// Returns plain settings with which the guest runs while QEMU sends it, and is stopped for
+    /// about `pause_max` at the end.
     ///
-    /// With `hold` it waits at the end, stopped, until [`Vm::switch_over`].
+    /// With `hold`, QEMU stops the guest before the last part and waits for [`Vm::switch_over`].
     #[must_use]
     pub fn pre_copy(&self, pause_max: Duration, hold: bool) -> StreamSettings {
         let mut settings = self.plain();
@@ -92,8 +93,8 @@ impl StreamSettings {
         settings
     }
 
-    /// Returns plain settings by which the guest is sent as it was at one moment while it runs on;
-    /// `None` if this QEMU cannot (before 6.0).
+    /// Returns plain settings with which QEMU sends the guest's state of one moment while the guest
+    /// runs on; `None` if this QEMU cannot (before 6.0).
     #[must_use]
     pub fn background_snapshot(&self) -> Option<StreamSettings> {
         let mut settings = self.plain();
@@ -101,9 +102,9 @@ impl StreamSettings {
         Some(settings)
     }
 
-    /// Returns plain settings by which pages go by `channels` connections beside the stream, as they
-    /// are; zero pages are named beside those that they lie between, where QEMU can (9.0), whatever its
-    /// machine type has for a default.
+    /// Returns plain settings with which QEMU sends pages uncompressed over `channels` connections
+    /// beside the stream. QEMU 9.0 and later also report zero pages on these connections, whatever
+    /// the machine type's default is.
     #[must_use]
     pub fn multifd(&self, channels: NonZeroU8) -> StreamSettings {
         let mut settings = self.plain();
@@ -114,12 +115,12 @@ impl StreamSettings {
         settings
     }
 
-    /// Returns these settings as [`StreamSettings::plain`] does, but for a mapped-ram file that
-    /// `channels` threads of QEMU write, past the page cache if `direct_io` says so.
+    /// Returns plain settings with which `channels` threads of QEMU write a mapped-ram file, by
+    /// direct I/O if `direct_io` is set.
     ///
-    /// QEMU 10.0 looks at `direct-io` only where both capabilities are on, and compresses no page of
-    /// such a file. The guest is to stand still: QEMU leaves no RAM for the last moment, which
-    /// knows no limit on bandwidth, so that [`Vm::cancel_file`] finds one in force.
+    /// QEMU 10.0 uses `direct-io` only if both capabilities are on, and compresses no page of such
+    /// a file. The guest must be stopped. With a downtime limit of 0, QEMU leaves no RAM for the
+    /// last phase, which ignores the bandwidth limit; [`Vm::cancel_file`] needs that limit to work.
     #[must_use]
     pub fn mapped_ram(&self, channels: NonZeroU8, direct_io: bool) -> StreamSettings {
         let mut file = self.plain();
@@ -142,7 +143,7 @@ impl StreamSettings {
         &self.parameters
     }
 
-    /// Whether this QEMU can write past the page cache.
+    /// Whether this QEMU can write by direct I/O.
     #[must_use]
     pub fn has_direct_io(&self) -> bool {
         self.parameters.contains_key("direct-io")
@@ -158,7 +159,7 @@ impl StreamSettings {
 
 /// Descriptors of one file that QEMU keeps, so that it can write the file.
 ///
-/// [`Vm::drop_file`] makes it let go of them.
+/// [`Vm::drop_file`] makes QEMU close them.
 #[derive(Debug)]
 #[must_use = "QEMU keeps the descriptors until it is told to drop them"]
 pub struct KeptFile {
@@ -176,24 +177,24 @@ pub struct SentRam {
     pub pages: u64,
 }
 
-/// How far a VM has come with sending itself.
+/// The state of an outgoing migration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Outgoing {
-    /// It sends, or has begun to.
+    /// The migration is starting or under way.
     Active,
-    /// The VM is stopped and waits for [`Vm::switch_over`]; its disks are still its own.
+    /// The VM is stopped and waits for [`Vm::switch_over`]; it still has its disks.
     Held,
-    /// All was sent; the VM is stopped and waits for its end, or for `cont`.
+    /// QEMU has sent everything; the VM is stopped until it is ended or resumed with `cont`.
     Completed,
-    /// It was not sent; QEMU's own words.
+    /// The migration failed; QEMU's own words.
     Failed(String),
-    /// It was told to stop, and has; or it never began.
+    /// The migration was cancelled, or none was started.
     Cancelled,
 }
 
 impl Vm {
-    /// Returns the capabilities and parameters that decide about a stream.
+    /// Returns the current capabilities and parameters that affect a stream.
     ///
     /// # Errors
     ///
@@ -227,7 +228,8 @@ impl Vm {
         current: &StreamSettings,
         wanted: &StreamSettings,
     ) -> Result<(), VmError> {
-        // With mapped RAM on, QEMU takes no parameter while it has ones that do not go with that.
+        // While mapped-ram is on, QEMU refuses every change of parameters if one of them conflicts
+        // with it.
         if wanted.capabilities.get(FILE_CAPABILITIES[0]) == Some(&true) {
             self.change_parameters(current, wanted)?;
             self.change_capabilities(current, wanted)
@@ -285,15 +287,15 @@ impl Vm {
         drop(stream);
         let uri = format!("fd:{STREAM_NAME}");
         if let Err(error) = self.execute("migrate", json!({ "uri": uri })) {
-            // What matters is why it was refused; QEMU drops the descriptor or keeps it.
+            // Return the reason for the refusal, even if QEMU cannot close the descriptor.
             let _ = pass_fd::closefd(&mut self.qmp, STREAM_NAME);
             return Err(error.into());
         }
         Ok(())
     }
 
-    /// Makes QEMU send the VM to a Unix socket, which it connects to as often as it has channels to
-    /// send by; returns as soon as it has begun.
+    /// Makes QEMU send the VM to a Unix socket; returns as soon as it has begun. QEMU connects to
+    /// the socket once for each channel.
     ///
     /// # Errors
     ///
@@ -303,7 +305,8 @@ impl Vm {
         Ok(self.execute("migrate", json!({ "uri": uri })).map(drop)?)
     }
 
-    /// Returns how long the guest stood still, from QEMU's events so far, which are forgotten.
+    /// Returns how long the guest was stopped, from the events received so far, and discards them;
+    /// `None` if no `RESUME` is among them.
     #[must_use]
     pub fn pause_seen(&mut self) -> Option<Duration> {
         let mut stopped = None;
@@ -321,15 +324,15 @@ impl Vm {
         pause
     }
 
-    /// Gives QEMU descriptors of a file that it is to write; the caller may close its own.
+    /// Passes QEMU descriptors of a file that it is to write; the caller may close its own.
     ///
-    /// QEMU takes by the flags what it wants: for the stream one that is open for writing only, and
-    /// for pages one that has `O_DIRECT` as well where the parameter `direct-io` is on. Each must have
-    /// been opened by itself.
+    /// QEMU chooses a descriptor by its flags: a write-only one for the stream, and for pages one
+    /// that also has `O_DIRECT` if the parameter `direct-io` is on. Each must come from its own
+    /// `open`.
     ///
     /// # Errors
     ///
-    /// Whatever QEMU says; it keeps none of them then.
+    /// QEMU's error; QEMU keeps none of the descriptors then.
     pub fn keep_file(&mut self, descriptors: &[OwnedFd]) -> Result<KeptFile, VmError> {
         for fd in descriptors {
             if let Err(error) = pass_fd::add_fd(&mut self.qmp, FILE_FDSET, fd.as_fd()) {
@@ -342,7 +345,7 @@ impl Vm {
         Ok(KeptFile { _private: () })
     }
 
-    /// Makes QEMU let go of a file.
+    /// Makes QEMU close its descriptors of a file.
     ///
     /// # Errors
     ///
@@ -361,7 +364,7 @@ impl Vm {
         Ok(self.execute("migrate", json!({ "uri": uri })).map(drop)?)
     }
 
-    /// Returns how far the VM has come with sending itself.
+    /// Returns the state of the outgoing migration.
     ///
     /// # Errors
     ///
@@ -388,7 +391,7 @@ impl Vm {
         Ok((outgoing(&answer), sent))
     }
 
-    /// Lets a VM send the rest that waits with all but that sent ([`Outgoing::Held`]).
+    /// Lets a VM that waits before the last part ([`Outgoing::Held`]) send that part.
     ///
     /// # Errors
     ///
@@ -398,7 +401,7 @@ impl Vm {
         Ok(self.execute("migrate-continue", state).map(drop)?)
     }
 
-    /// Waits at most `timeout` until the VM has sent itself, or not.
+    /// Waits at most `timeout` until the migration has ended, and returns its state.
     ///
     /// # Errors
     ///
@@ -418,7 +421,7 @@ impl Vm {
         }
     }
 
-    /// Waits until QEMU lets go of a VM that it has sent, or not: it says that the migration is over
+    /// Waits until QEMU has cleaned up after a migration. QEMU reports the end of the migration
     /// some moments before, and refuses `cont` meanwhile ("Migration is not finalized yet", 7.2).
     pub(crate) fn settle(&mut self, deadline: Instant) -> Result<(), VmError> {
         while self.run_state()? == RunState::FinishMigrate && Instant::now() < deadline {
@@ -427,11 +430,11 @@ impl Vm {
         Ok(())
     }
 
-    /// Ends a sending, whatever QEMU is at, and waits at most `timeout` in all until it has: the VM can
-    /// be told to go on then, or be sent again.
+    /// Cancels an outgoing migration, in whatever phase it is, and waits at most `timeout` in all
+    /// until it has ended. After that the VM can be resumed, or sent again.
     ///
-    /// Where QEMU sends by several connections, the other ends must take what comes until this
-    /// returns, connections as well as bytes, and must not close before: see the route `stream`.
+    /// If QEMU sends over several connections, the receivers must keep accepting connections and
+    /// reading until this returns, and must not close before: see the route `stream`.
     ///
     /// # Errors
     ///
@@ -445,7 +448,7 @@ impl Vm {
         })
     }
 
-    /// Waits while QEMU connects to where it sends: told to stop then, QEMU 10.0.2 may abort.
+    /// Waits while QEMU connects to the receiver: QEMU 10.0.2 may abort if cancelled meanwhile.
     pub(crate) fn wait_connected(&mut self, deadline: Instant) -> Result<(), VmError> {
         loop {
             let answer = self.execute("query-migrate", Value::Null)?;
@@ -457,11 +460,11 @@ impl Vm {
         }
     }
 
-    /// As [`Vm::cancel_sending`], for a VM that several threads of QEMU write to a file.
+    /// Cancels like [`Vm::cancel_sending`], for a file that several threads of QEMU write.
     ///
-    /// Told to stop, QEMU (10.0.2) frees the bitmaps of a mapped-ram file before it ends those
-    /// threads; one that has just been handed pages then writes through a null pointer, and the VM
-    /// is gone. So its threads are made to run dry first.
+    /// When it cancels, QEMU (10.0.2) frees the bitmaps of a mapped-ram file before it ends those
+    /// threads; a thread that has just been given pages then writes through a null pointer, and
+    /// QEMU crashes. So this first waits until the threads are idle.
     ///
     /// # Errors
     ///
@@ -489,7 +492,7 @@ impl Vm {
         }
     }
 
-    /// Stops the sending, and waits at most `timeout` until QEMU has; the VM is as it was.
+    /// Cancels the migration, and waits at most `timeout` until it has ended.
     ///
     /// # Errors
     ///
@@ -500,7 +503,7 @@ impl Vm {
     }
 }
 
-/// Reads how far a VM has come from the answer to `query-migrate`.
+/// Reads the state of the migration from the answer to `query-migrate`.
 fn outgoing(answer: &Value) -> Outgoing {
     let text = |key| answer.get(key).and_then(Value::as_str);
     match text("status") {
