@@ -1,4 +1,4 @@
-//! A waiting QEMU that loads a stream.
+//! Incoming migration: a waiting QEMU loads a stream.
 //!
 //! QEMU must have been started with `-incoming defer`. The stream arrives on a descriptor: a socket
 //! or a pipe whose other end is ours, or a file.
@@ -17,22 +17,22 @@ use crate::vm::{PUT_BACK_TIMEOUT, RunState, Vm, VmError};
 /// The name under which QEMU keeps the stream's descriptor until it reads it.
 const STREAM_NAME: &str = "vmfile-stream";
 
-/// Shortest and longest pause between two looks at a loading QEMU.
+/// Shortest and longest pause between two polls of a loading QEMU.
 ///
 /// The first is short because a small stream loads in a few milliseconds; the last keeps a load
 /// of minutes from costing a CPU.
 const POLL_INTERVALS: (Duration, Duration) =
     (Duration::from_micros(250), Duration::from_millis(20));
 
-/// How long one look may take: a device that is being loaded may keep QEMU from answering. Longer than
-/// QEMU's process may be stopped before that is the answer.
+/// How long one poll may take: QEMU may be unable to answer while it loads a device. It is longer
+/// than `STILL_TIMEOUT`, so that a stopped process is reported as such and not as a timeout.
 const POLL_TIMEOUT: Duration = STILL_TIMEOUT.saturating_mul(2);
 
 /// A stream was not loaded.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum LoadError {
-    /// QEMU could not be asked.
+    /// The query of QEMU's state failed.
     #[error(transparent)]
     Vm(#[from] VmError),
     /// QEMU does not wait for a stream.
@@ -92,14 +92,14 @@ impl Vm {
         self.incoming_ready()?;
         pass_fd::getfd(&mut self.qmp, STREAM_NAME, stream.as_fd())?;
         drop(stream);
-        // QEMU 9.1 and later can be told to stay, so that it can be asked what was wrong.
+        // QEMU 9.1 and later can stay after a failure, so that we can query the reason.
         let arguments = if self.version()?.has(Feature::ExitOnError) {
             json!({"uri": format!("fd:{STREAM_NAME}"), "exit-on-error": false})
         } else {
             json!({"uri": format!("fd:{STREAM_NAME}")})
         };
         if let Err(error) = self.execute("migrate-incoming", arguments) {
-            // What matters is why the stream was refused; QEMU is of no more use either way.
+            // Return the reason for the refusal; this QEMU cannot be used any more anyway.
             let _ =
                 self.unstoppable(PUT_BACK_TIMEOUT, |vm| pass_fd::closefd(&mut vm.qmp, STREAM_NAME));
             return Err(error.into());
@@ -107,7 +107,7 @@ impl Vm {
         Ok(())
     }
 
-    /// Waits until QEMU has loaded the stream, `deadline` passes, or `cancelled` says so.
+    /// Waits until QEMU has loaded the stream, `deadline` passes, or `cancelled` returns `true`.
     ///
     /// Afterwards the VM is paused, provided that QEMU was started with `-S`; `cont` lets it run.
     ///

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::error::QmpError;
 
-/// How long a command may take unless it is one that waits for disks.
+/// How long a command may take that does not wait for disks.
 ///
 /// QEMU answers a query in microseconds; half a minute forgives a host that is swapping.
 pub const COMMAND_TIMEOUT: Duration = Duration::from_secs(30);
@@ -39,7 +39,8 @@ pub(super) fn encode(command: &str, arguments: &Value, id: u64) -> Vec<u8> {
 
 /// Returns one command as the line that QEMU reads; its answer has `id` in it, in quotes.
 ///
-/// This is for a connection that goes on in other hands: numbers are the ids of [`Qmp`](super::Qmp).
+/// It is for another user of a connection that [`Qmp`](super::Qmp) has used, whose own ids are
+/// numbers.
 #[must_use]
 pub fn command_line(command: &str, arguments: &Value, id: &str) -> Vec<u8> {
     let message = json!({"execute": command, "arguments": arguments, "id": id});
@@ -50,8 +51,8 @@ pub fn command_line(command: &str, arguments: &Value, id: &str) -> Vec<u8> {
 
 /// Reads a received object as the answer to command `id`; `None` when it answers another one.
 ///
-/// An answer to another id belongs to a command that we stopped waiting for, or to an earlier client
-/// of this monitor, which may have sent no ids.
+/// An answer to another id belongs to a command that we stopped waiting for, or to an earlier
+/// client of this monitor, which may have sent no ids.
 pub(super) fn decode_answer(
     mut message: Value,
     command: &str,
@@ -73,7 +74,7 @@ pub(super) fn decode_answer(
     }))
 }
 
-/// Tells whether QEMU said that it has no such command, as an older one or another target does.
+/// Tells whether QEMU lacks the command, because it is too old or built for another target.
 pub(crate) fn is_missing_command(error: &QmpError) -> bool {
     matches!(error, QmpError::Refused { class, .. } if class == "CommandNotFound")
 }

@@ -1,7 +1,7 @@
-//! How a monitor's socket is connected to without waiting in the kernel, and who holds it.
+//! Connecting to a monitor's socket without blocking in the kernel.
 //!
-//! QEMU serves one client of a monitor at a time and keeps room for two more (its backlog is 1,
-//! QEMU 7.2 to 11.1). One that finds no room is told so, and tries again for a while.
+//! QEMU serves one client of a monitor at a time, and two more can wait (its backlog is 1, QEMU 7.2
+//! to 11.1). If the backlog is full, `connect` fails, and we retry for a while.
 
 use std::fs;
 use std::os::unix::net::UnixStream;
@@ -15,7 +15,7 @@ use super::holders::Holders;
 use super::wait::{Wait, WaitEnd};
 use crate::{proc, unix_socket};
 
-/// How often a full backlog is tried again.
+/// The pause between two attempts when the backlog is full.
 const RETRY_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Connects to the socket at `path`.
@@ -46,11 +46,11 @@ pub(super) fn connect_within(path: &Path, wait: &mut Wait) -> Result<UnixStream,
     }
 }
 
-/// Tells whether this is the monitor by which libvirt speaks to a VM, of the system or of a user: its
-/// socket is `.../libvirt/qemu/.../domain-ID-NAME/monitor.sock` (libvirt 11.3).
+/// Tells whether this is libvirt's own monitor of a VM, of the system or of a user: its socket is
+/// `.../libvirt/qemu/.../domain-ID-NAME/monitor.sock` (libvirt 11.3).
 ///
-/// libvirt holds it for good. A client that waits there gets it in the moment in which libvirtd is
-/// started anew, and libvirtd then takes the VM for crashed.
+/// libvirt keeps it as long as the VM runs. If libvirtd restarts, a waiting client gets the monitor
+/// instead, and libvirtd believes that the VM has crashed.
 pub(crate) fn is_of_libvirt(path: &Path) -> bool {
     let path = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
     let words: Vec<&str> = path.iter().filter_map(|word| word.to_str()).collect();
@@ -59,8 +59,8 @@ pub(crate) fn is_of_libvirt(path: &Path) -> bool {
         && is_below
 }
 
-/// Returns the QEMU that listens on the other end of `stream`; `None` where another process does, as
-/// libvirt may have made the socket.
+/// Returns the QEMU that made the listening socket of `stream`; `None` if another process made it,
+/// as libvirt may have.
 pub(super) fn process_of(stream: &UnixStream) -> Option<u32> {
     let peer = rustix::net::sockopt::socket_peercred(stream).ok()?;
     let pid = peer.pid.as_raw_pid().unsigned_abs();

@@ -58,8 +58,9 @@ impl Qmp {
     ///
     /// # Errors
     ///
-    /// [`QmpError::Connect`], [`QmpError::NoRoom`] when others wait already, [`QmpError::NoGreeting`]
-    /// when the socket stays silent, and [`QmpError::NotQmp`] when it says something else.
+    /// [`QmpError::Connect`], [`QmpError::NoRoom`] when others wait already,
+    /// [`QmpError::NoGreeting`] when the socket stays silent, and [`QmpError::NotQmp`] when it says
+    /// something else.
     pub fn connect(path: &Path, timeout: Duration) -> Result<Qmp, QmpError> {
         Qmp::connect_until(path, timeout, None)
     }
@@ -86,8 +87,8 @@ impl Qmp {
         greeted
     }
 
-    /// Takes over a connected socket, of QEMU's process `process` where that is known; otherwise as
-    /// [`Qmp::connect_until`].
+    /// Takes over a connected socket, otherwise as [`Qmp::connect_until`]. `process` is QEMU's
+    /// process, if the caller knows it.
     ///
     /// # Errors
     ///
@@ -133,28 +134,30 @@ impl Qmp {
     /// Makes every wait of this connection end soon after `stop` is set, with
     /// [`QmpError::Stopped`].
     ///
-    /// The flag is looked at every tenth of a second. The answer to a command that QEMU has already
-    /// is waited for 0.3 s more, so that it is known what the command did, unless QEMU hangs.
+    /// The flag is checked every tenth of a second. If a command has been sent already, the wait
+    /// for its answer goes on for 0.3 s, so that the caller learns what the command did, unless
+    /// QEMU hangs.
     pub fn set_stop(&mut self, stop: Arc<AtomicBool>) {
         self.limits.set_stop(stop);
     }
 
-    /// Makes every wait for an answer end when QEMU's process has been stopped for a while, by SIGSTOP
-    /// or a debugger, with [`QmpError::ProcessStopped`].
+    /// Makes every wait for an answer end when QEMU's process has been stopped for a while, by
+    /// SIGSTOP or a debugger, with [`QmpError::ProcessStopped`].
     ///
-    /// Where QEMU made the socket that was connected to, its process is known without this.
+    /// If QEMU itself made the socket, its process is known without this call.
     pub fn set_process(&mut self, pid: u32) {
         self.limits.set_process(pid);
     }
 
-    /// Lets `work` put things back: its commands run although the stop flag is set, and wait for
-    /// `limit` in all.
+    /// Runs `work`, whose commands ignore the stop flag and may take `limit` in all. It is for
+    /// putting things back.
     ///
-    /// When the time is over, the commands that are left are sent all the same.
+    /// When the time is over, the remaining commands are still sent, but hardly waited for.
     ///
     /// QEMU forgets a command that it has not begun when the connection closes (seen with QEMU
     /// 10.0.2: `cont`, sent to a stopped process, is lost when the client ends before that process
-    /// goes on). After [`QmpError::Timeout`] the connection has to stay open for the command to run.
+    /// goes on). After [`QmpError::Timeout`] the connection has to stay open for the command to
+    /// run.
     pub fn unstoppable<T>(&mut self, limit: Duration, work: impl FnOnce(&mut Qmp) -> T) -> T {
         let before = self.ignore_stop(limit);
         let result = work(self);
@@ -257,8 +260,7 @@ impl Qmp {
         self.events.dropped()
     }
 
-    /// Returns how often QEMU has said that its guest runs, in events that were dropped or taken as
-    /// well.
+    /// Returns the number of `RESUME` events so far, including those that were dropped or taken.
     pub(crate) fn resumes(&self) -> u64 {
         self.events.resumes()
     }
@@ -338,9 +340,9 @@ impl Qmp {
         Ok(())
     }
 
-    /// Reads the greeting. QEMU gives what it had to say to the client before to the one that comes
-    /// next, ahead of the greeting (seen with QEMU 10.0.2, where that client was killed while QEMU
-    /// carried out its command).
+    /// Reads the greeting. Before it, QEMU may send messages that were meant for the previous
+    /// client (seen with QEMU 10.0.2, when that client was killed while QEMU carried out its
+    /// command).
     fn read_greeting(&mut self, mut wait: Wait) -> Result<Value, QmpError> {
         for _ in 0..LINES_BEFORE_GREETING_MAX {
             let mut message = self.read_first(&mut wait)?;
@@ -379,7 +381,8 @@ impl Qmp {
         wait: &mut Wait,
     ) -> Result<Option<Value>, QmpError> {
         loop {
-            // A flood of lines, none of which is the one waited for, has an end as well.
+            // Check the limits for every line, so that a flood of other lines cannot extend the
+            // wait.
             let waited = wait.check().and_then(|_| {
                 if self.has_line() { Ok(()) } else { wait.until_ready(&self.stream, PollFlags::IN) }
             });
@@ -455,14 +458,14 @@ fn not_qmp(reason: &'static str) -> QmpError {
     QmpError::NotQmp { reason }
 }
 
-/// Returns the id of a connection's first command: no two connections have the same ones, since a
-/// late answer to the client before may reach the one that comes next.
+/// Returns the id of a connection's first command. It is random, because the next client may
+/// receive a late answer to the previous client's command.
 fn first_id() -> u64 {
     // QEMU hands back whole numbers up to 2^63.
     RandomState::new().build_hasher().finish() >> 16
 }
 
-/// Tells a peer that is gone from another refusal of the kernel's.
+/// Makes the error of a failed system call: `Closed` if the peer is gone, else `Io`.
 fn failed(during: &str, source: io::Error) -> QmpError {
     let during = during.to_owned();
     let error = QmpError::Io { during, source };

@@ -1,4 +1,4 @@
-//! Events: what QEMU says without being asked.
+//! Events: messages that QEMU sends on its own, not as answers.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -7,11 +7,11 @@ use serde_json::Value;
 
 /// Most events kept for the caller; older ones are dropped and counted.
 ///
-/// A guest can cause events (a balloon or a clock change each time it likes), so the queue must not
-/// grow with the guest's wishes.
+/// A guest can cause any number of events (such as balloon or clock changes), so the queue must be
+/// bounded.
 pub const EVENT_COUNT_MAX: usize = 256;
 
-/// The event that says that the guest runs from now on.
+/// The event that QEMU sends when the guest starts to run.
 const RESUME: &str = "RESUME";
 
 /// One event, as QEMU sent it.
@@ -42,7 +42,7 @@ impl Event {
     }
 }
 
-/// The events not yet asked for, oldest first.
+/// The events that the caller has not taken yet, oldest first.
 #[derive(Debug, Default)]
 pub(super) struct EventQueue {
     events: VecDeque<Event>,
@@ -76,7 +76,7 @@ impl EventQueue {
         self.dropped
     }
 
-    /// Returns how often the guest was said to run, in events that were dropped or taken as well.
+    /// Returns the number of `RESUME` events so far, including those that were dropped or taken.
     pub(super) fn resumes(&self) -> u64 {
         self.resumes
     }

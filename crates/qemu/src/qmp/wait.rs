@@ -15,26 +15,26 @@ use crate::proc::is_process_stopped;
 /// How often a wait looks at the stop flag.
 const STOP_INTERVAL: Duration = Duration::from_millis(100);
 
-/// How long the answer to a command that QEMU has is waited for after the caller asked to stop.
+/// After the stop flag is set, how much longer to wait for the answer to a command already sent.
 ///
-/// A QEMU that answers at all answers sooner, and then it is known what the command did.
+/// A QEMU that answers at all answers sooner, and then we know what the command did.
 const ANSWER_GRACE: Duration = Duration::from_millis(300);
 
-/// How long QEMU's process may be stopped before a command that it does not answer is given up.
+/// How long QEMU's process may be stopped before waiting for its answer ends.
 pub(crate) const STILL_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// How long each command is waited for when the time for putting things back is over.
+/// How long each command may still take when the time for putting things back is over.
 const LAST_CHANCE: Duration = Duration::from_millis(100);
 
 /// What limits the waits of a connection, besides the timeout of each command.
 #[derive(Clone, Debug)]
 pub(super) struct Limits {
     stop: Option<Arc<AtomicBool>>,
-    /// QEMU's process, where it is known.
+    /// QEMU's process, if it is known.
     process: Option<u32>,
-    /// Whether that was stopped when an answer was last waited for: it is given less time then.
+    /// Whether the last wait for an answer found the process stopped; the next one is shorter then.
     was_still: bool,
-    /// Set while things are put back: the stop flag is not looked at, and this is the end.
+    /// Set while things are put back: the stop flag is ignored, and the waits end at this instant.
     put_back_until: Option<Instant>,
 }
 
@@ -63,9 +63,10 @@ impl Limits {
         self.was_still = is_still;
     }
 
-    /// Ignores the stop flag from now on, for `limit` in all; returns what [`Limits::leave`] takes.
+    /// Ignores the stop flag from now on, for `limit` in all; returns the value for
+    /// [`Limits::leave`].
     ///
-    /// Where the flag is ignored already, the end that was set first stays.
+    /// If the flag is ignored already, the end that was set first stays.
     pub(super) fn ignore_stop(&mut self, limit: Duration) -> Option<Instant> {
         let before = self.put_back_until;
         self.put_back_until = before.or_else(|| Some(after(limit)));
@@ -77,13 +78,13 @@ impl Limits {
         self.put_back_until = before;
     }
 
-    /// Tells whether the caller asked to stop, and the waits are to obey.
+    /// Tells whether the stop flag is set and is not ignored.
     pub(super) fn is_stopped(&self) -> bool {
         let is_set = self.stop.as_ref().is_some_and(|stop| stop.load(Ordering::Relaxed));
         is_set && self.put_back_until.is_none()
     }
 
-    /// Begins a wait for something that may as well not come.
+    /// Begins a wait that does not depend on an answer, such as for an event.
     pub(super) fn wait(&self, timeout: Duration) -> Wait {
         let deadline = match self.put_back_until {
             None => after(timeout),
@@ -117,7 +118,7 @@ pub(super) struct Wait {
     process: Option<u32>,
     started: Instant,
     deadline: Instant,
-    /// How long it goes on after the stop flag was set.
+    /// How long the wait goes on after the stop flag was set.
     grace: Duration,
     stopped_until: Option<Instant>,
     still_timeout: Duration,
@@ -142,7 +143,7 @@ pub(super) enum WaitEnd {
 }
 
 impl Wait {
-    /// Returns how long it is until something has to be looked at again.
+    /// Checks the limits; returns how long the caller may wait until the next check.
     pub(super) fn check(&mut self) -> Result<Duration, WaitEnd> {
         let now = Instant::now();
         let mut until = self.deadline.min(now + STOP_INTERVAL);
@@ -175,7 +176,7 @@ impl Wait {
         }
     }
 
-    /// Lets some time pass before something is tried again.
+    /// Sleeps before a retry, for at most `interval`.
     pub(super) fn pause(&mut self, interval: Duration) -> Result<(), WaitEnd> {
         thread::sleep(self.check()?.min(interval));
         self.check().map(drop)
