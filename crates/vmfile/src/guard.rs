@@ -1,4 +1,4 @@
-//! What is put back in QEMU by another process, should this one end in the middle of a verb.
+//! A child process that undoes a verb's changes in QEMU if this process ends in the middle of it.
 
 use std::ffi::CString;
 use std::io;
@@ -17,11 +17,11 @@ pub struct GuardError {
     source: io::Error,
 }
 
-/// A guardian, and the files that it removes besides.
+/// A guardian, and the files that it also removes.
 #[derive(Debug)]
 pub(crate) struct Guard {
     guardian: Guardian,
-    /// Files, and then directories, that go with this process.
+    /// Files, and then directories, that the guardian removes if this process ends.
     files: Vec<PathBuf>,
 }
 
@@ -37,8 +37,8 @@ impl Guard {
         Ok(Guard { guardian, files: Vec::new() })
     }
 
-    /// Has files removed as well, and then directories that are empty, whether or not they are there
-    /// already.
+    /// Has the guardian also remove files, and then directories that are empty. They need not exist
+    /// yet.
     pub(crate) fn add_files(
         &mut self,
         files: impl IntoIterator<Item = PathBuf>,
@@ -48,32 +48,33 @@ impl Guard {
         if self.files.len() > before { self.entrust(Vec::new()) } else { Ok(()) }
     }
 
-    /// Has new connections to a socket taken, and what comes by them read and thrown away, until QEMU
-    /// has ended its sending: QEMU (10.0.2) may crash when several of its connections end at once.
+    /// Has the guardian accept new connections to a socket, and read and discard their bytes, until
+    /// QEMU stops sending: QEMU (10.0.2) may crash when several of its connections end at once.
     pub(crate) fn keep_listening(&self, listener: BorrowedFd<'_>) -> Result<(), GuardError> {
         self.guardian.keep_listening(listener).map_err(|source| GuardError { source })
     }
 
-    /// Has a connection kept open and read as well; or a file kept open, so that QEMU is not the last
-    /// to close it: the kernel then frees its blocks, for which a file that QEMU wrote page by page
-    /// takes seconds (10 s for 140 MiB on a busy disk, ext4, Linux 6.18), and QEMU waits.
+    /// Has the guardian keep a connection open and read it; or keep a file open, so that QEMU is not
+    /// the last to close it. The last close frees the file's blocks, and QEMU would wait for that: it
+    /// takes seconds for a file that QEMU wrote page by page (10 s for 140 MiB on a busy disk, ext4,
+    /// Linux 6.18).
     pub(crate) fn keep_open(&self, connection: BorrowedFd<'_>) -> Result<(), GuardError> {
         self.guardian.keep_open(connection).map_err(|source| GuardError { source })
     }
 
-    /// Has everything put back that a save may have changed, should this process end from now on: if
-    /// QEMU has the record of this save by then.
+    /// Has the guardian undo everything that a save may have changed, if this process ends from now on
+    /// and QEMU has the record of this save.
     pub(crate) fn watch_save(&self, footprint: &Footprint<'_>) -> Result<(), GuardError> {
         self.entrust(undo_steps(footprint))
     }
 
-    /// Has a QEMU that this process starts ended, should this process end from now on.
+    /// Has the guardian end the QEMU that this process starts, if this process ends from now on.
     pub(crate) fn watch_start(&self) -> Result<(), GuardError> {
         self.entrust(steps_to_end())
     }
 
-    /// Has the guest of a QEMU let run that this process has started, should this process end from
-    /// now on: the VM is restored.
+    /// Has the guardian let the guest run in the QEMU that this process started, if this process ends
+    /// from now on: the VM is restored.
     pub(crate) fn watch_run(&self) -> Result<(), GuardError> {
         self.entrust(steps_to_run())
     }
@@ -83,12 +84,12 @@ impl Guard {
         self.guardian.pid()
     }
 
-    /// Nothing is to be put back any more.
+    /// Ends the guardian: there is nothing left to undo.
     pub(crate) fn dismiss(self) {
         self.guardian.dismiss();
     }
 
-    /// Lets it begin at once, and does not wait for it: it has more limits than this process.
+    /// Has the guardian carry out its steps now, without waiting for it.
     pub(crate) fn leave(self) {
         self.guardian.leave();
     }

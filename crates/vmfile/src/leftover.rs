@@ -1,17 +1,17 @@
-//! What a save has left in a VM that was killed together with its guardian, put right by the next
-//! vmfile that meets the VM.
+//! If a save and its guardian were both killed, the next vmfile that uses the VM undoes what the save
+//! left in it.
 
 use std::path::Path;
 
 use vmfile_pages::snapshot::Snapshot;
 use vmfile_qemu::{SaveRecord, Vm, VmError};
 
-/// Puts right what a killed save has left; returns a sentence about it, or `None` where there was
-/// nothing.
+/// Undoes what a killed save left in the VM; returns a sentence about it, or `None` if nothing was
+/// left.
 ///
 /// # Errors
 ///
-/// [`VmError::Held`] while the other save is at work; whatever QEMU says.
+/// [`VmError::Held`] while another save is at work, or else QEMU's error.
 pub(crate) fn put_right(vm: &mut Vm) -> Result<Option<String>, VmError> {
     let Some(record) = left_record(vm)? else { return Ok(None) };
     vm.put_back(&record, |overlay| belongs_to_a_file(&record, overlay))?;
@@ -50,8 +50,7 @@ fn what_happened(record: &SaveRecord) -> String {
     format!("a save to {destination}, whose {} was killed, had left the VM changed", record.holder)
 }
 
-/// Whether the save came so far that its file has its name, and the file says that `overlay` lies on
-/// top of an image of its own.
+/// Whether the save gave its file the name, and the file's manifest lists `overlay`.
 fn belongs_to_a_file(record: &SaveRecord, overlay: &Path) -> bool {
     let Ok(snapshot) = Snapshot::open(&record.destination, 0) else { return false };
     let Some(manifest) = snapshot.manifest() else { return false };

@@ -1,4 +1,4 @@
-//! A name for a new file that takes the place of no file which a VM uses, whatever the caller allows.
+//! Creates a new file, and refuses to replace one that a VM uses, whatever the caller allows.
 
 use std::fs::Metadata;
 use std::path::Path;
@@ -7,11 +7,11 @@ use vmfile_engine::{Existing, PublishError, Unpublished};
 use vmfile_pages::snapshot::Snapshot;
 use vmfile_qemu::user_of_file;
 
-/// Creates an empty file that will be named `path`; `vm` is the process of a VM at hand, whose program
-/// may have any name.
+/// Creates an empty file that will be named `path`; `vm` is the process of the VM that is being saved,
+/// whose program may have any name.
 ///
-/// A file that is there and that a QEMU of this host has open, has mapped or was started with is not
-/// replaced, nor one that another program has locked, as QEMU locks its images. A saved VM may be
+/// An existing file is not replaced if a QEMU of this host has it open, has it mapped or was started with
+/// it, or if another program has locked it, as QEMU locks its images. A saved VM may be
 /// replaced even while a VM that was restored from it maps it: that VM keeps the old one's bytes.
 ///
 /// # Errors

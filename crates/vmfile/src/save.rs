@@ -5,9 +5,9 @@
 //! ```
 //!
 //! Everything that can be refused is refused in `begin`, while the VM runs. From `pause` on, every
-//! exit but the last resumes the VM as it ran and leaves no file. Should this process end, a guardian
-//! does the same in its place; and a record inside QEMU tells the next vmfile, should the guardian be
-//! ended as well.
+//! exit but the last resumes the VM as it ran and leaves no file. If this process is killed, its guardian
+//! does the same; if the guardian is killed as well, a record inside QEMU tells the next vmfile what to
+//! undo.
 
 mod changed;
 mod describe;
@@ -91,7 +91,7 @@ struct Save<'a> {
     guard: Guard,
     record: SaveRecord,
     route: ChosenRoute,
-    /// `None` once it was published or given up.
+    /// `None` once the file was published or dropped.
     draft: Option<Draft>,
     /// The file, whatever its name.
     file: FileId,
@@ -257,8 +257,8 @@ impl<'a> Save<'a> {
         }
     }
 
-    /// Tells the guardian what is to be put back from now on. It looks by itself whether the file has its
-    /// name: this process may be killed right before it gives it, or right after.
+    /// Tells the guardian what to undo from now on. The guardian checks by itself whether the file has its
+    /// name, because this process may be killed right before or right after it gives the name.
     fn watch(&self, stays_paused: bool) -> Result<(), SaveError> {
         let writes_file = matches!(self.route.route, ReadyRoute::Native(_));
         let (record, file) = (&self.record, (&*self.record.destination, self.file));
@@ -310,8 +310,8 @@ impl<'a> Save<'a> {
         self.publish(proven)
     }
 
-    /// The guest was stopped by another client, or by itself, between the first look and the pause:
-    /// it is not to be let run.
+    /// Notes that another client or the guest itself stopped the VM between the first look and the pause:
+    /// the save must not let it run.
     fn note_that_it_ran(&mut self, paused: &mut Paused<'_>) -> Result<(), SaveError> {
         self.record.was_running = paused.ran();
         describe::set_run_state(&mut self.meta, paused.ran());
@@ -359,7 +359,7 @@ impl<'a> Save<'a> {
         if self.control.is_stopped() {
             return Err(PagesError::Stopped.into());
         }
-        // Once more, so that a guardian that was ended is noticed while there is no file.
+        // Once more, so that a guardian that was killed is noticed before the file has its name.
         self.watch(self.options.after == After::Pause)?;
         match proven.publish() {
             Ok(()) => {
@@ -375,7 +375,7 @@ impl<'a> Save<'a> {
         }
     }
 
-    /// The file is whole: does with the VM what was asked for.
+    /// Does with the VM what [`SaveOptions::after`] says, once the file has its name.
     fn release(&mut self, mut paused: Paused<'_>) -> Result<(), SaveError> {
         let after = self.options.after;
         // The file has its name: there is nothing left that a stop could undo.
@@ -392,7 +392,7 @@ impl<'a> Save<'a> {
         released.map_err(|source| SaveError::Release { file: self.path.clone(), source })
     }
 
-    /// The VM is as it was, or as was asked for: nothing is left to be put back.
+    /// Removes the record from QEMU, ends the guardian and returns the report.
     fn finish(mut self, vm: &mut Vm) -> SaveReport {
         let freed = match self.options.after {
             After::Quit => Ok(()),
@@ -436,12 +436,12 @@ impl<'a> Save<'a> {
             return self.give_up_after(vm, error);
         }
         let thawed = if self.is_named { Ok(()) } else { self.disks.thaw(vm) };
-        // The record stays while something is left to be put back: the guardian asks for it.
+        // The record stays while something is left to undo: the guardian acts only if it is there.
         let is_as_it_was = thawed.is_ok() && !error.leaves_paused();
         if is_as_it_was && vm.unstoppable(PUT_BACK_TIMEOUT, Vm::let_go).is_ok() {
             self.guard.dismiss();
         } else {
-            // It tries once more, and waits longer than the user may want to.
+            // The guardian tries once more, and may wait longer than the user wants to.
             self.guard.leave();
         }
         match thawed {
@@ -452,14 +452,14 @@ impl<'a> Save<'a> {
         }
     }
 
-    /// As [`Save::give_up`], by a new connection to QEMU: what was done by the old one, and what of it
-    /// was carried out, is not known.
+    /// As [`Save::give_up`], by a new connection to QEMU: it is not known which commands QEMU carried
+    /// out on the old one.
     fn give_up_after(self, vm: &mut Vm, error: SaveError) -> SaveError {
         let Save { guard, record, is_named, .. } = self;
         // Its connection has ended as well. It closes what it keeps open, which ends what QEMU sends.
         guard.leave();
         match vm.put_back(&record, |_| is_named) {
-            // A whole file is more than the way that led to it.
+            // The file is whole: that the connection broke on the way does not matter.
             Ok(()) if is_named => error,
             Ok(()) => error.cut_off(),
             Err(source) => SaveError::LeftPaused { cause: Box::new(error), source },
@@ -467,8 +467,8 @@ impl<'a> Save<'a> {
     }
 }
 
-/// Asks QEMU whether it is there, before `error` is reported: the kernel takes the memory and the files from
-/// a process that ends before it closes its monitor, and a look into it then fails for another reason.
+/// Asks QEMU whether it still runs, before `error` is reported. When QEMU ends, the kernel frees its memory
+/// and files before it closes the monitor, so that reading them fails with an error that hides the cause.
 fn unless_qemu_is_gone(vm: &mut Vm, error: SaveError) -> SaveError {
     // QEMU was not needed for these, or said so itself.
     if matches!(
@@ -487,7 +487,7 @@ fn unless_qemu_is_gone(vm: &mut Vm, error: SaveError) -> SaveError {
 fn resume_after(error: SaveError, mut paused: Paused<'_>) -> SaveError {
     match paused.resume() {
         Ok(()) => error,
-        // There is no VM any more that could be paused.
+        // QEMU has ended: there is no VM that could be left paused.
         Err(source) if source.is_closed() => error.with_qemu_gone(source),
         Err(source) => SaveError::LeftPaused { cause: Box::new(error), source },
     }
