@@ -88,6 +88,11 @@ pub struct SaveFacts {
 
 impl Draft {
     /// Takes a new file; `direct_io` says whether it is written past the page cache.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`PagesError`] if the file cannot be opened once more, or if direct I/O is required and the
+    /// file system has none.
     pub fn new(unpublished: Unpublished, direct_io: DirectIo) -> Result<Draft, PagesError> {
         let open = PagesError::writing("the new file");
         let file = unpublished.file().try_clone().map_err(&open)?;
@@ -102,12 +107,20 @@ impl Draft {
 
     /// Sets the file's length up to the metadata, because writes that extend a file wait for one another
     /// (ext4, XFS).
+    ///
+    /// # Errors
+    ///
+    /// Returns [`PagesError`] if the file system refuses.
     pub fn reserve(&self, tables: &HashTables) -> Result<(), PagesError> {
         let set = self.file.buffered().set_len(tables.end);
         set.map_err(PagesError::writing("the length of the file"))
     }
 
     /// Writes everything but RAM and its hashes.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`PagesError`] if a part cannot be written.
     pub fn finish(
         &self,
         places: &FileLayout,
@@ -144,6 +157,10 @@ impl Draft {
     }
 
     /// Writes metadata and footer after the tables. QEMU may have written the rest of the file.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`PagesError`] if they cannot be written.
     pub fn put_manifest(
         &self,
         tables: &HashTables,
@@ -156,13 +173,21 @@ impl Draft {
         self.put("manifest", tables.end, &meta.encode(stream_end, tables.end))
     }
 
-    /// Writes a part of the file that is no page.
+    /// Writes a part of the file that is no page; errors call it `what`.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`PagesError`] if it cannot be written.
     pub fn put(&self, what: &'static str, offset: u64, bytes: &[u8]) -> Result<(), PagesError> {
         let put = self.file.buffered().write_all_at(bytes, offset);
         put.map_err(PagesError::writing(what))
     }
 
     /// Reads the structure of the file, which another program wrote.
+    ///
+    /// # Errors
+    ///
+    /// As [`Snapshot::open`].
     pub fn snapshot(&self) -> Result<Snapshot, SnapshotError> {
         let path = self.unpublished.path();
         let open = |source| SnapshotError::Open { path: path.to_path_buf(), source };
@@ -212,6 +237,10 @@ impl FileLayout {
     /// Places the blocks of `ram`, after them at most `tail_len` bytes, and the tables of hashes.
     ///
     /// `section_id` is the id of the section "ram"; no device section may have the same.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`PagesError`] if the file would be longer than the kernel allows.
     pub fn new(
         source: &Configuration,
         ram: RamLayout,
@@ -258,6 +287,10 @@ impl FileLayout {
 
 impl HashTables {
     /// Places the tables of the blocks of `ram` behind the stream.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`PagesError::TooLong`] if the file would be longer than the kernel allows.
     pub fn new(ram: RamLayout, stream_end: u64) -> Result<HashTables, PagesError> {
         let pages: Vec<_> = ram.blocks().iter().map(RamBlock::page_count).collect();
         let (hashes, end) = place_tables(stream_end, &pages).ok_or(PagesError::TooLong)?;

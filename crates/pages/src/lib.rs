@@ -6,6 +6,10 @@
 //! caller's own ([`OwnMemory`]), that of another process ([`ProcessRam`]), or whatever else implements the
 //! trait. No QEMU is needed.
 //!
+//! [`memory_file::save`] writes such a file, [`Snapshot`] is one that was opened and whose structure was checked, and
+//! [`memory_file::load`] brings its pages into a [`PageSink`]. `examples/own_memory.rs` and
+//! `examples/pages_of_file.rs` in this crate are whole programs.
+//!
 //! ```
 //! use vmfile_pages::memory_file::{FileOptions, load, save, state};
 //! use vmfile_pages::{

@@ -170,9 +170,15 @@ impl Snapshot {
     }
 
     /// Does the same with a file that is open for reading, and is called `path` in errors.
+    ///
+    /// # Errors
+    ///
+    /// As [`Snapshot::open`].
     pub fn from_file(path: &Path, file: File, start: u64) -> Result<Snapshot, SnapshotError> {
         let open = |source| SnapshotError::Open { path: path.to_path_buf(), source };
         let len = file.metadata().map_err(open)?.len().min(FILE_LEN_MAX);
+        // First: what a newer version of vmfile wrote may look damaged where its manifest does not name
+        // the reason.
         let manifest = read_manifest(path, &file, len)?;
         if let Some(manifest) = &manifest {
             ask_for_parts(&file, &manifest.meta.extents);
@@ -228,6 +234,10 @@ impl Snapshot {
 
     /// Returns the checksum of the bytes that lie in `extent`, which are read in pieces: the bitmap
     /// of a large block takes megabytes.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`SnapshotError::Read`] if the kernel refuses.
     pub fn checksum(&self, extent: &ExtentMeta) -> Result<u128, SnapshotError> {
         /// What fits into the cache of a processor.
         const PIECE_LEN: u64 = 256 << 10;
@@ -278,6 +288,10 @@ impl Snapshot {
     }
 
     /// Reads `len` bytes at `offset`; both come from a structure that was checked.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`SnapshotError::Read`] if the kernel refuses.
     pub fn read(&self, offset: u64, len: u64) -> Result<Vec<u8>, SnapshotError> {
         read_at(&self.path, &self.file, offset, in_memory(len))
     }
