@@ -2,11 +2,14 @@
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 use vmfile::error::SaveError;
 use vmfile::save::{After, Live, LiveMethod, Route, RouteUsed, SaveOptions, SaveReport};
+use vmfile_qemu::{Outgoing, Vm};
+use vmfile_testing::migration::{set_capability, set_parameter};
 use vmfile_testing::verbs::{check_is_clean, load, map, save_with};
 use vmfile_testing::{Guest, GuestConfig, Machine, Qemu, Ram, Release, TestResult, requires};
 
@@ -140,5 +143,36 @@ fn a_paused_guest_is_saved_as_it_is_and_the_direct_route_is_refused() -> TestRes
     let report = save_with(&guest, &file, &live())?;
     assert!(!report.live && report.route == RouteUsed::Direct, "{report:?}");
     assert_eq!(guest.status()?, "paused");
+    Ok(())
+}
+
+/// A save and its guardian that were killed while QEMU held the VM for the overlays left a migration that
+/// the next vmfile never cancelled: it waited until its time was over, and the guest stood still for ever.
+#[test]
+fn a_migration_that_waits_before_its_switchover_is_cancelled() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    for release in [Release::Oldest, Release::Distribution] {
+        let qemu =
+            if release == Release::Oldest { requires!(Qemu::of(release)) } else { qemu.clone() };
+        let mut guest = Guest::boot_sector(Ram::private(64)).seed(151).boot(&qemu)?;
+        guest.wait_for_count(1)?;
+        set_capability(&mut guest, "pause-before-switchover")?;
+        set_parameter(&mut guest, "max-bandwidth", json!(0))?;
+        guest.qmp("migrate", json!({ "uri": "exec:cat > /dev/null" }))?;
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while guest.qmp("query-migrate", json!({}))?["status"] != "pre-switchover" {
+            assert!(Instant::now() < deadline, "the migration reaches its switchover");
+            thread::sleep(Duration::from_millis(5));
+        }
+        let mut vm = Vm::connect(&guest.qmp_path())?;
+        let ended = vm.cancel_file(Duration::from_secs(30))?;
+        assert_eq!(ended, Outgoing::Cancelled);
+        drop(vm);
+        if guest.status()? != "running" {
+            guest.resume()?;
+        }
+        guest.wait_for_passes(2)?;
+        guest.judge_counts()?;
+    }
     Ok(())
 }

@@ -478,8 +478,11 @@ impl Vm {
         loop {
             let answer = self.execute("query-migrate", Value::Null)?;
             let outgoing = outgoing(&answer);
-            if outgoing != Outgoing::Active {
-                return self.settle(deadline).map(|()| outgoing);
+            match outgoing {
+                Outgoing::Active => {}
+                // All pages are written: the threads are idle, and stay so until QEMU switches over.
+                Outgoing::Held => return self.cancel_sending(timeout),
+                _ => return self.settle(deadline).map(|()| outgoing),
             }
             let ram = answer.get("ram").cloned();
             if ram != seen {

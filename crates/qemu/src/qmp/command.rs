@@ -13,14 +13,16 @@ pub const COMMAND_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How long a command may take that waits for disks.
 ///
-/// `stop` drains and flushes every disk, and so does the save of the device state; a network disk
-/// under load has taken minutes.
+/// `stop` drains and flushes every disk, and so does the save of the device state; `blockdev-snapshot`
+/// flushes one. A network disk under load has taken minutes.
 const DISK_COMMAND_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// Returns how long `command` may take, given the connection's ordinary timeout.
 pub(super) fn timeout_for(command: &str, ordinary: Duration) -> Duration {
     match command {
-        "stop" | "cont" | "xen-save-devices-state" => ordinary.max(DISK_COMMAND_TIMEOUT),
+        "stop" | "cont" | "blockdev-snapshot" | "xen-save-devices-state" => {
+            ordinary.max(DISK_COMMAND_TIMEOUT)
+        }
         _ => ordinary,
     }
 }
@@ -116,5 +118,6 @@ mod tests {
     fn a_command_that_flushes_disks_may_take_longer() {
         assert_eq!(timeout_for("query-status", COMMAND_TIMEOUT), COMMAND_TIMEOUT);
         assert!(timeout_for("stop", COMMAND_TIMEOUT) > COMMAND_TIMEOUT);
+        assert!(timeout_for("blockdev-snapshot", COMMAND_TIMEOUT) > COMMAND_TIMEOUT);
     }
 }
