@@ -63,7 +63,12 @@ impl Footer {
         let mut cursor = Cursor::new(bytes, start);
         cursor.bytes("footer magic", MAGIC.len())?;
         let version = cursor.be32("footer version")?;
+        // Before the version: a damaged one is no newer one. All versions keep the hash where it is.
         let covered = bytes.get(..56).unwrap_or_default();
+        let recorded = bytes.get(56..).unwrap_or_default();
+        if recorded != upper_half(checksum(covered)).to_be_bytes() {
+            return Err(FormatError::new(start, FormatErrorKind::Checksum { field: "footer" }));
+        }
         if version > VERSION_MAX {
             let kind = FormatErrorKind::NewerFooter { found: version, max: VERSION_MAX };
             return Err(FormatError::new(start.saturating_add(8), kind));
@@ -76,9 +81,6 @@ impl Footer {
             metadata_len: cursor.be64("metadata length")?,
             metadata_hash: cursor.be128("metadata hash")?,
         };
-        if cursor.be64("footer hash")? != upper_half(checksum(covered)) {
-            return Err(FormatError::new(start, FormatErrorKind::Checksum { field: "footer" }));
-        }
         footer.check(start)?;
         Ok(Some(footer))
     }
