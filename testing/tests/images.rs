@@ -33,7 +33,7 @@ fn line_and_vm_agree(qemu: &Qemu, more: &[&str], expected: usize) -> TestResult 
     let mut vm = Vm::connect(&guest.qmp_path())?;
     let process = vm.process()?;
     let mut line = CommandLine::from_process(&process.arguments)?;
-    line.expand_config(|path| fs::read_to_string(path))?;
+    line.expand_config(true, |path| fs::read_to_string(path))?;
     let made = line.drives();
     let found = vm.drives()?;
     assert_eq!(made.len(), expected, "{more:?}: {made:?}");

@@ -357,6 +357,11 @@ impl CommandLine {
 
     /// Writes out what stands in configuration files (`-readconfig`) and what `-set` changes.
     ///
+    /// QEMU treats a group of a file not quite as the option of its name: it ignores some groups,
+    /// and a `[netdev]`, `[nic]` or `[net]` does not switch its default network off, as the options
+    /// do. That network is written out too: as `-net nic`, and as `-net user` if
+    /// `has_user_network`, i.e. if QEMU was built with user networking.
+    ///
     /// `read` is given the path as written and returns the file's text.
     ///
     /// # Errors
@@ -364,9 +369,10 @@ impl CommandLine {
     /// [`CommandLineError::ConfigFile`] and [`CommandLineError::ConfigLine`].
     pub fn expand_config(
         &mut self,
+        has_user_network: bool,
         read: impl FnMut(&Path) -> io::Result<String>,
     ) -> Result<(), CommandLineError> {
-        config_file::expand(self, read)
+        config_file::expand(self, has_user_network, read)
     }
 
     /// Returns the drives that this command line makes, with the images that it names for them.

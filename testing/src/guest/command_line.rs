@@ -27,7 +27,9 @@ impl CommandLine<'_> {
         for directory in self.qemu.firmware_directories() {
             arguments.option("-L", directory);
         }
-        arguments.flag("-nodefaults");
+        if !self.config.default_devices {
+            arguments.flag("-nodefaults");
+        }
         arguments.flag("-no-user-config");
         arguments.flag("-no-reboot");
         arguments.option("-display", "none");

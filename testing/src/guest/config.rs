@@ -32,6 +32,7 @@ pub struct GuestConfig {
     pub(crate) dimm_sizes_mib: Vec<u64>,
     pub(crate) disk_mib: Option<u64>,
     pub(crate) one_moment: bool,
+    pub(crate) default_devices: bool,
     pub(crate) virtio: bool,
     pub(crate) more_arguments: Vec<OsString>,
     pub(crate) files: Arc<TempDir>,
@@ -111,6 +112,7 @@ impl GuestConfig {
             dimm_sizes_mib: Vec::new(),
             disk_mib: None,
             one_moment: false,
+            default_devices: false,
             virtio: false,
             more_arguments: Vec::new(),
             files: Arc::new(files.expect("a temporary directory")),
@@ -212,6 +214,13 @@ impl GuestConfig {
     #[must_use]
     pub fn one_moment(mut self) -> GuestConfig {
         self.one_moment = true;
+        self
+    }
+
+    /// Leaves the VM the devices that QEMU adds where no `-nodefaults` is given.
+    #[must_use]
+    pub fn default_devices(mut self) -> GuestConfig {
+        self.default_devices = true;
         self
     }
 

@@ -1,5 +1,6 @@
 //! A VM that is not what its command line would make is told from one that is, by name.
 
+mod defaults;
 mod devices;
 mod drives;
 mod unchanged;

@@ -10,52 +10,44 @@ use super::keys::{Keys, write};
 use super::{Argument, CommandLine, CommandLineError};
 
 /// Groups of a configuration file whose option has another name (QEMU 7.2 to 11.1).
-const RENAMED: [(&str, &str); 4] =
-    [("acpi", "acpitable"), ("boot-opts", "boot"), ("memory", "m"), ("smp-opts", "smp")];
+const RENAMED: [(&str, &str); 3] = [("boot-opts", "boot"), ("memory", "m"), ("smp-opts", "smp")];
 
 /// Groups whose option has their own name (QEMU 7.2 to 11.1).
-const GROUPS: [&str; 35] = [
-    "accel",
-    "action",
-    "add-fd",
-    "audiodev",
-    "chardev",
-    "device",
-    "drive",
-    "fsdev",
-    "fw_cfg",
-    "global",
-    "icount",
-    "iscsi",
-    "machine",
-    "mon",
+const GROUPS: [&str; 25] = [
+    "accel", "action", "add-fd", "audiodev", "chardev", "device", "drive", "fsdev", "fw_cfg",
+    "global", "icount", "iscsi", "machine", "mon", "name", "net", "netdev", "nic", "numa",
+    "object", "rtc", "sandbox", "spice", "tpmdev", "vnc",
+];
+
+/// Groups that QEMU accepts in a configuration file and does not act on: it acts where it reads the
+/// option (QEMU 7.2 to 11.1). As an option they would make another VM, e.g. one with one ROM more.
+const IGNORED: [&str; 11] = [
+    "acpi",
     "msg",
-    "name",
-    "net",
-    "netdev",
-    "nic",
-    "numa",
-    "object",
     "option-rom",
     "overcommit",
     "plugin",
     "realtime",
-    "rtc",
     "run-with",
-    "sandbox",
     "semihosting-config",
     "smbios",
-    "spice",
-    "tpmdev",
     "trace",
     "virtfs",
-    "vnc",
 ];
+
+/// Options that keep QEMU from adding its default NIC and network. The groups of these names in a
+/// configuration file do not (QEMU 7.2 to 11.1).
+const NETWORK: [&str; 3] = ["netdev", "nic", "net"];
 
 pub(super) fn expand(
     line: &mut CommandLine,
+    has_user_network: bool,
     mut read: impl FnMut(&Path) -> io::Result<String>,
 ) -> Result<(), CommandLineError> {
+    let has = |line: &CommandLine, names: &[&str]| {
+        line.arguments.iter().any(|argument| argument.name().is_some_and(|it| names.contains(&it)))
+    };
+    let adds_network = !has(line, &NETWORK) && !has(line, &["nodefaults"]);
     let mut arguments: Vec<Argument> = Vec::new();
     for argument in std::mem::take(&mut line.arguments) {
         let value = argument.value.as_deref().unwrap_or_default();
@@ -76,6 +68,12 @@ pub(super) fn expand(
         }
     }
     line.arguments = arguments;
+    if adds_network && has(line, &NETWORK) {
+        line.push("-net", Some("nic"));
+        if has_user_network {
+            line.push("-net", Some("user"));
+        }
+    }
     Ok(())
 }
 
@@ -112,23 +110,33 @@ fn options(text: &str) -> Result<Vec<Argument>, (usize, String)> {
         }
     }
     // A group without an id and without keys says nothing.
-    options.retain(|option| option.value.as_deref() != Some(""));
+    options.retain(|option| option.value.as_deref() != Some("") && !is_ignored(option));
     Ok(options)
 }
 
 /// Returns the name of the option that a group stands for.
 fn option_of(group: &str) -> Option<&'static str> {
     let renamed = RENAMED.iter().find(|(name, _)| *name == group).map(|(_, option)| *option);
-    renamed.or_else(|| GROUPS.iter().find(|name| **name == group).copied())
+    let same = || GROUPS.iter().chain(&IGNORED).find(|name| **name == group).copied();
+    renamed.or_else(same)
 }
 
-/// Applies a `-set GROUP.ID.KEY=VALUE` to the option that it means; returns whether that is there.
+/// Tells whether QEMU ignores the group of this option in a configuration file.
+fn is_ignored(option: &Argument) -> bool {
+    option.name().is_some_and(|name| IGNORED.contains(&name))
+}
+
+/// Applies a `-set GROUP.ID.KEY=VALUE` to the option that it means; returns whether that is there,
+/// or whether QEMU ignores such a change.
 fn set(arguments: &mut [Argument], value: &str) -> bool {
     let Some((place, value)) = value.split_once('=') else { return false };
     let mut parts = place.splitn(3, '.');
     let (Some(group), Some(id), Some(key)) = (parts.next(), parts.next(), parts.next()) else {
         return false;
     };
+    if IGNORED.contains(&group) {
+        return true;
+    }
     let is_meant = |argument: &&mut Argument| {
         let value = argument.value.as_deref().unwrap_or_default();
         argument.name() == option_of(group)
@@ -153,7 +161,7 @@ mod tests {
 
     fn expanded(words: &[&str], text: &str) -> Result<Vec<String>, CommandLineError> {
         let mut line = CommandLine::new(words.iter().copied())?;
-        line.expand_config(|path| {
+        line.expand_config(true, |path| {
             assert_eq!(path, Path::new("vm.conf"));
             Ok(text.to_owned())
         })?;
@@ -188,6 +196,33 @@ mod tests {
         assert_eq!(words, expected);
     }
 
+    /// As a group it leaves QEMU's default NIC in place, as an option it does not.
+    #[test]
+    fn the_default_network_stays_where_only_a_group_makes_another() {
+        let text = "[netdev \"n0\"]\n  type = \"user\"\n";
+        let netdev = ["-netdev", "id=n0,type=user"];
+        let default = ["-net", "nic", "-net", "user"];
+        let words = expanded(&["-readconfig", "vm.conf"], text).unwrap();
+        assert_eq!(words, [&netdev[..], &default[..]].concat());
+        for more in [&["-nodefaults"][..], &["-nic", "none"], &["-net", "none"]] {
+            let words = [&["-readconfig", "vm.conf"], more].concat();
+            assert_eq!(expanded(&words, text).unwrap(), [&netdev[..], more].concat());
+        }
+        let disk = "[drive]\n  file = \"a\"\n";
+        assert_eq!(expanded(&["-readconfig", "vm.conf"], disk).unwrap(), ["-drive", "file=a"]);
+
+        let mut line = CommandLine::new(["-readconfig", "vm.conf"]).unwrap();
+        line.expand_config(false, |_| Ok(text.to_owned())).unwrap();
+        assert_eq!(line.to_arguments(), [&netdev[..], &["-net", "nic"]].concat());
+    }
+
+    #[test]
+    fn a_group_that_qemu_ignores_becomes_no_option() {
+        let text = "[smbios \"s\"]\n  type = \"1\"\n[option-rom]\n  romfile = \"x\"\n";
+        let words = ["-readconfig", "vm.conf", "-set", "smbios.s.serial=1", "-S"];
+        assert_eq!(expanded(&words, text).unwrap(), ["-S"]);
+    }
+
     #[test]
     fn set_changes_the_option_of_that_id() {
         let words = ["-drive", "id=d0,file=a", "-set", "drive.d0.file=b,c", "-set", "drive.x.y=z"];
@@ -210,7 +245,7 @@ mod tests {
             assert_eq!(error.to_string(), expected);
         }
         let mut line = CommandLine::new(["-readconfig", "gone.conf"]).unwrap();
-        let error = line.expand_config(|_| Err(io::ErrorKind::NotFound.into())).unwrap_err();
+        let error = line.expand_config(true, |_| Err(io::ErrorKind::NotFound.into())).unwrap_err();
         assert_eq!(error.to_string(), "read gone.conf, which -readconfig names");
     }
 }

@@ -8,6 +8,17 @@ use super::questions::{Made, back_end, human};
 use crate::command_line::CommandLine;
 use crate::vm::{Vm, VmError};
 
+impl Vm {
+    /// Tells whether the VM has a network back end of the type `user`.
+    ///
+    /// # Errors
+    ///
+    /// [`VmError`] if QEMU does not answer.
+    pub fn has_user_network(&mut self) -> Result<bool, VmError> {
+        Ok(human(self, "info network")?.contains(",type=user,"))
+    }
+}
+
 /// Makes the network back end of a network card.
 pub(super) fn netdev(
     vm: &mut Vm,

@@ -132,7 +132,8 @@ pub(super) fn prepare(
         Destination::Saved => saved_command(snapshot)?,
     };
     let here = directory.as_deref().unwrap_or(Path::new("."));
-    command_line.expand_config(|path| fs::read_to_string(here.join(path)))?;
+    // A QEMU built without user networking refuses `-net user`, in words that say so.
+    command_line.expand_config(true, |path| fs::read_to_string(here.join(path)))?;
     if let Some(socket) = command_line.sockets_in_use(here)?.into_iter().next() {
         return Err(RestoreError::SocketInUse { socket });
     }

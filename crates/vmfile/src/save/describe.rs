@@ -25,6 +25,10 @@ pub(super) fn describe_vm(
         Err(error) => return Err(error.into()),
     };
     let text = |path: &Path| path.to_string_lossy().into_owned();
+    let command_line = match &process {
+        Some(process) => command_line(vm, process)?,
+        None => Vec::new(),
+    };
     let mut meta = VmMeta {
         disks: Vec::new(),
         empty_drives: Vec::new(),
@@ -37,7 +41,7 @@ pub(super) fn describe_vm(
         qemu_version: Some(vm.version()?.to_string()),
         run_state: run_state(was_running),
         executable: process.as_ref().map(|process| text(&process.executable)),
-        command_line: process.as_ref().map_or(Ok(Vec::new()), command_line)?,
+        command_line,
         working_directory: process.as_ref().map(|process| text(&process.working_directory)),
     };
     images::describe(drives, &mut meta);
@@ -89,14 +93,16 @@ const CONFIG_LEN_MAX: u64 = 1 << 20;
 
 /// Returns the command line as the manifest holds it: with what stands in configuration files
 /// written out, so that a restore does not depend on them.
-fn command_line(process: &ProcessInfo) -> Result<Vec<String>, SaveError> {
+fn command_line(vm: &mut Vm, process: &ProcessInfo) -> Result<Vec<String>, SaveError> {
     let words = texts(&process.arguments)?;
     let is_elsewhere = |word: &String| matches!(word.trim_start_matches('-'), "readconfig" | "set");
     let Some(program) = words.first().filter(|_| words.iter().any(is_elsewhere)) else {
         return Ok(words);
     };
     let mut line = CommandLine::from_process(&process.arguments).map_err(SaveError::Options)?;
-    line.expand_config(|path| read_as(process, path)).map_err(SaveError::Options)?;
+    let has_user_network = vm.has_user_network()?;
+    line.expand_config(has_user_network, |path| read_as(process, path))
+        .map_err(SaveError::Options)?;
     Ok([program.clone()].into_iter().chain(line.to_arguments()).collect())
 }
 
