@@ -112,6 +112,22 @@ fn a_vm_of_the_newest_comes_back_in_the_installed_one() -> TestResult {
     moves(Release::Newest, Release::Distribution, &config)
 }
 
+/// Machine types before 4.0 name a block by its backend's whole path where that is a file or a
+/// memfd, so that a mapped file gave the machine's RAM another name than it had.
+#[test]
+fn a_vm_of_an_old_machine_type_comes_back() -> TestResult {
+    for (machine, version) in [(Machine::Pc, "2.8"), (Machine::Q35, "3.1")] {
+        for ram in [Ram::machine(64), Ram::private(64), Ram::memfd(64), Ram::tmpfs(64)] {
+            let config = Guest::boot_sector(ram).seed(36).machine(machine).machine_version(version);
+            moves(Release::Distribution, Release::Distribution, &config)?;
+        }
+        let dimm = Guest::linux(Ram::private(256)).dimm(128).machine(machine);
+        let dimm = dimm.machine_version(version);
+        moves(Release::Distribution, Release::Distribution, &dimm)?;
+    }
+    Ok(())
+}
+
 /// It shows no addresses, so that all pages go through the stream, and nothing else is called so.
 #[test]
 fn a_vm_of_the_installed_one_is_streamed_to_the_oldest() -> TestResult {

@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use super::config::{Firmware, GuestConfig, Machine, Program, copy_once, make_qcow2};
+use super::ram::RamKind;
 use crate::TestResult;
 use crate::qemu::Qemu;
 
@@ -58,7 +59,9 @@ impl CommandLine<'_> {
             let most = size + config.dimm_sizes_mib.iter().sum::<u64>() + 1024;
             arguments.option("-m", format!("{size}M,slots=4,maxmem={most}M"));
         }
-        if config.node_sizes_mib.is_empty() {
+        if config.ram.kind == RamKind::Machine {
+            arguments.option("-machine", format!("{machine},accel=tcg"));
+        } else if config.node_sizes_mib.is_empty() {
             // The name that QEMU itself gives it, so that kinds of RAM can be exchanged.
             self.add_backend(arguments, "pc.ram", size);
             arguments.option("-machine", format!("{machine},accel=tcg,memory-backend=pc.ram"));

@@ -13,7 +13,9 @@ pub struct Ram {
 /// What QEMU takes guest RAM from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum RamKind {
-    /// Anonymous private memory, as without any option.
+    /// What the machine takes for `-m` alone: anonymous private memory, without an `-object`.
+    Machine,
+    /// Anonymous private memory.
     Private,
     /// An anonymous shared file.
     Memfd,
@@ -24,6 +26,12 @@ pub enum RamKind {
 }
 
 impl Ram {
+    /// What the machine takes for `-m` alone.
+    #[must_use]
+    pub fn machine(size_mib: u64) -> Ram {
+        Ram { kind: RamKind::Machine, ..Ram::private(size_mib) }
+    }
+
     /// Anonymous private memory.
     #[must_use]
     pub fn private(size_mib: u64) -> Ram {
@@ -64,7 +72,7 @@ impl Ram {
     /// Returns the object that gives `size_mib` of RAM of this kind the name `id`.
     pub(crate) fn backend(&self, id: &str, size_mib: u64, file: &Path) -> String {
         let (kind, more) = match &self.kind {
-            RamKind::Private => ("ram", String::new()),
+            RamKind::Machine | RamKind::Private => ("ram", String::new()),
             RamKind::Memfd => ("memfd", ",share=on".to_owned()),
             RamKind::HugetlbMemfd => ("memfd", ",share=on,hugetlb=on,hugetlbsize=2M".to_owned()),
             RamKind::File(_) => ("file", format!(",share=on,mem-path={}", file.display())),

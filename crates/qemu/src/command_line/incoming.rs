@@ -12,10 +12,13 @@ const STARTING_OPTIONS: [&str; 4] = ["incoming", "S", "daemonize", "loadvm"];
 const MACHINE_RAM_OPTIONS: [&str; 2] = ["mem-path", "mem-prealloc"];
 
 /// Properties of a memory backend that stay true when its bytes come from a file.
+const KEPT_PROPERTIES: [&str; 5] = ["merge", "dump", "policy", "host-nodes", WHOLE_PATH];
+
+/// Property of a memory backend that decides about its block's name: the backend's QOM path
+/// (`/objects/m1`), or its id (`m1`).
 ///
-/// The last one decides about the block's name and is set for machine types before 4.0.
-const KEPT_PROPERTIES: [&str; 5] =
-    ["merge", "dump", "policy", "host-nodes", "x-use-canonical-path-for-ramblock-id"];
+/// Machine types before 4.0 switch it on for files and memfds, and for no other backend.
+const WHOLE_PATH: &str = "x-use-canonical-path-for-ramblock-id";
 
 /// Devices whose memory is more than the bytes in it: it persists, is shared, or is partly absent.
 const DEVICES_NOT_MAPPED: [&str; 4] = ["nvdimm", "virtio-pmem", "virtio-mem", "ivshmem"];
@@ -195,6 +198,7 @@ fn check_size(written: &str, block: &MappedBlock) -> Result<(), CommandLineError
 /// file. `rom=off` lets the guest write although the file is open for reading only. `reserve=off`:
 /// memory is taken as the guest writes, so that many clones, or a guest larger than the host whose
 /// RAM is mostly untouched, start where the kernel's heuristic would refuse the whole mapping.
+/// [`WHOLE_PATH`] keeps the block's name, which may come from a backend of another type.
 fn file_backend(
     option: &str,
     written: &str,
@@ -205,8 +209,10 @@ fn file_backend(
     let path = path
         .ok_or_else(|| CommandLineError::PathNotText { block: block.block_name.clone() })?
         .to_owned();
+    let has_whole_path = block.block_name.contains("/objects/");
     if let Some(json) = parse_json(option, written)? {
         let mut properties = kept_json(&json, "memory-backend-file", id);
+        properties.insert(WHOLE_PATH.to_owned(), json!(has_whole_path));
         properties.insert("size".to_owned(), json!(block.size));
         properties.insert("mem-path".to_owned(), json!(path));
         properties.insert("offset".to_owned(), json!(block.offset));
@@ -221,7 +227,8 @@ fn file_backend(
     words.push(write("mem-path", &path));
     words.push(write("offset", &block.offset.to_string()));
     words.extend(["share=off", "readonly=on", "rom=off", "reserve=off"].map(str::to_owned));
-    words.extend(kept_words(written));
+    words.push(write(WHOLE_PATH, if has_whole_path { "on" } else { "off" }));
+    words.extend(kept_words(written).filter(|word| !word.starts_with(WHOLE_PATH)));
     Ok(words.join(","))
 }
 
@@ -264,12 +271,10 @@ fn kept_json(json: &Value, kind: &str, id: &str) -> Map<String, Value> {
     properties
 }
 
-fn kept_words(written: &str) -> Vec<String> {
+fn kept_words(written: &str) -> impl Iterator<Item = String> {
     let keys = Keys::parse(written, "qom-type");
-    keys.iter()
-        .filter(|(key, _)| is_kept_property(key))
-        .map(|(key, value)| write(key, value))
-        .collect()
+    let kept = keys.iter().filter(|(key, _)| is_kept_property(key));
+    kept.map(|(key, value)| write(key, value)).collect::<Vec<_>>().into_iter()
 }
 
 /// A list may be written as `host-nodes=0` or `host-nodes.0=0`.
@@ -303,7 +308,8 @@ mod tests {
     }
 
     const PC_RAM_FILE: &str = "memory-backend-file,id=pc.ram,size=67108864,\
-        mem-path=/proc/self/fd/7,offset=1048576,share=off,readonly=on,rom=off,reserve=off";
+        mem-path=/proc/self/fd/7,offset=1048576,share=off,readonly=on,rom=off,reserve=off,\
+        x-use-canonical-path-for-ramblock-id=off";
 
     #[test]
     fn how_the_old_qemu_was_started_is_dropped() {
@@ -358,7 +364,8 @@ mod tests {
         assert_eq!(
             arguments.get(1).unwrap(),
             "memory-backend-file,id=ram0,size=67108864,mem-path=/proc/self/fd/7,offset=1048576,\
-             share=off,readonly=on,rom=off,reserve=off,host-nodes=0,policy=bind"
+             share=off,readonly=on,rom=off,reserve=off,\
+             x-use-canonical-path-for-ramblock-id=off,host-nodes=0,policy=bind"
         );
         assert_eq!(arguments.get(3).unwrap(), "q35,memory-backend=ram0");
     }
@@ -375,6 +382,7 @@ mod tests {
             "qom-type": "memory-backend-file", "id": "ram0", "size": 67_108_864,
             "mem-path": "/proc/self/fd/7", "offset": 1_048_576, "share": false, "readonly": true,
             "rom": "off", "reserve": false, "host-nodes": [0, 1],
+            "x-use-canonical-path-for-ramblock-id": false,
         });
         assert_eq!(object, expected);
     }
@@ -382,8 +390,11 @@ mod tests {
     #[test]
     fn a_block_is_found_by_every_name_that_qemu_gives_it() {
         let words = ["-object", "memory-backend-ram,id=m1,size=64M"];
-        for name in ["m1", "/objects/m1", "0000:00:03.0/m1"] {
-            assert!(incoming(&words, &[block(name)]).is_ok(), "{name}");
+        for (name, whole_path) in [("m1", "off"), ("/objects/m1", "on"), ("0000:00:03.0/m1", "off")]
+        {
+            let arguments = incoming(&words, &[block(name)]).unwrap();
+            let ending = format!(",{WHOLE_PATH}={whole_path}");
+            assert!(arguments.get(1).unwrap().ends_with(&ending), "{name}: {arguments:?}");
         }
     }
 
@@ -440,7 +451,8 @@ mod tests {
         assert_eq!(incoming(&once, &[block("pc.ram")]).unwrap(), once);
         // Not mapped: memory of its own, for the descriptor is gone.
         let loaded = incoming(&once, &[]).unwrap();
-        assert!(loaded.contains(&"memory-backend-ram,id=pc.ram,size=67108864".to_owned()));
+        let own = format!("memory-backend-ram,id=pc.ram,size=67108864,{WHOLE_PATH}=off");
+        assert!(loaded.contains(&own), "{loaded:?}");
         assert!(lost(&once).is_empty());
     }
 
