@@ -181,7 +181,7 @@ pub(crate) struct SaveArguments {
     /// Keep the disks of the same instant: the guest goes on in overlays, restore starts from below
     #[arg(long)]
     pub(crate) with_disks: bool,
-    /// End the VM even if it is not what its command line makes: devices came or went, for example
+    /// End the VM even if it is not what its command line makes, or a block job ends with it
     #[arg(long)]
     pub(crate) changed_ok: bool,
     /// How RAM is taken

@@ -152,6 +152,12 @@ impl From<&SaveError> for Failure {
             ),
             SaveError::Blocked { .. } => Failure::new(Code::Vm, "blocked", error),
             SaveError::Changed { .. } => Failure::new(Code::Vm, "changed", error).hint(CHANGED_OK),
+            SaveError::Activities { .. } => {
+                Failure::new(Code::Vm, "activities", error).hint(ACTIVITIES)
+            }
+            SaveError::NotConfirmed { .. } => {
+                Failure::new(Code::Vm, "not_confirmed", error).hint(CHANGED_OK)
+            }
             SaveError::NoAddress { .. } => Failure::new(Code::Vm, "no_address", error).hint(
                 "--route direct needs a QEMU that prints addresses, 8.0 or later; stream none",
             ),
@@ -214,6 +220,10 @@ const CUT_OFF: &str = "there is no file; look what stands between vmfile and QEM
 /// What to do about a VM that is not what its command line would make.
 const CHANGED_OK: &str =
     "--changed-ok saves and ends it all the same; --after resume lets it run on";
+
+/// What to do about jobs and exports that would end with the VM.
+const ACTIVITIES: &str = "wait until it is done, or end it; --changed-ok saves and ends the VM all \
+                          the same; --after resume lets it run on";
 
 /// What the user can do about a VM that was left paused.
 const CONT: &str = "the process vm-guardian lets the VM run on once QEMU answers; so does `cont` \

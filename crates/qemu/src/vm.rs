@@ -1,11 +1,13 @@
 //! A running QEMU and its guest, seen through its monitor.
 
+mod activities;
 mod blockers;
 mod device_state;
 mod drives;
 mod error;
 mod files;
 mod flush;
+mod io_limits;
 mod memory_backends;
 mod memory_map;
 mod overlays;
@@ -34,6 +36,7 @@ pub(crate) use drives::RAW_WINDOW;
 pub use drives::{DeviceName, Drive, Image};
 pub use error::VmError;
 pub use files::FileId;
+pub use io_limits::IoLimits;
 pub use memory_backends::MemoryBackend;
 pub use memory_map::MemoryRange;
 pub(crate) use overlays::OVERLAY_PREFIX;

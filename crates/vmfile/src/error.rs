@@ -60,6 +60,18 @@ pub enum SaveError {
         /// Each with what makes it good.
         changes: Vec<Change>,
     },
+    /// The VM would end, and with it what QEMU does beside running the guest.
+    #[error("the VM would end, and with it: {}", activities.join("; "))]
+    Activities {
+        /// Block jobs and exports.
+        activities: Vec<String>,
+    },
+    /// The VM would end, and QEMU does not say whether its disks are durable.
+    #[error("the VM would end, and its disks may not be durable: {}", reasons.join("; "))]
+    NotConfirmed {
+        /// One for each disk.
+        reasons: Vec<String>,
+    },
     /// Another client of QEMU changed the VM after its save began.
     #[error("the VM was changed while it was being saved: {what} came, went or changed")]
     ChangedMeanwhile {

@@ -13,6 +13,7 @@ mod changed;
 mod describe;
 mod direct;
 mod disks;
+mod ending;
 mod images;
 mod live;
 mod native;
@@ -201,6 +202,7 @@ impl<'a> Save<'a> {
             let reasons = blockers.iter().map(ToString::to_string).collect();
             return Err(SaveError::Blocked { reasons });
         }
+        warnings.extend(ending::with_activities(vm, options)?);
         let found = vm.drives()?;
         let mut meta = describe_vm(vm, was_running, &found)?;
         warnings.extend(describe::warn_of_no_command_line(&meta));
@@ -283,8 +285,10 @@ impl<'a> Save<'a> {
             self.note_that_it_ran(paused)?;
         }
         self.known.still_holds(paused.vm())?;
+        ending::with_activities(paused.vm(), self.options)?;
         self.disks.freeze(paused.vm())?;
-        self.warnings.extend(paused.vm().flush_disks()?);
+        let doubts = paused.vm().flush_disks()?;
+        self.warnings.extend(ending::with_doubtful_disks(doubts, self.options)?);
         let blocks = paused.blocks().to_vec();
         let paused_at = paused.stopped_at();
         let mut work = Work {
@@ -336,6 +340,7 @@ impl<'a> Save<'a> {
         };
         let written = route.write(&mut work)?;
         self.known.still_holds(vm)?;
+        ending::with_activities(vm, self.options)?;
         let proven = self.prove()?;
         self.publish(proven)?;
         self.pause_seconds = written.live.as_ref().map_or(0.0, |live| live.pause_seconds);

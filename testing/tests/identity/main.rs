@@ -1,8 +1,10 @@
 //! A VM that is not what its command line would make is told from one that is, by name.
 
+mod activities;
 mod defaults;
 mod devices;
 mod drives;
+mod io_limits;
 mod unchanged;
 
 use std::path::{Path, PathBuf};

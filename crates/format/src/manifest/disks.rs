@@ -1,5 +1,6 @@
 //! What the metadata says of the VM's drives: their images, and by what a change of them is noticed.
 
+use alloc::collections::BTreeMap;
 use alloc::string::String;
 use alloc::vec::Vec;
 
@@ -37,6 +38,19 @@ pub struct DiskMeta {
     /// The image and those below it, top first; nothing in files of older versions.
     #[serde(default)]
     pub images: Vec<ImageMeta>,
+    /// Its I/O limits; `None` in files of older versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub io_limits: Option<IoLimitsMeta>,
+}
+
+/// I/O limits of a drive, which are no part of the guest's state.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IoLimitsMeta {
+    /// QEMU's names of the limits, as its command `block_set_io_throttle` takes them, with their
+    /// values; nothing if there were none.
+    pub values: BTreeMap<String, u64>,
+    /// The group of drives that share them.
+    pub group: Option<String>,
 }
 
 /// A drive without a medium.

@@ -20,7 +20,7 @@ mod machine;
 mod meta;
 mod page_hashes;
 
-pub use disks::{DiskMeta, EmptyDriveMeta, FileMeta, ImageMeta};
+pub use disks::{DiskMeta, EmptyDriveMeta, FileMeta, ImageMeta, IoLimitsMeta};
 pub use features::Features;
 pub use footer::{FOOTER_LEN, Footer};
 pub use machine::{

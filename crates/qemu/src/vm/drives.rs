@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::{Vm, VmError};
+use super::{IoLimits, Vm, VmError};
 use crate::qmp::unexpected;
 
 /// Deepest chain of images followed: more is a loop or a mistake.
@@ -43,6 +43,8 @@ pub struct Drive {
     pub keeps_bitmaps: bool,
     /// The image on top and those below it, top first; no images for an empty drive.
     pub images: Vec<Image>,
+    /// The I/O limits in force.
+    pub limits: IoLimits,
 }
 
 /// An image of a drive.
@@ -158,6 +160,7 @@ fn drive(drive: &Value) -> Drive {
         read_only: inserted.and_then(|inserted| flag(inserted, "ro")).unwrap_or(false),
         temporary,
         images,
+        limits: inserted.map_or_else(IoLimits::default, IoLimits::of_medium),
     }
 }
 
@@ -201,7 +204,7 @@ fn image(image: &Value) -> Image {
 }
 
 /// Returns a text member that is not empty.
-fn named(value: &Value, key: &str) -> Option<String> {
+pub(super) fn named(value: &Value, key: &str) -> Option<String> {
     value.get(key).and_then(Value::as_str).filter(|text| !text.is_empty()).map(str::to_owned)
 }
 

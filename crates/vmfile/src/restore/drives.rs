@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use vmfile_format::manifest::{DiskMeta, VmMeta};
-use vmfile_qemu::Drive;
+use vmfile_qemu::{Drive, IoLimits, Vm, VmError};
 
 use super::RestoredDisk;
 use crate::image_path::{is_file, is_same_file};
@@ -14,14 +14,17 @@ use crate::restore_error::{Mismatch, RestoreError};
 /// drive, and no other drive has a medium. A drive that has an id has its own chain.
 ///
 /// A file that was received does not say what drives its VM had.
-pub(super) fn compare_drives(
+///
+/// Returns the drives that have other I/O limits than the VM's had, with the VM's.
+pub(super) fn compare_drives<'a>(
     vm: &VmMeta,
     overlays: &[RestoredDisk],
-    found: &[Drive],
-) -> Result<(), RestoreError> {
+    found: &'a [Drive],
+) -> Result<Vec<(&'a Drive, IoLimits)>, RestoreError> {
     if vm.parts.is_none() {
-        return Ok(());
+        return Ok(Vec::new());
     }
+    let mut to_limit = Vec::new();
     let directory = vm.working_directory.as_deref().map_or(Path::new("."), Path::new);
     let mut differ = Vec::new();
     let mut left: Vec<&Drive> = found.iter().filter(|drive| !drive.images.is_empty()).collect();
@@ -32,6 +35,9 @@ pub(super) fn compare_drives(
         let by_id = left.iter().position(|drive| !id.is_empty() && drive.id == id);
         let place = by_id.or_else(|| left.iter().position(has_it));
         let drive = place.map(|place| left.remove(place));
+        let limits = disk.io_limits.clone();
+        let limits = limits.map(|limits| IoLimits::new(limits.values, limits.group));
+        to_limit.extend(drive.zip(limits).filter(|(drive, limits)| drive.limits != *limits));
         if !drive.as_ref().is_some_and(has_it) {
             differ.push(Mismatch {
                 what: format!("drive {:?}", disk.device),
@@ -45,7 +51,25 @@ pub(super) fn compare_drives(
         file: "no medium".to_owned(),
         vm: images_of(drive),
     }));
-    if differ.is_empty() { Ok(()) } else { Err(RestoreError::Incompatible { differ }) }
+    if differ.is_empty() { Ok(to_limit) } else { Err(RestoreError::Incompatible { differ }) }
+}
+
+/// Gives drives the I/O limits that they had. Returns one sentence for each that QEMU refuses.
+pub(super) fn limit_drives(
+    vm: &mut Vm,
+    limits: &[(&Drive, IoLimits)],
+) -> Result<Vec<String>, RestoreError> {
+    let mut warnings = Vec::new();
+    for (drive, limits) in limits {
+        match vm.limit_drive(drive, limits) {
+            Err(VmError::Qmp(error)) if error.is_refused() => {
+                let name = drive.name();
+                warnings.push(format!("drive {name:?} has not the I/O limits it had: {error}"));
+            }
+            told => told?,
+        }
+    }
+    Ok(warnings)
 }
 
 /// Returns the images that the drive is to have, the top first.

@@ -34,7 +34,7 @@ use vmfile_qemu::{LaunchedQemu, PUT_BACK_TIMEOUT, RunState, Vm, VmError};
 
 use self::compare::compare;
 pub use self::disks::RestoredDisk;
-use self::drives::compare_drives;
+use self::drives::{compare_drives, limit_drives};
 use self::parts::compare_parts;
 use self::prepare::{Prepared, prepare};
 use self::ram::{Brought, bring};
@@ -244,7 +244,9 @@ fn fill(
 ) -> Result<Brought, RestoreError> {
     if let Some(manifest) = snapshot.manifest().filter(|_| prepared.is_saved) {
         let drives = prepared.vm().drives()?;
-        compare_drives(&manifest.meta.vm, prepared.overlays.list(), &drives)?;
+        let limits = compare_drives(&manifest.meta.vm, prepared.overlays.list(), &drives)?;
+        let warnings = limit_drives(prepared.vm(), &limits)?;
+        prepared.warnings.extend(warnings);
     }
     let vm = prepared.vm();
     let found = vm.ram_blocks()?;

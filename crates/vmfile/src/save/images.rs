@@ -6,8 +6,10 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use vmfile_format::manifest::{DiskMeta, EmptyDriveMeta, FileMeta, ImageMeta, VmMeta};
-use vmfile_qemu::{Drive, FileId, Image, ProcessInfo, Vm};
+use vmfile_format::manifest::{
+    DiskMeta, EmptyDriveMeta, FileMeta, ImageMeta, IoLimitsMeta, VmMeta,
+};
+use vmfile_qemu::{Drive, FileId, Image, IoLimits, ProcessInfo, Vm};
 
 use super::{After, SaveOptions};
 use crate::error::SaveError;
@@ -38,8 +40,13 @@ pub(super) fn describe(drives: &[Drive], meta: &mut VmMeta) {
             removable: drive.removable,
             tray_open: drive.tray_open,
             images: drive.images.iter().flat_map(image_meta).collect(),
+            io_limits: Some(io_limits(&drive.limits)),
         });
     }
+}
+
+fn io_limits(limits: &IoLimits) -> IoLimitsMeta {
+    IoLimitsMeta { values: limits.values.clone(), group: limits.group.clone() }
 }
 
 /// Describes an image, and the file that has its data where that is another one.
@@ -137,6 +144,7 @@ pub(super) fn record(vm: &mut Vm, meta: &mut VmMeta) -> Result<(), SaveError> {
                 expected: expected.join(", "),
             });
         }
+        disk.io_limits = drive.map(|drive| io_limits(&drive.limits));
         let Some(process) = &process else { continue };
         let is_written = !disk.read_only;
         for (index, image) in disk.images.iter_mut().enumerate().filter(|(_, i)| i.file.is_some()) {

@@ -74,7 +74,8 @@ pub struct SaveOptions {
     pub channels: Option<Channels>,
     /// Whether a file of that name may be replaced.
     pub existing: Existing,
-    /// Save and end a VM even if it is not what its command line would make.
+    /// Save and end a VM even if it is not what its command line would make, if block jobs or
+    /// exports end with it, or if QEMU does not say that its disks are durable.
     pub changed_ok: bool,
 }
 
