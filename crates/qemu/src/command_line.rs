@@ -307,6 +307,8 @@ impl CommandLine {
         // A bare number counts in MiB.
         match size.parse::<u64>() {
             Ok(mebibytes) => mebibytes.checked_mul(1 << 20),
+            // QEMU appends the M to a hexadecimal number too.
+            Err(_) if size.ends_with(|last: char| last.is_ascii_hexdigit()) => None,
             Err(_) => keys::parse_size(&size),
         }
     }
@@ -555,6 +557,7 @@ mod tests {
             ("64M", Some(64 << 20)),
             ("size=4G,slots=2,maxmem=8G", Some(4 << 30)),
             ("0.5G", None),
+            ("0x40", None),
         ] {
             assert_eq!(parse(&["-m", value]).memory_size(), expected, "{value}");
         }

@@ -45,6 +45,7 @@ pub(super) fn in_use(
         .map(|path| directory.join(path))
         .filter(|path| is_in_use(path, &listening))
         .collect();
+    paths.sort();
     paths.dedup();
     Ok(paths)
 }
