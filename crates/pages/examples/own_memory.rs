@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use vmfile_pages::check::{CheckOptions, check};
-use vmfile_pages::memory_file::{FileOptions, load, save, state};
+use vmfile_pages::memory_file::{Contents, FileOptions, load, save, state};
 use vmfile_pages::process_ram::BlockAt;
 use vmfile_pages::{
     Access, Control, OwnMemory, OwnMemoryMut, PageSize, PageSource, ProcessRam, RamBlock,
@@ -71,7 +71,7 @@ fn save_and_check(path: &Path, source: &dyn PageSource, len: usize) -> Result<()
     let ram = RamLayout::new(vec![block])?;
     let (options, control) = (FileOptions::default(), Control::none());
     let state: [(&str, &[u8]); 1] = [("cpu0", b"registers")];
-    let saved = save(path, (MACHINE, ram), source, &state, &options, &control)?;
+    let saved = save(path, Contents::new(MACHINE, ram, &state), source, &options, &control)?;
     let seconds = started.elapsed().as_secs_f64();
     println!(
         "saved {} pages, {} of them with data, in {seconds:.3} s; direct I/O: {}",

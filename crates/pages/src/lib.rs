@@ -11,7 +11,7 @@
 //! `examples/pages_of_file.rs` in this crate are whole programs.
 //!
 //! ```
-//! use vmfile_pages::memory_file::{FileOptions, load, save, state};
+//! use vmfile_pages::memory_file::{Contents, FileOptions, load, save, state};
 //! use vmfile_pages::{
 //!     Control, OwnMemory, OwnMemoryMut, PageSize, RamBlock, RamLayout, Snapshot,
 //! };
@@ -27,9 +27,8 @@
 //! let options = FileOptions::default();
 //! let saved = save(
 //!     &path,
-//!     ("example-1.0", RamLayout::new(vec![block])?),
+//!     Contents::new("example-1.0", RamLayout::new(vec![block])?, &[("cpu0", b"registers")]),
 //!     &OwnMemory::new(vec![&memory]),
-//!     &[("cpu0", b"registers")],
 //!     &options,
 //!     &Control::none(),
 //! )?;

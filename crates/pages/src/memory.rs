@@ -18,12 +18,15 @@ use crate::plan::{WINDOW_LEN, pieces};
 pub trait PageSource: Sync {
     /// Returns the first byte of `range` that may be other than zero; all before it is zero.
     ///
-    /// A source that cannot tell returns the first byte of the range.
+    /// By default that is the first byte of the range. A source that can tell without reading the bytes, e.g.
+    /// from the kernel's page tables, saves that work.
     ///
     /// # Errors
     ///
     /// Returns an error if the memory cannot be asked; the save ends with it.
-    fn first_data(&self, block: usize, range: &Range<u64>) -> io::Result<Option<u64>>;
+    fn first_data(&self, _block: usize, range: &Range<u64>) -> io::Result<Option<u64>> {
+        Ok((!range.is_empty()).then_some(range.start))
+    }
 
     /// Copies `range`, [`WINDOW_LEN`] bytes at most, into `into`, which has its length, and returns
     /// `true`. If all of the range is zero, it may return `false` and copy nothing.
@@ -39,10 +42,14 @@ pub trait PageSource: Sync {
 pub trait PageSink: PageSource {
     /// Returns the parts of `range`, [`WINDOW_LEN`] bytes at most, that may be other than zero.
     ///
+    /// By default that is the whole range. A sink that is known to be zero saves the loader the writing of zeros.
+    ///
     /// # Errors
     ///
     /// Returns an error if the memory cannot be asked; the load ends with it.
-    fn data(&self, block: usize, range: &Range<u64>) -> io::Result<Vec<Range<u64>>>;
+    fn data(&self, _block: usize, range: &Range<u64>) -> io::Result<Vec<Range<u64>>> {
+        Ok(vec![range.clone()])
+    }
 
     /// Copies `parts` of `bytes` into the block: the first byte of `bytes` belongs to the block's byte
     /// `start`. All of them lie between two multiples of [`WINDOW_LEN`].
@@ -74,11 +81,6 @@ impl<'a> OwnMemory<'a> {
 }
 
 impl PageSource for OwnMemory<'_> {
-    fn first_data(&self, _: usize, range: &Range<u64>) -> io::Result<Option<u64>> {
-        // Zero pages are found later, when the copy is tested.
-        Ok((!range.is_empty()).then_some(range.start))
-    }
-
     fn read(&self, block: usize, range: &Range<u64>, into: &mut [u8]) -> io::Result<bool> {
         into.copy_from_slice(&self.blocks[block][in_block(range.start)..in_block(range.end)]);
         Ok(true)

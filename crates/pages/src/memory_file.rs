@@ -46,6 +46,25 @@ impl Default for FileOptions {
     }
 }
 
+/// What goes into a file.
+#[derive(Clone, Debug)]
+pub struct Contents<'a> {
+    machine: &'a str,
+    ram: RamLayout,
+    state: &'a [(&'a str, &'a [u8])],
+}
+
+impl<'a> Contents<'a> {
+    /// Takes the name of the VMM and its kind of machine, the blocks of RAM, and the device state: at
+    /// least one part, each a name and bytes of the caller's choice.
+    ///
+    /// Choose a name that no machine type of QEMU has: then no QEMU loads the file as one of its own.
+    #[must_use]
+    pub fn new(machine: &'a str, ram: RamLayout, state: &'a [(&'a str, &'a [u8])]) -> Contents<'a> {
+        Contents { machine, ram, state }
+    }
+}
+
 /// What was saved.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
@@ -60,11 +79,7 @@ pub struct SavedMemory {
     pub io: BackendInUse,
 }
 
-/// Saves the blocks of `ram`, whose bytes `source` provides, to a new file at `path`, with `state`: at least
-/// one part, each a name and bytes of the caller's choice.
-///
-/// `machine` names the VMM and its kind of machine. Choose a name that no machine type of QEMU has: then
-/// no QEMU loads the file as one of its own.
+/// Saves `contents`, whose RAM `source` provides, to a new file at `path`.
 ///
 /// When this returns, the file is on the disk, was read back, and has its name. If it fails, there is no
 /// file.
@@ -74,13 +89,13 @@ pub struct SavedMemory {
 /// Returns [`PagesError`] if the file cannot be written or does not read back.
 pub fn save(
     path: &Path,
-    (machine, ram): (&str, RamLayout),
+    contents: Contents<'_>,
     source: &dyn PageSource,
-    state: &[(&str, &[u8])],
     options: &FileOptions,
     control: &Control<'_>,
 ) -> Result<SavedMemory, PagesError> {
     let draft = Draft::new(Unpublished::create_beside(path, options.existing)?, options.direct_io)?;
+    let Contents { machine, ram, state } = contents;
     let state = OwnState::new(state);
     let tail =
         StreamTail { sections: &state.sections, description: &state.description, state: None };

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 use vmfile_format::manifest::{ExtentMeta, Meta};
 use vmfile_pages::check::{CheckOptions, FindingKind, check};
-use vmfile_pages::memory_file::{FileOptions, load, save};
+use vmfile_pages::memory_file::{Contents, FileOptions, load, save};
 use vmfile_pages::{
     Control, OwnMemory, OwnMemoryMut, PageSize, RamBlock, RamLayout, Snapshot, SnapshotError,
 };
@@ -32,7 +32,8 @@ fn saved() -> (TempDir, PathBuf) {
     let source = OwnMemory::new(vec![&memory]);
     let state: [(&str, &[u8]); 1] = [("cpu", &[1])];
     let options = FileOptions::default();
-    save(&path, ("test-1.0", ram), &source, &state, &options, &Control::none()).unwrap();
+    save(&path, Contents::new("test-1.0", ram, &state), &source, &options, &Control::none())
+        .unwrap();
     (directory, path)
 }
 

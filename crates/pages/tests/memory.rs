@@ -3,16 +3,22 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot be arranged has failed")]
 
 use std::fs::OpenOptions;
+use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
+use std::sync::Mutex;
 
 use proptest::prelude::*;
 use vmfile_pages::check::{CheckOptions, FindingKind, check};
-use vmfile_pages::memory_file::{FileOptions, load, save, state};
+use vmfile_pages::draft::{Draft, FileLayout};
+use vmfile_pages::engine::Unpublished;
+use vmfile_pages::format::stream::configuration::Configuration;
+use vmfile_pages::memory_file::{Contents, FileOptions, load, save, state};
 use vmfile_pages::process_ram::BlockAt;
 use vmfile_pages::{
-    Access, Backend, Control, Existing, OwnMemory, OwnMemoryMut, PageSize, PageSource, PagesError,
-    ProcessRam, PublishError, RamBlock, RamLayout, Snapshot, SnapshotError,
+    Access, Backend, Control, DirectIo, Existing, OwnMemory, OwnMemoryMut, PageSink, PageSize,
+    PageSource, PagesError, ProcessRam, PublishError, RamBlock, RamLayout, Snapshot, SnapshotError,
 };
 
 fn layout(blocks: &[Vec<u8>], page_size: u64) -> RamLayout {
@@ -31,7 +37,8 @@ fn save_blocks(path: &Path, blocks: &[Vec<u8>], page_size: u64, source: &dyn Pag
     let ram = layout(blocks, page_size);
     let state: [(&str, &[u8]); 2] = [("cpu", &[0x7e, 0, 0, 0, 0, 4]), ("bus", &[])];
     let options = options(Backend::Auto);
-    save(path, ("test-1.0", ram), source, &state, &options, &Control::none()).unwrap();
+    let contents = Contents::new("test-1.0", ram, &state);
+    save(path, contents, source, &options, &Control::none()).unwrap();
 }
 
 fn own(blocks: &[Vec<u8>]) -> OwnMemory<'_> {
@@ -130,7 +137,7 @@ fn a_name_that_is_taken_is_refused_and_a_save_that_is_stopped_leaves_no_file() {
         let ram = layout(&blocks, 4096);
         let state: [(&str, &[u8]); 1] = [("cpu", &[1])];
         let options = FileOptions::default();
-        save(&path, ("test-1.0", ram), &own(&blocks), &state, &options, control)
+        save(&path, Contents::new("test-1.0", ram, &state), &own(&blocks), &options, control)
     };
     let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(true));
     let error = try_save(&Control::new(&stop, &|_| {})).unwrap_err();
@@ -139,4 +146,62 @@ fn a_name_that_is_taken_is_refused_and_a_save_that_is_stopped_leaves_no_file() {
     try_save(&Control::none()).unwrap();
     let error = try_save(&Control::none()).unwrap_err();
     assert!(matches!(error, PagesError::Publish(PublishError::Exists { .. })), "{error}");
+}
+
+/// Memory that only answers what a source and a sink must: it neither knows where it has data nor
+/// where it has none.
+struct Bytes(Mutex<Vec<u8>>);
+
+fn at(range: &Range<u64>) -> Range<usize> {
+    usize::try_from(range.start).unwrap()..usize::try_from(range.end).unwrap()
+}
+
+impl PageSource for Bytes {
+    fn read(&self, _: usize, range: &Range<u64>, into: &mut [u8]) -> io::Result<bool> {
+        into.copy_from_slice(&self.0.lock().unwrap()[at(range)]);
+        Ok(true)
+    }
+}
+
+impl PageSink for Bytes {
+    fn write(&self, _: usize, start: u64, parts: &[Range<usize>], bytes: &[u8]) -> io::Result<()> {
+        let mut memory = self.0.lock().unwrap();
+        for part in parts {
+            let start = usize::try_from(start).unwrap();
+            memory[start..][part.clone()].copy_from_slice(&bytes[part.clone()]);
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn memory_that_only_reads_and_writes_is_enough() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("memory.vmf");
+    let mut blocks = vec![vec![0; 3 << 20]];
+    for page in blocks[0].chunks_mut(4096).step_by(5) {
+        page[7] = 9;
+    }
+    save_blocks(&path, &blocks, 4096, &Bytes(Mutex::new(blocks[0].clone())));
+    let sink = Bytes(Mutex::new(vec![0xa5; 3 << 20]));
+    let snapshot = Snapshot::open(&path, 0).unwrap();
+    load(&snapshot, &sink, &options(Backend::Auto), &Control::none()).unwrap();
+    assert_eq!(*sink.0.lock().unwrap(), blocks[0]);
+}
+
+/// Nothing but `finish` and the pages make a draft whole: what was left out is found before the file
+/// has a name.
+#[test]
+fn a_draft_that_is_not_finished_gets_no_name() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("memory.vmf");
+    let unpublished = Unpublished::create_beside(&path, Existing::Refuse).unwrap();
+    let draft = Draft::new(unpublished, DirectIo::Preferred).unwrap();
+    let ram = layout(&[vec![0; 1 << 20]], 4096);
+    let configuration = Configuration { machine: "test-1.0".to_owned(), ..Default::default() };
+    let places = FileLayout::new(&configuration, ram, 1, 64).unwrap();
+    draft.reserve(places.tables()).unwrap();
+    let error = draft.prove().unwrap_err();
+    assert!(matches!(error, PagesError::NotAsWritten(_)), "{error}");
+    assert_eq!(directory.path().read_dir().unwrap().count(), 0);
 }

@@ -28,6 +28,7 @@ const TAIL_LEN_MIN: u64 = 1 << 20;
 /// A value of this type has passed every check that needs no page: parts lie inside the file and
 /// do not overlap, the blocks add up, and the device sections follow one another to their end.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct MappedRamFile {
     /// File offset at which the stream begins: QEMU's `offset=`.
     pub start: u64,
@@ -77,7 +78,7 @@ impl MappedRamFile {
         let mut offset = head_end;
         let mut rest = total;
         let mut blocks = Vec::new();
-        let mut names = Vec::new();
+        let mut ram_blocks = Vec::new();
         while rest > 0 {
             let bytes = read(offset, RECORD_LEN_MAX)?;
             let placed = decode_block(&bytes, offset, file_len)?;
@@ -94,10 +95,10 @@ impl MappedRamFile {
                 return Err(FormatError::new(offset, kind).into());
             }
             offset = placed.pages_end();
-            names.push(placed.block.clone());
+            ram_blocks.push(placed.block.clone());
             blocks.push(placed);
         }
-        at(head_end, RamLayout::new(names))?;
+        at(head_end, RamLayout::new(ram_blocks))?;
 
         let ram_end_offset = offset;
         // What follows QEMU's last byte may be long, and is not looked at: begin small.
