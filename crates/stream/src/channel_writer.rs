@@ -1,4 +1,4 @@
-//! A stream beside multifd channels: pages on connections of their own.
+//! Sends a stream with multifd channels beside it: pages have connections of their own.
 //!
 //! ```text
 //! stream      header, START  | zero pages | END | device sections, description
@@ -6,16 +6,16 @@
 //!                            SYNC         SYNC  SYNC
 //! ```
 //!
-//! END and what follows it leave only after every channel has sent its last page: a page that is not
-//! what was written ends the stream where QEMU refuses it, whichever channel met it.
+//! END and what follows it are sent only after every channel has sent its last page. If a channel
+//! meets a page that differs from its hash, the stream ends before END, and QEMU refuses it.
 //!
-//! The stream's connection is made first, and each says what it is as soon as it is made: QEMU looks
-//! at the first bytes before it takes the next (since 7.2; it takes the first for the stream before).
-//! Where a part of "ram" ends, QEMU waits for a SYNC on every channel, so that no page comes before
-//! its block has its length.
+//! The stream connects first, and each connection sends its first bytes at once: QEMU 7.2 and later
+//! read them, to tell a stream from a channel, before they accept the next connection. Older
+//! versions take the first connection for the stream. Where a part of "ram" ends, QEMU waits for a
+//! SYNC on every channel, so that no page comes before its block has its length.
 //!
-//! Zero pages go into the stream. Packets can name them since 9.0, but there QEMU takes its RAM to
-//! be zero already.
+//! Zero pages go into the stream. Packets can name them since QEMU 9.0, but QEMU does not write
+//! such a page the first time: it takes its RAM to be zero already.
 
 use std::io::IoSlice;
 use std::ops::Range;
@@ -44,7 +44,7 @@ use crate::stream_writer::{COUNTED_PARTS, Parts, Source, StreamWriter};
 ///
 /// # Errors
 ///
-/// Returns what the connection met that failed first.
+/// Returns the error of the connection that failed first.
 pub fn write_channels(
     contents: &Contents<'_>,
     source: &Source,
@@ -65,7 +65,7 @@ pub fn write_channels(
         counts.push(outlet.sent());
         outlets.push(outlet);
     }
-    // The others end with `Stopped` then; what this one says is what happened.
+    // The other connections then end with `Stopped`; this error is the cause.
     let fail = |_: &SendError| failed.store(true, Ordering::Relaxed);
     let senders = Senders::new(contents, outlets, control);
     let width = (source.io, usize::from(channels.count().get()));
@@ -109,7 +109,7 @@ fn parse_uuid(text: &str) -> Option<[u8; 16]> {
     (digits.len() == 32).then(|| number.to_be_bytes())
 }
 
-/// Writes the zero pages; what follows RAM remains to be written.
+/// Writes the zero pages; the caller writes what follows RAM.
 fn zero_pages<'w, 'o>(mut stream: StreamWriter<'w, 'o>) -> Result<StreamWriter<'w, 'o>, SendError> {
     for window in stream.contents().windows() {
         stream.pages(&window, None)?;
@@ -150,7 +150,7 @@ impl<'a> Senders<'a, ()> {
 }
 
 impl<I: Iterator<Item = Window> + Send> Senders<'_, I> {
-    /// Sends what one channel carries.
+    /// Sends windows on one channel until none is left, and its SYNCs.
     fn work(&self, lane: Lane) -> Result<(), SendError> {
         let outlet = self.outlets.lock().expect("no panic").pop();
         let mut outlet = outlet.expect("as many lanes as channels");
@@ -178,7 +178,8 @@ impl<I: Iterator<Item = Window> + Send> Senders<'_, I> {
         Packet { sync: pages.is_none(), compression: Compression::None, number, pages, data_len }
     }
 
-    /// Sends the pages with data of a window, of which `bytes` are those from the first to the last.
+    /// Sends the pages with data of a window; `bytes` are the window's bytes, from the first such
+    /// page to the last.
     fn send_window(
         &self,
         outlet: &mut Outlet<'_>,

@@ -7,7 +7,8 @@ use std::num::NonZeroU8;
 pub struct Channels(NonZeroU8);
 
 impl Channels {
-    /// More gain nothing: a few keep any disk busy that was tried, and each has buffers of its own.
+    /// The largest count. More channels gain nothing: a few kept every disk busy that was measured,
+    /// and each has buffers of its own.
     pub const MAX: u8 = 16;
 
     /// Returns `count` channels, or `None` if that is not from 1 to [`Channels::MAX`].
@@ -16,13 +17,13 @@ impl Channels {
         NonZeroU8::new(count).filter(|count| count.get() <= Channels::MAX).map(Channels)
     }
 
-    /// Returns how many.
+    /// Returns the count.
     #[must_use]
     pub fn count(self) -> NonZeroU8 {
         self.0
     }
 
-    /// Returns how many there are, where there may be none.
+    /// Returns the count, which is 0 for `None`.
     #[must_use]
     pub fn count_of(channels: Option<Channels>) -> u8 {
         channels.map_or(0, |channels| channels.0.get())

@@ -1,4 +1,5 @@
-//! What a stream is made of, and in which order. Pure but for what the file says of its pages.
+//! What a stream contains, and in which order. This reads the file's tables and device state; it
+//! sends nothing.
 
 use std::ops::Range;
 
@@ -12,11 +13,11 @@ use vmfile_pages::page_hashes::PageHashes;
 use vmfile_pages::plan::{WINDOW_LEN, pieces};
 use vmfile_pages::snapshot::{Snapshot, SnapshotError};
 
-/// Blocks below this length always have their zero pages sent: firmware is among them, which a
-/// destination has filled by itself.
+/// Zero pages of blocks below this length, in bytes, are always sent: firmware is among these
+/// blocks, and the destination has already filled it, so that its pages are not zero.
 pub const LARGE_BLOCK_LEN: u64 = 4 << 20;
 
-/// How long a gap between two pages with data may be for one read to go on across it.
+/// The longest gap between two pages with data that one read spans, in bytes.
 const GAP_LEN_MAX: u64 = 64 << 10;
 
 /// Which pages of a block are sent.
@@ -30,7 +31,7 @@ pub enum Pages {
     None,
 }
 
-/// What a stream is made of.
+/// What a stream contains.
 #[derive(Debug)]
 pub struct Contents<'a> {
     /// The file.
@@ -75,7 +76,8 @@ impl Window {
 }
 
 impl<'a> Contents<'a> {
-    /// Collects what is sent of `snapshot`: all device state, and of each block what `pages` says.
+    /// Collects what is sent of `snapshot`: all device state, and of each block the pages that
+    /// `pages` selects.
     ///
     /// # Errors
     ///
@@ -137,7 +139,7 @@ impl<'a> Contents<'a> {
     ///
     /// # Errors
     ///
-    /// Returns [`SnapshotError::DamagedPage`] for the first that is not what was written.
+    /// Returns [`SnapshotError::DamagedPage`] for the first page that differs from its hash.
     pub fn verify(
         &self,
         window: &Window,

@@ -10,14 +10,14 @@ use vmfile_pages::{PagesError, SnapshotError};
 
 use crate::incoming::WaitError;
 
-/// Why the connections are not those of one sender with so many channels.
+/// Why the connections are not one stream and the expected channels of one sender.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ChannelsError {
-    /// Channels were asked for, and there is no socket that they could connect to.
+    /// The caller expects channels, but gave one descriptor instead of a socket to connect to.
     #[error("channels need a socket to connect to; there is one descriptor")]
     NoSocket,
-    /// The sender has channels, and none were asked for.
+    /// The sender uses channels, and the caller expects none.
     #[error("the sender uses multifd channels, and none are expected")]
     Unexpected,
     /// Fewer connections came than the stream and its channels.
@@ -25,13 +25,13 @@ pub enum ChannelsError {
     Missing {
         /// How many came.
         found: usize,
-        /// How many were waited for.
+        /// How many were expected.
         expected: usize,
     },
     /// Further connections came.
     #[error("more connections came than the stream and {channels} multifd channels")]
     More {
-        /// How many channels were asked for.
+        /// How many channels were expected.
         channels: usize,
     },
     /// Two channels have one number.
@@ -45,7 +45,7 @@ pub enum ChannelsError {
     Number {
         /// The number.
         channel: u8,
-        /// How many channels were asked for.
+        /// How many channels were expected.
         channels: u8,
     },
     /// A channel belongs to another VM.
@@ -80,10 +80,10 @@ pub enum ReceiveError {
         /// What the kernel said.
         source: io::Error,
     },
-    /// The connections are not those of a sender with so many channels.
+    /// The connections are not one stream and the expected channels of one sender.
     #[error(transparent)]
     Channels(#[from] ChannelsError),
-    /// A multifd channel brought what it should not, or ended too soon.
+    /// The data of a multifd channel are invalid, or could not be read.
     #[error("multifd channel {channel}")]
     Channel {
         /// The channel's number.
@@ -91,7 +91,7 @@ pub enum ReceiveError {
         /// What happened there.
         source: Box<ReceiveError>,
     },
-    /// The stream is not what it should be.
+    /// The stream is invalid, or uses a feature that vmfile does not support.
     #[error("the stream")]
     Stream(#[source] FormatError),
     /// The stream could not be read.
@@ -107,16 +107,16 @@ pub enum ReceiveError {
     Stalled {
         /// How far the stream was read, in bytes.
         offset: u64,
-        /// How long was waited.
+        /// How long the receiver waited.
         after: Duration,
     },
-    /// The sender's process does not run.
+    /// The sender's process is stopped, by SIGSTOP or a debugger.
     #[error("QEMU's process {pid} is stopped, by SIGSTOP or a debugger, and sends nothing")]
     ProcessStopped {
         /// The process.
         pid: u32,
     },
-    /// The sender does not come to its end.
+    /// The deadline passed before the stream ended.
     #[error("the stream has not ended in time; it was read up to offset {offset:#x}")]
     TimedOut {
         /// How far it was read, in bytes.
@@ -131,7 +131,7 @@ impl From<PublishError> for ReceiveError {
 }
 
 impl ReceiveError {
-    /// Gives an end of limits its place in the stream.
+    /// Converts the reason why a wait ended, at `offset` of the stream.
     pub fn waited(error: WaitError, offset: u64) -> ReceiveError {
         match error {
             WaitError::Io(source) => ReceiveError::Read { offset, source },
@@ -144,7 +144,7 @@ impl ReceiveError {
         }
     }
 
-    /// Says by which channel it came, where that matters.
+    /// Adds the channel's number to an error about a channel's data or about reading them.
     pub fn of_channel(self, channel: u8) -> ReceiveError {
         match self {
             ReceiveError::Stream(_) | ReceiveError::Read { .. } => {
@@ -154,7 +154,7 @@ impl ReceiveError {
         }
     }
 
-    /// Says that the kernel refused to write pages to the file.
+    /// Returns the error for pages that could not be written to the file.
     #[must_use]
     pub fn write_ram(source: io::Error) -> ReceiveError {
         PagesError::WriteFile { what: "guest RAM", source }.into()
@@ -165,16 +165,17 @@ impl ReceiveError {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SendError {
-    /// The file could not be read, or is not what was written; or the caller stopped it.
+    /// The file could not be read or is damaged, or the caller stopped it.
     #[error(transparent)]
     Pages(#[from] PagesError),
     /// A thread could not be started, or panicked.
     #[error("send by a thread of its own")]
     Thread(#[source] io::Error),
-    /// Channels were asked for, and there is no socket that they could connect to.
+    /// The caller expects channels, but gave one descriptor instead of a socket to connect to.
     #[error("channels need a socket to connect to; there is one descriptor")]
     NoSocket,
-    /// It depends on the machine type when QEMU waits for its channels, and this does not tell.
+    /// When QEMU waits for its channels depends on the version in the machine type, and this
+    /// machine type has none.
     #[error("machine type {machine:?} does not end with a version of QEMU")]
     MachineVersion {
         /// The machine type.
@@ -188,7 +189,7 @@ pub enum SendError {
         /// What the kernel said.
         source: io::Error,
     },
-    /// It cannot be said what the descriptor is.
+    /// The kernel does not tell what kind of file the descriptor is.
     #[error("look at the descriptor of the stream")]
     Descriptor(#[source] io::Error),
     /// The reader closed its end before the stream ended, as a QEMU does that refuses it.
@@ -220,7 +221,7 @@ impl From<SnapshotError> for SendError {
     }
 }
 
-/// Says that the pages of the file could not be read.
+/// Returns the error for pages that could not be read from the file.
 pub(crate) fn reading(source: io::Error) -> PagesError {
     PagesError::ReadFile { what: "guest RAM from the file", source }
 }

@@ -12,25 +12,25 @@ use vmfile_format::stream::decoder::EVENT_LEN_MAX;
 
 use vmfile_pages::control::Control;
 
-/// How much is read at once: what a pipe holds when it was widened.
+/// How many bytes are read at once: what a widened pipe holds.
 const READ_LEN: usize = 1 << 20;
 
-/// How often a wait looks whether it was told to stop.
+/// How often a wait checks whether it has to stop.
 pub const STOP_INTERVAL: Duration = Duration::from_millis(100);
 
-/// How long a peer may be silent before its process is looked at.
+/// How long a peer may be silent before a wait checks whether its process is stopped.
 const STILL_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// How long a peer may be waited for.
+/// How long to wait for a peer.
 #[derive(Clone, Copy, Debug)]
 pub struct WaitLimits<'a> {
-    /// The caller's hold.
+    /// Says whether the caller has stopped the receive.
     pub control: &'a Control<'a>,
-    /// Without a byte from a peer.
+    /// The longest time without a byte from any peer.
     pub stall: Option<Duration>,
     /// The peer's process, where it is known: one that is stopped sends nothing.
     pub process: Option<PeerProcess>,
-    /// Until all has come.
+    /// When the whole stream must have arrived.
     pub deadline: Option<Instant>,
 }
 
@@ -46,9 +46,9 @@ pub struct PeerProcess {
 /// Why reading the stream ended early.
 #[derive(Debug)]
 pub enum WaitError {
-    /// The kernel refused.
+    /// The kernel returned an error.
     Io(io::Error),
-    /// Nothing came for so long.
+    /// No byte came for this long.
     Stalled(Duration),
     /// The peer's process is stopped, by SIGSTOP or a debugger.
     ProcessStopped(u32),
@@ -56,7 +56,7 @@ pub enum WaitError {
     TimedOut,
     /// The caller stopped it.
     Stopped,
-    /// Another connection of the same receive has failed, and says why.
+    /// Another connection of the same receive has failed; that failure is the cause.
     GivenUp,
 }
 
@@ -66,8 +66,8 @@ impl From<io::Error> for WaitError {
     }
 }
 
-/// What the connections of one receive have in common: whether any of them moves, and whether there
-/// is any use in it.
+/// What the connections of one receive share: when a byte last came by any of them, and whether one
+/// of them has failed.
 #[derive(Debug)]
 pub struct Activity {
     begin: Instant,
@@ -84,13 +84,13 @@ impl Default for Activity {
 }
 
 impl Activity {
-    /// Notes that a connection moves.
+    /// Notes that a connection begins to wait, or got a byte.
     pub fn note(&self) {
         let now_ms = u64::try_from(self.begin.elapsed().as_millis()).unwrap_or(u64::MAX);
         self.moved_ms.fetch_max(now_ms, Ordering::Relaxed);
     }
 
-    /// Ends all waiting.
+    /// Ends all waits, with [`WaitError::GivenUp`].
     pub fn give_up(&self) {
         self.is_given_up.store(true, Ordering::Relaxed);
     }
@@ -102,7 +102,7 @@ impl Activity {
 }
 
 impl WaitLimits<'_> {
-    /// Says why there is no more waiting, if so.
+    /// Returns an error if the wait has to end.
     pub fn check(&self, activity: &Activity) -> Result<(), WaitError> {
         if self.control.is_stopped() {
             return Err(WaitError::Stopped);
@@ -126,7 +126,7 @@ impl WaitLimits<'_> {
 
     /// Waits until `fd` has something to read, or has ended.
     ///
-    /// That others with the same `activity` move is as good as a byte here.
+    /// A byte that comes by another connection with the same `activity` counts like one from `fd`.
     pub fn wait(&self, fd: BorrowedFd<'_>, activity: &Activity) -> Result<(), WaitError> {
         activity.note();
         loop {
@@ -140,7 +140,7 @@ impl WaitLimits<'_> {
         }
     }
 
-    /// Reads what is there into `into`; 0 at the end.
+    /// Waits, and reads what is there into `into`; returns the length, which is 0 at the end.
     pub fn read(
         &self,
         fd: BorrowedFd<'_>,
@@ -158,7 +158,7 @@ impl WaitLimits<'_> {
     }
 }
 
-/// A stream of bytes, of which some have been read and not been used yet.
+/// A stream of bytes, with a buffer of those that have been read and not used yet.
 #[derive(Debug)]
 pub struct StreamSource<'a> {
     fd: OwnedFd,
@@ -170,22 +170,23 @@ pub struct StreamSource<'a> {
 }
 
 impl<'a> StreamSource<'a> {
-    /// Reads from `fd` from now on; `begun` has been read from it already.
+    /// Returns the stream that `fd` reads; `begun` are its first bytes, which the caller has read
+    /// already.
     pub fn new(
         fd: OwnedFd,
         begun: &[u8],
         limits: WaitLimits<'a>,
         activity: &'a Activity,
     ) -> StreamSource<'a> {
-        // A pipe of 64 KiB costs a factor of four; a socket refuses, and an unprivileged user may
-        // have used up what pipes may take together.
+        // With the 64 KiB of a new pipe, a receive takes four times as long. The call fails on a
+        // socket, and may fail if the user's pipes have used up their pages.
         let _ = fcntl_setpipe_size(&fd, READ_LEN);
         let mut buffer = vec![0; READ_LEN + EVENT_LEN_MAX].into_boxed_slice();
         buffer[..begun.len()].copy_from_slice(begun);
         StreamSource { fd, limits, activity, buffer, start: 0, end: begun.len() }
     }
 
-    /// Returns what has been read and not been used.
+    /// Returns what has been read and not used yet.
     pub fn bytes(&self) -> &[u8] {
         &self.buffer[self.start..self.end]
     }

@@ -1,8 +1,9 @@
-//! QEMU's migration stream to pages at fixed places in a file, and back.
+//! Converts QEMU's migration stream into pages at fixed places in a file, and back.
 //!
 //! In: a [`StreamReceiver`](receiver::StreamReceiver) reads a stream from a pipe or a socket
-//! ([`incoming`]), with multifd channels beside it if there are any ([`multifd`]), and writes every page to
-//! its place in a [`Draft`](vmfile_pages::draft::Draft). A page that comes again overwrites its place.
+//! ([`incoming`]), with multifd channels beside it if there are any ([`multifd`]), and writes every
+//! page to its place in a [`Draft`](vmfile_pages::draft::Draft). A page that QEMU sends again
+//! overwrites the earlier one.
 //!
 //! Out: [`Contents`](contents::Contents) says which pages of an open file are sent;
 //! [`write_stream`](stream_writer::write_stream) reads them ahead, compares each with its hash, and writes a
@@ -44,12 +45,12 @@
 //! # }
 //! ```
 //!
-//! The crate is handed open descriptors and hands back what it found: it starts no QEMU, and does not
-//! talk to one's monitor.
+//! The caller passes open descriptors: the crate starts no QEMU, and does not talk to QEMU's
+//! monitor.
 
 #![forbid(unsafe_code)]
 
-// What the signatures below show of the crates beneath.
+// The signatures below have types of these crates.
 pub use vmfile_engine as engine;
 pub use vmfile_format as format;
 pub use vmfile_pages as pages;

@@ -26,12 +26,13 @@ pub struct Listener {
     path: PathBuf,
     /// Its path for the sender, which may have another root directory.
     path_of_sender: PathBuf,
-    /// The directory that was made for it: its parent, open, and its name there. QEMU's root is no path
-    /// of ours any more once QEMU has ended.
+    /// The directory that was made for it: its open parent, and its name there. A path through
+    /// `/proc` to QEMU's root directory is gone once QEMU has ended.
     directory: Option<(OwnedFd, PathBuf)>,
 }
 
-/// Where a socket will have a directory of its own: in `/tmp`, for a short path. Nothing is there yet.
+/// Where [`SocketPlace::listen`] will make a directory with a socket: in `/tmp`, for a short path.
+/// Nothing is there yet.
 #[derive(Debug)]
 pub struct SocketPlace {
     /// The directory `/tmp` of the sender.
@@ -42,7 +43,7 @@ pub struct SocketPlace {
 }
 
 impl Listener {
-    /// Listens at `path`, where nothing may be yet.
+    /// Listens at `path`, which must not exist yet.
     pub fn bind(path: &Path) -> Result<Listener, ReceiveError> {
         let error = |source| ReceiveError::Listen { path: path.to_path_buf(), source };
         let listener = UnixListener::bind(path).map_err(error)?;
@@ -55,7 +56,7 @@ impl Listener {
         &self.path_of_sender
     }
 
-    /// Waits at most `timeout` for a connection.
+    /// Waits at most `timeout` for a connection; returns whether one waits to be accepted.
     pub fn wait(&self, timeout: Duration) -> Result<bool, ReceiveError> {
         let timeout = Timespec::try_from(timeout).expect("a short time");
         match poll(&mut [PollFd::new(&self.listener, PollFlags::IN)], Some(&timeout)) {
@@ -67,7 +68,7 @@ impl Listener {
         }
     }
 
-    /// Takes a connection that waits; `None` where there is none.
+    /// Accepts a connection if one waits; returns `None` if none does.
     pub fn accept_waiting(&self) -> Result<Option<OwnedFd>, ReceiveError> {
         if !self.wait(Duration::ZERO)? {
             return Ok(None);
@@ -77,7 +78,7 @@ impl Listener {
         Ok(Some(connection.into()))
     }
 
-    /// Waits for the next connection.
+    /// Waits for the next connection, and accepts it.
     pub fn accept(&self, limits: &WaitLimits<'_>) -> Result<OwnedFd, ReceiveError> {
         let error = |source| ReceiveError::Listen { path: self.path.clone(), source };
         let waited = limits.wait(self.listener.as_fd(), &Activity::default());
@@ -86,15 +87,16 @@ impl Listener {
         Ok(connection.into())
     }
 
-    /// Returns whether a connection waits that was not accepted.
+    /// Returns whether a connection waits to be accepted.
     pub fn is_awaited(&self) -> Result<bool, ReceiveError> {
         self.wait(Duration::ZERO)
     }
 }
 
 impl SocketPlace {
-    /// Chooses a directory where process `pid` sees it, in a container or another root directory, as
-    /// far as this process may look there.
+    /// Chooses a directory that process `pid` can reach, also in a container or under another root
+    /// directory. If there is no `pid`, or this process may not look there, it is in this process's
+    /// `/tmp`.
     pub fn new(pid: Option<u32>) -> SocketPlace {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
@@ -111,13 +113,13 @@ impl SocketPlace {
         [directory.join(SOCKET), directory]
     }
 
-    /// Makes the directory, which only this user and the one of the sender can enter, and listens
+    /// Makes the directory, which only this user and the sender's user can enter, and listens
     /// there.
     pub fn listen(self) -> Result<Listener, ReceiveError> {
         let [path, directory] = self.paths();
         let error = |source| ReceiveError::Listen { path: directory.clone(), source };
         let parent = File::open(&self.parent).map_err(error)?;
-        // It fails if anything is there, so that no one else can have put it there before.
+        // This fails if the path exists, so that no other user can have prepared it.
         DirBuilder::new().mode(0o700).create(&directory).map_err(error)?;
         let bound = Listener::bind(&path).and_then(|mut listener| {
             listener.path_of_sender = Path::new("/tmp").join(&self.name).join(SOCKET);
@@ -151,8 +153,8 @@ impl Drop for Listener {
     }
 }
 
-/// Returns the root directory of process `pid`, by a path that this process can use; `/` where it is
-/// this process's own, for that path outlives the process.
+/// Returns the root directory of process `pid`, as a path that this process can use: `/` if both
+/// have the same root, since that path outlives the process.
 fn root_of(pid: u32) -> PathBuf {
     let of_process = PathBuf::from(format!("/proc/{pid}/root"));
     let place = |root: &Path| fs::metadata(root).map(|root| (root.dev(), root.ino())).ok();
@@ -162,12 +164,12 @@ fn root_of(pid: u32) -> PathBuf {
     if is_ours { PathBuf::from("/") } else { of_process }
 }
 
-/// Returns the user as whom a process runs, as far as that is known.
+/// Returns the user that a process runs as; `None` if `/proc` does not tell.
 fn user_of(pid: u32) -> Option<u32> {
     Some(fs::metadata(format!("/proc/{pid}")).ok()?.uid())
 }
 
-/// Gives a file to a user, if it is not that user's already.
+/// Gives a file to a user, unless that is this process's own user.
 fn hand_over(path: &Path, uid: u32) -> io::Result<()> {
     if uid == rustix::process::geteuid().as_raw() { Ok(()) } else { chown(path, Some(uid), None) }
 }

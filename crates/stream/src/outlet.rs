@@ -17,20 +17,21 @@ use vmfile_pages::PagesError;
 
 use crate::error::SendError;
 
-/// What a pipe is widened to: the most that an unprivileged user may have. The 64 KiB of a new one
-/// cost a change of process for each sixteen pages.
+/// The length that a pipe is widened to, in bytes: the most that Linux lets an unprivileged user
+/// have by default. With the 64 KiB of a new pipe, writer and reader take turns every sixteen
+/// pages.
 const PIPE_LEN: usize = 1 << 20;
 
-/// What a socket is asked to hold; the kernel may grant less.
+/// The send buffer that a socket is set to, in bytes; the kernel may grant less.
 const SOCKET_LEN: usize = 1 << 20;
 
 /// How many pieces the kernel takes in one call.
 const SLICES_MAX: usize = 1024;
 
-/// How long a wait for room lasts before it is asked whether to stop.
+/// How long a wait for room lasts before it checks whether to stop.
 const POLL_INTERVAL: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 
-/// Where a stream goes, and how much of it has gone.
+/// Where a stream goes, and how many of its bytes were sent.
 pub struct Outlet<'a> {
     descriptor: OwnedFd,
     kind: Kind,
@@ -38,24 +39,24 @@ pub struct Outlet<'a> {
     is_stopped: &'a (dyn Fn() -> bool + Sync),
 }
 
-/// How a write that would have to wait is kept from doing so: a stop would have to wait with it.
+/// How a write is kept from blocking, which would delay a stop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
-    /// Each call says that it will not wait.
+    /// Each call has MSG_DONTWAIT.
     Socket,
-    /// The descriptor says it.
+    /// The descriptor has O_NONBLOCK.
     Pipe,
-    /// Nothing does: a file, or a pipe that another process made.
+    /// Writes may block: a file, or a pipe that this process may not open once more.
     Waiting,
 }
 
 impl<'a> Outlet<'a> {
-    /// Returns the outlet into `descriptor`; `is_stopped` is asked before each write and while one
+    /// Returns the outlet into `descriptor`; `is_stopped` is called before each write and while one
     /// waits for room.
     ///
     /// # Errors
     ///
-    /// Returns the kernel's error if it cannot be said what the descriptor is.
+    /// Returns the kernel's error if it does not tell what kind of file the descriptor is.
     pub fn new(
         descriptor: OwnedFd,
         is_stopped: &'a (dyn Fn() -> bool + Sync),
@@ -63,12 +64,12 @@ impl<'a> Outlet<'a> {
         let mode = fstat(&descriptor)?.st_mode;
         let (descriptor, kind) = match FileType::from_raw_mode(mode) {
             FileType::Socket => {
-                // A preference: less makes more calls.
+                // Not essential: a smaller buffer costs more calls.
                 let _ = sockopt::set_socket_send_buffer_size(&descriptor, SOCKET_LEN);
                 (descriptor, Kind::Socket)
             }
             FileType::Fifo => {
-                // A preference as well; the user may have used up the pages for pipes.
+                // Not essential either; it fails if the user's pipes have used up their pages.
                 let _ = fcntl_setpipe_size(&descriptor, PIPE_LEN);
                 match reopen_without_waiting(&descriptor) {
                     Ok(reopened) => (reopened, Kind::Pipe),
@@ -80,7 +81,7 @@ impl<'a> Outlet<'a> {
         Ok(Outlet { descriptor, kind, sent: Arc::default(), is_stopped })
     }
 
-    /// Returns the count of bytes that were sent, as it grows.
+    /// Returns the counter of the bytes that were sent; it keeps growing.
     pub fn sent(&self) -> Arc<AtomicU64> {
         Arc::clone(&self.sent)
     }
@@ -153,8 +154,8 @@ impl fmt::Debug for Outlet<'_> {
     }
 }
 
-/// Opens a pipe's end once more: whether it waits belongs to what was opened, and others may have
-/// that too.
+/// Opens a pipe's end once more: O_NONBLOCK belongs to the open file description, which other
+/// processes may share.
 fn reopen_without_waiting(pipe: &OwnedFd) -> io::Result<OwnedFd> {
     let path = format!("/proc/self/fd/{}", pipe.as_fd().as_raw_fd());
     let flags = i32::try_from(OFlags::NONBLOCK.bits()).expect("a flag of open");

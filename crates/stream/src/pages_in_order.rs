@@ -11,18 +11,18 @@ use vmfile_pages::snapshot::SnapshotError;
 use crate::contents::{Contents, Window};
 use crate::error::{SendError, reading};
 
-/// Reads windows, several in flight, and hands them on in the order in which they were asked for,
-/// each after its pages were compared with their hashes.
+/// Reads windows, several in flight, and returns them in their order. Each page is compared with
+/// its hash first.
 pub(crate) struct PagesInOrder<'a, I> {
     contents: &'a Contents<'a>,
     hashes: PageHashes<'a>,
     lane: Lane,
     /// The windows that are still to be read.
     ahead: I,
-    /// Those that were submitted and not yet handed on; the first has the number `taken`.
+    /// Those that were submitted and not yet returned; the first has the number `taken`.
     underway: VecDeque<Window>,
     taken: u64,
-    /// What has come before its turn.
+    /// Reads that completed before their turn, by number.
     early: BTreeMap<u64, Read>,
 }
 
@@ -52,7 +52,8 @@ impl<'a, I: Iterator<Item = Window>> PagesInOrder<'a, I> {
     ///
     /// # Errors
     ///
-    /// Returns [`SnapshotError::Read`], and [`SnapshotError::DamagedPage`] if a page is not what was written.
+    /// Returns [`SnapshotError::Read`], and [`SnapshotError::DamagedPage`] if a page differs from
+    /// its hash.
     pub(crate) fn next(&mut self) -> Result<Option<(Window, Read)>, SendError> {
         self.read_ahead()?;
         let Some(window) = self.underway.pop_front() else { return Ok(None) };

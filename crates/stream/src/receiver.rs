@@ -1,4 +1,5 @@
-//! A stream in, pages and devices out: the work of `receive`, and of the routes of a save that use streams.
+//! Receives a stream, and writes its pages to a file: for `receive`, and for the routes of a save
+//! that use streams.
 
 use std::ops::ControlFlow;
 use std::sync::{Mutex, PoisonError};
@@ -24,18 +25,18 @@ use crate::incoming::{StreamSource, WaitLimits};
 use crate::listener::Listener;
 use crate::multifd::{Channel, ChannelCounts, Connections, Rounds, StreamRounds};
 
-/// A receive at work.
+/// Receives one stream into a draft.
 #[derive(Debug)]
 pub struct StreamReceiver<'a> {
     /// The file in the making.
     pub draft: &'a Draft,
     /// A thread for the stream and one for each channel.
     pub workers: Workers,
-    /// How long the sender is waited for.
+    /// How long to wait for the sender.
     pub limits: WaitLimits<'a>,
 }
 
-/// What came; RAM is in the file already.
+/// What the stream contained; RAM is in the file already.
 #[derive(Debug)]
 pub struct Received {
     /// The configuration section: the machine type, and the uuid where there is one.
@@ -56,19 +57,19 @@ pub struct Received {
 }
 
 impl Received {
-    /// Returns what follows RAM, byte for byte as it came.
+    /// Returns what follows RAM in the stream, unchanged.
     pub fn tail(&self) -> StreamTail<'_> {
         let len = usize::try_from(self.state.end - self.state.start).expect("it is in memory");
         let (sections, description) = self.devices.split_at(len);
         StreamTail { sections, description, state: Some(&self.state) }
     }
 
-    /// Writes how the VM is to come back; returns whether there is room.
+    /// Sets the run state in which the VM comes back; returns whether there is room for its name.
     pub fn set_run_state(&mut self, state: &str) -> bool {
         self.state.set_run_state(&mut self.devices, state)
     }
 
-    /// Returns whether the VM runs when it comes back: `running`, `paused`, ...
+    /// Returns the run state in which the VM comes back: `running`, `paused`, ...
     pub fn run_state(&self) -> Option<&str> {
         self.state.run_state(self.tail().sections)
     }
@@ -82,8 +83,8 @@ struct Head {
 }
 
 impl StreamReceiver<'_> {
-    /// Receives all that comes by `connections`; `at_end` is called when the last byte of the stream
-    /// has come, before the last pages are on the disk.
+    /// Receives everything from `connections`; calls `at_end` when the last byte of the stream has
+    /// come, before the last pages are written.
     pub fn run<E: From<ReceiveError> + Send>(
         self,
         connections: Connections,
@@ -151,11 +152,11 @@ enum Part {
 }
 
 impl<'a> Parts<'a> {
-    /// Receives by the stream and by all channels, each in a thread; if one fails or panics, none goes
-    /// on.
+    /// Receives by the stream and by all channels, each in a thread; if one fails or panics, the
+    /// others stop.
     ///
-    /// Returns what follows RAM, what was written, and the bytes of the channels; `None` if the rounds
-    /// know of a failure.
+    /// Returns what follows RAM, what was written, and the bytes of the channels; `None` if
+    /// something failed, which [`Rounds::into_result`] returns.
     fn receive(
         self,
         workers: Workers,
@@ -201,13 +202,13 @@ impl<'a> Parts<'a> {
     }
 }
 
-/// Takes what a thread does, which it does once.
+/// Takes the work of a thread, which runs once.
 fn taken<T>(part: &Mutex<Option<T>>) -> T {
     let part = part.lock().unwrap_or_else(PoisonError::into_inner).take();
     part.expect("each thread has its own number")
 }
 
-/// What is done with the stream after its head.
+/// Processes the stream after its head.
 struct StreamWork<'a> {
     ram: &'a RamLayout,
     writer: PageWriter<'a>,
@@ -237,7 +238,7 @@ impl StreamWork<'_> {
         Ok((self.devices, self.writer.counts()))
     }
 
-    /// Does what `event` says; returns how many bytes of pages it was.
+    /// Processes `event`; returns the length of its page in bytes, or 0.
     fn take(&mut self, event: Event<'_>, offset: u64) -> Result<u64, ReceiveError> {
         let page_of = |block: usize| self.ram.blocks()[block].page_size().bytes();
         let writer = &mut self.writer;
@@ -264,7 +265,7 @@ impl StreamWork<'_> {
             }
             Event::RoundEnd => {
                 if let Some(listener) = self.listener.take() {
-                    self.nobody_else(&listener)?;
+                    self.refuse_more_channels(&listener)?;
                 }
                 self.writer.drain().map_err(ReceiveError::write_ram)?;
                 self.rounds.part_ends(offset)?;
@@ -277,8 +278,8 @@ impl StreamWork<'_> {
         Ok(0)
     }
 
-    /// Refuses a sender that has more channels than are received.
-    fn nobody_else(&self, listener: &Listener) -> Result<(), ReceiveError> {
+    /// Returns an error if the sender has more channels than are expected.
+    fn refuse_more_channels(&self, listener: &Listener) -> Result<(), ReceiveError> {
         match (listener.is_awaited()?, self.rounds.channels()) {
             (false, _) => Ok(()),
             (true, 0) => Err(ChannelsError::Unexpected.into()),
@@ -287,7 +288,7 @@ impl StreamWork<'_> {
     }
 }
 
-/// Takes what comes before the first page.
+/// Reads what comes before the first page.
 fn head(source: &mut StreamSource<'_>, decoder: &mut StreamDecoder) -> Result<Head, ReceiveError> {
     let mut found = None;
     let mut head = None;
@@ -314,7 +315,7 @@ fn head(source: &mut StreamSource<'_>, decoder: &mut StreamDecoder) -> Result<He
     Ok(head)
 }
 
-/// Hands all events to `take` with their offsets, until it breaks off or the stream ends.
+/// Calls `take` with each event and its offset, until it breaks off or the stream ends.
 fn each_event(
     source: &mut StreamSource<'_>,
     decoder: &mut StreamDecoder,
@@ -340,7 +341,8 @@ fn each_event(
     }
 }
 
-/// If the first bytes are multifd's magic number, the sender uses channels, but none are expected: says so.
+/// Converts an error of the decoder. If the first bytes are multifd's magic number, the sender uses
+/// channels, but none are expected.
 fn refused(error: FormatError) -> ReceiveError {
     match error.kind {
         FormatErrorKind::NotAStream { found: multifd::MAGIC } => ChannelsError::Unexpected.into(),
@@ -348,7 +350,7 @@ fn refused(error: FormatError) -> ReceiveError {
     }
 }
 
-/// Writes a page that is told by how it differs from what it was.
+/// Writes a page after `apply` has changed its current contents.
 fn change(
     writer: &mut PageWriter<'_>,
     (block, page): (usize, PageIndex),
@@ -360,7 +362,7 @@ fn change(
     writer.page(block, page, &data).map_err(ReceiveError::write_ram)
 }
 
-/// Expands a page that the capability `compress` made smaller (QEMU before 9.1).
+/// Expands a page that the capability `compress` has compressed (QEMU before 9.1).
 fn inflate(zlib: &[u8], page: &mut [u8]) -> Result<(), FormatErrorKind> {
     let bad = || FormatErrorKind::Unsupported {
         what: "compressed page",
@@ -372,7 +374,7 @@ fn inflate(zlib: &[u8], page: &mut [u8]) -> Result<(), FormatErrorKind> {
     if is_whole { Ok(()) } else { Err(bad()) }
 }
 
-/// Locates the devices, which end where the stream does.
+/// Locates the device state; refuses data after its end.
 fn locate(devices: &[u8], stream_end: u64, ram_id: u32) -> Result<DeviceState, ReceiveError> {
     let offset = stream_end - devices.len() as u64;
     let state = DeviceState::locate(devices, offset, ram_id).map_err(ReceiveError::Stream)?;

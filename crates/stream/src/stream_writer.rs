@@ -1,4 +1,4 @@
-//! The one writer of streams.
+//! Writes streams; no other code does.
 //!
 //! ```text
 //! header, configuration without capabilities
@@ -25,7 +25,7 @@ use crate::error::{SendError, reading};
 use crate::outlet::Outlet;
 use crate::pages_in_order::PagesInOrder;
 
-/// How the pages of a stream are read.
+/// Where the pages of a stream are read from, and how.
 #[derive(Clone, Debug)]
 pub struct Source {
     /// The file.
@@ -38,14 +38,15 @@ pub struct Source {
 ///
 /// # Errors
 ///
-/// Returns [`SendError`] if the file cannot be read or the reader of the stream has gone.
+/// Returns [`SendError`] if the file cannot be read or is damaged, if the reader of the stream has
+/// gone, or if the caller stopped it.
 pub fn write_stream(
     contents: &Contents<'_>,
     source: &Source,
     outlet: &mut Outlet<'_>,
     control: &Control<'_>,
 ) -> Result<BackendInUse, SendError> {
-    // The lane is lent to another thread, and the outlet with it.
+    // The closure runs on another thread, and the outlet with it.
     let outlet = Mutex::new(outlet);
     let write = |lane: Lane| {
         let mut outlet = outlet.lock().expect("the only thread that has it");
@@ -83,8 +84,8 @@ pub fn write_short_stream(
     write_windows(contents, next, outlet, control)
 }
 
-/// Writes a stream whose windows with data are read and verified by `next`: a page that is not what
-/// was written ends the stream before it, where QEMU refuses it.
+/// Writes a stream; `next` reads and verifies each window that has data. If a page differs from its
+/// hash, the stream ends before it, and QEMU refuses the stream.
 fn write_windows<B: AsRef<[u8]>>(
     contents: &Contents<'_>,
     mut next: impl FnMut(&Window) -> Result<B, SendError>,
@@ -110,7 +111,7 @@ fn write_windows<B: AsRef<[u8]>>(
 /// How the parts of the "ram" section end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Parts {
-    /// As often as is good, and with nothing.
+    /// After every [`UNIT_LEN`] bytes of pages, and with nothing.
     Plain,
     /// Three times, each with MULTIFD_FLUSH.
     Flushing,
@@ -128,7 +129,7 @@ pub struct StreamWriter<'w, 'o> {
     outlet: &'w mut Outlet<'o>,
     section: RamSection,
     parts: Parts,
-    /// What stands between the pages of a window.
+    /// What stands between the pages of a window, reused.
     words: Vec<u8>,
     part_len: u64,
 }
@@ -156,8 +157,8 @@ impl<'w, 'o> StreamWriter<'w, 'o> {
         self.contents
     }
 
-    /// Writes the pages of a window, of which `bytes` are those from the first page with data to
-    /// the last; `None` if pages with data go another way.
+    /// Writes the pages of a window; `bytes` are those from the first page with data to the last,
+    /// or `None` if channels carry the pages with data.
     pub fn pages(&mut self, window: &Window, bytes: Option<&[u8]>) -> Result<(), SendError> {
         let block = &self.contents.blocks[window.block];
         let placed = (block.index, &block.placed.block);
@@ -167,7 +168,8 @@ impl<'w, 'o> StreamWriter<'w, 'o> {
             self.section.next_part(&mut self.words);
             self.part_len = 0;
         }
-        // The words are written first and cut afterwards: a vector that grows cannot be lent.
+        // All words are written before slices of them are taken: a vector that is borrowed cannot
+        // grow.
         let mut pieces: Vec<(usize, Range<usize>)> = Vec::new();
         for page in (window.pages.start.0..window.pages.end.0).map(PageIndex) {
             if block.bitmap.contains(page) {

@@ -29,24 +29,25 @@ pub struct Channel<'a> {
     data: Vec<u8>,
 }
 
-/// What came by a channel.
+/// What a channel has received.
 #[derive(Clone, Copy, Debug)]
 pub struct ChannelCounts {
     /// The pages.
     pub pages: Counts,
-    /// The length of what came, in bytes.
+    /// The length of the channel's data, in bytes.
     pub stream_bytes: u64,
 }
 
 impl<'a> Channel<'a> {
-    /// Takes the channel `fd`, reading from which does not block, for pages of `ram`.
+    /// Returns the channel of `fd`, which must not block, for pages of `ram`.
     pub fn new(fd: OwnedFd, ram: &'a RamLayout, rounds: &'a Rounds<'a>) -> Channel<'a> {
         let page_size = ram.blocks().first().map_or(PageSize::KIB_4, RamBlock::page_size);
         let (offset, inflater, data) = (INIT_LEN as u64, None, Vec::new());
         Channel { fd, ram, page_size, rounds, offset, inflater, data }
     }
 
-    /// Receives all that comes; `done` hears of each packet's pages, in bytes.
+    /// Receives until the channel ends; calls `done` with the length of each packet's pages, in
+    /// bytes.
     pub fn receive(
         mut self,
         mut writer: PageWriter<'_>,
@@ -84,7 +85,7 @@ impl<'a> Channel<'a> {
         Ok(Some(decoded.expect("so long is a packet").0))
     }
 
-    /// Takes the pages of a packet, whose data come next.
+    /// Reads the data of a packet's pages, which come next, and writes the pages.
     fn pages(
         &mut self,
         packet: &Packet,
@@ -139,7 +140,7 @@ impl<'a> Channel<'a> {
         Ok(())
     }
 
-    /// Fills `slices`; returns how many bytes came, which are fewer at the end of the channel.
+    /// Fills `slices`; returns how many bytes came: fewer only at the end of the channel.
     fn read(&mut self, slices: &mut [IoSliceMut<'_>]) -> Result<usize, ReceiveError> {
         let (limits, activity) = self.rounds.limits();
         let found = read_all(self.fd.as_fd(), slices, limits, activity)
@@ -148,7 +149,7 @@ impl<'a> Channel<'a> {
         Ok(found)
     }
 
-    /// Refuses what the channel's end has cut.
+    /// Returns an error if the channel ended inside `field`.
     fn whole(&self, field: &'static str, needed: usize, found: usize) -> Result<(), ReceiveError> {
         if found == needed {
             return Ok(());
@@ -168,8 +169,8 @@ impl fmt::Debug for Channel<'_> {
     }
 }
 
-/// Fills `slices` from `fd`, which does not block; returns how many bytes came, which are fewer only
-/// at the end.
+/// Fills `slices` from `fd`, which must not block; returns how many bytes came: fewer only at the
+/// end.
 pub(crate) fn read_all(
     fd: BorrowedFd<'_>,
     mut slices: &mut [IoSliceMut<'_>],

@@ -1,4 +1,4 @@
-//! Who connects: the stream, and its channels.
+//! The connections of one sender: the stream and its channels.
 
 use std::io::IoSliceMut;
 use std::os::fd::{AsFd, OwnedFd};
@@ -15,7 +15,7 @@ use crate::error::{ChannelsError, ReceiveError};
 use crate::incoming::{Activity, WaitLimits};
 use crate::listener::Listener;
 
-/// Bytes by which a stream is told from a channel.
+/// How many of the first bytes tell a stream from a channel.
 const MAGIC_LEN: usize = 4;
 
 /// The connections of one sender.
@@ -23,9 +23,10 @@ const MAGIC_LEN: usize = 4;
 pub struct Connections {
     /// The stream.
     pub stream: OwnedFd,
-    /// What has been read of the stream.
+    /// The first bytes of the stream, which have been read already.
     pub begun: Vec<u8>,
-    /// The channels by their numbers, after their init packets; reading them does not block.
+    /// The channels in the order of their numbers. Their init packets have been read, and reading
+    /// does not block.
     pub channels: Vec<OwnedFd>,
     /// The socket that they came to; further connections to it are an error.
     pub listener: Option<Listener>,
@@ -52,7 +53,7 @@ enum Begin {
 }
 
 impl Connections {
-    /// Waits for a stream and its `channels`.
+    /// Waits for a stream and `channels` channels.
     pub fn accept(
         listener: Listener,
         channels: u8,
@@ -66,7 +67,7 @@ impl Connections {
         Connections::sort(accepted, listener, channels, limits)
     }
 
-    /// Tells the stream and its `channels` apart by what they begin with.
+    /// Tells the stream and its channels apart by their first bytes.
     pub fn sort(
         accepted: Vec<OwnedFd>,
         listener: Listener,
@@ -121,7 +122,8 @@ fn accept_all(
     Ok(accepted)
 }
 
-/// Reads the first bytes of a connection, those of a channel up to its first packet.
+/// Reads the first bytes of a connection: the magic number of a stream, the init packet of a
+/// channel.
 fn begin(connection: &OwnedFd, limits: &WaitLimits<'_>) -> Result<Begin, ReceiveError> {
     let activity = Activity::default();
     let read = |field: &'static str, into: &mut [u8]| {
@@ -143,7 +145,7 @@ fn begin(connection: &OwnedFd, limits: &WaitLimits<'_>) -> Result<Begin, Receive
     if bytes[..MAGIC_LEN] == stream::MAGIC.to_be_bytes() {
         return Ok(Begin::Stream(bytes[..MAGIC_LEN].to_vec()));
     }
-    // Anything that is no channel either is refused before more of it is waited for.
+    // A connection that is neither is refused without waiting for more of its bytes.
     if bytes[..MAGIC_LEN] != stream::multifd::MAGIC.to_be_bytes() {
         return Init::decode(&bytes).map(Begin::Channel).map_err(ReceiveError::Stream);
     }

@@ -5,8 +5,8 @@ use vmfile_format::error::FormatErrorKind;
 use vmfile_format::stream::multifd::Compression;
 use zstd::stream::raw::{DParameter, Decoder, InBuffer, Operation as _, OutBuffer};
 
-/// The longest window of zstd that is accepted, as a power of two: that of level 20, the highest that
-/// QEMU takes. A channel takes as much memory, 32 MiB.
+/// The longest zstd window that is accepted, as a power of two: that of level 20, the highest that
+/// QEMU allows. Each channel may need that much memory: 32 MiB.
 const WINDOW_LOG_MAX: u32 = 25;
 
 /// Expands the data of a channel.
@@ -19,7 +19,7 @@ pub(crate) enum Inflater {
 type Step = (usize, usize);
 
 impl Inflater {
-    /// Returns one for the first packet whose data are compressed so; `None` if they are not.
+    /// Returns an inflater for data with this compression; `None` if they are not compressed.
     pub(crate) fn new(compression: Compression) -> Result<Option<Inflater>, FormatErrorKind> {
         Ok(match compression {
             Compression::None => None,
@@ -33,7 +33,7 @@ impl Inflater {
         })
     }
 
-    /// Returns whether this is for such data.
+    /// Returns whether this expands data with `compression`.
     pub(crate) fn is_for(&self, compression: Compression) -> bool {
         match self {
             Inflater::Zlib(_) => compression == Compression::Zlib,
@@ -59,7 +59,7 @@ impl Inflater {
                 filled += put;
             }
         }
-        // What is left flushes the stream, and nothing comes of it.
+        // The rest of the packet flushes the compressed stream, and must expand to nothing.
         loop {
             let (taken, put) = self.step(rest, &mut [0])?;
             if put > 0 || taken == 0 && !rest.is_empty() {
@@ -100,6 +100,6 @@ impl Inflater {
 }
 
 fn bad(name: &str) -> FormatErrorKind {
-    let name = format!("{name}, not of just its pages");
-    FormatErrorKind::Unsupported { what: "multifd packet with data of", name }
+    let name = format!("{name} data that do not expand to exactly its pages");
+    FormatErrorKind::Unsupported { what: "multifd packet with", name }
 }

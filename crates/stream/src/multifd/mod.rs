@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! accept   the stream and N channels, in any order
-//! receive  each in a thread of its own, straight into buffers that are written from
-//! rounds   at whose ends all wait for one another: the next one may have the same pages again
+//! receive  each connection in a thread of its own, straight into the buffers of the writes
+//! rounds   at the end of each, all threads wait: the next round may send the same pages again
 //! ```
 
 mod channel;

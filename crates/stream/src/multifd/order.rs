@@ -9,16 +9,16 @@ use vmfile_format::stream::multifd::PacketPages;
 pub(crate) struct Order {
     /// Each page with its place in the buffer, in pages.
     pub places: Vec<(usize, PageIndex)>,
-    /// For each page as it comes, its number in `places`.
+    /// For each page in the order of the packet, its index in `places`.
     wire: Vec<usize>,
-    /// Whether they come as they stand in the buffer.
+    /// Whether the data in the packet are in the order of the buffer, without gaps.
     pub is_wire: bool,
 }
 
 impl Order {
     /// Orders the pages with data of a packet for a buffer of `room` pages, which has room for them.
     ///
-    /// Zero pages that the packet names have their places between them, as far as there is room: then
+    /// Zero pages of the packet that lie between them get places too, as far as there is room: then
     /// one write takes all of them. No other channel sends those pages in this round.
     pub(crate) fn of(packet: &PacketPages, room: usize) -> Result<Order, FormatErrorKind> {
         let pages = &packet.normal;
@@ -50,12 +50,12 @@ impl Order {
         Ok(Order { places, wire, is_wire })
     }
 
-    /// Returns how many pages of a buffer are taken.
+    /// Returns how many pages of the buffer are used.
     pub(crate) fn len(&self) -> usize {
         self.places.last().map_or(0, |last| last.0 + 1)
     }
 
-    /// Cuts `room`, as long as this says, into places for pages as they come.
+    /// Cuts `room`, of [`Order::len`] pages, into slots for the pages in the order of the packet.
     pub(crate) fn slots<'a>(
         &self,
         room: &'a mut [u8],
@@ -67,8 +67,8 @@ impl Order {
     }
 }
 
-/// Returns how many pages lie between `before` and `after`, if `zero` has all of them: a list in order,
-/// each page once.
+/// Returns how many pages lie between `before` and `after`, if `zero`, a sorted list without
+/// duplicates, has all of them.
 fn zeros_between(zero: &[PageIndex], before: PageIndex, after: PageIndex) -> Option<usize> {
     let start = zero.partition_point(|page| *page <= before);
     let end = zero.partition_point(|page| *page < after);
@@ -116,7 +116,7 @@ mod tests {
         let found = order(&[2, 5, 7, 9], &[3, 4, 6], 6).expect("four pages");
         assert_eq!(places(&found), [(0, 2), (3, 5), (4, 7), (5, 9)]);
         assert!(!found.is_wire);
-        // A page twice is not two pages.
+        // A zero page that is named twice counts once.
         let found = order(&[2, 5], &[4, 4], 9).expect("two pages");
         assert_eq!(places(&found), [(0, 2), (1, 5)]);
     }

@@ -1,7 +1,8 @@
 //! The ends of rounds, at which the stream and all channels wait for one another.
 //!
-//! A round has each page at most once, wherever it comes; the next one may have it again. Nobody goes
-//! on to the next round before everybody has written all of this one.
+//! In one round the sender sends each page at most once, by the stream or by one channel; in the
+//! next round it may send the page again. No connection begins the next round before all
+//! connections have written this one.
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -12,9 +13,9 @@ use crate::error::ChannelsError;
 use crate::error::ReceiveError;
 use crate::incoming::{Activity, STOP_INTERVAL, WaitLimits};
 
-/// The meeting place of the connections of one receive.
+/// Where the connections of one receive wait for one another.
 ///
-/// When one of them fails, none waits on.
+/// When one of them fails, the others stop waiting.
 #[derive(Debug)]
 pub struct Rounds<'a> {
     limits: WaitLimits<'a>,
@@ -28,37 +29,37 @@ pub struct Rounds<'a> {
 struct Meeting {
     /// Rounds that have ended.
     rounds: u64,
-    /// Those who have come to the end of this one.
+    /// Connections that have reached the end of this round.
     arrived: usize,
-    /// Whether nothing more comes by the stream.
+    /// Whether the stream has ended.
     stream_ended: bool,
-    /// Whether a channel has nothing more.
+    /// Whether a channel has ended.
     channel_ended: bool,
-    /// What failed first.
+    /// The first failure.
     failure: Option<ReceiveError>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Who {
+enum Connection {
     Stream,
     Channel,
 }
 
 impl<'a> Rounds<'a> {
-    /// Prepares for a stream and so many channels.
+    /// Prepares for a stream and `channels` channels.
     pub fn new(limits: WaitLimits<'a>, channels: usize) -> Rounds<'a> {
         let (meeting, changed) = (Mutex::default(), Condvar::new());
         Rounds { limits, activity: Activity::default(), channels, meeting, changed }
     }
 
-    /// Returns what all of them wait by.
+    /// Returns the limits of all waits, and the activity that the connections share.
     pub fn limits(&self) -> (&WaitLimits<'a>, &Activity) {
         (&self.limits, &self.activity)
     }
 
     /// Waits at the SYNC of a channel, which has been read up to `offset`.
     pub fn channel_syncs(&self, offset: u64) -> Result<(), ReceiveError> {
-        self.meet(Who::Channel, offset)
+        self.meet(Connection::Channel, offset)
     }
 
     /// Notes that a channel has ended.
@@ -73,13 +74,13 @@ impl<'a> Rounds<'a> {
         self.changed.notify_all();
     }
 
-    /// Does the part of one connection; if it fails or panics, none of the others waits for it.
+    /// Runs the part of one connection; if it fails or panics, the others stop waiting.
     pub fn take_part<T>(&self, part: impl FnOnce() -> Result<T, ReceiveError>) -> Option<T> {
         let _panics = FailOnPanic(self);
         part().map_err(|error| self.fail(error)).ok()
     }
 
-    /// Ends the work of all connections.
+    /// Ends the work of all connections; the first error is kept.
     pub fn fail(&self, error: ReceiveError) {
         self.lock().failure.get_or_insert(error);
         self.activity.give_up();
@@ -92,7 +93,7 @@ impl<'a> Rounds<'a> {
         meeting.failure.map_or(Ok(()), Err)
     }
 
-    fn meet(&self, who: Who, offset: u64) -> Result<(), ReceiveError> {
+    fn meet(&self, connection: Connection, offset: u64) -> Result<(), ReceiveError> {
         self.activity.note();
         let mut meeting = self.lock();
         meeting.arrived += 1;
@@ -104,7 +105,7 @@ impl<'a> Rounds<'a> {
         }
         let rounds = meeting.rounds;
         while meeting.rounds == rounds && !meeting.stream_ended {
-            if who == Who::Stream && meeting.channel_ended {
+            if connection == Connection::Stream && meeting.channel_ended {
                 return Err(ChannelsError::Ended.into());
             }
             let waited = self.limits.check(&self.activity);
@@ -138,7 +139,7 @@ pub struct StreamRounds<'a> {
     ends: RoundEnds,
 }
 
-/// By what a round ends in the stream.
+/// What ends a round in the stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum RoundEnds {
     /// Nothing has ended yet.
@@ -150,13 +151,14 @@ enum RoundEnds {
 }
 
 impl<'a> StreamRounds<'a> {
-    /// Begins before the first round.
+    /// Returns the stream's part, before the first round.
     #[must_use]
     pub fn new(rounds: &'a Rounds<'a>) -> StreamRounds<'a> {
         StreamRounds { rounds, ends: RoundEnds::Unknown }
     }
 
-    /// Comes to a MULTIFD_FLUSH; everything that came by the stream so far is in the file.
+    /// Waits for the channels at a MULTIFD_FLUSH. The caller has written all earlier pages of the
+    /// stream.
     pub fn flush(&mut self, offset: u64) -> Result<(), ReceiveError> {
         if self.rounds.channels == 0 {
             return Err(ChannelsError::Unexpected.into());
@@ -164,10 +166,11 @@ impl<'a> StreamRounds<'a> {
         if self.ends == RoundEnds::Unknown {
             self.ends = RoundEnds::Flush;
         }
-        self.rounds.meet(Who::Stream, offset)
+        self.rounds.meet(Connection::Stream, offset)
     }
 
-    /// Comes to the end of a part of "ram"; everything that came by the stream so far is in the file.
+    /// Waits for the channels at the end of a part of "ram", unless MULTIFD_FLUSH ends the rounds.
+    /// The caller has written all earlier pages of the stream.
     pub fn part_ends(&mut self, offset: u64) -> Result<(), ReceiveError> {
         if self.ends == RoundEnds::Unknown {
             self.ends = RoundEnds::Part;
@@ -175,7 +178,7 @@ impl<'a> StreamRounds<'a> {
         if self.ends == RoundEnds::Flush || self.rounds.channels == 0 {
             return Ok(());
         }
-        self.rounds.meet(Who::Stream, offset)
+        self.rounds.meet(Connection::Stream, offset)
     }
 
     /// Returns how many channels there are.
