@@ -1,4 +1,4 @@
-//! RAM at fixed places in a file: every page where it belongs, with its hash, by direct I/O.
+//! Saves RAM into a file by direct I/O: every page has a fixed place there, and a hash.
 //!
 //! A VMM hands over its memory as a [`PageSource`] and gets a file in which every page has an aligned place
 //! of its own, zero pages are holes, and everything has a checksum. The file is QEMU's mapped-ram format
@@ -53,7 +53,7 @@
 
 #![forbid(unsafe_code)]
 
-// What the signatures below show of the crates beneath.
+// The signatures below have types of these crates.
 pub use vmfile_engine as engine;
 pub use vmfile_format as format;
 

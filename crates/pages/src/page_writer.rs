@@ -1,10 +1,11 @@
-//! Pages that come in any order, and come again: each to its place in the file.
+//! Writes pages that come in any order, and more than once, each to its place in the file.
 //!
-//! The pages of one window, two MiB of a block, are collected and written together, so that a stream
-//! in the order of memory goes out as large writes. Pages that come many at once are read into a
-//! buffer that was borrowed here, and go out from there. Short gaps of pages without data between them are
-//! written as zeros (decision 14). A page that comes again overwrites its place; one that becomes zero
-//! loses its bit and its hash, and its place is emptied at the end.
+//! The pages of one window, two MiB of a block, are collected and written together, so that a
+//! stream in the order of memory goes out as large writes. A caller that gets many pages at once
+//! reads them into a buffer of the writer, and they are written from there. Short gaps of pages
+//! without data between them are written as zeros (decision 14). A page that comes again overwrites
+//! its place; one that becomes zero loses its bit and its hash, and its place is emptied at the
+//! end.
 
 use std::collections::HashMap;
 use std::io;
@@ -24,16 +25,16 @@ pub const PAGE_LEN_MIN: u64 = 4096;
 /// Words of the bitmap of a window.
 const WINDOW_WORDS: usize = (WINDOW_LEN / PAGE_LEN_MIN / 64) as usize;
 
-/// Windows that may be in flight before a writer waits for all of them. Each takes 48 bytes to
-/// remember; a stream in the order of memory never comes so far back.
+/// How many windows a writer remembers as in flight before it waits for all transfers. Each takes
+/// 80 bytes: 5 MiB together.
 const IN_FLIGHT_MAX: usize = 1 << 16;
 
-/// One thread's way of writing pages.
+/// Writes the pages of one thread.
 #[derive(Debug)]
 pub struct PageWriter<'a> {
     ram: &'a ReceivedRam,
     lane: Lane,
-    /// Whether no other writer has pages of this file: then none can write into a gap.
+    /// Whether this is the file's only writer: then no other one can write into a gap.
     is_alone: bool,
     open: Option<Window>,
     /// Pages whose transfers may be in flight, by block and window.
@@ -41,12 +42,12 @@ pub struct PageWriter<'a> {
     counts: Counts,
 }
 
-/// What a writer has seen.
+/// How much a writer has written.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Counts {
-    /// Bytes of pages that were written, those that came again as often as they came.
+    /// Bytes of pages that were written; a page counts each time that it is written.
     pub written_bytes: u64,
-    /// Bytes of pages that were written again.
+    /// Bytes of pages whose places had been written before.
     pub rewritten_bytes: u64,
 }
 
@@ -81,13 +82,14 @@ impl Slot {
 }
 
 impl<'a> PageWriter<'a> {
-    /// Takes `lane`, which leads to the file of `ram`; `is_alone` if all pages come by this writer.
+    /// Returns a writer by `lane`, which leads to the file of `ram`; `is_alone` says that it is the
+    /// only writer.
     pub fn new(ram: &'a ReceivedRam, lane: Lane, is_alone: bool) -> PageWriter<'a> {
         let (open, in_flight, counts) = (None, HashMap::new(), Counts::default());
         PageWriter { ram, lane, is_alone, open, in_flight, counts }
     }
 
-    /// Takes a page; `data` has its length.
+    /// Adds a page; `data` has the length of a page.
     pub fn page(&mut self, block: usize, page: PageIndex, data: &[u8]) -> io::Result<()> {
         let slot = self.slot(block, page);
         let window = self.window(block, slot.window)?;
@@ -99,15 +101,15 @@ impl<'a> PageWriter<'a> {
         Ok(())
     }
 
-    /// Lends a buffer of a window's length.
+    /// Returns a buffer of [`WINDOW_LEN`] bytes, for [`PageWriter::pages`].
     pub fn buffer(&mut self) -> io::Result<PooledBuffer> {
         self.lane.buffer()
     }
 
-    /// Takes pages of a block in ascending order, each once, with its place in `buffer`, in pages.
+    /// Writes pages of a block in ascending order, each once, with its place in `buffer`, in pages.
     ///
-    /// Where the places of two pages are as far apart as the pages, the pages between them are zero,
-    /// and come by no other writer in this round.
+    /// Where two pages are as far apart in `buffer` as in the block, the pages between them must be
+    /// zero, and no other writer may have them in this round.
     pub fn pages(
         &mut self,
         block: usize,
@@ -117,7 +119,7 @@ impl<'a> PageWriter<'a> {
         self.write(block, places, buffer, true)
     }
 
-    /// Takes a page of zeros.
+    /// Adds a zero page.
     pub fn zero_page(&mut self, block: usize, page: PageIndex) -> io::Result<()> {
         let slot = self.slot(block, page);
         if let Some(window) = self.open.as_mut().filter(|window| window.is(block, slot.window)) {
@@ -126,7 +128,7 @@ impl<'a> PageWriter<'a> {
         self.ram.forget(block, page)
     }
 
-    /// Returns the bytes of a page as they are now.
+    /// Drains, and returns the current bytes of a page.
     pub fn current(&mut self, block: usize, page: PageIndex) -> io::Result<Vec<u8>> {
         self.drain()?;
         let mut data = vec![0; self.slot(block, page).page_len];
@@ -136,14 +138,14 @@ impl<'a> PageWriter<'a> {
         Ok(data)
     }
 
-    /// Waits until everything that was taken is in the file.
+    /// Waits until everything that was added is in the file.
     pub fn drain(&mut self) -> io::Result<()> {
         self.close_window()?;
         self.in_flight.clear();
         self.lane.drain()
     }
 
-    /// Returns what was written so far.
+    /// Returns how much was written so far.
     pub fn counts(&self) -> Counts {
         self.counts
     }
@@ -156,7 +158,7 @@ impl<'a> PageWriter<'a> {
         Slot { window: page.0 / pages, index, page_len }
     }
 
-    /// Returns the window, after writing another one that was open.
+    /// Returns the window; if another one is open, writes that first.
     fn window(&mut self, block: usize, number: u64) -> io::Result<&mut Window> {
         if !self.open.as_ref().is_some_and(|window| window.is(block, number)) {
             self.close_window()?;
@@ -217,8 +219,8 @@ impl<'a> PageWriter<'a> {
         Ok(())
     }
 
-    /// Waits if a page of these runs is in flight: the kernel takes two writes to one place in any
-    /// order.
+    /// Waits if a page of these runs is in flight: the kernel may do two writes to one place in
+    /// either order.
     fn await_earlier(&mut self, block: usize, runs: &[Run]) -> io::Result<()> {
         let key = |writer: &PageWriter<'_>, page| {
             let slot = writer.slot(block, page);
@@ -298,8 +300,8 @@ mod tests {
         (bytes.chunks(4096).map(|page| page[4095]).collect(), blocks * 512 / 4096)
     }
 
-    /// A guest with every other page zero made a write of each page: a save by stream took 28 seconds where
-    /// as much data in one piece took 0.8, with the guest paused.
+    /// With every other page zero, each page was a write of its own: a save by stream took 28
+    /// seconds, and as much data in one piece took 0.8, with the guest paused.
     #[test]
     fn short_gaps_are_written_by_a_writer_that_is_alone() {
         let every_other: Vec<u64> = (0..PAGES).step_by(2).collect();

@@ -1,7 +1,7 @@
-//! Which bytes are worth looking at, cut into units of work that workers take one after another.
+//! Cuts the bytes that have work into units, which workers take one after another.
 //!
-//! Where there is something to do is asked as the work goes on: no list of places is made, which a guest
-//! could make as long as it likes.
+//! Workers look for the next byte with work when they need a unit. There is no list of such bytes:
+//! a guest could make it as long as it likes.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -30,7 +30,7 @@ pub struct Unit {
     pub range: Range<u64>,
 }
 
-/// The units of all blocks in the order of the file, each handed out once.
+/// The units of all blocks in the order of the file; each goes to one worker.
 #[derive(Debug)]
 pub struct Units {
     block_lens: Vec<u64>,
@@ -53,8 +53,9 @@ impl Units {
         Units { block_lens, unit_len, next: Mutex::default(), ended: AtomicBool::new(false) }
     }
 
-    /// Takes the next unit in which `first` finds something: it returns the first such byte of a range
-    /// of a block. `None` if there is no further unit, or if a worker has failed.
+    /// Takes the next unit that has work: `first` returns the first byte with work in a range of a
+    /// block, if there is any. Returns `None` if there is no further unit, or if a worker has
+    /// failed.
     ///
     /// # Errors
     ///
@@ -84,7 +85,7 @@ impl Units {
         Ok(None)
     }
 
-    /// Does a worker's part. If it fails or panics, no worker is given a further unit.
+    /// Runs `part`, the work of one worker. If it fails or panics, no worker gets a further unit.
     pub fn work<T, E>(&self, part: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
         let mut end = EndUnless { units: self, succeeded: false };
         let result = part();
@@ -93,7 +94,7 @@ impl Units {
     }
 }
 
-/// Ends the handing out when it is dropped, also by a panic, unless the work succeeded.
+/// When dropped, also by a panic, stops workers from taking units, unless the work succeeded.
 struct EndUnless<'a> {
     units: &'a Units,
     succeeded: bool,

@@ -16,7 +16,7 @@ use crate::memory::{PageSink, PageSource};
 use crate::plan::{UNIT_LEN, Units, in_window, pieces};
 use crate::ranges;
 
-/// Pages of x86, in which Linux says what a process has touched.
+/// The page length of x86, in bytes: Linux reports in such pages what a process has touched.
 const PAGE_LEN: u64 = 4096;
 
 /// One block as it lies in the process.
@@ -38,8 +38,9 @@ pub struct ProcessRam {
 
 /// The memory of one block.
 ///
-/// It is copied by system calls and never mapped: if another process cuts the file that backs it, that is
-/// an error here and no `SIGBUS`, and nothing that another process changes meanwhile is looked at twice.
+/// It is copied by system calls and never mapped: if another process truncates the file that backs
+/// it, a call fails, and there is no `SIGBUS`. Only the copy is looked at, so that no change by
+/// another process comes between two looks.
 #[derive(Debug)]
 struct BlockMemory {
     at: BlockAt,
@@ -49,15 +50,16 @@ struct BlockMemory {
 
 #[derive(Debug)]
 enum Kind {
-    /// Memory of the process's own; what it has not written shows the file beneath, if there is one.
+    /// Private memory of the process; pages that it has not written show the file beneath, if there
+    /// is one.
     Private { beneath: Option<FilePart> },
-    /// A shared file, which says where its holes are, read and written as a file: that makes its pages
-    /// without zeroing and mapping each of them first, and costs half of writing through a mapping
-    /// (Linux 6.18).
+    /// A shared file that can say where its holes are. It is read and written as a file: the kernel
+    /// then makes pages without zeroing and mapping each of them first, in half the time of writing
+    /// through a mapping (Linux 6.18).
     File(FilePart),
-    /// A shared file on hugetlbfs, which cannot say where its holes are and has no `write` (Linux 6.18).
-    /// The process's page tables say which pages it has; `all` if the file has others as well, so that
-    /// all of it is read, which gives zeros for a hole.
+    /// A shared file on hugetlbfs, which cannot say where its holes are and has no `write` (Linux
+    /// 6.18). The process's page tables say which pages it has. `all` is set if the file has
+    /// further pages: then all of it is read, and a hole reads as zeros.
     HugePages { file: FilePart, page_size: u64, all: bool },
 }
 
@@ -75,7 +77,7 @@ struct FilePart {
 /// Why the RAM of a process cannot be reached.
 #[derive(Debug, thiserror::Error)]
 pub enum ProcessRamError {
-    /// The process may not be looked into.
+    /// The memory of the process cannot be opened or read.
     #[error("look into process {pid}")]
     Process {
         /// The process.
@@ -83,7 +85,7 @@ pub enum ProcessRamError {
         /// What the kernel said.
         source: io::Error,
     },
-    /// It cannot be said what backs a block.
+    /// What backs a block cannot be found, or cannot be used.
     #[error("find what backs RAM block {block:?} of process {pid}")]
     Backing {
         /// The process.
@@ -93,10 +95,11 @@ pub enum ProcessRamError {
         /// What was found.
         source: BackingError,
     },
-    /// A block's file cannot be mapped or asked for its holes.
+    /// A block's file cannot be opened once more, or the kernel does not tell which pages are in
+    /// use.
     #[error("{what} of RAM block {block:?}")]
     File {
-        /// What was to be done.
+        /// The operation that failed.
         what: &'static str,
         /// The block.
         block: String,
@@ -110,8 +113,8 @@ impl ProcessRam {
     ///
     /// # Errors
     ///
-    /// Returns [`ProcessRamError`] if the process may not be looked into or its memory is not
-    /// what the blocks say.
+    /// Returns [`ProcessRamError`] if the memory of the process cannot be opened or read, or does
+    /// not match `blocks`.
     pub fn open(
         pid: u32,
         blocks: &[BlockAt],
@@ -120,7 +123,7 @@ impl ProcessRam {
         let process = |source| ProcessRamError::Process { pid, source };
         let memory = Arc::new(ProcessMemory::open(pid).map_err(process)?);
         if let Some(block) = blocks.first() {
-            // The right to read is tried now, while nothing has been stopped yet.
+            // A missing permission to read shows here, before anything is stopped.
             memory.read(block.address, &mut [0; 8]).map_err(process)?;
         }
         let open = |at: &BlockAt| {
@@ -139,23 +142,23 @@ impl ProcessRam {
         Ok(ProcessRam { blocks })
     }
 
-    /// Looks once more where the pages of blocks on hugetlbfs are, now that the process stands still:
-    /// it may have touched others since [`ProcessRam::open`].
+    /// Looks once more where the pages of blocks on hugetlbfs are. Call it when the process stands
+    /// still: it may have touched further pages since [`ProcessRam::open`].
     ///
     /// # Errors
     ///
-    /// Returns [`ProcessRamError`] if the kernel cannot be asked.
+    /// Returns [`ProcessRamError`] if the kernel returns an error.
     pub fn look_again(&mut self) -> Result<(), ProcessRamError> {
         self.blocks.iter_mut().try_for_each(|block| {
             block.count_huge_pages().map_err(|source| block.error("count the huge pages", source))
         })
     }
 
-    /// Returns how many bytes may be data, where gaps up to `gap_max` between them count as well.
+    /// Returns how many bytes may be data; gaps of up to `gap_max` bytes between them count too.
     ///
     /// # Errors
     ///
-    /// Returns [`ProcessRamError`] if the kernel cannot be asked.
+    /// Returns [`ProcessRamError`] if the kernel returns an error.
     pub fn data_len(&self, gap_max: u64) -> Result<u64, ProcessRamError> {
         let len = |block: &BlockMemory| {
             let len = block.data_len(gap_max);
@@ -231,8 +234,8 @@ impl BlockMemory {
         Ok(ranges::merge(found, PAGE_LEN, range.end))
     }
 
-    /// Copies `range`, a window of the block, into `into`; returns whether anything may be data, else
-    /// nothing was copied.
+    /// Copies `range`, a window of the block, into `into`; returns `false` if none of it can be
+    /// data, and `into` is then not to be used.
     fn read(&self, range: &Range<u64>, into: &mut [u8]) -> io::Result<bool> {
         match &self.kind {
             Kind::Private { .. } => {
@@ -263,8 +266,8 @@ impl BlockMemory {
         }
     }
 
-    /// Copies `pieces` of `bytes`, whose first byte belongs to `start` in the block, to where they
-    /// belong.
+    /// Copies `pieces` of `bytes` into the block; the first byte of `bytes` belongs to the block's
+    /// byte `start`.
     fn write(&self, start: u64, pieces: &[Range<usize>], bytes: &[u8]) -> io::Result<()> {
         match &self.kind {
             Kind::File(file) => pieces.iter().try_for_each(|piece| {
@@ -278,7 +281,7 @@ impl BlockMemory {
     }
 
     fn data_len(&self, gap_max: u64) -> io::Result<u64> {
-        // A file is asked by cells: its ranges of data may be as many as its pages.
+        // A file is looked at in cells of `gap_max`: it may have as many ranges of data as pages.
         let by_file = matches!(&self.kind, Kind::File(_));
         let units = Units::new([self.at.len], if by_file { gap_max } else { UNIT_LEN });
         let mut len = 0;
@@ -318,7 +321,7 @@ impl BlockMemory {
     }
 }
 
-/// Memory in huge pages that is asked for at once: 512 ranges at most.
+/// How many bytes of memory in huge pages one scan covers: at most 512 ranges of 2 MiB pages.
 const HUGE_SCAN_LEN: u64 = 2 << 30;
 
 impl Kind {
@@ -354,8 +357,8 @@ impl FilePart {
         Ok(found.map(|offset| offset - self.offset))
     }
 
-    /// Adds the pages of `range` that are data, one by one. The kernel is not asked where the next hole is:
-    /// the kernel looks for it beyond the range, through all data that follows.
+    /// Adds the pages of `range` that are data, one by one. The kernel is not asked where the next
+    /// hole is: it would look for it beyond the range, through all data that follows.
     fn add_data(&self, range: &Range<u64>, found: &mut Vec<Range<u64>>) -> io::Result<()> {
         let mut rest = range.clone();
         while let Some(start) = self.first_data(&rest)? {

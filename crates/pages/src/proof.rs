@@ -4,9 +4,9 @@
 //! make it durable - forget what is cached - structure - parts with checksums - a sample of pages
 //! ```
 //!
-//! A VM that was saved ends, and then its file is all that there is of it. A write that the kernel or
-//! the disk called done and did not do would show when the VM is wanted back; here it shows while
-//! the VM can still run on. What went past the page cache comes from the disk.
+//! After a save QEMU ends, and only the file is left of the VM. If the kernel or the disk reports a
+//! write as done and does not do it, a restore notices that too late; the proof notices it while
+//! the VM can still go on. What was written past the page cache is read from the disk.
 
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher as _, Hasher as _};
@@ -29,7 +29,7 @@ const SAMPLE_PAGES: u64 = 256;
 ///
 /// # Errors
 ///
-/// Returns [`PagesError`] for the first thing that is not what was written.
+/// Returns [`PagesError::NoManifest`], or [`PagesError::NotAsWritten`] for the first difference.
 pub(crate) fn prove(snapshot: &Snapshot) -> Result<(), PagesError> {
     let manifest = snapshot.manifest().ok_or(PagesError::NoManifest)?;
     snapshot.verify_parts().map_err(PagesError::NotAsWritten)?;
@@ -53,7 +53,8 @@ pub(crate) fn prove(snapshot: &Snapshot) -> Result<(), PagesError> {
     sample.iter().try_for_each(|sample| sample.verify(snapshot)).map_err(PagesError::NotAsWritten)
 }
 
-/// Asks the disk for many ranges at once: one after the other they would take longer than all else.
+/// Makes the kernel read many ranges at once: one after the other, they would take longer than the
+/// rest of the proof.
 fn ask_for(
     snapshot: &Snapshot,
     ranges: impl Iterator<Item = Range<u64>>,
@@ -129,7 +130,7 @@ fn sample(bitmaps: &[PageBitmap], mut random: u64) -> Vec<(usize, PageIndex)> {
     sample
 }
 
-/// The next number of a sequence that looks random (xorshift64; zero would stay zero).
+/// Returns the next number of a sequence that looks random (xorshift64; zero would stay zero).
 fn step(number: u64) -> u64 {
     let mut number = number | 1;
     number ^= number << 13;
@@ -195,8 +196,8 @@ mod tests {
         SaveFacts { route: "direct", live: Some(false), pause_seconds: None, vm }
     }
 
-    /// A disk that loses a write, or writes something else, was noticed when the VM was wanted back,
-    /// long after the VM itself had ended.
+    /// Without the proof, a write that the disk loses or does wrong is noticed at the restore, long
+    /// after QEMU has ended.
     #[test]
     fn a_file_in_which_anything_was_not_written_gets_no_name() {
         let directory = tempfile::tempdir().unwrap();

@@ -1,9 +1,9 @@
-//! Pages of a file into RAM: of another process, or of the caller's own.
+//! Loads pages of a file into the RAM of another process, or into the caller's own.
 //!
-//! A page is read into a buffer of ours, compared with its hash, and copied to where it belongs: what the
-//! guest gets is what was verified. The destination has not run yet. Its memory is zero where nothing
-//! touched it; where the file has a zero page and the destination has bytes (firmware it loaded itself, a
-//! file that was used before), zeros are written.
+//! A page is read into a buffer of this process, compared with its hash, and copied from there to
+//! its place: the guest gets the bytes that were verified. The destination has not run yet. Its
+//! memory is zero where nothing touched it; where the file has a zero page and the destination has
+//! bytes (firmware it loaded itself, a file that was used before), zeros are written.
 
 use std::io;
 use std::ops::Range;
@@ -21,8 +21,8 @@ use crate::plan::{in_window, pieces};
 use crate::snapshot::Snapshot;
 use crate::window_reader::{MorePlaces, Window, WindowReader};
 
-/// Loads all pages with data of `blocks` of the file into `sink`, and zeros over what must be zero;
-/// returns the bytes of data that were read, and the back end.
+/// Loads all pages with data of `blocks` of the file into `sink`, and writes zeros where `sink` has
+/// bytes and the file has none; returns how many bytes of data were read, and the back end.
 ///
 /// # Errors
 ///
@@ -53,7 +53,8 @@ pub fn load_ram<'a>(
     Ok((reader.data_bytes(), backend))
 }
 
-/// Windows in which the memory has bytes already, which must be zero if the file has none there.
+/// Adds the windows in which the memory already has bytes: zeros are written where the file has
+/// none.
 struct Held<'a> {
     sink: &'a dyn PageSink,
 }
@@ -106,7 +107,7 @@ impl LoadedBlock<'_> {
         Ok(())
     }
 
-    /// Copies the data of a window, of which `bytes` were read, to where the block has it.
+    /// Copies the pages with data of a window, of which `bytes` were read, into the block.
     fn copy(&self, window: &Window, bytes: &[u8]) -> Result<(), PagesError> {
         let (page_len, start) = (self.page_len(), window.range.start);
         let place = |page: u64| in_window(page * page_len - start);

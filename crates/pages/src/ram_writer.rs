@@ -1,9 +1,11 @@
-//! RAM into the file: copied, tested for zeros, hashed, written where it belongs.
+//! Writes RAM into the file: copies it, tests it for zeros, hashes it, and writes each page to its
+//! place.
 //!
-//! Workers take units of 16 MiB from a shared counter, in the order of the file. Each page is copied
-//! once, and the copy is looked at once, while it is in the cache: is it zero, and what is its hash. The
-//! copy is what is written: whatever another process does to the memory meanwhile, the bytes in the file
-//! are those that were hashed. Runs of data go out as large writes; the hashes of a unit follow as one.
+//! Workers take units of 16 MiB from a shared counter, in the order of the file. Each page is
+//! copied once, and the copy is tested for zeros and hashed while it is in the processor's cache.
+//! The copy is what is written: whatever another process does to the memory meanwhile, the bytes in
+//! the file are those that were hashed. Runs of data go out as large writes; the hashes of a unit
+//! follow as one.
 
 use std::io;
 use std::ops::Range;
@@ -60,7 +62,7 @@ pub fn write_ram(
     };
     let part = |lane| Worker { shared: &shared, lane }.units();
     let (_, backend) = workers.drive(&units, part, failed)?;
-    // Pages that were there and held nothing were part of the whole.
+    // `total_bytes` may count pages that turned out to be zero.
     shared.meter.finish();
     let bitmap = |bitmap: Mutex<_>| bitmap.into_inner().unwrap_or_else(PoisonError::into_inner);
     let bitmaps: Vec<PageBitmap> = shared.bitmaps.into_iter().map(bitmap).collect();
@@ -72,7 +74,7 @@ fn failed(source: io::Error) -> PagesError {
     PagesError::WriteFile { what: "guest RAM", source }
 }
 
-/// What all workers see.
+/// What all workers share.
 struct Shared<'a> {
     places: &'a FileLayout,
     source: &'a dyn PageSource,
@@ -104,7 +106,7 @@ impl Worker<'_> {
         self.lane.drain().map_err(failed)
     }
 
-    /// Writes a unit; returns how many bytes of data.
+    /// Writes a unit; returns how many bytes of data it has.
     fn unit(&mut self, unit: &Unit) -> Result<u64, PagesError> {
         let mut pages = UnitPages::new(unit, &self.shared.places.blocks()[unit.block]);
         for window in pieces(unit.range.clone(), WINDOW_LEN) {
@@ -119,7 +121,7 @@ impl Worker<'_> {
         Ok(pages.data * pages.page_len)
     }
 
-    /// Copies a window into a buffer of ours, looks at it there and writes its data.
+    /// Copies a window into a buffer, tests and hashes its pages there, and writes those with data.
     fn window(
         &mut self,
         block: usize,
@@ -196,7 +198,7 @@ impl UnitPages {
         }
     }
 
-    /// Looks at the pages of a window that begins at `start` in the block.
+    /// Tests and hashes the pages of a window that begins at `start` in the block.
     fn look(&mut self, start: u64, bytes: &[u8]) -> PageRuns {
         let page_len = in_window(self.page_len);
         let first = start / self.page_len;

@@ -10,7 +10,8 @@ use vmfile_engine::{DataFile, DirectIo, DirectIoInUse, resident_bytes};
 
 use crate::snapshot::Snapshot;
 
-/// Opens the file for reading its pages, past the page cache unless that holds most of it; says which.
+/// Opens the file for reading its pages, and says whether that uses direct I/O. If direct I/O is
+/// only preferred, it is not used while the page cache holds most of the file.
 ///
 /// # Errors
 ///
@@ -43,7 +44,7 @@ pub fn open_for_reading(
 pub enum Verified {
     /// They are, and everything else is compared with its checksum.
     Yes,
-    /// QEMU wrote the file: nothing is recorded that its pages could be compared with.
+    /// QEMU wrote the file, which has no hashes.
     NoHashes,
     /// They are mapped and not read; everything else was compared with its checksum.
     NotPages,
@@ -68,7 +69,7 @@ impl Serialize for Verified {
     }
 }
 
-/// Serializes what a report tells as the text that it is shown by.
+/// Serializes a value of a report as the text that `Display` shows.
 ///
 /// # Errors
 ///
@@ -78,7 +79,7 @@ pub fn as_text<S: Serializer>(value: &impl fmt::Display, serializer: S) -> Resul
 }
 
 impl Verified {
-    /// Returns what can be compared where pages of `snapshot` are read.
+    /// Returns whether pages that are read from `snapshot` can be compared with hashes.
     #[must_use]
     pub fn of(snapshot: &Snapshot) -> Verified {
         if snapshot.manifest().is_some() { Verified::Yes } else { Verified::NoHashes }

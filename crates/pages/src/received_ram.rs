@@ -14,7 +14,7 @@ use crate::page_hashes::NO_HASH;
 use crate::plan::{WINDOW_LEN, pieces};
 use crate::shared_bitmap::SharedBitmap;
 
-/// The RAM of a file that is being received, seen by all its writers.
+/// The RAM of a file that is being received, shared by all its writers.
 #[derive(Debug)]
 pub struct ReceivedRam {
     file: DataFile,
@@ -32,7 +32,7 @@ struct ReceivedBlock {
 }
 
 impl ReceivedRam {
-    /// Prepares to write the blocks at these places, with their tables of hashes.
+    /// Prepares to write `blocks`, whose tables of hashes are at the file offsets `hashes`.
     pub fn new(file: DataFile, blocks: &[PlacedBlock], hashes: &[u64]) -> ReceivedRam {
         let blocks = blocks.iter().zip(hashes).map(|(placed, &hashes_offset)| ReceivedBlock {
             data: SharedBitmap::new(placed.block.page_count()),
@@ -43,7 +43,7 @@ impl ReceivedRam {
         ReceivedRam { file, blocks: blocks.collect() }
     }
 
-    /// Empties the places of pages that were written and are zero now.
+    /// Makes holes of the places of pages that were written and are zero now.
     pub fn empty_stale_places(&self) -> io::Result<()> {
         for block in &self.blocks {
             let page_len = block.placed.block.page_size().bytes();
@@ -66,7 +66,7 @@ impl ReceivedRam {
         self.blocks[block].placed.block.page_size().bytes()
     }
 
-    /// Whether the data of a page are in the file, or on their way to it.
+    /// Returns whether the data of a page are in the file, or on their way to it.
     pub fn has_data(&self, block: usize, page: PageIndex) -> bool {
         self.blocks[block].data.contains(page)
     }
@@ -84,7 +84,7 @@ impl ReceivedRam {
         block.written.set(page)
     }
 
-    /// Makes a page zero that may have had data.
+    /// Notes that a page is zero; if it had data before, clears its hash in the file.
     pub fn forget(&self, block: usize, page: PageIndex) -> io::Result<()> {
         if !self.blocks[block].data.clear(page) {
             return Ok(());
@@ -92,7 +92,7 @@ impl ReceivedRam {
         self.put_hashes(block, page, &NO_HASH)
     }
 
-    /// Writes hashes, those of `first` and the pages after it.
+    /// Writes the hashes of `first` and the pages after it.
     pub fn put_hashes(&self, block: usize, first: PageIndex, hashes: &[u8]) -> io::Result<()> {
         let offset = self.blocks[block].hashes_offset + first.0 * HASH_LEN;
         self.file.buffered().write_all_at(hashes, offset)
@@ -104,7 +104,7 @@ impl ReceivedRam {
     }
 }
 
-/// The file system cannot make holes.
+/// The error of a file system that cannot make holes.
 const EOPNOTSUPP: i32 = rustix::io::Errno::OPNOTSUPP.raw_os_error();
 
 /// Makes `range` of the file a hole, or zeros where the file system has no holes.

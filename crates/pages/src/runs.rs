@@ -34,15 +34,16 @@ pub(crate) struct Run {
 }
 
 impl PageRuns {
-    /// Begins with a buffer of `slots` pages of `page_len` bytes.
+    /// Prepares for a buffer of `slots` pages of `page_len` bytes.
     pub(crate) fn new(page_len: usize, slots: usize) -> PageRuns {
         PageRuns { page_len, runs: Vec::new(), hashes: vec![NO_HASH; slots], gaps: Vec::new() }
     }
 
-    /// Looks at the page `page` of a block, which is `bytes` in `slot`; returns whether it has data.
+    /// Tests and hashes page `page` of a block, which is `bytes` in `slot`; returns whether it has
+    /// data.
     ///
-    /// `bridges` says of a gap, pages of the block, whether it may be written: whether all of them are
-    /// zero, and stay so.
+    /// `bridges` says whether a gap, which is given as pages of the block, may be written: all of
+    /// them are zero, and stay zero.
     pub(crate) fn look(
         &mut self,
         (slot, page): (usize, u64),
@@ -72,7 +73,8 @@ impl PageRuns {
         &self.runs
     }
 
-    /// Returns the slots between pages that are written as well. The caller has them zero.
+    /// Returns the slots between pages that are written as well. The caller makes sure that they
+    /// are zero.
     pub(crate) fn gaps(&self) -> &[Range<usize>] {
         &self.gaps
     }
@@ -109,7 +111,7 @@ mod tests {
         runs.runs().iter().map(|run| run.slots.clone()).collect()
     }
 
-    /// A guest with every other page zero made a write of each page: the save ran at a sixth of the
+    /// With every other page zero, each page was a write of its own: the save ran at a sixth of the
     /// disk's speed, with the guest paused.
     #[test]
     fn short_gaps_are_written_and_long_ones_are_not() {

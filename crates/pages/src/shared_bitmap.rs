@@ -6,7 +6,8 @@ use vmfile_format::{PageBitmap, PageCount, PageIndex};
 
 /// Bits for the pages of one RAM block, all clear at first.
 ///
-/// Two threads never change the bit of one page at the same time: nothing else is ordered by it.
+/// Two threads never change the bit of one page at the same time, and no other access is ordered by
+/// a bit: relaxed atomics are enough.
 #[derive(Debug)]
 pub(crate) struct SharedBitmap {
     words: Vec<AtomicU64>,

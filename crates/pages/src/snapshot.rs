@@ -51,9 +51,9 @@ impl fmt::Display for FileFormat {
 /// What vmfile appended to the file.
 #[derive(Debug)]
 pub struct Manifest {
-    /// Where it lies.
+    /// The footer, which says where the metadata lie.
     pub footer: Footer,
-    /// What it says.
+    /// The metadata.
     pub meta: Meta,
 }
 
@@ -82,12 +82,12 @@ pub enum SnapshotError {
         path: PathBuf,
         /// File offset, in bytes.
         offset: u64,
-        /// How much was asked for, in bytes.
+        /// How many bytes were to be read.
         len: usize,
         /// What the kernel said.
         source: io::Error,
     },
-    /// Its bytes are not what they should be.
+    /// Its bytes are damaged, or not those of a saved VM.
     #[error("{path} is damaged, or no saved VM", path = path.display())]
     Format {
         /// The file.
@@ -161,7 +161,7 @@ impl Snapshot {
     /// in any part that says where something lies.
     pub fn open(path: &Path, start: u64) -> Result<Snapshot, SnapshotError> {
         let open = |source| SnapshotError::Open { path: path.to_path_buf(), source };
-        // Asked before the file is opened: opening a pipe would wait for its other end.
+        // Checked before the file is opened: opening a pipe would wait for its other end.
         if !path.metadata().map_err(open)?.is_file() {
             return Err(SnapshotError::NotAFile { path: path.to_path_buf() });
         }
@@ -177,8 +177,8 @@ impl Snapshot {
     pub fn from_file(path: &Path, file: File, start: u64) -> Result<Snapshot, SnapshotError> {
         let open = |source| SnapshotError::Open { path: path.to_path_buf(), source };
         let len = file.metadata().map_err(open)?.len().min(FILE_LEN_MAX);
-        // First: what a newer version of vmfile wrote may look damaged where its manifest does not name
-        // the reason.
+        // The manifest comes first: a file of a newer version of vmfile may look damaged, and only
+        // its manifest names the reason.
         let manifest = read_manifest(path, &file, len)?;
         if let Some(manifest) = &manifest {
             ask_for_parts(&file, &manifest.meta.extents);
@@ -239,7 +239,7 @@ impl Snapshot {
     ///
     /// Returns [`SnapshotError::Read`] if the kernel refuses.
     pub fn checksum(&self, extent: &ExtentMeta) -> Result<u128, SnapshotError> {
-        /// What fits into the cache of a processor.
+        /// A length in bytes that fits into a processor's cache.
         const PIECE_LEN: u64 = 256 << 10;
         let mut hasher = PageHasher::new();
         let mut buffer = vec![0; in_memory(extent.bytes.min(PIECE_LEN))];
@@ -298,7 +298,7 @@ impl Snapshot {
 }
 
 impl SnapshotError {
-    /// Makes an error of what is wrong with the bytes of the file at `path`.
+    /// Converts an error in the bytes of the file at `path`.
     fn format(path: &Path, source: FormatError) -> SnapshotError {
         let path = path.to_path_buf();
         if source.is_of_newer_version() {
@@ -350,16 +350,17 @@ fn read_manifest(path: &Path, file: &File, len: u64) -> Result<Option<Manifest>,
     Ok(Some(Manifest { footer, meta }))
 }
 
-/// Asks the disk for all small parts at once: they lie all over the file, and one after the other they
-/// would take milliseconds.
+/// Makes the kernel read all small parts at once: they lie all over the file, and one after the
+/// other they would take milliseconds.
 fn ask_for_parts(file: &File, parts: &[ExtentMeta]) {
     for part in parts.iter().filter(|part| part.bytes <= WINDOW_LEN) {
-        // A wish. What the kernel does not read now it reads later, and then says what is wrong.
+        // An error does not matter here: the part is read later, and that read reports it.
         let _ = begin_reading(file.as_fd(), part.offset..part.offset.saturating_add(part.bytes));
     }
 }
 
-/// Compares the manifest with the structure, or finds that the file must have had one.
+/// Compares the manifest with the structure. Without a manifest, returns an error if vmfile wrote
+/// the file.
 fn check_manifest(
     path: &Path,
     file: &File,
@@ -379,7 +380,7 @@ fn check_manifest(
     }
 }
 
-/// Whether vmfile wrote the file: then a footer must be there.
+/// Returns whether vmfile wrote the file: then a footer must be there.
 fn is_ours(path: &Path, file: &File, structure: &MappedRamFile) -> Result<bool, SnapshotError> {
     let Some(offset) = structure.blocks.first().and_then(PlacedBlock::mark_offset) else {
         return Ok(false);

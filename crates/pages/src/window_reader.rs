@@ -1,4 +1,4 @@
-//! Many pages of a file read once: windows in any order, several in flight on every lane.
+//! Reads many pages of a file, each once: windows in any order, several in flight on every lane.
 
 use std::io;
 use std::ops::Range;
@@ -20,7 +20,7 @@ pub struct Window {
     /// The window's bytes of the block: up to the next multiple of [`WINDOW_LEN`].
     pub whole: Range<u64>,
     /// The bytes that are read, from the first place to the last: a hole between them costs nothing
-    /// to read. Empty if the window is of interest though no byte is to be read.
+    /// to read. Empty if the window is of interest although no byte of it is to be read.
     pub range: Range<u64>,
 }
 
@@ -33,8 +33,7 @@ pub trait MorePlaces: Sync {
     fn to_read(&self, block: usize, window: &Range<u64>) -> io::Result<Option<Range<u64>>>;
 }
 
-/// What is read, and who may stop it: windows with data, each from its first such page to its last, and
-/// those that `more` adds.
+/// Reads windows with data, each from its first such page to its last, and those that `more` adds.
 #[expect(
     missing_debug_implementations,
     reason = "the trait has none, and a reader lives in one call"
@@ -46,7 +45,7 @@ pub struct WindowReader<'a> {
     pub bitmaps: &'a [PageBitmap],
     /// Places that are of interest besides pages with data.
     pub more: Option<&'a dyn MorePlaces>,
-    /// The caller's hold.
+    /// How the caller stops the work and hears of its progress.
     pub control: &'a Control<'a>,
 }
 
@@ -54,17 +53,18 @@ pub struct WindowReader<'a> {
 const PAGES: &str = "the pages";
 const HOLES: &str = "which parts hold bytes";
 
-/// What all workers see.
+/// What all workers share.
 struct Shared<'a> {
     units: Units,
     meter: Meter<'a>,
 }
 
 impl WindowReader<'_> {
-    /// Reads all windows by `workers`, whose lanes lead to the file, and hands each to `take`, with what
-    /// the worker remembers; returns what all workers remember in the end, and the back end.
+    /// Reads all windows by `workers`, whose lanes lead to the file, and calls `take` with each,
+    /// and with a value that the worker keeps; returns these values of all workers, and the back
+    /// end.
     ///
-    /// A window that the disk does not give ends nothing: `take` gets the error in place of its bytes.
+    /// A read error does not end the other windows: `take` gets it in place of the bytes.
     ///
     /// # Errors
     ///
@@ -136,7 +136,7 @@ impl WindowReader<'_> {
         if len > 0 {
             let file_offset = self.blocks[window.block].pages_offset + window.range.start;
             let memory = Memory::Owned(buffer, 0..len);
-            // The completion says which block, and its offset says the rest.
+            // The tag of the completion is the block; its offset gives the rest.
             let tag = window.block as u64;
             let transfer = Transfer { direction: Direction::Read, file_offset, memory, tag };
             lane.submit(transfer).map_err(PagesError::reading(PAGES))?;
@@ -150,7 +150,7 @@ impl WindowReader<'_> {
         let first = self.bitmaps[block].first_within(self.pages(block, range));
         let data = first.map(|page| (page.0 * page_len).max(range.start));
         let more = match self.more {
-            // What cannot come before the data need not be looked for.
+            // If the range begins with data, nothing can come before it.
             Some(more) if data != Some(range.start) => {
                 let before = range.start..data.unwrap_or(range.end);
                 more.first(block, &before).map_err(PagesError::reading(HOLES))?
