@@ -11,10 +11,10 @@ use crate::threads::Threads;
 /// The deepest queue that is opened; more in flight gains nothing on any device measured.
 pub const DEPTH_MAX: usize = 64;
 
-/// How transfers reach the kernel: a wish.
+/// How transfers are to reach the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Backend {
-    /// `io_uring` if it can be had, else threads; [`OpenStorage::backend`] says which.
+    /// `io_uring` if the kernel allows it, else threads; [`OpenStorage::backend`] says which.
     Auto,
     /// `io_uring`, or an error.
     IoUring,
@@ -22,7 +22,7 @@ pub enum Backend {
     Threads,
 }
 
-/// How transfers reach the kernel: what is the case.
+/// How transfers of an open storage reach the kernel.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum BackendInUse {
     /// `io_uring`.
@@ -44,22 +44,22 @@ impl fmt::Display for BackendInUse {
     }
 }
 
-/// A storage, and what it turned out to be.
+/// A storage, and the back end that it uses.
 #[derive(Debug)]
 pub struct OpenStorage {
     /// Where transfers go.
     pub storage: Box<dyn Storage>,
-    /// The back end that was taken.
+    /// The back end in use.
     pub backend: BackendInUse,
 }
 
 /// Opens a storage on `file` with at most `depth` transfers in flight.
 ///
-/// `depth` is brought into 1 to [`DEPTH_MAX`]. Several storages may be open on one file.
+/// `depth` is clamped to 1 to [`DEPTH_MAX`]. Several storages may be open on one file.
 ///
 /// # Errors
 ///
-/// Returns the kernel's error if `io_uring` was asked for by name and is not to be had
+/// Returns the kernel's error if `backend` is [`Backend::IoUring`] and the kernel refuses it
 /// (`ENOSYS`: not built in; `EPERM`: `kernel.io_uring_disabled` or a seccomp filter), or if no
 /// thread could be started.
 pub fn open_storage(file: &DataFile, backend: Backend, depth: usize) -> io::Result<OpenStorage> {

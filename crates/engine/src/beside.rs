@@ -1,4 +1,4 @@
-//! Two things at once: one in a thread of its own, one here.
+//! Runs two closures at once: one in a thread of its own, one in the caller's.
 
 use std::io;
 use std::mem;
@@ -6,13 +6,13 @@ use std::thread;
 
 use crate::crew::Panicked;
 
-/// Does `aside` in a thread of its own while `here` runs, which can ask whether `aside` is through;
-/// returns what both returned.
+/// Runs `aside` in a thread of its own, and `here` meanwhile in this one; returns what both
+/// returned. The argument of `here` says whether `aside` has ended.
 ///
 /// # Errors
 ///
-/// Returns the kernel's error if there is no thread to be had, and then neither has run; and an error if
-/// `aside` panicked, after `here` has returned.
+/// Returns the kernel's error if the thread cannot be started, and then neither has run; or
+/// [`Panicked`] in an [`io::Error`] if `aside` panicked, after `here` has returned.
 pub fn beside<A: Send, B>(
     aside: impl FnOnce() -> A + Send,
     here: impl FnOnce(&dyn Fn() -> bool) -> B,

@@ -53,7 +53,7 @@ impl AlignedBuffer {
     ///
     /// # Panics
     ///
-    /// Panics if `len` is zero or if `align` is not a power of two: both are ours to choose.
+    /// Panics if `len` is zero or if `align` is not a power of two.
     pub fn zeroed(len: usize, align: usize) -> io::Result<AlignedBuffer> {
         assert_ne!(len, 0, "a direct I/O buffer cannot be empty");
         let is_huge = len % HUGE_PAGE_LEN == 0;
@@ -63,8 +63,8 @@ impl AlignedBuffer {
         let start = unsafe { alloc::alloc(layout) };
         let start = NonNull::new(start).ok_or(io::ErrorKind::OutOfMemory)?;
         if is_huge {
-            // Before the first touch, so that it counts. A kernel without huge pages is slower and
-            // nothing else.
+            // This comes before the first touch, or it has no effect. It may fail: without huge
+            // pages everything is only slower.
             //
             // SAFETY:
             // - The range is this allocation and nothing else, in whole pages.
@@ -117,9 +117,9 @@ impl fmt::Debug for AlignedBuffer {
 
 /// A fixed number of equal buffers, taken and given back.
 ///
-/// All of its memory is taken when it is made, and touched, so that nothing later can fail for want of
-/// it. A clone is another handle on the same buffers. A buffer comes back when it is dropped, wherever
-/// it is then.
+/// All of its memory is allocated and touched when the pool is made, so that nothing fails later
+/// for lack of memory. A clone is another handle on the same buffers. A buffer returns to the pool
+/// when it is dropped, in any thread.
 #[derive(Clone, Debug)]
 pub struct BufferPool {
     shelf: Arc<Shelf>,
@@ -191,7 +191,7 @@ impl BufferPool {
 
 #[derive(Debug)]
 struct Shelf {
-    /// The last one that came back goes out first: the cache may still hold it.
+    /// The buffer that came back last is taken first: the processor's cache may still hold it.
     free: Mutex<Vec<AlignedBuffer>>,
     returned: Condvar,
     count: usize,
@@ -310,7 +310,7 @@ mod tests {
         assert_eq!(buffer.as_ptr().addr() % (1 << 16), 0);
     }
 
-    /// No address space is so large: the allocator says no, and the process lives on.
+    /// No address space is that large: the allocator fails, and the process does not abort.
     #[test]
     fn memory_that_is_not_there_is_an_error() {
         let error = AlignedBuffer::zeroed(1 << 62, 4096).unwrap_err();

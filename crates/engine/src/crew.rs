@@ -1,7 +1,7 @@
 //! Threads that are started first and get their work later.
 //!
-//! A thread is started while a failure harms nothing; what it works on need not exist yet, and may
-//! be borrowed from the caller's stack when it does.
+//! Threads are started when a failure does no harm yet. What they work on need not exist then, and
+//! may later be borrowed from the caller's stack.
 
 #![expect(unsafe_code, reason = "lends a borrowed job to threads that outlive the borrow")]
 
@@ -12,7 +12,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::thread::{self, JoinHandle};
 
-/// What every thread of a crew does: it is told its number, from 0.
+/// What every thread of a crew runs, with the thread's number, from 0.
 type Job<'a> = dyn Fn(usize) + Sync + 'a;
 
 /// A number of threads that wait for a job.
@@ -27,7 +27,7 @@ pub struct Crew {
 struct Member {
     /// `None` only inside `drop`, which ends the thread that way.
     jobs: Option<SyncSender<&'static Job<'static>>>,
-    /// Says for each job whether the thread came to its end; closed when the thread has ended.
+    /// How each job ended in the thread; closed when the thread has ended.
     done: Receiver<Outcome>,
     thread: Option<JoinHandle<()>>,
 }
@@ -81,12 +81,11 @@ impl Crew {
         self.members.len()
     }
 
-    /// Lets every thread do `job` once, and waits until all of them are through with it.
+    /// Runs `job` once in every thread, and waits until all threads have finished it.
     ///
     /// # Errors
     ///
-    /// Returns [`Panicked`] if the job panicked in a thread; the others came to its end all the
-    /// same.
+    /// Returns [`Panicked`] if the job panicked in a thread; the other threads have finished it.
     pub fn run<'a>(&mut self, job: &'a Job<'a>) -> Result<(), Panicked> {
         // SAFETY:
         // - Only the lifetime changes. The reference is used by the threads alone, from `send` below
@@ -96,7 +95,7 @@ impl Crew {
         let job: &'static Job<'static> = unsafe { mem::transmute::<&'a Job<'a>, _>(job) };
         for member in &self.members {
             let jobs = member.jobs.as_ref().expect("taken only by drop");
-            // A thread that has ended takes nothing; `recv` says so below.
+            // This fails if the thread has ended, and then `recv` below fails too.
             let _ = jobs.send(job);
         }
         let mut result = Ok(());
@@ -123,7 +122,7 @@ impl Drop for Crew {
 
 fn serve(number: usize, orders: &Receiver<&'static Job<'static>>, say: &SyncSender<Outcome>) {
     while let Ok(job) = orders.recv() {
-        // What the job left half done is seen by the caller alone, who hears of the panic.
+        // Only the caller sees what the job left half done, and `run` reports the panic to it.
         let outcome = match catch_unwind(AssertUnwindSafe(|| job(number))) {
             Ok(()) => Outcome::Returned,
             Err(payload) => {

@@ -1,4 +1,4 @@
-//! A file that is read and written past the page cache where it can be, and who decides where.
+//! A file that is read and written past the page cache where that is possible.
 //!
 //! # Mixing direct and buffered I/O
 //!
@@ -51,7 +51,7 @@ pub enum DirectIoInUse {
     },
 }
 
-/// Answers the question of a report: was direct I/O used?
+/// What a report says about the use of direct I/O.
 impl fmt::Display for DirectIoInUse {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -83,8 +83,8 @@ impl DataFile {
     ///
     /// The second descriptor is opened through `/proc/self/fd`, so the file may have been deleted
     /// or never have had a name. The alignment is what the kernel reports (`STATX_DIOALIGN`, Linux
-    /// 6.1). Where it reports none, 4096 bytes are used, which every device so far accepts, after
-    /// a read of the first page has shown it, if there is one to read.
+    /// 6.1). Where it reports none, 4096 bytes are used, which every device so far accepts. A read
+    /// of the first page tests that, if the file has a page and may be read.
     ///
     /// # Errors
     ///
@@ -113,7 +113,7 @@ impl DataFile {
         &self.descriptors.in_use
     }
 
-    /// Returns the file as it was handed in, for everything that is not a transfer.
+    /// Returns the file that [`DataFile::new`] got, for everything that is not a transfer.
     #[must_use]
     pub fn buffered(&self) -> &File {
         &self.descriptors.buffered
@@ -121,9 +121,10 @@ impl DataFile {
 
     /// Decides the next piece of a transfer: through which descriptor, and how long.
     ///
-    /// The one place that decides. From an unaligned offset the bytes up to the next aligned one
-    /// go through the page cache, if the memory is aligned there; then as much as is aligned goes
-    /// past it; then the tail goes through it.
+    /// No other code decides this. From an unaligned offset, the bytes up to the next aligned one
+    /// go through the page cache; then as much as is aligned goes past it; then the tail goes
+    /// through it. If the memory is not aligned where the file is, all bytes go through the page
+    /// cache.
     pub(crate) fn next_piece(&self, address: usize, file_offset: u64, len: usize) -> Piece {
         let plan = match (&self.descriptors.direct, &self.descriptors.in_use) {
             (Some(direct), &DirectIoInUse::Yes { offset_align, memory_align }) => {

@@ -47,15 +47,16 @@ pub fn file_system(file: BorrowedFd<'_>) -> io::Result<FileSystem> {
     }
 }
 
-/// Finds where a file holds data, by a descriptor of its own: `lseek` moves its position.
+/// Finds where a file holds data. It has a descriptor of its own, because `lseek` moves the
+/// position.
 ///
 /// Everything else reads as zeros. A file system without holes reports one range.
 ///
 /// On hugetlbfs this cannot find holes and reports all as data: its `llseek` is the default one
-/// (`hugetlbfs_file_operations`, Linux 6.18). Ask
-/// [`ProcessMemory::touched`](crate::ProcessMemory::touched) of those who use the memory and
-/// compare with [`hugetlb_allocated_bytes`]; where they disagree, read with `pread`, which fills
-/// in zeros for a hole, and not through a mapping, which would allocate it.
+/// (`hugetlbfs_file_operations`, Linux 6.18). Call
+/// [`ProcessMemory::touched`](crate::ProcessMemory::touched) for the processes that use the memory,
+/// and compare with [`hugetlb_allocated_bytes`]; where they disagree, read with `pread`, which
+/// fills in zeros for a hole, and not through a mapping, which would allocate it.
 #[derive(Debug)]
 pub struct DataSeeker {
     own: File,
@@ -114,7 +115,8 @@ impl DataSeeker {
 /// Returns the parts of `range` that hold data, in order, apart from one another, and clipped to
 /// `range` and to the end of the file; see [`DataSeeker`].
 ///
-/// As many as the file has there: a caller that does not know the file looks at a bounded range.
+/// The list may be as long as `range` has pages: pass a bounded range of a file that you do not
+/// know.
 ///
 /// # Errors
 ///

@@ -1,13 +1,15 @@
 //! A process that outlives this one and carries out its will.
 //!
-//! A [`Guardian`] is forked, has a session of its own, and holds a copy of one socket. It is told
-//! what is to be done over that socket, and waits. When this process ends in any way (`SIGKILL`, the
-//! kernel's out-of-memory killer, an abort), the kernel closes the other end of the guardian's pipe,
-//! and the guardian does it. When all is well it is dismissed and does nothing.
+//! A [`Guardian`] is forked, has a session of its own, and holds a copy of one socket. It gets a
+//! [`Will`], which says what to do over that socket, and waits. When this process ends in any way
+//! (`SIGKILL`, the kernel's out-of-memory killer, an abort), the kernel closes the other end of the
+//! guardian's pipe, and the guardian carries out the will. When all is well, this process dismisses
+//! the guardian, which then does nothing.
 //!
 //! The child of a process with several threads may only call what is safe in a signal handler
-//! (fork(2)): another thread may have held the allocator's lock. So the guardian allocates nothing: a
-//! will is bytes, and the child carries it out with system calls on memory that was made before.
+//! (fork(2)): another thread may have held the allocator's lock. So the guardian allocates nothing:
+//! a will is bytes, and the child carries it out with system calls on memory that was allocated
+//! before.
 
 #![expect(unsafe_code, reason = "forks, and calls what rustix has no safe wrapper for")]
 
@@ -31,19 +33,20 @@ pub use will::{Step, Will};
 use self::steps::Room;
 use self::will::{CONNECTION, DISMISSED, LISTENER, WILL_LEN_MAX};
 
-/// What a guardian says once it is a process of its own.
+/// What a guardian sends when it has a session of its own.
 const READY: u8 = 0;
 
-/// The name of the process, as `ps` shows it: not the program's own, which a user may end by name.
+/// The name of the process, as `ps` shows it: not the program's own, by which a user may end the
+/// program.
 const NAME: &[u8; 16] = b"vm-guardian\0\0\0\0\0";
 
 /// A process that carries out a will when this one has ended without dismissing it.
 ///
-/// Dropping a guardian has the will carried out, too: call [`Guardian::dismiss`] where there is
-/// nothing left to be done.
+/// A guardian that is dropped carries out the will too: call [`Guardian::dismiss`] if nothing is
+/// left to do.
 #[derive(Debug)]
 pub struct Guardian {
-    /// `None` once the guardian was left to itself.
+    /// `None` after [`Guardian::leave`].
     pipe: Option<OwnedFd>,
     child: Pid,
 }
@@ -51,12 +54,12 @@ pub struct Guardian {
 impl Guardian {
     /// Starts a guardian that holds `socket`; its will is empty.
     ///
-    /// Take one before memory is made: the child has a copy of this process's memory, which the
-    /// kernel shares until this process writes to it.
+    /// Start it before large memory is allocated: the child has a copy of this process's memory,
+    /// which the kernel shares until this process writes to it.
     ///
     /// # Errors
     ///
-    /// Returns the kernel's error; `EAGAIN` where there may be no further process.
+    /// Returns the kernel's error; `EAGAIN` if the user may have no further process.
     pub fn start(socket: BorrowedFd<'_>) -> io::Result<Guardian> {
         let (ours, theirs) =
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
@@ -73,7 +76,7 @@ impl Guardian {
         drop(blocked);
         let child = Pid::from_raw(child).filter(|_| child > 0);
         let child = child.ok_or_else(io::Error::last_os_error)?;
-        // The child's copy is the only one, or its end would not be seen.
+        // Only the child may have this end: this process could not notice that the child has ended.
         drop(theirs);
         let guardian = Guardian { pipe: Some(ours), child };
         guardian.wait_until_ready()?;
@@ -93,11 +96,11 @@ impl Guardian {
         }
     }
 
-    /// Replaces the will: what is to be done if this process ends from now on.
+    /// Replaces the will, which the guardian carries out if this process ends from now on.
     ///
     /// # Errors
     ///
-    /// Returns the kernel's error: `EPIPE` where the guardian itself was ended, and
+    /// Returns the kernel's error: `EPIPE` if the guardian has ended, and
     /// [`io::ErrorKind::InvalidInput`] for a will that is too long.
     pub fn entrust(&self, will: &Will) -> io::Result<()> {
         if will.bytes().len() > WILL_LEN_MAX {
@@ -106,8 +109,9 @@ impl Guardian {
         self.send(will.bytes())
     }
 
-    /// Has a connection kept open, and what comes by it read and thrown away, while a will is carried
-    /// out. Its peer then sees no end of it before it was told to stop.
+    /// Makes the guardian keep a connection open, and read and discard what comes by it, while it
+    /// carries out a will. The peer then sees no end of the connection before the will has told it
+    /// to stop.
     ///
     /// # Errors
     ///
@@ -116,7 +120,7 @@ impl Guardian {
         self.send_with(CONNECTION, connection)
     }
 
-    /// Has new connections to a listening socket taken and kept open as well.
+    /// Makes the guardian accept new connections to a listening socket, and keep them open as well.
     ///
     /// # Errors
     ///
@@ -136,13 +140,13 @@ impl Guardian {
         Ok(())
     }
 
-    /// Lets the guardian go: nothing is left to be done.
+    /// Ends the guardian; it does not carry out its will.
     pub fn dismiss(self) {
-        // One that was ended need not be told.
+        // An error means that the guardian has ended already.
         drop(self.send(&[DISMISSED]));
     }
 
-    /// Lets the guardian carry out its will at once, and does not wait for it.
+    /// Makes the guardian carry out its will at once, and does not wait for it.
     ///
     /// The kernel keeps its exit status until this process ends.
     pub fn leave(mut self) {
@@ -165,14 +169,14 @@ impl Guardian {
 
 impl Drop for Guardian {
     fn drop(&mut self) {
-        // The end of the pipe is what the guardian waits for.
+        // The guardian waits for the end of the pipe.
         if self.pipe.take().is_none() {
             return;
         }
         loop {
             match waitpid(Some(self.child), WaitOptions::empty()) {
                 Err(rustix::io::Errno::INTR) => {}
-                // Gone, or taken by a caller who waits for all children.
+                // The child has ended; a caller that waits for all children may have reaped it.
                 _ => return,
             }
         }
@@ -206,7 +210,7 @@ impl Drop for BlockedSignals {
     }
 }
 
-/// What the child does: waits for the end of the other process, and carries out its will.
+/// Runs the child: waits until the other process ends, and carries out its will.
 fn guard(pipe: RawFd, socket: RawFd, mut room: Room) -> ! {
     become_a_process_of_its_own();
     close_all_but(pipe, socket);
@@ -234,8 +238,8 @@ fn become_a_process_of_its_own() {
     unsafe { libc::setsid() };
     // SAFETY: the name is 16 bytes with their terminator, as PR_SET_NAME wants.
     unsafe { libc::prctl(libc::PR_SET_NAME, NAME.as_ptr()) };
-    // The out-of-memory killer takes others first. A process without the right to ask for that
-    // keeps what it has.
+    // Makes the out-of-memory killer choose other processes first. Without the permission for that,
+    // the value stays as it is.
     //
     // SAFETY: the path is a C string.
     let file = unsafe { libc::open(c"/proc/self/oom_score_adj".as_ptr(), libc::O_WRONLY) };
@@ -247,7 +251,8 @@ fn become_a_process_of_its_own() {
     }
 }
 
-/// Closes every descriptor but two: the other process's files are not kept open for it.
+/// Closes every descriptor but two, so that the guardian does not keep the other process's files
+/// open.
 fn close_all_but(one: RawFd, other: RawFd) {
     let number = |fd: RawFd| u32::try_from(fd).unwrap_or_default();
     let (low, high) = (number(one.min(other)), number(one.max(other)));

@@ -5,10 +5,10 @@
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 
-/// Returns a descriptor of its own for what is open as `number`.
+/// Returns a new descriptor of what is open as `number`.
 ///
-/// The one that was inherited stays open: a process that waits for the last writer or reader to go away
-/// waits for this process to end.
+/// The inherited descriptor stays open: a process that waits until the last writer or reader has
+/// closed its end waits until this process has ended.
 ///
 /// # Errors
 ///

@@ -1,8 +1,8 @@
 //! Bytes to the kernel and back: direct I/O, `io_uring`, and the memory of other processes.
 //!
 //! Everything here is counted in bytes, as `u64` or `usize`, and every range is half-open. The
-//! crate knows files, mappings, processes and errors of the kernel; what the bytes mean is for
-//! those who call it. It never prints, never exits and never reads the environment.
+//! crate knows files, mappings, processes and errors of the kernel; only the caller knows what the
+//! bytes mean. It never prints, never exits and never reads the environment.
 //!
 //! ```
 //! use vmfile_engine::{
@@ -26,7 +26,7 @@
 //! let completion = storage.reap()?.ok_or("one is in flight")?;
 //! completion.result?;
 //!
-//! // On the disk, and then under its name.
+//! // First the file is on the disk, then it gets its name.
 //! unpublished.make_durable()?.publish()?;
 //! assert_eq!(&std::fs::read(&path)?[8192..8197], b"hello");
 //! # Ok(())

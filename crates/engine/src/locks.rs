@@ -1,4 +1,4 @@
-//! Whether another program holds a lock on a file, as some do on a disk image.
+//! Tests whether another program holds a lock on a file, as some do on a disk image.
 
 #![expect(unsafe_code, reason = "rustix has no F_OFD_GETLK")]
 
@@ -6,14 +6,14 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 
-/// Tells whether anyone but the holder of `file` has a lock on any of its bytes: one of an open file
-/// description (Linux 3.15), or one of a process.
+/// Returns whether any byte of `file` is locked, by another open file description (Linux 3.15) or
+/// by a process.
 ///
 /// # Errors
 ///
 /// Returns the kernel's error; a file system that knows no locks is one (`EINVAL`, `ENOLCK`).
 pub fn is_locked(file: &File) -> io::Result<bool> {
-    // A lock for writing is in the way of every other; length 0 is up to the end, wherever that is.
+    // A lock for writing conflicts with every other lock; length 0 means up to the end of the file.
     let mut lock = libc::flock {
         l_type: libc::F_WRLCK.try_into().expect("a small number"),
         l_whence: libc::SEEK_SET.try_into().expect("a small number"),

@@ -39,7 +39,7 @@ pub struct Mapping {
     pub range: Range<u64>,
     /// What the process may do with it.
     pub permissions: Permissions,
-    /// Whether others see what is written to it (`MAP_SHARED`).
+    /// Whether other processes see what is written to it (`MAP_SHARED`).
     pub shared: bool,
     /// Where in the file it starts, in bytes; 0 if it has no file.
     pub file_offset: u64,
@@ -52,7 +52,7 @@ pub struct Mapping {
 }
 
 impl Mapping {
-    /// Says whether the mapping is of a file, be it a memfd or shared anonymous memory.
+    /// Says whether the mapping is of a file; a memfd and shared anonymous memory are files too.
     #[must_use]
     pub fn has_file(&self) -> bool {
         self.inode != 0

@@ -167,7 +167,8 @@ fn first_by_entries(pagemap: &File, range: &Range<u64>) -> io::Result<Option<u64
     Ok(first)
 }
 
-/// Calls `found` with the address of each page that is present or swapped out, while it says so.
+/// Calls `found` with the address of each page that is present or swapped out, until it returns
+/// `false`.
 fn each_entry(
     pagemap: &File,
     range: &Range<u64>,
@@ -196,7 +197,7 @@ fn each_entry(
     Ok(())
 }
 
-/// Says whether the ioctl is there, on our own memory.
+/// Tests whether the kernel has the ioctl, on this process's own memory.
 pub(crate) fn probe() -> io::Result<()> {
     let pagemap = File::open(Path::new("/proc/self/pagemap"))?;
     let mut regions = [PageRegion::default()];

@@ -7,14 +7,14 @@ use rustix::fs::{AtFlags, CWD, StatxFlags};
 
 use crate::{pagemap, residency, ring};
 
-/// Whether something can be had, and if not, what the kernel said.
+/// Whether the kernel offers a feature, and if not, why.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Support {
-    /// It can.
+    /// It does.
     Yes,
-    /// It cannot.
+    /// It does not.
     No {
-        /// The kernel's error number, if it was the kernel that said no.
+        /// The kernel's error number, if the kernel returned one.
         errno: Option<i32>,
         /// The error in words.
         reason: String,
@@ -22,7 +22,7 @@ pub enum Support {
 }
 
 impl Support {
-    /// Says whether it can be had.
+    /// Says whether the kernel offers the feature.
     #[must_use]
     pub fn is_yes(&self) -> bool {
         *self == Support::Yes
@@ -59,13 +59,13 @@ pub struct KernelProbe {
     pub pagemap_scan: Support,
     /// `cachestat(2)` (Linux 6.5).
     pub cachestat: Support,
-    /// `STATX_DIOALIGN` (Linux 6.1), asked of the running program's own file: the answer depends
-    /// on the file system too. For a file of one's own, [`DataFile`](crate::DataFile) has it.
+    /// `STATX_DIOALIGN` (Linux 6.1), for the running program's own file: the answer depends on the
+    /// file system too. For another file, see [`DataFile::direct`](crate::DataFile::direct).
     pub statx_dioalign: Support,
 }
 
 impl KernelProbe {
-    /// Tries each thing once, harmlessly.
+    /// Tries each feature once, without side effects.
     #[must_use]
     pub fn run() -> KernelProbe {
         let release = rustix::system::uname().release().to_string_lossy().into_owned();

@@ -28,7 +28,7 @@ pub enum Access {
     ReadWrite,
 }
 
-/// The memory of a process, which stays that process: a pid used again is noticed.
+/// The memory of a process. If the process ends and another one gets its pid, that is noticed.
 ///
 /// Everything here needs the right to trace the process (`PTRACE_MODE_ATTACH_REALCREDS` in
 /// `ptrace(2)`): the same user and no change of credentials, or `CAP_SYS_PTRACE`. Without it the
@@ -49,7 +49,7 @@ impl ProcessMemory {
     /// # Errors
     ///
     /// Returns the kernel's error: `ESRCH` if there is no such process, and
-    /// [`io::ErrorKind::PermissionDenied`] if its memory may not be looked at.
+    /// [`io::ErrorKind::PermissionDenied`] if this process may not look at its memory.
     pub fn open(pid: u32) -> io::Result<ProcessMemory> {
         let number = i32::try_from(pid).map_err(|_| no_such_process())?;
         let pid = Pid::from_raw(number).ok_or_else(no_such_process)?;
@@ -61,8 +61,8 @@ impl ProcessMemory {
             Mode::empty(),
         )
         .map_err(gone_if_missing)?;
-        // Both were opened by number. If the first process still lives now, the number was its
-        // own all the time.
+        // Both were opened by pid. If the process of the pidfd still lives now, the pid was its own
+        // all the time.
         if has_ended(&pidfd)? {
             return Err(no_such_process());
         }
@@ -139,7 +139,7 @@ impl ProcessMemory {
                 )
             }
         })?;
-        // The call takes a number. A process that lives after it was itself what was read.
+        // The call takes a pid. If the process lives after the call, its own memory was read.
         if has_ended(&self.pidfd)? { Err(no_such_process()) } else { Ok(()) }
     }
 
@@ -170,9 +170,9 @@ impl ProcessMemory {
         pieces: &[Range<usize>],
         from: &[u8],
     ) -> io::Result<()> {
-        // The call takes a number, and must not write into another process that has it now. Between
-        // this look and the call the process would have to end, be waited for by its parent, and all
-        // other numbers be used once; the parent of a VM in our hands is not that quick.
+        // The call takes a pid, and must not write into another process that has it now. Between
+        // this check and the call, the process would have to end, its parent would have to reap it,
+        // and all other pids would have to be used once: that takes much longer.
         if has_ended(&self.pidfd)? {
             return Err(no_such_process());
         }
@@ -242,7 +242,7 @@ impl ProcessMemory {
         Ok(())
     }
 
-    /// Says what backs `range`: private memory, or a file that can be mapped here too.
+    /// Returns what backs `range`: private memory, or a file.
     ///
     /// The range may span several mappings as long as they are of one kind and, if shared, of one
     /// file at offsets that follow one another. `access` is how a shared file is opened.
@@ -276,9 +276,8 @@ impl ProcessMemory {
     /// order, merged, clipped to `range`, and else page-aligned.
     ///
     /// Everything else in private anonymous memory reads as zeros. It does *not* in a shared file,
-    /// whose pages other processes may have mapped, or none: ask [`DataSeeker`](crate::DataSeeker)
-    /// there. Pages that are the kernel's shared zero page are
-    /// left out where the kernel can tell.
+    /// whose pages other processes may have mapped, or none: use [`DataSeeker`](crate::DataSeeker)
+    /// there. Pages that are the kernel's shared zero page are left out where the kernel can tell.
     ///
     /// Uses the `PAGEMAP_SCAN` ioctl (Linux 6.7), which skips what has no page tables, else reads
     /// 8 bytes a page from `/proc/PID/pagemap`. The list has as many ranges as the guest likes: ask for
@@ -291,8 +290,8 @@ impl ProcessMemory {
         pagemap::touched(&self.pagemap, &range)
     }
 
-    /// Returns the first byte of `range` that [`ProcessMemory::touched`] would report; an ioctl that
-    /// skips what has no page tables, however long that is (Linux 6.7).
+    /// Returns the first byte of `range` that [`ProcessMemory::touched`] would report, by one ioctl
+    /// that skips memory without page tables, however long that is (Linux 6.7).
     ///
     /// # Errors
     ///
@@ -314,8 +313,8 @@ impl ProcessMemory {
         let Range { start, end } = mapping.range;
         match open_in(&self.directory, format!("map_files/{start:x}-{end:x}"), flags) {
             Ok(file) => Ok(file.into()),
-            // Following these links takes CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE. The process
-            // may also hold the file open, and that link asks for less.
+            // Following these links takes CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE. The process may
+            // also hold the file open, and that link needs neither.
             Err(error) => match self.find_open_file(mapping, flags)? {
                 Some(file) => Ok(file),
                 None => Err(error),
@@ -351,7 +350,7 @@ impl ProcessMemory {
 pub enum Backing {
     /// Memory of its own: only [`ProcessMemory::read`] and [`ProcessMemory::write`] reach it.
     Private {
-        /// The file it started as a copy of, open for reading, if any.
+        /// The file that it began as a copy of, open for reading, if any.
         file: Option<BackingFile>,
     },
     /// A file that it shares with other processes that map it.
@@ -372,7 +371,7 @@ pub struct BackingFile {
     pub file_system: FileSystem,
 }
 
-/// Why it cannot be said what backs a range.
+/// Why it cannot be found what backs a range.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum BackingError {
@@ -386,9 +385,9 @@ pub enum BackingError {
         /// The first address of another kind or place.
         address: u64,
     },
-    /// The kernel refused.
+    /// The kernel returned an error.
     Io {
-        /// The range that was asked for.
+        /// The range.
         range: Range<u64>,
         /// What the kernel said.
         source: io::Error,
@@ -403,7 +402,7 @@ impl fmt::Display for BackingError {
                 write!(f, "another kind of mapping, or another place, begins at {address:#x}")
             }
             BackingError::Io { range, .. } => {
-                write!(f, "cannot look behind memory {:#x}..{:#x}", range.start, range.end)
+                write!(f, "cannot look up what backs memory {:#x}..{:#x}", range.start, range.end)
             }
         }
     }
@@ -486,10 +485,10 @@ fn remote_pointer(address: u64) -> io::Result<*mut libc::c_void> {
     Ok(ptr::without_provenance_mut(address))
 }
 
-/// Reads the result of a `process_vm_*` call at `address`.
+/// Converts the result of a `process_vm_*` call at `address`.
 fn moved_bytes(result: isize, address: u64) -> io::Result<usize> {
     match usize::try_from(result) {
-        // The kernel stops short at a page it cannot reach, and names it by failing there.
+        // The kernel stops before a page that it cannot reach, and the next call fails there.
         Ok(0) => Err(fault(address)),
         Ok(len) => Ok(len),
         Err(_) => {
@@ -511,7 +510,7 @@ fn fault(address: u64) -> io::Error {
 /// An address of another process that could not be reached; inside an [`io::Error`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Fault {
-    /// The first address that could not.
+    /// The first address that could not be reached.
     pub address: u64,
 }
 

@@ -1,4 +1,4 @@
-//! Giving a finished file its name, so that a name never means part of a file.
+//! Gives a finished file its name, so that a name never leads to part of a file.
 //!
 //! The file is written without a name (`O_TMPFILE`) or, where the file system cannot do that,
 //! under the name `.NAME.XXXXXX.partial` beside its place. [`Unpublished::make_durable`] makes it
@@ -25,7 +25,7 @@ const MODE: Mode = Mode::RUSR.union(Mode::WUSR);
 /// The longest file name Linux accepts, in bytes.
 const NAME_LEN_MAX: usize = 255;
 
-/// Temporary names that are tried; with 2^36 of them the second try already does not happen.
+/// How many temporary names are tried. There are 2^36, so that a second try hardly ever happens.
 const ATTEMPTS_MAX: usize = 16;
 
 /// What to do if the name is taken.
@@ -37,7 +37,7 @@ pub enum Existing {
     Replace,
 }
 
-/// Finds who uses the file at a path, in words for an error; `None` if it may lose its name.
+/// Says what uses the file at a path, as a text for an error; `None` if the file may lose its name.
 pub type UserOf = Box<dyn Fn(&Path, &Metadata) -> Option<String> + Send + Sync>;
 
 /// A file that has no name yet, or only a temporary one.
@@ -51,7 +51,7 @@ pub struct Unpublished {
     name: OsString,
     existing: Existing,
     user_of: Option<UserOf>,
-    /// The name to remove if it does not come to publishing.
+    /// The name to remove if the file is not published.
     temporary: Option<OsString>,
 }
 
@@ -60,15 +60,15 @@ impl Unpublished {
     ///
     /// # Errors
     ///
-    /// Returns [`PublishError`] if the directory is missing or none, if the name is taken and must
-    /// not or cannot be replaced, or if the kernel refuses.
+    /// Returns [`PublishError`] if the directory does not exist or is something else, if the name
+    /// is taken and must not or cannot be replaced, or if the kernel returns an error.
     pub fn create_beside(path: &Path, existing: Existing) -> Result<Unpublished, PublishError> {
         Unpublished::create(path, existing, Way::NamelessIfPossible)
     }
 
-    /// Does the same, unless the name leads to a file that is in use: one that `user_of` knows a user
-    /// of, or that another program has locked. Both are asked now and again at the moment of naming,
-    /// and only if there is a file of that name, be it by a symbolic link.
+    /// Does the same, unless the name leads to a file that is in use: one for which `user_of`
+    /// returns a user, or that another program has locked. Both are checked now, and again at the
+    /// moment of naming, if the path leads to a file, also by a symbolic link.
     ///
     /// # Errors
     ///
@@ -128,7 +128,7 @@ impl Unpublished {
         self.make_durable()?.publish()
     }
 
-    /// Makes the file durable. It has no name then.
+    /// Makes the file durable. It still has no name.
     ///
     /// # Errors
     ///
@@ -145,7 +145,7 @@ impl Unpublished {
         &self.file
     }
 
-    /// Returns the name that the file has until then, where the file system has no nameless files.
+    /// Returns the path of the file's temporary name; `None` if the file has no name at all.
     #[must_use]
     pub fn temporary_path(&self) -> Option<PathBuf> {
         self.temporary.as_ref().map(|name| self.path.with_file_name(name))
@@ -208,7 +208,7 @@ impl Durable {
     pub fn publish(self) -> Result<File, PublishError> {
         let Durable { mut unpublished } = self;
         let path = unpublished.path.clone();
-        // Everything that can fail and is not naming comes before it.
+        // Everything else that can fail comes before the naming.
         let file = unpublished.file.try_clone();
         let file = file.map_err(|error| PublishError::io(&path, "duplicate", error))?;
         if let Some(user_of) = &unpublished.user_of {
@@ -249,7 +249,7 @@ impl AsFd for Unpublished {
 impl Drop for Unpublished {
     fn drop(&mut self) {
         if let Some(temporary) = &self.temporary {
-            // No caller is left to tell; the name says what the file is.
+            // An error cannot be reported from here; the name says what the file is.
             let _ = rustix::fs::unlinkat(&self.directory, temporary, AtFlags::empty());
         }
     }
@@ -268,7 +268,7 @@ impl fmt::Debug for Unpublished {
 #[derive(Clone, Copy, Debug)]
 enum Way {
     NamelessIfPossible,
-    /// Tests go this way where the file system would not make us.
+    /// For tests, where the file system has nameless files.
     #[cfg(test)]
     Named,
 }
@@ -307,7 +307,7 @@ fn refuse_if_taken(
 
 /// Refuses a name that leads to a file which is in use.
 fn refuse_if_used(path: &Path, user_of: &UserOf) -> Result<(), PublishError> {
-    // What cannot be looked at is for those who create and name the file.
+    // If this fails, creating or naming the file reports what is wrong.
     let Ok(metadata) = fs::metadata(path) else { return Ok(()) };
     let user = user_of(path, &metadata).or_else(|| {
         let words = "another program has locked it";
@@ -319,8 +319,8 @@ fn refuse_if_used(path: &Path, user_of: &UserOf) -> Result<(), PublishError> {
     }
 }
 
-/// Whether another program has locked a file, as far as that can be told: a file that may not be
-/// opened, and a file system without locks, do not tell.
+/// Returns whether another program has locked a file; `false` if this process may not open it, or
+/// if the file system has no locks.
 fn is_locked_file(path: &Path, metadata: &Metadata) -> bool {
     if !metadata.is_file() {
         return false;
@@ -333,8 +333,8 @@ fn create_nameless(directory: &OwnedFd) -> Result<Option<OwnedFd>, Errno> {
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
     match rustix::fs::openat(directory, ".", flags, MODE) {
         Ok(file) => Ok(Some(file)),
-        // EOPNOTSUPP is the file system's no. A kernel before 3.11 sees only a directory opened
-        // for writing, and says EISDIR.
+        // A file system without nameless files returns EOPNOTSUPP. A kernel before 3.11 sees only a
+        // directory opened for writing, and returns EISDIR.
         Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL) => Ok(None),
         Err(errno) => Err(errno),
     }
@@ -402,9 +402,9 @@ pub enum PublishError {
         /// The directory.
         directory: PathBuf,
     },
-    /// The directory of the file is something else.
+    /// The directory of the file is not a directory.
     NotADirectory {
-        /// What should be one.
+        /// The path that should be one.
         directory: PathBuf,
     },
     /// The name is taken and must not be replaced.
@@ -421,21 +421,21 @@ pub enum PublishError {
     InUse {
         /// The name.
         path: PathBuf,
-        /// Who uses it.
+        /// What uses it.
         user: String,
     },
-    /// The file is whole and has its name, and a power failure may still take the name away.
+    /// The file is whole and has its name, but a power failure may still take the name away.
     NotDurable {
         /// The name.
         path: PathBuf,
         /// What the kernel said of the directory.
         source: io::Error,
     },
-    /// The kernel refused a step.
+    /// The kernel returned an error.
     Io {
         /// The name that the file has or would have.
         path: PathBuf,
-        /// What was to be done to it.
+        /// What vmfile tried to do with it, as a verb.
         step: &'static str,
         /// What the kernel said.
         source: io::Error,

@@ -37,8 +37,8 @@ const _: () = assert!(size_of::<CacheStat>() == 40);
 
 /// Returns how many bytes of `range` of `file` are in the page cache, in whole pages.
 ///
-/// Asks `cachestat` (Linux 6.5), else counts with `mincore`, which tells the truth only to those
-/// who may write the file and reports everything as cached to others.
+/// Asks `cachestat` (Linux 6.5), else counts with `mincore`, which reports everything as cached to
+/// a process that may not write the file.
 ///
 /// # Errors
 ///
@@ -49,7 +49,8 @@ pub fn resident_bytes(file: BorrowedFd<'_>, range: Range<u64>) -> io::Result<u64
     }
     match cached_pages(file, &range) {
         Ok(pages) => Ok(pages * page_size()),
-        // The call is unknown here, filtered, or not made for this kind of file.
+        // The kernel does not have the call, a filter forbids it, or it does not support this kind
+        // of file.
         Err(error)
             if matches!(
                 error.raw_os_error(),
@@ -81,8 +82,8 @@ pub fn drop_cached(file: BorrowedFd<'_>, range: Range<u64>) -> io::Result<()> {
     Ok(rustix::fs::fadvise(file, range.start, len, Advice::DontNeed)?)
 }
 
-/// Asks the kernel to begin reading `range` into the page cache, and nothing beside it; returns before
-/// the disk has answered. What the kernel does not read now is read when it is needed.
+/// Asks the kernel to begin reading `range`, and no more, into the page cache; returns before the
+/// disk has answered. What the kernel does not read now is read when it is needed.
 ///
 /// # Errors
 ///
@@ -92,11 +93,11 @@ pub fn begin_reading(file: BorrowedFd<'_>, range: Range<u64>) -> io::Result<()> 
     Ok(rustix::fs::fadvise(file, range.start, Some(len), Advice::WillNeed)?)
 }
 
-/// Says whether `cachestat` is there, by asking for a descriptor that cannot be.
+/// Tests whether the kernel has `cachestat`, with a descriptor that cannot exist.
 pub(crate) fn probe() -> io::Result<()> {
     let range = CacheStatRange { offset: 0, len: 1 };
     match cachestat(-1, &range) {
-        // The call looks at its descriptor first, so it is there.
+        // The kernel has the call, which looks at its descriptor first.
         Err(error) if error.raw_os_error() == Some(libc::EBADF) => Ok(()),
         Err(error) => Err(error),
         Ok(_) => Ok(()),

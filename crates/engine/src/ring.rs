@@ -17,11 +17,11 @@ use crate::direct_io::DataFile;
 use crate::storage::Storage;
 use crate::transfer::{Completion, Direction, Progress, Transfer};
 
-/// Transfers that are collected before the kernel is told, unless a wait comes first.
+/// How many transfers are collected before the kernel gets them, unless a wait comes first.
 const BATCH: usize = 8;
 
-/// Bytes after which the kernel is told whatever the number: large transfers gain nothing from
-/// company, and the device should not wait for it.
+/// After how many bytes the kernel gets the transfers, however few they are: large ones gain
+/// nothing from being collected, and the device should not wait.
 const BATCH_BYTES: usize = 256 << 10;
 
 /// Transfers in flight in a ring.
@@ -99,7 +99,7 @@ impl Ring {
         self.finished.push_back(progress.complete(result));
     }
 
-    /// Tells the kernel what is queued and waits for `want` completions.
+    /// Submits what is queued to the kernel, and waits for `want` completions.
     fn enter(&mut self, want: usize) -> io::Result<()> {
         match self.ring.submit_and_wait(want) {
             Ok(_) => {}
@@ -120,7 +120,7 @@ impl Ring {
         Ok(())
     }
 
-    /// Reads every completion there is, continuing what is short.
+    /// Reads every completion there is, and continues short transfers.
     fn collect(&mut self) {
         while let Some(entry) = { self.ring.completion().next() } {
             let slot = usize::try_from(entry.user_data()).expect("a slot number");
@@ -157,7 +157,7 @@ impl Outcome {
             libc::EINTR => Outcome::Again,
             // The thread that submitted it has ended, and the kernel cancels what it had queued.
             libc::ECANCELED => Outcome::Again,
-            // It would have waited where it must not; a worker may wait.
+            // The kernel would have had to wait; a worker of the kernel may do that.
             libc::EAGAIN => Outcome::AgainInWorker,
             errno => Outcome::Refused(io::Error::from_raw_os_error(errno)),
         }
@@ -184,8 +184,8 @@ impl Storage for Ring {
             self.collect();
             if let Some(completion) = self.finished.pop_front() {
                 self.in_flight -= 1;
-                // What `collect` continued, and what was queued since, need not wait for the
-                // caller to run out of completions.
+                // The pieces that `collect` queued, and newer transfers, should not wait until the
+                // caller runs out of completions.
                 if self.unsubmitted > 0 {
                     self.enter(0)?;
                 }
@@ -230,7 +230,7 @@ impl std::fmt::Debug for Ring {
     }
 }
 
-/// Says whether a ring can be set up at all, by setting one up.
+/// Tests whether a ring can be set up.
 pub(crate) fn probe() -> io::Result<()> {
     let ring = IoUring::new(2)?;
     if ring.params().is_feature_rw_cur_pos() {

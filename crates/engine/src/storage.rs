@@ -1,4 +1,4 @@
-//! Transfers in, completions out: what a file looks like to those who save and restore.
+//! The interface of both back ends: transfers in, completions out.
 
 use std::fmt;
 use std::io;

@@ -15,7 +15,7 @@ use crate::direct_io::DataFile;
 use crate::storage::Storage;
 use crate::transfer::{Completion, Direction, Progress, Transfer};
 
-/// Threads that are started at most; what is deeper in the queue waits for one of them.
+/// How many threads are started at most; further transfers in the queue wait for one of them.
 const THREADS_MAX: usize = 16;
 
 /// A queue of transfers and the threads that serve it.
@@ -88,7 +88,7 @@ impl Drop for Threads {
         // Closing the queue lets the threads finish what is in it and then end.
         self.queue = None;
         for worker in self.workers.drain(..) {
-            // No panic leaves `work`; a transfer that panicked is in its completion.
+            // No panic leaves `work`: the completion of the transfer has it as an error.
             let _ = worker.join();
         }
     }
@@ -105,8 +105,8 @@ fn work(
         // The queue is closed: the storage is being dropped.
         let Ok(transfer) = next else { return };
         let mut progress = Progress::new(transfer);
-        // Every transfer that was taken is completed, or `reap` would wait for it for ever. No system
-        // call is at work when `carry` unwinds, so the memory may go back.
+        // Every transfer must get a completion: `reap` would wait for it for ever. No system call
+        // is at work when `carry` unwinds, so the memory may go back.
         let result = catch_unwind(AssertUnwindSafe(|| carry(file, &mut progress)));
         let result = result.unwrap_or_else(|payload| {
             // Dropping it could panic again.
@@ -134,7 +134,7 @@ fn carry_out(file: &DataFile, progress: &mut Progress) -> io::Result<()> {
             Err(error) => match error.raw_os_error() {
                 // A signal before the first byte.
                 Some(libc::EINTR) => {}
-                // A descriptor opened with O_NONBLOCK on something that takes it seriously.
+                // The descriptor was opened with O_NONBLOCK, and the file does not ignore that.
                 Some(libc::EAGAIN) => thread::yield_now(),
                 _ => return Err(error),
             },
@@ -174,8 +174,8 @@ mod tests {
     use crate::direct_io::DirectIo;
     use crate::transfer::Memory;
 
-    /// A worker that panicked took its transfer with it, and `reap` waited for the completion for
-    /// ever, with the VM paused.
+    /// Without this, a worker that panics loses its transfer, and `reap` waits for the completion
+    /// for ever, with the VM paused.
     #[test]
     fn a_transfer_that_panics_is_completed_with_an_error() {
         let file = DataFile::new(tempfile::tempfile().unwrap(), DirectIo::Off).unwrap();

@@ -78,12 +78,12 @@ pub struct Transfer {
     pub file_offset: u64,
     /// Where in memory, and how much.
     pub memory: Memory,
-    /// Whatever tells the caller which transfer this was.
+    /// A number by which the caller recognizes the transfer.
     pub tag: u64,
 }
 
 impl Transfer {
-    /// Asserts what only a caller can get wrong, and returns where the memory starts.
+    /// Panics if the caller has made a mistake; returns where the memory starts.
     pub(crate) fn check(&self) -> NonNull<u8> {
         assert!(
             self.direction == Direction::Write || self.memory.is_writable(),
@@ -143,7 +143,7 @@ impl Progress {
         self.transfer.memory.len() - self.done
     }
 
-    /// Counts `len` bytes that the kernel says went over, or names the error that none means.
+    /// Counts `len` bytes that the kernel has moved; returns an error if it moved none.
     pub(crate) fn advance(&mut self, len: usize) -> io::Result<()> {
         assert!(len <= self.remaining(), "the kernel moved more than it was asked to");
         if len == 0 && self.remaining() > 0 {

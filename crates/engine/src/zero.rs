@@ -1,4 +1,4 @@
-//! Is this page zero?
+//! Tests whether a page is zero.
 
 /// Bytes that are folded together before they are tested: one turn of a vector loop.
 const CHUNK: usize = 128;

@@ -13,21 +13,21 @@ use rustix::net::{
 
 use super::will::LISTENER;
 
-/// Most connections that are kept; more are closed.
+/// How many connections are kept at most; further ones are closed.
 const KEPT_MAX: usize = 40;
 
-/// How much is thrown away at once, and how often in a row: a peer that is quick must not keep the
-/// will from being carried out.
+/// How many bytes are discarded at once, and how often in a row: a fast peer must not delay the
+/// will.
 const PIECE_LEN: usize = 64 << 10;
 const PIECES: usize = 32;
 
-/// How often connections are read: a peer that waits for room goes on that soon.
+/// How often connections are read: a peer that waits for room goes on after this time.
 const SERVED: Duration = Duration::from_millis(2);
 
-/// How often nothing is read where there is nothing to read.
+/// The same if there are no connections, and nothing is to be read.
 const IDLE: Duration = Duration::from_secs(3600);
 
-/// Connections, and a socket at which more may come.
+/// Connections, and a socket by which more may come.
 pub(super) struct Kept {
     connections: [Option<OwnedFd>; KEPT_MAX],
     listener: Option<OwnedFd>,
@@ -40,7 +40,7 @@ impl Kept {
         Kept { connections: [const { None }; KEPT_MAX], listener: None, piece }
     }
 
-    /// Takes the descriptor that the next message brings.
+    /// Takes the descriptor in the next message.
     pub(super) fn take(&mut self, pipe: BorrowedFd<'_>, kind: u8) {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
@@ -62,13 +62,13 @@ impl Kept {
         }
     }
 
-    /// Returns how long may pass before [`Kept::serve`].
+    /// Returns how long may pass before the next [`Kept::serve`].
     pub(super) fn interval(&self) -> Duration {
         let is_idle = self.listener.is_none() && self.connections.iter().all(Option::is_none);
         if is_idle { IDLE } else { SERVED }
     }
 
-    /// Takes new connections, and reads what has come by all of them.
+    /// Accepts new connections, and discards what has come by all of them.
     pub(super) fn serve(&mut self) {
         while let Some(new) = self.listener.as_ref().and_then(accept_waiting) {
             self.keep(new);
@@ -95,7 +95,7 @@ impl Kept {
     }
 }
 
-/// Returns a connection that waits to be taken, if there is one. The socket may block.
+/// Accepts a connection if one waits. The socket itself may be a blocking one.
 fn accept_waiting(listener: &OwnedFd) -> Option<OwnedFd> {
     use rustix::event::{PollFd, PollFlags, Timespec, poll};
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };

@@ -1,4 +1,4 @@
-//! A will carried out by a process that must not allocate.
+//! Carries out a will in a process that must not allocate.
 //!
 //! Nothing here allocates, locks or panics: it runs in the child of a process with several threads.
 
@@ -17,23 +17,23 @@ use super::will::{
     REMOVE_IF_LAST, Reader, UNLESS_NAMED, WILL_LEN_MAX,
 };
 
-/// How much of an answer is looked at together: words are found if they lie this close together.
+/// How many bytes of a line are searched at once.
 const ANSWER_LEN: usize = 64 << 10;
 
-/// What is kept of an answer that is longer: no word is.
+/// How many bytes of a longer line are searched again with what follows: no word is longer.
 const WORD_LEN_MAX: usize = 256;
 
-/// Most words of one step.
+/// How many words one step has at most.
 const WORDS_MAX: usize = 16;
 
-/// How long the same question waits before it is asked again.
+/// How long to wait before the same line is sent again.
 const INTERVAL: Duration = Duration::from_millis(10);
 
-/// A control character ends a line that was cut and is an error to those who read JSON: what comes
-/// after it is read as if nothing had been there before.
+/// Breaks off a line that the other process has begun: a JSON parser takes the control character as
+/// an error, and begins anew after it.
 const BREAK: &[u8] = b"\x01\n";
 
-/// The memory in which a will is kept and carried out; made before there is a child.
+/// The memory in which a will is kept and carried out; allocated before there is a child.
 pub(super) struct Room {
     will: Box<[u8]>,
     /// Bytes of `will` that the newest will has.
@@ -51,7 +51,7 @@ struct Seen {
     part: u64,
 }
 
-/// What is sent, what its answer holds, and until when it is waited for.
+/// A line to send, the bytes that its answer contains, and how long to wait for it.
 struct Asking<'a> {
     line: &'a [u8],
     answer: &'a [u8],
@@ -65,11 +65,12 @@ impl Room {
         Room { will, will_len: 0, answer, kept: Kept::new() }
     }
 
-    /// Takes each new will, until the other end is closed or says that it is over; returns whether
-    /// it said so.
+    /// Takes each new will, until the other process closes its end or dismisses the guardian;
+    /// returns whether it was dismissed.
     pub(super) fn wait_for_the_end(&mut self, pipe: BorrowedFd<'_>) -> bool {
         loop {
-            // A short message is no will, and leaves the one that is there as it is.
+            // The first byte says what the message is: only a will may overwrite the one that is
+            // there.
             let mut start = [0; 1];
             match recv(pipe, &mut start[..], RecvFlags::PEEK) {
                 Ok((0, _)) => return false,
@@ -88,7 +89,7 @@ impl Room {
         }
     }
 
-    /// Does what the will says over `socket`.
+    /// Carries out the will over `socket`.
     pub(super) fn carry_out(&mut self, socket: BorrowedFd<'_>) {
         let Room { will, will_len, answer, kept } = self;
         let mut reader = Reader(will.get(1..*will_len).unwrap_or_default());
@@ -105,12 +106,12 @@ impl Room {
 struct Progress {
     /// Whether the last wait for a word ended well.
     last: bool,
-    /// Whether a condition did not hold: nothing more is said, and only files are removed.
+    /// Whether a condition did not hold: no more lines are sent, and only files are removed.
     is_over: bool,
 }
 
-/// Carries out the next step; `None` where there is none. Returns the steps, mostly none, that are to be
-/// carried out before the next.
+/// Carries out the next step, and returns its inner steps, mostly none, which the caller carries
+/// out before the next one. Returns `None` if there is no further step.
 fn carry_out_one<'a>(
     reader: &mut Reader<'a>,
     peer: &mut Peer<'_>,
@@ -183,17 +184,18 @@ fn asking<'a>(reader: &mut Reader<'a>) -> Option<Asking<'a>> {
     Some(Asking { line, answer, deadline: Instant::now().checked_add(limit) })
 }
 
-/// Who is asked, and what is kept open meanwhile.
+/// The socket that lines are sent to, and the connections that are kept open meanwhile.
 struct Peer<'a> {
     socket: BorrowedFd<'a>,
-    /// Whether what the other process may have begun to say is broken off.
+    /// Whether a line that the other process may have begun was broken off.
     has_spoken: bool,
     answer: &'a mut [u8],
     kept: &'a mut Kept,
 }
 
 impl Peer<'_> {
-    /// Asks until the answer holds one of `words`, or none of them; returns whether it did in time.
+    /// Sends the line until its answer contains one of `words`, or none of them unless `is_wanted`;
+    /// returns whether it did in time.
     fn ask_until(&mut self, asking: &Asking<'_>, words: &[&[u8]], is_wanted: bool) -> bool {
         loop {
             let Some(seen) = self.ask(asking, words) else { return false };
@@ -207,8 +209,8 @@ impl Peer<'_> {
         }
     }
 
-    /// Asks until the part of the answer that begins with `from` has been the same for `quiet`; `None`
-    /// if it was not in time.
+    /// Sends the line until the part of its answer that begins with `from` has been the same for
+    /// `quiet`; `None` if it was not in time.
     fn ask_until_still(&mut self, asking: &Asking<'_>, from: &[u8], quiet: Duration) -> Option<()> {
         let mut part = self.ask(asking, &[from])?.part;
         let mut since = Instant::now();
@@ -245,7 +247,7 @@ impl Peer<'_> {
                 seen = Seen::default();
             }
             if len == self.answer.len() {
-                // A long line: what it holds so far is known.
+                // A long line: search what has come of it, and keep only its end.
                 seen.look(self.answer, asking.answer, words);
                 let kept = len.checked_sub(WORD_LEN_MAX)?;
                 self.answer.copy_within(kept..len, 0);
@@ -354,7 +356,7 @@ fn rest(duration: Duration) {
     }
 }
 
-/// Whether `path`, which ends in a zero byte, leads to the file with this device and inode.
+/// Returns whether `path`, which ends in a zero byte, leads to the file with this device and inode.
 fn leads_to(path: &[u8], (device, inode): (u64, u64)) -> bool {
     let Ok(path) = CStr::from_bytes_with_nul(path) else { return false };
     statat(CWD, path, AtFlags::SYMLINK_NOFOLLOW)
@@ -368,6 +370,6 @@ fn remove(path: &[u8]) {
         Err(Errno::ISDIR) => unlinkat(CWD, path, AtFlags::REMOVEDIR),
         removed => removed,
     };
-    // One that is not there needs no removing, and there is no place to tell of another error.
+    // A file that does not exist needs no removal, and another error cannot be reported.
     removed.unwrap_or_default();
 }

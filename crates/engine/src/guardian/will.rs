@@ -1,4 +1,4 @@
-//! A will: what is to be done over a socket, as bytes that can be carried out without allocating.
+//! A will: steps to carry out over a socket, as bytes that need no allocation to be read.
 
 use std::ffi::CString;
 use std::time::Duration;
@@ -15,7 +15,7 @@ pub(crate) const WILL: u8 = 1;
 /// The message that brings a connection to be kept open.
 pub(crate) const CONNECTION: u8 = 2;
 
-/// The message that brings a socket whose connections are to be taken.
+/// The message that brings a socket whose connections are to be accepted.
 pub(crate) const LISTENER: u8 = 3;
 
 /// The bytes that the steps of a will begin with.
@@ -28,61 +28,61 @@ pub(crate) const REMOVE_IF_LAST: u8 = 6;
 pub(crate) const ONLY_IF: u8 = 7;
 pub(crate) const UNLESS_NAMED: u8 = 8;
 
-/// One thing to be done. A line is what goes over the socket; its answer is the first line with the
-/// bytes `answer` in it. Lines without them are skipped.
+/// One step of a will. It sends a line over the socket; the answer is the first line that contains
+/// the bytes `answer`. Lines without them are skipped.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Step {
-    /// Sends a line and waits for its answer, whatever it says.
+    /// Sends a line and waits for its answer.
     Ask {
-        /// What is sent, its line end included.
+        /// The line, with its line end.
         line: Vec<u8>,
-        /// What its answer holds.
+        /// Bytes that its answer contains.
         answer: Vec<u8>,
         /// How long the answer may take.
         limit: Duration,
     },
-    /// Sends a line again and again until its answer also holds one of `words`.
+    /// Sends a line again and again until its answer also contains one of `words`.
     Await {
-        /// What is sent, its line end included.
+        /// The line, with its line end.
         line: Vec<u8>,
-        /// What its answer holds.
+        /// Bytes that its answer contains.
         answer: Vec<u8>,
-        /// What is waited for.
+        /// Byte strings, of which the answer is to contain one.
         words: Vec<Vec<u8>>,
         /// How long it may take.
         limit: Duration,
     },
-    /// Sends a line again and again until its answer holds none of `words`.
+    /// Sends a line again and again until its answer contains none of `words`.
     AwaitNone {
-        /// What is sent, its line end included.
+        /// The line, with its line end.
         line: Vec<u8>,
-        /// What its answer holds.
+        /// Bytes that its answer contains.
         answer: Vec<u8>,
-        /// What is to be gone.
+        /// Byte strings, of which the answer is to contain none.
         words: Vec<Vec<u8>>,
         /// How long it may take.
         limit: Duration,
     },
-    /// Sends a line once. Unless its answer holds one of `words`, no later step is carried out but
-    /// [`Step::Remove`].
+    /// Sends a line once. Unless its answer contains one of `words`, no later step is carried out
+    /// but [`Step::Remove`].
     OnlyIf {
-        /// What is sent, its line end included.
+        /// The line, with its line end.
         line: Vec<u8>,
-        /// What its answer holds.
+        /// Bytes that its answer contains.
         answer: Vec<u8>,
-        /// What its answer must hold besides.
+        /// Byte strings, of which the answer must contain one.
         words: Vec<Vec<u8>>,
         /// How long the answer may take.
         limit: Duration,
     },
-    /// Sends a line again and again until what its answer holds from the bytes `from` to the next `}`
-    /// has been the same for as long as `quiet`.
+    /// Sends a line again and again until the part of its answer from the bytes `from` to the next
+    /// `}` has been the same for as long as `quiet`.
     AwaitStill {
-        /// What is sent, its line end included.
+        /// The line, with its line end.
         line: Vec<u8>,
-        /// What its answer holds.
+        /// Bytes that its answer contains.
         answer: Vec<u8>,
-        /// Where the part begins that is to stay the same. An answer without it stays the same.
+        /// Where the part begins that is to stay the same. Answers without it count as the same.
         from: Vec<u8>,
         /// How long it is to stay the same.
         quiet: Duration,
@@ -97,7 +97,7 @@ pub enum Step {
         device: u64,
         /// The file's inode there.
         inode: u64,
-        /// What is done if the file does not have this name. None of them is `UnlessNamed`.
+        /// The steps if the file does not have this name. None of them is `UnlessNamed`.
         steps: Vec<Step>,
     },
     /// Removes a file, or an empty directory.
@@ -106,8 +106,7 @@ pub enum Step {
     RemoveIfLast(CString),
 }
 
-/// Steps that are carried out one after the other; one that fails does not keep the next from being
-/// tried.
+/// Steps that are carried out one after the other; after one that fails, the next is tried.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Will {
     bytes: Vec<u8>,
@@ -202,7 +201,7 @@ fn put_number(into: &mut Vec<u8>, number: u64) {
     into.extend(number.to_le_bytes());
 }
 
-/// Reads what a will is made of; `None` where it ends.
+/// Reads the parts of a will; each function returns `None` at the end.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Reader<'a>(pub(crate) &'a [u8]);
 
