@@ -5,7 +5,7 @@ use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-/// Deepest stack of devices followed: more is a mistake.
+/// How deep a stack of devices is followed: a deeper one is a mistake.
 const DEPTH_MAX: usize = 16;
 
 /// Returns the files on which the bytes of a block device lie; none for anything else.
@@ -26,8 +26,8 @@ pub(crate) fn files_below(device: &Metadata) -> Vec<PathBuf> {
 /// a device of dm or md is made.
 fn add_files(entry: &Path, depth: usize, files: &mut Vec<PathBuf>) {
     let Some(depth) = depth.checked_sub(1) else { return };
-    // A partition lies in the directory of its disk, which has the rest. `..` is that of the
-    // directory to which the entry leads, as the kernel takes it.
+    // A partition's directory lies in that of its disk, which has these files. The kernel follows
+    // the link `entry` before it takes `..`.
     for disk in [entry.to_path_buf(), entry.join("..")] {
         if let Ok(mut name) = fs::read(disk.join("loop/backing_file")) {
             name.truncate(name.trim_ascii_end().len());

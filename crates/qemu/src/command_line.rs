@@ -1,7 +1,7 @@
 //! A QEMU command line, understood enough to start the VM again.
 //!
-//! QEMU has no way to say how it was started but its own arguments. They are kept word for word;
-//! only what must change for a restore is taken apart.
+//! Only QEMU's arguments say how it was started. They are kept word for word; only what must change
+//! for a restore is parsed.
 
 mod config_file;
 mod devices;
@@ -24,10 +24,10 @@ pub use drives::{LineDrive, LineImage};
 pub use images::Medium;
 use keys::Keys;
 
-/// The id of the monitor that [`Launch`](crate::Launch) adds for us.
+/// The id of the monitor that [`Launch`](crate::Launch) adds for vmfile.
 pub(crate) const CONTROL_ID: &str = "vmfile-control";
 
-/// A command line is not one that can be used.
+/// A command line cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum CommandLineError {
@@ -43,7 +43,7 @@ pub enum CommandLineError {
         /// The option as written.
         option: String,
     },
-    /// An option's value cannot be taken apart.
+    /// An option's value cannot be parsed.
     #[error("the value of {option} is not JSON")]
     NotJson {
         /// The option as written.
@@ -58,7 +58,7 @@ pub enum CommandLineError {
         /// The block.
         block: String,
     },
-    /// A RAM block is to be mapped whose memory means more than its bytes.
+    /// A RAM block is to be mapped that belongs to a device whose memory is more than its bytes.
     #[error("RAM block {block:?} cannot be mapped: it belongs to a {device} device")]
     NotMappable {
         /// The block.
@@ -76,7 +76,7 @@ pub enum CommandLineError {
         /// Bytes on the command line.
         expected: u64,
     },
-    /// A file that is to be mapped has a path that QEMU cannot be given.
+    /// The path of a file that is to be mapped is not UTF-8.
     #[error("the path of RAM block {block:?} is not UTF-8")]
     PathNotText {
         /// The block.
@@ -90,7 +90,7 @@ pub enum CommandLineError {
         /// Why.
         what: &'static str,
     },
-    /// An image that is to take the place of another has a path that QEMU cannot be given.
+    /// The path of an image that is to take the place of another is not UTF-8.
     #[error("the path of a disk image is not UTF-8")]
     ImageNotText,
     /// A configuration file cannot be read.
@@ -102,7 +102,7 @@ pub enum CommandLineError {
         #[source]
         source: io::Error,
     },
-    /// A configuration file is not one that we understand.
+    /// A line of a configuration file cannot be parsed.
     #[error("line {line} of {path}: {what}", path = path.display())]
     ConfigLine {
         /// The file.
@@ -122,7 +122,7 @@ pub enum CommandLineError {
 }
 
 impl CommandLineError {
-    /// Returns what the user could try, where we know it.
+    /// Returns what the user could try, if vmfile knows it.
     #[must_use]
     pub fn hint(&self) -> Option<&'static str> {
         match self {
@@ -225,7 +225,7 @@ const OPTIONS_WITHOUT_VALUE: [&str; 51] = [
 ];
 
 impl CommandLine {
-    /// Reads arguments, the program's own name not among them.
+    /// Reads arguments, without the program's own name.
     ///
     /// # Errors
     ///
@@ -326,7 +326,8 @@ impl CommandLine {
         sockets::qmp_descriptors(self)
     }
 
-    /// Tells whether libvirt speaks to this QEMU by a monitor of its own, which is in neither list.
+    /// Tells whether this QEMU has a monitor for libvirt alone, which [`CommandLine::qmp_sockets`]
+    /// and [`CommandLine::qmp_descriptors`] leave out.
     #[must_use]
     pub fn has_libvirt_monitor(&self) -> bool {
         sockets::has_libvirt(self)
@@ -347,7 +348,7 @@ impl CommandLine {
     /// Returns the command line for a QEMU that waits for a stream, with the RAM blocks `ram`
     /// mapped from their files, copy on write.
     ///
-    /// RAM blocks that are not mapped keep what they had.
+    /// The other RAM blocks keep their options.
     ///
     /// # Errors
     ///
@@ -357,14 +358,14 @@ impl CommandLine {
         incoming::for_incoming(self, ram)
     }
 
-    /// Writes out what stands in configuration files (`-readconfig`) and what `-set` changes.
+    /// Replaces configuration files (`-readconfig`) and `-set` by the options that they stand for.
     ///
     /// QEMU treats a group of a file not quite as the option of its name: it ignores some groups,
     /// and a `[netdev]`, `[nic]` or `[net]` does not switch its default network off, as the options
     /// do. That network is written out too: as `-net nic`, and as `-net user` if
     /// `has_user_network`, i.e. if QEMU was built with user networking.
     ///
-    /// `read` is given the path as written and returns the file's text.
+    /// `read` gets the path as written and returns the file's text.
     ///
     /// # Errors
     ///
@@ -379,7 +380,7 @@ impl CommandLine {
 
     /// Returns the drives that this command line makes, with the images that it names for them.
     ///
-    /// The empty drives that a machine makes by itself are not among them, nor what stands in a
+    /// They do not include empty drives that a machine makes by itself, nor drives in a
     /// configuration file that was not expanded.
     #[must_use]
     pub fn drives(&self) -> Vec<LineDrive> {
@@ -398,7 +399,7 @@ impl CommandLine {
         devices::defines(self, id)
     }
 
-    /// Gives devices properties of their own.
+    /// Adds properties to devices.
     ///
     /// # Errors
     ///
@@ -434,8 +435,8 @@ impl CommandLine {
             || self.values_of(&["netdev", "nic", "net"]).any(|value| starts(value, "type"))
     }
 
-    /// Returns what of this command line depends on things that are gone with the process that
-    /// used it, one sentence each, without values.
+    /// Returns what in this command line depends on the process that used it, and is lost when that
+    /// ends: one sentence each, without values.
     #[must_use]
     pub fn what_cannot_be_recreated(&self) -> Vec<String> {
         incoming::what_cannot_be_recreated(self)
@@ -471,7 +472,7 @@ impl Argument {
     }
 }
 
-/// Reads a value as JSON if that is the form it has.
+/// Reads a value as JSON; `None` if it is not written as JSON.
 fn parse_json(option: &str, value: &str) -> Result<Option<Value>, CommandLineError> {
     if !value.trim_start().starts_with('{') {
         return Ok(None);
@@ -490,7 +491,7 @@ fn quote(word: &str) -> String {
     }
 }
 
-/// Tells whether an argument is the name of a program that we take for QEMU.
+/// Tells whether an argument is the name of a program that vmfile takes for QEMU.
 pub(crate) fn is_program(argument: &OsStr) -> bool {
     Path::new(argument).file_name().is_some_and(crate::proc::is_qemu_name)
 }

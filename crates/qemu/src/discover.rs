@@ -12,7 +12,7 @@ use crate::command_line::{CommandLine, is_program};
 use crate::proc;
 use crate::qmp::{LIBVIRT_HINT, is_of_libvirt};
 
-/// A VM cannot be found by what the user gave.
+/// No VM was found by what the user gave.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum DiscoverError {
@@ -45,7 +45,7 @@ pub enum DiscoverError {
         /// Its process.
         pid: u32,
     },
-    /// The VM runs without a monitor that we could connect to.
+    /// The VM has no monitor that vmfile could connect to.
     #[error("the VM of process {pid} has no QMP socket")]
     NoMonitor {
         /// Its process.
@@ -54,7 +54,7 @@ pub enum DiscoverError {
 }
 
 impl DiscoverError {
-    /// Returns what the user could try, where we know it.
+    /// Returns what the user could try, if vmfile knows it.
     #[must_use]
     pub fn hint(&self) -> Option<&'static str> {
         match self {
@@ -87,7 +87,7 @@ pub struct Found {
     pub pid: u32,
     /// The VM's name, from `-name`.
     pub name: Option<String>,
-    /// The program; as it was started when the program itself may not be seen.
+    /// The program's path; the name that it was started by, if this process may not see the path.
     pub executable: PathBuf,
     /// Its QMP sockets, as paths that this process can use, without the one that libvirt holds.
     pub qmp: Vec<PathBuf>,
@@ -135,7 +135,7 @@ impl fmt::Display for VmAddress {
 
 /// Returns the VMs that run on this host, by process id.
 ///
-/// A process that ends while we look is left out.
+/// A process that ends meanwhile is left out.
 ///
 /// # Errors
 ///
@@ -196,11 +196,11 @@ fn look_at(pid: u32) -> Option<Found> {
     }
     let arguments = proc::arguments(pid).ok()?;
     let started_as = arguments.first()?;
-    // A script interpreter or a wrapper may carry QEMU's name only in its program.
+    // A wrapper may start QEMU under another name, so that the program's path counts first.
     let executable = proc::executable(pid).ok();
     let executable =
         executable.or_else(|| is_program(started_as).then(|| PathBuf::from(started_as)))?;
-    // A command line that we cannot read is that of a VM all the same.
+    // The VM is listed even if its command line cannot be parsed.
     let line = CommandLine::from_process(&arguments).ok();
     let qmp = line.as_ref().map(|line| monitors(pid, line)).unwrap_or_default();
     let (of_libvirt, qmp): (Vec<PathBuf>, Vec<PathBuf>) =

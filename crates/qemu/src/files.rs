@@ -15,20 +15,21 @@ use crate::proc;
 pub struct FileUser {
     /// Its process.
     pub pid: u32,
-    /// What it has of the file.
+    /// How it uses the file.
     pub uses: FileUse,
 }
 
-/// What a QEMU has of a file.
+/// How a QEMU uses a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FileUse {
-    /// A descriptor.
+    /// It has a descriptor of the file.
     Open,
-    /// A descriptor of a block device that lies on it, such as a loop device.
+    /// It has a descriptor of a block device that lies on the file, such as a loop device.
     Below,
-    /// A mapping.
+    /// It has mapped the file.
     Mapped,
-    /// Its path on the command line: QEMU closes a kernel or a firmware after it has read it.
+    /// Its command line has the file's path: QEMU closes a kernel or a firmware after it has read
+    /// it.
     Named,
 }
 
@@ -46,8 +47,8 @@ impl fmt::Display for FileUser {
     }
 }
 
-/// Returns a QEMU that uses the file that `metadata` describes, by whatever name; `vm` is the process
-/// of a VM whose program may have any name.
+/// Returns a QEMU that uses the file that `metadata` describes, under any path. `vm` is the process
+/// of a VM, which counts as a QEMU whatever the name of its program.
 ///
 /// The descriptors of another user's QEMU cannot be seen; its command line can.
 #[must_use]
@@ -66,7 +67,7 @@ fn use_by(pid: u32, metadata: &Metadata) -> Option<FileUse> {
             .is_ok_and(|found| (found.dev(), found.ino()) == (metadata.dev(), metadata.ino()))
     };
     let process = PathBuf::from(format!("/proc/{pid}"));
-    // A descriptor may be closed and a process end while we look: then they use nothing.
+    // A descriptor may be closed, or the process end, meanwhile: then it does not use the file.
     let descriptors = fs::read_dir(process.join("fd")).into_iter().flatten().flatten();
     let descriptors: Vec<PathBuf> = descriptors.map(|entry| entry.path()).collect();
     if descriptors.iter().any(|path| is_it(path)) {
@@ -83,7 +84,8 @@ fn use_by(pid: u32, metadata: &Metadata) -> Option<FileUse> {
     let words = proc::arguments(pid).unwrap_or_default();
     let named = paths_in(&words).into_iter().filter_map(|path| {
         let relative = path.strip_prefix("/").map(Path::to_path_buf);
-        // What `self` is depends on who asks, and a terminal or a pipe is no file.
+        // `/proc/self` is another process for QEMU than for this one, and what is in `/dev` is not
+        // a file.
         let is_special = path.starts_with("/proc") || path.starts_with("/dev");
         let below = if path.is_absolute() { "root" } else { "cwd" };
         (!is_special).then(|| process.join(below).join(relative.unwrap_or(path)))
@@ -102,8 +104,8 @@ fn mapped_file(line: &str) -> Option<(u64, u64)> {
 }
 
 /// Returns everything in a command line that may be a path: words, and what stands in them between
-/// commas, equals signs and the quotes of JSON. What QEMU was to load a VM from is left out: it was
-/// read once, and is often written anew.
+/// commas, equals signs and the quotes of JSON. The value of `-incoming` is left out: QEMU has read
+/// that file once, and it is often written anew.
 fn paths_in(words: &[OsString]) -> Vec<PathBuf> {
     let mut paths = Vec::new();
     let mut is_incoming = false;

@@ -1,4 +1,4 @@
-//! A QEMU of our own: started, watched while it starts, and killed unless it is kept.
+//! Starts a QEMU, watches it while it starts, and kills it unless the caller keeps it.
 
 mod stderr;
 
@@ -22,10 +22,11 @@ use crate::command_line::{CONTROL_ID, CommandLine};
 use crate::qmp::{COMMAND_TIMEOUT, Qmp, QmpError};
 use crate::vm::Vm;
 
-/// How long a QEMU that has closed its monitor may take to be gone.
+/// How long a QEMU that has closed its monitor may take to end.
 const EXIT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// One start at a time: between two of them descriptors are inheritable that only one shall have.
+/// One QEMU is started at a time: meanwhile descriptors are inheritable that only this QEMU shall
+/// have.
 static SPAWNING: Mutex<()> = Mutex::new(());
 
 /// QEMU was not started.
@@ -50,7 +51,7 @@ pub enum LaunchError {
     /// A socket, a pipe or a descriptor could not be made ready.
     #[error("{what}")]
     System {
-        /// What was done to what.
+        /// The step that failed.
         what: &'static str,
         /// What the kernel said.
         #[source]
@@ -61,16 +62,16 @@ pub enum LaunchError {
     Ended {
         /// How it ended.
         status: ExitStatus,
-        /// The end of its standard error; empty when it went to our own.
+        /// The end of its standard error; empty if QEMU shares this process's.
         stderr: String,
     },
-    /// QEMU runs and its monitor cannot be used.
+    /// QEMU runs, but its monitor cannot be used.
     #[error("QEMU's monitor does not answer{}", quoted(.stderr))]
     Monitor {
         /// What went wrong.
         #[source]
         source: QmpError,
-        /// The end of its standard error; empty when it went to our own.
+        /// The end of its standard error; empty if QEMU shares this process's.
         stderr: String,
     },
 }
@@ -100,7 +101,7 @@ pub struct MonitorPair {
 }
 
 impl MonitorPair {
-    /// Makes a connection.
+    /// Makes a pair of connected sockets.
     ///
     /// # Errors
     ///
@@ -140,21 +141,21 @@ impl Launch {
         self
     }
 
-    /// Lets QEMU have `fd` under the number that it has here, `fd.as_raw_fd()`.
+    /// Makes QEMU inherit `fd` under the number that it has here, `fd.as_raw_fd()`.
     ///
-    /// That number goes into the options, as `/proc/self/fd/N` or `fd=N`. Our own copy is closed
-    /// once QEMU runs.
+    /// That number goes into the options, as `/proc/self/fd/N` or `fd=N`. This process's copy is
+    /// closed once QEMU runs.
     #[must_use]
     pub fn inherit(mut self, fd: OwnedFd) -> Launch {
         self.inherited.push(fd);
         self
     }
 
-    /// Chooses between a QEMU that shares our terminal and one that lives by itself.
+    /// Chooses between a QEMU that shares this process's terminal and one that runs by itself.
     ///
-    /// In the foreground QEMU has our standard input, output and error, and signals from the
-    /// terminal reach it. Otherwise it has a process group of its own, reads and writes nothing, and
-    /// its standard error is kept for [`LaunchedQemu::stderr`].
+    /// In the foreground QEMU has this process's standard input, output and error, and signals from
+    /// the terminal reach it. Otherwise it has a process group of its own, reads and writes
+    /// nothing, and its standard error is kept for [`LaunchedQemu::stderr`].
     #[must_use]
     pub fn foreground(mut self, foreground: bool) -> Launch {
         self.foreground = foreground;
@@ -178,11 +179,12 @@ impl Launch {
 
     /// Starts QEMU and waits at most `timeout` until its monitor answers.
     ///
-    /// The monitor is a pair of sockets between QEMU and us, beside those in the options.
+    /// The monitor is a pair of sockets between QEMU and this process, beside the monitors in the
+    /// options.
     ///
     /// # Errors
     ///
-    /// [`LaunchError::Ended`] with QEMU's own words when it does not like its options.
+    /// [`LaunchError::Ended`] with QEMU's error text, e.g. if it refuses an option.
     pub fn spawn(mut self, timeout: Duration) -> Result<LaunchedQemu, LaunchError> {
         let system = |what| move |source| LaunchError::System { what, source };
         let monitor = self.monitor.take().map_or_else(MonitorPair::new, Ok)?;
@@ -199,13 +201,13 @@ impl Launch {
         let mut shared: Vec<BorrowedFd<'_>> = self.inherited.iter().map(AsFd::as_fd).collect();
         shared.push(theirs.as_fd());
         let child = spawn_with(&mut command, &shared, &self.program)?;
-        // With it goes our copy of the pipe's end; else QEMU's end would not be seen.
+        // This closes this process's copy of the pipe's end: the pipe must end when QEMU does.
         drop(command);
         drop(theirs);
         let mut running = Running { child: Some(child), stderr };
         match Qmp::from_stream(ours, timeout, self.stop, Some(running.pid())) {
             Ok(mut qmp) => {
-                // The start may take longer than a command, or less.
+                // `timeout` was for the start alone.
                 qmp.set_timeout(COMMAND_TIMEOUT);
                 let vm = Vm::from_qmp(qmp, Some(running.pid()));
                 Ok(LaunchedQemu { vm: Some(vm), running })
@@ -228,8 +230,8 @@ impl Launch {
 
 /// Spawns `command` so that it has the descriptors `shared` under their numbers.
 ///
-/// They are inheritable only for this moment, and only one such moment exists at a time. A program
-/// that starts another process by other means in the same moment shares them with that one too.
+/// They are inheritable only during this call, and there is one such call at a time. If the program
+/// starts another process by other means meanwhile, that process inherits them too.
 fn spawn_with(
     command: &mut Command,
     shared: &[BorrowedFd<'_>],
@@ -261,7 +263,7 @@ impl Drop for Inheritable<'_> {
     }
 }
 
-/// A QEMU that we started. Dropping it kills QEMU, until [`LaunchedQemu::detach`].
+/// A QEMU that this process started. Dropping it kills QEMU; [`LaunchedQemu::detach`] keeps QEMU.
 #[derive(Debug)]
 pub struct LaunchedQemu {
     /// `None` only once it was handed out by `detach`.
@@ -279,7 +281,7 @@ impl LaunchedQemu {
         self.vm.as_mut().expect("the VM leaves only with self")
     }
 
-    /// Returns the number of QEMU's process.
+    /// Returns the id of QEMU's process.
     #[must_use]
     pub fn pid(&self) -> u32 {
         self.running.pid()
@@ -291,11 +293,11 @@ impl LaunchedQemu {
         self.running.stderr.text()
     }
 
-    /// Returns how QEMU ended, if it has, and its last words with it.
+    /// Returns how QEMU ended, if it has, and the end of its standard error.
     ///
     /// # Errors
     ///
-    /// What the kernel says about the child.
+    /// The kernel's error.
     pub fn ended(&mut self) -> io::Result<Option<(ExitStatus, String)>> {
         let Some(child) = self.running.child.as_mut() else { return Ok(None) };
         let status = child.try_wait()?;
@@ -306,15 +308,15 @@ impl LaunchedQemu {
     ///
     /// # Errors
     ///
-    /// What the kernel says about the child.
+    /// The kernel's error.
     pub fn wait(mut self) -> io::Result<ExitStatus> {
         let child = self.running.child.take();
         child.expect("the child leaves only with self").wait()
     }
 
-    /// Lets QEMU live on by itself and returns its VM.
+    /// Lets QEMU run on by itself, and returns its VM.
     ///
-    /// Its standard error is still read while this process lives, and goes nowhere afterwards.
+    /// Its standard error is read as long as this process lives, and is lost afterwards.
     ///
     /// # Panics
     ///
@@ -322,8 +324,8 @@ impl LaunchedQemu {
     #[must_use]
     pub fn detach(mut self) -> Vm {
         if let Some(mut child) = self.running.child.take() {
-            // Without a thread that takes its exit status it stays in the process table while we live, and
-            // that is all.
+            // The thread takes QEMU's exit status. If it cannot be started, a QEMU that has ended
+            // only stays in the process table until this process ends.
             let _ = thread::Builder::new().spawn(move || child.wait());
         }
         self.vm.take().expect("the VM leaves only with self")

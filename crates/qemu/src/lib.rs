@@ -1,4 +1,4 @@
-//! Speaks to QEMU: commands to a running VM and back.
+//! Talks to QEMU: finds VMs, starts them, and sends commands to their monitors.
 //!
 //! ```
 //! use vmfile_qemu::{Feature, QemuVersion};
@@ -32,12 +32,12 @@
 //! | [`migration`] | a waiting QEMU that loads a stream |
 //! | [`outgoing`] | a running VM that sends itself: as a stream, or as a file |
 //! | [`command_line`] | a QEMU command line, understood enough to start the VM again |
-//! | [`launch`] | a QEMU of our own, killed unless it is kept |
+//! | [`launch`] | a QEMU that this process starts, and kills unless the caller keeps it |
 //! | [`program`] | a QEMU on disk: its version |
 //! | [`identity`] | what a VM is made of, and how that differs from what its command line would make |
 //! | [`discover`] | the VMs that run on this host |
 //! | [`unix_socket`] | connecting without waiting in the kernel |
-//! | [`files`] | which of them uses a file |
+//! | [`files`] | which QEMU of this host uses a file |
 //! | [`version`] | what each QEMU version can do |
 //!
 //! This crate never reads guest RAM nor a snapshot: it passes descriptors. It prints nothing.

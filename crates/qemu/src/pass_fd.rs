@@ -1,8 +1,8 @@
 //! Descriptors that travel to QEMU over the monitor's socket.
 //!
-//! QEMU keeps them in two ways: under a name (`getfd`), for the commands that take `fd:NAME`; and in
-//! numbered sets (`add-fd`), which stand for a file as `/dev/fdset/N`. Neither needs QEMU to have
-//! any right in the file system.
+//! QEMU keeps them in two ways: under a name (`getfd`), for the commands that take `fd:NAME`; and
+//! in numbered sets (`add-fd`), which stand for a file as `/dev/fdset/N`. For neither does QEMU
+//! need a permission in the file system.
 
 use std::io::IoSlice;
 use std::mem::MaybeUninit;
@@ -42,14 +42,14 @@ pub(crate) fn closefd(qmp: &mut Qmp, name: &str) -> Result<(), QmpError> {
     qmp.execute("closefd", json!({"fdname": name})).map(drop)
 }
 
-/// What stands beside each of our descriptors in QEMU's sets.
+/// The text beside each of vmfile's descriptors in QEMU's sets.
 ///
-/// libvirtd (11.3) ends with SIGSEGV when `query-fdsets` shows a descriptor without such a text; and
-/// a set that was left over is known by it.
+/// libvirtd (11.3) ends with SIGSEGV when `query-fdsets` shows a descriptor without such a text;
+/// and vmfile recognizes by it a set that an earlier save has left.
 pub(crate) const OPAQUE: &str = "vmfile";
 
-/// The numbers of our sets. They are chosen here and not by QEMU, so that a guardian can remove a
-/// set whose number was not told yet when its process ended. A save at a time uses them.
+/// The numbers of vmfile's sets. vmfile chooses them, and not QEMU, so that a guardian can remove a
+/// set even if its process ended before QEMU answered. One save at a time uses them.
 pub(crate) const FDSETS: [u64; 2] = [DEVICE_STATE_FDSET, FILE_FDSET];
 
 /// The set of the device state's descriptor: "vmf", and a number.
@@ -63,12 +63,12 @@ pub(crate) fn add_fd(qmp: &mut Qmp, fdset: u64, fd: BorrowedFd<'_>) -> Result<()
     qmp.execute_with_fd("add-fd", json!({"fdset-id": fdset, "opaque": OPAQUE}), fd).map(drop)
 }
 
-/// Drops a set; QEMU closes its descriptors once nothing uses them.
+/// Removes a set; QEMU closes its descriptors once nothing uses them.
 pub(crate) fn remove_fd(qmp: &mut Qmp, fdset: u64) -> Result<(), QmpError> {
     qmp.execute("remove-fd", json!({"fdset-id": fdset})).map(drop)
 }
 
-/// Drops every set of ours that a save has left.
+/// Removes every set that a save of vmfile has left.
 pub(crate) fn remove_left(qmp: &mut Qmp) -> Result<(), QmpError> {
     let sets = qmp.execute("query-fdsets", Value::Null)?;
     let sets = sets.as_array().ok_or_else(|| unexpected("query-fdsets", "list"))?;

@@ -8,11 +8,11 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-/// Longest command line read, in bytes: the most that Linux lets a process be started with is
-/// three quarters of an 8 MiB stack.
+/// The longest command line that is read, in bytes: Linux starts a process with at most three
+/// quarters of an 8 MiB stack.
 const COMMAND_LINE_LEN_MAX: u64 = 6 << 20;
 
-/// Returns the numbers of all processes that we can see.
+/// Returns the ids of all processes that this one can see.
 pub(crate) fn pids() -> io::Result<Vec<u32>> {
     let mut pids = Vec::new();
     for entry in fs::read_dir("/proc")? {
@@ -41,10 +41,10 @@ pub(crate) fn working_directory(pid: u32) -> io::Result<PathBuf> {
     fs::read_link(format!("/proc/{pid}/cwd"))
 }
 
-/// Returns the parent of a process, if it has one that can be told.
+/// Returns the parent of a process; `None` if it has none, or if `/proc` does not tell.
 pub(crate) fn parent(pid: u32) -> Option<u32> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name of the program stands in parentheses and may hold any.
+    // The name of the program stands in parentheses, and may contain some itself.
     let (_, rest) = stat.rsplit_once(") ")?;
     rest.split(' ').nth(1)?.parse().ok().filter(|&parent| parent > 0)
 }
@@ -52,7 +52,8 @@ pub(crate) fn parent(pid: u32) -> Option<u32> {
 /// Returns when a process was started, in the kernel's ticks since the boot.
 pub(crate) fn started_at_ticks(pid: u32) -> io::Result<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    // The name of the program stands in parentheses and may hold any. Field 3 follows it.
+    // The name of the program stands in parentheses, and may contain some itself. Field 3 follows
+    // it.
     let ticks = stat.rsplit_once(") ").and_then(|(_, rest)| rest.split(' ').nth(19)?.parse().ok());
     ticks.ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
@@ -64,11 +65,11 @@ pub(crate) fn namespace() -> io::Result<String> {
     Ok(format!("{} of boot {}", namespace.display(), boot.trim()))
 }
 
-/// Tells whether a process stands still by SIGSTOP or for a debugger.
+/// Tells whether a process is stopped, by SIGSTOP or a debugger.
 #[must_use]
 pub fn is_process_stopped(pid: u32) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok();
-    // The name of the program stands in parentheses and may hold any.
+    // The name of the program stands in parentheses, and may contain some itself.
     let state = stat.as_deref().and_then(|stat| stat.rsplit_once(") ")?.1.chars().next());
     matches!(state, Some('T' | 't'))
 }
@@ -101,7 +102,7 @@ pub(crate) fn listening_sockets(pid: u32) -> io::Result<HashMap<u32, PathBuf>> {
     for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
         let entry = entry?;
         let number = entry.file_name().to_str().and_then(|name| name.parse().ok());
-        // A descriptor may be closed while we look.
+        // A descriptor may be closed meanwhile.
         let Ok(target) = fs::read_link(entry.path()) else { continue };
         let path = socket_inode(&target).and_then(|inode| listening.get(&inode));
         if let (Some(number), Some(path)) = (number, path) {
@@ -111,8 +112,8 @@ pub(crate) fn listening_sockets(pid: u32) -> io::Result<HashMap<u32, PathBuf>> {
     Ok(sockets)
 }
 
-/// Returns the absolute paths of all Unix sockets that a process listens on in our network
-/// namespace.
+/// Returns the paths of all Unix sockets in this network namespace that a process listens on, as
+/// they were bound.
 pub(crate) fn listening_paths() -> io::Result<HashSet<PathBuf>> {
     Ok(parse_listening(&fs::read_to_string("/proc/self/net/unix")?).into_values().collect())
 }
@@ -129,13 +130,13 @@ pub(crate) fn path_for_us(pid: u32, path: &Path) -> PathBuf {
         (false, Err(_)) => theirs("cwd", path),
         (false, Ok(below)) => {
             let inside = theirs("root", below);
-            // A QEMU that changed its root directory made its sockets before.
+            // A QEMU that has changed its root directory made its sockets before that.
             if has_our_mounts(pid) && !inside.exists() { path.to_owned() } else { inside }
         }
     }
 }
 
-/// Tells whether a process is in our mount namespace; `true` where that cannot be told.
+/// Tells whether a process is in this process's mount namespace; `true` if `/proc` does not tell.
 fn has_our_mounts(pid: u32) -> bool {
     let namespace = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/mnt"));
     match (namespace(&pid.to_string()), namespace("self")) {
@@ -144,7 +145,7 @@ fn has_our_mounts(pid: u32) -> bool {
     }
 }
 
-/// Tells whether both paths are one directory; `true` where that cannot be told.
+/// Tells whether both paths are one directory; `true` if one of them cannot be examined.
 fn is_same_directory(one: &Path, other: impl AsRef<Path>) -> bool {
     match (fs::metadata(one), fs::metadata(other)) {
         (Ok(one), Ok(other)) => (one.dev(), one.ino()) == (other.dev(), other.ino()),
@@ -152,7 +153,7 @@ fn is_same_directory(one: &Path, other: impl AsRef<Path>) -> bool {
     }
 }
 
-/// Tells whether `bound`, as process `pid` sees it, is the file `path` as we see it.
+/// Tells whether `bound`, as process `pid` sees it, is the file `path` as this process sees it.
 pub(crate) fn is_same_socket(pid: u32, bound: &Path, path: &Path) -> bool {
     let base = if bound.is_absolute() { "root" } else { "cwd" };
     let relative = bound.strip_prefix("/").unwrap_or(bound);

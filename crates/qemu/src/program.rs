@@ -1,4 +1,4 @@
-//! The QEMU program on disk: which version would it be?
+//! Finds out the version of a QEMU program on disk.
 
 use std::path::Path;
 use std::process::{Command, Stdio};

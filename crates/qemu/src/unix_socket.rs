@@ -10,17 +10,18 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket
 /// Connects to the socket at `path`.
 ///
 /// A blocking `connect` waits for ever while the listener's backlog is full, and a signal with a
-/// handler does not end it (Linux). This one fails then with `EAGAIN`; the socket does not block.
+/// handler does not end it (Linux). This function then fails with `EAGAIN`. The socket that it
+/// returns does not block.
 ///
 /// # Errors
 ///
-/// What the kernel says.
+/// The kernel's error.
 pub fn connect(path: &Path) -> Result<OwnedFd, Errno> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
     let address = match (SocketAddrUnix::new(path), path.parent(), path.file_name()) {
         (Ok(address), ..) => address,
-        // An address has at most 107 bytes: a longer path is shortened by its directory.
+        // An address has at most 107 bytes: a longer path is shortened by opening its directory.
         (Err(Errno::NAMETOOLONG), Some(directory), Some(name)) => {
             let directory = open(directory, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
             let short = PathBuf::from(format!("/proc/self/fd/{}", directory.as_raw_fd()));
@@ -35,7 +36,7 @@ pub fn connect(path: &Path) -> Result<OwnedFd, Errno> {
 /// Tells whether a process listens at `path`.
 #[must_use]
 pub(crate) fn is_served(path: &Path) -> bool {
-    // A full backlog has a listener.
+    // If the backlog is full, there is a listener.
     matches!(connect(path), Ok(_) | Err(Errno::AGAIN))
 }
 

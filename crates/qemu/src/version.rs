@@ -77,8 +77,8 @@ pub enum Feature {
     /// `x-query-ramblock` prints where each block lies in QEMU's memory.
     ///
     /// The patch was mailed and reviewed on 5 December 2022, in the freeze before 7.2; 7.2 itself
-    /// prints no address, so 8.0 is the first release that can have it. The code asks the output,
-    /// not this table.
+    /// prints no address, so 8.0 is the first release that can have it. The code relies on the
+    /// output, not on this table.
     RamBlockAddresses,
     /// `memory-backend-file` takes `offset`.
     BackendOffset,
@@ -88,11 +88,11 @@ pub enum Feature {
     BackendRom,
     /// The URI `file:PATH`, with `,offset=N` or without.
     FileUri,
-    /// A `background-snapshot` that is cancelled or fails lets the guest go.
+    /// The guest goes on after a `background-snapshot` that is cancelled or fails.
     ///
-    /// QEMU 7.2 leaves the guest's memory write-protected then, with no thread that takes the faults:
-    /// the guest stands for ever. Its developers mended it while the lock was still called
-    /// `qemu_mutex_lock_iothread`, that is in 8.2 or before.
+    /// QEMU 7.2 then leaves the guest's memory write-protected, with no thread that handles the
+    /// faults: the guest hangs for ever. QEMU's developers mended that while the lock was still
+    /// called `qemu_mutex_lock_iothread`, that is in 8.2 or before.
     StoppableSnapshot,
     /// The capability `mapped-ram`.
     MappedRam,
@@ -106,8 +106,8 @@ pub enum Feature {
     /// The command `blockdev-set-active`, whose answer says whether the disks could be flushed.
     BlockdevSetActive,
     /// A VM that was paused is paused again after a `background-snapshot`, and not in the state
-    /// `postmigrate`, from which QEMU sends it no more. Tried with 10.0.2 and 11.1; 7.2 lets the
-    /// guest run.
+    /// `postmigrate`, from which QEMU does not send it again. Tried with 10.0.2 and 11.1; 7.2 lets
+    /// the guest run.
     PausedSnapshot,
     /// Machine types of this version send SWITCHOVER_START.
     SwitchoverStart,
@@ -146,7 +146,7 @@ impl Row {
 
 /// Every feature, oldest first. docs/qemu.md has the same table, which a test compares; another
 /// compares both with QEMUs (testing/tests/versions.rs).
-// A row is two lines, as wide as they are.
+// Each row stays on two lines, however long they are.
 #[rustfmt::skip]
 const TABLE: [Row; 18] = [
     Row::new(Feature::PlainFileDescriptor, (0, 0), "`fd:` with a plain file",
@@ -193,7 +193,7 @@ impl Feature {
         TABLE.iter().map(|row| row.feature)
     }
 
-    /// Returns the first version that has this feature: 0.0.0 if every one had it once.
+    /// Returns the first version that has this feature; 0.0.0 if all early versions have it.
     #[must_use]
     pub fn since(self) -> QemuVersion {
         self.row().since
@@ -205,7 +205,7 @@ impl Feature {
         self.row().until
     }
 
-    /// Returns what depends on this feature, for a reader.
+    /// Returns what depends on this feature, as a text for people.
     #[must_use]
     pub fn matters_to(self) -> &'static str {
         self.row().matters_to

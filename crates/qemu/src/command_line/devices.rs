@@ -39,15 +39,15 @@ const REFERENCES: [&str; 14] = [
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct LineDevice {
-    /// Which `-device` it is, counted from 0; `None` where another option stands for it.
+    /// Which `-device` it is, counted from 0; `None` if another option makes it.
     pub number: Option<usize>,
     /// Its id, if it has one.
     pub id: Option<String>,
     /// Its driver as written, which may be an alias of the type's name.
     pub driver: String,
-    /// QEMU makes it only when the guest's driver asks for it (`failover_pair_id`).
+    /// Whether QEMU makes it only when the guest's driver asks for it (`failover_pair_id`).
     pub is_conditional: bool,
-    /// The keys that are written.
+    /// The keys that its option has.
     pub keys: Vec<String>,
 }
 
@@ -117,7 +117,7 @@ pub(super) fn defines(line: &CommandLine, id: &str) -> bool {
     line.arguments.iter().any(|argument| defined_id(argument).as_deref() == Some(id))
 }
 
-/// Gives devices properties of their own.
+/// Adds properties to devices.
 pub(super) fn pin(line: &mut CommandLine, pins: &[Pin]) -> Result<(), CommandLineError> {
     let devices = line.arguments.iter_mut().filter(|argument| argument.name() == Some("device"));
     for (number, argument) in devices.enumerate() {
@@ -173,8 +173,8 @@ pub(super) fn leave_out(line: &mut CommandLine, numbers: &[usize]) {
     }
 }
 
-/// Tells whether an option uses what has this id. The text of a value counts wherever it stands: an
-/// option too many does less harm than one too few.
+/// Tells whether an option uses what has this id. Every key with this value counts: an option too
+/// many does less harm than one too few.
 fn is_used(line: &CommandLine, id: &str) -> bool {
     line.arguments.iter().any(|argument| {
         let name = argument.name().unwrap_or_default();

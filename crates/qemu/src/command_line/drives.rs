@@ -10,7 +10,7 @@ use super::keys::{self, Keys};
 use super::{Argument, CommandLine};
 use crate::vm::{DeviceName, Drive, RAW_WINDOW};
 
-/// Deepest chain of nodes followed: more is a loop.
+/// How long a chain of nodes is followed: a longer one is a loop.
 const DEPTH_MAX: usize = 256;
 
 /// Devices that may be without a medium, and then have no `drive=`.
@@ -26,16 +26,17 @@ pub struct LineDrive {
     pub id: Option<String>,
     /// The name of the block node on top, where it has one.
     pub node: Option<String>,
-    /// The device that has it; `None` for one that the machine makes for it, or none.
+    /// The device that uses it; `None` if the machine makes that device by itself, or if there is
+    /// none.
     pub device: Option<DeviceName>,
     /// Its interface, as in `if=`: `ide`, `virtio`, `pflash`, `none`; `none` for a node.
     pub interface: String,
-    /// It is written as a CD-ROM drive.
+    /// Whether the line makes it a CD-ROM drive.
     pub is_cdrom: bool,
-    /// It is written as read-only.
+    /// Whether the line makes it read-only.
     pub read_only: bool,
-    /// The image on top and those below it that the line names, top first. Nothing for an empty
-    /// drive. Images below that only another image names are not among them.
+    /// The image on top and those below it that the line names, top first; empty for an empty
+    /// drive. Images that only another image names are not included.
     pub images: Vec<LineImage>,
     /// Where it stands.
     pub(super) place: Place,
@@ -49,7 +50,7 @@ pub struct LineImage {
     pub path: Option<String>,
     /// Its format, where the line says one.
     pub format: Option<String>,
-    /// It is a part of its file, which raw's `offset` or `size` says.
+    /// Whether it is a part of its file, by raw's `offset` or `size`.
     pub is_window: bool,
 }
 
@@ -71,7 +72,7 @@ impl LineDrive {
         self.is_named(&drive.id, drive.qdev.as_deref())
     }
 
-    /// As [`LineDrive::makes`], with the id and the device as QEMU says them.
+    /// As [`LineDrive::makes`], with the id and the device as QEMU reports them.
     #[must_use]
     pub fn is_named(&self, id: &str, qdev: Option<&str>) -> bool {
         if id.is_empty() {
@@ -190,7 +191,7 @@ pub(super) fn drive_tree(keys: &Keys) -> Value {
     Value::Object(tree)
 }
 
-/// Reads the words of a `-blockdev` as a tree of nodes.
+/// Reads the value of a `-blockdev` as a tree of nodes.
 pub(super) fn blockdev_tree(value: &str) -> Value {
     if value.trim_start().starts_with('{') {
         return serde_json::from_str(value).unwrap_or(Value::Null);
@@ -221,7 +222,8 @@ fn is_true(value: &Value) -> bool {
     value.as_bool() == Some(true) || value.as_str().is_some_and(keys::is_on)
 }
 
-/// Where a node stands: in which argument, and how many `file` below the node that is the argument.
+/// Where a node stands: in which argument, and how many `file` levels below the argument's own
+/// node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct NodeAt {
     pub(super) argument: usize,
@@ -245,7 +247,7 @@ impl Nodes {
         self.0.iter().find(|(_, tree)| is_meant(tree)).map(|(index, tree)| (*index, tree))
     }
 
-    /// Follows a child that is a node itself or the name of one.
+    /// Returns a child of a node, which is written as a node or as the name of one.
     pub(super) fn child<'a>(&'a self, node: &'a Value, role: &str) -> Option<&'a Value> {
         match node.get(role)? {
             Value::String(name) => self.get(name).map(|(_, tree)| tree),
@@ -254,8 +256,8 @@ impl Nodes {
         }
     }
 
-    /// Follows the node of the argument `root` down to its image: where the node of the format and
-    /// that of the file stand. Both are one where there is no node of a format.
+    /// Follows the node of the argument `root` down to its image, and returns where the node of the
+    /// format and that of the file stand. They are the same if there is no node of a format.
     pub(super) fn way_down(&self, root: usize) -> Option<(NodeAt, NodeAt)> {
         let tree_at = |index: usize| self.0.iter().find(|(at, _)| *at == index);
         let mut node = &tree_at(root)?.1;
@@ -304,7 +306,7 @@ impl Nodes {
             }
             match self.child(node, "file") {
                 Some(below) => (format_node, node) = (node, below),
-                // A driver without a path: of a network, or one that makes its own contents.
+                // A driver without a path: it uses a network, or makes its own contents.
                 None => break,
             }
         }

@@ -1,4 +1,4 @@
-//! Other media in the drives of a command line, however the drives are written.
+//! Puts other media into the drives of a command line, however the drives are written.
 
 use std::path::PathBuf;
 
@@ -38,7 +38,7 @@ pub struct Medium {
     pub path: PathBuf,
     /// Its format, e.g. `qcow2`. What lies below it is named in the image itself.
     pub format: String,
-    /// It is a block device.
+    /// Whether it is a block device.
     pub is_device: bool,
     /// Whether the drive is to be read-only; `None` leaves it as it is written.
     pub read_only: Option<bool>,
@@ -47,7 +47,7 @@ pub struct Medium {
 impl CommandLine {
     /// Puts a medium into a drive of this command line, in place of the one that it names, if any.
     ///
-    /// `drive` comes from [`CommandLine::drives`] of the line as it is.
+    /// `drive` comes from [`CommandLine::drives`] of this line, unchanged since.
     ///
     /// # Errors
     ///
@@ -73,7 +73,7 @@ impl CommandLine {
         }
     }
 
-    /// Takes the medium out of a drive of this command line, which stays there empty.
+    /// Takes the medium out of a drive of this command line; the empty drive stays.
     ///
     /// # Errors
     ///
@@ -286,7 +286,8 @@ fn references(tree: &Value, names: &mut Vec<String>) {
     }
 }
 
-/// The format of a node over a file; QEMU names the file's own driver where there is no node.
+/// Returns the format for a node over a file: without such a node, QEMU reports the file's own
+/// driver as the format.
 fn raw_of(format: &str) -> &str {
     if FILE_DRIVERS.contains(&format) { "raw" } else { format }
 }
@@ -338,7 +339,7 @@ fn write_drive(argument: &mut Argument, tree: &Value) {
     argument.value = Some(words_of(tree, ""));
 }
 
-/// Writes a tree as words, with `first` before the others where it is there.
+/// Writes a tree as words; the key `first`, if there is one, comes before the others.
 fn words_of(tree: &Value, first: &str) -> String {
     let keys = Keys::of(tree);
     let (head, rest): (Vec<_>, Vec<_>) = keys.iter().partition(|(key, _)| *key == first);

@@ -1,11 +1,11 @@
-//! From the command line of a VM that ran to that of a QEMU that waits for it.
+//! Turns the command line of a VM that ran into one for a QEMU that waits for its stream.
 
 use serde_json::{Map, Value, json};
 
 use super::keys::{Keys, parse_size, write};
 use super::{Argument, CONTROL_ID, CommandLine, CommandLineError, MappedBlock, parse_json};
 
-/// Options that say how the old QEMU started and not what it was.
+/// Options that say how the old QEMU was started, and not what the VM is.
 const STARTING_OPTIONS: [&str; 4] = ["incoming", "S", "daemonize", "loadvm"];
 
 /// Options that give memory to the machine's own RAM; QEMU refuses them beside `memory-backend`.
@@ -42,7 +42,7 @@ pub(super) fn for_incoming(
     Ok(line)
 }
 
-/// What depends on the process that is gone, by option and key; values may be secret.
+/// Returns what depends on the old QEMU's process, by option and key: values may be secret.
 pub(super) fn what_cannot_be_recreated(line: &CommandLine) -> Vec<String> {
     line.arguments.iter().filter(|argument| is_kept(argument)).filter_map(lost_thing).collect()
 }
@@ -103,7 +103,7 @@ fn is_kept(argument: &Argument) -> bool {
     let Some(name) = argument.name() else { return true };
     let value = argument.value.as_deref().unwrap_or_default();
     match name {
-        // The monitor that an earlier restore of ours added.
+        // The monitor that an earlier restore of vmfile added.
         "chardev" => Keys::parse(value, "backend").get("id") != Some(CONTROL_ID),
         "mon" => Keys::parse(value, "chardev").get("chardev") != Some(CONTROL_ID),
         _ => !STARTING_OPTIONS.contains(&name),
@@ -194,10 +194,11 @@ fn check_size(written: &str, block: &MappedBlock) -> Result<(), CommandLineError
 
 /// Returns the value of an `-object` that maps the block's file, in the form of the one `written`.
 ///
-/// Private and read-only: the guest's writes stay in memory, and no balloon punches holes into the
-/// file. `rom=off` lets the guest write although the file is open for reading only. `reserve=off`:
-/// memory is taken as the guest writes, so that many clones, or a guest larger than the host whose
-/// RAM is mostly untouched, start where the kernel's heuristic would refuse the whole mapping.
+/// The mapping is private and read-only: the guest's writes stay in memory, and no balloon punches
+/// holes into the file. `rom=off` lets the guest write although the file is open for reading only.
+/// With `reserve=off`, memory is allocated as the guest writes: many clones, or a guest that is
+/// larger than the host and mostly untouched, then start where the kernel's heuristic would refuse
+/// the whole mapping.
 /// [`WHOLE_PATH`] keeps the block's name, which may come from a backend of another type.
 fn file_backend(
     option: &str,

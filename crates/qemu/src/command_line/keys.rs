@@ -71,7 +71,7 @@ pub(super) fn write(key: &str, value: &str) -> String {
     format!("{key}={}", value.replace(',', ",,"))
 }
 
-/// Reads a number of bytes as QEMU does: `64M`, `0x1000`; `None` for a form that we leave to QEMU.
+/// Reads a number of bytes as QEMU does: `64M`, `0x1000`; `None` for a form that only QEMU reads.
 pub(super) fn parse_size(text: &str) -> Option<u64> {
     if let Some(digits) = text.strip_prefix("0x") {
         return u64::from_str_radix(digits, 16).ok();

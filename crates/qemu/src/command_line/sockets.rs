@@ -52,9 +52,9 @@ pub(super) fn in_use(
 
 /// Tells whether a process listens at `path`.
 ///
-/// The kernel's table answers without disturbing the listener, a serial console perhaps. It shows
-/// paths as they were bound, and this network namespace only, so that the rest is tried; a socket
-/// file that no process listens on refuses the connection.
+/// The kernel's table tells this without disturbing the listener, which may be a serial console. It
+/// shows paths as they were bound, and only this network namespace: any other path is tried by
+/// connecting, which a socket file without a listener refuses.
 fn is_in_use(path: &Path, listening: &HashSet<PathBuf>) -> bool {
     listening.contains(path) || unix_socket::is_served(path)
 }

@@ -18,14 +18,13 @@ const TOPOLOGY: [&str; 8] =
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Compared {
-    /// What is not as the line makes it.
+    /// What differs from what the line would make.
     pub differences: Vec<Difference>,
-    /// What a save of ours has made so, which a restore knows: a sentence each.
+    /// What an earlier save of vmfile has changed and a restore handles by itself: a sentence each.
     pub notes: Vec<String>,
 }
 
-/// Compares a VM, of which the caller knows `parts` and `drives`, with what a QEMU started with
-/// `line` would be.
+/// Compares a VM, which has `parts` and `drives`, with what a QEMU started with `line` would have.
 ///
 /// # Errors
 ///
@@ -76,12 +75,12 @@ impl Remedy {
     }
 }
 
-/// The two sides, and which devices came later.
+/// The VM's parts, its command line, and the devices that were plugged in later.
 struct Comparison<'a> {
     parts: &'a Parts,
     line: &'a CommandLine,
     on_line: Vec<LineDevice>,
-    /// QOM paths.
+    /// QOM paths of the devices that were plugged in later.
     hot_plugged: BTreeSet<String>,
 }
 
@@ -117,7 +116,7 @@ impl<'a> Comparison<'a> {
         path.is_some_and(|path| self.parts.devices.iter().any(|device| device.path == path))
     }
 
-    /// Devices that the line names and that are gone.
+    /// Adds devices that the line names and that are gone.
     fn unplugged(&self, found: &mut Vec<Difference>) {
         for on_line in self.on_line.iter().filter(|device| !device.is_conditional) {
             let (Some(id), Some(number)) = (&on_line.id, on_line.number) else { continue };
@@ -129,7 +128,7 @@ impl<'a> Comparison<'a> {
         }
     }
 
-    /// Devices without an id that are gone: QEMU numbers them and never uses a number again.
+    /// Adds devices without an id that are gone: QEMU numbers them and never uses a number again.
     fn unplugged_without_id(&self, found: &mut Vec<Difference>) {
         let on_line: Vec<&LineDevice> =
             self.on_line.iter().filter(|device| device.id.is_none()).collect();
@@ -147,7 +146,8 @@ impl<'a> Comparison<'a> {
             })
             .collect();
         let from_start = present.iter().map(|(number, _)| number + 1).max().unwrap_or(0);
-        // Which option made which device is believed only if it is right for all that are left.
+        // The order of the options tells which one made which device only if it fits all devices
+        // that are left.
         let fits = from_start <= on_line.len()
             && present.iter().all(|(number, device)| is_of(on_line.get(*number).copied(), device));
         for number in 0..from_start.max(on_line.len()) {
@@ -165,14 +165,15 @@ impl<'a> Comparison<'a> {
         }
     }
 
-    /// CPUs that came or went; returns how many are gone of those that `-smp` makes.
+    /// Adds CPUs that came or went; returns how many are gone of those that `-smp` makes.
     fn cpus(&self, vm: &mut Vm, found: &mut Vec<Difference>) -> Result<usize, VmError> {
         let parts = self.parts;
         let topology = vm.property("/machine", "smp")?.unwrap_or_default();
         let count = |key: &str| topology.get(key).and_then(Value::as_u64).unwrap_or(0);
         let mut all: Vec<&Cpu> = parts.cpus.iter().chain(&parts.absent_cpus).collect();
         all.sort_by_key(|cpu| cpu.order());
-        // One entry for each CPU; other architectures have entries of whole cores.
+        // The list must have an entry for each CPU; on some architectures its entries are whole
+        // cores.
         let initial = usize::try_from(count("cpus")).unwrap_or(0);
         let is_known = all.len() as u64 == count("maxcpus");
         let initial = if is_known { all.get(..initial).unwrap_or_default() } else { &[] };
@@ -201,7 +202,7 @@ impl<'a> Comparison<'a> {
         Ok(gone.len())
     }
 
-    /// Devices that the machine type made and that are gone, CPUs aside.
+    /// Adds devices other than CPUs that the machine type made and that are gone.
     fn built_in(&self, removed_cpus: usize, found: &mut Vec<Difference>) {
         let gone = self.parts.gone_built_in.len().saturating_sub(removed_cpus);
         if gone > 0 {
@@ -212,7 +213,7 @@ impl<'a> Comparison<'a> {
         }
     }
 
-    /// Devices that came later, buses before what is plugged into them.
+    /// Adds devices that were plugged in later, each bus before the devices on it.
     fn plugged(&self, vm: &mut Vm, found: &mut Vec<Difference>) -> Result<(), VmError> {
         let is_cpu = |device: &Device| {
             self.parts.cpus.iter().any(|cpu| cpu.path.as_ref() == Some(&device.path))
@@ -266,8 +267,8 @@ impl<'a> Comparison<'a> {
         Ok(())
     }
 
-    /// The places of the devices that stay: QEMU would give the next device the place of one that is
-    /// left out.
+    /// Returns the places of the devices that stay: without them, QEMU would give the next device
+    /// the place of one that is left out.
     fn pins(&self, vm: &mut Vm) -> Result<Vec<Pin>, VmError> {
         let mut pins = Vec::new();
         let mut anonymous = 0;
@@ -309,7 +310,7 @@ fn nameless(number: u64) -> String {
     format!("device number {number} without an id")
 }
 
-/// Tells whether an option can have made a device. A driver may be written by an alias, such as
+/// Tells whether an option can have made a device. A driver may be written as an alias, such as
 /// `virtio-blk`.
 fn is_of(on_line: Option<&LineDevice>, device: &Device) -> bool {
     on_line.is_some_and(|on_line| {
@@ -318,12 +319,12 @@ fn is_of(on_line: Option<&LineDevice>, device: &Device) -> bool {
     })
 }
 
-/// Returns the value of a `-smp` with so many CPUs present, and the rest as it was.
+/// Returns the value of a `-smp` with `present` CPUs, and with the rest as it was.
 fn smp(present: usize, topology: &Value) -> String {
     let mut words = vec![format!("cpus={present}")];
     let count = |key: &str| topology.get(key).and_then(Value::as_u64);
     words.extend(count("maxcpus").map(|count| format!("maxcpus={count}")));
-    // Machine types refuse units that they do not have, even one of them.
+    // Machine types refuse units that they do not have, even with a count of 1.
     let units = TOPOLOGY.iter().filter_map(|key| Some((key, count(key)?)));
     words.extend(
         units

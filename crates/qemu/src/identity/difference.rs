@@ -1,4 +1,4 @@
-//! A part of a VM that is not what its command line would make, and what makes it good.
+//! A part of a VM that is not what its command line would make, and how to change the command line.
 
 use std::fmt;
 
@@ -14,23 +14,23 @@ pub struct Difference {
     pub found: String,
     /// What the command line would make.
     pub expected: String,
-    /// How a QEMU that is started with the command line gets what the VM has.
+    /// How to change the command line, so that it makes what the VM has.
     pub remedy: Remedy,
 }
 
-/// What makes a command line make what a VM has.
+/// How to change a command line, so that it makes what a VM has.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Remedy {
     /// A change of the command line.
     Change {
         /// The `-device` options to leave out, counted from 0.
         leave_out: Vec<usize>,
-        /// Properties that other devices are to have, so that they stay where they are.
+        /// Properties to add to other devices, so that they stay where they are.
         pins: Vec<Pin>,
         /// Options to add, with their values.
         add: Vec<(String, String)>,
     },
-    /// None: why.
+    /// It cannot be changed so, for this reason.
     Missing(String),
 }
 

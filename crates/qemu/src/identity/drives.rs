@@ -1,4 +1,4 @@
-//! Drives: is in each of them what the command line puts there?
+//! Compares the images in the drives with those that the command line puts there.
 //!
 //! Files are compared as QEMU's process finds them, so that links, `..` and several names of one file
 //! make no difference.
@@ -38,7 +38,7 @@ pub(super) fn compare(
             None => unknown.push(drive),
         }
     }
-    // What is named neither by the line nor by us alike is known by its image.
+    // A drive that no option names as QEMU does is recognized by its image.
     for drive in unknown {
         let is_this = |on_line: &&LineDrive| {
             files.difference(drive, &on_line.images).is_none()
@@ -76,7 +76,7 @@ fn name_on_line(image: &LineImage) -> String {
     image.path.clone().unwrap_or_else(|| "an image without a path".to_owned())
 }
 
-/// The files of QEMU's process.
+/// Finds files as QEMU's process does.
 struct Files<'a> {
     process: &'a ProcessInfo,
 }
@@ -111,7 +111,7 @@ impl Files<'_> {
         Some(Difference::new(what, &found, &top.1, Remedy::Missing(reason)))
     }
 
-    /// Tells whether what the line names lies below what is on top.
+    /// Tells whether the image that the line names lies below the drive's top image.
     fn is_below(&self, drive: &Drive, expected: &[LineImage]) -> bool {
         let Some(expected) = expected.first() else { return false };
         drive.images.iter().skip(1).any(|found| self.is_same(found, expected))
@@ -121,7 +121,7 @@ impl Files<'_> {
         let written = expected.path.as_deref();
         let named = written.filter(|path| is_file_path(path));
         match (is_file_path(&found.path), named) {
-            // QEMU writes a URL in its own way, and a command line has many.
+            // URLs are not compared: QEMU writes a URL in its own way, and a command line in any.
             (false, None) => true,
             (true, Some(_)) if found.is_window && !expected.is_window => false,
             (true, Some(named)) => {
@@ -138,7 +138,7 @@ impl Files<'_> {
         Some(FileId { device: stat.st_dev, inode: stat.st_ino })
     }
 
-    /// Returns a path without `.` and, where no link can be passed, without `..`.
+    /// Returns an absolute path without `.`; `..` stays, since a link may come before it.
     fn normal(&self, path: &str) -> PathBuf {
         let whole = self.process.working_directory.join(path);
         whole.components().filter(|part| *part != Component::CurDir).collect()

@@ -1,4 +1,4 @@
-//! Network back ends, which only QEMU's human monitor tells of (7.2 to 11.1).
+//! Network back ends, which only QEMU's human monitor lists (7.2 to 11.1).
 
 use serde_json::{Map, Value, json};
 
@@ -19,7 +19,7 @@ impl Vm {
     }
 }
 
-/// Makes the network back end of a network card.
+/// Names the network back end of a network card in `object`; returns the options that make it.
 pub(super) fn netdev(
     vm: &mut Vm,
     device: &Device,
@@ -35,7 +35,7 @@ pub(super) fn netdev(
     option(vm, &network, &name)
 }
 
-/// Adds the netdevs that were added later and that no device has. They are in the migration stream
+/// Adds the netdevs that were added later and that no device uses. They are in the migration stream
 /// all the same: QEMU (7.2 to 11.1) refuses a stream with the state of a netdev that it lacks.
 pub(super) fn unused(
     vm: &mut Vm,
@@ -67,8 +67,8 @@ fn option(vm: &mut Vm, network: &str, name: &str) -> Result<Made, VmError> {
     Ok(Ok(vec![("-netdev".to_owned(), format!("user,id={name}"))]))
 }
 
-/// Returns the names of the netdevs that stand alone in what `info network` prints: neither below a
-/// card nor in a hub, which `-net` makes and which are not followed.
+/// Returns the names of the netdevs that stand alone in the output of `info network`: neither below
+/// a card, nor in a hub, which `-net` makes and which is not followed.
 fn lone_netdevs(text: &str) -> impl Iterator<Item = &str> {
     text.lines().filter_map(|line| {
         let (name, rest) = line.trim_end().split_once(": index=")?;

@@ -120,9 +120,9 @@ impl Vm {
         Ok(Parts { devices, memory_devices, cpus, absent_cpus, gone_built_in })
     }
 
-    /// Returns the name of a part that came or went since `before` was asked; `None` if none did.
+    /// Returns the name of a part that came or went since `before`; `None` if none did.
     ///
-    /// Memory devices and CPUs are devices too, so that three questions tell.
+    /// Memory devices and CPUs are devices too, so that three commands are enough.
     ///
     /// # Errors
     ///
@@ -160,7 +160,7 @@ impl Vm {
         Ok((devices, gone_built_in))
     }
 
-    /// Tells whether a device came after the machine was made.
+    /// Tells whether a device was plugged in after the machine was made.
     pub(super) fn is_hot_plugged(&mut self, path: &str) -> Result<bool, VmError> {
         let answer = self.property(path, "hotplugged")?;
         Ok(answer.and_then(|on| on.as_bool()).unwrap_or(false))
@@ -171,7 +171,8 @@ impl Vm {
         known(self.execute("qom-get", json!({"path": path, "property": name})))
     }
 
-    /// Returns names and types of the objects below a QOM path; nothing where QEMU has none there.
+    /// Returns names and types of the objects below a QOM path; an empty list if QEMU has no such
+    /// path.
     fn children(&mut self, path: &str) -> Result<Vec<(String, String)>, VmError> {
         let Some(answer) = known(self.execute("qom-list", json!({"path": path})))? else {
             return Ok(Vec::new());
@@ -193,8 +194,8 @@ impl Vm {
         Ok(devices)
     }
 
-    /// Returns the CPUs that are present and those that are not; none of either where the machine
-    /// type does not tell.
+    /// Returns the CPUs that are present and those that are not; both lists are empty if the
+    /// machine type does not tell.
     fn cpus(&mut self) -> Result<(Vec<Cpu>, Vec<Cpu>), VmError> {
         let answer = known(self.execute("query-hotpluggable-cpus", Value::Null))?;
         let Some(answer) = answer else { return Ok((Vec::new(), Vec::new())) };
@@ -206,7 +207,7 @@ impl Vm {
     }
 }
 
-/// Takes a refusal as the answer that there is no such thing.
+/// Returns `None` for a command that QEMU refused: there is no such thing.
 pub(super) fn known(answer: Result<Value, QmpError>) -> Result<Option<Value>, VmError> {
     match answer {
         Ok(value) => Ok(Some(value)),

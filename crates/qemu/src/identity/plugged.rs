@@ -10,8 +10,8 @@ use crate::command_line::{CommandLine, value_in_json};
 use crate::qmp::unexpected;
 use crate::vm::{OVERLAY_PREFIX, Vm, VmError};
 
-/// Types whose state is in the migration stream and whose back ends, if they have any, can be asked
-/// for. Variants such as `virtio-blk-pci-non-transitional` count as their type.
+/// Types whose state is in the migration stream, and whose back ends, if they have any, QEMU
+/// describes. Variants such as `virtio-blk-pci-non-transitional` count as their type.
 const KINDS: [&str; 30] = [
     "virtio-blk-pci",
     "virtio-net-pci",
@@ -45,7 +45,7 @@ const KINDS: [&str; 30] = [
     "ahci",
 ];
 
-/// Properties that follow from others, or that are set below.
+/// Properties that follow from others, or that this module sets by itself.
 const DERIVED: [&str; 10] = [
     "romsize",
     "romfile",
@@ -59,7 +59,7 @@ const DERIVED: [&str; 10] = [
     "guest-stats",
 ];
 
-/// Formats of images that have no options without which they cannot be opened.
+/// Formats of images that can be opened without further options.
 const FORMATS: [&str; 6] = ["raw", "qcow2", "qed", "vmdk", "vdi", "vhdx"];
 
 impl Vm {
@@ -70,7 +70,7 @@ impl Vm {
     }
 }
 
-/// Returns how `device`, which came later, is made by a command line.
+/// Returns how to change the command line, so that it makes `device`, which was plugged in later.
 pub(super) fn recreate(
     vm: &mut Vm,
     parts: &Parts,
@@ -79,7 +79,7 @@ pub(super) fn recreate(
     line: &CommandLine,
 ) -> Result<Remedy, VmError> {
     if !KINDS.iter().any(|kind| is_kind(&device.kind, kind)) {
-        let reason = format!("what a {} needs besides QEMU does not tell", device.kind);
+        let reason = format!("QEMU does not tell what else a {} needs", device.kind);
         return Ok(Remedy::Missing(reason));
     }
     let mut object = match properties(vm, device)? {
@@ -129,7 +129,7 @@ pub(super) fn memory_device<'a>(parts: &'a Parts, path: &str) -> Option<&'a Memo
     parts.memory_devices.iter().find(|device| device.id == path || Some(&*device.id) == id)
 }
 
-/// Returns the properties of a device that are not what its type has by itself.
+/// Returns the properties of a device that differ from those that its type has by itself.
 fn properties(vm: &mut Vm, device: &Device) -> Result<Result<Map<String, Value>, String>, VmError> {
     let mut object = Map::new();
     object.insert("driver".to_owned(), json!(device.kind));
@@ -142,7 +142,7 @@ fn properties(vm: &mut Vm, device: &Device) -> Result<Result<Map<String, Value>,
         let text = |key: &str| item.get(key).and_then(Value::as_str).unwrap_or_default();
         let (name, kind) = (text("name"), text("type"));
         let is_object = kind.starts_with("child<") || kind.starts_with("link<");
-        // Experimental properties are the machine type's, which a new QEMU sets again.
+        // The machine type sets experimental properties, and sets them again in a new QEMU.
         if DERIVED.contains(&name) || is_object || name.starts_with("x-") {
             continue;
         }
@@ -151,7 +151,7 @@ fn properties(vm: &mut Vm, device: &Device) -> Result<Result<Map<String, Value>,
             (Some(default), value) if value == default => {}
             (_, Value::Array(values)) if values.is_empty() => {}
             (None, Value::String(text)) if text.is_empty() => {}
-            // Without a default these are -1 or the type's own unless they were set.
+            // If QEMU tells no default, such a value is taken as not set.
             (None, Value::Bool(_) | Value::Null) => {}
             (None, Value::Number(number))
                 if number.as_u64().is_none_or(|set| set == 0 && name != "bootindex") => {}
@@ -190,14 +190,14 @@ pub(super) fn place(
     Ok(place)
 }
 
-/// Finds the port of the device with this id in what `info usb` prints (7.2 to 11.1).
+/// Finds the port of the device with this id in the output of `info usb` (7.2 to 11.1).
 fn usb_port(text: &str, id: &str) -> Option<String> {
     let line = text.lines().find(|line| line.trim_end().ends_with(&format!(", ID: {id}")))?;
     let (_, rest) = line.split_once(", Port ")?;
     Some(rest.split_once(',')?.0.to_owned())
 }
 
-/// Makes the memory behind a DIMM.
+/// Returns the options that make the memory behind a DIMM.
 fn memory_backend(vm: &mut Vm, memory: &MemoryDevice, line: &CommandLine) -> Result<Made, VmError> {
     if line.defines(&memory.memdev) {
         return Ok(Ok(Vec::new()));
@@ -219,7 +219,7 @@ fn memory_backend(vm: &mut Vm, memory: &MemoryDevice, line: &CommandLine) -> Res
     Ok(Ok(vec![("-object".to_owned(), object.to_string())]))
 }
 
-/// Makes the drive of a disk.
+/// Names the drive of a disk in `object`; returns the options that make it.
 fn drive(
     vm: &mut Vm,
     device: &Device,
@@ -228,7 +228,7 @@ fn drive(
 ) -> Result<Made, VmError> {
     let name = match back_end(vm, device, "drive")? {
         Some(name) => name,
-        // It hands its drive on to a disk that it makes (7.2 to 11.1).
+        // This device gives its drive to a disk that it makes (7.2 to 11.1).
         None if is_kind(&device.kind, "usb-storage") => String::new(),
         None => return Ok(Ok(Vec::new())),
     };
@@ -250,7 +250,7 @@ fn drive(
     };
     let own_names = [name, text(drive, "device"), text(inserted, "node-name")];
     let name = own_names.into_iter().find(|name| !name.is_empty()).unwrap_or_default();
-    // A name that QEMU or a save of ours made up is no name for an option.
+    // A name that QEMU or a save of vmfile has generated cannot be used in an option.
     let is_given = !name.starts_with('#') && !name.starts_with(OVERLAY_PREFIX);
     let id = device.id.clone().unwrap_or_else(|| "unnamed".to_owned());
     let name = if is_given { name } else { format!("drive-{id}") };
@@ -274,7 +274,8 @@ fn drive(
     Ok(Ok(vec![("-blockdev".to_owned(), node.to_string())]))
 }
 
-/// Makes the objects that a device uses: a source of random numbers, a thread.
+/// Names the objects that a device uses in `object`, a source of random numbers or a thread;
+/// returns the options that make them.
 fn objects(
     vm: &mut Vm,
     device: &Device,
@@ -304,7 +305,7 @@ fn objects(
     Ok(Ok(add))
 }
 
-/// Names the character device of a port, which only the command line can make.
+/// Names the character device of a port in `object`; only the command line can make it.
 fn chardev(
     vm: &mut Vm,
     device: &Device,

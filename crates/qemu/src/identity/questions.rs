@@ -1,4 +1,4 @@
-//! What QEMU is asked about a part that was plugged in.
+//! Asks QEMU about a part that was plugged in.
 
 use serde_json::{Value, json};
 

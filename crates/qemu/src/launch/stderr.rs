@@ -11,14 +11,15 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 
-/// Most bytes of QEMU's standard error kept, the last ones.
+/// How many bytes of QEMU's standard error are kept at most: the last ones.
 ///
-/// A refused device state makes a dozen lines; a QEMU that logs without end must not fill us.
+/// A refused device state makes a dozen lines; a QEMU that logs without end must not fill this
+/// process's memory.
 const STDERR_LEN_MAX: usize = 16 << 10;
 
-/// How long the last words may take to arrive once QEMU is gone.
+/// How long the last bytes may take to arrive once QEMU has ended.
 ///
-/// They are in the pipe by then, unless a child of QEMU's holds it open.
+/// They are in the pipe by then; but the pipe does not end while a child of QEMU holds it open.
 const LAST_WORDS_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// The end of a QEMU's standard error: a thread reads while QEMU writes, so that QEMU never waits.
@@ -42,7 +43,7 @@ impl StderrTail {
         let reader = kept.clone();
         thread::Builder::new().spawn(move || {
             while !reader.lock().read() {
-                // An error of poll says no more than that there is something to find out.
+                // If poll fails, the next read finds out what is wrong.
                 let _ = poll(&mut [PollFd::new(&watched, PollFlags::IN)], None);
             }
         })?;
