@@ -1,4 +1,4 @@
-//! What of a VM is not as its command line would make it.
+//! Compares a VM with what its command line would make.
 
 use vmfile_format::manifest::{
     ChangeMeta, CpuMeta, DeviceMeta, MemoryDeviceMeta, PartsMeta, PinMeta, VmMeta,
@@ -9,8 +9,8 @@ use super::{After, SaveOptions};
 use crate::change::Change;
 use crate::error::SaveError;
 
-/// Compares `vm`, which has `drives`, with what its command line would make, and notes in `meta` what
-/// it is.
+/// Compares `vm` and its `drives` with what its command line would make, and records in `meta` the
+/// parts of the VM and the differences.
 ///
 /// # Errors
 ///
@@ -24,7 +24,8 @@ pub(super) fn compare(
     let parts = vm.parts()?;
     let mut notes = Vec::new();
     if let Some(words) = meta.command_line.get(1..) {
-        // A line that we cannot read is kept as it is, and a restore says what is wrong with it.
+        // If vmfile cannot parse the command line, the file keeps it as it is, and a restore
+        // reports what is wrong with it.
         if let Ok(line) = CommandLine::new(words.iter().cloned()) {
             let process = vm.process()?;
             let compared = identity::compare(vm, (&parts, drives), &line, &process)?;
@@ -39,16 +40,16 @@ pub(super) fn compare(
     Ok(Known { parts, notes })
 }
 
-/// What a VM was made of when its save began.
+/// The parts of a VM when its save began.
 #[derive(Debug)]
 pub(super) struct Known {
     parts: Parts,
-    /// What the user should know of it, a sentence each.
+    /// Notes for the user, a sentence each.
     pub(super) notes: Vec<String>,
 }
 
 impl Known {
-    /// Refuses a VM whose parts came or went since: what the manifest says would be of another VM.
+    /// Refuses a VM that gained or lost parts since: the manifest would describe another VM.
     pub(super) fn still_holds(&self, vm: &mut Vm) -> Result<(), SaveError> {
         match vm.changed_part(&self.parts)? {
             None => Ok(()),
@@ -57,7 +58,7 @@ impl Known {
     }
 }
 
-/// Returns the changes in `meta` as a report has them.
+/// Returns the changes in `meta` for a report.
 pub(super) fn report(meta: &VmMeta) -> Vec<Change> {
     let change = |change: &ChangeMeta| Change {
         what: change.what.clone(),

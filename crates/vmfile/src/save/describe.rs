@@ -1,4 +1,4 @@
-//! What a file says of the VM in it.
+//! Describes the VM for the manifest.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -12,7 +12,7 @@ use vmfile_qemu::{CommandLine, Drive, MemoryRange, ProcessInfo, Vm};
 use super::{Work, images};
 use crate::error::SaveError;
 
-/// Describes the VM, with `drives`, which are those that it has.
+/// Describes the VM; `drives` are its drives.
 pub(super) fn describe_vm(
     vm: &mut Vm,
     was_running: bool,
@@ -20,7 +20,7 @@ pub(super) fn describe_vm(
 ) -> Result<VmMeta, SaveError> {
     let process = match vm.process() {
         Ok(process) => Some(process),
-        // The file then has no command line, and a restore asks for one.
+        // The file then has no command line, and the user must give one to a restore.
         Err(error) if error.is_out_of_reach() => None,
         Err(error) => return Err(error.into()),
     };
@@ -48,17 +48,17 @@ pub(super) fn describe_vm(
     Ok(meta)
 }
 
-/// Notes what may have changed until now: the guest stands still, or has run meanwhile.
+/// Updates what may have changed since the VM was described: the images and the memory map.
 pub(super) fn record(work: &mut Work<'_>) -> Result<(), SaveError> {
     images::record(work.vm, work.meta)?;
     let map = memory_map(work.vm)?;
-    // A guest that ran may have changed the map before the saved moment, or after it.
+    // A guest that ran meanwhile may have changed the map before the saved moment or after it.
     let is_of_moment = work.paused_at.is_some() || work.meta.memory_map == map;
     work.meta.memory_map = map.filter(|_| is_of_moment);
     Ok(())
 }
 
-/// Asks which memory the guest sees at which address.
+/// Asks QEMU which memory the guest sees at which address.
 fn memory_map(vm: &mut Vm) -> Result<Option<Vec<MemoryRangeMeta>>, SaveError> {
     let range = |range: MemoryRange| MemoryRangeMeta {
         guest_address: range.guest_address,
@@ -70,16 +70,16 @@ fn memory_map(vm: &mut Vm) -> Result<Option<Vec<MemoryRangeMeta>>, SaveError> {
     Ok(vm.memory_map()?.map(|map| map.into_iter().map(range).collect()))
 }
 
-/// Says so where the file will hold no command line.
+/// Returns a warning if the file will hold no command line.
 pub(super) fn warn_of_no_command_line(meta: &VmMeta) -> Option<String> {
     meta.command_line.is_empty().then(|| {
-        "the file holds no command line, for QEMU's process cannot be told or looked at: a restore \
-         needs one after `--`, and that it makes what the VM has was not checked"
+        "the file holds no command line, because QEMU's process is not known or cannot be read: a \
+         restore needs one after `--`, and this save could not compare the VM with one"
             .to_owned()
     })
 }
 
-/// Notes whether the guest ran until it was paused for the save.
+/// Records whether the guest ran until it was paused for the save.
 pub(super) fn set_run_state(meta: &mut VmMeta, ran: bool) {
     meta.run_state = run_state(ran);
 }
@@ -88,11 +88,11 @@ fn run_state(ran: bool) -> String {
     if ran { "running" } else { "paused" }.to_owned()
 }
 
-/// Longest configuration file read, in bytes: QEMU's own examples have ten thousand.
+/// How many bytes of a configuration file are read; QEMU's own examples have ten thousand.
 const CONFIG_LEN_MAX: u64 = 1 << 20;
 
-/// Returns the command line as the manifest holds it: with what stands in configuration files
-/// written out, so that a restore does not depend on them.
+/// Returns the command line for the manifest. The options from configuration files are written out
+/// in it, so that a restore does not depend on those files.
 fn command_line(vm: &mut Vm, process: &ProcessInfo) -> Result<Vec<String>, SaveError> {
     let words = texts(&process.arguments)?;
     let is_elsewhere = |word: &String| matches!(word.trim_start_matches('-'), "readconfig" | "set");
@@ -112,7 +112,7 @@ fn read_as(process: &ProcessInfo, path: &Path) -> io::Result<String> {
     if !found.metadata()?.is_file() {
         return Err(io::Error::other("it is not a regular file"));
     }
-    // What was found is opened, whatever lies under the name by now.
+    // Opens the file that was found, even if the path leads to another file by now.
     let file = File::open(format!("/proc/self/fd/{}", found.as_raw_fd()))?;
     let mut text = String::new();
     file.take(CONFIG_LEN_MAX).read_to_string(&mut text)?;

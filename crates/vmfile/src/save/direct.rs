@@ -21,13 +21,13 @@ use crate::error::SaveError;
 /// The RAM of a VM, found in the memory of its process.
 #[derive(Debug)]
 pub(super) struct DirectRoute {
-    /// The blocks as QEMU told them.
+    /// The blocks as QEMU reported them.
     found: Vec<RamBlockInfo>,
     ram: RamLayout,
     process: ProcessRam,
-    /// How many bytes there may be, with the gaps that are written as well.
+    /// How many bytes are written at most, including the short gaps between runs of data.
     data_bytes: u64,
-    /// Threads, rings and memory, which are taken while the VM runs; `None` once they were used.
+    /// Threads, rings and buffers, set up while the VM runs; `None` once they were used.
     workers: Option<Workers>,
 }
 
@@ -40,9 +40,9 @@ impl DirectRoute {
     ) -> Result<DirectRoute, SaveError> {
         let found = vm.ram_blocks()?;
         let (ram, process) = find(vm, &found)?;
-        // Pages that the guest touched and that are zero again count here and not in the end: the
-        // check errs towards refusing only where a guest has filled much of its RAM with zeros and the
-        // disk is nearly full.
+        // This also counts pages that are zero again and that the save will not write. So the check
+        // refuses too much only if the guest has filled much of its RAM with zeros and the disk is
+        // nearly full.
         let data_bytes = process.data_len(BRIDGE_LEN)?;
         refuse_without_space(data_bytes, draft.file())?;
         let width = (options.io, options.jobs.count());
@@ -50,7 +50,7 @@ impl DirectRoute {
         Ok(DirectRoute { found, ram, process, data_bytes, workers })
     }
 
-    /// Places everything, writes RAM, and then what belongs around it.
+    /// Lays out the file, writes RAM, and then everything else.
     pub(super) fn write(&mut self, work: &mut Work<'_>) -> Result<Written, SaveError> {
         // Memory may have been plugged in or have grown since it was found.
         if self.found != work.blocks {
@@ -104,21 +104,22 @@ fn find(vm: &mut Vm, found: &[RamBlockInfo]) -> Result<(RamLayout, ProcessRam), 
     Ok((ram, ProcessRam::open(vm.pid()?, &blocks, Access::Read)?))
 }
 
-/// Takes everything that is not RAM: the sections from the first to EOF, and where each is.
+/// Has QEMU write the device state. Returns where each section is, and the bytes from the first
+/// section to EOF.
 fn device_state(work: &mut Work<'_>) -> Result<(DeviceState, Vec<u8>), SaveError> {
     // QEMU writes magic and version, then the sections.
     const HEADER_LEN: usize = 8;
     let bytes = work.vm.save_device_state(work.is_last())?;
     let mut sections = bytes.get(HEADER_LEN..).unwrap_or_default().to_vec();
     let state = DeviceState::locate(&sections, 0, 0).map_err(SaveError::DeviceState)?;
-    // QEMU's last byte is EOF, and the last section says whether the VM runs: with both the
-    // sections were followed to their end.
+    // EOF must be QEMU's last byte, and the last section, which holds the run state, must be there:
+    // then every section was found.
     if state.end != sections.len() as u64 {
         let offset = state.end;
         let kind = FormatErrorKind::BrokenSections;
         return Err(SaveError::DeviceState(FormatError { offset, kind }));
     }
-    // QEMU writes "running" whatever the VM does: a paused VM is to come back paused.
+    // QEMU writes "running" even for a VM that was paused, which must come back paused.
     if !state.set_run_state(&mut sections, &work.meta.run_state) {
         return Err(SaveError::NoRunState);
     }

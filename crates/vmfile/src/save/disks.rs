@@ -15,20 +15,21 @@ use crate::error::SaveError;
 use crate::image_facts;
 use crate::image_path::{is_file, is_same_file};
 
-/// How long a merge may take: an overlay of a save that failed holds what the guest wrote meanwhile.
+/// How long QEMU may take to merge the overlay of a failed save, which holds what the guest wrote
+/// meanwhile.
 const MERGE_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// The formats of images that are known to bear an overlay.
+/// The formats of images that can have an overlay.
 const FORMATS: [&str; 2] = ["qcow2", "raw"];
 
-/// A disk that belongs to a file.
+/// A disk whose image belongs to the saved file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct SavedDisk {
     /// The device or node.
     pub device: String,
-    /// The image, which stays as it was at that moment.
+    /// The image, which stays as it was at the saved moment.
     pub image: String,
-    /// The image on top of it, to which the guest writes since.
+    /// The image on top of it, to which the guest writes since then.
     pub overlay: String,
     /// How many images the guest reads through: the overlay, the image, and all below.
     pub depth: usize,
@@ -42,7 +43,8 @@ pub(super) struct Disks {
 }
 
 impl Disks {
-    /// Finds a place for the overlay of every disk that the guest can write, and notes it in `meta`.
+    /// Chooses a path for the overlay of every disk that the guest can write, and records it in
+    /// `meta`.
     pub(super) fn plan(found: &[Drive], meta: &mut VmMeta) -> Result<Disks, SaveError> {
         let mut overlays: Vec<Overlay> = Vec::new();
         let with_medium = found.iter().filter(|drive| drive.image().is_some());
@@ -70,7 +72,7 @@ impl Disks {
         Ok(Disks { overlays, is_frozen: false })
     }
 
-    /// Returns the overlays that are planned, or there.
+    /// Returns the overlays, planned or already made.
     pub(super) fn overlays(&self) -> &[Overlay] {
         &self.overlays
     }
@@ -80,7 +82,8 @@ impl Disks {
         self.overlays.is_empty()
     }
 
-    /// Leaves the images as they are from now on; the guest must stand still.
+    /// Makes the guest write to the overlays, so that the images stay as they are. The guest must
+    /// be stopped.
     pub(super) fn freeze(&mut self, vm: &mut Vm) -> Result<(), VmError> {
         if !self.overlays.is_empty() {
             vm.take_overlays(&self.overlays)?;
@@ -89,7 +92,7 @@ impl Disks {
         Ok(())
     }
 
-    /// Makes the disks what they were, after a save that failed.
+    /// Merges the overlays back into the images, after a save that failed.
     pub(super) fn thaw(&mut self, vm: &mut Vm) -> Result<(), VmError> {
         if !std::mem::take(&mut self.is_frozen) {
             return Ok(());
@@ -99,7 +102,7 @@ impl Disks {
             let merged =
                 vm.unstoppable(MERGE_TIMEOUT, |vm| vm.merge_overlay(overlay, MERGE_TIMEOUT));
             match merged {
-                // QEMU has closed it, and all it held is in the image below.
+                // QEMU has closed the overlay, and its data is in the image below.
                 Ok(()) => drop(fs::remove_file(overlay.file())),
                 Err(error) => result = Err(error),
             }
@@ -108,7 +111,7 @@ impl Disks {
     }
 }
 
-/// Returns the disks that belong to the file.
+/// Returns the disks whose images belong to the file.
 pub(super) fn saved_disks(meta: &VmMeta) -> Vec<SavedDisk> {
     let saved = |disk: &DiskMeta| {
         let (device, image) = (disk.device.clone(), disk.path.clone());
@@ -118,8 +121,8 @@ pub(super) fn saved_disks(meta: &VmMeta) -> Vec<SavedDisk> {
     meta.disks.iter().filter_map(saved).collect()
 }
 
-/// From how many images on a report warns: each costs QEMU a look for every cluster that it does not
-/// have, and memory of its own.
+/// With this many images or more, a report warns: QEMU looks for a cluster in one image after the
+/// other, and each of them takes memory.
 const DEPTH_WARNED: usize = 16;
 
 /// Warns of disks with many images on top of one another.
@@ -143,8 +146,8 @@ fn image_of(drive: &Drive, directory: Option<&str>) -> Result<PathBuf, String> {
         return Err("it is a part of its file (raw's offset or size)".to_owned());
     }
     let image = Path::new(&top.path);
-    // QEMU writes the image's name as it knows it into the overlay, where a name with a directory
-    // refers to the overlay's own directory (10.0).
+    // QEMU (10.0) writes the image's path unchanged into the overlay, and resolves a relative path
+    // there against the overlay's own directory.
     if image.is_relative() && image.parent() != Some(Path::new("")) {
         return Err(format!("its path {:?} is relative: name it by an absolute path", top.path));
     }
@@ -158,10 +161,10 @@ fn image_of(drive: &Drive, directory: Option<&str>) -> Result<PathBuf, String> {
     Ok(image)
 }
 
-/// Compares the images below with those that the images name themselves.
+/// Compares the images below with those that the images' headers name.
 ///
-/// A restore makes an overlay of the image, and QEMU finds what is below by the headers; a command
-/// line, or `blockdev-add`, may have put other images there.
+/// A restore makes an overlay of the image, and QEMU finds the images below by the headers. The
+/// command line or `blockdev-add` may have put other images there.
 fn compare_chain(drive: &Drive, image: &Path, directory: Option<&str>) -> Result<(), String> {
     let mut path = image.to_path_buf();
     for (index, image) in drive.images.iter().enumerate() {
@@ -173,7 +176,7 @@ fn compare_chain(drive: &Drive, image: &Path, directory: Option<&str>) -> Result
         let found = drive.images.get(index + 1).map(|image| &image.path);
         let below = match (&named, found) {
             (None, None) => return Ok(()),
-            // QEMU writes a URL in its own way.
+            // QEMU reports a URL in a form of its own: the two cannot be compared.
             (Some(named), Some(found)) if !is_file(named) && !is_file(found) => return Ok(()),
             (Some(named), Some(_)) if named.starts_with("json:") => return Ok(()),
             (Some(named), Some(found)) if is_file(named) && is_file(found) => {
@@ -197,16 +200,16 @@ fn compare_chain(drive: &Drive, image: &Path, directory: Option<&str>) -> Result
     Ok(())
 }
 
-/// What stands between the stem of the first image and the number of an overlay.
+/// The text between the stem of the first image and the number of an overlay.
 const OVERLAY_MARK: &str = ".vmfile-";
 
-/// Longest stem kept, in bytes: a name has 255, and some of them are for what follows.
+/// Longest stem kept, in bytes: a file name has at most 255, and the mark and the number follow.
 const STEM_LEN_MAX: usize = 200;
 
 /// Returns names for overlays beside `image`: `disk.vmfile-1.qcow2`, `disk.vmfile-2.qcow2`, ...
 ///
-/// An overlay of an overlay is named after the first image as well: names that are made of the one
-/// before grow past what a file system takes.
+/// An overlay of an overlay is named after the first image as well: a name made from the previous
+/// one would grow too long for the file system.
 pub(crate) fn overlay_names(image: &Path) -> impl Iterator<Item = PathBuf> {
     let stem = image.file_stem().unwrap_or_default().as_bytes();
     let first = match stem.windows(OVERLAY_MARK.len()).rposition(|w| w == OVERLAY_MARK.as_bytes()) {
@@ -249,7 +252,8 @@ mod tests {
         assert_eq!(first(odd), Path::new("/srv/web.vmfile-x.vmfile-1.qcow2"));
     }
 
-    /// `save --with-disks` failed for ever from about the 13th on: names grew by one word each time.
+    /// `save --with-disks` once failed from about the 13th save on: names grew by one word each
+    /// time.
     #[test]
     fn a_name_stays_short_however_often_a_vm_is_saved() {
         let mut image = PathBuf::from(format!("/srv/{}.qcow2", "x".repeat(240)));

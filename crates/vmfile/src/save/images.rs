@@ -1,5 +1,5 @@
-//! The images of a VM's drives: those that no restore would find again are refused, and of the
-//! others it is noted what they were at the saved moment.
+//! The images of a VM's drives. A save refuses those that a restore would not find again, and
+//! records what the others are at the saved moment.
 
 use std::collections::HashSet;
 use std::fs;
@@ -16,10 +16,10 @@ use crate::error::SaveError;
 use crate::image_facts::{self, Use};
 use crate::image_path::is_file;
 
-/// Names of files that mean something else in every process.
+/// Paths that mean another file in each process.
 const DESCRIPTORS: [&str; 3] = ["/dev/fdset/", "/dev/fd/", "/proc/self/fd/"];
 
-/// Describes the drives as the manifest holds them, without looking at their files.
+/// Describes the drives for the manifest, without looking at their files.
 pub(super) fn describe(drives: &[Drive], meta: &mut VmMeta) {
     let id = |drive: &Drive| Some(drive.id.clone()).filter(|id| !id.is_empty());
     for drive in drives {
@@ -49,7 +49,7 @@ fn io_limits(limits: &IoLimits) -> IoLimitsMeta {
     IoLimitsMeta { values: limits.values.clone(), group: limits.group.clone() }
 }
 
-/// Describes an image, and the file that has its data where that is another one.
+/// Describes an image and, if it has one, its separate data file.
 fn image_meta(image: &Image) -> Vec<ImageMeta> {
     let own = ImageMeta {
         path: image.path.clone(),
@@ -67,9 +67,9 @@ fn image_meta(image: &Image) -> Vec<ImageMeta> {
     [own].into_iter().chain(data).collect()
 }
 
-/// Looks at every image while the VM runs, and refuses what a restore could not bring back.
+/// Looks at every image while the VM runs, and refuses those that a restore could not bring back.
 ///
-/// Returns what the user is to know although it is not refused.
+/// Returns warnings about what is not refused.
 pub(super) fn look(
     vm: &mut Vm,
     meta: &mut VmMeta,
@@ -104,8 +104,8 @@ pub(super) fn look(
                     warnings.push(lost.to_string());
                 }
                 Err(Unseen::Unknown(error)) => warnings.push(format!(
-                    "disk {:?}: it is not noted what {} was, so that no restore notices a change: \
-                     {error}",
+                    "disk {:?}: it is not recorded what {} is, so a restore will not notice a \
+                     change: {error}",
                     disk.device, image.path
                 )),
             }
@@ -114,10 +114,10 @@ pub(super) fn look(
     Ok(warnings)
 }
 
-/// Notes what the images are now, and refuses a drive whose medium changed since [`look`].
+/// Records what the images are now, and refuses a drive whose medium changed since [`look`].
 ///
-/// It is to be called when the guest's last writes are in the images, right before the manifest is
-/// written: a qcow2 image may be written when QEMU releases it.
+/// Call it right before the manifest is written, when the guest's last writes are in the images:
+/// QEMU may write to a qcow2 image when it releases it.
 pub(super) fn record(vm: &mut Vm, meta: &mut VmMeta) -> Result<(), SaveError> {
     let drives = vm.drives()?;
     let process = match vm.process() {
@@ -129,7 +129,7 @@ pub(super) fn record(vm: &mut Vm, meta: &mut VmMeta) -> Result<(), SaveError> {
         let is_same = |drive: &&Drive| drive.name() == disk.device;
         let drive = drives.iter().find(is_same);
         let images = drive.map_or(&[][..], |drive| drive.images.as_slice());
-        // The overlay that this save has put on top.
+        // Skips the overlay that this save has put on top.
         let images = match (images.split_first(), &disk.overlay) {
             (Some((top, below)), Some(overlay)) if top.path == *overlay => below,
             _ => images,
@@ -175,11 +175,11 @@ pub(super) fn record(vm: &mut Vm, meta: &mut VmMeta) -> Result<(), SaveError> {
     Ok(())
 }
 
-/// Why an image could not be noted.
+/// Why it could not be recorded what an image is.
 enum Unseen {
     /// A restore would not find it.
     Lost(String),
-    /// It may be there, and cannot be looked at.
+    /// The image may be there, but vmfile cannot look at it.
     Unknown(io::Error),
 }
 
@@ -205,12 +205,12 @@ fn find_again(
     let metadata = found.metadata().map_err(Unseen::Unknown)?;
     let id = FileId::of(&metadata);
     if !open.contains(&id) {
-        return lost("another file has that name than the one that QEMU has open");
+        return lost("the file of that name is not the one that QEMU has open");
     }
     match fs::metadata(directory.join(path)).map(|metadata| FileId::of(&metadata)) {
         Ok(ours) if ours == id => {}
         Ok(_) => {
-            return lost("QEMU sees another file there than this program: it has another root");
+            return lost("QEMU sees another file there: it has another root directory");
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             return lost("only QEMU sees a file there: it has another root directory");
@@ -220,7 +220,7 @@ fn find_again(
     image_facts::look_at(&found, &image.format, Use::None).map_err(Unseen::Unknown)
 }
 
-/// Refuses overlays that would hold in clear text what the image below hides.
+/// Refuses overlays of encrypted images: they would hold the guest's data in clear text.
 fn refuse_encrypted(meta: &VmMeta, options: &SaveOptions) -> Result<(), SaveError> {
     if !options.with_disks {
         return Ok(());
@@ -235,8 +235,8 @@ fn refuse_encrypted(meta: &VmMeta, options: &SaveOptions) -> Result<(), SaveErro
     Ok(())
 }
 
-/// Finds the disks that will be of a later moment than the file: refuses them where the VM would
-/// end with them, and warns of them where it goes on.
+/// Finds disks that the guest writes to after the saved moment. Refuses them if the VM ends after
+/// the save, and otherwise returns a warning.
 fn disks_that_go_on(
     meta: &VmMeta,
     options: &SaveOptions,

@@ -1,12 +1,12 @@
-//! A guest that runs while it is saved, by QEMU's stream.
+//! Saves a guest while it runs, by QEMU's stream.
 //!
 //! `background-snapshot`: QEMU stops the guest for some milliseconds, write-protects its memory and
-//! sends every page once, as it was then. Where that cannot be, `pre-copy`: pages that the guest
-//! changes are sent again, until few are left; the guest stands still while those are sent.
-
+//! sends every page once, as it was then. If QEMU cannot do that, `pre-copy`: QEMU sends the pages
+//! that the guest changes again, until few are left; it stops the guest while it sends those.
 //!
-//! The disks of that moment are frozen while the guest stands still: before the one, when vmfile
-//! stops it, and at the end of the other, when QEMU waits with it (`pause-before-switchover`).
+//! The disks are frozen while the guest stands still: for `background-snapshot`, vmfile stops the
+//! guest before QEMU sends; for `pre-copy`, QEMU stops it at the end and waits
+//! (`pause-before-switchover`).
 
 use super::{LiveMethod, RouteUsed};
 use std::os::fd::AsFd;
@@ -20,22 +20,22 @@ use vmfile_qemu::{Feature, Outgoing, PUT_BACK_TIMEOUT, RunState, StreamSettings,
 use vmfile_stream::incoming::WaitLimits;
 use vmfile_stream::receiver::{Received, StreamReceiver};
 
-use super::sending::{Peer, peer_process, sent};
+use super::sending::{Peer, peer_process, wait_until_sent};
 use super::stream::written;
 use super::{Disks, Live, LiveDone, Work, Written};
 use crate::error::SaveError;
 use crate::receive::ReceiveError;
 
-/// How long QEMU may be silent: longer than any look at all of a large guest's memory.
+/// How long QEMU may send nothing: scanning all memory of a large guest takes less.
 const STALL_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// How often QEMU is asked how far it is: a guest that stands still waits for the answer.
+/// How long to wait between two queries of QEMU's progress: a stopped guest waits for it.
 const POLL_INTERVAL: Duration = Duration::from_millis(2);
 
-/// How long QEMU may take to stop when it is told to.
+/// How long QEMU may take to stop sending.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// A VM that can send itself while its guest runs, and the settings it had.
+/// QEMU's migration settings before the save, and the caller's options.
 #[derive(Debug)]
 pub(super) struct LiveRoute {
     before: StreamSettings,
@@ -43,7 +43,7 @@ pub(super) struct LiveRoute {
 }
 
 impl LiveRoute {
-    /// Asks for the settings, which must be put back.
+    /// Asks QEMU for its migration settings, which are put back later.
     pub(super) fn prepare(vm: &mut Vm, live: Live) -> Result<LiveRoute, SaveError> {
         Ok(LiveRoute { before: vm.stream_settings()?, live })
     }
@@ -53,11 +53,11 @@ impl LiveRoute {
         &self.before
     }
 
-    /// Lets QEMU send the guest, writes what comes, and then what belongs around it.
+    /// Has QEMU send the VM, writes it to the file, and completes the file.
     pub(super) fn write(&self, work: &mut Work<'_>) -> Result<Written, SaveError> {
         let (method, ours) = self.choose(work.vm, !work.disks.is_empty())?;
         let received = self.receive(work, &method);
-        let runs = work.vm.unstoppable(PUT_BACK_TIMEOUT, let_run);
+        let runs = work.vm.unstoppable(PUT_BACK_TIMEOUT, resume_unless_running);
         let put_back = work
             .vm
             .unstoppable(PUT_BACK_TIMEOUT, |vm| vm.change_stream_settings(&ours, &self.before));
@@ -83,13 +83,14 @@ impl LiveRoute {
         Ok(Written { live: Some(LiveDone { method, pause_seconds }), ..written(&received) })
     }
 
-    /// Chooses how, by trying: QEMU refuses the capability where the memory does not allow it.
+    /// Chooses the method by trying: QEMU refuses the capability if the guest's memory does not
+    /// allow it.
     fn choose(&self, vm: &mut Vm, hold: bool) -> Result<(LiveMethod, StreamSettings), SaveError> {
         let version = vm.version()?;
         let reason = match self.before.background_snapshot() {
             _ if !version.has(Feature::StoppableSnapshot) => {
                 format!(
-                    "QEMU {version} leaves the guest standing where a background-snapshot ends early"
+                    "QEMU {version} leaves the guest stopped if a background-snapshot ends early"
                 )
             }
             None => "this QEMU has no background-snapshot".to_owned(),
@@ -108,11 +109,11 @@ impl LiveRoute {
         let (ours, theirs) = UnixStream::pair().map_err(SaveError::Socket)?;
         let workers = Workers::start(work.draft.file(), (work.options.io, 1));
         let workers = workers.map_err(SaveError::Workers)?;
-        // Its stream must not end while QEMU (10.0.2) sets a background snapshot up: QEMU then closes
-        // its descriptor 0, which may be a monitor or a disk by then. The guardian's copy keeps it
-        // open until QEMU was told to stop.
+        // The stream must not end while QEMU (10.0.2) sets up a background snapshot: QEMU would
+        // close its descriptor 0, which may be a monitor or a disk. If this process ends, the
+        // guardian's copy keeps the stream open until QEMU was told to stop.
         work.guard.keep_open(ours.as_fd())?;
-        // From here on only the pause of this save is among the events.
+        // Discards the events of earlier pauses: `write` measures the pause of this save.
         let _ = work.vm.pause_seen();
         let stands = *method == LiveMethod::BackgroundSnapshot && !work.disks.is_empty();
         if stands {
@@ -132,21 +133,22 @@ impl LiveRoute {
         let both = beside(receive, |is_through| {
             let watched = watch.until(is_through);
             if watched.is_err() {
-                // Its stream ends then, and with it the receiving.
+                // This ends the stream, and with it the receiver.
                 let _ = watch.vm.end_sending(CANCEL_TIMEOUT);
             }
             watched
         });
         let (received, watched) = match both {
             Ok(both) => both,
-            // The other end of its stream is closed, but QEMU may not have noticed.
+            // The receiver could not start or panicked. Our end of the stream is closed, but QEMU
+            // may not have noticed.
             Err(source) => {
                 return Err(Peer::default().give_up(work.vm, SaveError::Workers(source)));
             }
         };
         if !watched? && received.is_ok() {
-            // Nothing was missing, and yet QEMU does not say that it sent all.
-            sent(work.vm)?;
+            // The receiver has everything, but QEMU has not reported completion.
+            wait_until_sent(work.vm)?;
         }
         received.map_err(|error| match error {
             SaveError::Receive(ReceiveError::TimedOut { .. }) => {
@@ -158,27 +160,28 @@ impl LiveRoute {
     }
 }
 
-/// What must be done with QEMU while it sends.
+/// Controls QEMU while it sends.
 struct Watch<'a> {
     vm: &'a mut Vm,
     disks: &'a mut Disks,
     method: &'a LiveMethod,
-    /// The guest was stopped, and waits until its memory is write-protected.
+    /// Whether the guest is stopped, until QEMU has write-protected its memory.
     stands: bool,
 }
 
 impl Watch<'_> {
-    /// Does it until QEMU has sent all, or `is_finished` says that the receiver has ended; returns
-    /// whether all was sent.
+    /// Runs until QEMU has sent everything or `is_finished` says that the receiver has ended;
+    /// returns whether QEMU has sent everything.
     fn until(&mut self, is_finished: impl Fn() -> bool) -> Result<bool, SaveError> {
         loop {
-            // Look at the receiver first, then ask QEMU: once all has arrived, QEMU is about to complete.
+            // Look at the receiver first, then ask QEMU: once all has arrived, QEMU is about to
+            // complete.
             let finished = is_finished();
             let (outgoing, ram) = self.vm.outgoing_ram()?;
             match outgoing {
                 Outgoing::Active if self.stands && ram.is_some_and(|ram| ram.pages > 0) => {
-                    // QEMU sends pages once they are protected. It then sets the state in which it
-                    // found the guest (10.0), which must not come after `cont`.
+                    // QEMU sends pages once they are protected. It then sets the run state that the
+                    // guest had before (10.0), which must not happen after `cont`.
                     self.vm.run_state()?;
                     self.vm.cont()?;
                     self.stands = false;
@@ -189,15 +192,17 @@ impl Watch<'_> {
                 }
                 Outgoing::Active if !finished => {}
                 Outgoing::Completed => return self.completed(),
-                // All pages have arrived, but QEMU may not have reported completion yet: ask it once more.
-                Outgoing::Active if sent(self.vm).is_ok() => return self.completed(),
+                // All pages have arrived, but QEMU may not have reported completion yet: ask it
+                // once more.
+                Outgoing::Active if wait_until_sent(self.vm).is_ok() => return self.completed(),
                 _ => return Ok(false),
             }
             thread::sleep(POLL_INTERVAL);
         }
     }
 
-    /// The file will have all of it: the guest need not wait for the disk.
+    /// Resumes the guest if it is stopped: QEMU has sent everything, and the guest need not wait
+    /// for the disk.
     fn completed(&mut self) -> Result<bool, SaveError> {
         if self.stands || *self.method != LiveMethod::BackgroundSnapshot {
             self.vm.cont()?;
@@ -206,8 +211,8 @@ impl Watch<'_> {
     }
 }
 
-/// Sees to it that the guest runs, however the sending ended: QEMU lets it run on by itself if it
-/// was cancelled in time.
-fn let_run(vm: &mut Vm) -> Result<(), VmError> {
+/// Resumes the guest unless it runs: QEMU resumes it by itself if the migration was cancelled in
+/// time.
+fn resume_unless_running(vm: &mut Vm) -> Result<(), VmError> {
     if vm.run_state()? == RunState::Running { Ok(()) } else { vm.cont() }
 }

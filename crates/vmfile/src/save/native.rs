@@ -1,7 +1,7 @@
-//! The route `native`: QEMU 9.1 and later write the file, vmfile makes it whole.
+//! The route `native`: QEMU (9.1 and later) writes the file, and vmfile completes it.
 //!
-//! QEMU writes mapped RAM by several threads, past the page cache where that can be, into a
-//! descriptor that it is given. It syncs nothing, and the file has no hashes: `native_file` adds them.
+//! QEMU writes a mapped-ram file with several threads, past the page cache if possible, into a
+//! descriptor from vmfile. QEMU syncs nothing, and the file has no hashes: `native_file` adds them.
 
 use std::fs::{File, OpenOptions};
 use std::num::NonZeroU8;
@@ -19,7 +19,7 @@ use vmfile_pages::lane::Workers;
 use vmfile_qemu::{Feature, KeptFile, Outgoing, PUT_BACK_TIMEOUT, StreamSettings, Vm};
 use vmfile_stream::Channels;
 
-use super::sending::{not_sent, sent};
+use super::sending::{migration_error, wait_until_sent};
 use super::space::refuse_without_space;
 use super::{SaveOptions, Work, Written, native_file};
 use crate::error::SaveError;
@@ -27,29 +27,32 @@ use crate::error::SaveError;
 /// How many threads of QEMU write if the caller does not say: QEMU's own default (10.0).
 const CHANNELS: NonZeroU8 = NonZeroU8::new(2).expect("2 is not zero");
 
-/// How often QEMU is asked how far it is.
+/// How long to wait between two queries of QEMU's progress.
 const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
-/// How long QEMU may take to stop when it is told to.
+/// How long QEMU may take to stop writing.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// QEMU writes single pages from where they lie in memory: what direct I/O must be content with.
+/// QEMU writes single pages, from where they lie in memory: direct I/O must allow this length and
+/// alignment.
 const PAGE_LEN: usize = 4096;
 
-/// A VM that can write the file, and the settings it had.
+/// QEMU's migration settings before the save and during it, and what is needed to complete the
+/// file.
 #[derive(Debug)]
 pub(super) struct NativeRoute {
     before: StreamSettings,
     ours: StreamSettings,
     /// Whether QEMU writes past the page cache.
     direct_io: DirectIoInUse,
-    /// Threads that read the pages again for their hashes, started while the VM runs; `None` once they
+    /// Threads that read the pages again to hash them, started while the VM runs; `None` once they
     /// were used.
     workers: Option<Workers>,
 }
 
 impl NativeRoute {
-    /// Refuses a QEMU that is too old, and asks for the settings, which must be put back.
+    /// Refuses a QEMU that is too old, and asks for its migration settings, which are put back
+    /// later.
     pub(super) fn prepare(
         vm: &mut Vm,
         options: &SaveOptions,
@@ -91,7 +94,7 @@ impl NativeRoute {
         }
         let changed = work.vm.change_stream_settings(&self.before, &self.ours);
         let sent = changed.map_err(SaveError::from).and_then(|()| self.send(work));
-        // What was changed before something failed is put back, too.
+        // Also after an error: some settings may have been changed.
         let put_back = work.vm.unstoppable(PUT_BACK_TIMEOUT, |vm| {
             vm.change_stream_settings(&self.ours, &self.before)
         });
@@ -102,7 +105,7 @@ impl NativeRoute {
         native_file::complete(work, workers, ram_bytes)
     }
 
-    /// Gives QEMU the file for as long as it writes; returns the bytes of all RAM.
+    /// Gives QEMU the file for as long as it writes; returns the length of all RAM in bytes.
     fn send(&self, work: &mut Work<'_>) -> Result<u64, SaveError> {
         let file = work.draft.file().buffered();
         work.guard.keep_open(file.as_fd())?;
@@ -120,9 +123,9 @@ impl NativeRoute {
     }
 }
 
-/// Refuses while the VM runs what could end in a full disk, by the length of RAM: what QEMU does
-/// not write is not known before. QEMU (10.0.2) may crash when its disk fills up, as it may when
-/// it is told to stop ([`Vm::cancel_file`]).
+/// Refuses a disk that has less room than the VM has RAM: how much of it QEMU will write is not
+/// known before. QEMU (10.0.2) may crash when its disk fills up, as it may when it is told to stop
+/// ([`Vm::cancel_file`]).
 fn check_space(vm: &mut Vm, file: &DataFile) -> Result<(), SaveError> {
     let ram: u64 = vm.ram_blocks()?.iter().map(|block| block.used_length).sum();
     refuse_without_space(ram, file)
@@ -144,7 +147,8 @@ fn direct_io(settings: &StreamSettings, file: &DataFile) -> DirectIoInUse {
     }
 }
 
-/// Opens the file once more, for writing only: QEMU takes no descriptor that can do more.
+/// Opens the file once more, for writing only: QEMU picks a descriptor with exactly this access
+/// mode.
 fn reopen(file: &File, flags: OFlags) -> Result<OwnedFd, SaveError> {
     let flags = i32::try_from(flags.bits()).expect("flags of open have 31 bits");
     let path = format!("/proc/self/fd/{}", file.as_raw_fd());
@@ -152,7 +156,7 @@ fn reopen(file: &File, flags: OFlags) -> Result<OwnedFd, SaveError> {
     opened.map(OwnedFd::from).map_err(SaveError::Reopen)
 }
 
-/// Waits until QEMU has written all; returns the bytes of all RAM.
+/// Has QEMU write the VM and waits until it is done; returns the length of all RAM in bytes.
 fn send_to(work: &mut Work<'_>, kept: &KeptFile) -> Result<u64, SaveError> {
     work.vm.send_to_file(kept).map_err(|error| cancel(work.vm, error.into()))?;
     let mut ram_bytes = 0;
@@ -167,8 +171,8 @@ fn send_to(work: &mut Work<'_>, kept: &KeptFile) -> Result<u64, SaveError> {
         }
         match outgoing {
             Outgoing::Active => {}
-            Outgoing::Completed => return sent(work.vm).map(|()| ram_bytes),
-            other => return Err(not_sent(other)),
+            Outgoing::Completed => return wait_until_sent(work.vm).map(|()| ram_bytes),
+            other => return Err(migration_error(other)),
         }
         if work.control.is_stopped() {
             return Err(cancel(work.vm, PagesError::Stopped.into()));
@@ -177,7 +181,7 @@ fn send_to(work: &mut Work<'_>, kept: &KeptFile) -> Result<u64, SaveError> {
     }
 }
 
-/// Ends the writing after `error`, and returns the error to report.
+/// Cancels the migration after `error`, and returns the error to report.
 fn cancel(vm: &mut Vm, error: SaveError) -> SaveError {
     match vm.unstoppable(CANCEL_TIMEOUT, |vm| vm.cancel_file(CANCEL_TIMEOUT)) {
         Ok(Outgoing::Active | Outgoing::Held) => {

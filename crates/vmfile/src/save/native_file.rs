@@ -1,11 +1,11 @@
-//! A mapped-ram file that QEMU wrote, made a vmfile.
+//! Completes a mapped-ram file that QEMU wrote, so that it is a vmfile.
 //!
 //! ```text
 //! structure - run state - stale places - hashes - mark and checksums - manifest
 //! ```
 //!
-//! QEMU's bitmap is the truth about which pages have data: what lies under a clear bit is emptied,
-//! and a page of zeros under a set bit is data like any other.
+//! QEMU's bitmap says which pages have data. The place of a page whose bit is clear is emptied; a
+//! page of zeros whose bit is set counts as data.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -27,7 +27,7 @@ use vmfile_pages::window_reader::{Window, WindowReader};
 use super::{RouteUsed, Work, Written};
 use crate::error::SaveError;
 
-/// Makes what QEMU wrote a vmfile, in everything but the name; `ram_bytes` are those of all RAM.
+/// Completes the file that QEMU wrote, except for its name; `ram_bytes` is the length of all RAM.
 pub(super) fn complete(
     work: &Work<'_>,
     workers: Workers,
@@ -80,8 +80,8 @@ struct Tail {
     vm_description: Vec<u8>,
 }
 
-/// Reads what follows RAM, and corrects in the file how the VM is to come back: it was paused for
-/// the save.
+/// Reads what follows RAM, and corrects the run state in the file: QEMU recorded a pause, because
+/// the VM was paused for the save.
 fn tail(work: &Work<'_>, snapshot: &Snapshot) -> Result<Tail, SaveError> {
     let offset = snapshot.structure().ram_end_offset;
     let state = &snapshot.structure().device_state;
@@ -108,7 +108,7 @@ impl NativeFile<'_> {
         &self.snapshot.structure().blocks
     }
 
-    /// Empties the places of zero pages, should QEMU have written there before they were zero.
+    /// Empties the places of zero pages: QEMU may have written there before the pages became zero.
     fn empty_stale_places(&self) -> Result<(), SaveError> {
         let file = self.work.draft.file();
         let failed = PagesError::writing("the places of zero pages");
@@ -130,9 +130,9 @@ impl NativeFile<'_> {
         Ok(())
     }
 
-    /// Reads every page with data and writes its hash; returns the back end.
+    /// Reads every page with data and writes its hash; returns the I/O back end.
     fn hash(&self, workers: Workers, ram_bytes: u64) -> Result<BackendInUse, SaveError> {
-        // QEMU has done the first half.
+        // Progress counts all RAM twice, and QEMU's writing was the first half.
         let second_half = |progress: Progress| {
             let Progress { done_bytes, total_bytes: all } = progress;
             let share = u128::from(ram_bytes) * u128::from(done_bytes) / u128::from(all.max(1));
@@ -201,7 +201,7 @@ impl NativeFile<'_> {
     }
 }
 
-/// What there is to do: QEMU looks at all RAM once, and the threads that hash it once more.
+/// The total for progress: QEMU goes through all RAM once, and the threads that hash it once more.
 pub(super) fn total_bytes(ram_bytes: u64) -> u64 {
     ram_bytes.saturating_mul(2)
 }

@@ -19,17 +19,17 @@ pub enum After {
     Pause,
 }
 
-/// How RAM is taken.
+/// How RAM gets from the VM into the file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Route {
-    /// `Direct` where it can be, else `Stream`; the report says which and why.
+    /// `Direct` if possible, else `Stream`; the report says which and why.
     #[default]
     Auto,
     /// From the memory of QEMU's process.
     Direct,
     /// From the migration stream, which every QEMU has.
     Stream,
-    /// By QEMU itself, 9.1 and later, which writes the file's pages.
+    /// QEMU itself (9.1 and later) writes the pages into the file.
     Native,
 }
 
@@ -37,9 +37,10 @@ pub enum Route {
 #[derive(Clone, Copy, Debug, Setters)]
 #[non_exhaustive]
 pub struct Live {
-    /// How long it may take, before it is given up: a guest may write faster than it is saved.
+    /// How long the save may take until it fails: a guest may write faster than it is saved.
     pub timeout: Duration,
-    /// How long the guest may stand still at the end, where its memory must be sent more than once.
+    /// How long the guest may stand still at the end of a pre-copy save, which sends changed pages
+    /// again.
     pub pause_max: Duration,
 }
 
@@ -53,23 +54,23 @@ impl Default for Live {
 #[derive(Clone, Debug, Setters)]
 #[non_exhaustive]
 pub struct SaveOptions {
-    /// Let the guest run while its memory is written; the file holds one moment. A guest that is
-    /// paused is saved as it is.
+    /// Let the guest run while its memory is written; the file holds the state of one moment. A
+    /// guest that is already paused is saved as if this were `None`.
     pub live: Option<Live>,
-    /// Put an overlay on top of every disk that the guest can write, in the same instant: the images
-    /// below stay as they were then, and belong to the file.
+    /// Put an overlay on top of every disk that the guest can write, at the saved moment: the
+    /// images below stay as they were then, and belong to the file.
     pub with_disks: bool,
-    /// How RAM is taken.
+    /// How RAM gets from the VM into the file.
     pub route: Route,
     /// What becomes of the VM.
     pub after: After,
     /// Whether pages are written past the page cache.
     pub direct_io: DirectIo,
-    /// Who moves the bytes.
+    /// Which back end does the I/O.
     pub io: Backend,
     /// How many threads read, hash and write.
     pub jobs: Jobs,
-    /// How many threads of QEMU send or write, by the routes `stream` and `native`: its parameter
+    /// How many threads of QEMU send (route `stream`) or write (route `native`): QEMU's parameter
     /// `multifd-channels`. `None`: one stream without channels, or two threads that write.
     pub channels: Option<Channels>,
     /// Whether a file of that name may be replaced.

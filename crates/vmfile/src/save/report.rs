@@ -9,7 +9,7 @@ use vmfile_pages::reading::as_text;
 
 use super::{Change, SavedDisk};
 
-/// How RAM was taken.
+/// How RAM got from the VM into the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum RouteUsed {
@@ -45,7 +45,7 @@ impl Serialize for RouteUsed {
     }
 }
 
-/// How a guest was saved that ran.
+/// How a running guest was saved.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum LiveMethod {
@@ -79,13 +79,13 @@ impl Serialize for LiveMethod {
 pub struct SaveReport {
     /// The file.
     pub file: PathBuf,
-    /// How RAM was taken.
+    /// How RAM got from the VM into the file.
     pub route: RouteUsed,
     /// Why it was that route.
     pub route_reason: String,
     /// Whether the guest ran meanwhile.
     pub live: bool,
-    /// How; `None` if it stood still.
+    /// How the running guest was saved; `None` if it stood still.
     pub live_method: Option<LiveMethod>,
     /// Whether direct I/O was used; if not, why.
     #[serde(serialize_with = "as_text")]
@@ -97,18 +97,18 @@ pub struct SaveReport {
     pub pages_total: u64,
     /// Pages that are zero and take no room.
     pub pages_zero: u64,
-    /// Bytes of pages that were written, those that came again as often as they came.
+    /// Bytes of pages that were written; a page that QEMU sent several times counts each time.
     pub bytes_written: u64,
     /// Bytes of pages that were written again, because the guest had changed them.
     pub bytes_rewritten: u64,
-    /// The disks that belong to the file, and where the guest writes since.
+    /// The disks whose images belong to the file, and the overlays to which the guest writes now.
     pub disks: Vec<SavedDisk>,
-    /// What of the VM is not as its command line would make it.
+    /// Parts of the VM that are not as its command line would make them.
     pub changes: Vec<Change>,
-    /// What the user should know although the file is whole, a sentence each.
+    /// Warnings for the user, a sentence each; the file is whole in spite of them.
     pub warnings: Vec<String>,
-    /// How long the guest stood still, in seconds: to the end of the save, where it did not run on.
+    /// How long the guest stood still, in seconds; until the end of the save if it was not resumed.
     pub pause_seconds: f64,
-    /// How long it all took, in seconds.
+    /// How long the save took, in seconds.
     pub total_seconds: f64,
 }

@@ -48,8 +48,8 @@ impl ReadyRoute {
         }
     }
 
-    /// Returns the paths of the sockets that QEMU connects to, and then of their directories; nothing
-    /// is there before [`ReadyRoute::listen`].
+    /// Returns the paths of the sockets that QEMU connects to, and then of their directories; they
+    /// do not exist before [`ReadyRoute::listen`].
     pub(super) fn sockets(&self) -> Vec<PathBuf> {
         match self {
             ReadyRoute::Stream(route) => route.sockets(),
@@ -76,7 +76,7 @@ impl ReadyRoute {
     }
 }
 
-/// Makes the one route ready by which a guest can run meanwhile.
+/// Makes ready the only route that saves a running guest.
 pub(super) fn choose_live(vm: &mut Vm, route: Route, live: Live) -> Result<ChosenRoute, SaveError> {
     let reason = match route {
         Route::Direct => return Err(SaveError::NotLive { route: "direct" }),
@@ -116,7 +116,7 @@ pub(super) fn choose(
             };
             Ok(ChosenRoute { route: ReadyRoute::Direct(direct), reason: reason.to_owned() })
         }
-        // What keeps this process out of QEMU's memory does not keep QEMU from sending it.
+        // QEMU can send its memory even if this process cannot read it.
         Err(error) if route == Route::Auto && is_memory_out_of_reach(&error) => {
             let because = std::error::Error::source(&error);
             let because = because.map(|source| format!(": {source}")).unwrap_or_default();

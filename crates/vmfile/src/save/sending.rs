@@ -1,4 +1,4 @@
-//! Our ends of the connections by which QEMU sends a VM, and how a sending is ended.
+//! Our ends of the connections over which QEMU sends a VM, and how vmfile ends the migration.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,19 +18,19 @@ use crate::error::SaveError;
 use crate::guard::Guard;
 use crate::receive::ReceiveError;
 
-/// How long QEMU may take to see that its stream has ended, and to end a sending.
+/// How long QEMU may take to notice that its stream has ended, and to end the migration.
 const END_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How long QEMU may take to make all its connections: it has only to call `connect`.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How often QEMU is asked how it is while it makes its connections.
+/// How long to wait for the next connection before QEMU's state is queried again.
 const ASK_INTERVAL: Duration = Duration::from_millis(20);
 
-/// How long it takes at most until the drain sees that it is over, or that a connection has come.
+/// How long [`Peer::drain`] waits for data before it checks for new connections and for its end.
 const DRAIN_INTERVAL: Duration = Duration::from_millis(20);
 
-/// Returns the process that sends, where it is known.
+/// Returns the process that sends, if it is known.
 pub(super) fn peer_process(vm: &mut Vm) -> Option<PeerProcess> {
     let pid = vm.pid().ok()?;
     Some(PeerProcess { pid, is_stopped: is_process_stopped })
@@ -38,16 +38,17 @@ pub(super) fn peer_process(vm: &mut Vm) -> Option<PeerProcess> {
 
 /// Our ends of the connections of a QEMU that sends by several channels.
 ///
-/// They stay open and are read until QEMU has ended the sending, whatever became of those who
-/// received. Tried with up to 8 channels at random moments:
+/// They stay open and are read until QEMU has ended the migration, even after the receiver has
+/// failed. Tried with up to 8 channels at random moments:
 ///
 /// - When the ends close while QEMU sends, 10.0.2 crashes (SIGSEGV, 1 of 40).
-/// - When it is told to stop while it connects, 10.0.2 aborts (`yank_unregister_instance`, 2 of 18) or
-///   stays in `setup` or `cancelling` for ever.
-/// - When it is told to stop while an end is open that is not read, 10.0.2 and 11.1 stop answering
-///   (6 of 100): the thread that sends waits for room, and holds the lock that the answer needs.
-/// - When all connections are taken and read, QEMU is past `setup` and is then told to stop, all of
-///   7.2, 10.0.2 and 11.1 ended as they should (100 tries each).
+/// - When QEMU is told to stop while it connects, 10.0.2 aborts (`yank_unregister_instance`, 2 of
+///   18) or stays in `setup` or `cancelling` for ever.
+/// - When QEMU is told to stop while an end is open that is not read, 10.0.2 and 11.1 stop
+///   answering (6 of 100): the thread that sends waits for room, and holds the lock that the answer
+///   needs.
+/// - When all connections are accepted and read, and QEMU is told to stop after `setup`, all of
+///   7.2, 10.0.2 and 11.1 end as they should (100 tries each).
 #[derive(Debug, Default)]
 pub(super) struct Peer {
     listener: Option<Listener>,
@@ -55,7 +56,7 @@ pub(super) struct Peer {
 }
 
 impl Peer {
-    /// Reads all that comes, and takes all who connect, until `is_over`.
+    /// Accepts all connections, and reads and discards their data, until `is_over` is set.
     fn drain(mut self, is_over: &AtomicBool) {
         let mut piece = vec![0; 1 << 20];
         while !is_over.load(Ordering::Relaxed) {
@@ -65,10 +66,10 @@ impl Peer {
             let interval = Timespec::try_from(DRAIN_INTERVAL).expect("a short time");
             let mut ends: Vec<PollFd<'_>> =
                 self.held.iter().map(|end| PollFd::new(end, PollFlags::IN)).collect();
-            // Where it fails the reads below say so, too.
+            // If it fails, the reads below fail too.
             let _ = poll(&mut ends, Some(&interval));
             drop(ends);
-            // An end at which nothing more comes is closed: QEMU has closed its own.
+            // Closes an end whose stream has ended: QEMU has closed its own.
             self.held.retain(|end| {
                 let read = recv(end, &mut piece[..], RecvFlags::DONTWAIT);
                 !matches!(read, Ok((_, 0)))
@@ -77,7 +78,8 @@ impl Peer {
         }
     }
 
-    /// Lets QEMU send the VM to a socket, and waits for the stream and `channels` beside it.
+    /// Has QEMU send the VM to a socket, and waits for the connections of the stream and of
+    /// `channels`.
     pub(super) fn connect(
         &mut self,
         (vm, guard): (&mut Vm, &Guard),
@@ -106,7 +108,7 @@ impl Peer {
                     ))
                 }
                 Outgoing::Failed(reason) => Some(reason),
-                other => return Err(not_sent(other)),
+                other => return Err(migration_error(other)),
             };
             if let Some(reason) = because {
                 let socket = listener.path_of_sender().to_owned();
@@ -118,7 +120,8 @@ impl Peer {
         Ok(Connections::sort(accepted, listener, channels, limits)?)
     }
 
-    /// Ends the sending after `error`, and says what was the reason: QEMU's, where QEMU gave up first.
+    /// Ends the migration after `error`, and returns the error to report: QEMU's, if QEMU failed
+    /// first.
     pub(super) fn give_up(self, vm: &mut Vm, error: SaveError) -> SaveError {
         let is_cut = matches!(
             &error,
@@ -129,7 +132,7 @@ impl Peer {
             Err(gone) if is_cut => Some(gone.into()),
             _ => None,
         };
-        // A QEMU that fails on its own meanwhile has stopped sending as well.
+        // If QEMU fails by itself meanwhile, it has stopped sending as well.
         match self.end(vm) {
             Ok(Outgoing::Active | Outgoing::Held) => {
                 SaveError::Migration { reason: "it does not stop".to_owned() }
@@ -141,7 +144,7 @@ impl Peer {
     fn end(self, vm: &mut Vm) -> Result<Outgoing, VmError> {
         let is_over = AtomicBool::new(false);
         thread::scope(|scope| {
-            // Where there is no thread to be had, the ends close here.
+            // If no thread can be started, the ends close here.
             let drain = thread::Builder::new().spawn_scoped(scope, || self.drain(&is_over));
             let ended = vm.end_sending(END_TIMEOUT);
             is_over.store(true, Ordering::Relaxed);
@@ -151,16 +154,16 @@ impl Peer {
     }
 }
 
-/// The last byte has come: waits until QEMU says that it was.
-pub(super) fn sent(vm: &mut Vm) -> Result<(), SaveError> {
+/// Waits until QEMU reports completion, after its last byte has arrived.
+pub(super) fn wait_until_sent(vm: &mut Vm) -> Result<(), SaveError> {
     match vm.wait_sent(END_TIMEOUT)? {
         Outgoing::Completed => Ok(()),
-        other => Err(not_sent(other)),
+        other => Err(migration_error(other)),
     }
 }
 
-/// Says why QEMU has not sent the VM.
-pub(super) fn not_sent(outgoing: Outgoing) -> SaveError {
+/// Returns the error for a migration that QEMU has not completed.
+pub(super) fn migration_error(outgoing: Outgoing) -> SaveError {
     let reason = match outgoing {
         Outgoing::Failed(reason) => reason,
         Outgoing::Cancelled => "another client of QEMU cancelled it".to_owned(),

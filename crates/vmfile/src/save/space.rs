@@ -1,4 +1,4 @@
-//! Room on the disk, which is asked for before the pause.
+//! Checks the room on the disk, before the pause.
 
 use vmfile_engine::{DataFile, available_space};
 use vmfile_pages::PagesError;

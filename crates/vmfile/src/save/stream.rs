@@ -1,7 +1,7 @@
 //! The route `stream`: RAM and device state from QEMU's own migration stream.
 //!
-//! It needs no right but the monitor's, and every QEMU has it. QEMU's capabilities and parameters are
-//! changed for it and put back as they were.
+//! It needs only access to the monitor, and works with every QEMU. vmfile changes QEMU's migration
+//! capabilities and parameters for it, and puts them back.
 
 use super::RouteUsed;
 use std::os::unix::net::UnixStream;
@@ -16,29 +16,29 @@ use vmfile_stream::incoming::WaitLimits;
 use vmfile_stream::listener::{Listener, SocketPlace};
 use vmfile_stream::receiver::{Received, StreamReceiver};
 
-use super::sending::{Peer, peer_process, sent};
+use super::sending::{Peer, peer_process, wait_until_sent};
 use super::{SaveOptions, Work, Written};
 use crate::error::SaveError;
 
-/// How long QEMU may be silent: a VM that is stopped has nothing to wait for.
+/// How long QEMU may send nothing: while the guest is stopped, QEMU has nothing to wait for.
 const STALL_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// A VM that can send itself, and the settings it had.
+/// QEMU's migration settings before the save, and what is needed to receive the VM.
 #[derive(Debug)]
 pub(super) struct StreamRoute {
     before: StreamSettings,
-    /// How many connections beside the stream pages go by.
+    /// How many connections carry pages beside the stream.
     channels: Option<Channels>,
-    /// Where QEMU makes these connections; `None` once there is a socket, or without channels.
+    /// Where to make the socket for these connections; `None` once it exists, or without channels.
     place: Option<SocketPlace>,
-    /// The socket there; `None` until then, and once it was used.
+    /// That socket; `None` before it exists, and once it was used.
     listener: Option<Listener>,
     /// A thread for each connection, started while the VM runs; `None` once they were used.
     workers: Option<Workers>,
 }
 
 impl StreamRoute {
-    /// Asks for the settings, which must be put back.
+    /// Asks QEMU for its migration settings, which are put back later.
     pub(super) fn prepare(
         vm: &mut Vm,
         options: &SaveOptions,
@@ -69,7 +69,7 @@ impl StreamRoute {
         Ok(())
     }
 
-    /// Lets QEMU send the paused VM, writes what comes, and then what belongs around it.
+    /// Has QEMU send the paused VM, writes it to the file, and completes the file.
     pub(super) fn write(&mut self, work: &mut Work<'_>) -> Result<Written, SaveError> {
         let (ours, changed) = self.change_settings(work);
         let channels = self.channels.zip(self.listener.take());
@@ -77,7 +77,7 @@ impl StreamRoute {
             let workers = self.workers.take().expect("a route writes once");
             receive(work, channels, workers)
         });
-        // What was changed before something failed is put back, too.
+        // Also after an error: some settings may have been changed.
         let put_back = work
             .vm
             .unstoppable(PUT_BACK_TIMEOUT, |vm| vm.change_stream_settings(&ours, &self.before));
@@ -95,10 +95,10 @@ impl StreamRoute {
 }
 
 impl StreamRoute {
-    /// Changes QEMU's settings; returns those that it may have now, whatever came of it.
+    /// Changes QEMU's settings; returns those that it may have now, even after an error.
     ///
-    /// A VM that stays paused is sent as a background snapshot, where QEMU can: it is then paused as
-    /// before, and can be saved once more.
+    /// A VM that stays paused is sent as a background snapshot if QEMU can do that: it is then
+    /// paused as before, and can be saved once more.
     fn change_settings(&self, work: &mut Work<'_>) -> (StreamSettings, Result<(), VmError>) {
         if work.stays_paused() {
             match self.change_for_a_snapshot(work.vm) {
@@ -114,7 +114,8 @@ impl StreamRoute {
         (ours, changed)
     }
 
-    /// Changes QEMU's settings to those of a background snapshot, or says why they were not changed.
+    /// Changes QEMU's settings to those of a background snapshot, or says why they were not
+    /// changed.
     fn change_for_a_snapshot(&self, vm: &mut Vm) -> Result<StreamSettings, String> {
         let version = vm.version().map_err(|error| error.to_string())?;
         if !version.has(Feature::PausedSnapshot) {
@@ -130,7 +131,7 @@ impl StreamRoute {
     }
 }
 
-/// Receives the VM; whatever comes of it, QEMU is not sending any more.
+/// Receives the VM. When this returns, even with an error, QEMU does not send any more.
 fn receive(
     work: &mut Work<'_>,
     channels: Option<(Channels, Listener)>,
@@ -152,12 +153,12 @@ fn receive(
     let vm = &mut *work.vm;
     let received = connections.and_then(|connections| {
         let receiver = StreamReceiver { draft: work.draft, workers, limits };
-        receiver.run(connections, || sent(vm))
+        receiver.run(connections, || wait_until_sent(vm))
     });
     received.map_err(|error| peer.give_up(work.vm, error))
 }
 
-/// Returns what a route says that received the VM by its stream.
+/// Returns the result of a route that received the VM as a stream.
 pub(super) fn written(received: &Received) -> Written {
     Written {
         pages_total: received.places.pages_total(),
