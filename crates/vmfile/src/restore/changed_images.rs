@@ -1,4 +1,4 @@
-//! Images that are not what they were when the VM was saved: its memory would not fit them.
+//! Finds images that have changed since the VM was saved: its memory does not fit them any more.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -10,7 +10,8 @@ use crate::image_facts;
 use crate::image_path::{is_file, is_same_file};
 use crate::restore_error::{ImageChange, RestoreError};
 
-/// Compares every image that the file names with what it was; returns what the user should know.
+/// Compares every image that the file names with what it was when the VM was saved; returns
+/// warnings.
 pub(super) fn check_all(
     vm: &VmMeta,
     directory: &Path,
@@ -25,11 +26,11 @@ pub(super) fn check_all(
     seen.judge(vm, options)
 }
 
-/// Compares those images that are named outside the file, by the user's command line or by a QEMU
-/// that waits, with what they were; `named` are those on top of a drive.
+/// Does the same for the images that the user's command line or a QEMU that waits names; `named`
+/// are the top images of the drives.
 ///
-/// A file that nothing but the saved one names is not opened: it is looked at where it is said to
-/// lie below an image that is named.
+/// An image that only the file names is not opened. If the file says that it lies below one of
+/// `named`, it is compared by what the kernel says of it.
 pub(super) fn check_named(
     vm: &VmMeta,
     directory: &Path,
@@ -78,7 +79,7 @@ pub(super) fn check_named(
     seen.judge(vm, options)
 }
 
-/// What was found out about the images.
+/// The changes and warnings found so far.
 #[derive(Default)]
 struct Seen {
     changes: Vec<ImageChange>,
@@ -111,7 +112,7 @@ impl Seen {
         }
     }
 
-    /// Refuses changes unless the user allows them; returns all that is worth knowing otherwise.
+    /// Refuses changes unless the caller allows them; returns the warnings.
     fn judge(mut self, vm: &VmMeta, options: &RestoreOptions) -> Result<Vec<String>, RestoreError> {
         if !self.changes.is_empty() && !options.disks_changed_ok {
             return Err(RestoreError::DisksChanged { changes: self.changes });

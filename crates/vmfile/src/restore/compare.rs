@@ -1,12 +1,12 @@
-//! Does the file fit the QEMU that waits?
+//! Checks whether the file fits the QEMU that waits.
 
 use vmfile_pages::snapshot::Snapshot;
 use vmfile_qemu::RamBlockInfo;
 
 use crate::restore_error::{Mismatch, RestoreError};
 
-/// Compares the file with the QEMU that waits, before QEMU sees a byte of it: QEMU itself does not
-/// compare the lengths of RAM blocks in a mapped-ram file (9.0 to 11.0).
+/// Compares the file with the QEMU that waits, before QEMU gets a byte of it: QEMU itself (9.0 to
+/// 11.0) does not compare the lengths of RAM blocks in a mapped-ram file.
 pub(super) fn compare(
     snapshot: &Snapshot,
     machine: &str,
@@ -30,7 +30,7 @@ pub(super) fn compare(
                 file: format!("{length} bytes"),
                 vm: "none of that name".to_owned(),
             }),
-            // Blocks that can be resized take the length that the stream says.
+            // QEMU resizes a resizable block to the length that the stream says.
             Some(info)
                 if length == info.used_length
                     || length <= info.total_length && info.total_length > info.used_length => {}

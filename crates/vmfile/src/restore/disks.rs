@@ -1,4 +1,5 @@
-//! The disks of the saved moment: images that belong to the file get overlays, for the VM to write to.
+//! The disks of a restored VM: an image that belongs to the file gets an overlay, to which the
+//! guest writes.
 
 use std::fs::{self, File};
 use std::io;
@@ -30,22 +31,22 @@ pub struct RestoredDisk {
     pub overlay: PathBuf,
 }
 
-/// Overlays that were made; they are removed on drop, unless they are kept.
+/// Overlays that were made. Dropping this removes them, unless [`NewOverlays::keep`] was called.
 #[derive(Debug, Default)]
 pub(super) struct NewOverlays(Vec<RestoredDisk>);
 
 impl NewOverlays {
-    /// Returns what they are.
+    /// Returns the overlays and their images.
     pub(super) fn list(&self) -> &[RestoredDisk] {
         &self.0
     }
 
-    /// Returns their files.
+    /// Returns the files of the overlays.
     pub(super) fn files(&self) -> Vec<PathBuf> {
         self.0.iter().map(|disk| disk.overlay.clone()).collect()
     }
 
-    /// Leaves them: the VM runs with them.
+    /// Does not remove the overlays: the VM runs with them.
     pub(super) fn keep(mut self) -> Vec<RestoredDisk> {
         std::mem::take(&mut self.0)
     }
@@ -60,15 +61,15 @@ impl Drop for NewOverlays {
     }
 }
 
-/// What was done about the images of a VM.
+/// The overlays made for a VM, and what was found out about its images.
 #[derive(Debug, Default)]
 pub(super) struct Images {
     pub(super) overlays: NewOverlays,
-    /// What the user should know.
+    /// Warnings for the user.
     pub(super) warnings: Vec<String>,
 }
 
-/// Where a QEMU is started, and with what.
+/// What is known when a QEMU is started: the file, the program and the directory.
 #[derive(Clone, Copy)]
 pub(super) struct Start<'a> {
     pub(super) snapshot: &'a Snapshot,
@@ -77,8 +78,8 @@ pub(super) struct Start<'a> {
     pub(super) options: &'a RestoreOptions,
 }
 
-/// Makes the saved line name the images that the VM had when it was saved: an overlay where the
-/// image belongs to the file, and no medium where the drive had none.
+/// Changes the saved line so that it names the images that the VM had when it was saved, or a new
+/// overlay if the image belongs to the file. A drive that had no medium gets none.
 pub(super) fn place_saved(
     start: Start<'_>,
     line: &mut CommandLine,
@@ -101,14 +102,14 @@ pub(super) fn place_saved(
     Ok(images)
 }
 
-/// Puts the image of one disk in its place.
+/// Puts the image of one disk into its drive on the line.
 fn place_disk(
     start: Start<'_>,
     line: &mut CommandLine,
     (disk, disks): (&DiskMeta, &[DiskMeta]),
     overlays: &mut NewOverlays,
 ) -> Result<(), RestoreError> {
-    // A URL, or something that has no path, is taken as the line has it.
+    // A URL, or an image without a path, stays as it is on the line.
     let image = start.directory.join(&disk.path);
     let is_file = is_file(&disk.path);
     let drives = line.drives();
@@ -150,17 +151,17 @@ fn place_disk(
     Ok(())
 }
 
-/// Tells whether a drive of the line is that of `disk`.
+/// Tells whether `drive` on the line is the drive of `disk`.
 fn is_place(disk: &DiskMeta, drive: &LineDrive) -> bool {
     if disk.id.is_some() || disk.qdev.is_some() {
         return drive.is_named(disk.id.as_deref().unwrap_or_default(), disk.qdev.as_deref());
     }
-    // Files of older versions have one or the other as the device.
+    // In files of older vmfile versions, `device` is either the id or the qdev path.
     drive.is_named(&disk.device, None) || drive.is_named("", Some(&disk.device))
 }
 
-/// Finds the only drive of the line that names an image of `disk`: of machines whose drives have
-/// names that we do not know.
+/// Finds the only drive on the line that names an image of `disk`: vmfile does not know the names
+/// of the drives of every machine type.
 fn by_image<'a>(
     directory: &Path,
     drives: &'a [LineDrive],
@@ -193,11 +194,11 @@ fn has_chain(start: Start<'_>, place: Option<&LineDrive>, disk: &DiskMeta) -> bo
     })
 }
 
-/// Checks the images that the user's command line names against what the file says of them, and
-/// puts overlays on those that belong to the file.
+/// Compares the images that the user's command line names with what the file says of them, and puts
+/// overlays on those that belong to the file.
 ///
-/// Nothing that the file says gets into the line: the overlay is one of the image that the line
-/// names, beside it, in the format that the line says.
+/// Nothing from the file gets into the line: the overlay lies beside the image that the line names,
+/// and has the format that the line says for this image.
 pub(super) fn place_given(
     start: Start<'_>,
     line: &mut CommandLine,
@@ -225,7 +226,7 @@ pub(super) fn place_given(
             let option = drive.option.clone().unwrap_or_default();
             return Err(RestoreError::FormatNotSaid { option, image });
         };
-        // A file that a device uses directly is raw bytes.
+        // "file" is a node that the device uses directly, without a format: raw bytes.
         let format = if format == "file" { "raw".to_owned() } else { format };
         let overlay = make_overlay(start, &image, &format)?;
         images.overlays.0.push(RestoredDisk { image, overlay: overlay.clone() });
@@ -236,8 +237,9 @@ pub(super) fn place_given(
     Ok(images)
 }
 
-/// Refuses a QEMU that waits with an image of the file on top of a drive, for the guest would write
-/// into it: no overlay is put there once QEMU has it open. `here` is where QEMU runs.
+/// Refuses a QEMU that waits if the top image of a drive belongs to the file: the guest would write
+/// to it, and vmfile puts no overlay on an image that QEMU has open. `here` is QEMU's working
+/// directory.
 pub(super) fn refuse_own(
     vm: &VmMeta,
     saved_in: &Path,
@@ -246,7 +248,7 @@ pub(super) fn refuse_own(
 ) -> Result<(), RestoreError> {
     let belongs = vm.disks.iter().filter(|disk| disk.overlay.is_some() && is_file(&disk.path));
     let belongs: Vec<PathBuf> = belongs.map(|disk| saved_in.join(&disk.path)).collect();
-    // What the guest writes with `-snapshot` goes into a file of QEMU's own.
+    // With `-snapshot`, the guest writes to a temporary file of QEMU.
     for drive in drives.iter().filter(|drive| drive.is_writable() && !drive.temporary) {
         let top = drive.image().filter(|image| is_file(&image.path));
         let Some(image) = top.map(|image| here.join(&image.path)) else { continue };

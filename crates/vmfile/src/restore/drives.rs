@@ -1,4 +1,4 @@
-//! Does the QEMU that was started have the images that the VM had?
+//! Checks whether the QEMU that was started has the images that the VM had.
 
 use std::path::Path;
 
@@ -9,11 +9,12 @@ use super::RestoredDisk;
 use crate::image_path::{is_file, is_same_file};
 use crate::restore_error::{Mismatch, RestoreError};
 
-/// Compares what QEMU says of its drives with the file, whose command line it was started with:
-/// every chain of images that the VM had, below its new overlay where there is one, is that of a
-/// drive, and no other drive has a medium. A drive that has an id has its own chain.
+/// Compares the drives of a QEMU that was started with the saved command line with those in the
+/// file. Each chain of images that the VM had, with the new overlay on top if there is one, must be
+/// in a drive, and no other drive may have a medium. A chain whose drive had an id must be in the
+/// drive with this id.
 ///
-/// A file that was received does not say what drives its VM had.
+/// A file that was received does not say which drives the VM had, so nothing is compared.
 ///
 /// Returns the drives that have other I/O limits than the VM's had, with the VM's.
 pub(super) fn compare_drives<'a>(
@@ -72,7 +73,7 @@ pub(super) fn limit_drives(
     Ok(warnings)
 }
 
-/// Returns the images that the drive is to have, the top first.
+/// Returns the images that the drive must have, the top first.
 fn expected(disk: &DiskMeta, directory: &Path, overlays: &[RestoredDisk]) -> Vec<String> {
     let image = directory.join(&disk.path);
     let new = overlays.iter().find(|new| disk.overlay.is_some() && new.image == image);

@@ -4,11 +4,11 @@
 //! verify all but pages - prepare - start QEMU - compare - RAM (map, load or stream) - device state - run
 //! ```
 //!
-//! `map`: the file's pages *are* the RAM, copy-on-write; QEMU is started with them and nothing is
-//! read. `load`: the file is read straight into the memory of a QEMU that waits. Either way QEMU
-//! then gets a short stream of its own kind: the block list, the pages of the small blocks, and
-//! the device state. `stream`: all of it comes that way, which any QEMU takes. Pages that are read are
-//! compared with their hashes, before the guest runs on them.
+//! `map`: the file's pages *are* the RAM, copy-on-write; QEMU starts with them and nothing is read.
+//! `load`: vmfile reads the file straight into the memory of a QEMU that waits. Either way QEMU
+//! then gets a short migration stream: the block list, the pages of the small blocks, and the
+//! device state. `stream`: QEMU gets everything as a migration stream, which every QEMU accepts.
+//! Pages that vmfile reads are compared with their hashes before the guest runs.
 
 mod changed_images;
 mod compare;
@@ -41,10 +41,10 @@ use self::ram::{Brought, bring};
 use crate::guard::Guard;
 use crate::restore_error::RestoreError;
 
-/// How RAM comes back.
+/// How RAM gets from the file into QEMU.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Mode {
-    /// `map` where it can be, else `load`, else `stream`; the report says which and why.
+    /// `map` if possible, else `load`, else `stream`; the report says which and why.
     #[default]
     Auto,
     /// Mapped from the file, copy-on-write: nothing is read.
@@ -55,7 +55,7 @@ pub enum Mode {
     Stream,
 }
 
-/// How RAM came back.
+/// How RAM got from the file into QEMU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
@@ -78,14 +78,14 @@ impl fmt::Display for ModeUsed {
     }
 }
 
-/// Into which QEMU a VM is restored.
+/// The QEMU into which a VM is restored.
 #[derive(Debug)]
 pub enum Destination {
-    /// One that is started with the command line that was saved.
+    /// A new one, started with the saved command line.
     Saved,
-    /// One that is started with this command line, the program's name first.
+    /// A new one, started with this command line; its first word is the program.
     Command(Vec<String>),
-    /// One that the caller started with `-incoming defer`.
+    /// The one that the caller has started with `-incoming defer`.
     Waiting(Vm),
 }
 
@@ -93,18 +93,18 @@ pub enum Destination {
 #[derive(Clone, Debug, Setters)]
 #[non_exhaustive]
 pub struct RestoreOptions {
-    /// How RAM comes back.
+    /// How RAM gets from the file into QEMU.
     pub mode: Mode,
     /// Whether `load` and `stream` read past the page cache.
     pub direct_io: DirectIo,
-    /// Who reads the bytes.
+    /// Which back end does the I/O.
     pub io: Backend,
-    /// How many threads `load` has.
+    /// How many threads read and hash for `load`.
     pub jobs: Jobs,
-    /// Restore although disk images are not what they were when the VM was saved.
+    /// Restore even if disk images have changed since the VM was saved.
     pub disks_changed_ok: bool,
-    /// Before a guest runs on pages that are mapped, read them all and compare them with their
-    /// hashes. What is read anyway is always compared.
+    /// With `map`, read all pages and compare them with their hashes before the guest runs. `load`
+    /// and `stream` always compare the pages.
     pub verify: bool,
     /// Leave the guest paused, even if it ran when it was saved.
     pub paused: bool,
@@ -135,15 +135,15 @@ pub struct RestoreReport {
     pub pid: u32,
     /// The first QMP socket that its command line names.
     pub qmp: Option<PathBuf>,
-    /// How RAM came back: `map`, `load` or `stream`.
+    /// How RAM got from the file into QEMU: `map`, `load` or `stream`.
     pub mode: ModeUsed,
     /// Why it was that mode.
     pub mode_reason: String,
     /// Whether the guest runs now.
     pub running: bool,
-    /// The disks whose images belong to the file, and where the guest writes.
+    /// The disks whose images belong to the file, and the overlays to which the guest writes.
     pub disks: Vec<RestoredDisk>,
-    /// What the user should know, such as images that are not what they were.
+    /// Warnings for the user, such as images that have changed.
     pub warnings: Vec<String>,
     /// Whether `load` or `stream` used direct I/O; if not, why.
     #[serde(serialize_with = "as_text_if_any")]
@@ -152,11 +152,11 @@ pub struct RestoreReport {
     pub bytes_read: u64,
     /// Whether the file was compared with its checksums and each page with its hash; if not, why.
     pub verified: Verified,
-    /// From the start of QEMU to its first answer, in seconds; 0 for a QEMU that waited.
+    /// From the start of QEMU to its first answer, in seconds; 0 for a QEMU that was waiting.
     pub qemu_start_seconds: f64,
     /// From QEMU's first answer to the guest running, in seconds.
     pub resume_seconds: f64,
-    /// How long it all took, in seconds.
+    /// How long the restore took, in seconds.
     pub total_seconds: f64,
 }
 
@@ -179,12 +179,14 @@ pub struct Restored {
 
 /// Restores the VM in `snapshot`.
 ///
-/// The QEMU that is started ends when [`Restored::qemu`] is dropped, unless it is kept.
+/// The QEMU that is started ends when [`Restored::qemu`] is dropped, unless it is detached
+/// ([`LaunchedQemu::detach`]).
 ///
 /// # Errors
 ///
-/// Returns [`RestoreError`]; a QEMU that was started for it is gone then. A QEMU that waited is
-/// still waiting, unless its state was being loaded.
+/// Returns [`RestoreError`]; a QEMU that was started has then been ended, except with
+/// [`RestoreError::Unanswered`]. A QEMU that was waiting still waits, unless its state was being
+/// loaded.
 pub fn restore(
     snapshot: &Snapshot,
     destination: Destination,
@@ -203,12 +205,12 @@ pub fn restore(
     let brought = brought.map_err(|error| prepared.explain(error))?;
     let is_to_run = is_to_run(snapshot, options)?;
     if let Some(guard) = prepared.guard.as_ref().filter(|_| is_to_run) {
-        // The VM is there: should this process end now, its guest runs on all the same.
+        // The VM is restored: if this process ends now, the guardian lets the guest run.
         guard.watch_run()?;
     }
     match run(prepared.vm(), is_to_run) {
         Err(error @ RestoreError::Unanswered { .. }) => {
-            // The guest may run, and ending its QEMU would take what it does.
+            // The guest may run, and ending its QEMU would lose what it does.
             prepared.guard.map(Guard::leave).unwrap_or_default();
             drop(prepared.overlays.keep());
             drop(prepared.qemu.into_launched().map(LaunchedQemu::detach));
@@ -235,7 +237,7 @@ pub fn restore(
     Ok(Restored { report, qemu: prepared.qemu.into_launched() })
 }
 
-/// Compares the QEMU that waits with the file, and brings RAM and device state into it.
+/// Compares the QEMU that waits with the file, and loads RAM and device state into it.
 fn fill(
     snapshot: &Snapshot,
     prepared: &mut Prepared,
@@ -255,7 +257,7 @@ fn fill(
     bring(snapshot, prepared, &found, options, control)
 }
 
-/// Whether the guest is to run: it ran when it was saved.
+/// Whether the guest is to run: it ran when it was saved, and the caller does not want it paused.
 fn is_to_run(snapshot: &Snapshot, options: &RestoreOptions) -> Result<bool, RestoreError> {
     let state = &snapshot.structure().device_state;
     let was_running = state.run_state(&snapshot.device_state()?) == Some("running");

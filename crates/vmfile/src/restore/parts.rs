@@ -1,4 +1,4 @@
-//! Devices, memory and CPUs that came or went while the saved VM ran.
+//! Devices, memory and CPUs that were plugged or unplugged while the saved VM ran.
 
 use std::collections::BTreeMap;
 
@@ -8,11 +8,11 @@ use vmfile_qemu::{CommandLine, Parts, Pin, Vm};
 
 use crate::restore_error::{Mismatch, RestoreError};
 
-/// Makes the saved command line make what the VM had in the end.
+/// Changes the saved command line so that it makes what the VM had when it was saved.
 ///
 /// # Errors
 ///
-/// [`RestoreError::CannotRemake`] names every part that no option makes.
+/// [`RestoreError::CannotRemake`] names every part that no command-line option can make.
 pub(super) fn remake(meta: &VmMeta, line: &mut CommandLine) -> Result<(), RestoreError> {
     let obstacle = |change: &ChangeMeta| {
         let reason = change.obstacle.as_ref()?;
@@ -33,7 +33,8 @@ pub(super) fn remake(meta: &VmMeta, line: &mut CommandLine) -> Result<(), Restor
         })
         .collect();
     line.pin_devices(&pins)?;
-    // The back ends that the new devices use must not go with the old ones.
+    // Adds devices before it leaves out others: that must not remove back ends which the new ones
+    // use.
     for pair in changes.iter().flat_map(|change| change.add.chunks_exact(2)) {
         if let [option, value] = pair {
             line.push(option, Some(value));
@@ -45,8 +46,8 @@ pub(super) fn remake(meta: &VmMeta, line: &mut CommandLine) -> Result<(), Restor
     Ok(())
 }
 
-/// Compares the parts of the VM in the file with those of the QEMU that waits: QEMU takes a stream
-/// that says nothing of a device which it has (10.0.2).
+/// Compares the parts of the VM in the file with those of the QEMU that waits: QEMU (10.0.2)
+/// accepts a stream without the state of a device that it has.
 pub(super) fn compare_parts(snapshot: &Snapshot, vm: &mut Vm) -> Result<(), RestoreError> {
     let Some(manifest) = snapshot.manifest() else { return Ok(()) };
     let Some(saved) = &manifest.meta.vm.parts else { return Ok(()) };
@@ -57,7 +58,8 @@ pub(super) fn compare_parts(snapshot: &Snapshot, vm: &mut Vm) -> Result<(), Rest
 fn differ(saved: &PartsMeta, found: &Parts) -> Vec<Mismatch> {
     let mut differ = Vec::new();
     devices(saved, found, &mut differ);
-    // By their places: a command line that the user gives may have other ids.
+    // Compares memory devices by their places: a command line that the user gives may have other
+    // ids.
     let place = |address: Option<u64>, slot: Option<i64>| {
         let address = address.map_or("no address".to_owned(), |at| format!("{at:#x}"));
         let slot = slot.map_or(String::new(), |slot| format!(", slot {slot}"));
@@ -106,7 +108,8 @@ fn devices(saved: &PartsMeta, found: &Parts, differ: &mut Vec<Mismatch>) {
     }
 }
 
-/// Compares the places of CPUs by the units that both sides have: QEMU versions name different ones.
+/// Compares the places of CPUs by the units that both sides have: QEMU versions name different
+/// units.
 fn cpus(saved: &PartsMeta, found: &Parts, differ: &mut Vec<Mismatch>) {
     let (Some(ours), Some(theirs)) = (saved.cpus.first(), found.cpus.first()) else { return };
     let common: Vec<&String> =
@@ -123,7 +126,7 @@ fn cpus(saved: &PartsMeta, found: &Parts, differ: &mut Vec<Mismatch>) {
     unequal(ours, theirs, differ);
 }
 
-/// Notes what is on one side only. The first of a pair names it.
+/// Adds to `differ` what is on one side only. Each pair is a name and a value.
 fn unequal(file: Vec<(String, String)>, vm: Vec<(String, String)>, differ: &mut Vec<Mismatch>) {
     let mut left = vm;
     for (what, there) in file {

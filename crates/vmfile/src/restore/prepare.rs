@@ -1,4 +1,4 @@
-//! Which QEMU the VM goes into, how its RAM comes back, and why in that way.
+//! Prepares the QEMU for the VM, and chooses how its RAM is restored.
 
 use super::ModeUsed;
 use std::fs;
@@ -22,10 +22,10 @@ use super::{Destination, Mode, RestoreOptions};
 use crate::guard::Guard;
 use crate::restore_error::{Mismatch, RestoreError};
 
-/// How long QEMU may take to answer: it opens disks and makes RAM meanwhile.
+/// How long QEMU may take to start and answer: it opens disks and makes RAM meanwhile.
 const START_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// The kinds of memory backend that make memory of their own.
+/// The kinds of memory backend whose memory is anonymous, so that it starts as zeros.
 const ANONYMOUS: [&str; 2] = ["memory-backend-ram", "memory-backend-memfd"];
 
 /// A QEMU that waits for the VM.
@@ -39,13 +39,13 @@ pub(super) struct Prepared {
     pub(super) may_stream: bool,
     /// Names of the blocks that are mapped from the file.
     pub(super) mapped: Vec<String>,
-    /// The images that were made for it.
+    /// The overlays that were made for it.
     pub(super) overlays: NewOverlays,
-    /// What the user should know.
+    /// Warnings for the user.
     pub(super) warnings: Vec<String>,
     pub(super) qmp: Option<PathBuf>,
     pub(super) start_seconds: f64,
-    /// Ends the QEMU that was started, should this process end. It is the last to be dropped.
+    /// Ends the QEMU that was started if this process ends. This field is dropped last.
     pub(super) guard: Option<Guard>,
 }
 
@@ -64,16 +64,16 @@ impl Qemu {
 }
 
 impl Prepared {
-    /// Adds to an error what QEMU wrote to its standard error, or that QEMU has ended: what was met
-    /// then is not the cause.
+    /// Adds to an error what QEMU wrote to its standard error, and whether QEMU has ended: then the
+    /// error is only a consequence.
     pub(super) fn explain(&mut self, error: RestoreError) -> RestoreError {
         match error {
             RestoreError::Pages(PagesError::Stopped) => error,
             RestoreError::DeviceState { source, .. } => {
                 RestoreError::DeviceState { source, stderr: self.stderr() }
             }
-            // A process that is ending may take long to give back its memory; it is asked, and the
-            // end of its monitor is the answer.
+            // A process that is ending may take long to free its memory: a query waits until its
+            // monitor closes.
             cause => match self.vm().unstoppable(PUT_BACK_TIMEOUT, Vm::run_state) {
                 Err(VmError::Qmp(source)) if source.is_closed() => {
                     RestoreError::QemuGone { cause: Box::new(cause), stderr: self.stderr(), source }
@@ -83,7 +83,7 @@ impl Prepared {
         }
     }
 
-    /// Returns the end of QEMU's standard error; nothing where this process did not start QEMU.
+    /// Returns the end of QEMU's standard error; nothing if this process did not start QEMU.
     fn stderr(&self) -> String {
         match &self.qemu {
             Qemu::Launched(qemu) => qemu.stderr().trim().to_owned(),
@@ -91,8 +91,8 @@ impl Prepared {
         }
     }
 
-    /// Returns the names of the RAM blocks that hold nothing yet: those that QEMU, just started,
-    /// made of anonymous memory. A file may have been used before.
+    /// Returns the names of the RAM blocks that are still all zero: those that a QEMU, just
+    /// started, made of anonymous memory. RAM in a file may hold old bytes.
     pub(super) fn fresh_blocks(&mut self) -> Result<Vec<String>, RestoreError> {
         let Qemu::Launched(qemu) = &mut self.qemu else { return Ok(Vec::new()) };
         let mut backends = qemu.vm().memory_backends()?;
@@ -148,7 +148,7 @@ pub(super) fn prepare(
     };
     let file = snapshot.file().try_clone().map_err(RestoreError::File)?;
     let inherited = OwnedFd::from(file);
-    // The descriptor of the file that was checked: what lies under the name later does not matter.
+    // Uses the descriptor of the file that was checked: its path may lead to another file by now.
     let path = PathBuf::from(format!("/proc/self/fd/{}", inherited.as_raw_fd()));
     let blocks: Vec<MappedBlock> = mapped.iter().map(|placed| in_file(placed, &path)).collect();
     let names = blocks.iter().map(|block| block.block_name.clone()).collect();
@@ -183,8 +183,8 @@ pub(super) fn prepare(
     })
 }
 
-/// Returns the program, the command line and the directory of the VM that was saved, so that they make
-/// what it had in the end.
+/// Returns the program, command line and directory of the saved VM. The command line makes what the
+/// VM had when it was saved.
 fn saved_command(
     snapshot: &Snapshot,
 ) -> Result<(PathBuf, CommandLine, Option<PathBuf>), RestoreError> {
@@ -236,8 +236,8 @@ fn prepare_waiting(
     })
 }
 
-/// Compares the images that a QEMU which waits has with what the file says of them, and refuses one
-/// that the guest would write to although it belongs to the file.
+/// Compares the images of a QEMU that waits with what the file says of them, and refuses an image
+/// that belongs to the file if the guest would write to it.
 fn check_waiting(
     snapshot: &Snapshot,
     vm: &mut Vm,
@@ -255,7 +255,7 @@ fn check_waiting(
 }
 
 /// Compares `-m` with the machine's RAM in the file: QEMU would refuse to start with a mapped file
-/// of another size, and not say which two sizes differ.
+/// of another size, without saying which sizes differ.
 fn compare_memory_size(
     snapshot: &Snapshot,
     command_line: &CommandLine,
@@ -283,7 +283,7 @@ fn in_file(placed: &PlacedBlock, path: &Path) -> MappedBlock {
     }
 }
 
-/// Decides which blocks are mapped, and says the mode and why.
+/// Chooses the blocks to map and the mode; returns also why.
 fn choose<'a>(
     snapshot: &'a Snapshot,
     command_line: &CommandLine,

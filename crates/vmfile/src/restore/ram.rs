@@ -1,4 +1,4 @@
-//! RAM and device state into the QEMU that waits, in the mode that was chosen.
+//! Loads RAM and device state into the QEMU that waits, in the mode that was chosen.
 
 use std::error::Error;
 
@@ -24,11 +24,11 @@ use super::stream::send_to;
 use crate::restore_error::RestoreError;
 use crate::send::SendError;
 
-/// What was brought into QEMU, and how.
+/// How RAM got into QEMU, and how much of it.
 pub(super) struct Brought {
     pub(super) mode: ModeUsed,
     pub(super) reason: String,
-    /// What the mode itself read, without the small blocks that go through a short stream.
+    /// Bytes of pages read from the file, without the small blocks of the short stream.
     pub(super) bytes_read: u64,
     /// `None` if nothing was read.
     pub(super) direct_io: Option<DirectIoInUse>,
@@ -36,7 +36,7 @@ pub(super) struct Brought {
     pub(super) verified: Verified,
 }
 
-/// Brings RAM and device state into the QEMU that waits.
+/// Loads RAM and device state into the QEMU that waits.
 pub(super) fn bring(
     snapshot: &Snapshot,
     prepared: &mut Prepared,
@@ -72,7 +72,7 @@ pub(super) fn bring(
     }
 }
 
-/// Compares pages that are mapped with their hashes, if the caller wants that; says whether.
+/// Compares the mapped pages with their hashes if the caller wants that; returns whether.
 fn verify_mapped(
     snapshot: &Snapshot,
     options: &RestoreOptions,
@@ -92,12 +92,12 @@ fn verify_mapped(
 
 /// The large blocks, and the process in whose memory they lie.
 struct Loadable<'a> {
-    /// Each with its number in the file.
+    /// Each block with its index in the file.
     blocks: Vec<(usize, &'a PlacedBlock)>,
     process: Option<ProcessRam>,
 }
 
-/// Why the file cannot be read into a process.
+/// Why the pages cannot be read into QEMU's memory.
 enum Obstacle {
     NoAddresses(String),
     Process(vmfile_pages::process_ram::ProcessRamError),
@@ -125,7 +125,8 @@ impl From<Obstacle> for RestoreError {
 }
 
 impl<'a> Loadable<'a> {
-    /// Finds where the large blocks lie, or why that cannot be said; nothing has changed then.
+    /// Finds where the large blocks lie in QEMU's process; an [`Obstacle`] says why that is not
+    /// possible. It changes nothing.
     fn find(
         snapshot: &'a Snapshot,
         vm: &mut Vm,
@@ -135,7 +136,7 @@ impl<'a> Loadable<'a> {
         for (number, placed) in snapshot.structure().blocks.iter().enumerate() {
             let (name, len) = (placed.block.name(), placed.block.used_length());
             let info = found.iter().find(|info| info.name == name);
-            // Blocks whose length QEMU may change go through the stream.
+            // A block that is small, or that QEMU must resize, goes through the stream.
             let Some(info) = info.filter(|i| len >= LARGE_BLOCK_LEN && i.used_length == len) else {
                 continue;
             };
@@ -160,8 +161,8 @@ impl<'a> Loadable<'a> {
         self.blocks.iter().any(|(_, placed)| placed.block.name() == name)
     }
 
-    /// Reads the pages of the blocks and copies them into the process; returns how many bytes, and
-    /// whether past the page cache.
+    /// Reads the pages of the blocks and copies them into the process; returns how many bytes it
+    /// read, and whether by direct I/O.
     fn load(
         &self,
         snapshot: &Snapshot,
@@ -179,17 +180,17 @@ impl<'a> Loadable<'a> {
     }
 }
 
-/// Sends the device state, and the pages of the blocks that are not there already.
+/// Sends the device state, and the pages of the blocks that QEMU does not have yet.
 fn short_stream(
     snapshot: &Snapshot,
     vm: &mut Vm,
     is_there: impl Fn(&str) -> bool,
     control: &Control<'_>,
 ) -> Result<(), RestoreError> {
-    // Zero pages are sent as well: the destination filled its ROMs by itself.
+    // Zero pages are sent too: QEMU has filled its ROM blocks by itself.
     let pages = |block: &RamBlock| if is_there(block.name()) { Pages::None } else { Pages::All };
     let contents = paused(snapshot, Contents::new(snapshot, pages)?)?;
-    // It is not this that takes long, and progress has come to its end.
+    // Progress is at its end, and this does not take long.
     send_to(vm, &contents, None, control, &|_| {})
 }
 
@@ -218,7 +219,8 @@ fn whole_stream(
     Ok(Brought { mode, reason, bytes_read, direct_io: Some(direct_io), verified })
 }
 
-/// Whatever the guest did, it waits for `cont`, even in a QEMU that was started without -S.
+/// Sets the run state to "paused", so that the guest waits for `cont` even in a QEMU that was
+/// started without -S.
 fn paused<'a>(
     snapshot: &Snapshot,
     mut contents: Contents<'a>,

@@ -1,4 +1,4 @@
-//! A stream into the QEMU that waits, over a pair of sockets.
+//! Sends a stream to the QEMU that waits, over a pair of sockets.
 
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -15,15 +15,15 @@ use vmfile_stream::stream_writer::{Source, write_short_stream, write_stream};
 
 use crate::restore_error::RestoreError;
 
-/// How long QEMU may take no byte of the stream, nor say that it is done: the device state is
-/// milliseconds of work.
+/// How long QEMU may neither read from the stream nor report that it is done: loading the device
+/// state takes milliseconds.
 const STALL_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// How long a load may take that goes on: there is no reason to end it.
+/// How long a load may take while it makes progress: there is no reason to end it.
 const LOAD_TIMEOUT: Duration = Duration::from_secs(365 * 24 * 3600);
 
-/// Sends `contents` to QEMU and waits until QEMU has loaded it. They are few where no `source` says
-/// how they are read.
+/// Sends `contents` to QEMU and waits until QEMU has loaded them. Without a `source`, from which
+/// pages are read, the contents must be small.
 pub(super) fn send_to(
     vm: &mut Vm,
     contents: &Contents<'_>,
@@ -39,7 +39,7 @@ pub(super) fn send_to(
     let mut outlet = Outlet::new(ours.into(), &is_over).map_err(RestoreError::Stream)?;
     let sent = outlet.sent();
     let inner = Control::new(&over, report);
-    // The outlet goes with the thread: a stream that breaks off must end for QEMU too.
+    // The closure owns the outlet, so that QEMU sees the stream end if the thread fails.
     let write = move || match source {
         Some(source) => write_stream(contents, source, &mut outlet, &inner).map(drop),
         None => write_short_stream(contents, &mut outlet, &inner),
@@ -48,13 +48,13 @@ pub(super) fn send_to(
         let stall = Stall::new(&sent);
         let deadline = Instant::now() + LOAD_TIMEOUT;
         let loaded = vm.wait_loaded(deadline, &|| control.is_stopped() || stall.is_too_long());
-        // A QEMU that has failed takes no more of the stream.
+        // If QEMU has failed, it reads no more of the stream.
         over.store(loaded.is_err(), Ordering::Relaxed);
         loaded
     });
     let (written, loaded) = both.map_err(RestoreError::Stream)?;
     match (loaded, written) {
-        // QEMU saw the stream end early, for our reason.
+        // QEMU failed because we ended the stream early.
         (Err(_), Err(error)) if error.is_about_the_file() => Err(error.into()),
         (Err(LoadError::Cancelled), _) if control.is_stopped() => Err(PagesError::Stopped.into()),
         (Err(LoadError::Cancelled), _) => Err(refused(LoadError::TimedOut)),
@@ -63,7 +63,7 @@ pub(super) fn send_to(
     }
 }
 
-/// Watches a count that should grow.
+/// Watches whether a count still grows.
 struct Stall<'a> {
     started: Instant,
     sent: &'a AtomicU64,
