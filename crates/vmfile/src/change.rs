@@ -36,7 +36,7 @@ impl fmt::Display for Change {
     }
 }
 
-/// Returns options as a shell takes them.
+/// Returns options, quoted for a shell.
 fn shell(words: &[String]) -> String {
     CommandLine::new(words.iter().cloned()).map_or_else(|_| words.join(" "), |line| line.to_shell())
 }

@@ -5,7 +5,7 @@
 //! ```
 //!
 //! The device sections are the same bytes in both. The source is verified as it is read, so that
-//! bytes that fail their hash never get a new one.
+//! bytes that do not match their hash never get a new hash.
 
 use std::fmt;
 use std::fs::File;
@@ -28,13 +28,13 @@ use crate::new_file::new_file;
 use crate::receive::{ReceiveError, ReceiveOptions, StreamFrom, receive};
 use crate::send::{SendError, SendOptions, SendReport, SendTo, send};
 
-/// What a file is.
+/// The format of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Format {
     /// Every page at a fixed place: a vmfile, or a file that QEMU wrote with mapped-ram.
     MappedRam,
-    /// One thing after another: what `exec:cat` and `file:` without mapped-ram write.
+    /// A migration stream, as `exec:cat` and `file:` without mapped-ram write it.
     Stream,
 }
 
@@ -53,7 +53,7 @@ impl fmt::Display for Format {
 pub struct ConvertOptions {
     /// Whether pages go past the page cache.
     pub direct_io: DirectIo,
-    /// Who moves the bytes.
+    /// Which back end does the I/O.
     pub io: Backend,
     /// Whether a file of that name may be replaced.
     pub existing: Existing,
@@ -72,9 +72,9 @@ impl Default for ConvertOptions {
 pub struct ConvertReport {
     /// The new file.
     pub file: PathBuf,
-    /// What the old one is: `mapped-ram` or `stream`.
+    /// The format of the source: `mapped-ram` or `stream`.
     pub from: Format,
-    /// What the new one is.
+    /// The format of the new file.
     pub to: Format,
     /// Pages of all RAM blocks.
     pub pages_total: u64,
@@ -90,10 +90,11 @@ pub struct ConvertReport {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ConvertError {
-    /// The source is not what it should be, the new file could not be written, or the caller stopped it.
+    /// The source could not be read or is damaged, the new file could not be written, or the caller
+    /// stopped the conversion.
     #[error(transparent)]
     Pages(#[from] PagesError),
-    /// The source is already what it was to become.
+    /// The source already has the format of the new file.
     #[error("{path} is a {what} already", path = path.display())]
     Already {
         /// The source.
@@ -104,12 +105,12 @@ pub enum ConvertError {
     /// A file or a pair of sockets could not be used.
     #[error("{what}")]
     Io {
-        /// What was to be done.
+        /// What vmfile tried to do.
         what: &'static str,
         /// What the kernel said.
         source: std::io::Error,
     },
-    /// The source could not be made a stream.
+    /// The source could not be sent as a stream.
     #[error(transparent)]
     Send(SendError),
     /// The stream could not be written at fixed places.
@@ -151,7 +152,8 @@ fn io(what: &'static str) -> impl Fn(std::io::Error) -> ConvertError {
     move |source| ConvertError::Io { what, source }
 }
 
-/// Converts the file at `source`, which begins at its byte `start`, to a new file of the format `to`.
+/// Converts the file at `source`, which begins at its byte `start`, to a new file of the format
+/// `to`.
 ///
 /// A mapped-ram file that QEMU wrote can be converted to mapped-ram: it becomes a vmfile, with its
 /// pages checked and without stale bytes. A vmfile is one already.
@@ -256,7 +258,8 @@ fn from_stream(
     })
 }
 
-/// Sends the VM to ourselves: what arrives is checked, hashed, and without stale bytes.
+/// Sends the VM to a receiver in this process: what arrives is checked, hashed, and without stale
+/// bytes.
 fn to_vmfile(
     snapshot: &Snapshot,
     destination: &Path,
@@ -264,7 +267,7 @@ fn to_vmfile(
     control: &Control<'_>,
 ) -> Result<Converted, ConvertError> {
     let (ours, theirs) = UnixStream::pair().map_err(io("make a pair of sockets"))?;
-    // The receiver reports how far it is.
+    // Only the receiver reports progress.
     let quiet = control.quiet();
     let to = SendTo::Descriptor(ours.into());
     let from = StreamFrom::Descriptor(theirs.into());
@@ -274,7 +277,7 @@ fn to_vmfile(
     );
     let (sent, received) = both.map_err(io("send the VM to ourselves"))?;
     match (sent, received) {
-        // The other one is the reason.
+        // The receiver's error is the cause.
         (Ok(_) | Err(SendError::PeerClosed { .. }), Err(error)) => Err(error.into()),
         (Err(error), _) => Err(error.into()),
         (Ok(sent), Ok(received)) => Ok(Converted {

@@ -1,4 +1,4 @@
-//! Why a verb did not do what it was asked for.
+//! Why a VM was not saved.
 
 use std::io;
 use std::path::PathBuf;
@@ -19,27 +19,28 @@ use crate::receive::ReceiveError;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SaveError {
-    /// QEMU refused, or could not be asked.
+    /// QEMU refused, or could not be reached.
     #[error(transparent)]
     Vm(#[from] VmError),
-    /// The pages could not be moved from RAM to the file, or the caller stopped it.
+    /// The pages could not be moved from RAM to the file, or the caller stopped the save.
     #[error(transparent)]
     Pages(#[from] PagesError),
-    /// There is no process that would put things back, should this one end.
+    /// The guardian process, which undoes the save if this process ends, could not be started or
+    /// has ended.
     #[error(transparent)]
     Guard(#[from] GuardError),
     /// QEMU ended in the middle of the save.
     #[error("QEMU ended while the VM was saved; before that: {cause}")]
     QemuGone {
-        /// What the save met first.
+        /// The error that the save met first.
         cause: Box<SaveError>,
-        /// What the monitor said.
+        /// The monitor's error.
         source: VmError,
     },
-    /// The connection to QEMU's monitor broke in the middle of the save, and QEMU lives.
+    /// The connection to QEMU's monitor broke in the middle of the save, but QEMU still runs.
     #[error("the connection to QEMU's monitor broke; by a new one the VM is as it was: {cause}")]
     CutOff {
-        /// What the save met first.
+        /// The error that the save met first.
         cause: Box<SaveError>,
     },
     /// The VM is in a state in which it cannot be saved.
@@ -48,16 +49,16 @@ pub enum SaveError {
         /// QEMU's name for the state.
         found: String,
     },
-    /// Something in the VM forbids it.
+    /// Something in the VM forbids a save.
     #[error("this VM cannot be saved: {}", reasons.join("; "))]
     Blocked {
-        /// Each with what to do about it.
+        /// The reasons, each with what to do about it.
         reasons: Vec<String>,
     },
-    /// The VM would end, and a QEMU started with its command line would be another VM.
+    /// The save would end the VM, and a QEMU started with its command line would be another VM.
     #[error("the VM is not what its command line would make: {}", list(changes))]
     Changed {
-        /// Each with what makes it good.
+        /// The changes, each with what a restore does about it.
         changes: Vec<Change>,
     },
     /// The VM would end, and with it what QEMU does beside running the guest.
@@ -75,16 +76,16 @@ pub enum SaveError {
     /// Another client of QEMU changed the VM after its save began.
     #[error("the VM was changed while it was being saved: {what} came, went or changed")]
     ChangedMeanwhile {
-        /// What it was.
+        /// The part that changed.
         what: String,
     },
-    /// QEMU does not say where a block lies.
+    /// QEMU does not report the address of a RAM block.
     #[error("QEMU prints no address of RAM block {block:?}")]
     NoAddress {
         /// The block.
         block: String,
     },
-    /// A RAM block is not what a file can hold.
+    /// A RAM block cannot be stored in a file.
     #[error("RAM block {block:?}: {reason}")]
     Block {
         /// The block.
@@ -115,10 +116,10 @@ pub enum SaveError {
     /// What the command line names cannot be written into the manifest.
     #[error("the VM's command line cannot be kept")]
     Options(#[source] CommandLineError),
-    /// Threads, rings or memory for the save were not to be had. The VM was not paused.
+    /// Threads, rings or memory for the save could not be had.
     #[error("take threads and memory for the save")]
     Workers(#[source] io::Error),
-    /// QEMU cannot write such a file by itself.
+    /// This QEMU is too old for the route `native`.
     #[error("the route native needs QEMU {needed} or later, found {found}")]
     QemuTooOld {
         /// The version of this QEMU.
@@ -126,7 +127,7 @@ pub enum SaveError {
         /// The first version that can.
         needed: String,
     },
-    /// Direct I/O was required.
+    /// Direct I/O was required, but is not possible.
     #[error("direct I/O is not possible: {reason}")]
     NoDirectIo {
         /// Why.
@@ -141,21 +142,21 @@ pub enum SaveError {
     /// A pair of sockets could not be made.
     #[error("make a pair of sockets")]
     Socket(#[source] io::Error),
-    /// QEMU did not make the connections by which it was to send the VM.
+    /// QEMU did not make the connections over which it should send the VM.
     #[error("QEMU did not connect to {socket}: {reason}", socket = socket.display())]
     NotConnected {
-        /// The socket, as QEMU was told.
+        /// The path of the socket, as QEMU got it.
         socket: PathBuf,
-        /// QEMU's own words, where it gave any.
+        /// QEMU's message if it gave one.
         reason: String,
     },
     /// QEMU did not send the VM.
     #[error("QEMU's migration: {reason}")]
     Migration {
-        /// QEMU's own words, where it gave any.
+        /// QEMU's message if it gave one.
         reason: String,
     },
-    /// The route that was asked for pauses the guest.
+    /// The caller chose a live save, and a route that pauses the guest.
     #[error("the route {route} cannot save a guest that runs")]
     NotLive {
         /// `direct` or `native`.
@@ -166,7 +167,7 @@ pub enum SaveError {
         "the guest was not saved within {timeout:?}: it changes its memory faster than it is sent"
     )]
     NotConverged {
-        /// How long it was tried.
+        /// How long the save tried.
         timeout: Duration,
     },
     /// What QEMU sent could not be received.
@@ -206,7 +207,7 @@ pub enum SaveError {
         /// What they were when the save began.
         expected: String,
     },
-    /// The guest would write to its disks after the saved moment, and be ended.
+    /// The guest would write to its disks after the saved moment, and then the save would end it.
     #[error(
         "the guest writes to {} after the saved moment, and would be ended: no restore could use \
          those disks",
@@ -232,7 +233,7 @@ pub enum SaveError {
         /// Why the VM could not be resumed.
         source: VmError,
     },
-    /// The file is whole, but the VM could not be told to go on or to end.
+    /// The file is whole, but QEMU could not be told to resume the guest or to end.
     #[error("{file} is whole, but {}", left(source), file = file.display())]
     Release {
         /// The file.
@@ -248,14 +249,14 @@ fn list(changes: &[Change]) -> String {
 }
 
 impl SaveError {
-    /// Whether the caller stopped the save, in the middle of its work or of a wait for QEMU.
+    /// Whether the caller stopped the save, in the middle of its work or while it waited for QEMU.
     #[must_use]
     pub fn is_stopped(&self) -> bool {
         matches!(self, SaveError::Pages(PagesError::Stopped))
             || matches!(self, SaveError::Vm(error) if error.is_stopped())
     }
 
-    /// Whether the VM is left paused that ran before.
+    /// Whether a VM that ran before is left paused.
     #[must_use]
     pub fn leaves_paused(&self) -> bool {
         match self {
@@ -265,12 +266,12 @@ impl SaveError {
         }
     }
 
-    /// Says that QEMU is gone.
+    /// Wraps this error in one that says that QEMU has ended.
     pub(crate) fn with_qemu_gone(self, source: VmError) -> SaveError {
         SaveError::QemuGone { cause: Box::new(self), source }
     }
 
-    /// Says that QEMU is not gone, but the connection to it was.
+    /// Wraps this error in one that says that the connection broke, but QEMU still runs.
     pub(crate) fn cut_off(self) -> SaveError {
         match self {
             SaveError::QemuGone { cause, .. } => SaveError::CutOff { cause },
@@ -279,7 +280,7 @@ impl SaveError {
     }
 }
 
-/// Says what became of a VM that was not released, for `error`.
+/// Returns what became of a VM that was not released because of `error`.
 fn left(error: &VmError) -> &'static str {
     if error.is_closed() {
         "QEMU ended before it was told what to do"

@@ -54,16 +54,16 @@ impl Guard {
         self.guardian.keep_listening(listener).map_err(|source| GuardError { source })
     }
 
-    /// Has the guardian keep a connection open and read it; or keep a file open, so that QEMU is not
-    /// the last to close it. The last close frees the file's blocks, and QEMU would wait for that: it
-    /// takes seconds for a file that QEMU wrote page by page (10 s for 140 MiB on a busy disk, ext4,
-    /// Linux 6.18).
+    /// Has the guardian keep a connection open and read it; or keep a file open, so that QEMU is
+    /// not the last to close it. The last close frees the file's blocks, and QEMU would wait for
+    /// that: it takes seconds for a file that QEMU wrote page by page (10 s for 140 MiB on a busy
+    /// disk, ext4, Linux 6.18).
     pub(crate) fn keep_open(&self, connection: BorrowedFd<'_>) -> Result<(), GuardError> {
         self.guardian.keep_open(connection).map_err(|source| GuardError { source })
     }
 
-    /// Has the guardian undo everything that a save may have changed, if this process ends from now on
-    /// and QEMU has the record of this save.
+    /// Has the guardian undo everything that a save may have changed, if this process ends from now
+    /// on and QEMU has the record of this save.
     pub(crate) fn watch_save(&self, footprint: &Footprint<'_>) -> Result<(), GuardError> {
         self.entrust(undo_steps(footprint))
     }
@@ -73,8 +73,8 @@ impl Guard {
         self.entrust(steps_to_end())
     }
 
-    /// Has the guardian let the guest run in the QEMU that this process started, if this process ends
-    /// from now on: the VM is restored.
+    /// Has the guardian let the guest run in the QEMU that this process started, if this process
+    /// ends from now on: the VM is restored.
     pub(crate) fn watch_run(&self) -> Result<(), GuardError> {
         self.entrust(steps_to_run())
     }
@@ -89,7 +89,8 @@ impl Guard {
         self.guardian.dismiss();
     }
 
-    /// Has the guardian carry out its steps now, without waiting for it.
+    /// Has the guardian carry out its steps now, and does not wait for it: it waits up to an hour
+    /// for QEMU's answer, where this process gives up after ten seconds.
     pub(crate) fn leave(self) {
         self.guardian.leave();
     }

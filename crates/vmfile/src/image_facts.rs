@@ -1,4 +1,4 @@
-//! What is noted of a disk image, and what shows that it is not the one that it was.
+//! What a save records of a disk image, and how a restore finds out that the image has changed.
 
 use std::fs::File;
 use std::io::{self, Read as _, Seek as _, SeekFrom};
@@ -13,18 +13,18 @@ use vmfile_format::qcow2::{QCOW2_HEADER_LEN_MAX, Qcow2Header};
 /// The format whose header is compared.
 const QCOW2: &str = "qcow2";
 
-/// What QEMU still does with an image when it is looked at.
+/// What QEMU may still write to an image after vmfile has looked at it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Use {
-    /// Nothing: it is closed, or open for reading only.
+    /// Nothing: the image is closed, or open for reading only.
     None,
-    /// It has it open for writing, and writes what some formats need when it closes it.
+    /// QEMU has the image open for writing, and writes what some formats need when it closes it.
     Writes,
-    /// It writes dirty bitmaps into it when it closes it.
+    /// QEMU writes dirty bitmaps into the image when it closes it.
     WritesBitmaps,
 }
 
-/// Looks at an image that was found with `O_PATH`.
+/// Returns what the kernel and its header say of an image; `found` was opened with `O_PATH`.
 ///
 /// # Errors
 ///
@@ -44,7 +44,8 @@ pub(crate) fn look_at(found: &File, format: &str, usage: Use) -> io::Result<File
         qcow2_header: None,
     };
     if is_block_device {
-        // Its node is made anew at every start of the host, and says nothing of its contents.
+        // The device node is made anew at every start of the host, and says nothing of the
+        // contents.
         let length = open(found)?.seek(SeekFrom::End(0))?;
         facts.bytes = Some(length);
         (facts.modified_unix_seconds, facts.modified_nanoseconds) = (None, None);
@@ -67,8 +68,8 @@ pub(crate) fn look_at(found: &File, format: &str, usage: Use) -> io::Result<File
     Ok(facts)
 }
 
-/// Returns the image below that an image itself names, as it is written there; none where its format
-/// has nothing below. The outer `None` is of formats whose headers we do not read.
+/// Returns the image below that the header of an image names, as it is written there: `Some(None)`
+/// if it names none, and `None` for formats whose headers vmfile does not read.
 ///
 /// # Errors
 ///
@@ -88,10 +89,11 @@ fn header(found: &File) -> io::Result<Qcow2Header> {
     Qcow2Header::decode(&bytes).map_err(io::Error::other)
 }
 
-/// Opens for reading what was found, whatever lies under its name by now.
+/// Opens the file that was found for reading, even if its path leads to another file by now.
 fn open(found: &File) -> io::Result<File> {
     let path = format!("/proc/self/fd/{}", found.as_raw_fd());
-    // No device of another kind gets here; should one, its opening does not wait.
+    // Only regular files and block devices get here. If another device did, opening it would not
+    // block.
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     Ok(rustix::fs::open(path, flags, Mode::empty())?.into())
 }
@@ -105,7 +107,7 @@ pub(crate) fn find(path: &Path) -> io::Result<File> {
     Ok(rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?.into())
 }
 
-/// Something in which an image is not what it was.
+/// A difference between an image and what was recorded of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Change {
     pub(crate) what: &'static str,
@@ -115,18 +117,19 @@ pub(crate) struct Change {
 
 /// Compares an image with what the manifest says of it; `path` is where it lies now.
 ///
-/// `may_open` lets it be opened, for its header and for the length of a device.
+/// Opens the image only if `may_open` says so: otherwise its header, or the length of a device, is
+/// not compared.
 ///
 /// # Errors
 ///
-/// What the kernel says, where it cannot be looked at.
+/// What the kernel says if it cannot be looked at.
 pub(crate) fn compare(image: &ImageMeta, path: &Path, may_open: bool) -> io::Result<Vec<Change>> {
     let Some(expected) = &image.file else { return Ok(Vec::new()) };
     let reads_header = may_open && expected.qcow2_header.is_some();
     let format = if reads_header { image.format.as_str() } else { "" };
     let file = find(path)?;
     if !may_open && file.metadata()?.file_type().is_block_device() {
-        // To ask its length, all that is known of one, would take opening it.
+        // Only the length of a device is recorded, and reading it would need the device open.
         return Ok(Vec::new());
     }
     let found = look_at(&file, format, Use::None)?;
@@ -147,7 +150,7 @@ pub(crate) fn compare(image: &ImageMeta, path: &Path, may_open: bool) -> io::Res
     Ok(changes)
 }
 
-/// Returns the hash of a header, and what else it says where that is not good.
+/// Returns the hash of the header, and whether the header says that the image is dirty or corrupt.
 fn state(file: &File, facts: &FileMeta, may_open: bool) -> Option<String> {
     let hash = facts.qcow2_header.clone()?;
     let header = header(file).ok().filter(|_| may_open)?;

@@ -1,4 +1,4 @@
-//! The path of an image: whether it is one, and whether two lead to one file.
+//! Paths of images: whether a name is a path, and whether two paths lead to one file.
 
 use std::fs;
 use std::path::{Component, Path, PathBuf};
@@ -7,13 +7,14 @@ use vmfile_qemu::FileId;
 
 /// Tells whether an image is a file of this host, rather than a URL or something without a path.
 ///
-/// QEMU takes a name for a URL that has a colon before its first slash (7.2 to 11.1).
+/// QEMU (7.2 to 11.1) takes a name with a colon before its first slash for a URL.
 pub(crate) fn is_file(path: &str) -> bool {
     let before_slash = path.split('/').next().unwrap_or_default();
     !path.is_empty() && !before_slash.contains(':')
 }
 
-/// Tells whether two paths lead to one file: by what is written, or by where they lead.
+/// Tells whether two paths lead to one file: they are written the same, or the kernel finds the
+/// same file by both.
 pub(crate) fn is_same_file(a: &Path, b: &Path) -> bool {
     if normalized(a) == normalized(b) {
         return true;
@@ -22,7 +23,7 @@ pub(crate) fn is_same_file(a: &Path, b: &Path) -> bool {
     id(a).is_some_and(|a| Some(a) == id(b))
 }
 
-/// Returns a path without its detours by `.`, `..` and doubled slashes; symbolic links are left.
+/// Returns a path without `.`, `..` and doubled slashes; symbolic links stay.
 fn normalized(path: &Path) -> PathBuf {
     let mut parts = PathBuf::new();
     for part in path.components() {

@@ -19,7 +19,7 @@ pub struct Info {
     pub qemu_version: Option<String>,
     /// When the VM was saved, in seconds since 1970-01-01 UTC, where the file says it.
     pub saved_at_unix_seconds: Option<u64>,
-    /// How RAM was taken, where the file says it.
+    /// The route by which RAM got into the file, where the file says it.
     pub route: Option<String>,
     /// How long the guest stood still, in seconds, where the file says it.
     pub pause_seconds: Option<f64>,
@@ -37,7 +37,7 @@ pub struct Info {
     pub memory_map: Option<Vec<MemoryRangeMeta>>,
     /// The device sections that hold the CPUs' registers; empty where the file does not say it.
     pub cpu_sections: Vec<CpuSectionMeta>,
-    /// What of the file is not as in every file.
+    /// The features of the format that this file uses.
     pub features: Features,
 }
 
@@ -91,7 +91,7 @@ pub struct SectionInfo {
 
 /// Returns what is in `snapshot`.
 ///
-/// Reads no page. The page bitmaps are read only where no manifest counts their bits.
+/// Reads no page, and the page bitmaps only if there is no manifest, which has their counts.
 ///
 /// # Errors
 ///

@@ -1,5 +1,5 @@
-//! If a save and its guardian were both killed, the next vmfile that uses the VM undoes what the save
-//! left in it.
+//! If a save and its guardian were both killed, the next vmfile that uses the VM undoes what the
+//! save left in it.
 
 use std::path::Path;
 

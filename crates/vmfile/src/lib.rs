@@ -21,7 +21,7 @@
 //! # }
 //! ```
 //!
-//! What is in a file is read without any QEMU:
+//! Reading what is in a file needs no QEMU:
 //!
 //! ```
 //! # use vmfile_pages::memory_file::{FileOptions, save};
@@ -33,7 +33,8 @@
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! # let directory = tempfile::tempdir()?;
 //! # let path = directory.path().join("vm.vmf");
-//! # let ram = RamLayout::new(vec![RamBlock::new("pc.ram".to_owned(), 1 << 20, PageSize::KIB_4)?])?;
+//! # let block = RamBlock::new("pc.ram".to_owned(), 1 << 20, PageSize::KIB_4)?;
+//! # let ram = RamLayout::new(vec![block])?;
 //! # let memory = OwnMemory::new(vec![&[7; 1 << 20]]);
 //! # let options = FileOptions::default();
 //! # save(&path, ("example-1.0", ram), &memory, &[("cpu", b"state")], &options, &Control::none())?;
@@ -41,25 +42,26 @@
 //! let info = info(&snapshot)?;
 //! assert_eq!(info.blocks[0].name, "pc.ram");
 //!
-//! // Every byte of the file is accounted for.
+//! // Checks every byte of the file.
 //! let report = check(&snapshot, &CheckOptions::default(), &Control::none())?;
 //! assert_eq!((report.pages_checked, report.findings_total), (256, 0));
 //! # Ok(())
 //! # }
 //! ```
 //!
-//! One verb, one module: [`save`](mod@save), [`restore`](mod@restore), [`check`](mod@check), [`info`](mod@info),
-//! [`list`](mod@list), and for QEMU's migration streams [`receive`](mod@receive), [`send`](mod@send) and
-//! [`convert`](mod@convert). Each takes options, which have a method for each field, and a [`Control`], by which the
-//! caller stops it and hears how far it is; it returns a report, or an error that says what was found
-//! and what was expected.
+//! Each verb has a module: [`save`](mod@save), [`restore`](mod@restore), [`check`](mod@check),
+//! [`info`](mod@info), [`list`](mod@list), and for QEMU's migration streams
+//! [`receive`](mod@receive), [`send`](mod@send) and [`convert`](mod@convert). Each takes options,
+//! with a setter for each field, and a [`Control`], with which the caller stops the verb and
+//! follows its progress; it returns a report, or an error that says what was found and what was
+//! expected.
 //!
-//! The library never prints, never exits and never reads the environment. Whatever fails, the VM that is
-//! saved runs on as it did; where even that cannot be done, the error says so
-//! ([`SaveError::leaves_paused`](error::SaveError::leaves_paused)). A process that saves has a child process besides, its
-//! guardian, which lets the VM run on should the saving process be killed.
+//! The library never prints, never exits and never reads the environment. If a save fails, the VM
+//! runs on as it did; if that cannot be done either, the error says so
+//! ([`SaveError::leaves_paused`](error::SaveError::leaves_paused)). A process that saves has a
+//! child process, its guardian, which lets the VM run on if the saving process is killed.
 //!
-//! An author of another VMM uses the crate `vmfile-pages` alone.
+//! For a VMM other than QEMU, use the crate `vmfile-pages` alone.
 
 #![forbid(unsafe_code)]
 

@@ -19,26 +19,26 @@ pub struct ListedVm {
     pub name: Option<String>,
     /// A QMP socket that answers, or the first that the command line names.
     pub qmp: Option<PathBuf>,
-    /// Length of all RAM blocks, in bytes, where QEMU could be asked.
+    /// Length of all RAM blocks, in bytes, if QEMU answered.
     pub ram_bytes: Option<u64>,
     /// Where its RAM lies: `private`, `memfd`, `file`, ... , each once.
     pub backing: Vec<String>,
-    /// How it could be saved now: `direct`, `stream`, `native`, or nothing. Whether `direct` is permitted shows
-    /// when it is tried.
+    /// The routes by which it could be saved now: `direct`, `stream`, `native`, or none. `direct`
+    /// may still fail because it is not permitted.
     pub routes: Vec<String>,
     /// Why there is no route.
     pub reason: Option<String>,
-    /// What a killed save had left in the VM, which is put right now.
+    /// What a killed save had left in the VM and [`list`] has undone.
     pub note: Option<String>,
 }
 
-/// How long a VM may take until it has said all: the answer is there within two seconds.
+/// How long a VM may take for all its answers, so that the list is there within two seconds.
 const ANSWER_TIMEOUT: Duration = Duration::from_millis(1500);
 
 /// Returns the VMs that run on this host, in the order of their process ids.
 ///
-/// All QEMUs are asked at once, over their QMP sockets. One that does not answer within 1.5 seconds is
-/// listed with the reason, and one whose monitor libvirt holds is not asked.
+/// Asks all QEMUs at once, over their QMP sockets. One that does not answer within 1.5 seconds is
+/// listed with the reason. One whose monitor libvirt owns is not asked.
 ///
 /// # Errors
 ///
@@ -56,7 +56,7 @@ pub fn list() -> Result<Vec<ListedVm>, DiscoverError> {
             match asked {
                 Ok(asked) => asked.join().expect("no panic"),
                 Err(error) => {
-                    listed.reason = Some(format!("no thread was to be had to ask it: {error}"));
+                    listed.reason = Some(format!("no thread could be started to ask it: {error}"));
                     listed
                 }
             }
@@ -65,7 +65,7 @@ pub fn list() -> Result<Vec<ListedVm>, DiscoverError> {
     }))
 }
 
-/// Says what is known of a VM without its monitor.
+/// Returns what is known of a VM without its monitor.
 fn not_asked(found: &Found) -> ListedVm {
     ListedVm {
         pid: found.pid,
@@ -105,7 +105,7 @@ fn look_at(found: Found) -> ListedVm {
     listed
 }
 
-/// Says what an error says, with its sources.
+/// Returns the text of an error, with its sources.
 fn whole(error: &VmError) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
@@ -117,7 +117,7 @@ fn whole(error: &VmError) -> String {
     text
 }
 
-/// Asks a VM for what is listed; `Err` says why it cannot be saved.
+/// Asks a VM for what is listed; an error says why it cannot be saved.
 fn ask(vm: &mut Vm, listed: &mut ListedVm) -> Result<(), String> {
     let text = |error: VmError| whole(&error);
     listed.note = put_right_at_once(vm).map_err(text)?;

@@ -7,12 +7,13 @@ use vmfile_engine::{Existing, PublishError, Unpublished};
 use vmfile_pages::snapshot::Snapshot;
 use vmfile_qemu::user_of_file;
 
-/// Creates an empty file that will be named `path`; `vm` is the process of the VM that is being saved,
-/// whose program may have any name.
+/// Creates an empty file that will be named `path`; `vm` is the process of the VM that is being
+/// saved, whose program may have any name.
 ///
-/// An existing file is not replaced if a QEMU of this host has it open, has it mapped or was started with
-/// it, or if another program has locked it, as QEMU locks its images. A saved VM may be
-/// replaced even while a VM that was restored from it maps it: that VM keeps the old one's bytes.
+/// An existing file is not replaced if a QEMU of this host has it open, has it mapped or was
+/// started with it, or if another program has locked it, as QEMU locks its images. A saved VM may
+/// be replaced even while a VM that was restored from it maps it: that VM keeps the old one's
+/// bytes.
 ///
 /// # Errors
 ///

@@ -4,8 +4,8 @@
 //! begin - connect - RAM, as it comes - devices - metadata - prove - publish
 //! ```
 //!
-//! The sender decides what comes; every page goes to its fixed place, and one that comes again
-//! overwrites it, so that the file is no longer than RAM however long the stream is.
+//! Every page goes to its fixed place in the file, and a page that the sender sends again
+//! overwrites it. So the file is no longer than RAM, however long the stream is.
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -35,7 +35,7 @@ use crate::new_file::new_file;
 /// Where a stream comes from.
 #[derive(Debug)]
 pub enum StreamFrom {
-    /// A pipe or a socket that is open.
+    /// An open pipe, socket or file.
     Descriptor(OwnedFd),
     /// The QEMU that connects to a Unix socket, which is made at this path and removed afterwards.
     Listen(PathBuf),
@@ -47,16 +47,16 @@ pub enum StreamFrom {
 pub struct ReceiveOptions {
     /// Whether pages are written past the page cache.
     pub direct_io: DirectIo,
-    /// Who moves the bytes.
+    /// Which back end does the I/O.
     pub io: Backend,
     /// Whether a file of that name may be replaced.
     pub existing: Existing,
     /// Multifd channels that connect to the socket beside the stream, as many as QEMU's parameter
     /// `multifd-channels` says; `None` if its capability `multifd` is off.
     pub channels: Option<Channels>,
-    /// How long the sender may be silent.
+    /// How long the sender may send nothing; `None`: no limit.
     pub stall_timeout: Option<Duration>,
-    /// How long it may all take.
+    /// How long the whole stream may take; `None`: no limit.
     pub timeout: Option<Duration>,
 }
 
@@ -87,19 +87,19 @@ pub struct ReceiveReport {
     /// The back end that was used.
     #[serde(serialize_with = "as_text")]
     pub io: BackendInUse,
-    /// Multifd channels that pages came by.
+    /// How many multifd channels carried pages.
     pub channels: u8,
     /// Pages of all RAM blocks.
     pub pages_total: u64,
     /// Pages that are zero and take no room.
     pub pages_zero: u64,
-    /// Bytes of pages that were written, those that came again as often as they came.
+    /// Bytes of pages that were written; a page that came several times counts each time.
     pub bytes_written: u64,
     /// Bytes of pages that were written again.
     pub bytes_rewritten: u64,
     /// Length of the stream and of its channels, in bytes.
     pub stream_bytes: u64,
-    /// How long it all took, in seconds.
+    /// How long the receive took, in seconds.
     pub total_seconds: f64,
 }
 
@@ -169,7 +169,7 @@ fn connect(
     }
 }
 
-/// Describes the VM as far as a stream tells, and its sender's process where that is a QEMU.
+/// Describes the VM from the stream, and from the sender's process if that is a QEMU.
 fn describe_vm(received: &Received, sender: Option<ProcessInfo>) -> VmMeta {
     let text = |path: &Path| path.to_string_lossy().into_owned();
     let words = sender.as_ref().and_then(|sender| {

@@ -16,30 +16,30 @@ use crate::send::SendError;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RestoreError {
-    /// The file could not be read, is not what was written, or its pages could not be brought into RAM;
-    /// or the caller stopped it.
+    /// The file could not be read or is damaged, its pages could not be brought into RAM, or the
+    /// caller stopped the restore.
     #[error(transparent)]
     Pages(#[from] PagesError),
     /// The file could not be opened once more.
     #[error("open the file once more")]
     File(#[source] io::Error),
-    /// The pages were to be verified, and nothing is recorded that they could be compared with.
+    /// The caller wants the pages verified, but the file has no hashes of them.
     #[error("QEMU wrote {path}: its pages have no hashes to verify them by", path = path.display())]
     NoHashes {
         /// The file.
         path: PathBuf,
     },
-    /// QEMU refused, or could not be asked.
+    /// QEMU refused, or could not be reached.
     #[error(transparent)]
     Vm(#[from] VmError),
     /// QEMU ended in the middle of the restore.
     #[error("QEMU ended while the VM was restored{}; before that: {cause}", said(stderr))]
     QemuGone {
-        /// What the restore met first.
+        /// The error that the restore met first.
         cause: Box<RestoreError>,
         /// The end of QEMU's standard error; empty if it went elsewhere.
         stderr: String,
-        /// What the monitor said.
+        /// The monitor's error.
         source: QmpError,
     },
     /// QEMU did not take the device state.
@@ -62,7 +62,7 @@ pub enum RestoreError {
     /// The command line after `--` is empty.
     #[error("the command line of QEMU is empty")]
     NoCommand,
-    /// QEMU wrote the file, or it came as a stream: neither tells the command line.
+    /// The file holds no command line: for example, because QEMU itself wrote the file.
     #[error("the file holds no command line")]
     NoSavedCommand,
     /// The saved command line has parts that belonged to the process that started the VM.
@@ -71,7 +71,7 @@ pub enum RestoreError {
         /// The options at fault.
         what: Vec<String>,
     },
-    /// The VM had parts that no option makes again.
+    /// The VM had parts that no command-line option can make.
     #[error("the VM cannot be made again: {}", what.join("; "))]
     CannotRemake {
         /// Each part, and why.
@@ -116,7 +116,7 @@ pub enum RestoreError {
         /// What the kernel or `qemu-img` said.
         source: io::Error,
     },
-    /// The program that makes overlays is not here.
+    /// The program that makes overlays was not found.
     #[error("qemu-img is neither beside QEMU nor in PATH")]
     NoQemuImg,
     /// A socket that the new QEMU would take over is in use.
@@ -125,13 +125,13 @@ pub enum RestoreError {
         /// The socket.
         socket: PathBuf,
     },
-    /// RAM was to be mapped and cannot be.
+    /// The caller wants RAM mapped, but that is not possible.
     #[error("RAM cannot be mapped from the file: {reason}")]
     CannotMap {
         /// Why.
         reason: String,
     },
-    /// The file was to be read into QEMU's memory, and that cannot be found.
+    /// The caller wants RAM loaded, but QEMU does not say where its memory lies.
     #[error("RAM cannot be loaded from the file: {reason}")]
     CannotLoad {
         /// Why.
@@ -143,7 +143,7 @@ pub enum RestoreError {
         /// QEMU's name for the state.
         found: String,
     },
-    /// The file is of another VM than the one that QEMU has made ready.
+    /// The file is of another VM than the one that QEMU was started with.
     #[error("the file does not fit the VM: {}", joined(differ))]
     Incompatible {
         /// Everything that differs.
@@ -152,22 +152,24 @@ pub enum RestoreError {
     /// The RAM of the new process cannot be reached.
     #[error(transparent)]
     Process(#[from] ProcessRamError),
-    /// There is no process that would end the new QEMU, should this one end.
+    /// The guardian process, which ends the new QEMU if this process ends, could not be started or
+    /// has ended.
     #[error(transparent)]
     Guard(#[from] GuardError),
-    /// There is no way for the stream to QEMU.
+    /// The stream to QEMU could not be set up.
     #[error("make a pair of sockets for the stream")]
     Stream(#[source] io::Error),
     /// The stream to QEMU broke.
     #[error("send the VM to QEMU")]
     Send(#[source] SendError),
-    /// QEMU was told to let the guest run, and has not answered: it was left as it is.
+    /// QEMU was told to let the guest run, and has not answered. It was not ended, because the
+    /// guest may run.
     #[error("QEMU{} was told to let the guest run and has not answered; it was not ended, for the \
              guest may run", of(*pid))]
     Unanswered {
         /// QEMU's process.
         pid: Option<u32>,
-        /// How long was waited.
+        /// The monitor's error, which says how long vmfile waited.
         source: QmpError,
     },
 }
@@ -178,14 +180,14 @@ impl From<SnapshotError> for RestoreError {
     }
 }
 
-/// Something in which an image of a disk is not what it was when the VM was saved.
+/// A difference between an image of a disk and what it was when the VM was saved.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ImageChange {
     /// The device.
     pub device: String,
     /// The image.
     pub image: PathBuf,
-    /// What of it.
+    /// The property that differs.
     pub what: &'static str,
     /// What it is now.
     pub found: String,
@@ -204,7 +206,7 @@ impl fmt::Display for ImageChange {
 /// Something that differs between the file and the VM.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mismatch {
-    /// What it is.
+    /// What differs.
     pub what: String,
     /// What the file says.
     pub file: String,

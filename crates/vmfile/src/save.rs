@@ -5,9 +5,9 @@
 //! ```
 //!
 //! Everything that can be refused is refused in `begin`, while the VM runs. From `pause` on, every
-//! exit but the last resumes the VM as it ran and leaves no file. If this process is killed, its guardian
-//! does the same; if the guardian is killed as well, a record inside QEMU tells the next vmfile what to
-//! undo.
+//! exit but the last resumes the VM as it ran and leaves no file. If this process is killed, its
+//! guardian does the same; if the guardian is killed as well, a record inside QEMU tells the next
+//! vmfile what to undo.
 
 mod changed;
 mod describe;
@@ -259,8 +259,9 @@ impl<'a> Save<'a> {
         }
     }
 
-    /// Tells the guardian what to undo from now on. The guardian checks by itself whether the file has its
-    /// name, because this process may be killed right before or right after it gives the name.
+    /// Tells the guardian what to undo from now on. The guardian checks by itself whether the file
+    /// has its name, because this process may be killed right before or right after it gives the
+    /// name.
     fn watch(&self, stays_paused: bool) -> Result<(), SaveError> {
         let writes_file = matches!(self.route.route, ReadyRoute::Native(_));
         let (record, file) = (&self.record, (&*self.record.destination, self.file));
@@ -314,8 +315,8 @@ impl<'a> Save<'a> {
         self.publish(proven)
     }
 
-    /// Notes that another client or the guest itself stopped the VM between the first look and the pause:
-    /// the save must not let it run.
+    /// Notes that another client or the guest itself stopped the VM between the first look and the
+    /// pause: the save must not let it run.
     fn note_that_it_ran(&mut self, paused: &mut Paused<'_>) -> Result<(), SaveError> {
         self.record.was_running = paused.ran();
         describe::set_run_state(&mut self.meta, paused.ran());
@@ -433,8 +434,8 @@ impl<'a> Save<'a> {
         }
     }
 
-    /// Drops the file, puts back what was changed in QEMU, and returns the error to report. The guest
-    /// runs already, if it ran.
+    /// Drops the file, puts back what was changed in QEMU, and returns the error to report. The
+    /// guest runs already, if it ran.
     fn give_up(mut self, vm: &mut Vm, error: SaveError) -> SaveError {
         self.draft = None;
         if vm.is_cut_off() && vm.reconnect(&self.record).is_ok() {
@@ -457,11 +458,12 @@ impl<'a> Save<'a> {
         }
     }
 
-    /// As [`Save::give_up`], by a new connection to QEMU: it is not known which commands QEMU carried
-    /// out on the old one.
+    /// As [`Save::give_up`], by a new connection to QEMU: it is not known which commands QEMU
+    /// carried out on the old one.
     fn give_up_after(self, vm: &mut Vm, error: SaveError) -> SaveError {
         let Save { guard, record, is_named, .. } = self;
-        // Its connection has ended as well. It closes what it keeps open, which ends what QEMU sends.
+        // Its connection has ended as well. It closes what it keeps open, which ends what QEMU
+        // sends.
         guard.leave();
         match vm.put_back(&record, |_| is_named) {
             // The file is whole: that the connection broke on the way does not matter.
@@ -472,8 +474,9 @@ impl<'a> Save<'a> {
     }
 }
 
-/// Asks QEMU whether it still runs, before `error` is reported. When QEMU ends, the kernel frees its memory
-/// and files before it closes the monitor, so that reading them fails with an error that hides the cause.
+/// Asks QEMU whether it still runs, before `error` is reported. When QEMU ends, the kernel frees
+/// its memory and files before it closes the monitor, so that reading them fails with an error that
+/// hides the cause.
 fn unless_qemu_is_gone(vm: &mut Vm, error: SaveError) -> SaveError {
     // QEMU was not needed for these, or said so itself.
     if matches!(

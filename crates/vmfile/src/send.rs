@@ -4,12 +4,12 @@
 //! verify all but pages - bitmaps and device state - header - pages as they are read - device state
 //! ```
 //!
-//! Each page is compared with its hash before it leaves. Where one is wrong, the stream ends before it,
-//! and QEMU refuses what it got.
+//! Each page is compared with its hash before it is sent. If one differs, the stream ends before
+//! it, and QEMU refuses the stream.
 //!
-//! Nothing comes back: whether QEMU liked the stream, QEMU says. The pages of a file lie at fixed
-//! places, so that they can be read ahead, past the page cache, and go out from where they were read
-//! to.
+//! QEMU answers nothing over the stream: only QEMU itself reports whether it accepted it. Pages lie
+//! at fixed places in the file, so vmfile reads them ahead, past the page cache, and sends them
+//! from the buffers that it read them into.
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -38,8 +38,8 @@ pub use vmfile_stream::error::SendError;
 /// Where a stream goes.
 #[derive(Debug)]
 pub enum SendTo {
-    /// Into a pipe, a socket or a file. Writing to a pipe whose reader is gone raises SIGPIPE, which a
-    /// program of Rust ignores unless it was told otherwise.
+    /// Into a pipe, a socket or a file. Writing to a pipe whose reader is gone raises SIGPIPE,
+    /// which a Rust program ignores by default.
     Descriptor(OwnedFd),
     /// To a Unix socket on which QEMU listens.
     Connect(PathBuf),
@@ -51,12 +51,12 @@ pub enum SendTo {
 pub struct SendOptions {
     /// Whether pages are read past the page cache. `Preferred` decides by what the cache holds.
     pub direct_io: DirectIo,
-    /// Who moves the bytes.
+    /// Which back end does the I/O.
     pub io: Backend,
-    /// How many multifd channels there are besides the stream, as many as the destination
-    /// was told. They need [`SendTo::Connect`].
+    /// How many multifd channels there are besides the stream: what the destination's parameter
+    /// `multifd-channels` says. They need [`SendTo::Connect`].
     pub channels: Option<Channels>,
-    /// The destination's RAM is fresh: zero pages of blocks of 4 MiB and more are not sent.
+    /// The destination's RAM is all zero: zero pages of blocks of 4 MiB and more are not sent.
     pub assume_zeroed: bool,
 }
 
@@ -99,7 +99,7 @@ pub struct SendReport {
 ///
 /// # Errors
 ///
-/// Returns [`SendError`]. What was sent by then is of no use.
+/// Returns [`SendError`]. What was sent until then is of no use.
 pub fn send(
     snapshot: &Snapshot,
     to: SendTo,
@@ -176,7 +176,7 @@ fn parts(machine: &str) -> Result<Parts, SendError> {
 /// How long QEMU may take until it has room for one more connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How often a QEMU that has no room for one more connection is tried again.
+/// How long to wait between two tries while QEMU has no room for one more connection.
 const RETRY_INTERVAL: Duration = Duration::from_millis(10);
 
 fn connect(path: &Path, control: &Control<'_>) -> Result<OwnedFd, SendError> {

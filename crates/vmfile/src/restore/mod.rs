@@ -1,7 +1,8 @@
 //! `vmfile restore`: a file into a running VM.
 //!
 //! ```text
-//! verify all but pages - prepare - start QEMU - compare - RAM (map, load or stream) - device state - run
+//! verify all but pages - prepare - start QEMU - compare - RAM (map, load or stream)
+//!     - device state - run
 //! ```
 //!
 //! `map`: the file's pages *are* the RAM, copy-on-write; QEMU starts with them and nothing is read.
