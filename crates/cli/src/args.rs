@@ -74,7 +74,7 @@ pub(crate) enum Verb {
     ///
     /// The guest is paused, its memory written and made durable, and the file given its name; then
     /// QEMU quits, unless --after says otherwise. If anything fails the VM runs on as it did and
-    /// there is no file. The disks are not in the file: keep them as they are, or let --with-disks.
+    /// there is no file. The disks are not in the file: keep them as they are, or use --with-disks.
     #[command(after_help = "Examples:
   vmfile save /run/vm.sock vm.vmf
   vmfile save web1 web1.vmf --after resume
@@ -84,8 +84,8 @@ pub(crate) enum Verb {
     Save(SaveArguments),
     /// Start a QEMU from a file and let the guest run on
     ///
-    /// Without a command line after --, the saved one is used. RAM is mapped from the file where
-    /// that can be (QEMU 8.2 and later), so that the guest runs within milliseconds; the file must
+    /// Without a command line after --, the saved one is used. RAM is mapped from the file if
+    /// possible (QEMU 8.2 and later), so that the guest runs within milliseconds; the file must
     /// then stay as it is while the VM lives.
     #[command(after_help = "Examples:
   vmfile restore vm.vmf
@@ -95,9 +95,9 @@ pub(crate) enum Verb {
     /// Write a migration stream to a file
     ///
     /// Every page goes to its fixed place, and one that comes again overwrites it, so that the file
-    /// is no longer than the VM's RAM. Any QEMU can send: over standard input, to a socket that is
-    /// made here, or on a descriptor. If anything fails there is no file, and the guest that was
-    /// sent runs on.
+    /// is no longer than the VM's RAM. Any QEMU can send: over standard input, to a socket that
+    /// this command makes, or on a descriptor. If anything fails there is no file, and the guest
+    /// that was sent runs on.
     #[command(after_help = "Examples:
   migrate \"exec:vmfile receive /var/lib/vms/vm.vmf\"     in QEMU's monitor
   vmfile receive vm.vmf --listen unix:/run/vm.mig       and there: migrate unix:/run/vm.mig
@@ -106,10 +106,10 @@ pub(crate) enum Verb {
     Receive(ReceiveArguments),
     /// Send a file as a migration stream that any QEMU accepts
     ///
-    /// The stream goes to standard output, to a socket on which QEMU listens, or into a descriptor;
-    /// the report then goes to stderr, unless --connect leaves stdout to it. Whether QEMU liked the
-    /// stream, QEMU says. A guest that ran when it was saved runs on at once where QEMU was not
-    /// started with -S.
+    /// The stream goes to standard output, to a socket on which QEMU listens, or into a descriptor.
+    /// The report goes to stderr, except with --connect, which leaves stdout free for it. Only QEMU
+    /// says whether it accepted the stream. A guest that ran when it was saved runs on at once if
+    /// QEMU was not started with -S.
     #[command(after_help = "Examples:
   qemu-system-x86_64 -m 4G ... -incoming \"exec:vmfile send vm.vmf\"
   vmfile send vm.vmf --connect unix:/run/incoming.sock
@@ -119,8 +119,8 @@ pub(crate) enum Verb {
     /// Convert a file between fixed places and a stream
     ///
     /// `mapped-ram` is the format of this program and of QEMU 9.0 and later; `stream` is what
-    /// `exec:cat` writes, which every QEMU reads. A mapped-ram file that QEMU wrote becomes a vmfile,
-    /// which can be mapped and checked.
+    /// `exec:cat` writes, which every QEMU reads. A mapped-ram file that QEMU wrote becomes a
+    /// vmfile, which can be mapped and checked.
     #[command(after_help = "Examples:
   vmfile convert old.mig vm.vmf --to mapped-ram
   vmfile convert vm.vmf for-qemu-7.mig --to stream
@@ -134,8 +134,8 @@ pub(crate) enum Verb {
     Info(InfoArguments),
     /// Check a file: its structure, then every byte
     ///
-    /// What is damaged is listed: which page of which RAM block, or which part of the file, and at
-    /// which offset. The status is 1 if there is anything, and 4 if the damage hides where things
+    /// Lists what is damaged: which page of which RAM block, or which part of the file, and at
+    /// which offset. The status is 1 if anything is damaged, and 4 if the damage hides where things
     /// lie. A file that QEMU wrote has no checksums: only its structure is checked.
     #[command(after_help = "Examples:
   vmfile check vm.vmf
@@ -143,10 +143,10 @@ pub(crate) enum Verb {
     Check(CheckArguments),
     /// Measure saves and restores side by side: vmfile, QEMU alone, virsh, and the disk's limit
     ///
-    /// Guests are started, filled and paused for it, and each is saved and restored in every way that
-    /// this host has, in turn, round by round. Each time ends when the file is durable. What cannot be
-    /// measured is listed with the reason. Guests and files are removed in the end; they need as much
-    /// memory as two guests of each size, and several times their data on the disk.
+    /// Guests are started, filled and paused for it, and each is saved and restored in every way
+    /// that this host has, in turn, round by round. Each time ends when the file is durable. What
+    /// cannot be measured is listed with the reason. Guests and files are removed in the end; they
+    /// need as much memory as two guests of each size, and several times their data on the disk.
     #[command(after_help = "Examples:
   vmfile bench
   vmfile bench --size 1G,4G --ram private,shared --html bench.html
@@ -175,16 +175,16 @@ pub(crate) struct SaveArguments {
     /// With --live: give up after so long, if the guest writes faster than it is saved
     #[arg(long, value_name = "SECONDS", default_value_t = 600, requires = "live")]
     pub(crate) live_timeout: u64,
-    /// With --live: how long the guest may stand still at the end, where memory is sent repeatedly
+    /// With --live: how long the guest may stand still at the end, if changed memory is sent again
     #[arg(long, value_name = "MILLISECONDS", default_value_t = 300, requires = "live")]
     pub(crate) max_pause: u64,
-    /// Keep the disks of the same instant: the guest goes on in overlays, restore starts from below
+    /// Keep the disks of the saved moment: the guest then writes to overlays on top of them
     #[arg(long)]
     pub(crate) with_disks: bool,
     /// End the VM even if it is not what its command line makes, or a block job ends with it
     #[arg(long)]
     pub(crate) changed_ok: bool,
-    /// How RAM is taken
+    /// How RAM gets from the VM into the file
     #[arg(long, value_name = "ROUTE", default_value = "auto")]
     pub(crate) route: RouteMode,
     /// Threads of QEMU that send (route stream, 1 to 16) or write (native; 2 if not given)
@@ -208,16 +208,16 @@ pub(crate) enum AfterMode {
     Pause,
 }
 
-/// How RAM is taken.
+/// How RAM gets from the VM into the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum RouteMode {
-    /// `direct` where it can be, else `stream`
+    /// `direct` if possible, else `stream`
     Auto,
     /// From the memory of QEMU's process
     Direct,
-    /// From QEMU's migration stream: any QEMU, and no right but its monitor's
+    /// From QEMU's migration stream: any QEMU, and only its monitor is needed
     Stream,
-    /// By QEMU itself, 9.1 and later: it writes the pages, vmfile the rest
+    /// By QEMU itself (9.1 and later): it writes the pages, vmfile the rest
     Native,
 }
 
@@ -225,7 +225,7 @@ pub(crate) enum RouteMode {
 pub(crate) struct RestoreArguments {
     /// The file: PATH, file:PATH or file:PATH,offset=N
     pub(crate) file: String,
-    /// How RAM comes back
+    /// How RAM gets from the file into QEMU
     #[arg(long, value_name = "HOW", default_value = "auto")]
     pub(crate) mode: RestoreMode,
     /// Restore into a QEMU that waits with -incoming defer, at this QMP socket
@@ -250,16 +250,16 @@ pub(crate) struct RestoreArguments {
     pub(crate) command: Vec<String>,
 }
 
-/// How RAM comes back.
+/// How RAM gets from the file into QEMU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum RestoreMode {
-    /// Mapped where that can be, else loaded, else streamed
+    /// Mapped if possible, else loaded, else streamed
     Auto,
     /// Mapped from the file, copy-on-write
     Map,
     /// Read into the new process
     Load,
-    /// Sent as QEMU's own stream, which any QEMU takes
+    /// Sent as QEMU's own stream, which any QEMU accepts
     Stream,
 }
 
@@ -276,13 +276,13 @@ pub(crate) struct SendArguments {
     /// Multifd channels besides the stream, as many as QEMU was told, 1 to 16
     #[arg(long, value_name = "N", requires = "connect", value_parser = clap::value_parser!(u8).range(1..=16))]
     pub(crate) channels: Option<u8>,
-    /// Leave zero pages out: the destination's RAM is fresh, not a file that was used before
+    /// Leave zero pages out: the destination's RAM is all zero, not a file that was used before
     #[arg(long)]
     pub(crate) assume_zeroed: bool,
     /// Whether pages go past the page cache
     #[arg(long, value_name = "WHEN", default_value = "preferred")]
     pub(crate) direct_io: DirectIoMode,
-    /// Who moves the bytes
+    /// Which I/O back end is used
     #[arg(long, value_name = "BACKEND", default_value = "auto")]
     pub(crate) io: IoMode,
 }
@@ -309,16 +309,16 @@ pub(crate) struct ReceiveArguments {
     /// Replace an existing file
     #[arg(long)]
     pub(crate) force: bool,
-    /// Give up when the sender is silent for so long; 0: never
+    /// Give up if the sender sends nothing for so long; 0: never
     #[arg(long, value_name = "SECONDS", default_value_t = 300)]
     pub(crate) stall_timeout: u64,
-    /// Give up when the stream has not ended after so long
+    /// Give up if the stream has not ended after so long
     #[arg(long, value_name = "SECONDS")]
     pub(crate) timeout: Option<u64>,
     /// Whether pages go past the page cache
     #[arg(long, value_name = "WHEN", default_value = "preferred")]
     pub(crate) direct_io: DirectIoMode,
-    /// Who moves the bytes
+    /// Which I/O back end is used
     #[arg(long, value_name = "BACKEND", default_value = "auto")]
     pub(crate) io: IoMode,
 }
@@ -338,7 +338,7 @@ pub(crate) struct ConvertArguments {
     /// Whether pages go past the page cache
     #[arg(long, value_name = "WHEN", default_value = "preferred")]
     pub(crate) direct_io: DirectIoMode,
-    /// Who moves the bytes
+    /// Which I/O back end is used
     #[arg(long, value_name = "BACKEND", default_value = "auto")]
     pub(crate) io: IoMode,
 }
@@ -371,7 +371,7 @@ pub(crate) struct EngineArguments {
     /// Whether pages go past the page cache
     #[arg(long, value_name = "WHEN", default_value = "preferred")]
     pub(crate) direct_io: DirectIoMode,
-    /// Who moves the bytes
+    /// Which I/O back end is used
     #[arg(long, value_name = "BACKEND", default_value = "auto")]
     pub(crate) io: IoMode,
     /// Threads that work at once, 1 to 16 [default: one per processor, at most 4]
@@ -384,16 +384,16 @@ pub(crate) struct EngineArguments {
 pub(crate) enum DirectIoMode {
     /// Direct I/O or an error
     Required,
-    /// Direct I/O where it can be had and helps
+    /// Direct I/O if possible and if it helps
     Preferred,
     /// Through the page cache
     Off,
 }
 
-/// Who moves the bytes.
+/// Which I/O back end is used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum IoMode {
-    /// io_uring where the kernel has it, else threads
+    /// io_uring if the kernel has it, else threads
     Auto,
     /// io_uring or an error
     IoUring,

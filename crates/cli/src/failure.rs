@@ -39,7 +39,7 @@ impl Failure {
         Failure { code: Code::Usage, kind: "usage", message, hint: None }
     }
 
-    /// What clap says about wrong usage, in one line.
+    /// Returns clap's message about wrong usage, in one line.
     pub(crate) fn of_usage(error: &clap::Error) -> Failure {
         let text = error.render().to_string();
         let what = text.split("\n\nUsage:").next().unwrap_or_default();
@@ -146,7 +146,7 @@ impl From<&SaveError> for Failure {
                 .hint("there is no file; what QEMU said is where its standard error goes"),
             SaveError::CutOff { .. } => Failure::new(Code::Vm, "cut_off", error).hint(CUT_OFF),
             SaveError::RunState { .. } => Failure::new(Code::Vm, "run_state", error).hint(
-                "a VM that was started with -S is to run first; one that was migrated or has ended \
+                "a VM that was started with -S must run first; one that was migrated or has ended \
                  cannot be saved; where the other end of the migration does not run, `cont` makes it \
                  run again",
             ),
@@ -201,7 +201,7 @@ impl From<&SaveError> for Failure {
             SaveError::Release { .. } if !error.leaves_paused() => {
                 Failure::new(Code::Vm, "qemu_gone", error).hint("the file can be restored")
             }
-            // Scripts see by the status that the VM does not run, whatever the cause was.
+            // The status tells a script that the VM does not run, whatever the cause was.
             SaveError::LeftPaused { .. } | SaveError::Release { .. } => {
                 Failure::new(Code::LeftPaused, "left_paused", error).hint(CONT)
             }
@@ -210,26 +210,28 @@ impl From<&SaveError> for Failure {
     }
 }
 
-/// What helps where the memory of QEMU's process cannot be read.
+/// The hint if the memory of QEMU's process cannot be read.
 const TRACE: &str = "reading another process's memory needs its user and the right to trace it, or \
                      root; --route stream needs neither";
 
-/// What helps where the connection to a monitor broke.
-const CUT_OFF: &str = "there is no file; look what stands between vmfile and QEMU's monitor";
+/// The hint if the connection to a monitor broke.
+const CUT_OFF: &str =
+    "there is no file; find out what closes connections between vmfile and QEMU's monitor";
 
-/// What to do about a VM that is not what its command line would make.
+/// The hint for a VM that is not what its command line would make.
 const CHANGED_OK: &str =
     "--changed-ok saves and ends it all the same; --after resume lets it run on";
 
-/// What to do about jobs and exports that would end with the VM.
+/// The hint for jobs and exports that would end with the VM.
 const ACTIVITIES: &str = "wait until it is done, or end it; --changed-ok saves and ends the VM all \
                           the same; --after resume lets it run on";
 
-/// What the user can do about a VM that was left paused.
+/// The hint for a VM that was left paused.
 const CONT: &str = "the process vm-guardian lets the VM run on once QEMU answers; so does `cont` \
                     on another monitor of it, and `kill -CONT` a process that is stopped";
 
-/// A failure to receive what the VM that is saved sends: the options are those of `save`.
+/// Returns the failure for a save that could not receive QEMU's stream; its hints name options of
+/// `save`.
 fn received(error: &ReceiveError) -> Failure {
     let failure = Failure::from(error);
     match error {
@@ -246,7 +248,7 @@ fn received(error: &ReceiveError) -> Failure {
     }
 }
 
-/// A failure for the reason `cause` that left something behind, as `error` says.
+/// Returns the failure for `cause`, with the message of `error`, which also says what was left.
 fn with_cause(error: &SaveError, cause: &SaveError, kind: &'static str) -> Failure {
     let failure = Failure::from(cause);
     let message = Failure::new(failure.code, kind, error).message;

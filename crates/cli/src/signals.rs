@@ -1,5 +1,5 @@
-//! SIGINT, SIGTERM, SIGQUIT and SIGHUP stop a verb cleanly; SIGUSR1 asks how far it is; SIGTSTP waits
-//! until the VM runs.
+//! SIGINT, SIGTERM, SIGQUIT and SIGHUP stop a verb cleanly; SIGUSR1 prints its progress; SIGTSTP is
+//! delayed until the VM runs.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -9,7 +9,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTSTP, SIGUSR1, SI
 use crate::exit_code::Code;
 use crate::failure::Failure;
 
-/// What the signals have said so far.
+/// The signals that came so far.
 #[derive(Debug)]
 pub(crate) struct Signals {
     pub(crate) stop: Arc<AtomicBool>,
@@ -18,31 +18,32 @@ pub(crate) struct Signals {
 }
 
 impl Signals {
-    /// Listens from now on.
+    /// Registers the signals.
     pub(crate) fn listen() -> std::io::Result<Signals> {
         let signals = Signals {
             stop: Arc::new(AtomicBool::new(false)),
             which: Arc::new(AtomicUsize::new(0)),
             asked: Arc::new(AtomicBool::new(false)),
         };
-        // A lost connection must not leave the VM paused; under nohup it is nothing. A shell without
-        // job control has its background processes ignore SIGQUIT.
+        // SIGHUP stops the verb, because a lost terminal must not leave the VM paused. But nohup
+        // makes a process ignore SIGHUP, and a shell without job control makes its background
+        // processes ignore SIGQUIT.
         let others = [SIGHUP, SIGQUIT].into_iter().filter(|&signal| !is_ignored(signal));
         for signal in [SIGINT, SIGTERM].into_iter().chain(others) {
             let number = usize::try_from(signal).unwrap_or_default();
-            // `which` first: a thread that sees `stop` finds it set.
+            // Registers `which` first, so that a thread that sees `stop` finds it set.
             signal_hook::flag::register_usize(signal, Arc::clone(&signals.which), number)?;
             signal_hook::flag::register(signal, Arc::clone(&signals.stop))?;
         }
         signal_hook::flag::register(SIGUSR1, Arc::clone(&signals.asked))?;
-        // At the limit of file sizes the kernel would end this process, with the VM paused. Once
-        // the signal is caught the write fails instead, as on a full disk.
+        // At the limit of file sizes the kernel would end this process, with the VM paused. If the
+        // signal is caught, the write fails instead, as on a full disk.
         signal_hook::flag::register(SIGXFSZ, Arc::new(AtomicBool::new(false)))?;
         Ok(signals)
     }
 
-    /// Gives a failure that is due to a signal that signal's status, and the hint `left`: what was
-    /// left as it was.
+    /// If a signal caused `failure`, gives it the status of that signal, and the hint `left`, which
+    /// says what is unchanged.
     pub(crate) fn explain(&self, failure: Failure, left: &str) -> Failure {
         if failure.code == Code::Interrupted {
             Failure { code: self.code(), ..failure }.hint(left)
@@ -51,7 +52,7 @@ impl Signals {
         }
     }
 
-    /// Whether a signal has asked to stop.
+    /// Whether a signal told this process to stop.
     pub(crate) fn are_set(&self) -> bool {
         self.stop.load(Ordering::Relaxed)
     }
@@ -67,8 +68,8 @@ impl Signals {
     }
 }
 
-/// Holds SIGTSTP (Ctrl-Z) back until it is dropped: a process that stands still cannot let the VM
-/// go on that it has paused.
+/// Delays SIGTSTP (Ctrl-Z) until this is dropped: a suspended process could not resume the VM that
+/// it has paused.
 #[derive(Debug)]
 pub(crate) struct NoSuspend {
     asked: Arc<AtomicBool>,
@@ -76,7 +77,7 @@ pub(crate) struct NoSuspend {
 }
 
 impl NoSuspend {
-    /// Holds it back from now on.
+    /// Delays the signal from now on.
     pub(crate) fn begin() -> std::io::Result<NoSuspend> {
         let held = NoSuspend { asked: Arc::default(), is_over: Arc::default() };
         if !is_ignored(SIGTSTP) {
@@ -89,7 +90,7 @@ impl NoSuspend {
 }
 
 impl Drop for NoSuspend {
-    /// Stops this process now if it was asked to; SIGCONT lets it go on.
+    /// Suspends this process now if the signal has come; SIGCONT resumes it.
     fn drop(&mut self) {
         self.is_over.store(true, Ordering::Relaxed);
         if self.asked.load(Ordering::Relaxed) {

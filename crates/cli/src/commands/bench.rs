@@ -10,10 +10,10 @@ use vmfile_bench::{Backing, BenchOptions, Contents};
 use crate::args::{BenchArguments, RamMode};
 use crate::commands::save::socket_of;
 use crate::failure::Failure;
-use crate::output::Voice;
+use crate::output::Printer;
 use crate::signals::Signals;
 
-pub(crate) fn run(arguments: &BenchArguments, voice: &Voice) -> Result<ExitCode, Failure> {
+pub(crate) fn run(arguments: &BenchArguments, printer: &Printer) -> Result<ExitCode, Failure> {
     let signals = Signals::listen().map_err(|error| Failure::system("signals", &error))?;
     if arguments.data + arguments.repeated > 100 {
         return Err(Failure::usage(
@@ -34,22 +34,22 @@ pub(crate) fn run(arguments: &BenchArguments, voice: &Voice) -> Result<ExitCode,
         restores: !arguments.saves_only,
         sweep: arguments.sweep,
     };
-    // Before minutes of rounds, so that a name that cannot be had is refused now.
+    // Made before the rounds, which take minutes, so that a bad path is refused now.
     let page = arguments.html.as_deref().map(new_page).transpose()?;
     let command = std::env::args().collect();
     let result =
-        vmfile_bench::run(&options, command, &signals.stop, &|line| voice.step("bench", line));
+        vmfile_bench::run(&options, command, &signals.stop, &|line| printer.step("bench", line));
     let report = result.map_err(|error| {
         signals.explain(Failure::from(&error), "guests were ended and files removed")
     })?;
     if let Some(page) = page {
         write(page, &vmfile_bench::html::html(&report))?;
     }
-    voice.answer(&report, vmfile_bench::table::table)?;
+    printer.answer(&report, vmfile_bench::table::table)?;
     Ok(if signals.are_set() { signals.code().into() } else { ExitCode::SUCCESS })
 }
 
-/// Makes the file of the page; an older one of that name will be replaced.
+/// Makes the file for the page, which will replace an older one of that name.
 fn new_page(path: &Path) -> Result<Unpublished, Failure> {
     vmfile::new_file(path, Existing::Replace, None).map_err(|error| Failure::from(&error))
 }
@@ -58,7 +58,7 @@ fn write(unpublished: Unpublished, page: &str) -> Result<(), Failure> {
     std::io::Write::write_all(&mut unpublished.file(), page.as_bytes())
         .map_err(|error| Failure::system("write the page", &error))?;
     let file = unpublished.publish().map_err(|error| Failure::from(&error))?;
-    // A page is for everybody to read, unlike a VM.
+    // Everybody may read a page, unlike a saved VM.
     let readable = std::os::unix::fs::PermissionsExt::from_mode(0o644);
     fs::File::set_permissions(&file, readable).map_err(|error| Failure::system("chmod", &error))
 }

@@ -8,10 +8,10 @@ use vmfile::{Control, Existing};
 use crate::args::{ConvertArguments, FileName, FormatMode};
 use crate::failure::Failure;
 use crate::output::progress::Meter;
-use crate::output::{Voice, human};
+use crate::output::{Printer, human};
 use crate::signals::Signals;
 
-pub(crate) fn run(arguments: &ConvertArguments, voice: &Voice) -> Result<ExitCode, Failure> {
+pub(crate) fn run(arguments: &ConvertArguments, printer: &Printer) -> Result<ExitCode, Failure> {
     let signals = Signals::listen().map_err(|error| Failure::system("signals", &error))?;
     let source = FileName::parse(&arguments.source).map_err(Failure::usage)?;
     let to = match arguments.to {
@@ -22,7 +22,7 @@ pub(crate) fn run(arguments: &ConvertArguments, voice: &Voice) -> Result<ExitCod
         .direct_io(arguments.direct_io.into())
         .io(arguments.io.into())
         .existing(if arguments.force { Existing::Replace } else { Existing::Refuse });
-    let meter = Meter::new("convert", voice.progress, &signals.asked);
+    let meter = Meter::new("convert", printer.progress, &signals.asked);
     let show = |progress| meter.show(progress);
     let control = Control::new(&signals.stop, &show);
     let from = (source.path.as_path(), source.offset);
@@ -30,6 +30,6 @@ pub(crate) fn run(arguments: &ConvertArguments, voice: &Voice) -> Result<ExitCod
     drop(meter);
     let report =
         result.map_err(|error| signals.explain(Failure::from(&error), "there is no new file"))?;
-    voice.report(&report, human::convert);
+    printer.report(&report, human::convert);
     Ok(ExitCode::SUCCESS)
 }

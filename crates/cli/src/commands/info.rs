@@ -6,9 +6,9 @@ use serde::Serialize;
 
 use crate::args::InfoArguments;
 use crate::failure::Failure;
-use crate::output::{Voice, human};
+use crate::output::{Printer, human};
 
-/// The library's value, with the time as people and programs read it.
+/// The library's value, with the time also as text.
 #[derive(Serialize)]
 struct Answer {
     saved_at: Option<String>,
@@ -16,10 +16,10 @@ struct Answer {
     info: vmfile::info::Info,
 }
 
-pub(crate) fn run(arguments: &InfoArguments, voice: &Voice) -> Result<ExitCode, Failure> {
+pub(crate) fn run(arguments: &InfoArguments, printer: &Printer) -> Result<ExitCode, Failure> {
     let snapshot = super::open(&arguments.file)?;
     let info = vmfile::info::info(&snapshot).map_err(|error| Failure::from(&error))?;
     let answer = Answer { saved_at: info.saved_at_unix_seconds.map(human::time), info };
-    voice.answer(&answer, |answer| human::info(&answer.info, voice.verbose))?;
+    printer.answer(&answer, |answer| human::info(&answer.info, printer.verbose))?;
     Ok(ExitCode::SUCCESS)
 }

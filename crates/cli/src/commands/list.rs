@@ -4,11 +4,11 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use crate::failure::Failure;
-use crate::output::{Voice, one_line, size};
+use crate::output::{Printer, one_line, size};
 
-pub(crate) fn run(voice: &Voice) -> Result<ExitCode, Failure> {
+pub(crate) fn run(printer: &Printer) -> Result<ExitCode, Failure> {
     let vms = vmfile::list::list().map_err(|error| Failure::from(&error))?;
-    voice.answer(&vms, |vms| {
+    printer.answer(&vms, |vms| {
         if vms.is_empty() {
             return "no VM runs on this host\n".to_owned();
         }

@@ -1,4 +1,4 @@
-//! One verb, one file: words into options, a report into words.
+//! One file for each verb: it turns arguments into options, and a report into text.
 
 pub(crate) mod bench;
 pub(crate) mod check;

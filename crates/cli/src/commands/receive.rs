@@ -11,10 +11,10 @@ use vmfile::{Channels, Control, Existing};
 use crate::args::ReceiveArguments;
 use crate::failure::Failure;
 use crate::output::progress::Meter;
-use crate::output::{Voice, human};
+use crate::output::{Printer, human};
 use crate::signals::Signals;
 
-pub(crate) fn run(arguments: &ReceiveArguments, voice: &Voice) -> Result<ExitCode, Failure> {
+pub(crate) fn run(arguments: &ReceiveArguments, printer: &Printer) -> Result<ExitCode, Failure> {
     let signals = Signals::listen().map_err(|error| Failure::system("signals", &error))?;
     let from = source(arguments)?;
     let stall = Duration::from_secs(arguments.stall_timeout);
@@ -25,7 +25,7 @@ pub(crate) fn run(arguments: &ReceiveArguments, voice: &Voice) -> Result<ExitCod
         .channels(Channels::new(arguments.channels))
         .stall_timeout((!stall.is_zero()).then_some(stall))
         .timeout(arguments.timeout.map(Duration::from_secs));
-    let meter = Meter::new("receive", voice.progress, &signals.asked);
+    let meter = Meter::new("receive", printer.progress, &signals.asked);
     let show = |progress| meter.show(progress);
     let control = Control::new(&signals.stop, &show);
     let result = vmfile::receive::receive(from, &arguments.file, &options, &control);
@@ -33,7 +33,7 @@ pub(crate) fn run(arguments: &ReceiveArguments, voice: &Voice) -> Result<ExitCod
     let report = result.map_err(|error| {
         signals.explain(Failure::from(&error), "there is no file, and the sender runs on")
     })?;
-    voice.report(&report, human::receive);
+    printer.report(&report, human::receive);
     Ok(ExitCode::SUCCESS)
 }
 

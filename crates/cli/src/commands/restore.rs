@@ -14,10 +14,10 @@ use vmfile::{Control, LaunchedQemu, PagesError, RestoreError};
 use crate::args::{RestoreArguments, RestoreMode};
 use crate::failure::Failure;
 use crate::output::progress::Meter;
-use crate::output::{Voice, human};
+use crate::output::{Printer, human};
 use crate::signals::{NoSuspend, Signals};
 
-pub(crate) fn run(arguments: &RestoreArguments, voice: &Voice) -> Result<ExitCode, Failure> {
+pub(crate) fn run(arguments: &RestoreArguments, printer: &Printer) -> Result<ExitCode, Failure> {
     let signals = Signals::listen().map_err(|error| Failure::system("signals", &error))?;
     let held = NoSuspend::begin().map_err(|error| Failure::system("signals", &error))?;
     let snapshot = super::open(&arguments.file)?;
@@ -44,15 +44,15 @@ pub(crate) fn run(arguments: &RestoreArguments, voice: &Voice) -> Result<ExitCod
         .verify(arguments.verify)
         .paused(arguments.paused)
         .foreground(arguments.foreground);
-    let meter = Meter::new("restore", voice.progress, &signals.asked);
+    let meter = Meter::new("restore", printer.progress, &signals.asked);
     let show = |progress| meter.show(progress);
     let control = Control::new(&signals.stop, &show);
     let result = vmfile::restore::restore(&snapshot, destination, &options, &control);
     drop(meter);
     drop(held);
     let restored = result.map_err(|error| failure(&error, &signals))?;
-    voice.warnings(&restored.report.warnings);
-    voice.report(&restored.report, human::restore);
+    printer.warnings(&restored.report.warnings);
+    printer.report(&restored.report, human::restore);
     match restored.qemu {
         Some(qemu) if arguments.foreground => {
             let status = wait(qemu, &signals)?;
@@ -66,8 +66,8 @@ pub(crate) fn run(arguments: &RestoreArguments, voice: &Voice) -> Result<ExitCod
     }
 }
 
-/// A signal from the terminal also reaches a QEMU in the foreground: whatever then goes wrong, the
-/// signal was the reason.
+/// Returns the failure for `error`. A signal from the terminal also reaches a QEMU in the
+/// foreground: if there was one, it is the cause, whatever the error.
 fn failure(error: &RestoreError, signals: &Signals) -> Failure {
     if signals.are_set() && !matches!(error, RestoreError::Unanswered { .. }) {
         let failure = Failure::from(&PagesError::Stopped);
@@ -77,7 +77,8 @@ fn failure(error: &RestoreError, signals: &Signals) -> Failure {
     Failure::from(error)
 }
 
-/// Waits for QEMU and returns its exit status as a shell does; passes a signal to end on to it.
+/// Waits for QEMU and returns its exit status as a shell does; if a signal tells this process to
+/// stop, sends SIGTERM to QEMU.
 fn wait(qemu: LaunchedQemu, signals: &Signals) -> Result<u8, Failure> {
     let pid = i32::try_from(qemu.pid()).ok().and_then(Pid::from_raw);
     let stop = Arc::clone(&signals.stop);
@@ -86,7 +87,7 @@ fn wait(qemu: LaunchedQemu, signals: &Signals) -> Result<u8, Failure> {
     thread::spawn(move || {
         while !is_over.load(Ordering::Relaxed) {
             if stop.load(Ordering::Relaxed) {
-                // It may have ended by itself.
+                // QEMU may have ended by itself.
                 let _ = pid.map(|pid| kill_process(pid, Signal::TERM));
                 return;
             }

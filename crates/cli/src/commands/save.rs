@@ -10,10 +10,10 @@ use vmfile::{Channels, Control, Existing, Vm, VmAddress};
 use crate::args::{AfterMode, RouteMode, SaveArguments};
 use crate::failure::Failure;
 use crate::output::progress::Meter;
-use crate::output::{Voice, human};
+use crate::output::{Printer, human};
 use crate::signals::{NoSuspend, Signals};
 
-pub(crate) fn run(arguments: &SaveArguments, voice: &Voice) -> Result<ExitCode, Failure> {
+pub(crate) fn run(arguments: &SaveArguments, printer: &Printer) -> Result<ExitCode, Failure> {
     let signals = Signals::listen().map_err(|error| Failure::system("signals", &error))?;
     let held = NoSuspend::begin().map_err(|error| Failure::system("signals", &error))?;
     let mut vm = connect(&arguments.vm, &signals)?;
@@ -42,7 +42,7 @@ pub(crate) fn run(arguments: &SaveArguments, voice: &Voice) -> Result<ExitCode, 
         .channels(arguments.channels.and_then(Channels::new))
         .changed_ok(arguments.changed_ok)
         .existing(if arguments.force { Existing::Replace } else { Existing::Refuse });
-    let meter = Meter::new("save", voice.progress, &signals.asked);
+    let meter = Meter::new("save", printer.progress, &signals.asked);
     let show = |progress| meter.show(progress);
     let control = Control::new(&signals.stop, &show);
     let result = vmfile::save::save(&mut vm, &arguments.file, &options, &control);
@@ -52,8 +52,8 @@ pub(crate) fn run(arguments: &SaveArguments, voice: &Voice) -> Result<ExitCode, 
         let failure = Failure::from(&error);
         signals.explain(failure, "the VM is as it was, and there is no file")
     })?;
-    voice.warnings(&report.warnings);
-    voice.report(&report, human::save);
+    printer.warnings(&report.warnings);
+    printer.report(&report, human::save);
     Ok(ExitCode::SUCCESS)
 }
 

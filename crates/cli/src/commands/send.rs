@@ -10,10 +10,10 @@ use vmfile::{Channels, Control};
 use crate::args::SendArguments;
 use crate::failure::Failure;
 use crate::output::progress::Meter;
-use crate::output::{Voice, human};
+use crate::output::{Printer, human};
 use crate::signals::Signals;
 
-pub(crate) fn run(arguments: &SendArguments, voice: &Voice) -> Result<ExitCode, Failure> {
+pub(crate) fn run(arguments: &SendArguments, printer: &Printer) -> Result<ExitCode, Failure> {
     let signals = Signals::listen().map_err(|error| Failure::system("signals", &error))?;
     let to = destination(arguments)?;
     let snapshot = super::open(&arguments.file)?;
@@ -22,7 +22,7 @@ pub(crate) fn run(arguments: &SendArguments, voice: &Voice) -> Result<ExitCode, 
         .io(arguments.io.into())
         .channels(arguments.channels.and_then(Channels::new))
         .assume_zeroed(arguments.assume_zeroed);
-    let meter = Meter::new("send", voice.progress, &signals.asked);
+    let meter = Meter::new("send", printer.progress, &signals.asked);
     let show = |progress| meter.show(progress);
     let control = Control::new(&signals.stop, &show);
     let result = vmfile::send::send(&snapshot, to, &options, &control);
@@ -32,9 +32,9 @@ pub(crate) fn run(arguments: &SendArguments, voice: &Voice) -> Result<ExitCode, 
         signals.explain(Failure::from(&error), left)
     })?;
     if arguments.connect.is_some() {
-        voice.report(&report, human::send);
+        printer.report(&report, human::send);
     } else {
-        voice.report_aside(&report, human::send);
+        printer.report_aside(&report, human::send);
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -1,4 +1,4 @@
-//! How the program speaks: text or JSON, and progress.
+//! How the program prints: text or JSON, and progress.
 
 pub(crate) mod human;
 pub(crate) mod progress;
@@ -12,18 +12,18 @@ use serde_json::json;
 use crate::args::{Arguments, ProgressMode};
 use crate::failure::Failure;
 
-/// What was asked for, for the whole run.
+/// Prints results, warnings and errors in the form that the user chose.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Voice {
+pub(crate) struct Printer {
     json: bool,
     quiet: bool,
     pub(crate) verbose: bool,
     pub(crate) progress: ProgressMode,
 }
 
-impl Voice {
-    pub(crate) fn new(arguments: &Arguments) -> Voice {
-        Voice {
+impl Printer {
+    pub(crate) fn new(arguments: &Arguments) -> Printer {
+        Printer {
             json: arguments.json,
             quiet: arguments.quiet,
             verbose: arguments.verbose,
@@ -31,9 +31,9 @@ impl Voice {
         }
     }
 
-    /// JSON, for what goes wrong before there are arguments.
-    pub(crate) fn json() -> Voice {
-        Voice { json: true, quiet: false, verbose: false, progress: ProgressMode::Off }
+    /// A printer of JSON, for an error before the arguments are parsed.
+    pub(crate) fn json() -> Printer {
+        Printer { json: true, quiet: false, verbose: false, progress: ProgressMode::Off }
     }
 
     /// Prints the answer: `value` as JSON, or `text`.
@@ -50,23 +50,23 @@ impl Voice {
         }
     }
 
-    /// Prints what was done, as [`Voice::answer`] does. The work is done even where no reader can be
-    /// told of it: that is a warning, and no failure.
+    /// Prints what was done, as [`Printer::answer`] does. If the report cannot be written, the work
+    /// is done all the same: that is a warning, not a failure.
     pub(crate) fn report<T: Serialize>(&self, value: &T, text: impl FnOnce(&T) -> String) {
         if let Err(failure) = self.answer(value, text) {
             self.warn(&format!("done, but the report is lost: {}", failure.message));
         }
     }
 
-    /// Prints what was done on stderr, where stdout was used for something else.
+    /// Prints what was done on stderr, if stdout was used for something else.
     pub(crate) fn report_aside<T: Serialize>(&self, value: &T, text: impl FnOnce(&T) -> String) {
         if let Ok(Some(text)) = self.words(value, text) {
-            // Standard error is closed: there is no way to tell.
+            // If standard error is closed, nothing else can report it.
             let _ = io::stderr().lock().write_all(text.as_bytes());
         }
     }
 
-    /// Returns `value` as it was asked for: JSON, `text`, or nothing.
+    /// Returns `value` in the form that the user chose: JSON, `text`, or nothing.
     fn words<T: Serialize>(
         &self,
         value: &T,
@@ -81,7 +81,7 @@ impl Voice {
         Ok((!self.quiet).then(|| printable(&text(value))))
     }
 
-    /// Says on stderr what is being done, where progress is shown.
+    /// Prints on stderr what is being done, if progress is shown.
     pub(crate) fn step(&self, verb: &str, line: &str) {
         let text = match self.progress {
             ProgressMode::Off => return,
@@ -91,11 +91,11 @@ impl Voice {
             ProgressMode::Auto if !io::stderr().is_terminal() => return,
             ProgressMode::Auto | ProgressMode::Bar => printable(&format!("{line}\n")),
         };
-        // Standard error is closed: there is no way to tell.
+        // If standard error is closed, nothing else can report it.
         let _ = io::stderr().lock().write_all(text.as_bytes());
     }
 
-    /// Prints what the user should know although the verb did its work; JSON has it in the report.
+    /// Prints warnings about work that was done; in JSON they are part of the report.
     pub(crate) fn warnings(&self, warnings: &[String]) {
         if !self.json {
             warnings.iter().for_each(|warning| self.warn(warning));
@@ -113,7 +113,7 @@ impl Voice {
         } else {
             printable(&format!("vmfile: warning: {message}\n"))
         };
-        // Standard error is closed: there is no way to tell.
+        // If standard error is closed, nothing else can report it.
         let _ = io::stderr().lock().write_all(text.as_bytes());
     }
 
@@ -135,17 +135,17 @@ impl Voice {
             }
             printable(&text)
         };
-        // Standard error is closed: there is no way to tell.
+        // If standard error is closed, nothing else can report it.
         let _ = io::stderr().lock().write_all(text.as_bytes());
     }
 }
 
-/// Escapes what a terminal would obey: names in a file may come from anybody.
+/// Escapes characters that a terminal would obey: a name in a file may come from anybody.
 fn printable(text: &str) -> String {
     escape(text, |character| character != '\n')
 }
 
-/// Escapes what a terminal would obey, and ends of lines: a name must not look like another line.
+/// Escapes these characters and ends of lines: a name must not look like another line.
 pub(crate) fn one_line(text: &str) -> String {
     escape(text, |_| true)
 }
@@ -162,8 +162,8 @@ fn escape(text: &str, is_meant: impl Fn(char) -> bool) -> String {
     escaped
 }
 
-/// Tells whether a terminal shows no character for it: a control character, or one of those that hide,
-/// join or turn around what stands beside them.
+/// Tells whether a terminal obeys a character instead of showing it: a control character, or one
+/// that hides, joins or turns around the text beside it.
 fn is_obeyed(character: char) -> bool {
     character.is_control()
         || matches!(character, '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{200b}'..='\u{200f}'

@@ -1,4 +1,4 @@
-//! Progress of long work: a bar, JSON lines, or a line when SIGUSR1 asks.
+//! Progress of long work: a bar, JSON lines, or one line for each SIGUSR1.
 
 use std::io::{self, IsTerminal, Write};
 use std::sync::Mutex;
@@ -11,7 +11,7 @@ use vmfile::Progress;
 use crate::args::ProgressMode;
 use crate::output::size;
 
-/// How often JSON lines come.
+/// The time between JSON lines.
 const LINES_EVERY: Duration = Duration::from_millis(200);
 
 /// Shows progress.
@@ -44,7 +44,7 @@ impl<'a> Meter<'a> {
         Meter { verb, started: Instant::now(), bar, lines, asked }
     }
 
-    /// Takes news from the library; called by several threads.
+    /// Shows progress that the library reports; several threads call this.
     pub(crate) fn show(&self, progress: Progress) {
         if let Some(bar) = &self.bar {
             bar.set_length(progress.total_bytes);
@@ -71,7 +71,7 @@ impl<'a> Meter<'a> {
             Some((at, done)) => (at.elapsed() >= LINES_EVERY, *done),
             None => (true, 0),
         };
-        // Several threads tell how far they are, not always in order.
+        // Several threads report, not always in order.
         if progress.done_bytes < done_before || !(is_due || is_last || asked) {
             return;
         }
@@ -86,7 +86,7 @@ impl<'a> Meter<'a> {
     }
 
     fn line(&self, line: &dyn std::fmt::Display) {
-        // The reader of progress has gone: the work goes on.
+        // If the reader has gone, the work goes on.
         let _ = writeln!(io::stderr().lock(), "{line}");
     }
 }
