@@ -1,4 +1,4 @@
-//! What every measurement works with: the options, a directory, the program.
+//! What every measurement uses: the options, a directory, the program.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -15,12 +15,12 @@ use crate::options::BenchOptions;
 use crate::process;
 use crate::report::NotMeasured;
 
-/// What every measurement works with.
+/// What every measurement uses.
 #[derive(Debug)]
 pub(crate) struct Bench<'a> {
     pub(crate) options: &'a BenchOptions,
     pub(crate) stop: &'a AtomicBool,
-    /// Where the files lie; it vanishes with all of them.
+    /// The directory of the files; dropping it removes all of them.
     pub(crate) directory: TempDir,
     pub(crate) not_measured: Vec<NotMeasured>,
 }
@@ -44,8 +44,9 @@ impl Bench<'_> {
         self.directory.path().join(name)
     }
 
-    /// Removes `file` and waits until the disk is at rest, so that no way to save pays for another's file.
-    pub(crate) fn make_way(&self, file: &Path) -> Result<(), BenchError> {
+    /// Removes `file` and waits until the file system is synced, so that no way pays for the file
+    /// of another.
+    pub(crate) fn remove_and_sync(&self, file: &Path) -> Result<(), BenchError> {
         let removed = fs::remove_file(file);
         if removed.as_ref().is_err_and(|error| error.kind() != std::io::ErrorKind::NotFound) {
             removed.map_err(BenchError::system("remove a file"))?;

@@ -1,9 +1,9 @@
 //! Two builds of vmfile, measured pair by pair.
 //!
-//! A disk that others share changes its speed within seconds, so both builds do the same thing one right
-//! after the other, in turns as to who is first, and what counts is the ratio of each pair. Each build
-//! reads the files that it wrote itself in the same round: the format may have changed between them,
-//! and no file keeps a lucky place on the disk.
+//! A shared disk changes its speed within seconds. So both builds do the same task right after each
+//! other, they take turns at being first, and only the ratio of each pair counts. Each build reads
+//! the files that it wrote itself in the same round: the format may differ between the builds, and
+//! no file keeps a lucky place on the disk.
 
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
@@ -31,7 +31,7 @@ enum Task {
 }
 
 impl Task {
-    /// In this order: those that come later read what the saves of the same round wrote.
+    /// The order matters: the later tasks read what the saves of the same round wrote.
     const ALL: [Task; 6] = [
         Task::SavePrivate,
         Task::SaveShared,
@@ -76,7 +76,7 @@ pub(crate) fn compare(
     for round in 0..=options.rounds.get() {
         for (index, (task, pairs)) in pairs.iter_mut().enumerate() {
             progress.step(round, options.rounds.get(), &task.name());
-            // By round and task, so that nothing that every other task does falls to one build.
+            // Alternates by round and by task, so that neither build is always first in a task.
             let first = (round as usize + index) % 2;
             let mut seconds = [0.0; 2];
             for build in [first, 1 - first] {
@@ -90,7 +90,7 @@ pub(crate) fn compare(
     Ok(pairs.into_iter().filter_map(|(task, pairs)| comparison(task.name(), &pairs)).collect())
 }
 
-/// Lets a build do a task; returns the seconds.
+/// Has a build do a task; returns the seconds.
 fn once(build: &Bench<'_>, task: Task, guests: &Guests) -> Result<f64, BenchError> {
     let (private, shared) = (build.file("private.vmf"), build.file("shared.vmf"));
     let run = match task {
@@ -105,14 +105,14 @@ fn once(build: &Bench<'_>, task: Task, guests: &Guests) -> Result<f64, BenchErro
             run
         }
     };
-    // QEMU's start is QEMU's time.
+    // Without the time that QEMU itself takes to start.
     Ok(run.seconds - run.qemu_start_seconds.unwrap_or(0.0))
 }
 
-/// Sums up what the pairs say; `None` if there are none.
+/// Sums up the pairs of a task; `None` if there are none.
 ///
-/// There is a difference only where all pairs agree on which build was faster: by chance alone, ten do
-/// so once in 512 times.
+/// Reports a difference only if all pairs agree on which build was faster: ten pairs agree by
+/// chance once in 512 times.
 fn comparison(what: String, pairs: &[[f64; 2]]) -> Option<Comparison> {
     let column = |build: usize| pairs.iter().map(|pair| pair[build]).collect::<Vec<f64>>();
     let ratios: Vec<f64> = pairs.iter().map(|[base, here]| here / base).collect();

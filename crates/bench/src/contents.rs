@@ -1,5 +1,5 @@
-//! What the RAM of a guest holds: written from outside, so that a guest of any size is filled at the
-//! speed of memory.
+//! Fills the RAM of a guest from outside, so that a guest of any size is filled at the speed of
+//! memory.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,7 +15,7 @@ const RUN_LEN: usize = 256 << 10;
 
 const PAGE_LEN: usize = 4096;
 
-/// Firmware works in the first and the last megabytes of low RAM, which ends at 3 GiB at most.
+/// Firmware uses the first and the last megabytes of low RAM, which ends at 3 GiB at most.
 const LOW_END: u64 = 3 << 30;
 const FIRMWARE_LEN: u64 = 16 << 20;
 
@@ -27,7 +27,8 @@ enum Kind {
     Untouched,
 }
 
-/// Fills the first `len_max` bytes of the largest block of `blocks`, in the memory of process `pid`.
+/// Fills the first `len_max` bytes of the largest block of `blocks`, in the memory of process
+/// `pid`.
 pub(crate) fn fill(
     (pid, blocks): (u32, &[RamBlockInfo]),
     contents: Contents,
@@ -75,16 +76,17 @@ pub(crate) fn write(
     Ok(())
 }
 
-/// Returns the parts of RAM that are no firmware's, in whole runs.
+/// Returns the parts of RAM that firmware does not use.
 fn parts(len: u64) -> Vec<Range<u64>> {
     let low_end = len.min(LOW_END);
     let low = FIRMWARE_LEN..low_end.saturating_sub(FIRMWARE_LEN);
-    // On a PC with much RAM low RAM may end at 2, 3 or 3.5 GiB: the half GiB around is left alone.
+    // On a PC with much RAM, low RAM may end at 2, 3 or 3.5 GiB: leaves out the half GiB from 3 GiB
+    // on.
     let high = if len > LOW_END { LOW_END + (512 << 20)..len } else { 0..0 };
     [low, high].into_iter().filter(|part| part.start < part.end).collect()
 }
 
-/// Spreads the kinds over RAM, the same way each time.
+/// Returns the kind of a run. The kinds are spread over RAM, in the same way each time.
 fn kind(run: u64, contents: Contents) -> Kind {
     // The bits of a Weyl sequence are spread evenly over short stretches, too.
     let percent = ((run.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) * 100) >> 32;

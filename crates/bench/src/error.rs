@@ -12,13 +12,13 @@ pub enum BenchError {
     /// The operating system refused.
     #[error("{what}")]
     System {
-        /// What was done to what.
+        /// What was tried.
         what: String,
         /// What the kernel said.
         #[source]
         source: io::Error,
     },
-    /// QEMU refused, or could not be asked.
+    /// QEMU refused, or could not be reached.
     #[error(transparent)]
     Vm(#[from] VmError),
     /// QEMU refused.
@@ -58,7 +58,7 @@ pub enum BenchError {
         /// Bytes that are free.
         available_bytes: u64,
     },
-    /// Something did not come to its end.
+    /// Something took too long.
     #[error("{what} has not ended in {seconds} s")]
     TimedOut {
         /// What.
@@ -66,7 +66,7 @@ pub enum BenchError {
         /// How long was waited, in seconds.
         seconds: u64,
     },
-    /// The caller stopped it.
+    /// The caller stopped the benchmark.
     #[error("stopped")]
     Stopped,
 }

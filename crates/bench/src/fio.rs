@@ -1,4 +1,4 @@
-//! What the disk can do, as fio measures it.
+//! The disk's limit, as fio measures it.
 
 use std::ffi::OsString;
 use std::path::Path;
@@ -26,7 +26,8 @@ pub(crate) fn write(path: &Path, bytes: u64, stop: &AtomicBool) -> Result<f64, B
 ///
 /// What fio says, or that there is none.
 pub(crate) fn read(path: &Path, bytes: u64, stop: &AtomicBool) -> Result<f64, BenchError> {
-    // fio would make a file that is missing or too short, and read zeros from holes.
+    // Otherwise fio would make or extend a file that is missing or too short, and read zeros from
+    // holes.
     run(path, bytes, "read", &["--allow_file_create=0"], stop)
 }
 

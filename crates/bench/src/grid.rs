@@ -5,10 +5,10 @@ use std::fmt::Write;
 use crate::report::{BenchReport, Comparison, Difference, GuestShape, Host, Run, Sweep, Way};
 use crate::series::Summary;
 
-/// A table before it gets its looks.
+/// A table as text in cells, without a layout.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Grid {
-    /// What the rows are about: the head of their labels.
+    /// The heading of the rows' labels.
     pub(crate) corner: String,
     pub(crate) columns: Vec<String>,
     pub(crate) rows: Vec<Row>,
@@ -27,9 +27,9 @@ pub(crate) struct Row {
 pub(crate) enum Group {
     /// What was measured: a row for each run, or for each point of a sweep.
     Measured,
-    /// What the runs' times come to.
+    /// Statistics of the runs' times.
     Summed,
-    /// What was seen besides.
+    /// Other measurements, such as memory.
     Besides,
 }
 
@@ -78,8 +78,8 @@ const fn fact(
     Fact { label, group, decimals, of }
 }
 
-/// Returns the table of the ways of doing one thing: a column for each way, a row for each run, then
-/// what they come to. Rows without any value are left out.
+/// Returns the table of several ways: a column for each way, a row for each run, then statistics.
+/// Rows without any value are left out.
 pub(crate) fn ways(ways: &[Way]) -> Grid {
     let runs = ways.iter().map(|way| way.runs.len()).max().unwrap_or(0);
     let row = |label: String, group, decimals, of: &dyn Fn(&Way) -> Option<f64>| Row {
@@ -123,7 +123,7 @@ pub(crate) fn sweep(sweep: &Sweep) -> Grid {
     }
 }
 
-/// Returns the table of two builds: a row for each thing that both did.
+/// Returns the table that compares two builds: a row for each task.
 pub(crate) fn comparisons(comparisons: &[Comparison]) -> Grid {
     let columns = ["other s", "this s", "this / other", "min", "max", "verdict"];
     let row = |comparison: &Comparison| {
@@ -155,7 +155,7 @@ pub(crate) fn unit_in_full(unit: &'static str) -> &'static str {
     if unit == "s" { "seconds" } else { unit }
 }
 
-/// Returns where it was measured: names and values.
+/// Returns where and when the report was measured: names and values.
 pub(crate) fn host(report: &BenchReport) -> Vec<(&'static str, String)> {
     let Host { fio, libvirt, .. } = &report.host;
     let host = &report.host;
@@ -179,7 +179,7 @@ pub(crate) fn host(report: &BenchReport) -> Vec<(&'static str, String)> {
     ]
 }
 
-/// Returns how much of a guest's RAM holds what.
+/// Returns how large a guest's RAM is, and how much data is in it.
 pub(crate) fn data_of(guest: &GuestShape) -> String {
     let mut text =
         format!("{} of RAM, {} of data", bytes(guest.ram_bytes), bytes(guest.data_bytes));
@@ -228,7 +228,7 @@ pub(crate) fn date(unix_seconds: u64) -> String {
     )
 }
 
-/// Returns `name`, and in what it is counted if it has a unit.
+/// Returns `name`, with its unit if it has one.
 pub(crate) fn with_unit(name: &str, unit: &str) -> String {
     if unit.is_empty() { name.to_owned() } else { format!("{name}, {unit}") }
 }

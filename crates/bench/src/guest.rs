@@ -1,4 +1,4 @@
-//! A VM that stands still, to be saved by everybody.
+//! The paused VM that every way saves.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -24,7 +24,7 @@ pub(crate) struct Machine {
     pub(crate) qemu: PathBuf,
     pub(crate) ram_bytes: u64,
     pub(crate) backing: Backing,
-    /// Whether the host must have as much memory free.
+    /// Whether the host must have this much memory free.
     pub(crate) is_reserved: bool,
 }
 
@@ -38,7 +38,7 @@ impl Machine {
     /// Returns the command line of a QEMU of this kind, the program first, with its sockets in
     /// `directory`.
     ///
-    /// Emulation everywhere: the guest stands still, and what its firmware does takes no time.
+    /// Uses emulation on every host: the guest stands still, and its firmware has little to do.
     pub(crate) fn command_line(&self, directory: &Path) -> Vec<OsString> {
         let mut words: Vec<OsString> = vec![self.qemu.clone().into()];
         let mebibytes = self.ram_bytes >> 20;
@@ -100,7 +100,7 @@ impl Qemu {
             .map_err(|error| no_qemu(machine, error.to_string()))?;
         let mut qemu = Qemu { child, directory };
         let deadline = Instant::now() + START_TIMEOUT;
-        // The socket is there before anybody listens.
+        // The socket exists before QEMU listens on it.
         while Vm::connect(&qemu.socket()).is_err() {
             let ended = qemu.child.try_wait().ok().flatten().is_some();
             if ended || Instant::now() > deadline {
@@ -123,7 +123,7 @@ impl Qemu {
 
 impl Drop for Qemu {
     fn drop(&mut self) {
-        // Both fail only when the child is gone already.
+        // Both fail only if the child has ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -138,11 +138,11 @@ fn no_qemu(machine: &Machine, said: String) -> BenchError {
 pub(crate) struct Subject {
     socket: PathBuf,
     pid: u32,
-    /// How it can be started again; `None` for the user's.
+    /// How it can be started again; `None` for the user's VM.
     machine: Option<Machine>,
     /// Whether it must be resumed in the end.
     ran: bool,
-    /// Held for its end.
+    /// Dropping it ends QEMU.
     _qemu: Option<Qemu>,
 }
 
@@ -165,7 +165,8 @@ impl Subject {
     ) -> Result<Subject, BenchError> {
         let qemu = Qemu::start(machine, &["-S"])?;
         let mut vm = Vm::connect(&qemu.socket())?;
-        // A VM that has never run is not saved. The firmware finds nothing to boot, and rests.
+        // vmfile does not save a VM that has never run. The firmware finds nothing to boot and
+        // becomes idle.
         vm.cont()?;
         thread::sleep(Duration::from_millis(500));
         vm.stop()?;

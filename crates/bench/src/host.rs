@@ -1,4 +1,4 @@
-//! The machine, in the words that its kernel and its programs use.
+//! Describes the machine, as its kernel and programs describe it.
 
 use std::fs;
 use std::path::Path;
@@ -11,7 +11,7 @@ use crate::options::BenchOptions;
 use crate::process::number_of;
 use crate::report::Host;
 
-/// Returns what a reader must know to judge the figures.
+/// Returns what a reader of the figures must know about the machine.
 pub(crate) fn describe(options: &BenchOptions, command: Vec<String>) -> Host {
     let read = |path| fs::read_to_string(path).unwrap_or_default();
     let cpu_info = read("/proc/cpuinfo");
@@ -25,7 +25,7 @@ pub(crate) fn describe(options: &BenchOptions, command: Vec<String>) -> Host {
     Host {
         cpu: format!("{processors} x {cpu}"),
         memory_bytes: number_of(&read("/proc/meminfo"), "MemTotal").unwrap_or(0),
-        // Without what its builder appended.
+        // Without the builder's suffix.
         kernel: format!("Linux {}", release.trim().split('-').next().unwrap_or_default()),
         file_system: file_system(&options.directory),
         qemu: version.unwrap_or_else(|_| "unknown".to_owned()),

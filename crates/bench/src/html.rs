@@ -1,7 +1,7 @@
-//! A report as a page: plots, then all tables.
+//! The report as an HTML page: plots, then all tables.
 //!
-//! The page is one file that loads nothing from elsewhere: the plots are inline SVG, the style is inline,
-//! and there is no script.
+//! The page is one file that loads nothing from elsewhere: the plots are inline SVG, the style is
+//! inline, and there is no script.
 
 mod bars;
 mod growth;
@@ -17,7 +17,7 @@ use crate::report::{BenchReport, Family, Scene};
 
 const STYLE: &str = include_str!("html/page.css");
 
-/// The marks of lines' points, centered on 0, in the color of the line.
+/// The marks of the points of a line, centered on 0, in the color of the line.
 const MARKS: &str = r#"<svg width="0" height="0" class="marks" aria-hidden="true"><defs>
 <circle id="mark-circle" r="4"/>
 <rect id="mark-square" x="-3.7" y="-3.7" width="7.4" height="7.4"/>
@@ -39,7 +39,7 @@ const HOW: [&str; 6] = [
     "Only ratios carry over to another machine.",
 ];
 
-/// Returns all that `report` has, as a page of HTML.
+/// Returns the whole report as an HTML page.
 #[must_use]
 pub fn html(report: &BenchReport) -> String {
     let mut page = format!(
@@ -85,7 +85,7 @@ pub fn html(report: &BenchReport) -> String {
     page
 }
 
-/// Replaces what has a meaning in HTML.
+/// Escapes characters that have a meaning in HTML.
 fn escape(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for letter in text.chars() {
@@ -101,7 +101,7 @@ fn escape(text: &str) -> String {
     escaped
 }
 
-/// Returns the class of the page's style that has a family's color.
+/// Returns the CSS class that has a family's color.
 fn css_class(family: Family) -> &'static str {
     match family {
         Family::Disk => "disk",

@@ -1,8 +1,8 @@
-//! vmfile beside QEMU's own ways, libvirt and the disk's limit, measured on this host.
+//! Measures vmfile beside QEMU's own ways, libvirt and the disk's limit, on this host.
 //!
-//! Every comparison is made in rounds: A B C, A B C, never A A B B, because a disk that others share
-//! changes its mind within seconds. The first round warms up and is not counted; ratios are medians
-//! of the rounds' ratios. Every program makes its file durable within the time that is measured.
+//! Every comparison is made in rounds: A B C, A B C, never A A B B, because a shared disk changes
+//! its speed within seconds. The first round warms up and does not count; ratios are medians of the
+//! rounds' ratios. Every program makes its file durable within the measured time.
 
 mod bench;
 mod compare;

@@ -1,8 +1,8 @@
-//! `virsh save` and `virsh restore`, by a libvirt of our own: a daemon in a mount namespace, with one
-//! domain.
+//! `virsh save` and `virsh restore`, with a libvirt daemon of the benchmark's own in a mount
+//! namespace, and one domain.
 //!
-//! The host's libvirt, if one runs, is neither asked nor changed: the daemon has its own directories
-//! and its own socket, and its domain is transient. That takes root.
+//! This does not touch the host's libvirt: the daemon has its own directories and its own socket,
+//! and its domain is transient. It needs root.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
@@ -27,10 +27,10 @@ const DOMAIN: &str = "vmfile-bench";
 /// The daemon's socket, in its directory.
 const SOCKET: &str = "sockets/libvirt-sock";
 
-/// How long the daemon may take to be there.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// How long the daemon may take to start.
+const START_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// QEMU runs as the user who measures; nothing else of the host is touched.
+/// QEMU runs as root, like the daemon, and libvirt changes nothing else on the host.
 const QEMU_CONF: &str = "\
 user = \"root\"
 group = \"root\"
@@ -41,7 +41,8 @@ cgroup_controllers = []
 namespaces = []
 ";
 
-/// The directories that libvirt has compiled in, each replaced by one of ours.
+/// The directories whose paths are compiled into libvirt; each is replaced by one of the
+/// benchmark's.
 const DIRECTORIES: [&str; 5] =
     ["/etc/libvirt", "/run/libvirt", "/var/lib/libvirt", "/var/log/libvirt", "/var/cache/libvirt"];
 
@@ -50,7 +51,7 @@ const DIRECTORIES: [&str; 5] =
 pub(crate) enum VirshWay {
     Plain,
     BypassCache,
-    /// mapped-ram, two channels, direct I/O: libvirt 11.2.
+    /// mapped-ram, two channels, direct I/O: needs libvirt 11.2.
     Sparse,
 }
 
@@ -76,7 +77,7 @@ impl VirshWay {
         short.to_owned()
     }
 
-    /// A name for its file.
+    /// Returns a name for its file.
     pub(crate) fn file_name(self) -> &'static str {
         match self {
             VirshWay::Plain => "virsh-plain",
@@ -130,7 +131,7 @@ impl Libvirt {
         });
         written?;
         libvirt.virsh(&["create".as_ref(), xml.as_os_str()], stop)?;
-        // Its firmware finds nothing to boot, and rests.
+        // Meanwhile the firmware finds nothing to boot and becomes idle.
         thread::sleep(Duration::from_millis(500));
         libvirt.virsh(&["suspend", DOMAIN].map(OsStr::new), stop)?;
         libvirt.fill(machine.ram_bytes, contents, stop)?;
@@ -138,7 +139,7 @@ impl Libvirt {
     }
 
     fn wait_for_daemon(&mut self) -> Result<(), BenchError> {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + START_TIMEOUT;
         let is_up = |libvirt: &Libvirt| libvirt.virsh(&["list".as_ref()], &NEVER).is_ok();
         while !is_up(self) {
             if self.daemon.try_wait().ok().flatten().is_some() || Instant::now() > deadline {
@@ -172,8 +173,8 @@ impl Libvirt {
         write(&memory, (ram.range.start, ram_bytes), contents, stop)
     }
 
-    /// Saves the paused domain to `file`, durably; returns the seconds. It is restored and paused
-    /// afterwards.
+    /// Saves the paused domain to `file`, durably; returns the seconds. Afterwards restores the
+    /// domain, paused.
     pub(crate) fn save(
         &self,
         way: VirshWay,
@@ -220,16 +221,17 @@ impl Libvirt {
     }
 }
 
-/// For what must be done although the user wants to stop.
+/// A stop flag that is never set, for commands that must run even after the user stopped.
 static NEVER: AtomicBool = AtomicBool::new(false);
 
 impl Drop for Libvirt {
     fn drop(&mut self) {
-        // The domain would outlive its daemon, and does where another process ended that.
+        // The domain's QEMU outlives its daemon. If the daemon has ended already, kills QEMU
+        // directly.
         if self.destroy().is_err() {
             let pid_file = self.directory.path().join(format!("1/qemu/{DOMAIN}.pid"));
             let pid = fs::read_to_string(pid_file).ok().and_then(|pid| pid.trim().parse().ok());
-            // There is no more that could be done.
+            // If this fails too, nothing else can be done.
             let _ = pid.map(process::end);
         }
         let _ = self.daemon.kill();
@@ -259,7 +261,8 @@ fn start_daemon(root: &Path) -> Result<Child, BenchError> {
     let log = File::create_new(root.join("log")).map_err(system)?;
     let mut unshare = Command::new("unshare");
     unshare.args(["-m", "sh", "-c", &script]).stdin(Stdio::null());
-    // A signal for the group, as `timeout` and a terminal send it, would end it before its domain.
+    // A signal to the process group, from `timeout` or a terminal, would end the daemon before its
+    // domain.
     unshare.process_group(0);
     unshare.stdout(log.try_clone().map_err(system)?).stderr(log);
     unshare.spawn().map_err(BenchError::system("run unshare"))
@@ -278,7 +281,7 @@ fn domain(machine: &Machine) -> Result<String, BenchError> {
     ))
 }
 
-/// Returns the program's absolute path: libvirt does not search.
+/// Returns the program's absolute path, because libvirt does not search `PATH`.
 fn find(program: &Path) -> Result<String, BenchError> {
     let found = vmfile_qemu::find_program(program, std::env::var_os("PATH").as_ref());
     let found = found.ok_or_else(|| BenchError::program("QEMU", "it is not in PATH"))?;

@@ -23,7 +23,7 @@ impl Backing {
     }
 }
 
-/// What the pages of a guest hold, in percent of its RAM; the rest was never touched.
+/// What the pages of a guest hold, in percent of its RAM; the guest never touched the rest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Contents {
     /// Pages of random words.
@@ -35,8 +35,8 @@ pub struct Contents {
 /// What is measured, and how often.
 #[derive(Clone, Debug)]
 pub struct BenchOptions {
-    /// A VM that runs already, by its QMP socket, instead of guests that are started for it. It is
-    /// paused meanwhile.
+    /// The QMP socket of a VM that runs already, to measure it instead of new guests. It is paused
+    /// meanwhile.
     pub vm: Option<PathBuf>,
     /// RAM of the guests, in bytes.
     pub sizes: Vec<u64>,
@@ -44,7 +44,7 @@ pub struct BenchOptions {
     pub backings: Vec<Backing>,
     /// What it holds.
     pub contents: Contents,
-    /// Rounds that count, after one that warms up.
+    /// How many rounds count, after one that warms up.
     pub rounds: NonZeroU32,
     /// Where the files are written.
     pub directory: PathBuf,
@@ -52,15 +52,15 @@ pub struct BenchOptions {
     pub qemu: PathBuf,
     /// The program `vmfile`.
     pub program: PathBuf,
-    /// Another build of vmfile: nothing is measured but this one and that one in turns.
+    /// Another build of vmfile: measure only `program` and this build, in turns.
     pub against: Option<PathBuf>,
-    /// Measure restores and what looks at a file, too.
+    /// Also measure restores, `check` and `info`.
     pub restores: bool,
-    /// Measure how cost grows with one thing, too.
+    /// Also measure the sweeps: how times grow with one quantity.
     pub sweep: bool,
 }
 
 impl BenchOptions {
-    /// Numbers of channels that QEMU may choose the best of.
+    /// Numbers of multifd channels to try; the best one is measured.
     pub const CHANNELS: [u32; 4] = [1, 2, 4, 8];
 }

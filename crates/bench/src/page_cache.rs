@@ -1,4 +1,4 @@
-//! A file in the page cache, or not.
+//! Puts a file into the page cache, or removes it from there.
 
 use std::fs::File;
 use std::io::{self, Read as _};
@@ -9,10 +9,10 @@ use rustix::fs::{Advice, fadvise};
 
 use crate::error::BenchError;
 
-/// Makes the file one that is in the page cache, or one that is not.
+/// Removes the file from the page cache if `is_cold`, and reads it into the cache otherwise.
 pub(crate) fn prepare(file: &Path, is_cold: bool, stop: &AtomicBool) -> Result<(), BenchError> {
     let made = if is_cold { make_cold(file) } else { make_warm(file, stop) };
-    made.map_err(BenchError::system("make the page cache what it is to be"))?;
+    made.map_err(BenchError::system("prepare the page cache"))?;
     if stop.load(Ordering::Relaxed) { Err(BenchError::Stopped) } else { Ok(()) }
 }
 

@@ -1,4 +1,4 @@
-//! Programs and what they use: time, processors, memory.
+//! Runs programs and measures what they use: time, processors, memory.
 
 use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
@@ -11,23 +11,23 @@ use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 
 use crate::error::BenchError;
 
-/// How often memory is looked at.
+/// How long to wait between two samples of a program's memory.
 const SAMPLE_INTERVAL: Duration = Duration::from_millis(2);
 
-/// How long a process that was killed may take to be gone: it gives gigabytes back.
+/// How long a process that was killed may take to end: the kernel must free gigabytes.
 const EXIT_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// What a program used.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Usage {
     pub(crate) seconds: f64,
-    /// Of all its threads, and of its children that it waited for.
+    /// CPU time of all its threads, and of its children that it waited for.
     pub(crate) cpu_seconds: f64,
-    /// Most anonymous memory.
+    /// The most anonymous memory that it had at once, in bytes.
     pub(crate) peak_bytes: u64,
 }
 
-/// Runs a program to its end; it is ended when `stop` is set.
+/// Runs a program to its end. Sends it SIGTERM when `stop` is set.
 pub(crate) fn run(command: &mut Command, stop: &AtomicBool) -> Result<(Output, Usage), BenchError> {
     let name = command.get_program().to_string_lossy().into_owned();
     let system = |error| BenchError::system(format!("run {name}"))(error);
@@ -41,13 +41,13 @@ pub(crate) fn run(command: &mut Command, stop: &AtomicBool) -> Result<(Output, U
     while !has_ended(&ended, SAMPLE_INTERVAL) {
         peak_bytes = peak_bytes.max(anonymous_bytes(pid).unwrap_or(0));
         if stop.load(Ordering::Relaxed) && !is_told {
-            // It gets what a user would send, so that it leaves nothing behind.
+            // SIGTERM, as a user would send it, lets the program clean up.
             let _ = kill_process(pid_of(pid), Signal::TERM);
             is_told = true;
         }
     }
     let seconds = started.elapsed().as_secs_f64();
-    // It is a zombie until it is waited for, and its times are still there.
+    // The process is a zombie until it is waited for, so /proc still has its times.
     let cpu_seconds = cpu_seconds(pid).unwrap_or(0.0);
     let output = child.wait_with_output().map_err(system)?;
     if is_told {
@@ -61,7 +61,7 @@ pub(crate) fn run(command: &mut Command, stop: &AtomicBool) -> Result<(Output, U
     Ok((output, Usage { seconds, cpu_seconds, peak_bytes }))
 }
 
-/// What a process uses that runs before and after.
+/// Measures what a process uses over some time, while it runs on.
 #[derive(Debug)]
 pub(crate) struct Meter {
     pid: u32,
@@ -78,12 +78,12 @@ impl Meter {
         Meter { pid, cpu_before, memory_before: memory, peak: memory, started: Instant::now() }
     }
 
-    /// Looks at its memory.
+    /// Samples the memory of the process.
     pub(crate) fn sample(&mut self) {
         self.peak = self.peak.max(anonymous_bytes(self.pid).unwrap_or(0));
     }
 
-    /// Returns what it used since the start.
+    /// Returns what the process used since the start.
     pub(crate) fn finish(mut self) -> Usage {
         let seconds = self.started.elapsed().as_secs_f64();
         self.sample();
@@ -107,7 +107,7 @@ fn anonymous_bytes(pid: u32) -> Option<u64> {
     number_of(&fs::read_to_string(format!("/proc/{pid}/status")).ok()?, "RssAnon")
 }
 
-/// Returns what a process has of memory, with its part of what it shares, in bytes.
+/// Returns the proportional set size of a process (PSS), in bytes: shared pages count by its share.
 pub(crate) fn proportional_bytes(pid: u32) -> Option<u64> {
     number_of(&fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?, "Pss")
 }
@@ -118,7 +118,7 @@ pub(crate) fn number_of(list: &str, name: &str) -> Option<u64> {
     Some(line.trim().trim_end_matches(" kB").parse::<u64>().ok()? << 10)
 }
 
-/// Ends a process of ours, and waits until it is gone.
+/// Kills a process that the benchmark started, and waits until it has ended.
 pub(crate) fn end(pid: u32) -> Result<(), BenchError> {
     let Ok(ended) = pidfd(pid) else { return Ok(()) };
     let _ = kill_process(pid_of(pid), Signal::KILL);

@@ -1,8 +1,8 @@
-//! Telling the user what is being measured.
+//! Reports to the user what is being measured.
 
 use std::fmt;
 
-/// Takes lines that say what is being measured.
+/// Reports each line to the caller's function.
 pub(crate) struct Progress<'a>(pub(crate) &'a dyn Fn(&str));
 
 impl Progress<'_> {
@@ -10,7 +10,7 @@ impl Progress<'_> {
         (self.0)(words);
     }
 
-    /// Says which way of which round is next.
+    /// Reports which way of which round is next.
     pub(crate) fn step(&self, round: u32, rounds: u32, way: &str) {
         if round == 0 {
             self.say(&format!("warm-up: {way}"));

@@ -1,4 +1,4 @@
-//! QEMU's own ways of writing a paused VM to a file, each with everything that makes it fast.
+//! QEMU's own ways of writing a paused VM to a file, each with its fastest settings.
 
 use std::fs::{self, File};
 use std::path::Path;
@@ -13,16 +13,17 @@ use crate::error::BenchError;
 use crate::guest::Subject;
 use crate::process::{Meter, Usage};
 
-/// How long QEMU may take: a slow disk, and much RAM.
+/// How long QEMU may take to write much RAM to a slow disk.
 const TIMEOUT: Duration = Duration::from_secs(1800);
 
-/// How long the command at the end of a pipe may take when QEMU is done: the disk's cache is flushed.
+/// How long the command at the end of a pipe may take after QEMU is done: it flushes the disk's
+/// cache.
 const SHELL_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How often QEMU is asked whether it is done.
+/// How long to wait between two queries whether QEMU is done.
 const POLL_INTERVAL: Duration = Duration::from_millis(2);
 
-/// A way of QEMU's.
+/// One of QEMU's own ways.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum QemuWay {
     /// The stream, to `file:`.
@@ -58,7 +59,8 @@ impl QemuWay {
         }
     }
 
-    /// Writes the VM to `file`, durably; it is paused again afterwards, and QEMU as it was.
+    /// Writes the VM to `file`, durably. Afterwards the VM is paused and QEMU's settings are as
+    /// before.
     pub(crate) fn save(
         self,
         subject: &Subject,
@@ -94,7 +96,7 @@ impl QemuWay {
         }
     }
 
-    /// Tells a QEMU that waits for the VM how it was written.
+    /// Sets up a QEMU that waits for the VM for a file that was written in this way.
     pub(crate) fn expect(self, vm: &mut Vm) -> Result<(), BenchError> {
         let capabilities = json!({ "capabilities": self.capabilities() });
         vm.execute("migrate-set-capabilities", capabilities)?;
@@ -105,8 +107,8 @@ impl QemuWay {
     }
 }
 
-/// Sends the VM through a pipe to a shell's `command`, which writes `file` and makes it durable; QEMU
-/// may be done before that command is.
+/// Sends the VM through a pipe to a shell's `command`, which writes `file` and makes it durable.
+/// QEMU may be done before this command is.
 pub(crate) fn save_by_shell(
     subject: &Subject,
     command: &str,
@@ -129,7 +131,7 @@ pub(crate) fn save_by_shell(
     send(subject, QemuWay::Exec, &uri, wait, stop)
 }
 
-/// Sends the VM to `uri` with the settings of `way`, and does what makes it durable.
+/// Sends the VM to `uri` with the settings of `way`, and calls `sync`, which makes it durable.
 fn send(
     subject: &Subject,
     way: QemuWay,
@@ -146,7 +148,8 @@ fn send(
     let sent = vm.execute("migrate", json!({ "uri": uri })).map_err(BenchError::from);
     let sent = sent.and_then(|_| wait(&mut vm, &mut meter, stop)).and_then(|()| sync());
     let usage = meter.finish();
-    // A VM that was sent waits for its end: one that has run once more is as it was.
+    // QEMU leaves a VM that was sent in the state postmigrate: after `cont` and `stop` it is paused
+    // as before.
     vm.cont()?;
     vm.stop()?;
     vm.change_stream_settings(&changed, &before)?;
@@ -163,7 +166,7 @@ fn wait(vm: &mut Vm, meter: &mut Meter, stop: &AtomicBool) -> Result<(), BenchEr
             _ => {}
         }
         if stop.load(Ordering::Relaxed) || Instant::now() > deadline {
-            // Threads of QEMU that write must run dry first.
+            // QEMU's writing threads must become idle first, which `cancel_file` waits for.
             vm.cancel_file(Duration::from_secs(60))?;
             return Err(BenchError::Stopped);
         }

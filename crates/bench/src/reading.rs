@@ -1,4 +1,4 @@
-//! A saved VM as a file that is looked at: `check` reads every byte, `info` none of the pages.
+//! Verbs that read a saved VM: `check` reads every byte, `info` none of the pages.
 
 use std::ffi::OsStr;
 
@@ -23,7 +23,7 @@ impl ReadWay {
     pub(crate) const ALL: [ReadWay; 3] =
         [ReadWay::CHECK_WARM, ReadWay::CHECK_COLD, ReadWay::INFO_COLD];
 
-    /// Reads the file once. `data_bytes` is what there is of pages.
+    /// Reads the file once. `data_bytes` is the length of its pages.
     pub(crate) fn read(
         self,
         bench: &Bench<'_>,

@@ -1,23 +1,24 @@
-//! What was measured, in full: everything that is printed is made of it.
+//! The report: everything that was measured, and the source of all that is printed.
 
 use serde::Serialize;
 
 use crate::series::Summary;
 
-/// What a run of the benchmark found.
+/// The results of a run of the benchmark.
 #[derive(Clone, Debug, Serialize)]
 pub struct BenchReport {
     /// Where it was measured.
     pub host: Host,
     /// One for each guest that was measured.
     pub scenes: Vec<Scene>,
-    /// How cost grows with one thing while the rest stays, where that was asked for.
+    /// How times grow with one quantity while the rest stays; empty unless the options ask for
+    /// sweeps.
     pub sweeps: Vec<Sweep>,
-    /// How this build compares with another one, where that was asked for.
+    /// How this build compares with another one; empty unless the options name one.
     pub comparisons: Vec<Comparison>,
     /// What could not be measured, and why.
     pub not_measured: Vec<NotMeasured>,
-    /// How long it all took, in seconds.
+    /// How long the benchmark took, in seconds.
     pub total_seconds: f64,
 }
 
@@ -73,7 +74,7 @@ pub struct Scene {
     pub saves: Vec<Way>,
     /// The ways of restoring it.
     pub restores: Vec<Way>,
-    /// What looks at the file that was saved.
+    /// The verbs that read the file that was saved.
     pub reads: Vec<Way>,
 }
 
@@ -84,7 +85,7 @@ impl Scene {
     }
 }
 
-/// What the RAM of a guest is like.
+/// The RAM of a guest: its size and contents.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct GuestShape {
     /// Its name, for headings: `4 GiB, private, 75 % data`.
@@ -106,11 +107,11 @@ pub struct Way {
     pub name: String,
     /// A short name, for the heads of columns: `vmfile`, `multifd 4 dio`.
     pub short: String,
-    /// Who wrote it: decides about colors and what is compared.
+    /// Who does the work; decides the color, and what is compared.
     pub family: Family,
     /// One for each round that counts.
     pub runs: Vec<Run>,
-    /// Of the runs' seconds.
+    /// Statistics of the runs' seconds.
     pub seconds: Summary,
     /// The median of the rounds' ratios, this way's time to the best of vmfile's in the same round:
     /// 2 is twice as long.
@@ -133,63 +134,63 @@ pub enum Family {
     Libvirt,
 }
 
-/// One time one way.
+/// One run of one way.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Run {
-    /// From the order to the durable file, or to the VM that has its memory, in seconds.
+    /// From the start to the durable file, or to the VM that has its memory, in seconds.
     pub seconds: f64,
-    /// Bytes of pages for each second, in GiB.
+    /// GiB of pages for each second.
     pub gib_per_second: f64,
-    /// Seconds of processors, of all processes that take part.
+    /// CPU time of all processes that take part, in seconds.
     pub cpu_seconds: Option<f64>,
     /// Most memory that the writing processes had beside the guest's, in bytes.
     pub peak_memory_bytes: Option<u64>,
     /// How much of the file is left in the page cache, in bytes.
     pub cached_bytes: Option<u64>,
-    /// How long a guest that ran stood still, in seconds.
+    /// How long the guest stood still, in seconds.
     pub pause_seconds: Option<f64>,
-    /// How long QEMU itself took to start, of `seconds`.
+    /// How many of `seconds` QEMU itself took to start.
     pub qemu_start_seconds: Option<f64>,
-    /// How long it took from QEMU's first answer to the guest that runs, of `seconds`.
+    /// How many of `seconds` passed from QEMU's first answer until the guest ran.
     pub resume_seconds: Option<f64>,
 }
 
-/// How cost grows with one thing.
+/// How times or memory grow with one quantity.
 #[derive(Clone, Debug, Serialize)]
 pub struct Sweep {
-    /// What grows: `RAM`, `share of zero pages`, `jobs`, `clones`.
+    /// The quantity that grows: `RAM`, `share of zero pages`, `jobs`, `clones`.
     pub name: String,
-    /// In what it is counted: `MiB`, `%`, or nothing.
+    /// Its unit: `MiB`, `%`, or nothing.
     pub unit: &'static str,
     /// What is measured, in the order of `points`' values: `vmfile save`, `restore by map`.
     pub lines: Vec<String>,
-    /// In what that is counted: `s` or `MiB`.
+    /// The unit of the values: `s` or `MiB`.
     pub value_unit: &'static str,
-    /// From the smallest on.
+    /// The points, in ascending order.
     pub points: Vec<SweepPoint>,
 }
 
 /// One point of a sweep.
 #[derive(Clone, Debug, Serialize)]
 pub struct SweepPoint {
-    /// How much of what grows.
+    /// The quantity, in the unit of the sweep.
     pub x: f64,
-    /// A value for each line, `None` where it was not measured.
+    /// A value for each line; `None` if it was not measured.
     pub values: Vec<Option<Summary>>,
 }
 
-/// One thing, done by another build of vmfile and by this one in turns.
+/// One task, done by another build of vmfile and by this one in turns.
 #[derive(Clone, Debug, Serialize)]
 pub struct Comparison {
-    /// What was done.
+    /// The task.
     pub what: String,
-    /// What the other build took.
+    /// The time that the other build took.
     pub base_seconds: Summary,
-    /// What this one took.
+    /// The time that this build took.
     pub seconds: Summary,
     /// This build's time to the other's in the same round: 2 is twice as long.
     pub ratio: Summary,
-    /// What the rounds agree on.
+    /// Whether the rounds agree on a difference.
     pub verdict: Difference,
 }
 

@@ -1,4 +1,4 @@
-//! A saved VM, restored in every way there is, from a file in the page cache and from the disk.
+//! Restores a saved VM in every way that this host has, from the page cache and from the disk.
 
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
@@ -35,7 +35,7 @@ pub(crate) struct RestoreWay {
 /// Who restores.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum By {
-    /// fio reads as many bytes.
+    /// fio reads as many bytes as a restore.
     Disk,
     /// `vmfile restore --mode`.
     Vmfile(&'static str),
@@ -82,7 +82,7 @@ impl RestoreWay {
     }
 }
 
-/// Restores a VM once, and ends it. `data_bytes` is what there is of pages.
+/// Restores a VM once, and ends it. `data_bytes` is the length of the pages in the file.
 pub(crate) fn restore(
     bench: &Bench<'_>,
     machine: &Machine,
@@ -90,7 +90,7 @@ pub(crate) fn restore(
     way: &RestoreWay,
     data_bytes: u64,
 ) -> Result<Run, BenchError> {
-    // Before the page cache is made what it is to be: the domain gives its memory back.
+    // Before the page cache is prepared, because the domain frees its memory.
     if let By::Virsh(_) = way.by {
         let libvirt = libvirt.ok_or_else(|| BenchError::program("virsh", "no libvirt"))?;
         libvirt.destroy()?;
@@ -115,7 +115,7 @@ pub(crate) fn restore(
     Ok(run)
 }
 
-/// Restores by this program; returns QEMU's process as well.
+/// Restores with vmfile; returns also QEMU's process id.
 pub(crate) fn by_vmfile(
     bench: &Bench<'_>,
     machine: &Machine,
@@ -130,7 +130,7 @@ pub(crate) fn by_vmfile(
     let (report, usage) = bench.vmfile(&words)?;
     let pid = report["pid"].as_u64().and_then(|pid| u32::try_from(pid).ok());
     let pid = pid.ok_or_else(|| BenchError::program("vmfile", "the report names no process"))?;
-    // All that QEMU has used so far belongs to it.
+    // The CPU time that QEMU has used so far belongs to the restore.
     let theirs = process::cpu_seconds(pid).unwrap_or(0.0);
     let cpu_seconds = Some(usage.cpu_seconds + theirs);
     let run = Run {
@@ -143,7 +143,7 @@ pub(crate) fn by_vmfile(
     Ok((run, pid))
 }
 
-/// From the start of QEMU to the VM that has all its memory.
+/// Restores with QEMU alone; measures from QEMU's start until the VM has all its memory.
 fn by_qemu(
     bench: &Bench<'_>,
     machine: &Machine,

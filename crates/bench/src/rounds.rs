@@ -1,4 +1,4 @@
-//! Ways of doing one thing, measured in rounds: A B C, A B C.
+//! Measures ways of doing the same thing in rounds: A B C, A B C.
 
 use std::path::PathBuf;
 
@@ -8,14 +8,14 @@ use crate::progress::Progress;
 use crate::report::{Family, Run, Way};
 use crate::series::{Summary, ratio};
 
-/// A way of doing one thing, and what it is called.
+/// A way of doing something that is measured, and its names.
 pub(crate) trait Measured {
     fn name(&self) -> String;
     fn short(&self) -> String;
     fn family(&self) -> Family;
 }
 
-/// A way, its file, and what its rounds took.
+/// A way, its file, and its runs so far.
 pub(crate) struct Entry<W> {
     pub(crate) way: W,
     pub(crate) file: PathBuf,
@@ -28,8 +28,9 @@ impl<W> Entry<W> {
     }
 }
 
-/// Measures all ways round by round, and compares them. A way that fails is left out of the rounds that
-/// follow and noted; a stop ends the rounds, and the one that was begun does not count.
+/// Measures all ways round by round, and compares them. A way that fails is left out of the later
+/// rounds, and the report says why. A stop ends the measurement, and the unfinished round does not
+/// count.
 pub(crate) fn measure<W: Measured>(
     bench: &mut Bench<'_>,
     mut entries: Vec<Entry<W>>,
@@ -60,14 +61,14 @@ pub(crate) fn measure<W: Measured>(
     compared(entries)
 }
 
-/// Takes back what the ways of a round took that was not finished.
+/// Removes the runs of a round that was not finished.
 fn forget_round<W>(entries: &mut [Entry<W>], round: u32) {
     for entry in entries.iter_mut().filter(|_| round > 0) {
         entry.runs.pop();
     }
 }
 
-/// Sums up, and compares with the disk's limit and the best of vmfile's ways.
+/// Sums up each way's runs, and compares them with the disk's limit and the best of vmfile's ways.
 fn compared<W: Measured>(entries: Vec<Entry<W>>) -> Vec<Way> {
     let seconds = |runs: &[Run]| runs.iter().map(|run| run.seconds).collect::<Vec<f64>>();
     let mut ways: Vec<Way> = Vec::new();

@@ -1,4 +1,4 @@
-//! All of it, from the options to the report.
+//! A run of the benchmark, from the options to the report.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,15 +18,14 @@ use crate::saving::gib;
 use crate::scene;
 use crate::sweep;
 
-/// Measures what `options` say; `progress` is called with a line for each step, and `command` is what the
-/// user typed, for the report.
+/// Measures what `options` say. Calls `progress` with a line for each step. `command` is the
+/// command line of the program, for the report.
 ///
 /// # Errors
 ///
-/// Returns [`BenchError`] if nothing could be measured. When `stop` is set, the report has the rounds
-/// that were finished. A way that cannot be
-/// measured is no error: the report says why. Whatever happens, guests are ended, files are removed,
-/// and a VM of the user's runs on if it ran.
+/// Returns [`BenchError`] if nothing could be measured. If `stop` is set, the report has the
+/// finished rounds. A way that cannot be measured is no error: the report says why. In every case
+/// guests are ended, files are removed, and the user's VM runs on if it ran.
 pub fn run(
     options: &BenchOptions,
     command: Vec<String>,
@@ -63,7 +62,7 @@ pub fn run(
                 match guest(&mut bench, &machine, shape.clone(), version, &progress) {
                     Ok(scene) => scenes.push(scene),
                     Err(BenchError::Stopped) => break 'sizes,
-                    // The others may still be measured.
+                    // The other guests may still be measured.
                     Err(error @ (BenchError::NoMemory { .. } | BenchError::NoRoom { .. })) => {
                         bench.note(&shape.name, error.in_words());
                         refused = Some(error);
@@ -78,7 +77,7 @@ pub fn run(
     }
     let is_stopped = stop.load(Ordering::Relaxed);
     if is_stopped {
-        // What was measured so far is worth as much as before.
+        // Reports what was measured until the stop.
         scenes.retain(|scene| !scene.saves.is_empty());
         if scenes.is_empty() {
             return Err(BenchError::Stopped);
@@ -102,7 +101,7 @@ fn guest(
     version: QemuVersion,
     progress: &Progress<'_>,
 ) -> Result<crate::report::Scene, BenchError> {
-    // The guest, and the one that is restored while it is there.
+    // For the guest, and for the one that is restored beside it.
     let (needed_bytes, available_bytes) = (machine.ram_bytes * 2, available_memory());
     if needed_bytes > available_bytes {
         return Err(BenchError::NoMemory { needed_bytes, available_bytes });
@@ -132,7 +131,7 @@ fn shape(machine: &Machine, options: &BenchOptions) -> GuestShape {
     }
 }
 
-/// Describes a VM of the user's.
+/// Describes the user's VM.
 fn shape_of(subject: &Subject, socket: &Path) -> Result<GuestShape, BenchError> {
     let mut vm = subject.connect()?;
     let ram_bytes = vm.ram_blocks()?.iter().map(|block| block.used_length).sum();

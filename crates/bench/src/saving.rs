@@ -1,4 +1,4 @@
-//! One paused VM, saved in every way there is.
+//! Saves one paused VM in every way that this host has.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -20,13 +20,13 @@ use crate::rounds::Measured;
 /// A way of saving.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum SaveWay {
-    /// fio writes as many bytes.
+    /// fio writes as many bytes as a save.
     Disk,
-    /// By the route that it chooses.
+    /// `vmfile save`, by the route that it chooses.
     Vmfile,
     VmfileStream,
     VmfileNative,
-    /// While the guest runs.
+    /// `vmfile save --live`, while the guest runs.
     VmfileLive,
     /// `migrate "exec:vmfile receive"`.
     VmfileReceive,
@@ -71,7 +71,7 @@ impl Measured for SaveWay {
     }
 }
 
-/// Saves the subject in one way. `data_bytes` is what a save writes of pages.
+/// Saves the subject in one way. `data_bytes` is how many bytes of pages a save writes.
 pub(crate) fn save(
     bench: &Bench<'_>,
     subject: &Subject,
@@ -79,7 +79,7 @@ pub(crate) fn save(
     way: SaveWay,
     (file, data_bytes): (&Path, u64),
 ) -> Result<Run, BenchError> {
-    bench.make_way(file)?;
+    bench.remove_and_sync(file)?;
     let route = |route: &'static str| vmfile(bench, subject, file, &["--route", route]);
     let mut run = match way {
         SaveWay::Disk => {
@@ -111,7 +111,7 @@ pub(crate) fn gib(bytes: u64) -> f64 {
     bytes as f64 / (1_u64 << 30) as f64
 }
 
-/// A VM that is sent stands still all the time.
+/// Returns the run of a way during which the guest stands still all the time.
 fn stands_still(usage: process::Usage) -> Run {
     Run { pause_seconds: Some(usage.seconds), ..used(usage) }
 }
@@ -144,7 +144,8 @@ fn vmfile(
     run.cpu_seconds = Some(usage.cpu_seconds + theirs.cpu_seconds);
     run.pause_seconds = report["pause_seconds"].as_f64();
     if report["route"] != "direct" && !more.contains(&"--live") {
-        // A VM that was sent waits for its end: one that has run once more is as it was.
+        // QEMU leaves a VM that was sent in the state postmigrate: after `cont` and `stop` it is
+        // paused as before.
         let mut vm = subject.connect()?;
         vm.cont()?;
         vm.stop()?;
@@ -152,7 +153,7 @@ fn vmfile(
     Ok(run)
 }
 
-/// The guest runs before, meanwhile, and is paused again afterwards.
+/// Lets the guest run during the save, and pauses it again afterwards.
 fn live(bench: &Bench<'_>, subject: &Subject, file: &Path) -> Result<Run, BenchError> {
     subject.connect()?.cont()?;
     let run = vmfile(bench, subject, file, &["--live"]);

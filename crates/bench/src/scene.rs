@@ -1,4 +1,4 @@
-//! One guest: all ways, round by round.
+//! Measures one guest in all ways, round by round.
 
 use std::path::{Path, PathBuf};
 
@@ -18,7 +18,7 @@ use crate::restoring::{By, RestoreWay, restore};
 use crate::rounds::{self, Entry, Measured as _};
 use crate::saving::{SaveWay, gib, save};
 
-/// Files that lie on the disk at once, of as many bytes as the guest has data.
+/// How many files, each as long as the guest's data, are on the disk at once.
 const FILES: u64 = 7;
 
 /// Measures one guest.
@@ -39,7 +39,7 @@ pub(crate) fn measure(
     let saves = rounds::measure(bench, entries, progress, |bench, entry: &Entry<SaveWay>| {
         let run = save(bench, subject, libvirt.as_ref(), entry.way, (&entry.file, data_bytes))?;
         if !is_kept(entry.way) {
-            bench.make_way(&entry.file)?;
+            bench.remove_and_sync(&entry.file)?;
         }
         Ok(run)
     });
@@ -48,13 +48,13 @@ pub(crate) fn measure(
     Ok(Scene { guest: GuestShape { data_bytes, ..shape }, saves, restores, reads })
 }
 
-/// Saves once, to learn how many bytes there are.
+/// Saves once to find out how many bytes of data the guest has.
 fn data_of(bench: &Bench<'_>, subject: &Subject) -> Result<u64, BenchError> {
     let file = bench.file("first.vmf");
     let words = ["save", "--force", "--after", "pause"].map(std::ffi::OsStr::new);
     let words = [&words[..], &[subject.socket().as_os_str(), file.as_os_str()]].concat();
     let (report, _) = bench.vmfile(&words)?;
-    bench.make_way(&file)?;
+    bench.remove_and_sync(&file)?;
     let bytes = report["bytes_written"].as_u64();
     bytes.ok_or_else(|| BenchError::program("vmfile", "the report has no bytes_written"))
 }
@@ -70,7 +70,7 @@ fn check_room(bench: &Bench<'_>, data_bytes: u64) -> Result<(), BenchError> {
     Ok(())
 }
 
-/// Starts a libvirt where there is one and room for its guest.
+/// Starts libvirt if it is installed and the host has memory for its guest.
 fn libvirt(bench: &mut Bench<'_>, subject: &Subject) -> Option<Libvirt> {
     const WHAT: &str = "virsh save";
     let Some(machine) = subject.machine() else {
@@ -95,7 +95,7 @@ fn libvirt(bench: &mut Bench<'_>, subject: &Subject) -> Option<Libvirt> {
     started.map_err(|error| bench.note(WHAT, error.in_words())).ok()
 }
 
-/// Returns the ways that this host has.
+/// Returns the ways of saving that this host has.
 fn ways(bench: &mut Bench<'_>, version: QemuVersion, with_libvirt: bool) -> Vec<SaveWay> {
     let mut ways = Vec::new();
     if said(std::process::Command::new("fio").arg("--version")).is_some() {
@@ -123,7 +123,7 @@ fn ways(bench: &mut Bench<'_>, version: QemuVersion, with_libvirt: bool) -> Vec<
     ways
 }
 
-/// Adds QEMU's multifd, with the number of channels that suits it best, tried twice each.
+/// Adds QEMU's multifd with the best number of channels; tries each number twice.
 fn tuned(
     bench: &mut Bench<'_>,
     subject: &Subject,
@@ -149,12 +149,12 @@ fn tuned(
                 Err(error) => bench.note(&way.name(), error.in_words()),
             }
         }
-        // Beside the other ways of QEMU's.
+        // Next to QEMU's other ways.
         let at = ways.iter().position(|way| *way == SaveWay::VmfileReceive).unwrap_or(ways.len());
         ways.splice(at..at, best.map(|(_, way)| SaveWay::Qemu(way)));
     }
-    // It goes with the directory at the latest.
-    let _ = bench.make_way(&file);
+    // If this fails, the file is removed with its directory.
+    let _ = bench.remove_and_sync(&file);
     ways
 }
 
@@ -196,7 +196,7 @@ fn restores(
     }))
 }
 
-/// Looks at what vmfile saved.
+/// Measures the verbs that read what vmfile saved.
 fn reads(bench: &mut Bench<'_>, data_bytes: u64, progress: &Progress<'_>) -> Vec<Way> {
     let file = bench.file("saved.vmf");
     if !bench.options.restores || !file.exists() {

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-/// What a series of measurements comes to.
+/// The statistics of a series of measurements.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Summary {
     /// The mean.
@@ -37,8 +37,8 @@ impl Summary {
     }
 }
 
-/// Returns the median of the ratios of `ours` to `theirs` in the same round: what the disk did to both
-/// cancels out. `None` where there is no round of both.
+/// Returns the median of the ratios of `ours` to `theirs` in the same round, so that a slow disk in
+/// a round affects both and cancels out. `None` if there is no round of both.
 #[must_use]
 pub fn ratio(ours: &[f64], theirs: &[f64]) -> Option<f64> {
     let ratios: Vec<f64> = ours.iter().zip(theirs).map(|(ours, theirs)| ours / theirs).collect();

@@ -1,4 +1,4 @@
-//! How cost grows with one thing while the rest stays.
+//! Sweeps: how times grow with one quantity while everything else stays the same.
 
 use std::ffi::OsStr;
 
@@ -20,32 +20,32 @@ use crate::series::Summary;
 /// Sizes of RAM, in MiB.
 const SIZES_MIB: [u64; 7] = [256, 512, 1024, 2048, 4096, 8192, 16384];
 
-/// RAM where something else grows, in MiB.
+/// RAM of the guest if something else grows, in MiB.
 const SIZE_MIB: u64 = 1024;
 
 const ZERO_PERCENT: [u8; 5] = [0, 25, 50, 75, 95];
 const JOBS: [u32; 5] = [1, 2, 4, 8, 16];
 const CLONES: [usize; 6] = [1, 2, 4, 8, 16, 32];
 
-/// Sizes of RAM of which little is touched, in GiB.
+/// Sizes of RAM of guests that touch little of it, in GiB.
 const EMPTY_GIB: [u64; 3] = [2, 16, 256];
 
-/// The part of it that is filled, in bytes.
+/// How much of that RAM is filled, in bytes.
 const FILLED_LEN: u64 = 1 << 30;
 
 /// Sizes of RAM of guests that run while they are saved, in MiB.
 const LIVE_MIB: [u64; 3] = [1024, 4096, 8192];
 
-/// Each round fills a guest anew; a pause of milliseconds needs no more.
+/// Few, because each round fills a guest anew, and pauses of milliseconds need no more.
 const LIVE_ROUNDS: usize = 3;
 
 /// Rounds of each point, after one that warms up.
 const ROUNDS: usize = 5;
 
-/// What was measured at a point, in the order of the lines.
+/// The values measured at a point: one list for each line of the plot.
 type Values = Vec<Vec<f64>>;
 
-/// Measures all that grows.
+/// Measures all sweeps.
 pub(crate) fn measure(
     bench: &mut Bench<'_>,
     progress: &Progress<'_>,
@@ -71,7 +71,7 @@ fn machine(bench: &Bench<'_>, mebibytes: u64) -> Machine {
 fn by_size(bench: &mut Bench<'_>, progress: &Progress<'_>) -> Result<Sweep, BenchError> {
     let mut points = Vec::new();
     for mebibytes in SIZES_MIB {
-        // The guest, the one that is restored, and the page cache between them.
+        // For the guest, the restored guest, and the page cache that they share.
         if (mebibytes << 20) * 5 / 2 > available_memory() {
             bench.note(&format!("sweep of RAM: {mebibytes} MiB"), "not enough free memory");
             continue;
@@ -92,7 +92,7 @@ fn by_size(bench: &mut Bench<'_>, progress: &Progress<'_>) -> Result<Sweep, Benc
         }
         points.push(point(mebibytes as f64, &values));
     }
-    bench.make_way(&bench.file("sweep.vmf"))?;
+    bench.remove_and_sync(&bench.file("sweep.vmf"))?;
     let lines = ["vmfile save", "restore --mode map, cold", "restore --mode load, cold"];
     Ok(sweep("RAM", ("MiB", "s"), &lines, points))
 }
@@ -130,7 +130,7 @@ fn by_jobs(bench: &Bench<'_>, progress: &Progress<'_>) -> Result<Sweep, BenchErr
     Ok(sweep("jobs, 1 GiB of RAM", ("", "s"), &lines, points))
 }
 
-/// Time until all run, and memory of each.
+/// Measures the time until all clones run, and the memory of each.
 fn by_clones(bench: &Bench<'_>, progress: &Progress<'_>) -> Result<Vec<Sweep>, BenchError> {
     let machine = machine(bench, SIZE_MIB);
     let subject = Subject::start(&machine, bench.options.contents, bench.stop)?;
@@ -143,14 +143,14 @@ fn by_clones(bench: &Bench<'_>, progress: &Progress<'_>) -> Result<Vec<Sweep>, B
         times.push(point(clones as f64, &values[..1]));
         memories.push(point(clones as f64, &values[1..]));
     }
-    bench.make_way(&bench.file("sweep.vmf"))?;
+    bench.remove_and_sync(&bench.file("sweep.vmf"))?;
     Ok(vec![
         sweep("clones of one file, 1 GiB of RAM", ("", "s"), &["all restored by map"], times),
         sweep("clones of one file, 1 GiB of RAM: memory", ("", "MiB"), &["of each"], memories),
     ])
 }
 
-/// Restores so many at once; returns the seconds until the last is there, and the MiB of each.
+/// Restores `clones` VMs at once; returns the seconds until the last one runs, and the MiB of each.
 fn start_clones(
     bench: &Bench<'_>,
     machine: &Machine,
@@ -175,7 +175,7 @@ fn start_clones(
     for &pid in &pids {
         memory_bytes += process::proportional_bytes(pid).unwrap_or(0);
     }
-    // Whatever failed, those that run are ended.
+    // Ends those that run, even if others failed.
     for pid in pids {
         process::end(pid)?;
     }
@@ -185,7 +185,7 @@ fn start_clones(
     }
 }
 
-/// RAM grows, what is in it does not: the file is as large to look at as it is to write.
+/// Measures guests whose RAM grows but holds the same amount of data.
 fn by_empty_size(bench: &Bench<'_>, progress: &Progress<'_>) -> Result<Sweep, BenchError> {
     let contents = Contents { data_percent: 100, repeated_percent: 0 };
     let file = bench.file("sweep.vmf");
@@ -208,12 +208,12 @@ fn by_empty_size(bench: &Bench<'_>, progress: &Progress<'_>) -> Result<Sweep, Be
         })?;
         points.push(point(gib as f64, &values));
     }
-    bench.make_way(&file)?;
+    bench.remove_and_sync(&file)?;
     let lines = ["vmfile save", "check, cold", "info, cold", "restore --mode map, cold"];
     Ok(sweep("RAM with 1 GiB of data", ("GiB", "s"), &lines, points))
 }
 
-/// RAM that the guest never touched.
+/// Measures guests that never touched their RAM.
 fn by_untouched(bench: &Bench<'_>, progress: &Progress<'_>) -> Result<Sweep, BenchError> {
     let contents = Contents { data_percent: 0, repeated_percent: 0 };
     let mut points = Vec::new();
@@ -230,13 +230,13 @@ fn by_untouched(bench: &Bench<'_>, progress: &Progress<'_>) -> Result<Sweep, Ben
         })?;
         points.push(point(gib as f64, &values));
     }
-    bench.make_way(&bench.file("sweep.vmf"))?;
+    bench.remove_and_sync(&bench.file("sweep.vmf"))?;
     let lines = ["vmfile save, private RAM", "vmfile save, shared RAM"];
     Ok(sweep("untouched RAM", ("GiB", "s"), &lines, points))
 }
 
-/// Guests that run while they are saved, each for the first and for the second time: QEMU splits huge pages
-/// to write-protect them, and a second save meets the pieces.
+/// Measures guests that run while they are saved, and saves each one twice: QEMU splits huge pages
+/// to write-protect them, and the second save finds them split.
 fn live(bench: &mut Bench<'_>, progress: &Progress<'_>) -> Result<Sweep, BenchError> {
     let mut points = Vec::new();
     for mebibytes in LIVE_MIB {
@@ -258,7 +258,7 @@ fn live(bench: &mut Bench<'_>, progress: &Progress<'_>) -> Result<Sweep, BenchEr
         }
         points.push(point(mebibytes as f64, &values));
     }
-    bench.make_way(&bench.file("sweep.vmf"))?;
+    bench.remove_and_sync(&bench.file("sweep.vmf"))?;
     let lines = ["pause, first save", "pause, second save", "all of it, first save"];
     Ok(sweep("RAM, save --live", ("MiB", "s"), &lines, points))
 }
@@ -276,7 +276,7 @@ fn save_reported(
     more: &[&str],
 ) -> Result<(Value, process::Usage), BenchError> {
     let file = bench.file("sweep.vmf");
-    bench.make_way(&file)?;
+    bench.remove_and_sync(&file)?;
     let mut words = vec![OsStr::new("save")];
     words.extend(more.iter().map(OsStr::new));
     words.extend([subject.socket().as_os_str(), file.as_os_str()]);
@@ -296,7 +296,7 @@ fn rounds(
     Ok(values)
 }
 
-/// Keeps what was measured, but for the round that warms up.
+/// Keeps what was measured, except in the first round, which warms up.
 fn keep(values: &mut Values, times: &[f64], round: usize) {
     if round > 0 {
         values.iter_mut().zip(times).for_each(|(values, &time)| values.push(time));

@@ -1,5 +1,5 @@
-//! A report as tables of text, in the shape in which QEMU's developers post such measurements: a column
-//! for each way, a row for each run, below them the average and the standard deviation.
+//! The report as tables of text, in the form in which QEMU's developers post such measurements: a
+//! column for each way, a row for each run, below them the average and the standard deviation.
 
 use std::fmt::Write;
 use std::ops::Range;
@@ -7,13 +7,14 @@ use std::ops::Range;
 use crate::grid::{self, Grid};
 use crate::report::{BenchReport, Scene};
 
-/// Columns of the widest table. A wider one is printed in pieces, each with the labels of the rows.
+/// The width of the widest table, in characters. A wider one is printed in pieces, each with the
+/// labels of the rows.
 const WIDTH_MAX: usize = 120;
 
-/// Between two columns.
+/// Spaces between two columns.
 const GAP: usize = 2;
 
-/// Returns all that `report` has, for a terminal.
+/// Returns the whole report as text for a terminal.
 #[must_use]
 pub fn table(report: &BenchReport) -> String {
     let mut text = String::new();

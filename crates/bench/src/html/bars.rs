@@ -1,7 +1,7 @@
 //! Horizontal bars: how long each way took, the fastest on top.
 //!
-//! Lengths are shares of the width, so that a plot becomes narrow with its page while its letters keep
-//! their size.
+//! Lengths are shares of the width, so that a plot becomes narrow with its page, but its letters
+//! keep their size.
 
 use std::fmt::Write;
 
@@ -13,17 +13,17 @@ use crate::report::{Family, Way};
 const ROW_HEIGHT: usize = 38;
 /// From the top of a row to the middle of its bar.
 const BAR_MIDDLE: usize = 25;
-/// From the top of a row to where the letters of its name stand.
+/// From the top of a row to the baseline of its name.
 const NAME_BASE: usize = 13;
 const BAR_HEIGHT: usize = 12;
-/// Above the first row: what the disk's line means.
+/// The space above the first row, for the label of the disk's line.
 const HEAD_HEIGHT: usize = 20;
-/// Below the last row: the axis.
+/// The space below the last row, for the axis.
 const FOOT_HEIGHT: usize = 44;
 /// The axis' share of the width, in percent.
 const AXIS_WIDTH: f64 = 98.0;
 
-/// Draws the bars of `ways` under `title`; `id` is unlike that of any other plot of the page.
+/// Draws the bars of `ways` under `title`; `id` must be unique in the page.
 pub(super) fn draw(id: &str, title: &str, ways: &[Way]) -> String {
     let mut sorted: Vec<&Way> = ways.iter().collect();
     sorted.sort_by(|a, b| a.seconds.median.total_cmp(&b.seconds.median));
@@ -43,7 +43,7 @@ pub(super) fn draw(id: &str, title: &str, ways: &[Way]) -> String {
     for (top, way) in rows() {
         bar(&mut svg, &scale, way, top + BAR_MIDDLE);
     }
-    // The line is over the bars, and under the words.
+    // Draws the line above the bars and below the text.
     if let Some(disk) = ways.iter().find(|way| way.family == Family::Disk) {
         limit(&mut svg, x(&scale, disk.seconds.median), bottom);
     }
@@ -132,9 +132,9 @@ fn whisker(svg: &mut String, low: f64, high: f64, middle: usize) {
     );
 }
 
-/// Draws the line that no way of durable writing can be left of, except by luck.
+/// Draws the line of the disk's limit: a way that writes durably can be left of it only by luck.
 fn limit(svg: &mut String, x: f64, bottom: usize) {
-    // The words stand on the side that has more room.
+    // The label stands on the side that has more room.
     let (anchor, shift) = if x > 60.0 { ("end", -6) } else { ("start", 6) };
     let _ = writeln!(
         svg,

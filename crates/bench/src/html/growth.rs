@@ -1,4 +1,5 @@
-//! Plots of time against the size of RAM, out of guests that are alike otherwise; and of the sweeps.
+//! Plots of time against the size of RAM, from guests that are otherwise alike; and plots of the
+//! sweeps.
 
 use super::css_class;
 use super::lines::{Axis, Extent, Line, LinePlot};
@@ -7,12 +8,12 @@ use crate::report::{Family, GuestShape, Scene, Sweep, Way};
 /// Guests are alike if the shares of their RAM that hold data differ by less than this.
 const SHARE_DIFFERENCE_MAX: f64 = 0.05;
 
-/// Colors of the lines of a sweep that say nothing of who does the work. The first is vmfile's: it is
-/// this program whose cost is measured.
+/// Colors of the lines of a sweep whose names do not say who does the work. The first is vmfile's,
+/// because vmfile is measured.
 const COLORS: [&str; 4] = ["vmfile", "purple", "olive", "plain"];
 
-/// Returns the plots of saves and restores against the size of RAM: for each kind of guest of which
-/// there are two sizes or more.
+/// Returns the plots of saves and restores against the size of RAM, for each kind of guest with two
+/// sizes or more.
 pub(super) fn over_ram(scenes: &[Scene]) -> Vec<LinePlot> {
     let mut plots = Vec::new();
     for kind in kinds(scenes) {
@@ -36,7 +37,7 @@ pub(super) fn over_ram(scenes: &[Scene]) -> Vec<LinePlot> {
     plots
 }
 
-/// Returns the plot of a sweep, which is the one of this index.
+/// Returns the plot of the sweep that has this index.
 pub(super) fn of_sweep(index: usize, sweep: &Sweep) -> LinePlot {
     let mut lines: Vec<Line> = Vec::new();
     for (index, name) in sweep.lines.iter().enumerate() {
@@ -67,7 +68,7 @@ pub(super) fn of_sweep(index: usize, sweep: &Sweep) -> LinePlot {
     }
 }
 
-/// Returns the color of the family that a line's name tells of, or else one of its own.
+/// Returns the color of the family that a line's name names, or else one by its index.
 fn color(name: &str, index: usize) -> &'static str {
     let words = [
         ("vmfile", Family::Vmfile),

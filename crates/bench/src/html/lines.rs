@@ -1,7 +1,6 @@
-//! Lines: how cost grows with one thing.
+//! Line plots: how times grow with one quantity.
 //!
-//! Places from left to right are shares of the width, as those of the bars; from top to bottom they
-//! are pixels.
+//! Horizontal places are shares of the width, like those of the bars; vertical ones are pixels.
 
 use std::fmt::Write;
 
@@ -26,10 +25,10 @@ pub(super) const MARKS: [&str; 6] = ["circle", "square", "diamond", "up", "down"
 /// Strokes of lines.
 const DASHES: [&str; 4] = ["none", "7 3", "2 3", "9 3 2 3"];
 
-/// What is drawn.
+/// A plot of lines.
 #[derive(Debug)]
 pub(super) struct LinePlot {
-    /// Unlike that of any other plot of the page.
+    /// Unique in the page.
     pub(super) id: String,
     pub(super) title: String,
     pub(super) x: Axis,
@@ -38,7 +37,7 @@ pub(super) struct LinePlot {
     pub(super) extent: Extent,
 }
 
-/// What an axis says.
+/// The labels of an axis.
 #[derive(Debug)]
 pub(super) struct Axis {
     pub(super) name: String,
@@ -51,11 +50,11 @@ pub(super) struct Axis {
 pub(super) struct Line {
     pub(super) name: String,
     pub(super) short: String,
-    /// The class of the page's style that has the color.
+    /// The CSS class that has the color.
     pub(super) color: &'static str,
-    /// How many lines of this color there are before it: decides about mark and stroke.
+    /// How many lines of this color come before it; decides the mark and the stroke.
     pub(super) index: usize,
-    /// From left to right.
+    /// The points, from left to right.
     pub(super) points: Vec<(f64, Summary)>,
 }
 
@@ -64,7 +63,7 @@ pub(super) struct Line {
 pub(super) enum Extent {
     /// As a band around the line.
     Band,
-    /// As a stroke at each point; and the names of the lines stand right of them.
+    /// As a stroke at each point; the names of the lines then stand right of the points.
     Strokes,
 }
 
@@ -129,7 +128,7 @@ fn description(plot: &LinePlot) -> String {
     text.trim_end().to_owned()
 }
 
-/// Returns how a value along the bottom is written.
+/// Returns the label of a value along the bottom.
 fn x_label(value: f64, unit: &str) -> String {
     match unit {
         // A sweep's sizes are whole, and those below 1 MiB do not occur.
@@ -215,7 +214,7 @@ fn draw_line(svg: &mut String, line: &Line, scales: &Scales, extent: Extent) {
             .map(move |(x, y)| format!("{:.2},{:.1}", scales.x(*x), scales.y(value(y))))
     };
     let join = |points: Vec<String>| points.join(" ");
-    // A view box that is stretched with the page; strokes keep their width.
+    // The view box is stretched with the page, but strokes keep their width.
     let _ = writeln!(
         svg,
         "<svg class=\"{}\" width=\"100%\" height=\"{HEIGHT}\" viewBox=\"0 0 100 {HEIGHT}\" \
@@ -274,7 +273,7 @@ fn draw_points(svg: &mut String, line: &Line, scales: &Scales, plot: &LinePlot) 
     svg.push_str("</g>\n");
 }
 
-/// Writes the lines' names right of their last points, none on top of another.
+/// Writes the lines' names right of their last points, without overlaps.
 fn names(svg: &mut String, lines: &[Line], scales: &Scales) {
     let mut ends: Vec<(&Line, f64)> =
         lines.iter().filter_map(|line| Some((line, end(line, scales)?.1))).collect();
@@ -305,7 +304,7 @@ fn end(line: &Line, scales: &Scales) -> Option<(f64, f64)> {
     line.points.last().map(|(x, y)| (scales.x(*x), scales.y(y.median)))
 }
 
-/// Moves places, from the top down, so far apart that a name has room at each.
+/// Moves places apart, from the top down, so that each has room for a name.
 fn spread(sorted: &[f64]) -> Vec<f64> {
     let mut places = sorted.to_vec();
     for _ in 0..200 {

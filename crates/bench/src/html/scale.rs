@@ -1,7 +1,7 @@
 //! Where a value lies on an axis, and which values are written there.
 
-/// Values that differ by more than this factor are shown on a logarithmic axis: on a linear one, the
-/// small ones would all lie on the axis.
+/// Values that differ by more than this factor are shown on a logarithmic axis: on a linear one,
+/// the small ones would all lie on the axis.
 const LINEAR_FACTOR_MAX: f64 = 20.0;
 
 /// More marks than this on a logarithmic axis are thinned out to powers of ten.
@@ -21,14 +21,14 @@ impl Scale {
         Scale { low: 0.0, high: if high > 0.0 { high } else { 1.0 }, is_log: false }
     }
 
-    /// Returns an axis that ends at the smallest and the largest of `values`: for what is chosen.
+    /// Returns an axis that ends at the smallest and the largest of `values`, for chosen values.
     pub(super) fn tight(values: &[f64]) -> Scale {
         let (low, high) = ends(values);
         let is_log = low > 0.0 && high / low >= 16.0;
         if high > low { Scale { low, high, is_log } } else { Scale::from_zero(high * 2.0) }
     }
 
-    /// Returns an axis with some room around `values`: for what is measured.
+    /// Returns an axis with some room around `values`, for measured values.
     pub(super) fn roomy(values: &[f64]) -> Scale {
         let (low, high) = ends(values);
         if low > 0.0 && high / low > LINEAR_FACTOR_MAX {
@@ -47,7 +47,8 @@ impl Scale {
         self.is_log
     }
 
-    /// Returns where `value` lies between the ends of the axis: 0 at the low one, 1 at the high one.
+    /// Returns where `value` lies between the ends of the axis: 0 at the low one, 1 at the high
+    /// one.
     pub(super) fn share(&self, value: f64) -> f64 {
         if self.is_log {
             (value / self.low).ln() / (self.high / self.low).ln()
@@ -56,7 +57,7 @@ impl Scale {
         }
     }
 
-    /// Returns the values to be written at the axis.
+    /// Returns the values that are labeled on the axis.
     pub(super) fn ticks(&self) -> Vec<f64> {
         if !self.is_log {
             let step = step(self.high - self.low);
@@ -73,7 +74,7 @@ impl Scale {
     }
 }
 
-/// Returns the smallest and the largest of `values`; 0 and 1 of none.
+/// Returns the smallest and the largest of `values`; 0 and 1 if there are none.
 fn ends(values: &[f64]) -> (f64, f64) {
     if values.is_empty() {
         return (0.0, 1.0);

@@ -30,7 +30,7 @@ pub(super) fn at_a_glance(report: &BenchReport) -> String {
             let head = format!("{}: {verb}", scene.guest.name);
             let _ = write!(html, "<tr><th scope=\"row\">{}</th>", escape(&head));
             for (family, head) in FAMILIES {
-                // Where the page is narrow, each cell has its head above it.
+                // In a narrow page, each cell has its heading above it.
                 let _ = write!(html, "<td data-head=\"{}\">", escape(head));
                 html.push_str(&best(ways, family));
                 html.push_str("</td>");
@@ -74,7 +74,7 @@ pub(super) fn of_scene(scene: &Scene) -> String {
     html
 }
 
-/// Returns one table; it scrolls within itself where the page is too narrow for it.
+/// Returns one table, which scrolls if the page is too narrow for it.
 pub(super) fn table(caption: &str, grid: &Grid) -> String {
     let caption = escape(caption);
     let mut html = format!(
