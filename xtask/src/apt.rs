@@ -1,4 +1,4 @@
-//! apt: where packages come from, and how they are installed.
+//! Installs packages with apt, and finds their sources.
 
 use std::env;
 use std::error::Error;
@@ -16,7 +16,7 @@ pub(crate) fn own_codename() -> Result<String, Box<dyn Error>> {
     Ok(codename(&os_release).ok_or("/etc/os-release has no VERSION_CODENAME")?)
 }
 
-/// Returns apt's indexes of packages: on each line a mirror, a codename and a component.
+/// Returns apt's package indexes: each line has a mirror, a codename and a component.
 pub(crate) fn index_targets() -> Result<String, Box<dyn Error>> {
     output(
         Command::new("apt-get")
@@ -45,7 +45,7 @@ pub(crate) fn candidate_major(policy: &str) -> Option<u32> {
     upstream.split('.').next()?.parse().ok()
 }
 
-/// Finds a program as the shell does, and in the administrator's directories too.
+/// Finds a program as a shell does, and also in `/usr/sbin` and `/sbin`.
 pub(crate) fn find_in_path(program: &str) -> Option<std::path::PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     env::split_paths(&path)
@@ -54,7 +54,7 @@ pub(crate) fn find_in_path(program: &str) -> Option<std::path::PathBuf> {
         .find(|candidate| candidate.is_file())
 }
 
-/// Runs apt-get as root, or says what to run.
+/// Runs apt-get as root; without sudo, the error says what to run.
 pub(crate) fn apt_get(arguments: &[&str]) -> Result<(), Box<dyn Error>> {
     let mut command = as_root("apt-get");
     command.args(arguments).env("DEBIAN_FRONTEND", "noninteractive");

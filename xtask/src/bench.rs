@@ -1,7 +1,8 @@
-//! `cargo xtask bench`: measures vmfile beside the disk's limit and QEMU's own ways, or beside itself.
+//! `cargo xtask bench`: measures vmfile beside the disk's limit and QEMU's own ways, or beside
+//! itself.
 //!
-//! All of it is measured by `vmfile bench`, as everybody can. What this adds is the project's own: the
-//! sizes, the targets, and the page docs/benchmarks.md.
+//! `vmfile bench` measures everything. This adds what belongs to the project: the sizes, the
+//! targets, and the page docs/benchmarks.md.
 
 mod compare;
 mod figures;
@@ -21,13 +22,14 @@ use crate::command::{output, run as run_command, say, shown};
 use crate::setup;
 use crate::workspace::Workspace;
 
-/// The page.
+/// The page that the benchmark writes.
 const PAGE: &str = "docs/benchmarks.md";
 
 /// What the RAM of the guests holds, in percent.
 const CONTENTS: [&str; 4] = ["--data", "65", "--repeated", "8"];
 
-/// Free memory, in MiB, from which the guests have 2 GiB: two of them, and a file in the page cache.
+/// With this much free memory, in MiB, guests have 2 GiB: there are two at once, and a file in the
+/// page cache.
 const FREE_MIB_FOR_LARGE: u64 = 14_000;
 
 /// Installs what is missing, builds the program, and measures it.
@@ -54,7 +56,7 @@ pub(crate) fn run(workspace: &Workspace, rest: &[String]) -> Result<(), Box<dyn 
     Ok(())
 }
 
-/// Returns the order to build the program of the workspace in `directory`, as its users have it.
+/// Returns the command that builds the release program of the workspace in `directory`.
 fn build(directory: &Path) -> Command {
     let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(directory);
@@ -62,14 +64,15 @@ fn build(directory: &Path) -> Command {
     command
 }
 
-/// Returns the program that [`build`] makes, with its files on the file system of the build directory.
+/// Returns the command `vmfile bench` of the program that [`build`] makes; its files lie in the
+/// build directory.
 fn vmfile_bench(workspace: &Workspace) -> Command {
     let mut command = Command::new(workspace.target().join("release/vmfile"));
     command.arg("bench").arg("--dir").arg(workspace.target());
     command
 }
 
-/// Measures everything; a quick run has fewer rounds and smaller guests, and nothing that grows.
+/// Measures everything; a quick run has fewer rounds, smaller guests and no sweeps.
 fn measure(workspace: &Workspace, is_quick: bool) -> Result<Value, Box<dyn Error>> {
     let is_small = is_quick || free_mib()? < FREE_MIB_FOR_LARGE;
     let (size, runs) = (if is_small { "1G" } else { "2G" }, if is_quick { "3" } else { "5" });

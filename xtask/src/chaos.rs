@@ -1,4 +1,4 @@
-//! `cargo xtask chaos`: programs end at random moments, more often than a test run has time for.
+//! `cargo xtask chaos`: ends programs at random moments, more often than a test run has time for.
 
 use std::error::Error;
 use std::process::Command;
@@ -6,11 +6,11 @@ use std::process::Command;
 use crate::command::run as run_command;
 use crate::workspace::Workspace;
 
-/// What ends, the test that tries it, and the variable that says how often.
+/// The program that is ended, the test that does it, and the variable that says how often.
 const MODES: [(&str, &str, &str); 2] =
     [("vmfile", "kills::", "VMFILE_KILLS"), ("qemu", "qemu_ends::", "VMFILE_MOMENTS")];
 
-/// How often it is tried if the user does not say.
+/// How often the program is ended if the user does not say.
 const MOMENTS: &str = "300";
 
 /// Runs the test of a mode; its seed is printed and can be given again.

@@ -1,9 +1,9 @@
-//! Running programs and telling the user about it.
+//! Runs programs, and tells the user about it.
 
 use std::error::Error;
 use std::process::Command;
 
-/// Prints what is being done, one line, before it is done.
+/// Prints one line about what xtask does next.
 pub(crate) fn say(what: &str) {
     println!("xtask: {what}");
 }
@@ -24,7 +24,7 @@ pub(crate) fn output(command: &mut Command) -> Result<String, Box<dyn Error>> {
     Ok(String::from_utf8(output.stdout)?)
 }
 
-/// Returns the command as one would type it.
+/// Returns the command as text, as typed into a shell.
 pub(crate) fn shown(command: &Command) -> String {
     let mut text = command.get_program().to_string_lossy().into_owned();
     for argument in command.get_args() {

@@ -8,7 +8,7 @@ use crate::command::{run as run_command, say};
 use crate::setup;
 use crate::workspace::Workspace;
 
-/// Installs what is missing, builds the program, and shows what it does.
+/// Installs what is missing, builds the program, and runs the demo.
 pub(crate) fn run(workspace: &Workspace) -> Result<(), Box<dyn Error>> {
     setup::one_qemu(workspace)?;
     say("build vmfile and the demo, optimized");

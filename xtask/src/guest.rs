@@ -1,6 +1,6 @@
-//! What the guests of the tests are made of: a kernel, an initramfs, a boot sector.
+//! Makes the parts of the test guests: a kernel, an initramfs, a boot sector.
 //!
-//! Everything lands in `target/guest`: `kernel/` (Debian's package, unpacked), `initramfs.cpio` and
+//! Everything is in `target/guest`: `kernel/` (Debian's package, unpacked), `initramfs.cpio` and
 //! `boot_sector.bin`. Each part is made only when it is missing or its sources changed.
 
 mod cpio;
@@ -79,13 +79,13 @@ fn make_kernel(directory: &Path) -> Result<PathBuf, Box<dyn Error>> {
 fn download_kernel(directory: &Path) -> Result<String, Box<dyn Error>> {
     let package = kernel_package()?;
     let mut command = Command::new("apt-get");
-    // The directory may be closed to the user that apt otherwise downloads as.
+    // Downloads as root: apt's own user may have no access to the directory.
     command.args(["download", "-qq", "-o", "APT::Sandbox::User=root", &package]);
     run(command.current_dir(directory))?;
     Ok(package)
 }
 
-/// Finds the package that the metapackage stands for.
+/// Finds the package that the metapackage depends on.
 fn kernel_package() -> Result<String, Box<dyn Error>> {
     let depends = output(Command::new("apt-cache").args(["depends", KERNEL_METAPACKAGE]))?;
     let package = depends
@@ -136,7 +136,7 @@ fn make_initramfs(
     Ok(fs::rename(&part, &archive)?)
 }
 
-/// Builds the guest's init, static, so that it is the only program of its initramfs.
+/// Builds the guest's init as a static program, so that the initramfs needs no other file.
 fn build_init(workspace: &Workspace, directory: &Path) -> Result<PathBuf, Box<dyn Error>> {
     let target = directory.join("init");
     run(Command::new(env!("CARGO"))

@@ -1,9 +1,8 @@
-//! QEMUs of other versions than the system's, which the tests run beside it.
+//! Fetches QEMUs of other versions than the installed one, for the tests.
 //!
-//! Each is taken from a suite of Debian, with every package that it depends on down to the C
-//! library, and unpacked into `target/qemu/SUITE`. Nothing is installed: apt works on a state of its
-//! own in which no package is there. What was unpacked is used as it is from then on; to fetch it
-//! anew, remove its directory.
+//! Each comes from a suite of Debian, with every package that it depends on down to the C library,
+//! and is unpacked into `target/qemu/SUITE`. Nothing is installed: apt uses a state of its own in
+//! which no package is installed. To fetch a QEMU anew, remove its directory.
 
 use std::error::Error;
 use std::fs;
@@ -14,14 +13,14 @@ use crate::apt::{KEYRING, apt_get, find_in_path, index_targets, mirror_of, own_c
 use crate::command::{output, run, say};
 use crate::workspace::Workspace;
 
-/// A QEMU that is fetched: the suite of Debian that has it, and what for.
+/// A QEMU to fetch: the suite of Debian that has it, and what it is for.
 #[derive(Debug)]
 struct Fetched {
     suite: &'static str,
     why: &'static str,
 }
 
-/// The tests know the suites too: `Release` in `testing/src/qemu.rs`.
+/// The tests name the suites too: `Release` in `testing/src/qemu.rs`.
 const FETCHED: [Fetched; 2] = [
     Fetched { suite: "bookworm", why: "7.2, the oldest that the tests run" },
     Fetched { suite: "sid", why: "the newest that Debian has" },
@@ -31,15 +30,17 @@ const PACKAGE: &str = "qemu-system-x86";
 
 const ARCHITECTURE: &str = "amd64";
 
-/// Where libraries lie in an unpacked tree. Debian 12 has some in `lib`, later releases none.
+/// Where the libraries are in an unpacked tree. Debian 12 has some in `lib`, later releases have
+/// none there.
 const LIBRARY_DIRECTORIES: [&str; 2] = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"];
 
-/// The loader, by its own name: the link in `lib64` is absolute and leads to the system's.
+/// The file name of the loader. The link to it in `lib64` is absolute and leads to the system's
+/// loader.
 const LOADER: &str = "ld-linux-x86-64.so.2";
 
 const PROGRAM: &str = "usr/bin/qemu-system-x86_64";
 
-/// Fetches those that are missing or do not run.
+/// Fetches the QEMUs that are missing or do not run.
 pub(crate) fn fetch(workspace: &Workspace) -> Result<(), Box<dyn Error>> {
     let directory = workspace.target().join("qemu");
     let missing: Vec<&Fetched> = FETCHED
@@ -80,7 +81,7 @@ fn mirror() -> Result<String, Box<dyn Error>> {
     if let Some(mirror) = mirror_of(&index_targets()?, &codename) {
         return Ok(mirror);
     }
-    // apt knows the codenames of its sources by the lists that it has fetched.
+    // apt knows the codenames of its sources only after it has fetched their lists.
     apt_get(&["update", "-qq"])?;
     let mirror = mirror_of(&index_targets()?, &codename);
     Ok(mirror.ok_or_else(|| format!("apt has no source for {codename} main to find QEMUs by"))?)
@@ -107,7 +108,7 @@ fn fetch_one(directory: &Path, suite: &str, mirror: &str) -> Result<String, Box<
     let program = tree.join(PROGRAM);
     let trace = output(Command::new(&program).env("LD_TRACE_LOADED_OBJECTS", "1"))?;
     if let Some(library) = library_from_outside(&trace, &tree) {
-        // So that it is not taken for whole the next time.
+        // Otherwise the next run would take the tree for complete.
         fs::remove_dir_all(&tree)?;
         return Err(format!("it would load {library}, which is not in its directory").into());
     }
@@ -117,8 +118,8 @@ fn fetch_one(directory: &Path, suite: &str, mirror: &str) -> Result<String, Box<
 
 /// Makes the program in `part` run with the loader and the libraries that will lie in `tree`.
 ///
-/// This way, and not with a script that starts the loader, the process is QEMU's program and not
-/// the loader's, as it is for an installed one.
+/// With a script that starts the loader, the process would run the loader's program instead of
+/// QEMU's, unlike that of an installed QEMU.
 fn use_own_libraries(part: &Path, tree: &Path) -> Result<(), Box<dyn Error>> {
     let directory = LIBRARY_DIRECTORIES
         .iter()
@@ -128,14 +129,14 @@ fn use_own_libraries(part: &Path, tree: &Path) -> Result<(), Box<dyn Error>> {
     run(Command::new("patchelf")
         .arg("--set-interpreter")
         .arg(tree.join(directory).join(LOADER))
-        // Not a run path, which would not hold for what the libraries themselves load.
+        // Not a run path, which does not apply to what the libraries themselves load.
         .args(["--force-rpath", "--set-rpath", &origins.join(":")])
         .arg(part.join(PROGRAM)))
 }
 
 /// Finds a library that is missing or not in `tree` among what the loader lists.
 fn library_from_outside(trace: &str, tree: &Path) -> Option<String> {
-    // The kernel's own is not a file: `linux-vdso.so.1 (0x7fff...)`.
+    // The kernel's library is not a file: `linux-vdso.so.1 (0x7fff...)`.
     trace.lines().find_map(|line| {
         let (name, place) = line.trim().split_once(" => ")?;
         let path = place.split(" (").next().unwrap_or(place);
@@ -162,10 +163,10 @@ impl PrivateApt {
 
     /// Downloads `package` and all that it depends on, and returns the archives.
     fn download(&self, package: &str) -> Result<Vec<PathBuf>, Box<dyn Error>> {
-        // Otherwise lists that were not fetched are a warning, and the package just unknown.
+        // With this option, lists that cannot be fetched are an error and not only a warning.
         run(self.apt_get().args(["-o", "APT::Update::Error-Mode=any", "update"]))?;
         let how = ["install", "--yes", "--download-only", "--no-install-recommends"];
-        // It prints what it would install, in many lines even when asked to be quiet.
+        // Hides the output: apt-get lists what it would install even with `-qq`.
         output(self.apt_get().args(how).arg(package))?;
         let mut archives: Vec<PathBuf> = fs::read_dir(self.directory.join("archives"))?
             .filter_map(|entry| Some(entry.ok()?.path()))
@@ -192,7 +193,7 @@ impl PrivateApt {
             set(&format!("Dir::Etc::{none}"), "-");
         }
         set("APT::Architecture", ARCHITECTURE);
-        // The directory may be closed to the user that apt otherwise downloads as.
+        // Downloads as root: apt's own user may have no access to the directory.
         set("APT::Sandbox::User", "root");
         command
     }

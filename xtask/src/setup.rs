@@ -1,7 +1,8 @@
 //! `cargo xtask setup`: installs what the tests need, fetches other QEMUs and makes the guests.
 //!
-//! What is there already is used as it is, whichever distribution it came from. What is missing is
-//! installed with apt-get; QEMU and libvirt from backports where Debian's own are older than is needed.
+//! Programs that are there already are used as they are, on any distribution. apt-get installs the
+//! missing ones; QEMU and libvirt come from backports if the distribution's own versions are too
+//! old.
 
 use std::env;
 use std::error::Error;
@@ -25,7 +26,7 @@ const LIBVIRT_MAJOR_MIN: u32 = 11;
 
 const BACKPORTS_LIST: &str = "/etc/apt/sources.list.d/vmfile-backports.list";
 
-/// A package, what of it must be there, and what it is for.
+/// A package, the file that must be there, and what it is for.
 #[derive(Debug)]
 struct Package {
     name: &'static str,
@@ -40,7 +41,7 @@ struct Package {
 enum Suite {
     /// The distribution itself.
     Own,
-    /// Backports, where the distribution's own has a lower major version than this.
+    /// Backports, if the distribution's own has a lower major version than this.
     Backports(u32),
 }
 
@@ -115,7 +116,7 @@ const PACKAGES: [Package; 13] = [
     },
 ];
 
-/// What `cargo xtask bench` compares with, besides.
+/// The packages that `cargo xtask bench` needs besides.
 const BENCH_PACKAGES: [Package; 3] = [
     Package {
         name: "libvirt-daemon",
@@ -137,19 +138,19 @@ const BENCH_PACKAGES: [Package; 3] = [
     },
 ];
 
-/// Does all that the tests need: as [`one_qemu`], and fetches the other QEMUs.
+/// Does what [`one_qemu`] does, and fetches the other QEMUs.
 pub(crate) fn run(workspace: &Workspace) -> Result<(), Box<dyn Error>> {
     one_qemu(workspace)?;
     qemus::fetch(workspace)
 }
 
-/// Installs what is missing and makes the guests: enough where the installed QEMU is the only one.
+/// Installs what is missing and makes the guests: enough for the tests with the installed QEMU.
 pub(crate) fn one_qemu(workspace: &Workspace) -> Result<(), Box<dyn Error>> {
     install_missing(PACKAGES.iter())?;
     guest::make(workspace)
 }
 
-/// As [`one_qemu`], and installs what the benchmarks compare with.
+/// Installs what is missing for the tests and for the benchmarks.
 pub(crate) fn for_bench() -> Result<(), Box<dyn Error>> {
     install_missing(PACKAGES.iter().chain(&BENCH_PACKAGES))
 }
@@ -196,8 +197,8 @@ fn install(missing: &[&Package]) -> Result<(), Box<dyn Error>> {
     }
 }
 
-/// Returns the backports release, if the distribution's own version of something that is missing is
-/// too old, after adding it to apt's sources where it is not yet there.
+/// Returns the name of the backports release if the distribution's own version of a missing package
+/// is too old. Adds the release to apt's sources if it is not there yet.
 fn backports_if_needed(missing: &[&Package]) -> Result<Option<String>, Box<dyn Error>> {
     let mut too_old = None;
     for package in missing {

@@ -1,8 +1,8 @@
 //! `cargo xtask test`: everything that must pass, step by step.
 //!
-//! The first step that fails ends the run. The last line of a run that passed is
-//! `N passed, N failed`, with `, N skipped` where tests could not run; those are listed with their
-//! reasons before it.
+//! The first step that fails ends the run. The last line of a run that passed is `N passed, N
+//! failed`, with `, N skipped` if tests could not run; these are listed with their reasons before
+//! it.
 
 mod api;
 mod fuzz;
@@ -22,7 +22,7 @@ use crate::{setup, tidy};
 
 type StepResult = Result<(), Box<dyn Error>>;
 
-/// One step: its name on the command line, what it shows, and how it is done.
+/// One step: its name on the command line, what it shows, and the function that runs it.
 struct Step {
     name: &'static str,
     shows: &'static str,
@@ -100,7 +100,7 @@ fn clippy(workspace: &Workspace, _: &mut Outcome) -> StepResult {
 }
 
 fn doc(workspace: &Workspace, _: &mut Outcome) -> StepResult {
-    // The program and the library have the same name, and rustdoc one directory for each name.
+    // The program and the library have the same name, and rustdoc has one directory for each name.
     let arguments = ["doc", "--quiet", "--workspace", "--no-deps", "--lib"];
     run_command(cargo(workspace).args(arguments).env("RUSTDOCFLAGS", "-D warnings"))
 }
@@ -110,7 +110,7 @@ fn doctest(workspace: &Workspace, outcome: &mut Outcome) -> StepResult {
 }
 
 fn vm(workspace: &Workspace, outcome: &mut Outcome) -> StepResult {
-    // The guests must be those of the sources, also when this step is run alone.
+    // Makes the guests from the current sources, also if this step is run alone.
     setup::run(workspace)?;
     test_programs(workspace, Kind::Vm, outcome)
 }

@@ -1,7 +1,7 @@
 //! `cargo xtask tidy`: checks what no compiler checks.
 //!
-//! A rule is a function from a file's path and text to findings, or from those of all files; all are run
-//! over all files, so that one run shows everything there is to do.
+//! A rule is a function from a file's path and text, or from those of all files, to findings. All
+//! rules run over all files, so that one run shows everything that is to be done.
 
 mod circles;
 mod documents;
@@ -17,7 +17,7 @@ use std::path::Path;
 
 use crate::workspace::Workspace;
 
-/// Directories that hold nothing of ours, or nothing that a person wrote.
+/// Directories that hold no sources of this project.
 const SKIPPED: [&str; 4] = ["target", ".git", "corpus", "artifacts"];
 
 /// One thing that a rule found.
@@ -93,7 +93,7 @@ fn check(root: &Path, path: &str, text: &str, findings: &mut Vec<Finding>) {
     }
 }
 
-/// Collects the files that have rules: Rust, manifests, documents and assembly.
+/// Collects the files that have rules: Rust, TOML, Markdown and assembly.
 fn collect(root: &Path, directory: &str, files: &mut Vec<String>) -> io::Result<()> {
     for entry in fs::read_dir(root.join(directory))? {
         let entry = entry?;

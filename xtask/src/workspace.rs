@@ -1,4 +1,4 @@
-//! Where things are in this repository.
+//! The directories of this repository.
 
 use std::env;
 use std::path::{Path, PathBuf};

@@ -1,7 +1,7 @@
 //! `cargo xtask bench --compare BASE`: two builds of vmfile, measured pair by pair.
 //!
-//! BASE, a revision, is built in a worktree under `target/compare` that is gone before anything is
-//! measured; its build directory stays, so that the next comparison builds little.
+//! BASE is a revision. It is built in a worktree under `target/compare`, which is removed before
+//! the measurement; its build directory stays, so that the next comparison builds little.
 
 use std::error::Error;
 use std::path::{Path, PathBuf};
@@ -12,7 +12,7 @@ use crate::command::{output, run as run_command, say};
 use crate::setup;
 use crate::workspace::Workspace;
 
-/// What both builds save: as `cargo xtask bench` does, in more rounds.
+/// The options for both builds: those of `cargo xtask bench`, with more rounds.
 const OPTIONS: [&str; 8] = ["--size", "1G", "--runs", "10", "--data", "62", "--repeated", "7"];
 
 /// Builds vmfile as it is here and as it was at `base`, and measures both.
@@ -63,7 +63,7 @@ impl<'a> Worktree<'a> {
         commit: &str,
     ) -> Result<Worktree<'a>, Box<dyn Error>> {
         if path.exists() {
-            // Left by a run that was stopped.
+            // Removes what a stopped run has left.
             remove(workspace, &path)?;
         }
         let mut command = git(workspace);

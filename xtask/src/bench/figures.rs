@@ -1,4 +1,4 @@
-//! Figures of a report of `vmfile bench --json`.
+//! Reads figures from a report of `vmfile bench --json`.
 
 use serde_json::Value;
 
@@ -6,7 +6,7 @@ use serde_json::Value;
 #[derive(Clone, Copy)]
 pub(super) struct Figures<'a>(pub(super) &'a Value);
 
-/// A way, and what its rounds took.
+/// A way, and its runs.
 #[derive(Clone, Copy)]
 pub(super) struct Way<'a>(&'a Value);
 
@@ -57,12 +57,13 @@ impl<'a> Way<'a> {
         median(self.each("seconds").zip(other.each("seconds")).map(|(a, b)| a / b))
     }
 
-    /// Returns the median of the ratios to `other` of the time that a restore takes once QEMU has started.
+    /// Returns the median of the rounds' ratios to `other`, for the time of a restore after QEMU's
+    /// start.
     pub(super) fn resume_ratio(self, other: Way<'_>) -> f64 {
         median(self.each("resume_seconds").zip(other.each("seconds")).map(|(a, b)| a / b))
     }
 
-    /// Returns the median of the seconds that a restore takes once QEMU has started.
+    /// Returns the median of the seconds of a restore after QEMU's start.
     pub(super) fn resume_seconds(self) -> f64 {
         median(self.each("resume_seconds"))
     }

@@ -1,10 +1,10 @@
-//! What the project promises of its speed, and whether a report keeps it.
+//! The project's performance targets, and whether a report meets them.
 
 use std::fmt::Write as _;
 
 use super::figures::Figures;
 
-/// A promise, and what became of it.
+/// A target, and the result.
 pub(super) struct Target {
     pub(super) what: String,
     pub(super) wanted: String,
@@ -20,7 +20,7 @@ pub(super) enum Verdict {
     NotMeasured,
 }
 
-/// What stands in the way of a target, by the beginning of its name.
+/// Why a target may be missed, by the beginning of its name.
 const WHY_MISSED: [(&str, &str); 6] = [
     ("save, shared RAM: / fio", SPREAD),
     ("save, private RAM: / fio", SPREAD),
@@ -34,7 +34,7 @@ const DISK_DECIDES: &str =
     "both wait for the disk, and it leaves no such distance above fio's time";
 
 impl Target {
-    /// Returns what is known of the cause, if the target was missed.
+    /// Returns the known cause, if the target was missed.
     pub(super) fn why_missed(&self) -> &'static str {
         if self.verdict != Verdict::Missed {
             return "";
@@ -44,7 +44,7 @@ impl Target {
     }
 }
 
-/// The targets that were judged so far.
+/// The targets judged so far.
 #[derive(Default)]
 struct Judged(Vec<Target>);
 

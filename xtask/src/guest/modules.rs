@@ -1,8 +1,8 @@
-//! Which kernel modules the Linux guest gets, and in which order they are loaded.
+//! Chooses the kernel modules of the Linux guest, and the order in which it loads them.
 //!
-//! A module names what it depends on in its own `.modinfo` section (`depends=virtio,virtio_ring`),
-//! so the order is read from the modules themselves: `modules.dep` is made only when a kernel is
-//! installed, and this one never is.
+//! The order comes from the modules themselves: each names its dependencies in its `.modinfo`
+//! section (`depends=virtio,virtio_ring`). There is no `modules.dep`, which is made only when a
+//! kernel is installed.
 
 use std::collections::BTreeMap;
 use std::error::Error;
@@ -10,7 +10,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// What the guest drives. Memory hot-plug by ACPI is built into Debian's kernels.
+/// The drivers that the guest needs. Memory hot-plug by ACPI is built into Debian's kernels.
 const WANTED: [&str; 6] =
     ["virtio_pci", "virtio_blk", "virtio_net", "virtio_rng", "virtio_balloon", "virtio_mem"];
 
@@ -64,7 +64,7 @@ fn find_modules(directory: &Path, paths: &mut BTreeMap<String, PathBuf>) -> std:
     for entry in fs::read_dir(directory)? {
         let entry = entry?;
         let path = entry.path();
-        // The links `build` and `source` lead to headers that are not there.
+        // Does not follow the links `build` and `source`, whose targets do not exist.
         if entry.file_type()?.is_dir() {
             find_modules(&path, paths)?;
             continue;
@@ -77,12 +77,12 @@ fn find_modules(directory: &Path, paths: &mut BTreeMap<String, PathBuf>) -> std:
     Ok(())
 }
 
-/// The kernel takes `-` and `_` in module names for the same.
+/// Replaces `-` with `_`: the kernel treats both as the same in module names.
 fn canonical_name(name: &str) -> String {
     name.replace('-', "_")
 }
 
-/// Reads a module; newer Debians compress them.
+/// Reads a module, and decompresses it if needed: newer Debian releases compress modules.
 fn read(path: &Path) -> Result<Vec<u8>, Box<dyn Error>> {
     let program = match path.extension().and_then(|extension| extension.to_str()) {
         Some("xz") => "xz",

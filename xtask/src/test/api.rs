@@ -1,9 +1,10 @@
-//! The public face of the library: a list of what each crate shows, beside the list that was recorded.
+//! Compares the public API of each crate of the library with the recorded list.
 //!
-//! A change of the face changes the list, in the same commit: its author decides whether it breaks callers.
+//! A commit that changes the API also changes the list, and its author decides whether that breaks
+//! callers.
 //!
-//! The list comes from rustdoc's JSON, whose form changes with the compiler: with another minor version
-//! than the recorded one nothing is compared, and that is said.
+//! The list comes from rustdoc's JSON, whose form changes with the compiler. With another minor
+//! version than the recorded one, the comparison is skipped, and the outcome lists it.
 
 use std::error::Error;
 use std::fs;
@@ -20,13 +21,13 @@ use crate::workspace::Workspace;
 const CRATES: [&str; 6] =
     ["vmfile", "vmfile-engine", "vmfile-format", "vmfile-pages", "vmfile-qemu", "vmfile-stream"];
 
-/// Where the lists are, in the repository.
+/// The directory of the lists.
 const DIRECTORY: &str = "docs/api";
 
-/// Whether to record what is shown, not to judge it.
+/// The variable that is set to record the lists instead of comparing them.
 const BLESS: &str = "VMFILE_BLESS";
 
-/// Compares what each crate shows with what was recorded, or records it.
+/// Compares the API of each crate with the recorded list, or records it.
 pub(super) fn run(workspace: &Workspace, outcome: &mut Outcome) -> Result<(), Box<dyn Error>> {
     let directory = workspace.root().join(DIRECTORY);
     let version = minor_version(&output(Command::new("rustc").arg("--version"))?);
@@ -65,13 +66,15 @@ pub(super) fn run(workspace: &Workspace, outcome: &mut Outcome) -> Result<(), Bo
         .into())
 }
 
-/// Lists what a crate shows: a line for each item, without what every type has.
+/// Returns the API of a crate: a line for each item, without blanket, auto-trait and derived
+/// implementations.
 fn face(workspace: &Workspace, name: &str) -> Result<String, Box<dyn Error>> {
-    // A directory of its own: what is built with RUSTC_BOOTSTRAP is not what the other steps build.
+    // Uses a directory of its own, because a build with RUSTC_BOOTSTRAP differs from that of the
+    // other steps.
     let directory = workspace.target().join("api");
     let arguments = ["rustdoc", "--quiet", "--lib", "-p", name, "--"];
     let json = ["-Zunstable-options", "--output-format", "json", "--cap-lints", "allow"];
-    // The form of the JSON is unstable; public-api says if it is another than it knows.
+    // The form of the JSON is unstable; public-api fails if it does not know it.
     let mut rustdoc = cargo(workspace);
     rustdoc.env("RUSTC_BOOTSTRAP", "1").env("CARGO_TARGET_DIR", &directory);
     run_command(rustdoc.args(arguments).args(json))?;
@@ -90,7 +93,7 @@ fn minor_version(said: &str) -> String {
     number.rsplit_once('.').map_or(number, |(minor, _patch)| minor).to_owned()
 }
 
-/// Returns the lines that are gone, after `-`, and those that are new, after `+`.
+/// Returns the removed lines, each after `- `, and the new ones, each after `+ `.
 fn differences(before: &str, now: &str) -> Vec<String> {
     let gone = before.lines().filter(|line| !now.lines().any(|other| other == *line));
     let new = now.lines().filter(|line| !before.lines().any(|other| other == *line));

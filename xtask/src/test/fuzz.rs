@@ -1,4 +1,4 @@
-//! The fuzzers' smoke run: each decoder for a few seconds, from its seeds.
+//! A smoke test of the fuzzers: runs each decoder for a few seconds, from its seeds.
 
 use std::error::Error;
 use std::fs;
@@ -11,10 +11,10 @@ use crate::workspace::Workspace;
 const TARGETS: [&str; 6] =
     ["mapped_ram_file", "device_state", "manifest", "page_bitmap", "stream", "multifd"];
 
-/// How long each runs. Enough to see that the contracts hold from every seed; hours are for nights.
+/// How long each fuzzer runs. This is enough to check every seed; longer runs are for nights.
 const SECONDS: u32 = 5;
 
-/// Coverage without a nightly compiler or cargo-fuzz: what `fuzz/README.md` explains.
+/// Coverage without a nightly compiler or cargo-fuzz, as `fuzz/README.md` explains.
 const RUSTFLAGS: &str = "-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
     -Cllvm-args=-sanitizer-coverage-inline-8bit-counters \
     -Cllvm-args=-sanitizer-coverage-pc-table -Ccodegen-units=1 --cfg fuzzing";
@@ -37,7 +37,7 @@ pub(crate) fn run(workspace: &Workspace) -> Result<(), Box<dyn Error>> {
         fuzzer.arg(format!("-artifact_prefix={}/", target.display()));
         fuzzer.arg(&corpus).arg(workspace.root().join("fuzz/seeds").join(name));
         say(&format!("fuzz {name} for {SECONDS} s"));
-        // What it prints is of interest only when it fails.
+        // Shows the output only if the fuzzer fails.
         output(&mut fuzzer)?;
     }
     Ok(())

@@ -1,9 +1,9 @@
-//! The instructions that the hot loops take, beside those that they took when they were recorded.
+//! Compares the number of instructions of the hot loops with the recorded numbers.
 //!
-//! Time depends on what else the machine does; the number of instructions does not. callgrind counts
-//! them on a processor of its own, the same everywhere but for vector instructions that the real one
-//! lacks, and the build is for any processor of the target. What is left is the compiler, whose
-//! version is recorded with the figures.
+//! Time depends on what else the machine does; the number of instructions does not. callgrind
+//! counts them on an emulated processor, which is the same everywhere except for vector
+//! instructions that the real one lacks. The build is for any processor of the target. So the
+//! figures depend only on the compiler, whose version is recorded with them.
 
 use std::error::Error;
 use std::fmt;
@@ -14,23 +14,23 @@ use crate::apt::find_in_path;
 use crate::command::{output, run as run_command, say};
 use crate::workspace::Workspace;
 
-/// The figures, in the repository.
+/// The file with the figures.
 const FIGURES: &str = "xtask/loops.txt";
 
-/// The package and its program: `testing/loops`.
+/// The package in `testing/loops`, and its program.
 const PROGRAM: &str = "vmfile-loops";
 
-/// As callgrind knows the functions of [`PROGRAM`].
+/// The crate of [`PROGRAM`], in the names of functions for callgrind.
 const CRATE: &str = "vmfile_loops";
 
-/// Whether to record what is counted, not to judge it.
+/// The variable that is `1` to record the counts instead of judging them.
 const BLESS: &str = "VMFILE_BLESS";
 
-/// What a loop gets that was not recorded before. Another release of the compiler moves a loop by
-/// less; a lost vectorization or work done twice by more.
+/// The tolerance of a loop that was not recorded before. Another release of the compiler changes a
+/// loop by less; a lost vectorization or work done twice changes it by more.
 const TOLERANCE_PERCENT: f64 = 15.0;
 
-/// What is tolerated with another minor version of the compiler than the figures': work done twice is
+/// The tolerance if the figures are of another minor version of the compiler: work done twice is
 /// still found.
 const OTHER_COMPILER_PERCENT: f64 = 95.0;
 
@@ -39,7 +39,7 @@ const HEAD: &str = "\
 # round is for. Written by `VMFILE_BLESS=1 cargo xtask test loops`, which keeps tolerances.
 ";
 
-/// What was recorded.
+/// The figures of all loops.
 #[derive(Debug, PartialEq)]
 struct Figures {
     /// The compiler's version, such as `1.95.0`.
@@ -51,7 +51,7 @@ struct Figures {
 #[derive(Debug, Clone, PartialEq)]
 struct Figure {
     name: String,
-    /// For each round, as are all that follow.
+    /// Instructions for each round.
     instructions: f64,
     tolerance_percent: f64,
     /// What a round is for, such as `page of 4 KiB`.
@@ -67,7 +67,7 @@ struct Loop {
     what: String,
 }
 
-/// Counts the instructions of all loops, and judges or records them.
+/// Counts the instructions of all loops, and compares or records them.
 pub(crate) fn run(workspace: &Workspace) -> Result<(), Box<dyn Error>> {
     if !cfg!(target_arch = "x86_64") {
         say("the figures are those of x86-64: nothing to compare with here");
@@ -102,7 +102,7 @@ pub(crate) fn run(workspace: &Workspace) -> Result<(), Box<dyn Error>> {
     .into())
 }
 
-/// Whether this processor, and so callgrind's, has the instructions by which pages are hashed.
+/// Whether this processor, and so callgrind's, has the instructions that hash pages.
 fn has_avx2() -> bool {
     fs::read_to_string("/proc/cpuinfo").is_ok_and(|text| text.contains(" avx2 "))
 }
@@ -110,7 +110,7 @@ fn has_avx2() -> bool {
 fn count_all(workspace: &Workspace) -> Result<Figures, Box<dyn Error>> {
     let mut build = Command::new(env!("CARGO"));
     build.current_dir(workspace.root()).args(["build", "--quiet", "--release", "-p", PROGRAM]);
-    // Flags for this machine's processor would give this machine's figures.
+    // Removes flags for this machine's processor, which would change the figures.
     run_command(build.env_remove("RUSTFLAGS").env_remove("CARGO_ENCODED_RUSTFLAGS"))?;
     let program = workspace.target().join("release").join(PROGRAM);
     let mut loops = Vec::new();
@@ -166,7 +166,7 @@ impl Figure {
         })
     }
 
-    /// Compares a loop with what was recorded of it; `None` if it is within the tolerance.
+    /// Compares a loop with its recorded figure; `None` if it is within the tolerance.
     fn difference(&self, recorded: &Figure, tolerance: f64) -> Option<String> {
         let change_percent = (self.instructions / recorded.instructions - 1.0) * 100.0;
         if change_percent.abs() <= tolerance {
@@ -198,8 +198,8 @@ impl Figures {
         self.loops.iter().find(|figure| figure.name == name)
     }
 
-    /// Returns a sentence about each loop that is not as it was recorded, faster ones included: a
-    /// figure that is too high would let it become slow again.
+    /// Returns a sentence about each loop that differs from its recorded figure. Faster loops are
+    /// included: with a figure that is too high, a loop could become slow again unnoticed.
     fn differences(&self, recorded: &Figures) -> Vec<String> {
         let is_other = self.other_compiler(recorded).is_some();
         let tolerance = |figure: &Figure| {
@@ -217,7 +217,7 @@ impl Figures {
         differences
     }
 
-    /// Says that the figures are another compiler's, if they are: only the minor version matters.
+    /// Returns a hint if the figures are another compiler's. The patch version does not matter.
     fn other_compiler(&self, recorded: &Figures) -> Option<String> {
         let minor = |figures: &Figures| {
             figures.rustc.rsplit_once('.').map(|(minor, _patch)| minor.to_owned())

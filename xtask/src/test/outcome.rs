@@ -1,8 +1,8 @@
-//! What the test programs say, summed.
+//! Sums up the results of the test programs.
 //!
 //! A test that cannot run passes and prints `skipped: ` and the reason on a line of its own. The
-//! programs run with `--show-output`, which repeats what passing tests printed after the last of
-//! them: the lines of skipped tests are taken from there, and the rest of it is not shown.
+//! programs run with `--show-output`, which prints the output of passing tests after the last test.
+//! xtask reads the lines of skipped tests from there, and does not show the rest.
 
 use std::error::Error;
 use std::fmt;
@@ -27,7 +27,7 @@ struct Skipped {
     reason: String,
 }
 
-/// Where in a program's output the reader is.
+/// The position in a program's output.
 #[derive(Debug, Default)]
 struct Reader {
     in_successes: bool,
@@ -56,7 +56,7 @@ impl Outcome {
         if status.success() { Ok(()) } else { Err(format!("{program}: {status}").into()) }
     }
 
-    /// Notes that something could not be tested.
+    /// Records that something could not be tested.
     pub(super) fn skip(&mut self, program: &str, test: &str, reason: &str) {
         let (program, test, reason) = (program.to_owned(), test.to_owned(), reason.to_owned());
         self.skipped.push(Skipped { program, test, reason });
@@ -69,7 +69,7 @@ impl Outcome {
         }
     }
 
-    /// Takes one line of a program's output; returns whether to show it.
+    /// Reads one line of a program's output; returns whether to show it.
     fn read_line(&mut self, program: &str, reader: &mut Reader, line: &str) -> bool {
         if let Some(summary) = line.strip_prefix("test result: ") {
             reader.in_successes = false;
@@ -100,7 +100,7 @@ impl Outcome {
     }
 }
 
-/// The closing line.
+/// The last line of a run.
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let skipped = self.skipped.len();
@@ -112,7 +112,7 @@ impl fmt::Display for Outcome {
     }
 }
 
-/// Reads the number that stands before `what`, as in `ok. 12 passed; 0 failed`.
+/// Reads the number before `what`, as in `ok. 12 passed; 0 failed`.
 fn number_before(summary: &str, what: &str) -> usize {
     let before = summary.split(what).next().unwrap_or_default();
     before.rsplit(' ').next().and_then(|number| number.parse().ok()).unwrap_or(0)

@@ -14,7 +14,7 @@ const PACKAGES_WITH_VMS: [&str; 3] = ["cli", "testing", "qemu"];
 /// How a test program is run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
-    /// It runs VMs, so its tests run one at a time.
+    /// It runs VMs, so its tests run one after the other.
     Vm,
     /// Its tests run at the same time.
     Other,
@@ -29,7 +29,7 @@ pub(crate) struct TestPrograms {
 /// One test program.
 #[derive(Debug)]
 pub(crate) struct TestProgram {
-    /// As `vmfile-testing guests`: the package and the target.
+    /// The directory of the package and the target, such as `testing guests`.
     pub(crate) name: String,
     kind: Kind,
     executable: PathBuf,
@@ -37,7 +37,7 @@ pub(crate) struct TestProgram {
 }
 
 impl TestPrograms {
-    /// Lets cargo build all test programs and tell their places.
+    /// Has cargo build all test programs and print their paths.
     pub(crate) fn build(workspace: &Workspace) -> Result<TestPrograms, Box<dyn Error>> {
         let output = Command::new(env!("CARGO"))
             .current_dir(workspace.root())

@@ -1,5 +1,5 @@
-//! No circle of files within a crate: which file a line belongs to has one answer only if the files have
-//! an order.
+//! Finds circles of files that use each other within a crate. Without circles, it is clear to which
+//! file a line belongs.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -8,7 +8,7 @@ use super::Finding;
 /// The modules of one crate, each with the modules that it names.
 type Graph = BTreeMap<String, BTreeSet<String>>;
 
-/// Finds files of one crate that need one another.
+/// Finds files of one crate that use one another in a circle.
 pub(super) fn circles(files: &[(&str, &str)], findings: &mut Vec<Finding>) {
     let mut crates: BTreeMap<&str, Vec<(&str, &str)>> = BTreeMap::new();
     for &(path, text) in files {
@@ -35,7 +35,7 @@ fn graph(source: &str, files: &[(&str, &str)]) -> Graph {
     let mut graph: Graph =
         modules.iter().map(|(name, _)| (name.clone(), BTreeSet::new())).collect();
     for (name, text) in &modules {
-        // Tests are at the end of a file, and may need anything.
+        // Tests are at the end of a file, and may use anything.
         let code = text.split("#[cfg(test)]").next().unwrap_or_default();
         let parent = name.rsplit_once("::").map_or("", |(parent, _)| parent);
         for (prefix, base) in [("crate::", ""), ("super::", parent)] {
@@ -69,7 +69,8 @@ fn longest_module<'a>(graph: &Graph, path: &'a str) -> Option<&'a str> {
     }
 }
 
-/// Returns the paths that follow `prefix` in `code`: one, or the first words of a list in braces.
+/// Returns the paths that follow `prefix` in `code`: a single path, or the first words of a list in
+/// braces.
 fn named_after(code: &str, prefix: &str) -> Vec<String> {
     let is_in_path = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "_:".contains(c);
     let path = |text: &str| {
@@ -122,7 +123,7 @@ mod tests {
         let lib = ("crates/x/src/lib.rs", "mod a;\nmod b;\n");
         assert_eq!(found(&[a, b, lib]).len(), 2);
         assert!(found(&[a, inner, lib]).is_empty());
-        // Another crate's file of the same name is another file.
+        // A file of the same name in another crate is another file.
         assert!(found(&[a, ("crates/y/src/b.rs", "use crate::a::Thing;\n")]).is_empty());
     }
 

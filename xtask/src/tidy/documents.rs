@@ -7,7 +7,7 @@ use super::{Finding, numbered};
 /// The document whose paths in backticks must exist.
 const ARCHITECTURE: &str = "docs/architecture.md";
 
-/// What a path in this repository begins with.
+/// How a path in this repository begins.
 const TOP_DIRECTORIES: [&str; 7] =
     ["crates/", "docs/", "testing/", "xtask/", "fuzz/", "benches/", ".ci/"];
 
@@ -62,7 +62,7 @@ fn prose(text: &str) -> impl Iterator<Item = (usize, &str)> {
     })
 }
 
-/// Returns what the links in a line, `[text](target)` and `[name]: target`, lead to.
+/// Returns the targets of the links in a line, `[text](target)` and `[name]: target`.
 fn link_targets(line: &str) -> Vec<&str> {
     let mut targets: Vec<&str> =
         line.split("](").skip(1).filter_map(|rest| rest.split([')', ' ']).next()).collect();

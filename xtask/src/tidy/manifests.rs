@@ -1,8 +1,8 @@
-//! The walls between the crates, as their manifests have them.
+//! Checks the walls between the crates: which crate may depend on which.
 
 use super::{Finding, numbered};
 
-/// The crates of the library, by directory, each with those that it may depend on.
+/// The crates of the library by directory, each with the crates that it may depend on.
 const WALLS: [(&str, &[&str]); 6] = [
     ("crates/format/", &[]),
     ("crates/engine/", &[]),
@@ -15,11 +15,11 @@ const WALLS: [(&str, &[&str]); 6] = [
     ),
 ];
 
-/// Which packages may depend on the library.
+/// The packages that may depend on the library.
 const ABOVE_THE_LIBRARY: [&str; 4] = ["crates/cli/", "testing/Cargo.toml", "xtask/", "fuzz/"];
 
-/// A crate of the library depends on those below it only, and only what is above the library depends on
-/// the library.
+/// A crate of the library depends on those below it only, and only what is above the library
+/// depends on the library.
 pub(super) fn walls(path: &str, text: &str, findings: &mut Vec<Finding>) {
     if path == "Cargo.toml" || !path.ends_with("/Cargo.toml") {
         return;

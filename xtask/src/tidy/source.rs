@@ -2,7 +2,7 @@
 
 use super::{Finding, has_word, numbered};
 
-/// Lines of the longest file. A longer one has more than one subject.
+/// The number of lines of the longest file allowed. A longer one has more than one subject.
 const LINES_MAX: usize = 600;
 
 /// No tabs and no spaces at the end of a line.
@@ -26,7 +26,7 @@ pub(super) fn ascii(path: &str, text: &str, findings: &mut Vec<Finding>) {
     }
 }
 
-/// A file says what it is before it begins.
+/// A file begins with a comment that says what it is.
 pub(super) fn head(path: &str, text: &str, findings: &mut Vec<Finding>) {
     if !text.starts_with("//! ") {
         findings.push(Finding::new(path, 1, "the file does not begin with a `//!` head"));

@@ -2,7 +2,8 @@
 
 use super::{Finding, has_word, numbered};
 
-/// Words that we do not use, and what we say. Only words that cannot mean anything else here.
+/// Words that this project does not use, each with the one to use. Only words that cannot mean
+/// anything else here.
 const GLOSSARY: [(&str, &str); 10] = [
     ("page number", "page index"),
     ("page frame", "page"),
@@ -27,16 +28,16 @@ const CODE: [(&str, &str); 7] = [
     (concat!("error(\"", "failed to"), "an error states facts: no \"failed to\""),
 ];
 
-/// What the engine, which knows bytes, pages and descriptors, does not know.
+/// Words that must not occur in the engine, which knows only bytes, pages and descriptors.
 const NOT_IN_THE_ENGINE: [&str; 6] =
     ["QEMU", "qemu", "section", "sections", "RAM block", "ram block"];
 
-/// Names that a rule must name are not mistakes.
+/// The rules themselves, which must name these words.
 const RULES: &str = "xtask/src/tidy/";
 
 /// One thing, one word.
 pub(super) fn glossary(path: &str, text: &str, findings: &mut Vec<Finding>) {
-    // The glossary itself names the words that we do not use.
+    // The glossary itself names the words that are not used.
     if path.starts_with(RULES) || path == "docs/glossary.md" {
         return;
     }
