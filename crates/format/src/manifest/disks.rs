@@ -39,7 +39,7 @@ pub struct DiskMeta {
     #[serde(default)]
     pub images: Vec<ImageMeta>,
     /// Its I/O limits; `None` in files of older versions.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub io_limits: Option<IoLimitsMeta>,
 }
 
