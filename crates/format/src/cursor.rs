@@ -1,4 +1,5 @@
-//! The only way bytes are taken: bounded, counted, named.
+//! Takes fields from bytes: no decoder reads them in another way. Each field is bounded, counted
+//! and named.
 
 use alloc::string::String;
 
@@ -122,7 +123,7 @@ impl<'a> Cursor<'a> {
         Ok(())
     }
 
-    /// An error about the next byte.
+    /// Returns an error about the next byte.
     pub(crate) fn error(&self, kind: FormatErrorKind) -> FormatError {
         FormatError::new(self.offset, kind)
     }

@@ -1,10 +1,10 @@
-//! Why bytes are not what they should be, and where.
+//! Why bytes are not valid, and where.
 
 use alloc::string::String;
 use core::error::Error;
 use core::fmt;
 
-/// Bytes that cannot be read as what they should be.
+/// Bytes that are not valid.
 ///
 /// `offset` is the file offset of the field at fault.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -51,13 +51,13 @@ pub enum FormatErrorKind {
         /// The largest value accepted.
         max: u64,
     },
-    /// A field is not a multiple of what it must be a multiple of.
+    /// A field is not a multiple of its alignment.
     Misaligned {
         /// The field.
         field: &'static str,
         /// The value in the file.
         found: u64,
-        /// The alignment it lacks.
+        /// The alignment.
         alignment: u64,
     },
     /// A page size that is zero, no power of two, or out of range.
@@ -96,7 +96,7 @@ pub enum FormatErrorKind {
         /// Where it must have ended.
         limit: u64,
     },
-    /// Something that is legal for QEMU and not understood here.
+    /// Something that is valid for QEMU and that this crate does not support.
     Unsupported {
         /// The thing.
         what: &'static str,
@@ -117,7 +117,7 @@ pub enum FormatErrorKind {
     },
     /// The device sections cannot be followed from the first to the last.
     BrokenSections,
-    /// The VM description is not the JSON it should be.
+    /// The VM description is not JSON of the expected form.
     BadDescription {
         /// What the parser said.
         message: String,
@@ -127,7 +127,7 @@ pub enum FormatErrorKind {
         /// What the checksum covers.
         field: &'static str,
     },
-    /// The manifest is not the JSON it should be.
+    /// The manifest is not JSON of the expected form.
     BadManifest {
         /// What the parser said: it names fields and positions, not contents.
         message: String,
@@ -139,7 +139,7 @@ impl FormatError {
         FormatError { offset, kind }
     }
 
-    /// Returns whether nothing is wrong but that a newer version of vmfile wrote the file.
+    /// Returns whether the only fault is that a newer version of vmfile wrote the file.
     #[must_use]
     pub fn is_of_newer_version(&self) -> bool {
         matches!(
@@ -218,10 +218,10 @@ impl Error for FormatError {}
 
 impl Error for FormatErrorKind {}
 
-/// Why something could not be read with a caller's function: the bytes, or the function.
+/// Why something could not be read by a caller's function.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ReadError<E> {
-    /// The bytes were read and are not what they should be.
+    /// The bytes were read, but are not valid.
     Format(FormatError),
     /// The caller's function failed.
     Source(E),

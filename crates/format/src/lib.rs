@@ -1,7 +1,8 @@
 //! The bytes of a saved virtual machine and what they mean.
 //!
 //! QEMU's migration stream, its mapped-ram layout (every RAM page at a fixed place in the file) and
-//! the manifest that vmfile appends after QEMU's last byte. `docs/format.md` says the same in words.
+//! the manifest that vmfile appends after QEMU's last byte. `docs/format.md` says the same in
+//! words.
 //!
 //! ```
 //! use vmfile_format::mapped_ram::MappedRamLayout;
@@ -22,8 +23,8 @@
 //! # }
 //! ```
 //!
-//! This crate performs no I/O: it is handed bytes and hands back values, and it does not panic on
-//! any input. A number from a file is bounded before it is used to index, allocate or multiply.
+//! This crate performs no I/O: it takes bytes and returns values, and it does not panic on any
+//! input. A number from a file is bounded before it is used to index, allocate or multiply.
 
 #![no_std]
 #![forbid(unsafe_code)]
@@ -51,7 +52,7 @@ pub use ram_block::{RamBlock, RamLayout};
 
 /// Returns the XXH3-128 checksum of `bytes`, the one checksum of this format.
 ///
-/// It finds damage; it is no proof against an attacker.
+/// It finds damage; it does not protect against an attacker.
 #[must_use]
 pub fn checksum(bytes: &[u8]) -> u128 {
     twox_hash::XxHash3_128::oneshot(bytes)

@@ -1,6 +1,6 @@
-//! How much of anything a file may claim, with the reason for each limit.
+//! How large each thing in a file may be, with the reason for each limit.
 //!
-//! A limit is checked before memory is taken or a loop begins.
+//! A limit is checked before memory is allocated or a loop begins.
 
 /// Longest RAM block name, in bytes. QEMU's `idstr` has room for 256 with its terminator.
 pub const BLOCK_NAME_LEN_MAX: usize = 255;
@@ -23,23 +23,23 @@ pub const MACHINE_NAME_LEN_MAX: u32 = 256;
 /// Most capability names in the configuration section. QEMU 10.2 knows two.
 pub const CAPABILITIES_MAX: u32 = 64;
 
-/// Longest header with configuration of a sequential stream, in bytes: all that the limits of its
-/// fields allow is less.
+/// Longest header with configuration of a sequential stream, in bytes: the limits of its fields add
+/// up to less.
 pub const CONFIGURATION_LEN_MAX: usize = 32 << 10;
 
 /// How much longer than a page its zlib form may be, in bytes. Incompressible data grows by 33
 /// bytes at 64 KiB.
 pub const COMPRESSED_EXTRA_LEN_MAX: usize = 1024;
 
-/// Most data of one multifd packet, in bytes: twice the pages of a packet. Neither zlib nor zstd
-/// makes data that do not compress longer by a hundredth.
+/// Most data of one multifd packet, in bytes: twice the pages of a packet. Incompressible data grow
+/// by less than a hundredth, with zlib as with zstd.
 pub const MULTIFD_DATA_LEN_MAX: u64 = 1 << 20;
 
 /// Largest device state, in bytes, with everything that follows the RAM section up to QEMU's last
 /// byte. A virtual machine with dozens of devices has a few MiB.
 pub const DEVICE_STATE_LEN_MAX: u64 = 256 << 20;
 
-/// Longest VM description that is looked into, in bytes: that of a `pc` has 100 KB.
+/// Longest VM description that is parsed, in bytes: that of a `pc` has 100 KB.
 pub const VM_DESCRIPTION_LEN_MAX: u64 = 16 << 20;
 
 /// Most device sections in one device state.
@@ -49,5 +49,5 @@ pub const DEVICE_SECTIONS_MAX: usize = 16 << 10;
 /// make it a few KiB.
 pub const MANIFEST_LEN_MAX: u64 = 16 << 20;
 
-/// Last byte that a file may have, exclusive: the kernel's `loff_t` is signed.
+/// Largest length of a file, in bytes: the kernel's `loff_t` is signed.
 pub const FILE_LEN_MAX: u64 = i64::MAX as u64;

@@ -1,4 +1,5 @@
-//! All page arithmetic: pages and bytes are different numbers and do not mix.
+//! All page arithmetic. Numbers of pages have types of their own, so that they are not mixed with
+//! bytes.
 
 use core::fmt;
 
@@ -26,7 +27,7 @@ impl PageSize {
         self.0
     }
 
-    /// Returns the number of whole pages in `len` bytes, or `None` if they do not end on a page.
+    /// Returns the number of pages in `len` bytes, or `None` if those are not whole pages.
     #[must_use]
     pub fn pages_in(self, len: u64) -> Option<PageCount> {
         let (pages, rest) = (len.checked_div(self.0)?, len.checked_rem(self.0)?);

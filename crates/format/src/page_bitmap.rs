@@ -1,4 +1,4 @@
-//! One bit per page: is its data in the file?
+//! One bit for each page: whether its data are in the file.
 
 use alloc::vec;
 use alloc::vec::Vec;
@@ -31,7 +31,7 @@ impl PageBitmap {
     /// # Panics
     ///
     /// Panics if the bitmap does not fit into memory's address range; limits on RAM block lengths
-    /// keep outside numbers far from there.
+    /// keep numbers from a file far below that.
     #[must_use]
     pub fn new(pages: PageCount) -> PageBitmap {
         let words = usize::try_from(pages.0.div_ceil(64)).expect("bounded by BLOCK_LEN_MAX");
@@ -62,7 +62,7 @@ impl PageBitmap {
     ///
     /// # Panics
     ///
-    /// Panics if there is no such page: callers count pages, files do not.
+    /// Panics if there is no such page: the caller checks a page number that comes from a file.
     pub fn set(&mut self, page: PageIndex, has_data: bool) {
         assert!(page.0 < self.page_count.0, "page {page} of {}", self.page_count);
         let (word, bit) = position(page);
@@ -109,9 +109,10 @@ impl PageBitmap {
         PageCount(self.words.iter().map(|word| u64::from(word.count_ones())).sum())
     }
 
-    /// Returns the pages with data that `ordinals` number, of all pages with data from 0 on.
+    /// Returns the pages with data that have the numbers `ordinals`, when all pages with data are
+    /// counted from 0.
     ///
-    /// The ordinals are in order. Those past the last page with data are left out.
+    /// The ordinals are in ascending order. Those past the last page with data are left out.
     #[must_use]
     pub fn nth_data(&self, ordinals: &[u64]) -> Vec<PageIndex> {
         let mut pages = Vec::with_capacity(ordinals.len());
@@ -196,7 +197,7 @@ impl Iterator for Runs<'_> {
     }
 }
 
-/// Returns the number of the bit of `word` that is set after `n` others are.
+/// Returns the number of the set bit of `word` below which `n` others are set.
 fn nth_bit(word: u64, n: u64) -> u64 {
     let without_lowest = |word: u64, _| word & word.wrapping_sub(1);
     (0..n).fold(word, without_lowest).trailing_zeros().into()
@@ -204,7 +205,7 @@ fn nth_bit(word: u64, n: u64) -> u64 {
 
 /// Returns the word's index and the bit's mask.
 fn position(page: PageIndex) -> (usize, u64) {
-    // A page index beyond `usize` finds no word: `get` says so.
+    // A page index beyond `usize` has no word: `get` returns `None`.
     (usize::try_from(page.0 / 64).unwrap_or(usize::MAX), 1 << (page.0 % 64))
 }
 

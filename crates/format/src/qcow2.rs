@@ -1,4 +1,4 @@
-//! The header of a qcow2 image, as far as it tells whether the image is the one that it was.
+//! The header of a qcow2 image: what tells whether the image has changed.
 
 use alloc::string::String;
 #[cfg(test)]
@@ -17,7 +17,7 @@ const MAGIC: u32 = 0x5146_49fb;
 /// The shortest header of version 3, in bytes.
 const HEADER_LEN_3: u32 = 104;
 const HEADER_LEN_2: u32 = 72;
-/// Longest name of the image below, in bytes, as QEMU has it.
+/// Longest name of the image below that QEMU allows, in bytes.
 const NAME_LEN_MAX: u32 = 1023;
 const DIRTY: u64 = 1;
 const CORRUPT: u64 = 2;
@@ -25,20 +25,20 @@ const LAZY_REFCOUNTS: u64 = 1;
 const END_OF_EXTENSIONS: u32 = 0;
 const EXTENSION_BITMAPS: u32 = 0x2385_2875;
 
-/// What a qcow2 image says of itself.
+/// What the header of a qcow2 image says.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Qcow2Header {
-    /// It was not closed, and QEMU repairs it when it opens it.
+    /// Whether it was not closed: QEMU repairs it when it opens it.
     pub is_dirty: bool,
-    /// QEMU has found damage in it.
+    /// Whether QEMU has found damage in it.
     pub is_corrupt: bool,
-    /// QEMU writes to its header when it closes it: it keeps dirty bitmaps, or counts references
-    /// lazily.
+    /// Whether QEMU writes to its header when it closes it: it is dirty, keeps dirty bitmaps, or
+    /// counts references lazily.
     pub changes_when_closed: bool,
-    /// The image below, as it is written.
+    /// The image below, as the header names it.
     pub backing_file: Option<String>,
-    /// XXH3-128 of the header, its extensions and the name of the image below. Where the image is
-    /// dirty is not in it.
+    /// XXH3-128 of the header, its extensions and the name of the image below. The dirty bit and
+    /// the autoclear features count as 0.
     pub hash: u128,
 }
 
@@ -47,7 +47,8 @@ impl Qcow2Header {
     ///
     /// # Errors
     ///
-    /// Returns [`FormatError`] if it is not a qcow2 image of version 2 or 3, or if `bytes` end early.
+    /// Returns [`FormatError`] if it is not a qcow2 image of version 2 or 3, or if `bytes` end
+    /// early.
     pub fn decode(bytes: &[u8]) -> Result<Qcow2Header, FormatError> {
         let mut cursor = Cursor::new(bytes, 0);
         let magic = cursor.be32("magic number of qcow2")?;
@@ -60,7 +61,7 @@ impl Qcow2Header {
         }
         let name_offset = cursor.be64("offset of the backing file's name")?;
         let name_len = cursor.be32("length of the backing file's name")?;
-        // What lies between is hashed, and means nothing here.
+        // The fields between are only hashed.
         cursor.bytes("header of qcow2", 52)?;
         let mut is_dirty = false;
         let mut is_corrupt = false;
@@ -104,8 +105,8 @@ impl Qcow2Header {
     }
 }
 
-/// Takes the bit that says that the image is dirty, and the bits that any program clears which does
-/// not know them, out of a header.
+/// Clears the dirty bit and the autoclear features in a header: a program clears those that it does
+/// not know.
 fn hide_what_changes(header: &mut [u8], version: u32) {
     const INCOMPATIBLE_END: usize = 79;
     const AUTOCLEAR: core::ops::Range<usize> = 88..96;
@@ -120,7 +121,8 @@ fn hide_what_changes(header: &mut [u8], version: u32) {
     }
 }
 
-/// Walks the header's extensions: their length with the end's, and whether there are dirty bitmaps.
+/// Walks the header's extensions; returns their length, with the end's, and whether there are dirty
+/// bitmaps.
 fn walk(mut cursor: Cursor<'_>) -> Result<(u64, bool), FormatError> {
     let mut has_bitmaps = false;
     loop {

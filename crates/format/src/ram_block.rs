@@ -89,7 +89,8 @@ impl RamBlock {
     ///
     /// # Errors
     ///
-    /// Returns [`FormatErrorKind`] if no page begins there, or if the block ends before.
+    /// Returns [`FormatErrorKind`] if no page begins there, or if that is past the end of the
+    /// block.
     pub fn page_at(&self, block_offset: u64) -> Result<PageIndex, FormatErrorKind> {
         let Some(page) = self.page_size.pages_in(block_offset) else {
             return Err(FormatErrorKind::Misaligned {
@@ -158,7 +159,7 @@ impl RamLayout {
     }
 }
 
-/// Gives an error of a value its place in the file.
+/// Adds the file offset to the error of a value.
 pub(crate) fn at<T>(offset: u64, result: Result<T, FormatErrorKind>) -> Result<T, FormatError> {
     result.map_err(|kind| FormatError::new(offset, kind))
 }

@@ -1,4 +1,5 @@
-//! What the metadata says of the VM's drives: their images, and by what a change of them is noticed.
+//! What the metadata say of the VM's drives: their images, and what shows that an image has
+//! changed.
 
 use alloc::collections::BTreeMap;
 use alloc::string::String;
@@ -20,7 +21,7 @@ pub struct DiskMeta {
     pub backing_files: Vec<String>,
     /// Whether the VM may not write to it.
     pub read_only: bool,
-    /// The image on top of it that the VM went on with: this one has belonged to the file since.
+    /// The overlay on it that the VM went on with: since then this image belongs to the saved file.
     #[serde(default)]
     pub overlay: Option<String>,
     /// QEMU's id of the drive; `None` where it had none, and in files of older versions.
@@ -73,9 +74,9 @@ pub struct ImageMeta {
     pub format: String,
     /// Whether its contents are encrypted.
     pub encrypted: bool,
-    /// It is the file beside the qcow2 image before it that holds that one's data.
+    /// Whether it is the data file of the qcow2 image before it.
     pub is_data_file: bool,
-    /// The file as it was; `None` where it could not be looked at.
+    /// The file as it was; `None` if it could not be examined.
     pub file: Option<FileMeta>,
 }
 
@@ -89,12 +90,12 @@ pub struct FileMeta {
     pub modified_unix_seconds: Option<i64>,
     /// The nanoseconds of that second.
     pub modified_nanoseconds: Option<u32>,
-    /// The device number of its file system, which may be another one after the host was started
-    /// again: nothing compares it.
+    /// The device number of its file system, which may change when the host is started again:
+    /// vmfile does not compare it.
     pub device: u64,
     /// Its inode; `None` for a block device.
     pub inode: Option<u64>,
-    /// XXH3-128 of what the header of a qcow2 image says, as 32 lower-case hexadecimal digits; `None`
-    /// for other formats, and as for `bytes`.
+    /// The hash of a qcow2 image's header ([`Qcow2Header::hash`](crate::qcow2::Qcow2Header::hash)),
+    /// as 32 lower-case hexadecimal digits; `None` for other formats, and as for `bytes`.
     pub qcow2_header: Option<String>,
 }

@@ -1,10 +1,10 @@
-//! What a reader must know of a file that is not as every file is: features, by name.
+//! Features, by name: what a file has that not every file has.
 //!
-//! A version number says only that something is newer. A name says what, so that a reader can refuse
-//! the files that it would misread and take all others, as ext4 and qcow2 do.
+//! A version number says only that something is newer. A name says what, so that a reader can
+//! refuse the files that it would misread and read all others, as with ext4 and qcow2.
 //!
-//! A feature without which RAM or device state would be misread stands in the head as well: see
-//! [`FEATURE_PREFIX`](crate::stream::configuration::FEATURE_PREFIX).
+//! If a reader that does not know a feature would misread RAM or device state, the head names the
+//! feature as well: see [`FEATURE_PREFIX`](crate::stream::configuration::FEATURE_PREFIX).
 
 use alloc::string::String;
 use alloc::vec::Vec;
@@ -19,7 +19,7 @@ const KNOWN: &[&str] = &[];
 /// The features of a file, by name.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Features {
-    /// Those that a reader may pass over.
+    /// Those that a reader may ignore.
     #[serde(default)]
     pub compatible: Vec<String>,
     /// Those that a reader must know, or refuse the file.

@@ -1,4 +1,4 @@
-//! The last 64 bytes of a vmfile: they find the manifest.
+//! The last 64 bytes of a vmfile: they say where the manifest is.
 //!
 //! ```text
 //! offset  size  field            meaning
@@ -24,8 +24,8 @@ use crate::limits::MANIFEST_LEN_MAX;
 /// The carriage return and line feed show a file that was copied as text.
 const MAGIC: &[u8; 8] = b"vmfile\r\n";
 
-/// The newest version that this crate reads. It writes it where a reader of the version before would
-/// misread the file, and that version otherwise.
+/// The newest version that this crate reads. It writes version 2 only if a reader of version 1
+/// would misread the file, and version 1 otherwise.
 const VERSION_MAX: u32 = 2;
 
 /// The footer's length, in bytes.
@@ -63,7 +63,8 @@ impl Footer {
         let mut cursor = Cursor::new(bytes, start);
         cursor.bytes("footer magic", MAGIC.len())?;
         let version = cursor.be32("footer version")?;
-        // Before the version: a damaged one is no newer one. All versions keep the hash where it is.
+        // This comes before the version, so that a damaged footer is not taken for a newer one. All
+        // versions have the hash in this place.
         let covered = bytes.get(..56).unwrap_or_default();
         let recorded = bytes.get(56..).unwrap_or_default();
         if recorded != upper_half(checksum(covered)).to_be_bytes() {

@@ -1,7 +1,7 @@
-//! The manifest's metadata: who, when and how, where everything lies, and checksums.
+//! The manifest's metadata: which VM was saved, when and how, where everything lies, and checksums.
 //!
-//! It is JSON, so that any language and any eye can read it. Members that a reader does not know
-//! are ignored; members are added, never renamed.
+//! They are JSON, so that people and any language can read them. Members that a reader does not
+//! know are ignored; members are added, never renamed.
 
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
@@ -23,13 +23,13 @@ use crate::mapped_ram::MappedRamFile;
 pub struct Meta {
     /// The version of vmfile that wrote the file.
     pub vmfile_version: String,
-    /// When, in seconds since 1970-01-01 UTC.
+    /// When the VM was saved, in seconds since 1970-01-01 UTC.
     pub saved_at_unix_seconds: u64,
     /// How RAM was taken: `direct`, `stream` or `native`.
     pub route: String,
-    /// Whether the guest ran meanwhile, where that is known.
+    /// Whether the guest ran during the save, where that is known.
     pub live: Option<bool>,
-    /// How long the guest had stood still when the metadata was written, in seconds, where that is
+    /// How long the guest had been paused when the metadata were written, in seconds, where that is
     /// known.
     pub pause_seconds: Option<f64>,
     /// The VM.
@@ -39,11 +39,11 @@ pub struct Meta {
     /// The parts that a checksum covers: everything but pages, their hashes, further tables, and
     /// zeros.
     pub extents: Vec<ExtentMeta>,
-    /// What of the file is not as in every file.
+    /// What the file has that not every file has.
     #[serde(default)]
     pub features: Features,
-    /// Tables besides those of the page hashes, behind them. A reader passes over one of a name that
-    /// it does not know.
+    /// Further tables, after those of the page hashes. A reader ignores a table whose name it does
+    /// not know.
     #[serde(default)]
     pub tables: Vec<ExtentMeta>,
     /// Where the CPUs' registers are; empty in files of older versions.
@@ -79,7 +79,7 @@ pub struct VmMeta {
     /// The parts that can come and go, where they are known: a stream does not tell.
     #[serde(default)]
     pub parts: Option<PartsMeta>,
-    /// What was not as the command line makes it.
+    /// What differed from what the command line makes.
     #[serde(default)]
     pub changes: Vec<ChangeMeta>,
     /// The drives that had no medium.
@@ -129,8 +129,8 @@ pub struct BlockMeta {
 /// A part of the file that one checksum covers.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExtentMeta {
-    /// What it is: `head`, `mark`, `record`, `bitmap`, `device_state`, `vm_description`, or the name
-    /// of a table.
+    /// What it is: `head`, `mark`, `record`, `bitmap`, `device_state`, `vm_description`, or the
+    /// name of a table.
     pub what: String,
     /// File offset, in bytes.
     pub offset: u64,
@@ -181,8 +181,8 @@ impl Meta {
         bytes
     }
 
-    /// Returns the version of the footer that this metadata needs: 1 unless a reader of version 1 would
-    /// misread the file.
+    /// Returns the version of the footer that this metadata needs: 1 unless a reader of version 1
+    /// would misread the file.
     fn footer_version(&self) -> u32 {
         let is_plain = self.features.incompatible.is_empty() && self.tables.is_empty();
         if is_plain { 1 } else { 2 }
@@ -192,8 +192,8 @@ impl Meta {
     ///
     /// # Errors
     ///
-    /// Returns [`FormatError`] if the checksum does not match, if the file has an incompatible feature that
-    /// this crate does not know, or if the JSON is not what it should be.
+    /// Returns [`FormatError`] if the checksum does not match, if the file has an incompatible
+    /// feature that this crate does not know, or if the JSON does not have the expected form.
     pub fn decode(bytes: &[u8], footer: &Footer) -> Result<Meta, FormatError> {
         let error = |kind| FormatError::new(footer.metadata_offset, kind);
         if checksum(bytes) != footer.metadata_hash {
@@ -202,7 +202,8 @@ impl Meta {
         let json = |cause: serde_json::Error| {
             error(FormatErrorKind::BadManifest { message: cause.to_string() })
         };
-        // First by themselves: what a feature changes in the rest may not be readable here.
+        // The features are read first, by themselves: a feature may change the rest so that this
+        // crate cannot read it.
         let FeaturesAlone { features } = serde_json::from_slice(bytes).map_err(json)?;
         features.check().map_err(error)?;
         let meta: Meta = serde_json::from_slice(bytes).map_err(json)?;
@@ -220,7 +221,7 @@ impl Meta {
     ///
     /// # Errors
     ///
-    /// Returns [`FormatError`] if blocks differ or if a part lies outside the manifest's place.
+    /// Returns [`FormatError`] if blocks differ, or if a part lies where it must not.
     pub fn check(&self, file: &MappedRamFile, footer: &Footer) -> Result<(), FormatError> {
         let error = |kind| Err(FormatError::new(footer.metadata_offset, kind));
         if self.blocks.len() != file.blocks.len() || self.blocks.len() > BLOCKS_MAX {
@@ -257,7 +258,7 @@ impl Meta {
                 return error(FormatErrorKind::Outside { field: "checked extent", end, limit });
             }
         }
-        // Extents that overlap would make a check take as long as their author likes.
+        // Without this limit, a file with overlapping extents could make a check take any time.
         if extents_len > footer.stream_end {
             let (field, found, max) = ("sum of the extents", extents_len, footer.stream_end);
             return error(FormatErrorKind::TooLarge { field, found, max });
@@ -285,7 +286,8 @@ impl Meta {
         Ok(())
     }
 
-    /// Checks that the guest-physical map and the CPUs' registers lie in what `file` has.
+    /// Checks that the guest-physical map lies in the RAM blocks of `file`, and the CPUs' registers
+    /// in its device state.
     fn check_guest(&self, file: &MappedRamFile) -> Result<(), FormatErrorKind> {
         for range in self.vm.memory_map.iter().flatten() {
             let Some(name) = &range.block else { continue };

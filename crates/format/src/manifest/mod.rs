@@ -10,8 +10,9 @@
 //! footer                      the last 64 bytes of the file
 //! ```
 //!
-//! The hash of page `i` lies at a fixed place, `hashes_offset + 16 * i`, as the page does: many
-//! writers need no order, and one page is checked without reading about the others.
+//! The hash of page `i` lies at a fixed place, `hashes_offset + 16 * i`, as the page does: several
+//! writers need no order among them, and one page can be checked without reading the hashes of the
+//! others.
 
 mod disks;
 mod features;

@@ -18,8 +18,8 @@ pub fn table_len(pages: PageCount) -> u64 {
     pages.0.saturating_mul(HASH_LEN).div_ceil(TABLE_ALIGNMENT).saturating_mul(TABLE_ALIGNMENT)
 }
 
-/// Places the tables of blocks that have so many pages, after QEMU's last byte; returns the offset
-/// of each, and the offset one past the last.
+/// Places the tables of blocks with these numbers of pages, after QEMU's last byte; returns the
+/// offset of each, and the offset one past the last.
 ///
 /// `None` if the file would be longer than [`FILE_LEN_MAX`].
 #[must_use]

@@ -26,9 +26,9 @@ pub const HEADER_LEN: usize = 28;
 
 /// Where one RAM block's pages live in a mapped-ram file.
 ///
-/// A value of this type has passed every check that needs the header alone: the page size is one,
-/// and `pages_offset` is a multiple of it. Whether the offsets lie inside the file is for the
-/// caller, who knows the file's length.
+/// A value of this type has passed every check that needs the header alone: the page size is valid,
+/// and `pages_offset` is a multiple of it. The caller, who knows the file's length, checks that the
+/// offsets lie inside the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MappedRamHeader {
     /// The size of the block's pages.
@@ -55,8 +55,8 @@ impl MappedRamHeader {
         let bitmap_offset = cursor.be64("bitmap offset")?;
         let offset = cursor.offset();
         let pages_offset = cursor.be64("pages offset")?;
-        // QEMU aligns pages to 1 MiB but says the value may change, so, as its own reader does,
-        // we ask only for page alignment.
+        // QEMU aligns pages to 1 MiB, but says that the value may change. So only page alignment is
+        // required, as by QEMU's own reader.
         if page_size.pages_in(pages_offset).is_none() {
             let kind = FormatErrorKind::Misaligned {
                 field: "pages offset",

@@ -12,11 +12,11 @@ use crate::stream::configuration::{Configuration, MAPPED_RAM};
 use crate::stream::encoder;
 
 /// vmfile begins each block's pages at a multiple of 2 MiB, so that huge mappings of the file stay
-/// possible. QEMU writes 1 MiB and accepts any multiple of the page size.
+/// possible. QEMU aligns them to 1 MiB, and accepts any multiple of the page size.
 pub const PAGES_ALIGNMENT: u64 = 2 << 20;
 
 /// The mark of a file that vmfile wrote: the last bytes before the first block's pages, where QEMU
-/// reads nothing. A file that bears it and has no footer has lost its end.
+/// reads nothing. A file that has the mark and no footer has lost its end.
 pub const MARK: &[u8; 8] = b"vmfile\r\n";
 
 /// A RAM block and where its parts lie in the file.
@@ -92,7 +92,8 @@ pub struct MappedRamLayout {
 impl MappedRamLayout {
     /// Places the blocks of `ram` in a new file of the VM that `source` configures.
     ///
-    /// The file's only capability is mapped RAM, whatever those of `source` are. `section_id` is the id of the "ram" section; no device section has it.
+    /// The file's only capability is `mapped-ram`, whatever capabilities `source` has. `section_id`
+    /// is the id of the "ram" section; no device section has it.
     ///
     /// # Errors
     ///

@@ -11,8 +11,8 @@
 //! device sections, EOF, description
 //! ```
 //!
-//! Each block's record begins right after the pages of the block before it: the one rule about
-//! places on which QEMU's reader insists. Bitmaps may lie anywhere.
+//! Each block's record begins right after the pages of the block before it. QEMU's reader requires
+//! this. Bitmaps may lie anywhere.
 
 mod header;
 mod layout;

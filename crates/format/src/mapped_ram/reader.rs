@@ -20,7 +20,7 @@ const HEAD_LEN_MAX: u64 = 32 << 10;
 /// The longest record: name, length, header.
 const RECORD_LEN_MAX: u64 = (1 + BLOCK_NAME_LEN_MAX + 8 + HEADER_LEN) as u64;
 
-/// How much is read at first of what follows RAM: the device state of most VMs, whole.
+/// How many bytes after RAM are read at first: the whole device state of most VMs.
 const TAIL_LEN_MIN: u64 = 1 << 20;
 
 /// The structure of a mapped-ram file.
@@ -47,13 +47,13 @@ pub struct MappedRamFile {
 impl MappedRamFile {
     /// Reads the structure of a file of `file_len` bytes whose stream begins at `start`.
     ///
-    /// `read` is given an offset and a length and returns that many bytes; it is never asked for
-    /// bytes past `file_len`. A few reads of less than 32 KiB, and one of 1 MiB for the device
-    /// state, are all, unless that is longer.
+    /// `read` gets an offset and a length, never past `file_len`, and returns that many bytes.
+    /// There is one read of at most 32 KiB for the head, one of less than 1 KiB for each block, and
+    /// one of at most 1 MiB for the device state, with further ones if that is longer.
     ///
     /// # Errors
     ///
-    /// Returns [`ReadError::Format`] with the offset of what is not as it should be, and
+    /// Returns [`ReadError::Format`] with the offset of the field at fault, and
     /// [`ReadError::Source`] if `read` fails.
     pub fn read<E>(
         start: u64,
@@ -101,14 +101,15 @@ impl MappedRamFile {
         at(head_end, RamLayout::new(ram_blocks))?;
 
         let ram_end_offset = offset;
-        // What follows QEMU's last byte may be long, and is not looked at: begin small.
+        // The file may go on long after QEMU's last byte, which is not needed: begin with a short
+        // read.
         let mut len = TAIL_LEN_MIN;
         let device_state = loop {
             let tail = read(ram_end_offset, len)?;
             let tail_end = ram_end_offset.saturating_add(tail.len() as u64);
             let whole = (tail.len() as u64) < len || len >= DEVICE_STATE_LEN_MAX;
             match locate(&tail, ram_end_offset, section_id) {
-                // The bytes that were read may end where a byte that looks like EOF lies.
+                // The bytes that were read may end with a byte that only looks like EOF.
                 Ok(state) if whole || state.stream_end < tail_end => break state,
                 Err(error) if whole => return Err(error.into()),
                 _ => len = len.saturating_mul(16).min(DEVICE_STATE_LEN_MAX),

@@ -15,10 +15,11 @@ const UUID: &str = "configuration/uuid";
 /// The capability that says: RAM lies at fixed offsets.
 pub const MAPPED_RAM: &str = "mapped-ram";
 
-/// What the name of a capability begins with if it stands for a feature of vmfile's.
+/// The prefix of a capability's name that stands for a feature of vmfile.
 ///
-/// A file that QEMU must not take for whole has a capability of this prefix and the feature's name. QEMU
-/// (4.0 to 11.1) refuses a capability that it does not know by its name, before it loads a page.
+/// A file that QEMU must not load as if it were complete has a capability of this prefix and the
+/// feature's name. QEMU (4.0 to 11.1) refuses a capability that it does not know by its name,
+/// before it loads a page.
 pub const FEATURE_PREFIX: &str = "vmfile-";
 
 /// The stream's header and configuration section.
@@ -103,8 +104,8 @@ impl Configuration {
     ///
     /// # Panics
     ///
-    /// Panics if a name is longer than its length field can say; names of this type come from
-    /// QEMU or from a file that was decoded.
+    /// Panics if a name is longer than its length field allows; names of this type come from QEMU
+    /// or from a file that was decoded.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
         let mut bytes = Vec::new();

@@ -27,7 +27,7 @@ use crate::limits::{
 use crate::page::{PageIndex, PageSize};
 use crate::ram_block::{RamBlock, RamLayout, at};
 
-/// How many bytes [`StreamDecoder::next`] may need at once. Given so many, it always goes on.
+/// How many bytes [`StreamDecoder::next`] may need at once. With this many, it always goes on.
 pub const EVENT_LEN_MAX: usize = 128 << 10;
 
 // The longest events: a page that does not compress, with all that stands before it, and the
@@ -39,19 +39,19 @@ const _: () = assert!(CONFIGURATION_LEN_MAX < EVENT_LEN_MAX);
 /// What [`StreamDecoder::next`] made of the bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Step<'a> {
-    /// How many bytes are done with: the next call gets those after them.
+    /// How many bytes were used: the next call gets those after them.
     pub consumed: usize,
-    /// What they said. `None` if more bytes are needed to tell: the next call gets those that were
-    /// not consumed, and further ones.
+    /// What they contain. `None` if more bytes are needed: the next call gets those that were not
+    /// consumed, and further ones.
     pub event: Option<Event<'a>>,
 }
 
-/// One thing that a stream says.
+/// One item of a stream.
 ///
 /// `block` is a place in the list of [`Event::RamBlocks`], and `page` lies in that block.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event<'a> {
-    /// Header and configuration: the first event. There is no capability among them.
+    /// Header and configuration: the first event. The configuration has no capability.
     Configuration(Configuration),
     /// The block list, which comes before the first page.
     RamBlocks {
@@ -85,7 +85,7 @@ pub enum Event<'a> {
         /// What is different, at most one page.
         delta: &'a [u8],
     },
-    /// A page that the capability `compress` made smaller (QEMU before 9.1).
+    /// A page that the capability `compress` has compressed (QEMU before 9.1).
     CompressedPage {
         /// The block.
         block: usize,
@@ -94,15 +94,15 @@ pub enum Event<'a> {
         /// A whole zlib stream, which was not decompressed yet.
         zlib: &'a [u8],
     },
-    /// What the multifd channels carry up to their next SYNC comes before what follows.
+    /// What follows comes after all that the multifd channels carry up to their next SYNC.
     MultifdFlush,
-    /// The words of a part of "ram" end. With machine types of QEMU 8.0 and older the multifd channels
-    /// send SYNC here.
+    /// The words of a part of "ram" end. With machine types of QEMU 8.0 and older the multifd
+    /// channels send SYNC here.
     ///
-    /// The footer may still be missing: such a QEMU keeps it back until the channels have been read up
-    /// to their SYNC and beyond.
+    /// The footer may still be missing: such a QEMU keeps it back until the channels have been read
+    /// up to their SYNC and beyond.
     RoundEnd,
-    /// A command that means nothing in a file.
+    /// A command that has no meaning in a file.
     Command {
         /// Its code, [`command::SWITCHOVER_START`].
         code: u16,
@@ -116,8 +116,8 @@ pub enum Event<'a> {
 
 /// Decodes a migration stream that is not mapped RAM.
 ///
-/// It does not panic, whatever the bytes are. What it keeps is bounded by the limits on
-/// blocks. After an error there is only that error.
+/// It does not panic, whatever the bytes are. What it keeps is bounded by the limits on blocks.
+/// After an error, every call returns that error.
 #[derive(Debug)]
 pub struct StreamDecoder {
     offset: u64,
@@ -129,9 +129,9 @@ pub struct StreamDecoder {
     places: BTreeMap<String, usize>,
     /// The block that was named last; it stays named in the next section.
     named: Option<usize>,
-    /// What was missing when more bytes were asked for, and for which `offset` this holds.
+    /// The error of the last piece that was not whole, and the `offset` for which it holds.
     missing: Option<(u64, FormatError)>,
-    /// What was refused: there is no way past it.
+    /// The error that ended the decoding.
     refused: Option<FormatError>,
 }
 
@@ -185,14 +185,14 @@ impl StreamDecoder {
 
     /// Decodes the next event from `bytes`, which begin right after those consumed before.
     ///
-    /// The events are the same however the stream is cut into pieces, but for the lengths of
+    /// The events are the same however the stream is cut into pieces, except for the lengths of
     /// [`Event::DeviceState`]. With [`EVENT_LEN_MAX`] bytes there is always an event or an error,
     /// or some of them are consumed.
     ///
     /// # Errors
     ///
-    /// Returns [`FormatError`] with the offset in the stream of what is not as it should be, or
-    /// what a file made of this stream could not hold.
+    /// Returns [`FormatError`] with the offset in the stream of what is not valid, or what a file
+    /// made of this stream could not hold.
     pub fn next<'a>(&mut self, bytes: &'a [u8]) -> Result<Step<'a>, FormatError> {
         if let Some(error) = &self.refused {
             return Err(error.clone());
@@ -221,7 +221,7 @@ impl StreamDecoder {
         Ok(Step { consumed: bytes.len().saturating_sub(rest.len()), event })
     }
 
-    /// Returns the offset in the stream of the next byte that [`StreamDecoder::next`] wants.
+    /// Returns the offset in the stream of the next byte that [`StreamDecoder::next`] needs.
     #[must_use]
     pub fn offset(&self) -> u64 {
         self.offset
@@ -229,8 +229,9 @@ impl StreamDecoder {
 
     /// Says whether the input may end here.
     ///
-    /// It may where the device state has begun; whether that is whole is for
-    /// [`DeviceState::locate`](super::device_state::DeviceState::locate) to say.
+    /// It may once the device state has begun;
+    /// [`DeviceState::locate`](super::device_state::DeviceState::locate) finds out whether that is
+    /// whole.
     ///
     /// # Errors
     ///
@@ -273,7 +274,7 @@ impl StreamDecoder {
         let limited = bytes.get(..CONFIGURATION_LEN_MAX).unwrap_or(bytes);
         let mut cursor = Cursor::new(limited, self.offset);
         let configuration = Configuration::decode(&mut cursor).and_then(|configuration| {
-            // One byte more says that no subsection follows.
+            // The next byte tells whether another subsection follows.
             cursor.clone().u8("section type")?;
             Ok(configuration)
         });
@@ -416,7 +417,7 @@ impl StreamDecoder {
         cursor.be32("section id")?;
         let name = cursor.counted_text("section name")?;
         // virtio-mem sends a section among the START sections, before RAM's pages, since machine
-        // type 8.0. Where END is missing (background-snapshot) such a section could be either.
+        // type 8.0. If END is missing (background-snapshot), such a section could be early or not.
         let early = ram != Ram::Ended && name.contains("virtio-mem");
         if early || ram == Ram::Awaited {
             return Err(self.refuse("early device section", name));

@@ -6,8 +6,8 @@
 //!     "subsections":[{"vmsd_name":..., "fields":..., "subsections":...}, ...]}, ...], ...}
 //! ```
 //!
-//! A payload is as long as its fields and subsections. Nested structures are in the size of their
-//! field, subsections of these as well.
+//! A payload is as long as its fields and subsections together. The size of a field includes nested
+//! structures and their subsections.
 
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
@@ -130,7 +130,7 @@ fn devices<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<DescribedDe
     })
 }
 
-/// Folds a list without keeping its elements; `add` says `None` where a limit ends it.
+/// Folds a list without keeping its elements; `add` returns `None` if a limit is exceeded.
 fn fold<'de, D: Deserializer<'de>, E: Deserialize<'de>, T>(
     deserializer: D,
     start: T,

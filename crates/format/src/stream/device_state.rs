@@ -6,11 +6,11 @@
 //! 00  [06 be32 len JSON]
 //! ```
 //!
-//! A payload has no length. Where QEMU's description follows, it says them all, and the sections are
-//! followed by it. Where there is none, they are found by their footers: the bytes `7e id` end a
-//! section where a plausible header, or the end, follows, and the chain must come out exactly at
-//! EOF. A chance match needs nine right bytes in a row; where one leads astray, the search goes
-//! back and on.
+//! The stream does not say how long a payload is. If QEMU's description follows, the lengths come
+//! from there. If not, sections are found by their footers: the bytes `7e id` end a section if a
+//! plausible header, or the end, follows, and the chain of sections must end exactly at EOF. A
+//! chance match needs nine right bytes in a row; if one leads to a dead end, the search goes back
+//! and continues behind it.
 
 use alloc::string::String;
 use alloc::vec::Vec;
@@ -23,7 +23,7 @@ use crate::error::{FormatError, FormatErrorKind};
 use crate::limits::{BLOCK_NAME_LEN_MAX, DEVICE_SECTIONS_MAX};
 
 /// How many bytes the search may look at, in lengths of the input: a real file needs one, and a
-/// chance match that leads astray little more. A hostile one ends here.
+/// false match takes little more. The limit ends the search in a hostile file.
 const SCANNED_LENGTHS_MAX: usize = 4;
 
 /// How many places that look like a description are tried: each may be as long as the input.
@@ -189,9 +189,9 @@ impl DeviceState {
     }
 }
 
-/// Follows the sections by the description behind them, as [`follow`] does without.
+/// Follows the sections by the description after them, as [`follow`] does without one.
 ///
-/// `None` if there is none, or if it is not that of these sections: then the footers decide.
+/// `None` if there is none, or if it does not match these sections: then the footers decide.
 fn follow_description(bytes: &[u8], offset: u64) -> Option<(Vec<DeviceSection>, usize)> {
     let mut from = 0;
     for _ in 0..DESCRIPTIONS_TRIED_MAX {
@@ -252,7 +252,7 @@ fn sections_of(described: &VmDescription, bytes: &[u8], offset: u64) -> Option<V
 /// Follows the sections from the first byte of `bytes`; returns them and the index of EOF.
 fn follow(bytes: &[u8], offset: u64) -> Option<(Vec<DeviceSection>, usize)> {
     let mut sections: Vec<DeviceSection> = Vec::new();
-    // Where in `bytes` the search for each section's footer goes on, should it have to.
+    // Where in `bytes` the search for each section's footer continues if it has to go back.
     let mut resume: Vec<usize> = Vec::new();
     let mut start = 0;
     let mut budget = bytes.len().saturating_mul(SCANNED_LENGTHS_MAX);
@@ -270,7 +270,7 @@ fn follow(bytes: &[u8], offset: u64) -> Option<(Vec<DeviceSection>, usize)> {
         let mut next =
             candidate.and_then(|(section, from)| extend(bytes, start, section, from, &mut budget));
         while next.is_none() {
-            // A dead end: the footer before this one was none.
+            // A dead end: the last footer was a false one.
             let section = sections.pop()?;
             let from = resume.pop()?;
             start = usize::try_from(section.offset.checked_sub(offset)?).ok()?;
@@ -283,7 +283,7 @@ fn follow(bytes: &[u8], offset: u64) -> Option<(Vec<DeviceSection>, usize)> {
     }
 }
 
-/// Whether EOF may be here: the description follows, or nothing.
+/// Returns whether EOF may be here: the description follows, or nothing.
 ///
 /// A zero byte may not follow, although padding might: section 0 ends in `7e 00000000`, and a
 /// number in its payload looks like that footer, an EOF and more zeros once in 256 saves.
@@ -518,8 +518,8 @@ mod tests {
         assert_eq!(state.end, bytes.len() as u64);
     }
 
-    /// Each false footer leads to a header that leads nowhere, and each way there once took a walk
-    /// to the end of the input: 1000 of them and 16 MiB took 15 s. Found by fuzzing.
+    /// Each false footer leads to a header without a footer, and without the limit each search for
+    /// that goes to the end of the input: 1000 of them and 16 MiB took 15 s. Found by fuzzing.
     #[test]
     fn false_footers_before_a_long_hole_end_the_search() {
         let mut bytes = Vec::new();

@@ -52,11 +52,10 @@ pub fn switchover_start(bytes: &mut Vec<u8>) {
     bytes.extend_from_slice(&0_u16.to_be_bytes());
 }
 
-/// Writes the "ram" section of a stream, in pieces: what it appends can be sent on after each call.
+/// Writes the "ram" section of a stream, in pieces: what it appends can be sent after each call.
 ///
-/// The block list names every block; only the pages that are given are sent. QEMU does not insist
-/// on receiving every page (tried on 8.2 and 10.0), so this serves a whole stream as well as a
-/// destination that has most of its RAM already.
+/// The block list names every block; only the pages that are given are sent. QEMU does not require
+/// every page (tried on 8.2 and 10.0), so that the destination may have most of its RAM already.
 #[derive(Debug)]
 pub struct RamSection {
     section_id: u32,
@@ -85,8 +84,8 @@ impl RamSection {
         self
     }
 
-    /// Ends the part at hand and begins the next: QEMU's loader looks after other things between
-    /// them. The block that was named last stays named.
+    /// Ends the current part and begins the next: QEMU's loader does other work between parts. The
+    /// block that was named last stays named.
     pub fn next_part(&self, bytes: &mut Vec<u8>) {
         self.end_part(bytes);
         bytes.push(section::PART);
@@ -154,16 +153,17 @@ impl RamSection {
 ///
 /// # Panics
 ///
-/// Panics if `len` is more than 32 bits say: it is ours, or comes from a file that was checked.
+/// Panics if `len` does not fit into 32 bits: it is that of vmfile's own description, or comes from
+/// a file that was checked.
 pub fn begin_vm_description(bytes: &mut Vec<u8>, len: u64) {
     bytes.push(section::VM_DESCRIPTION);
     let len = u32::try_from(len).expect("a description has less than 4 GiB");
     bytes.extend_from_slice(&len.to_be_bytes());
 }
 
-/// Appends a VM description without devices. QEMU warns where there is none.
+/// Appends a VM description without devices. QEMU warns if there is none.
 ///
-/// The member `vmfile` says who wrote it.
+/// The member `vmfile` says that vmfile wrote it.
 pub fn vm_description(bytes: &mut Vec<u8>) {
     let json = br#"{"configuration":{},"page_size":4096,"devices":[],"vmfile":1}"#;
     begin_vm_description(bytes, json.len() as u64);

@@ -55,8 +55,7 @@ pub mod section {
 
 /// The words of the "ram" section: flags in the bits below the page size, an offset above them.
 ///
-/// They are told from one another by these bits alone; only [`CONTINUE`](ram_flag::CONTINUE) goes
-/// with another.
+/// A word has one flag; only [`CONTINUE`](ram_flag::CONTINUE) is combined with another.
 pub mod ram_flag {
     /// A page of one byte value. No QEMU since 2009 writes it.
     pub const FULL: u64 = 0x01;
@@ -70,11 +69,12 @@ pub mod ram_flag {
     pub const EOS: u64 = 0x10;
     /// The page belongs to the block that was named last.
     pub const CONTINUE: u64 = 0x20;
-    /// A change to the page as it was sent before; one byte 1, be16 length and so many bytes follow.
+    /// A change to the page as it was sent before; one byte 1, be16 length and that many bytes
+    /// follow.
     pub const XBZRLE: u64 = 0x40;
-    /// Something for RDMA.
+    /// Used with RDMA.
     pub const HOOK: u64 = 0x80;
-    /// One page as a zlib stream; be32 length and so many bytes follow. Removed in QEMU 9.1.
+    /// One page as a zlib stream; be32 length and that many bytes follow. Removed in QEMU 9.1.
     pub const COMPRESS_PAGE: u64 = 0x100;
     /// All that the multifd channels carry up to their next SYNC comes before what follows here.
     /// Since QEMU 8.1.

@@ -229,7 +229,7 @@ fn decode(bytes: &[u8], offset: u64, ram: &RamLayout) -> Result<Packet, FormatEr
     at(data_offset, check_data_len(data_len, normal, compression, size))?;
 
     let pages = if normal == 0 && zero == 0 {
-        // The name is empty, or one from before.
+        // The name is empty, or left from an earlier packet.
         None
     } else {
         let block = at(name_offset, block_named(name, ram))?;

@@ -1,7 +1,7 @@
-//! Device state of a VMM that is not QEMU: sections of its own, in QEMU's frame.
+//! Device state of a VMM that is not QEMU: sections of its own, in QEMU's format.
 //!
-//! A payload has no length in the stream (see [`device_state`](super::device_state)), so a description that
-//! says all lengths follows, as QEMU's does.
+//! A payload has no length in the stream (see [`device_state`](super::device_state)), so a
+//! description with all lengths follows, as in QEMU's streams.
 
 use alloc::vec::Vec;
 

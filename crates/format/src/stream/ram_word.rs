@@ -33,7 +33,7 @@ pub(super) enum PageForm {
 }
 
 impl RamWord {
-    /// Decodes a word that stands behind the block list.
+    /// Decodes a word that comes after the block list.
     pub(super) fn decode(word: u64, page_size: PageSize) -> Result<RamWord, FormatErrorKind> {
         let (flags, block_offset) = split(word, page_size);
         let form = match flags & !ram_flag::CONTINUE {

@@ -14,7 +14,7 @@ use crate::error::FormatErrorKind;
 
 const RUN: &str = "XBZRLE run";
 
-/// Makes the changes of `delta` in `page`, which holds the page as it came before.
+/// Applies `delta` to `page`, which holds the page as it came before.
 ///
 /// A `delta` of no bytes changes nothing.
 ///
