@@ -45,7 +45,8 @@ impl AlignedBuffer {
     ///
     /// A buffer of whole huge pages asks for them. The kernel can then hand the device one long
     /// piece of memory instead of hundreds of small ones: a request has a limited number of pieces,
-    /// so it covers four times as much of the disk, and pinning is cheaper (Linux 6.18, virtio-blk).
+    /// so it covers four times as much of the disk, and pinning is cheaper (Linux 6.18,
+    /// virtio-blk).
     ///
     /// # Errors
     ///

@@ -88,8 +88,9 @@ impl Crew {
     /// Returns [`Panicked`] if the job panicked in a thread; the other threads have finished it.
     pub fn run<'a>(&mut self, job: &'a Job<'a>) -> Result<(), Panicked> {
         // SAFETY:
-        // - Only the lifetime changes. The reference is used by the threads alone, from `send` below
-        //   until each has said that it is through, or has ended and with it closed its channel.
+        // - Only the lifetime changes. The reference is used by the threads alone, from `send`
+        //   below until each has said that it is through, or has ended and with it closed its
+        //   channel.
         // - This function returns after that has been received from every thread that may have the
         //   reference, and nothing in between can panic or return.
         let job: &'static Job<'static> = unsafe { mem::transmute::<&'a Job<'a>, _>(job) };

@@ -30,7 +30,7 @@ use rustix::process::{Pid, WaitOptions, waitpid};
 
 pub use will::{Step, Will};
 
-use self::steps::Room;
+use self::steps::Workspace;
 use self::will::{CONNECTION, DISMISSED, LISTENER, WILL_LEN_MAX};
 
 /// What a guardian sends when it has a session of its own.
@@ -63,20 +63,21 @@ impl Guardian {
     pub fn start(socket: BorrowedFd<'_>) -> io::Result<Guardian> {
         let (ours, theirs) =
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
-        let room = Room::new();
+        let workspace = Workspace::new();
         let blocked = BlockedSignals::block_all()?;
         // SAFETY:
         // - The child calls `guard`, which never returns and calls only what fork(2) allows in the
         //   child of a process with several threads: it allocates nothing and takes no lock.
-        // - What it reads was made before the fork: `room`, and two descriptors.
+        // - What it reads was made before the fork: `workspace`, and two descriptors.
         let child = unsafe { libc::fork() };
         if child == 0 {
-            guard(theirs.as_raw_fd(), socket.as_raw_fd(), room);
+            guard(theirs.as_raw_fd(), socket.as_raw_fd(), workspace);
         }
         drop(blocked);
         let child = Pid::from_raw(child).filter(|_| child > 0);
         let child = child.ok_or_else(io::Error::last_os_error)?;
-        // Only the child may have this end: this process could not notice that the child has ended.
+        // Only the child may have this end: otherwise this process could not notice that the child
+        // has ended.
         drop(theirs);
         let guardian = Guardian { pipe: Some(ours), child };
         guardian.wait_until_ready()?;
@@ -211,7 +212,7 @@ impl Drop for BlockedSignals {
 }
 
 /// Runs the child: waits until the other process ends, and carries out its will.
-fn guard(pipe: RawFd, socket: RawFd, mut room: Room) -> ! {
+fn guard(pipe: RawFd, socket: RawFd, mut workspace: Workspace) -> ! {
     become_a_process_of_its_own();
     close_all_but(pipe, socket);
     // SAFETY: the descriptor was inherited, and stays open until the process ends.
@@ -220,11 +221,12 @@ fn guard(pipe: RawFd, socket: RawFd, mut room: Room) -> ! {
     let socket = unsafe { BorrowedFd::borrow_raw(socket) };
     // If the other process has ended, the end of the pipe is seen next.
     let _ = send(pipe, &[READY], SendFlags::NOSIGNAL);
-    let is_dismissed = room.wait_for_the_end(pipe);
+    let is_dismissed = workspace.wait_for_the_end(pipe);
     if !is_dismissed {
-        room.carry_out(socket);
+        workspace.carry_out(socket);
     }
-    // No destructor runs, and no handler that the other process registered: `room` is never freed.
+    // No destructor runs, and no handler that the other process registered: `workspace` is never
+    // freed.
     //
     // SAFETY: the call takes a number.
     unsafe { libc::_exit(0) }

@@ -33,9 +33,9 @@
 //! # }
 //! ```
 //!
-//! A write goes this way: fill a [`PooledBuffer`], wrap it in a [`Transfer`],
-//! submit it to a [`Storage`], reap its [`Completion`] and with it the memory. [`Unpublished`] gives
-//! the finished file its name.
+//! A write goes this way: fill a [`PooledBuffer`], wrap it in a [`Transfer`], submit it to a
+//! [`Storage`], reap its [`Completion`] and with it the memory. [`Unpublished`] gives the finished
+//! file its name.
 //!
 //! **Invariant:** memory handed to the kernel belongs to the storage until its completion is
 //! reaped. **Invariant:** memory that another process may write is never a `&[u8]`.

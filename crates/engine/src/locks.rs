@@ -23,7 +23,8 @@ pub fn is_locked(file: &File) -> io::Result<bool> {
     };
     // SAFETY:
     // - The descriptor is open as long as `file` lives.
-    // - The kernel reads and writes `lock`, a live value of its type, and does not keep the pointer.
+    // - The kernel reads and writes `lock`, a live value of its type, and does not keep the
+    //   pointer.
     let result =
         unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, std::ptr::from_mut(&mut lock)) };
     if result < 0 {

@@ -107,8 +107,8 @@ fn first_by_scan(pagemap: &File, range: &Range<u64>) -> io::Result<Option<u64>> 
     Ok((count > 0).then_some(region[0].start))
 }
 
-/// Scans once, up to `pages_max` pages that are found, 0 for any number; returns how many of `regions`
-/// were filled in and how far the kernel came.
+/// Scans once, up to `pages_max` pages that are found, 0 for any number; returns how many of
+/// `regions` were filled in and how far the kernel came.
 fn scan(
     pagemap: &File,
     range: Range<u64>,

@@ -103,7 +103,8 @@ impl ProcessMemory {
         self.read_pieces(address, &[whole], into)
     }
 
-    /// Copies the bytes of `pieces`, each to its place in `into`, whose first byte lies at `address`.
+    /// Copies the bytes of `pieces`, each to its place in `into`, whose first byte lies at
+    /// `address`.
     ///
     /// Fastest with pieces of a MiB or so. Reading a page that was never touched does not allocate
     /// it in private memory, but does in a shared file.
@@ -279,9 +280,9 @@ impl ProcessMemory {
     /// whose pages other processes may have mapped, or none: use [`DataSeeker`](crate::DataSeeker)
     /// there. Pages that are the kernel's shared zero page are left out where the kernel can tell.
     ///
-    /// Uses the `PAGEMAP_SCAN` ioctl (Linux 6.7), which skips what has no page tables, else reads
-    /// 8 bytes a page from `/proc/PID/pagemap`. The list has as many ranges as the guest likes: ask for
-    /// bounded ranges.
+    /// Uses the `PAGEMAP_SCAN` ioctl (Linux 6.7), which skips what has no page tables, else reads 8
+    /// bytes a page from `/proc/PID/pagemap`. The list has as many ranges as the guest likes: ask
+    /// for bounded ranges.
     ///
     /// # Errors
     ///

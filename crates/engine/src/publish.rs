@@ -63,7 +63,7 @@ impl Unpublished {
     /// Returns [`PublishError`] if the directory does not exist or is something else, if the name
     /// is taken and must not or cannot be replaced, or if the kernel returns an error.
     pub fn create_beside(path: &Path, existing: Existing) -> Result<Unpublished, PublishError> {
-        Unpublished::create(path, existing, Way::NamelessIfPossible)
+        Unpublished::create(path, existing, CreateAs::NamelessIfPossible)
     }
 
     /// Does the same, unless the name leads to a file that is in use: one for which `user_of`
@@ -72,8 +72,8 @@ impl Unpublished {
     ///
     /// # Errors
     ///
-    /// Returns [`PublishError::InUse`] for such a file, whatever `existing` says, and otherwise what
-    /// [`Unpublished::create_beside`] returns.
+    /// Returns [`PublishError::InUse`] for such a file, whatever `existing` says, and otherwise
+    /// what [`Unpublished::create_beside`] returns.
     pub fn create_unless_used(
         path: &Path,
         existing: Existing,
@@ -85,7 +85,11 @@ impl Unpublished {
         Ok(unpublished)
     }
 
-    fn create(path: &Path, existing: Existing, way: Way) -> Result<Unpublished, PublishError> {
+    fn create(
+        path: &Path,
+        existing: Existing,
+        create_as: CreateAs,
+    ) -> Result<Unpublished, PublishError> {
         let failed = |step| move |errno: Errno| PublishError::io(path, step, errno.into());
         let name = path.file_name().ok_or_else(|| PublishError::NoName { path: path.into() })?;
         if path.as_os_str().as_bytes().ends_with(b"/") {
@@ -93,10 +97,12 @@ impl Unpublished {
         }
         let directory = open_directory(path)?;
         refuse_if_taken(&directory, path, name, existing)?;
-        let nameless = match way {
-            Way::NamelessIfPossible => create_nameless(&directory).map_err(failed("create"))?,
+        let nameless = match create_as {
+            CreateAs::NamelessIfPossible => {
+                create_nameless(&directory).map_err(failed("create"))?
+            }
             #[cfg(test)]
-            Way::Named => None,
+            CreateAs::Named => None,
         };
         let (file, temporary) = match nameless {
             Some(file) => (file, None),
@@ -266,7 +272,7 @@ impl fmt::Debug for Unpublished {
 
 /// How the file is kept until it is published.
 #[derive(Clone, Copy, Debug)]
-enum Way {
+enum CreateAs {
     NamelessIfPossible,
     /// For tests, where the file system has nameless files.
     #[cfg(test)]
@@ -402,7 +408,7 @@ pub enum PublishError {
         /// The directory.
         directory: PathBuf,
     },
-    /// The directory of the file is not a directory.
+    /// The parent of the path is not a directory.
     NotADirectory {
         /// The path that should be one.
         directory: PathBuf,
@@ -523,7 +529,7 @@ mod tests {
     fn a_named_temporary_becomes_the_file() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("file");
-        let file = Unpublished::create(&path, Existing::Refuse, Way::Named).unwrap();
+        let file = Unpublished::create(&path, Existing::Refuse, CreateAs::Named).unwrap();
         file.file().write_all(b"whole").unwrap();
         assert!(!path.exists());
         let mode = file.file().metadata().unwrap().permissions().mode();
@@ -539,7 +545,7 @@ mod tests {
     fn a_named_temporary_is_removed_when_it_is_dropped() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("file");
-        let file = Unpublished::create(&path, Existing::Refuse, Way::Named).unwrap();
+        let file = Unpublished::create(&path, Existing::Refuse, CreateAs::Named).unwrap();
         assert_eq!(names_in(directory.path()).len(), 1);
 
         drop(file);
@@ -551,7 +557,7 @@ mod tests {
     fn a_named_temporary_never_replaces_what_appeared_meanwhile() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("file");
-        let file = Unpublished::create(&path, Existing::Refuse, Way::Named).unwrap();
+        let file = Unpublished::create(&path, Existing::Refuse, CreateAs::Named).unwrap();
         fs::write(&path, "theirs").unwrap();
 
         let error = file.publish().unwrap_err();

@@ -67,8 +67,8 @@ pub fn resident_bytes(file: BorrowedFd<'_>, range: Range<u64>) -> io::Result<u64
 ///
 /// Dirty pages and pages that a process maps stay, and so does a folio only partly in `range`: the
 /// cache keeps and drops pages in folios, which can be of a megabyte and more (seen on ext4, Linux
-/// 6.18). Drop whole files, or large pieces. An end past 2^63, where no file reaches, is the end of the
-/// file.
+/// 6.18). Drop whole files, or large pieces. An end past 2^63, where no file reaches, is the end of
+/// the file.
 ///
 /// # Errors
 ///

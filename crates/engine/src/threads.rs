@@ -174,8 +174,8 @@ mod tests {
     use crate::direct_io::DirectIo;
     use crate::transfer::Memory;
 
-    /// Without this, a worker that panics loses its transfer, and `reap` waits for the completion
-    /// for ever, with the VM paused.
+    /// If `work` did not catch panics, the transfer would be lost, and `reap` would wait for its
+    /// completion for ever, with the VM paused.
     #[test]
     fn a_transfer_that_panics_is_completed_with_an_error() {
         let file = DataFile::new(tempfile::tempfile().unwrap(), DirectIo::Off).unwrap();

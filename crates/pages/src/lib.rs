@@ -1,14 +1,14 @@
 //! Saves RAM into a file by direct I/O: every page has a fixed place there, and a hash.
 //!
-//! A VMM hands over its memory as a [`PageSource`] and gets a file in which every page has an aligned place
-//! of its own, zero pages are holes, and everything has a checksum. The file is QEMU's mapped-ram format
-//! with vmfile's manifest behind it; `docs/format.md` says what its bytes mean. The memory may be the
-//! caller's own ([`OwnMemory`]), that of another process ([`ProcessRam`]), or whatever else implements the
-//! trait. No QEMU is needed.
+//! A VMM hands over its memory as a [`PageSource`] and gets a file in which every page has an
+//! aligned place of its own, zero pages are holes, and everything has a checksum. The file is
+//! QEMU's mapped-ram format with vmfile's manifest behind it; `docs/format.md` says what its bytes
+//! mean. The memory may be the caller's own ([`OwnMemory`]), that of another process
+//! ([`ProcessRam`]), or whatever else implements the trait. No QEMU is needed.
 //!
-//! [`memory_file::save`] writes such a file, [`Snapshot`] is one that was opened and whose structure was checked, and
-//! [`memory_file::load`] brings its pages into a [`PageSink`]. `examples/own_memory.rs` and
-//! `examples/pages_of_file.rs` in this crate are whole programs.
+//! [`memory_file::save`] writes such a file, [`Snapshot`] is one that was opened and whose
+//! structure was checked, and [`memory_file::load`] brings its pages into a [`PageSink`].
+//! `examples/own_memory.rs` and `examples/pages_of_file.rs` in this crate are whole programs.
 //!
 //! ```
 //! use vmfile_pages::memory_file::{Contents, FileOptions, load, save, state};
@@ -44,12 +44,13 @@
 //! # }
 //! ```
 //!
-//! [`check`](mod@check) says what is damaged in a file. The other modules are for programs that move pages in another
-//! way: [`draft`] is a file in the making, [`lane`] threads with transfers in flight, [`window_reader`] reads
-//! many pages of a file at once, and [`page_writer`] writes pages that come in any order.
+//! [`check`](mod@check) says what is damaged in a file. The other modules are for programs that
+//! move pages in another way: [`draft`] is a file in the making, [`lane`] threads with transfers in
+//! flight, [`window_reader`] reads many pages of a file at once, and [`page_writer`] writes pages
+//! that come in any order.
 //!
-//! **Invariant:** bytes that are written are those that were hashed; bytes that are brought into RAM are
-//! those that were compared. **Invariant:** a name never leads to a partial file.
+//! **Invariant:** bytes that are written are those that were hashed; bytes that are brought into
+//! RAM are those that were compared. **Invariant:** a name never leads to a partial file.
 
 #![forbid(unsafe_code)]
 

@@ -25,8 +25,8 @@ pub const PAGE_LEN_MIN: u64 = 4096;
 /// Words of the bitmap of a window.
 const WINDOW_WORDS: usize = (WINDOW_LEN / PAGE_LEN_MIN / 64) as usize;
 
-/// How many windows a writer remembers as in flight before it waits for all transfers. Each takes
-/// 80 bytes: 5 MiB together.
+/// How many windows a writer remembers as in flight before it waits for all transfers. An entry
+/// takes 80 bytes.
 const IN_FLIGHT_MAX: usize = 1 << 16;
 
 /// Writes the pages of one thread.
@@ -178,7 +178,8 @@ impl<'a> PageWriter<'a> {
         self.write(window.block, &places, window.buffer, self.is_alone)
     }
 
-    /// Writes pages of a block, as [`PageWriter::pages`] takes them; gaps between them only if `bridges`.
+    /// Writes pages of a block, as [`PageWriter::pages`] takes them; gaps between them only if
+    /// `bridges`.
     fn write(
         &mut self,
         block: usize,

@@ -1,6 +1,7 @@
-//! Cuts the bytes that have work into units, which workers take one after another.
+//! Cuts blocks into units of work, which workers take one after another; parts without work are
+//! left out.
 //!
-//! Workers look for the next byte with work when they need a unit. There is no list of such bytes:
+//! A worker looks for the next part with work when it needs a unit. There is no list of such parts:
 //! a guest could make it as long as it likes.
 
 use std::ops::Range;
@@ -13,12 +14,12 @@ use std::sync::{Mutex, PoisonError};
 /// many workers end together.
 pub const UNIT_LEN: u64 = 16 << 20;
 
-/// The largest single transfer: a huge page, so that a buffer is one piece of memory for the device.
-/// Larger ones gain nothing on any disk that was tried, and smaller ones cost calls.
+/// The largest single transfer: a huge page, so that a buffer is one piece of memory for the
+/// device. Larger ones gain nothing on any disk that was tried, and smaller ones cost calls.
 pub const WINDOW_LEN: u64 = 2 << 20;
 
-/// The longest gap of zero pages between two pages with data that is written as zeros, so that both go
-/// out in one write: see decision 14.
+/// The longest gap of zero pages between two pages with data that is written as zeros, so that both
+/// go out in one write: see decision 14.
 pub const BRIDGE_LEN: u64 = 32 << 10;
 
 /// A part of one RAM block, between two multiples of the units' length or up to the block's end.
@@ -53,8 +54,8 @@ impl Units {
         Units { block_lens, unit_len, next: Mutex::default(), ended: AtomicBool::new(false) }
     }
 
-    /// Takes the next unit that has work: `first` returns the first byte with work in a range of a
-    /// block, if there is any. Returns `None` if there is no further unit, or if a worker has
+    /// Takes the next unit with work: `first` returns the first byte of a range of a block that
+    /// needs work, if there is one. Returns `None` if there is no further unit, or if a worker has
     /// failed.
     ///
     /// # Errors
@@ -87,7 +88,7 @@ impl Units {
 
     /// Runs `part`, the work of one worker. If it fails or panics, no worker gets a further unit.
     pub fn work<T, E>(&self, part: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
-        let mut end = EndUnless { units: self, succeeded: false };
+        let mut end = StopOnFailure { units: self, succeeded: false };
         let result = part();
         end.succeeded = result.is_ok();
         result
@@ -95,12 +96,12 @@ impl Units {
 }
 
 /// When dropped, also by a panic, stops workers from taking units, unless the work succeeded.
-struct EndUnless<'a> {
+struct StopOnFailure<'a> {
     units: &'a Units,
     succeeded: bool,
 }
 
-impl Drop for EndUnless<'_> {
+impl Drop for StopOnFailure<'_> {
     fn drop(&mut self) {
         if !self.succeeded {
             self.units.ended.store(true, Ordering::Relaxed);

@@ -195,8 +195,8 @@ impl PageSink for ProcessRam {
 }
 
 impl BlockMemory {
-    /// Returns the first byte of `range`, a range of the block, that may be data; all before it is zero
-    /// as far as the kernel knows.
+    /// Returns the first byte of `range`, a range of the block, that may be data; all before it is
+    /// zero as far as the kernel knows.
     fn first_data(&self, range: &Range<u64>) -> io::Result<Option<u64>> {
         let touched = || {
             let found = self.process.first_touched(&self.addresses(range))?;
@@ -216,7 +216,8 @@ impl BlockMemory {
         }
     }
 
-    /// Returns the parts of `range`, a range of the block and no longer than a unit, that may be data.
+    /// Returns the parts of `range`, a range of the block and no longer than a unit, that may be
+    /// data.
     fn data(&self, range: &Range<u64>) -> io::Result<Vec<Range<u64>>> {
         let mut found = match &self.kind {
             Kind::Private { .. } | Kind::HugePages { all: false, .. } => {
@@ -239,8 +240,8 @@ impl BlockMemory {
     fn read(&self, range: &Range<u64>, into: &mut [u8]) -> io::Result<bool> {
         match &self.kind {
             Kind::Private { .. } => {
-                // A page that the process never touched is not read: that would enter the zero page into
-                // its page tables.
+                // A page that the process never touched is not read: that would enter the zero page
+                // into its page tables.
                 let found = self.data(range)?;
                 let mut end = 0;
                 let mut pieces = Vec::with_capacity(found.len());

@@ -37,8 +37,9 @@ pub fn load_ram<'a>(
         blocks.iter().map(|&block| snapshot.structure().blocks[block].clone()).collect();
     let bitmaps: Vec<PageBitmap> =
         placed.iter().map(|placed| snapshot.bitmap(placed)).collect::<Result<_, _>>()?;
-    let held = Held { sink };
-    let reader = WindowReader { blocks: &placed, bitmaps: &bitmaps, more: Some(&held), control };
+    let non_zero = NonZeroWindows { sink };
+    let reader =
+        WindowReader { blocks: &placed, bitmaps: &bitmaps, more: Some(&non_zero), control };
     let take = |hashes: &mut Option<PageHashes<'a>>, window: &Window, read: io::Result<&[u8]>| {
         let bytes = read.map_err(PagesError::reading("guest RAM from the file"))?;
         let (number, bitmap) = (window.block, &bitmaps[window.block]);
@@ -55,11 +56,11 @@ pub fn load_ram<'a>(
 
 /// Adds the windows in which the memory already has bytes: zeros are written where the file has
 /// none.
-struct Held<'a> {
+struct NonZeroWindows<'a> {
     sink: &'a dyn PageSink,
 }
 
-impl MorePlaces for Held<'_> {
+impl MorePlaces for NonZeroWindows<'_> {
     fn first(&self, block: usize, range: &Range<u64>) -> io::Result<Option<u64>> {
         self.sink.first_data(block, range)
     }

@@ -35,8 +35,8 @@ pub struct Written {
     pub backend: BackendInUse,
 }
 
-/// Writes the data of all blocks of `source` to their `places` by `workers`, whose lanes lead to the
-/// file; `total_bytes` is how much there may be, for the progress.
+/// Writes the data of all blocks of `source` to their `places` by `workers`, whose lanes lead to
+/// the file; `total_bytes` is how much there may be, for the progress.
 ///
 /// # Errors
 ///

@@ -1,4 +1,5 @@
-//! How the pages of a file are read: past the page cache, or from it; and whether they are verified.
+//! How the pages of a file are read: past the page cache, or from it; and whether they are
+//! verified.
 
 use std::fmt;
 use std::io;

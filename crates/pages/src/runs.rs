@@ -1,5 +1,5 @@
-//! The pages of one buffer: which are zero, the hash of each other one, and the runs in which they are
-//! written.
+//! The pages of one buffer: which are zero, the hash of each other one, and the runs in which they
+//! are written.
 
 use std::ops::Range;
 
@@ -12,9 +12,9 @@ use crate::plan::BRIDGE_LEN;
 /// The pages of a buffer that were looked at, in ascending order. A buffer has room for a number of
 /// pages, its slots, which are counted from 0.
 ///
-/// Pages with data that follow one another in the buffer and in their block make a run, which is written
-/// at once. Where a short gap of zero pages between two of them may be written as well, they are one run:
-/// see decision 14.
+/// Pages with data that follow one another in the buffer and in their block make a run, which is
+/// written at once. Where a short gap of zero pages between two of them may be written as well,
+/// they are one run: see decision 14.
 #[derive(Debug)]
 pub(crate) struct PageRuns {
     page_len: usize,

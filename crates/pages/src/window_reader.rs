@@ -116,8 +116,8 @@ impl WindowReader<'_> {
         Ok(remembered)
     }
 
-    /// Submits the read of the next window and returns the window; `None` if there is none, or no room
-    /// for it.
+    /// Submits the read of the next window and returns the window; `None` if there is none, or no
+    /// room for it.
     fn submit_next(
         &self,
         shared: &Shared<'_>,

@@ -10,7 +10,8 @@ const DEPTH_MAX: usize = 16;
 
 /// Returns the files on which the bytes of a block device lie; none for anything else.
 ///
-/// A VM that writes to `/dev/loop0` writes to the loop device's file, which only the kernel has open.
+/// A VM that writes to `/dev/loop0` writes to the loop device's file, which only the kernel has
+/// open.
 pub(crate) fn files_below(device: &Metadata) -> Vec<PathBuf> {
     let mut files = Vec::new();
     if device.file_type().is_block_device() {

@@ -68,7 +68,8 @@ impl FromStr for QemuVersion {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Feature {
-    /// `fd:` with a descriptor of a plain file; 9.1 and later warn. Pipes and sockets go on working.
+    /// `fd:` with a descriptor of a plain file; 9.1 and later warn. Pipes and sockets go on
+    /// working.
     PlainFileDescriptor,
     /// The capability `compress`, whose pages are in a stream as COMPRESS_PAGE.
     CompressedPages,

@@ -37,8 +37,8 @@ use crate::outlet::Outlet;
 use crate::pages_in_order::PagesInOrder;
 use crate::stream_writer::{COUNTED_PARTS, Parts, Source, StreamWriter};
 
-/// Sends all of `contents` over one connection and `channels` more, each of which `connect` makes; returns the
-/// back end and how many bytes were sent.
+/// Sends all of `contents` over one connection and `channels` more, each of which `connect` makes;
+/// returns the back end and how many bytes were sent.
 ///
 /// `parts` says how this machine's QEMU waits for its channels.
 ///

@@ -138,8 +138,8 @@ impl ReceiveError {
             WaitError::Stalled(after) => ReceiveError::Stalled { offset, after },
             WaitError::ProcessStopped(pid) => ReceiveError::ProcessStopped { pid },
             WaitError::TimedOut => ReceiveError::TimedOut { offset },
-            // A connection that stopped because another one failed does not report its own error: the
-            // first failure is the cause.
+            // A connection that stopped because another one failed does not report its own error:
+            // the first failure is the cause.
             WaitError::Stopped | WaitError::GivenUp => PagesError::Stopped.into(),
         }
     }

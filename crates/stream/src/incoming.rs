@@ -66,8 +66,8 @@ impl From<io::Error> for WaitError {
     }
 }
 
-/// What the connections of one receive share: when a byte last came by any of them, and whether one
-/// of them has failed.
+/// What the connections of one receive share: when one of them was last active, and whether one has
+/// failed.
 #[derive(Debug)]
 pub struct Activity {
     begin: Instant,

@@ -6,9 +6,9 @@
 //! overwrites the earlier one.
 //!
 //! Out: [`Contents`](contents::Contents) says which pages of an open file are sent;
-//! [`write_stream`](stream_writer::write_stream) reads them ahead, compares each with its hash, and writes a
-//! stream that any QEMU takes; [`write_channels`](channel_writer::write_channels) sends the pages by multifd
-//! channels beside it.
+//! [`write_stream`](stream_writer::write_stream) reads them ahead, compares each with its hash, and
+//! writes a stream that any QEMU takes; [`write_channels`](channel_writer::write_channels) sends
+//! the pages by multifd channels beside it.
 //!
 //! ```
 //! use std::io::Read as _;

@@ -105,10 +105,10 @@ impl StreamReceiver<'_> {
         let backend = self.workers.backend().clone();
         let meter = Meter::new(self.limits.control, head.ram.total_length());
         let channel = |channel| Channel::new(channel, &head.ram, &rounds);
-        let parts = Parts { rounds: &rounds, meter: &meter, ram: &ram };
+        let shared = Shared { rounds: &rounds, meter: &meter, ram: &ram };
         let channels = channels.into_iter().map(channel).collect();
         let mut ended = None;
-        let done = parts.receive(self.workers, channels, |writer| {
+        let done = shared.receive(self.workers, channels, |writer| {
             let stream = StreamWork {
                 ram: &head.ram,
                 writer,
@@ -138,20 +138,20 @@ impl StreamReceiver<'_> {
 
 /// What the stream and all channels share.
 #[derive(Clone, Copy)]
-struct Parts<'a> {
+struct Shared<'a> {
     rounds: &'a Rounds<'a>,
     meter: &'a Meter<'a>,
     ram: &'a ReceivedRam,
 }
 
 /// What one part has received.
-enum Part {
+enum ReceivedPart {
     /// By the stream: what follows RAM, and what was written.
     Stream(Vec<u8>, Counts),
     Channel(ChannelCounts),
 }
 
-impl<'a> Parts<'a> {
+impl<'a> Shared<'a> {
     /// Receives by the stream and by all channels, each in a thread; if one fails or panics, the
     /// others stop.
     ///
@@ -171,15 +171,15 @@ impl<'a> Parts<'a> {
             let writer = PageWriter::new(self.ram, lane, is_alone);
             self.rounds.take_part(|| match number.checked_sub(1) {
                 None => {
-                    let received = taken(&stream)(writer);
+                    let received = take_work(&stream)(writer);
                     self.rounds.stream_ends();
-                    received.map(|(devices, counts)| Part::Stream(devices, counts))
+                    received.map(|(devices, counts)| ReceivedPart::Stream(devices, counts))
                 }
                 Some(number) => {
                     let received =
-                        taken(&channels[number]).receive(writer, |bytes| self.meter.add(bytes));
+                        take_work(&channels[number]).receive(writer, |bytes| self.meter.add(bytes));
                     let number = u8::try_from(number).expect("at most Channels::MAX");
-                    received.map(Part::Channel).map_err(|error| error.of_channel(number))
+                    received.map(ReceivedPart::Channel).map_err(|error| error.of_channel(number))
                 }
             })
         };
@@ -188,11 +188,11 @@ impl<'a> Parts<'a> {
         let (mut devices, mut counts, mut channel_bytes) = (None, Counts::default(), 0);
         for part in received.ok()? {
             match part? {
-                Part::Stream(bytes, pages) => {
+                ReceivedPart::Stream(bytes, pages) => {
                     devices = Some(bytes);
                     counts += pages;
                 }
-                Part::Channel(channel) => {
+                ReceivedPart::Channel(channel) => {
                     counts += channel.pages;
                     channel_bytes += channel.stream_bytes;
                 }
@@ -203,7 +203,7 @@ impl<'a> Parts<'a> {
 }
 
 /// Takes the work of a thread, which runs once.
-fn taken<T>(part: &Mutex<Option<T>>) -> T {
+fn take_work<T>(part: &Mutex<Option<T>>) -> T {
     let part = part.lock().unwrap_or_else(PoisonError::into_inner).take();
     part.expect("each thread has its own number")
 }

@@ -34,7 +34,7 @@ const INTERVAL: Duration = Duration::from_millis(10);
 const BREAK: &[u8] = b"\x01\n";
 
 /// The memory in which a will is kept and carried out; allocated before there is a child.
-pub(super) struct Room {
+pub(super) struct Workspace {
     will: Box<[u8]>,
     /// Bytes of `will` that the newest will has.
     will_len: usize,
@@ -52,17 +52,17 @@ struct Seen {
 }
 
 /// A line to send, the bytes that its answer contains, and how long to wait for it.
-struct Asking<'a> {
+struct Query<'a> {
     line: &'a [u8],
     answer: &'a [u8],
     deadline: Option<Instant>,
 }
 
-impl Room {
-    pub(super) fn new() -> Room {
+impl Workspace {
+    pub(super) fn new() -> Workspace {
         let will = vec![0; WILL_LEN_MAX].into_boxed_slice();
         let answer = vec![0; ANSWER_LEN].into_boxed_slice();
-        Room { will, will_len: 0, answer, kept: Kept::new() }
+        Workspace { will, will_len: 0, answer, kept: Kept::new() }
     }
 
     /// Takes each new will, until the other process closes its end or dismisses the guardian;
@@ -91,7 +91,7 @@ impl Room {
 
     /// Carries out the will over `socket`.
     pub(super) fn carry_out(&mut self, socket: BorrowedFd<'_>) {
-        let Room { will, will_len, answer, kept } = self;
+        let Workspace { will, will_len, answer, kept } = self;
         let mut reader = Reader(will.get(1..*will_len).unwrap_or_default());
         let mut peer = Peer { socket, has_spoken: false, answer, kept };
         let mut progress = Progress { last: false, is_over: false };
@@ -119,29 +119,29 @@ fn carry_out_one<'a>(
 ) -> Option<&'a [u8]> {
     match reader.byte()? {
         ASK => {
-            let asking = asking(reader)?;
+            let query = read_query(reader)?;
             if !progress.is_over {
-                peer.ask(&asking, &[]);
+                peer.ask(&query, &[]);
             }
         }
         kind @ (AWAIT | AWAIT_NONE | ONLY_IF) => {
-            let asking = asking(reader)?;
+            let query = read_query(reader)?;
             let mut words: [&[u8]; WORDS_MAX] = [&[]; WORDS_MAX];
             let words = read_words(reader, &mut words)?;
             if progress.is_over {
                 progress.last = false;
             } else if kind == ONLY_IF {
-                let seen = peer.ask(&asking, words).unwrap_or_default();
+                let seen = peer.ask(&query, words).unwrap_or_default();
                 progress.is_over = !(seen.answer && seen.word);
             } else {
-                progress.last = peer.ask_until(&asking, words, kind == AWAIT);
+                progress.last = peer.ask_until(&query, words, kind == AWAIT);
             }
         }
         AWAIT_STILL => {
-            let asking = asking(reader)?;
+            let query = read_query(reader)?;
             let (from, quiet) = (reader.bytes()?, reader.milliseconds()?);
             if !progress.is_over {
-                peer.ask_until_still(&asking, from, quiet);
+                peer.ask_until_still(&query, from, quiet);
             }
         }
         UNLESS_NAMED => {
@@ -178,10 +178,10 @@ fn read_words<'a, 'r>(
     Some(room.get(..count.min(WORDS_MAX)).unwrap_or_default())
 }
 
-fn asking<'a>(reader: &mut Reader<'a>) -> Option<Asking<'a>> {
+fn read_query<'a>(reader: &mut Reader<'a>) -> Option<Query<'a>> {
     let limit = reader.milliseconds()?;
     let (line, answer) = (reader.bytes()?, reader.bytes()?);
-    Some(Asking { line, answer, deadline: Instant::now().checked_add(limit) })
+    Some(Query { line, answer, deadline: Instant::now().checked_add(limit) })
 }
 
 /// The socket that lines are sent to, and the connections that are kept open meanwhile.
@@ -194,15 +194,15 @@ struct Peer<'a> {
 }
 
 impl Peer<'_> {
-    /// Sends the line until its answer contains one of `words`, or none of them unless `is_wanted`;
-    /// returns whether it did in time.
-    fn ask_until(&mut self, asking: &Asking<'_>, words: &[&[u8]], is_wanted: bool) -> bool {
+    /// Sends the line until its answer contains one of `words`, or, unless `is_wanted`, none of
+    /// them; returns whether that happened in time.
+    fn ask_until(&mut self, query: &Query<'_>, words: &[&[u8]], is_wanted: bool) -> bool {
         loop {
-            let Some(seen) = self.ask(asking, words) else { return false };
+            let Some(seen) = self.ask(query, words) else { return false };
             if seen.answer && seen.word == is_wanted {
                 return true;
             }
-            if left(asking.deadline).is_none() {
+            if left(query.deadline).is_none() {
                 return false;
             }
             self.rest(INTERVAL);
@@ -210,15 +210,15 @@ impl Peer<'_> {
     }
 
     /// Sends the line until the part of its answer that begins with `from` has been the same for
-    /// `quiet`; `None` if it was not in time.
-    fn ask_until_still(&mut self, asking: &Asking<'_>, from: &[u8], quiet: Duration) -> Option<()> {
-        let mut part = self.ask(asking, &[from])?.part;
+    /// `quiet`; `None` if that did not happen in time.
+    fn ask_until_still(&mut self, query: &Query<'_>, from: &[u8], quiet: Duration) -> Option<()> {
+        let mut part = self.ask(query, &[from])?.part;
         let mut since = Instant::now();
         while since.elapsed() < quiet {
-            left(asking.deadline)?;
+            left(query.deadline)?;
             self.rest(INTERVAL);
             let before = part;
-            part = self.ask(asking, &[from])?.part;
+            part = self.ask(query, &[from])?.part;
             if part != before {
                 since = Instant::now();
             }
@@ -227,17 +227,17 @@ impl Peer<'_> {
     }
 
     /// Sends the line and reads up to its answer; `None` if the socket has ended.
-    fn ask(&mut self, asking: &Asking<'_>, words: &[&[u8]]) -> Option<Seen> {
+    fn ask(&mut self, query: &Query<'_>, words: &[&[u8]]) -> Option<Seen> {
         if !self.has_spoken {
             put(self.socket, BREAK, None);
             self.has_spoken = true;
         }
-        put(self.socket, asking.line, asking.deadline)?;
+        put(self.socket, query.line, query.deadline)?;
         let mut len = 0;
         let mut seen = Seen::default();
         loop {
             while let Some(end) = self.answer.get(..len)?.iter().position(|&byte| byte == b'\n') {
-                seen.look(self.answer.get(..end)?, asking.answer, words);
+                seen.look(self.answer.get(..end)?, query.answer, words);
                 self.answer.copy_within(end + 1..len, 0);
                 len -= end + 1;
                 if seen.answer {
@@ -248,12 +248,12 @@ impl Peer<'_> {
             }
             if len == self.answer.len() {
                 // A long line: search what has come of it, and keep only its end.
-                seen.look(self.answer, asking.answer, words);
+                seen.look(self.answer, query.answer, words);
                 let kept = len.checked_sub(WORD_LEN_MAX)?;
                 self.answer.copy_within(kept..len, 0);
                 len = WORD_LEN_MAX;
             }
-            if !self.wait_for_words(asking.deadline) {
+            if !self.wait_for_words(query.deadline) {
                 return Some(Seen::default());
             }
             match recv(self.socket, self.answer.get_mut(len..)?, RecvFlags::DONTWAIT) {
@@ -300,7 +300,8 @@ fn holds(line: &[u8], word: &[u8]) -> bool {
     !word.is_empty() && line.windows(word.len()).any(|window| window == word)
 }
 
-/// Returns a checksum (FNV-1a) of the part of `line` from `from` to the next `}`; 0 if there is none.
+/// Returns a checksum (FNV-1a) of the part of `line` from `from` to the next `}`; 0 if there is
+/// none.
 fn checksum(line: &[u8], from: &[u8]) -> u64 {
     let start = line.windows(from.len().max(1)).position(|window| window == from);
     let Some(part) = start.and_then(|start| line.get(start..)) else { return 0 };

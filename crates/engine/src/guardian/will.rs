@@ -133,26 +133,26 @@ impl Step {
         match self {
             Step::Ask { line, answer, limit } => {
                 into.push(ASK);
-                put_asking(into, line, answer, *limit);
+                put_query(into, line, answer, *limit);
             }
             Step::Await { line, answer, words, limit } => {
                 into.push(AWAIT);
-                put_asking(into, line, answer, *limit);
+                put_query(into, line, answer, *limit);
                 put_words(into, words);
             }
             Step::AwaitNone { line, answer, words, limit } => {
                 into.push(AWAIT_NONE);
-                put_asking(into, line, answer, *limit);
+                put_query(into, line, answer, *limit);
                 put_words(into, words);
             }
             Step::OnlyIf { line, answer, words, limit } => {
                 into.push(ONLY_IF);
-                put_asking(into, line, answer, *limit);
+                put_query(into, line, answer, *limit);
                 put_words(into, words);
             }
             Step::AwaitStill { line, answer, from, quiet, limit } => {
                 into.push(AWAIT_STILL);
-                put_asking(into, line, answer, *limit);
+                put_query(into, line, answer, *limit);
                 put(into, from);
                 put_duration(into, *quiet);
             }
@@ -177,7 +177,7 @@ impl Step {
     }
 }
 
-fn put_asking(into: &mut Vec<u8>, line: &[u8], answer: &[u8], limit: Duration) {
+fn put_query(into: &mut Vec<u8>, line: &[u8], answer: &[u8], limit: Duration) {
     put_duration(into, limit);
     put(into, line);
     put(into, answer);

@@ -62,8 +62,8 @@ pub struct Pin {
     pub value: String,
 }
 
-/// Returns the devices with an id or from `-device`, in the order in which QEMU makes them: those in
-/// words, those of other options, those in JSON (7.2 to 11.1).
+/// Returns the devices with an id or from `-device`, in the order in which QEMU makes them: those
+/// in words, those of other options, those in JSON (7.2 to 11.1).
 pub(super) fn devices(line: &CommandLine) -> Vec<LineDevice> {
     let mut in_words = Vec::new();
     let mut of_drives = Vec::new();

@@ -1,8 +1,8 @@
 //! The drives that a command line makes, and the images that it names for them.
 //!
 //! QEMU has a dozen ways to write the same: `-drive` with a path, with dotted keys or with JSON in
-//! `file=`, `-hda` and its relatives, a bare image, and trees of `-blockdev` nodes in words or JSON.
-//! All are read into one tree of nodes, and a chain of images is followed in it.
+//! `file=`, `-hda` and its relatives, a bare image, and trees of `-blockdev` nodes in words or
+//! JSON. All are read into one tree of nodes, and a chain of images is followed in it.
 
 use serde_json::{Map, Value};
 
@@ -258,7 +258,7 @@ impl Nodes {
 
     /// Follows the node of the argument `root` down to its image, and returns where the node of the
     /// format and that of the file stand. They are the same if there is no node of a format.
-    pub(super) fn way_down(&self, root: usize) -> Option<(NodeAt, NodeAt)> {
+    pub(super) fn image_nodes(&self, root: usize) -> Option<(NodeAt, NodeAt)> {
         let tree_at = |index: usize| self.0.iter().find(|(at, _)| *at == index);
         let mut node = &tree_at(root)?.1;
         let mut at = NodeAt { argument: root, depth: 0 };
@@ -379,8 +379,8 @@ fn flash_chips(line: &CommandLine) -> Vec<Device> {
     chips
 }
 
-/// Gives drives their ids as QEMU does (`blockdev.c`, 7.2 to 11.1): the interface, then the bus, the
-/// kind of medium, and the place on the bus, each where there is one.
+/// Gives drives their ids as QEMU does (`blockdev.c`, 7.2 to 11.1): the interface, then the bus,
+/// the kind of medium, and the place on the bus, each where there is one.
 struct Units {
     default_interface: &'static str,
     ide_units: usize,

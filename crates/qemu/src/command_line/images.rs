@@ -11,10 +11,11 @@ use crate::vm::RAW_WINDOW;
 
 /// Keys of a node that belong to the image that was there: what lies below or beside it, and how it
 /// is decrypted.
-const OF_THE_OLD: [&str; 5] = ["backing", "encrypt", "key-secret", "data-file", "data-file-raw"];
+const OLD_IMAGE_KEYS: [&str; 5] =
+    ["backing", "encrypt", "key-secret", "data-file", "data-file-raw"];
 
 /// Keys that only the format qcow2 has (QEMU 7.2 to 11.1).
-const OF_QCOW2: [&str; 11] = [
+const QCOW2_KEYS: [&str; 11] = [
     "cache-clean-interval",
     "cache-size",
     "discard-no-unref",
@@ -88,7 +89,7 @@ impl CommandLine {
                 let Some(argument) = self.arguments.get_mut(index) else { return Ok(()) };
                 let mut tree = own_keys(argument).map(|keys| drive_tree(&keys)).unwrap_or_default();
                 if let Some(tree) = tree.as_object_mut() {
-                    forget(tree);
+                    remove_image_keys(tree);
                     tree.retain(|key, _| !matches!(key.as_str(), "file" | "filename" | "driver"));
                 }
                 write_drive(argument, &tree);
@@ -167,7 +168,7 @@ impl CommandLine {
         path: &str,
         medium: &Medium,
     ) -> Result<(), &'static str> {
-        let Some((format, protocol)) = Nodes::of(self).way_down(root) else {
+        let Some((format, protocol)) = Nodes::of(self).image_nodes(root) else {
             return Err("its nodes lead to no image");
         };
         let driver = if medium.is_device { "host_device" } else { "file" };
@@ -304,16 +305,18 @@ fn is_of_any_node(key: &str) -> bool {
 }
 
 /// Removes what belongs to the image that was there.
-fn forget(node: &mut Map<String, Value>) {
-    node.retain(|key, _| !OF_THE_OLD.contains(&key.as_str()) && !OF_QCOW2.contains(&key.as_str()));
+fn remove_image_keys(node: &mut Map<String, Value>) {
+    node.retain(|key, _| {
+        !OLD_IMAGE_KEYS.contains(&key.as_str()) && !QCOW2_KEYS.contains(&key.as_str())
+    });
 }
 
 fn change_format(node: &mut Map<String, Value>, format: &str) {
     let is_same = node.get("driver").and_then(Value::as_str) == Some(format);
     if is_same {
-        node.retain(|key, _| !OF_THE_OLD.contains(&key.as_str()));
+        node.retain(|key, _| !OLD_IMAGE_KEYS.contains(&key.as_str()));
     } else {
-        forget(node);
+        remove_image_keys(node);
     }
     node.insert("driver".to_owned(), format.into());
 }

@@ -40,7 +40,8 @@ impl Keys {
         Keys(keys)
     }
 
-    /// Returns the scalars of a tree by their keys, those of nested objects by keys joined with dots.
+    /// Returns the scalars of a tree by their keys, those of nested objects by keys joined with
+    /// dots.
     pub(super) fn of(tree: &Value) -> Keys {
         let mut keys = Vec::new();
         flatten(tree, "", &mut keys);

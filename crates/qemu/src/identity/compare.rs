@@ -1,4 +1,5 @@
-//! Compares a VM with its command line: what it has that the line would not make, and what it lacks.
+//! Compares a VM with its command line: what it has that the line would not make, and what it
+//! lacks.
 
 use std::collections::BTreeSet;
 

@@ -1,7 +1,7 @@
 //! Compares the images in the drives with those that the command line puts there.
 //!
-//! Files are compared as QEMU's process finds them, so that links, `..` and several names of one file
-//! make no difference.
+//! Files are compared as QEMU's process finds them, so that links, `..` and several names of one
+//! file make no difference.
 
 use std::os::fd::AsFd as _;
 use std::path::{Component, Path, PathBuf};

@@ -4,7 +4,7 @@ use serde_json::{Map, Value, json};
 
 use super::difference::{Difference, Remedy};
 use super::parts::Device;
-use super::questions::{Made, back_end, human};
+use super::questions::{OptionsOrReason, back_end, human_command};
 use crate::command_line::CommandLine;
 use crate::vm::{Vm, VmError};
 
@@ -25,13 +25,13 @@ pub(super) fn netdev(
     device: &Device,
     object: &mut Map<String, Value>,
     line: &CommandLine,
-) -> Result<Made, VmError> {
+) -> Result<OptionsOrReason, VmError> {
     let Some(name) = back_end(vm, device, "netdev")? else { return Ok(Ok(Vec::new())) };
     object.insert("netdev".to_owned(), json!(name));
     if line.defines(&name) {
         return Ok(Ok(Vec::new()));
     }
-    let network = human(vm, "info network")?;
+    let network = human_command(vm, "info network")?;
     option(vm, &network, &name)
 }
 
@@ -42,7 +42,7 @@ pub(super) fn unused(
     line: &CommandLine,
     found: &mut Vec<Difference>,
 ) -> Result<(), VmError> {
-    let network = human(vm, "info network")?;
+    let network = human_command(vm, "info network")?;
     for name in lone_netdevs(&network) {
         if line.defines(name) {
             continue;
@@ -57,11 +57,11 @@ pub(super) fn unused(
 }
 
 /// Returns the option that makes a netdev.
-fn option(vm: &mut Vm, network: &str, name: &str) -> Result<Made, VmError> {
+fn option(vm: &mut Vm, network: &str, name: &str) -> Result<OptionsOrReason, VmError> {
     if !is_plain_user_net(network, name) {
         return Ok(Err(format!("QEMU does not tell the options of its netdev {name}")));
     }
-    if human(vm, "info usernet")?.contains("HOST_FORWARD") {
+    if human_command(vm, "info usernet")?.contains("HOST_FORWARD") {
         return Ok(Err(format!("its netdev {name} may forward ports, which QEMU does not tell")));
     }
     Ok(Ok(vec![("-netdev".to_owned(), format!("user,id={name}"))]))
@@ -101,7 +101,8 @@ mod tests {
 
     #[test]
     fn a_netdev_without_a_card_is_found() {
-        // From QEMU 10.0.2: a hub of `-net nic -net user`, a card with a netdev, and a netdev alone.
+        // From QEMU 10.0.2: a hub of `-net nic -net user`, a card with a netdev, and a netdev
+        // alone.
         let text = "hub 0\r\n \\ hub0port1: #net066: index=0,type=user,net=10.0.2.0,restrict=off\r\n \
             \\ hub0port0: e1000.0: index=0,type=nic,model=e1000,macaddr=52:54:00:12:34:56\r\n\
             nic1: index=0,type=nic,model=virtio-net-pci,macaddr=52:54:00:12:34:57\r\n \

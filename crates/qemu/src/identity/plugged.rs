@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 use super::difference::Remedy;
 use super::networks::netdev;
 use super::parts::{Device, MemoryDevice, Parts};
-use super::questions::{Made, back_end, human};
+use super::questions::{OptionsOrReason, back_end, human_command};
 use crate::command_line::{CommandLine, value_in_json};
 use crate::qmp::unexpected;
 use crate::vm::{OVERLAY_PREFIX, Vm, VmError};
@@ -184,7 +184,7 @@ pub(super) fn place(
     }
     if vm.property(path, "port")?.is_some_and(|port| port.is_string()) {
         let id = path.rsplit('/').next().unwrap_or_default();
-        let usb = human(vm, "info usb")?;
+        let usb = human_command(vm, "info usb")?;
         place.extend(usb_port(&usb, id).map(|port| ("port".to_owned(), port)));
     }
     Ok(place)
@@ -198,7 +198,11 @@ fn usb_port(text: &str, id: &str) -> Option<String> {
 }
 
 /// Returns the options that make the memory behind a DIMM.
-fn memory_backend(vm: &mut Vm, memory: &MemoryDevice, line: &CommandLine) -> Result<Made, VmError> {
+fn memory_backend(
+    vm: &mut Vm,
+    memory: &MemoryDevice,
+    line: &CommandLine,
+) -> Result<OptionsOrReason, VmError> {
     if line.defines(&memory.memdev) {
         return Ok(Ok(Vec::new()));
     }
@@ -225,7 +229,7 @@ fn drive(
     device: &Device,
     object: &mut Map<String, Value>,
     line: &CommandLine,
-) -> Result<Made, VmError> {
+) -> Result<OptionsOrReason, VmError> {
     let name = match back_end(vm, device, "drive")? {
         Some(name) => name,
         // This device gives its drive to a disk that it makes (7.2 to 11.1).
@@ -281,7 +285,7 @@ fn objects(
     device: &Device,
     object: &mut Map<String, Value>,
     line: &CommandLine,
-) -> Result<Made, VmError> {
+) -> Result<OptionsOrReason, VmError> {
     let mut add = Vec::new();
     for key in ["rng", "iothread"] {
         let path = vm.property(&device.path, key)?;
@@ -311,7 +315,7 @@ fn chardev(
     device: &Device,
     object: &mut Map<String, Value>,
     line: &CommandLine,
-) -> Result<Made, VmError> {
+) -> Result<OptionsOrReason, VmError> {
     let Some(name) = back_end(vm, device, "chardev")? else { return Ok(Ok(Vec::new())) };
     if !line.defines(&name) {
         return Ok(Err(format!("QEMU does not tell the options of its chardev {name}")));

@@ -6,9 +6,9 @@ use super::parts::{Device, known};
 use crate::vm::{Vm, VmError};
 
 /// Options that make a device, or why there are none.
-pub(super) type Made = Result<Vec<(String, String)>, String>;
+pub(super) type OptionsOrReason = Result<Vec<(String, String)>, String>;
 
-pub(super) fn human(vm: &mut Vm, command: &str) -> Result<String, VmError> {
+pub(super) fn human_command(vm: &mut Vm, command: &str) -> Result<String, VmError> {
     let answer = known(vm.execute("human-monitor-command", json!({"command-line": command})))?;
     Ok(answer.and_then(|text| Some(text.as_str()?.to_owned())).unwrap_or_default())
 }

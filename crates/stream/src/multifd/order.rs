@@ -1,4 +1,5 @@
-//! Where the pages of a multifd packet stand in the buffer that they are read into and written from.
+//! Where the pages of a multifd packet stand in the buffer that they are read into and written
+//! from.
 
 use vmfile_format::PageIndex;
 use vmfile_format::error::FormatErrorKind;
@@ -16,7 +17,8 @@ pub(crate) struct Order {
 }
 
 impl Order {
-    /// Orders the pages with data of a packet for a buffer of `room` pages, which has room for them.
+    /// Orders the pages with data of a packet for a buffer of `room` pages, which has room for
+    /// them.
     ///
     /// Zero pages of the packet that lie between them get places too, as far as there is room: then
     /// one write takes all of them. No other channel sends those pages in this round.
