@@ -44,11 +44,7 @@ const STEPS: [Step; 11] = [
         shows: "every test that needs no VM",
         run: |workspace, outcome| test_programs(workspace, Kind::Other, outcome),
     },
-    Step {
-        name: "api",
-        shows: "the public face of the library is the recorded one",
-        run: api::run,
-    },
+    Step { name: "api", shows: "the public API of the library is the recorded one", run: api::run },
     Step { name: "doctest", shows: "the examples in the documentation", run: doctest },
     Step {
         name: "loops",

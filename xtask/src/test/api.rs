@@ -36,12 +36,12 @@ pub(super) fn run(workspace: &Workspace, outcome: &mut Outcome) -> Result<(), Bo
     let recorded = fs::read_to_string(&version_path).unwrap_or_default();
     if !is_blessed && recorded.trim() != version {
         let reason = format!("recorded with rustc {}, this is {version}", recorded.trim());
-        outcome.skip("api", "the public face of the library", &reason);
+        outcome.skip("api", "the public API of the library", &reason);
         return Ok(());
     }
     let mut changed = Vec::new();
     for name in CRATES {
-        let (path, shown) = (directory.join(format!("{name}.txt")), face(workspace, name)?);
+        let (path, shown) = (directory.join(format!("{name}.txt")), api_of(workspace, name)?);
         if is_blessed {
             fs::create_dir_all(&directory)?;
             fs::write(&path, &shown)?;
@@ -58,17 +58,17 @@ pub(super) fn run(workspace: &Workspace, outcome: &mut Outcome) -> Result<(), Bo
         fs::write(version_path, format!("{version}\n"))?;
     }
     if changed.is_empty() {
-        say(&format!("the public face of {} crates is the recorded one", CRATES.len()));
+        say(&format!("the public API of {} crates is the recorded one", CRATES.len()));
         return Ok(());
     }
     let names = changed.join(", ");
-    Err(format!("{names}: the public face changed; {BLESS}=1 cargo xtask test api records it")
+    Err(format!("{names}: the public API changed; {BLESS}=1 cargo xtask test api records it")
         .into())
 }
 
 /// Returns the API of a crate: a line for each item, without blanket, auto-trait and derived
 /// implementations.
-fn face(workspace: &Workspace, name: &str) -> Result<String, Box<dyn Error>> {
+fn api_of(workspace: &Workspace, name: &str) -> Result<String, Box<dyn Error>> {
     // Uses a directory of its own, because a build with RUSTC_BOOTSTRAP differs from that of the
     // other steps.
     let directory = workspace.target().join("api");
