@@ -25,6 +25,7 @@ mod qemu;
 mod qmp;
 mod random;
 mod require;
+mod saved;
 mod slow_disk;
 pub mod verbs;
 
@@ -38,6 +39,7 @@ pub use qemu::{Qemu, Release, Version};
 pub use qmp::Monitor;
 pub use random::Random;
 pub use require::{Missing, root};
+pub use saved::Saved;
 pub use slow_disk::SlowDisk;
 
 use std::error::Error;

@@ -1,4 +1,4 @@
-//! A guest that sends itself to `receive`.
+//! A guest that QEMU sends or takes, and a guest that sends itself to `receive`.
 
 use std::path::Path;
 use std::thread;
@@ -9,7 +9,7 @@ use vmfile::Control;
 use vmfile::receive::{ReceiveError, ReceiveOptions, ReceiveReport, StreamFrom, receive};
 
 use crate::verbs::{check_is_clean, load, map};
-use crate::{Guest, GuestConfig, Qemu, TestResult};
+use crate::{Guest, GuestConfig, Qemu, Saved, TestResult};
 
 /// What a receive came to.
 pub type Outcome = Result<ReceiveReport, ReceiveError>;
@@ -44,9 +44,79 @@ pub fn send_to(
         assert!(Instant::now() < deadline, "the receiver listens");
         thread::sleep(Duration::from_millis(5));
     }
-    guest.qmp("migrate", json!({ "uri": uri }))?;
-    let status = wait_for_migration(guest)?;
+    let status = migrate(guest, &uri)?;
     Ok((receiver.join().expect("no panic"), status))
+}
+
+/// Lets the guest send itself to `receive`, as [`send_to`], and expects that nothing fails.
+///
+/// # Errors
+///
+/// Whatever the library or QEMU says.
+///
+/// # Panics
+///
+/// If QEMU says that it has not sent all, and as [`send_to`].
+pub fn received(guest: &mut Guest, options: &ReceiveOptions) -> TestResult<Saved<ReceiveReport>> {
+    Saved::by(guest, |guest, file| {
+        let (received, status) = send_to(guest, file, options)?;
+        let report = received?;
+        assert_eq!(status["status"], "completed", "{status}");
+        Ok(report)
+    })
+}
+
+/// Lets QEMU send the guest to `uri`, and waits as [`wait_for_migration`].
+///
+/// # Errors
+///
+/// Whatever QEMU says.
+pub fn migrate(guest: &mut Guest, uri: &str) -> TestResult<Value> {
+    guest.qmp("migrate", json!({ "uri": uri }))?;
+    wait_for_migration(guest)
+}
+
+/// Lets QEMU send the guest to `uri`, which must take all.
+///
+/// # Errors
+///
+/// Whatever QEMU says, and that it failed.
+pub fn migrate_all(guest: &mut Guest, uri: &str) -> TestResult {
+    guest.qmp("migrate", json!({ "uri": uri }))?;
+    wait_until_complete(guest)
+}
+
+/// Waits until QEMU has sent or taken all.
+///
+/// # Errors
+///
+/// Whatever QEMU says, and that it failed.
+pub fn wait_until_complete(guest: &mut Guest) -> TestResult {
+    let answer = wait_for_migration(guest)?;
+    if answer["status"] == "completed" { Ok(()) } else { Err(format!("QEMU: {answer}").into()) }
+}
+
+/// Has QEMU write the guest to `uri`, a file of the form mapped RAM.
+///
+/// # Errors
+///
+/// Whatever QEMU says.
+pub fn qemu_writes(guest: &mut Guest, uri: &str) -> TestResult {
+    set_capability(guest, "mapped-ram")?;
+    migrate_all(guest, uri)
+}
+
+/// Has QEMU read a guest from a file of the form mapped RAM, with nothing of ours.
+///
+/// # Errors
+///
+/// Whatever QEMU says.
+pub fn qemu_reads(qemu: &Qemu, config: &GuestConfig, file: &Path) -> TestResult<Guest> {
+    let mut guest = config.incoming(qemu, "defer")?;
+    set_capability(&mut guest, "mapped-ram")?;
+    guest.qmp("migrate-incoming", json!({ "uri": format!("file:{}", file.display()) }))?;
+    wait_until_complete(&mut guest)?;
+    Ok(guest)
 }
 
 /// Waits until QEMU has sent all or given up; returns what it says of it.

@@ -10,7 +10,7 @@ use vmfile::save::{SaveOptions, SaveReport};
 use vmfile::{Control, RestoreError, Snapshot, Vm};
 use vmfile_format::manifest::VmMeta;
 
-use crate::{Guest, GuestConfig, Qemu, TestResult};
+use crate::{Guest, GuestConfig, Prepared, Qemu, TestResult};
 
 /// Saves the guest and ends its QEMU.
 ///
@@ -89,12 +89,8 @@ pub fn stream(qemu: &Qemu, config: &GuestConfig, file: &Path) -> TestResult<Gues
 /// If another mode was taken.
 pub fn restore(qemu: &Qemu, config: &GuestConfig, file: &Path, mode: Mode) -> TestResult<Guest> {
     let prepared = config.prepare(qemu)?;
-    let words = prepared.command_line();
-    let words = words.into_iter().map(|word| word.into_string().expect("UTF-8")).collect();
-    let snapshot = Snapshot::open(file, 0)?;
     let options = RestoreOptions::default().mode(mode).disks_changed_ok(true);
-    let destination = Destination::Command(words);
-    let restored = vmfile::restore::restore(&snapshot, destination, &options, &Control::none())?;
+    let restored = restore_given(&prepared, file, &options)?;
     let expected = match mode {
         Mode::Map => Some(ModeUsed::Map),
         Mode::Load => Some(ModeUsed::Load),
@@ -104,6 +100,40 @@ pub fn restore(qemu: &Qemu, config: &GuestConfig, file: &Path, mode: Mode) -> Te
     assert!(expected.is_none_or(|mode| mode == restored.report.mode), "{:?}", restored.report);
     drop(restored.qemu.expect("a QEMU was started").detach());
     prepared.attach()
+}
+
+/// Restores into a QEMU that is started with a command line that the user gave.
+///
+/// # Errors
+///
+/// Whatever the library says.
+///
+/// # Panics
+///
+/// If the command line is no UTF-8.
+pub fn restore_given(
+    prepared: &Prepared,
+    file: &Path,
+    options: &RestoreOptions,
+) -> Result<Restored, RestoreError> {
+    let words = prepared.command_line().into_iter();
+    let words = words.map(|word| word.into_string().expect("UTF-8")).collect();
+    let snapshot = Snapshot::open(file, 0)?;
+    vmfile::restore::restore(&snapshot, Destination::Command(words), options, &Control::none())
+}
+
+/// Restores into a QEMU that waits.
+///
+/// # Errors
+///
+/// Whatever the library says.
+pub fn restore_into(
+    waiting: &Guest,
+    snapshot: &Snapshot,
+    options: &RestoreOptions,
+) -> TestResult<Restored> {
+    let destination = Destination::Waiting(Vm::connect(&waiting.qmp_path())?);
+    Ok(vmfile::restore::restore(snapshot, destination, options, &Control::none())?)
 }
 
 /// Restores into a QEMU that is started with the saved command line.

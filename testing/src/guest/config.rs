@@ -342,6 +342,12 @@ impl Prepared {
         [program].into_iter().chain(self.arguments.iter().cloned()).collect()
     }
 
+    /// Returns the directory of this VM's sockets and logs, which its command line names.
+    #[must_use]
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
     /// Returns the QMP socket of this VM for the program under test.
     #[must_use]
     pub fn qmp_path(&self) -> PathBuf {
