@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 use vmfile::error::SaveError;
+use vmfile::restore::Mode;
 use vmfile::save::{After, Live, LiveMethod, Route, RouteUsed, SaveOptions, SaveReport};
 use vmfile_qemu::{Outgoing, Vm};
 use vmfile_testing::migration::{set_capability, set_parameter};
-use vmfile_testing::verbs::{check_is_clean, load, map, save_with};
 use vmfile_testing::{Guest, GuestConfig, Machine, Qemu, Ram, Release, TestResult, requires};
 
 fn live() -> SaveOptions {
@@ -36,37 +36,24 @@ fn round_trip_of(
     options: &SaveOptions,
     is_it: impl Fn(&SaveReport) -> bool,
 ) -> TestResult<SaveReport> {
-    let mut guest = config.boot(source)?;
-    let before = guest.wait_for_count(2)?;
-    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
-    let file = directory.path().join("vm.vmf");
+    let mut guest = config.boot_to(source, 2)?;
     let settings = guest.qmp("query-migrate-capabilities", json!({}))?;
-    let mut report = save_with(&guest, &file, options)?;
+    let mut saved = guest.save(options)?;
     for _ in 1..50 {
-        if is_it(&report) {
+        if is_it(&saved.report) {
             break;
         }
-        fs::remove_file(&file)?;
-        report = save_with(&guest, &file, options)?;
+        saved = guest.save(options)?;
     }
-    assert!(report.live && is_it(&report), "{report:?}");
-    assert_eq!(guest.status()?, "running");
+    let report = &saved.report;
+    assert!(report.live && is_it(report), "{report:?}");
     assert_eq!(guest.qmp("query-migrate-capabilities", json!({}))?, settings);
-    let saved = guest.wait_for_passes(2)?;
-    guest.judge_counts()?;
+    guest.runs_on(2)?;
     drop(guest);
-    check_is_clean(&file)?;
-    let room = fs::metadata(&file)?.blocks() * 512;
+    let room = fs::metadata(&saved.file)?.blocks() * 512;
     assert!(room < (report.pages_total * 4096) + (16 << 20), "{room} bytes: {report:?}");
-
-    for restore in [map, load] {
-        let guest = restore(destination, config, &file)?;
-        let after = guest.wait_for_passes(2)?;
-        assert!(after.number > before.number, "{} after {}", after.number, before.number);
-        assert!(after.number <= saved.number + 2, "an earlier moment than {}", saved.number);
-        guest.judge_counts()?;
-    }
-    Ok(report)
+    saved.comes_back(destination, [Mode::Map, Mode::Load])?;
+    Ok(saved.report)
 }
 
 #[test]
@@ -113,34 +100,23 @@ fn a_guest_that_is_too_busy_is_given_up_and_runs_on() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
     let ram_directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
     let config = Guest::boot_sector(Ram::file(64, ram_directory.path())).seed(114).busy();
-    let mut guest = config.boot(&qemu)?;
-    guest.wait_for_count(1)?;
-    let directory = tempfile::tempdir()?;
+    let mut guest = config.boot_to(&qemu, 1)?;
     let live =
         Live::default().timeout(Duration::from_millis(20)).pause_max(Duration::from_millis(1));
-    let options = self::live().live(Some(live));
-    let error = save_with(&guest, &directory.path().join("vm.vmf"), &options).expect_err("busy");
-    let error = error.downcast::<SaveError>()?;
-    assert!(matches!(*error, SaveError::NotConverged { .. }), "{error}");
-    assert_eq!(fs::read_dir(directory.path())?.count(), 0);
-    assert_eq!(guest.status()?, "running");
-    guest.wait_for_passes(2)?;
-    guest.judge_counts()
+    let error = guest.save_fails(&self::live().live(Some(live)))?;
+    assert!(matches!(error, SaveError::NotConverged { .. }), "{error}");
+    guest.runs_on(2)
 }
 
 #[test]
 fn a_paused_guest_is_saved_as_it_is_and_the_direct_route_is_refused() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
-    let mut guest = Guest::boot_sector(Ram::private(64)).seed(115).boot(&qemu)?;
-    guest.wait_for_count(1)?;
-    let directory = tempfile::tempdir()?;
-    let file = directory.path().join("vm.vmf");
-    let options = live().route(Route::Direct);
-    let error = save_with(&guest, &file, &options).expect_err("direct pauses");
-    assert!(matches!(*error.downcast::<SaveError>()?, SaveError::NotLive { .. }));
+    let mut guest = Guest::boot_sector(Ram::private(64)).seed(115).boot_to(&qemu, 1)?;
+    let error = guest.save_fails(&live().route(Route::Direct))?;
+    assert!(matches!(error, SaveError::NotLive { .. }), "{error}");
     assert_eq!(guest.status()?, "running");
     guest.stop()?;
-    let report = save_with(&guest, &file, &live())?;
+    let report = guest.save(&live())?.report;
     assert!(!report.live && report.route == RouteUsed::Direct, "{report:?}");
     assert_eq!(guest.status()?, "paused");
     Ok(())
@@ -154,8 +130,7 @@ fn a_migration_that_waits_before_its_switchover_is_cancelled() -> TestResult {
     for release in [Release::Oldest, Release::Distribution] {
         let qemu =
             if release == Release::Oldest { requires!(Qemu::of(release)) } else { qemu.clone() };
-        let mut guest = Guest::boot_sector(Ram::private(64)).seed(151).boot(&qemu)?;
-        guest.wait_for_count(1)?;
+        let mut guest = Guest::boot_sector(Ram::private(64)).seed(151).boot_to(&qemu, 1)?;
         set_capability(&mut guest, "pause-before-switchover")?;
         set_parameter(&mut guest, "max-bandwidth", json!(0))?;
         guest.qmp("migrate", json!({ "uri": "exec:cat > /dev/null" }))?;
@@ -171,8 +146,7 @@ fn a_migration_that_waits_before_its_switchover_is_cancelled() -> TestResult {
         if guest.status()? != "running" {
             guest.resume()?;
         }
-        guest.wait_for_passes(2)?;
-        guest.judge_counts()?;
+        guest.counts_on(2)?;
     }
     Ok(())
 }

@@ -8,47 +8,31 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde_json::{Value, json};
 use vmfile::error::SaveError;
+use vmfile::restore::Mode;
 use vmfile::save::{After, Route, RouteUsed, SaveOptions};
 use vmfile::{Channels, Control, DirectIo, Progress, Snapshot, Vm};
-use vmfile_testing::verbs::{check_is_clean, load, map, pages, save_with};
+use vmfile_testing::migration::{qemu_reads, set_capability};
+use vmfile_testing::verbs::{check_is_clean, pages};
 use vmfile_testing::{
-    Guest, GuestConfig, Machine, Mount, Qemu, Ram, Release, TestResult, requires,
+    Guest, GuestConfig, Machine, Mount, Qemu, Ram, Release, Saved, TestResult, requires,
 };
 
 fn by_qemu(after: After) -> SaveOptions {
     SaveOptions::default().route(Route::Native).after(after)
 }
 
-/// QEMU loads the file with nothing of ours.
-fn qemu_loads(qemu: &Qemu, config: &GuestConfig, file: &Path) -> TestResult<Guest> {
-    let mut guest = config.incoming(qemu, "defer")?;
-    let capability = json!([{ "capability": "mapped-ram", "state": true }]);
-    guest.qmp("migrate-set-capabilities", json!({ "capabilities": capability }))?;
-    guest.qmp("migrate-incoming", json!({ "uri": format!("file:{}", file.display()) }))?;
-    Ok(guest)
-}
-
 fn round_trip(qemu: &Qemu, config: &GuestConfig) -> TestResult {
-    let guest = config.boot(qemu)?;
-    let before = guest.wait_for_count(2)?;
-    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
-    let file = directory.path().join("vm.vmf");
-    let report = save_with(&guest, &file, &by_qemu(After::Quit))?;
+    let saved = config.boot_to(qemu, 2)?.save(&by_qemu(After::Quit))?;
+    let report = &saved.report;
     assert_eq!((report.route, report.route_reason.as_str()), (RouteUsed::Native, "asked for"));
     assert!(report.direct_io.to_string().starts_with("yes"), "{}", report.direct_io);
-    drop(guest);
-    check_is_clean(&file)?;
-    let snapshot = Snapshot::open(&file, 0)?;
+    let snapshot = Snapshot::open(&saved.file, 0)?;
     let meta = &snapshot.manifest().ok_or("no manifest")?.meta;
     assert_eq!(meta.route, "native");
     assert!(meta.extents.iter().any(|extent| extent.what == "mark"));
-    for restore in [map, load, qemu_loads] {
-        let guest = restore(qemu, config, &file)?;
-        let after = guest.wait_for_passes(2)?;
-        assert!(after.number > before.number, "{} after {}", after.number, before.number);
-        guest.judge_counts()?;
-    }
-    check_is_clean(&file)
+    saved.comes_back(qemu, [Mode::Map, Mode::Load])?;
+    saved.goes_on_in(&qemu_reads(qemu, config, &saved.file)?)?;
+    check_is_clean(&saved.file)
 }
 
 #[test]
@@ -83,10 +67,8 @@ fn settings(guest: &mut Guest) -> TestResult<(Value, Value)> {
 
 fn both_routes_write_the_same_pages(release: Release) -> TestResult {
     let qemu = requires!(Qemu::of(release));
-    let mut guest = Guest::boot_sector(Ram::private(64)).seed(113).boot(&qemu)?;
-    guest.wait_for_count(1)?;
-    let capability = json!([{ "capability": "xbzrle", "state": true }]);
-    guest.qmp("migrate-set-capabilities", json!({ "capabilities": capability }))?;
+    let mut guest = Guest::boot_sector(Ram::private(64)).seed(113).boot_to(&qemu, 1)?;
+    set_capability(&mut guest, "xbzrle")?;
     // Mapped RAM goes with neither compression nor TLS.
     let parameters = json!({
         "tls-creds": "tls0",
@@ -98,23 +80,20 @@ fn both_routes_write_the_same_pages(release: Release) -> TestResult {
     guest.qmp("migrate-set-parameters", parameters)?;
     let before = settings(&mut guest)?;
     guest.stop()?;
-    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
-    let (direct, native) = (directory.path().join("direct"), directory.path().join("native"));
-    let options = SaveOptions::default().after(After::Pause);
-    save_with(&guest, &direct, &options)?;
+    let direct = guest.save(&SaveOptions::default().after(After::Pause))?;
     let channels = Channels::new(3).ok_or("zero")?;
-    let report = save_with(&guest, &native, &by_qemu(After::Pause).channels(Some(channels)))?;
+    let native = guest.save(&by_qemu(After::Pause).channels(Some(channels)))?;
     assert_eq!(settings(&mut guest)?, before);
     let sets = guest.qmp("query-fdsets", json!({}))?;
     assert_eq!(sets, json!([]), "QEMU keeps no descriptor");
     for block in ["pc.ram", "pc.bios", "/rom@etc/acpi/tables"] {
-        assert!(pages(&direct, block)? == pages(&native, block)?, "{block}");
+        assert!(pages(&direct.file, block)? == pages(&native.file, block)?, "{block}");
     }
     // The direct route writes short gaps of zero pages as zeros; QEMU leaves them out.
-    let room = |file| fs::metadata(file).map(|data| data.blocks() * 512);
+    let room = |saved: &Saved| fs::metadata(&saved.file).map(|data| data.blocks() * 512);
     assert!(room(&native)? < room(&direct)? + (1 << 20));
-    assert!(report.pages_zero > 0 && report.bytes_written > 1 << 20);
-    check_is_clean(&native)
+    assert!(native.report.pages_zero > 0 && native.report.bytes_written > 1 << 20);
+    check_is_clean(&native.file)
 }
 
 #[test]
@@ -130,76 +109,50 @@ fn both_routes_write_the_same_pages_and_leave_the_newest_as_it_was() -> TestResu
 #[test]
 fn a_vm_runs_on_or_comes_back_paused_as_it_was() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
-    let config = Guest::boot_sector(Ram::private(64)).seed(114);
-    let mut guest = config.boot(&qemu)?;
-    guest.wait_for_count(1)?;
-    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
-    let first = directory.path().join("1.vmf");
-    save_with(&guest, &first, &by_qemu(After::Resume))?;
-    assert_eq!(guest.status()?, "running");
-    guest.wait_for_passes(2)?;
-    guest.judge_counts()?;
+    let mut guest = Guest::boot_sector(Ram::private(64)).seed(114).boot_to(&qemu, 1)?;
+    guest.save(&by_qemu(After::Resume))?;
+    guest.runs_on(2)?;
 
     guest.stop()?;
-    let second = directory.path().join("2.vmf");
-    save_with(&guest, &second, &by_qemu(After::Quit))?;
+    let saved = guest.save(&by_qemu(After::Quit))?;
     drop(guest);
-    let mut guest = map(&qemu, &config, &second)?;
-    assert_eq!(guest.status()?, "paused");
-    guest.resume()?;
-    guest.wait_for_passes(2)?;
-    guest.judge_counts()
+    saved.comes_back_paused_on(&qemu, Mode::Map)
 }
 
 #[test]
 fn a_file_system_without_direct_io_is_written_through_the_page_cache() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
     let mount = requires!(Mount::tmpfs(200));
-    let config = Guest::boot_sector(Ram::memfd(64)).seed(115);
-    let guest = config.boot(&qemu)?;
-    guest.wait_for_count(1)?;
-    let file = mount.path().join("vm.vmf");
+    let mut guest = Guest::boot_sector(Ram::memfd(64)).seed(115).boot_to(&qemu, 1)?;
     let required = by_qemu(After::Quit).direct_io(DirectIo::Required);
-    assert!(save_with(&guest, &file, &required).is_err());
-    let report = save_with(&guest, &file, &by_qemu(After::Quit))?;
-    assert_eq!(report.direct_io.to_string(), "no: tmpfs is page cache and nothing else");
+    assert!(guest.save_below(mount.path(), &required).is_err());
+    let saved = guest.save_below(mount.path(), &by_qemu(After::Quit))?;
     drop(guest);
-    check_is_clean(&file)?;
-    let guest = map(&qemu, &config, &file)?;
-    guest.wait_for_passes(2)?;
-    guest.judge_counts()
+    let direct_io = saved.report.direct_io.to_string();
+    assert_eq!(direct_io, "no: tmpfs is page cache and nothing else");
+    saved.comes_back(&qemu, [Mode::Map])
 }
 
 #[test]
 fn direct_io_that_is_not_wanted_is_not_used() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Newest));
-    let guest = Guest::boot_sector(Ram::private(64)).seed(116).boot(&qemu)?;
-    guest.wait_for_count(1)?;
-    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
-    let file = directory.path().join("vm.vmf");
-    let options = by_qemu(After::Quit).direct_io(DirectIo::Off);
-    assert_eq!(save_with(&guest, &file, &options)?.direct_io.to_string(), "no: not asked for");
-    check_is_clean(&file)
+    let mut guest = Guest::boot_sector(Ram::private(64)).seed(116).boot_to(&qemu, 1)?;
+    let saved = guest.save(&by_qemu(After::Quit).direct_io(DirectIo::Off))?;
+    assert_eq!(saved.report.direct_io.to_string(), "no: not asked for");
+    check_is_clean(&saved.file)
 }
 
 #[test]
 fn a_qemu_that_is_too_old_is_refused_and_its_guest_runs_on() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Oldest));
-    let mut guest = Guest::boot_sector(Ram::private(64)).seed(117).boot(&qemu)?;
-    guest.wait_for_count(1)?;
-    let directory = tempfile::tempdir()?;
+    let mut guest = Guest::boot_sector(Ram::private(64)).seed(117).boot_to(&qemu, 1)?;
     let before = settings(&mut guest)?;
-    let error = save_with(&guest, &directory.path().join("vm.vmf"), &by_qemu(After::Quit));
-    let text = error.expect_err("7.2 knows no mapped RAM").to_string();
+    let error = guest.save_fails(&by_qemu(After::Quit))?;
     let found = qemu.version();
     let expected = format!("the route native needs QEMU 9.1.0 or later, found {found}");
-    assert_eq!(text, expected);
-    assert_eq!(guest.status()?, "running");
+    assert_eq!(error.to_string(), expected);
     assert_eq!(settings(&mut guest)?, before);
-    guest.wait_for_passes(2)?;
-    guest.judge_counts()?;
-    assert_eq!(fs::read_dir(directory.path())?.count(), 0);
-    Ok(())
+    guest.runs_on(2)
 }
 
 /// A save that fails, or is stopped once the share `stop_at` is done; the guest must run on, with its
@@ -222,8 +175,7 @@ fn harms_nobody(guest: &mut Guest, directory: &Path, stop_at: f64) -> TestResult
     assert_eq!(guest.status()?, "running", "{error}");
     assert_eq!(settings(guest)?, before, "{error}");
     assert_eq!(guest.qmp("query-fdsets", json!({}))?, json!([]), "{error}");
-    guest.wait_for_passes(2)?;
-    guest.judge_counts()?;
+    guest.counts_on(2)?;
     assert_eq!(fs::read_dir(directory)?.count(), 0, "{error}");
     Ok(error)
 }
@@ -232,8 +184,7 @@ fn a_save_that_fails_harms_nobody(release: Release) -> TestResult {
     let qemu = requires!(Qemu::of(release));
     let mount = requires!(Mount::tmpfs(40));
     let config = Guest::boot_sector(Ram::private(256)).seed(118).data_share(200);
-    let mut guest = config.boot(&qemu)?;
-    guest.wait_for_count(1)?;
+    let mut guest = config.boot_to(&qemu, 1)?;
     let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
     // While QEMU writes, and while vmfile reads.
     for stop_at in [0.0, 0.1, 0.7] {
@@ -243,9 +194,7 @@ fn a_save_that_fails_harms_nobody(release: Release) -> TestResult {
     let error = harms_nobody(&mut guest, mount.path(), 2.0)?;
     assert!(matches!(error, SaveError::NoSpace { .. }), "{error}");
     // And where nothing fails it is saved.
-    let file = directory.path().join("vm.vmf");
-    save_with(&guest, &file, &by_qemu(After::Quit))?;
-    check_is_clean(&file)
+    check_is_clean(&guest.save(&by_qemu(After::Quit))?.file)
 }
 
 #[test]

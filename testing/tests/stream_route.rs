@@ -9,11 +9,13 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use serde_json::{Value, json};
 use vmfile::PagesError;
 use vmfile::error::SaveError;
+use vmfile::restore::Mode;
 use vmfile::save::{After, Route, RouteUsed, SaveOptions};
 use vmfile::{Channels, Control, Progress, Vm};
-use vmfile_testing::verbs::{check_is_clean, load, map, pages, save_with};
+use vmfile_testing::migration::{set_capability, set_parameter};
+use vmfile_testing::verbs::{check_is_clean, pages};
 use vmfile_testing::{
-    Guest, GuestConfig, Machine, Mount, Qemu, Ram, Release, TestResult, requires,
+    Guest, GuestConfig, Machine, Mount, Qemu, Ram, Release, Saved, TestResult, requires,
 };
 
 fn by_stream(after: After) -> SaveOptions {
@@ -21,21 +23,10 @@ fn by_stream(after: After) -> SaveOptions {
 }
 
 fn round_trip(qemu: &Qemu, config: &GuestConfig) -> TestResult {
-    let guest = config.boot(qemu)?;
-    let before = guest.wait_for_count(2)?;
-    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
-    let file = directory.path().join("vm.vmf");
-    let report = save_with(&guest, &file, &by_stream(After::Quit))?;
+    let saved = config.boot_to(qemu, 2)?.save(&by_stream(After::Quit))?;
+    let report = &saved.report;
     assert_eq!((report.route, report.route_reason.as_str()), (RouteUsed::Stream, "asked for"));
-    drop(guest);
-    check_is_clean(&file)?;
-    for restore in [map, load] {
-        let guest = restore(qemu, config, &file)?;
-        let after = guest.wait_for_passes(2)?;
-        assert!(after.number > before.number, "{} after {}", after.number, before.number);
-        guest.judge_counts()?;
-    }
-    Ok(())
+    saved.comes_back(qemu, [Mode::Map, Mode::Load])
 }
 
 #[test]
@@ -54,22 +45,13 @@ fn a_linux_guest_with_shared_ram_comes_back() -> TestResult {
 /// Pages come by channels; what was sent comes back on the installed QEMU.
 fn comes_back_by_channels(source: &Qemu, config: &GuestConfig, channels: u8) -> TestResult {
     let destination = requires!(Qemu::of(Release::Distribution));
-    let mut guest = config.boot(source)?;
-    guest.wait_for_count(2)?;
+    let mut guest = config.boot_to(source, 2)?;
     let settings = guest.qmp("query-migrate-parameters", json!({}))?;
-    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
-    let file = directory.path().join("vm.vmf");
-    let channels = Channels::new(channels);
-    let options = by_stream(After::Resume).channels(channels);
-    save_with(&guest, &file, &options)?;
+    let saved = guest.save(&by_stream(After::Resume).channels(Channels::new(channels)))?;
     assert_eq!(guest.qmp("query-migrate-parameters", json!({}))?, settings);
-    guest.wait_for_passes(1)?;
-    guest.judge_counts()?;
+    guest.counts_on(1)?;
     drop(guest);
-    check_is_clean(&file)?;
-    let guest = map(&destination, config, &file)?;
-    guest.wait_for_passes(2)?;
-    guest.judge_counts()
+    saved.comes_back(&destination, [Mode::Map])
 }
 
 #[test]
@@ -95,28 +77,23 @@ fn a_guest_of_the_newest_comes_back_by_channels() -> TestResult {
 #[test]
 fn both_routes_write_the_same_pages_and_leave_qemu_as_it_was() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
-    let mut guest = Guest::boot_sector(Ram::private(64)).seed(102).boot(&qemu)?;
-    guest.wait_for_count(1)?;
-    let capability = json!([{ "capability": "xbzrle", "state": true }]);
-    guest.qmp("migrate-set-capabilities", json!({ "capabilities": capability }))?;
-    guest.qmp("migrate-set-parameters", json!({ "max-bandwidth": 77_000_000 }))?;
+    let mut guest = Guest::boot_sector(Ram::private(64)).seed(102).boot_to(&qemu, 1)?;
+    set_capability(&mut guest, "xbzrle")?;
+    set_parameter(&mut guest, "max-bandwidth", json!(77_000_000))?;
     let settings = |guest: &mut Guest| -> TestResult<(Value, Value)> {
         let capabilities = guest.qmp("query-migrate-capabilities", json!({}))?;
         Ok((capabilities, guest.qmp("query-migrate-parameters", json!({}))?))
     };
     let before = settings(&mut guest)?;
     guest.stop()?;
-    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
-    let (direct, stream) = (directory.path().join("direct"), directory.path().join("stream"));
-    let options = SaveOptions::default().after(After::Pause);
-    save_with(&guest, &direct, &options)?;
-    save_with(&guest, &stream, &by_stream(After::Pause))?;
+    let direct = guest.save(&SaveOptions::default().after(After::Pause))?;
+    let stream = guest.save(&by_stream(After::Pause))?;
     assert_eq!(settings(&mut guest)?, before);
     for block in ["pc.ram", "pc.bios", "/rom@etc/acpi/tables"] {
-        assert!(pages(&direct, block)? == pages(&stream, block)?, "{block}");
+        assert!(pages(&direct.file, block)? == pages(&stream.file, block)?, "{block}");
     }
     // The direct route writes short gaps of zero pages as zeros; the others leave them out.
-    let room = |file| fs::metadata(file).map(|data| data.blocks() * 512);
+    let room = |saved: &Saved| fs::metadata(&saved.file).map(|data| data.blocks() * 512);
     assert!(room(&stream)? < room(&direct)? + (1 << 20));
     Ok(())
 }
@@ -124,25 +101,14 @@ fn both_routes_write_the_same_pages_and_leave_qemu_as_it_was() -> TestResult {
 #[test]
 fn a_vm_that_was_sent_runs_on_or_comes_back_paused_as_it_was() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
-    let config = Guest::boot_sector(Ram::private(64)).seed(103);
-    let mut guest = config.boot(&qemu)?;
-    guest.wait_for_count(1)?;
-    let directory = tempfile::tempdir()?;
-    let first = directory.path().join("1.vmf");
-    save_with(&guest, &first, &by_stream(After::Resume))?;
-    assert_eq!(guest.status()?, "running");
-    guest.wait_for_passes(2)?;
-    guest.judge_counts()?;
+    let mut guest = Guest::boot_sector(Ram::private(64)).seed(103).boot_to(&qemu, 1)?;
+    guest.save(&by_stream(After::Resume))?;
+    guest.runs_on(2)?;
 
     guest.stop()?;
-    let second = directory.path().join("2.vmf");
-    save_with(&guest, &second, &by_stream(After::Quit))?;
+    let saved = guest.save(&by_stream(After::Quit))?;
     drop(guest);
-    let mut guest = map(&qemu, &config, &second)?;
-    assert_eq!(guest.status()?, "paused");
-    guest.resume()?;
-    guest.wait_for_passes(2)?;
-    guest.judge_counts()
+    saved.comes_back_paused_on(&qemu, Mode::Map)
 }
 
 /// A save that fails or is stopped; the guest must run on, with its settings, and no file be left.
@@ -167,8 +133,7 @@ fn harms_nobody(
     let error = result.expect_err("the save failed");
     assert_eq!(guest.status()?, "running", "{error}");
     assert_eq!(guest.qmp("query-migrate-parameters", json!({}))?, parameters);
-    guest.wait_for_passes(2)?;
-    guest.judge_counts()?;
+    guest.counts_on(2)?;
     assert_eq!(fs::read_dir(directory)?.count(), 0, "{error}");
     Ok(error)
 }
@@ -178,8 +143,7 @@ fn a_save_by_stream_that_is_stopped_or_finds_no_room_harms_nobody() -> TestResul
     let qemu = requires!(Qemu::of(Release::Distribution));
     let mount = requires!(Mount::tmpfs(40));
     let config = Guest::boot_sector(Ram::private(64)).seed(104).data_share(200);
-    let mut guest = config.boot(&qemu)?;
-    guest.wait_for_count(1)?;
+    let mut guest = config.boot_to(&qemu, 1)?;
     let directory = tempfile::tempdir()?;
     for channels in [0, 3] {
         let error = harms_nobody(&mut guest, directory.path(), (true, channels))?;
@@ -191,7 +155,7 @@ fn a_save_by_stream_that_is_stopped_or_finds_no_room_harms_nobody() -> TestResul
         );
     }
     // And where nothing fails it is saved.
-    save_with(&guest, &directory.path().join("vm.vmf"), &by_stream(After::Quit)).map(drop)
+    guest.save(&by_stream(After::Quit)).map(drop)
 }
 
 /// A paused VM that was saved by its stream was left in `postmigrate`, and every later save refused it
@@ -201,32 +165,23 @@ fn a_paused_vm_is_paused_after_a_save_by_its_stream_and_can_be_saved_again() -> 
     for release in [Release::Oldest, Release::Distribution, Release::Newest] {
         let qemu = requires!(Qemu::of(release));
         let config = Guest::boot_sector(Ram::private(64)).seed(33);
-        let mut guest = config.boot(&qemu)?;
-        guest.wait_for_count(1)?;
+        let mut guest = config.boot_to(&qemu, 1)?;
         guest.stop()?;
-        let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
-        let options = by_stream(After::Resume);
-        let report = save_with(&guest, &directory.path().join("first.vmf"), &options)?;
+        let first = guest.save(&by_stream(After::Resume))?;
         if release == Release::Oldest {
             // It lets the guest run after a background snapshot: the report says what that means.
-            assert!(report.warnings.iter().any(|warning| warning.contains("postmigrate")));
+            assert!(first.report.warnings.iter().any(|warning| warning.contains("postmigrate")));
             assert_eq!(guest.status()?, "postmigrate");
             continue;
         }
-        assert_eq!(report.warnings, [""; 0]);
+        assert_eq!(first.report.warnings, [""; 0]);
         assert_eq!(guest.status()?, "paused");
-        let second = directory.path().join("second.vmf");
-        save_with(&guest, &second, &options)?;
-        check_is_clean(&second)?;
+        let second = guest.save(&by_stream(After::Resume))?;
+        check_is_clean(&second.file)?;
         guest.resume()?;
-        guest.wait_for_passes(1)?;
-        guest.judge_counts()?;
+        guest.counts_on(1)?;
         drop(guest);
-        let mut restored = map(&qemu, &config, &second)?;
-        assert_eq!(restored.status()?, "paused");
-        restored.resume()?;
-        restored.wait_for_passes(1)?;
-        restored.judge_counts()?;
+        second.comes_back_paused_on(&qemu, Mode::Map)?;
     }
     Ok(())
 }

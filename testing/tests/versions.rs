@@ -7,14 +7,12 @@ use serde_json::{Value, json};
 use vmfile::restore::Mode;
 use vmfile::save::{Route, RouteUsed, SaveOptions};
 use vmfile_qemu::{Feature, QemuVersion};
-use vmfile_testing::verbs::{self, check_is_clean, load, map, save, save_with};
 use vmfile_testing::{Guest, GuestConfig, Machine, Qemu, Ram, Release, TestResult, requires};
 
 /// Boots the boot-sector guest and lets it judge its RAM on both machines.
 fn counts(qemu: &Qemu) -> TestResult {
     for machine in [Machine::Pc, Machine::Q35] {
-        let guest = Guest::boot_sector(Ram::private(64)).machine(machine).boot(qemu)?;
-        guest.wait_for_count(3)?;
+        let guest = Guest::boot_sector(Ram::private(64)).machine(machine).boot_to(qemu, 3)?;
         guest.judge_counts()?;
     }
     Ok(())
@@ -41,16 +39,14 @@ fn the_guest_counts_on_the_newest() -> TestResult {
 #[test]
 fn the_linux_guest_counts_on_the_newest_with_all_its_devices() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Newest));
-    let guest = Guest::linux(Ram::memfd(256)).vcpus(2).virtio().disk(16).boot(&qemu)?;
-    guest.wait_for_count(2)?;
+    let guest = Guest::linux(Ram::memfd(256)).vcpus(2).virtio().disk(16).boot_to(&qemu, 2)?;
     guest.judge_counts()
 }
 
 #[test]
 fn the_linux_guest_counts_on_the_oldest_with_all_its_devices() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Oldest));
-    let guest = Guest::linux(Ram::memfd(256)).vcpus(2).virtio().disk(16).boot(&qemu)?;
-    guest.wait_for_count(2)?;
+    let guest = Guest::linux(Ram::memfd(256)).vcpus(2).virtio().disk(16).boot_to(&qemu, 2)?;
     guest.judge_counts()
 }
 
@@ -58,8 +54,7 @@ fn the_linux_guest_counts_on_the_oldest_with_all_its_devices() -> TestResult {
 fn a_qemu_that_is_not_installed_runs_as_itself_and_with_its_own_libraries() -> TestResult {
     for release in [Release::Oldest, Release::Newest] {
         let qemu = requires!(Qemu::of(release));
-        let guest = Guest::boot_sector(Ram::private(64)).boot(&qemu)?;
-        guest.wait_for_count(1)?;
+        let guest = Guest::boot_sector(Ram::private(64)).boot_to(&qemu, 1)?;
         let process = format!("/proc/{}", guest.pid()?);
         assert_eq!(std::fs::read_link(format!("{process}/exe"))?, qemu.program().canonicalize()?);
         let tree = qemu.program().ancestors().nth(3).ok_or("a tree")?.canonicalize()?;
@@ -78,20 +73,8 @@ fn a_qemu_that_is_not_installed_runs_as_itself_and_with_its_own_libraries() -> T
 /// Saves with `source` and restores with `destination`, both ways.
 fn moves(source: Release, destination: Release, config: &GuestConfig) -> TestResult {
     let (source, destination) = (requires!(Qemu::of(source)), requires!(Qemu::of(destination)));
-    let guest = config.boot(&source)?;
-    let before = guest.wait_for_count(2)?;
-    let directory = tempfile::tempdir()?;
-    let file = directory.path().join("vm.vmf");
-    save(&guest, &file)?;
-    drop(guest);
-    check_is_clean(&file)?;
-    for restore in [map, load] {
-        let guest = restore(&destination, config, &file)?;
-        let after = guest.wait_for_passes(2)?;
-        assert!(after.number > before.number, "{} after {}", after.number, before.number);
-        guest.judge_counts()?;
-    }
-    Ok(())
+    let saved = config.boot_to(&source, 2)?.save(&SaveOptions::default())?;
+    saved.comes_back(&destination, [Mode::Map, Mode::Load])
 }
 
 #[test]
@@ -134,22 +117,12 @@ fn a_vm_of_the_installed_one_is_streamed_to_the_oldest() -> TestResult {
     let source = requires!(Qemu::of(Release::Distribution));
     let oldest = requires!(Qemu::of(Release::Oldest));
     let config = Guest::boot_sector(Ram::private(64)).seed(35).machine_version("7.2");
-    let guest = config.boot(&source)?;
-    guest.wait_for_count(2)?;
-    let directory = tempfile::tempdir()?;
-    let file = directory.path().join("vm.vmf");
-    save(&guest, &file)?;
-    drop(guest);
-    let error = map(&oldest, &config, &file).expect_err("no rom=off").to_string();
+    let saved = config.boot_to(&source, 2)?.save(&SaveOptions::default())?;
+    let error = saved.restore(&oldest, Mode::Map).expect_err("no rom=off").to_string();
     assert!(error.contains("8.2"), "{error}");
-    let error = load(&oldest, &config, &file).expect_err("no addresses").to_string();
+    let error = saved.restore(&oldest, Mode::Load).expect_err("no addresses").to_string();
     assert!(error.contains("does not say where RAM lies, 8.0.0 does"), "{error}");
-    for mode in [Mode::Stream, Mode::Auto] {
-        let guest = verbs::restore(&oldest, &config, &file, mode)?;
-        guest.wait_for_passes(2)?;
-        guest.judge_counts()?;
-    }
-    Ok(())
+    saved.comes_back(&oldest, [Mode::Stream, Mode::Auto])
 }
 
 /// QEMU's own stream and no vmfile: what the tests of streams rest on.
@@ -176,27 +149,18 @@ fn a_machine_of_version_7_2_moves_from_the_oldest_to_the_others() -> TestResult 
 fn the_oldest_shows_no_addresses_and_is_saved_by_its_stream() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Oldest));
     let newer = requires!(Qemu::of(Release::Distribution));
-    let config = Guest::boot_sector(Ram::private(64)).machine_version("7.2");
-    let guest = config.boot(&qemu)?;
-    let before = guest.wait_for_count(1)?;
-    let directory = tempfile::tempdir()?;
-    let file = directory.path().join("vm.vmf");
-    let direct = SaveOptions::default().route(Route::Direct);
-    let error = save_with(&guest, &file, &direct).expect_err("there are no addresses").to_string();
+    let mut guest =
+        Guest::boot_sector(Ram::private(64)).machine_version("7.2").boot_to(&qemu, 1)?;
+    let error = guest.save_fails(&SaveOptions::default().route(Route::Direct))?.to_string();
     assert!(error.contains("pc.ram"), "{error}");
-    assert!(!file.exists());
-    guest.wait_for_passes(1)?;
-    guest.judge_counts()?;
+    guest.counts_on(1)?;
 
-    let report = save(&guest, &file)?;
+    let saved = guest.save(&SaveOptions::default())?;
     drop(guest);
+    let report = &saved.report;
     assert_eq!(report.route, RouteUsed::Stream);
     assert!(report.route_reason.contains("prints no address of RAM block"), "{report:?}");
-    check_is_clean(&file)?;
-    let guest = map(&newer, &config, &file)?;
-    let after = guest.wait_for_passes(2)?;
-    assert!(after.number > before.number);
-    guest.judge_counts()
+    saved.comes_back(&newer, [Mode::Map])
 }
 
 /// Says of each feature that QEMU can be asked about whether it has it.

@@ -1,29 +1,17 @@
 //! A guest is saved and restored, and finds its memory as it left it.
 
+use vmfile::restore::Mode;
 use vmfile::save::{After, SaveOptions};
 use vmfile::{Backend, DirectIo};
-use vmfile_testing::verbs::{self, check_is_clean, load, map, save, save_with};
+use vmfile_testing::verbs::{self, check_is_clean};
 use vmfile_testing::{
     Firmware, Guest, GuestConfig, HugePages, Machine, Mount, Qemu, Ram, TestResult, requires,
 };
 
 /// Boots, saves, checks, restores by `map` and by `load`, and lets the guest judge each time.
 fn round_trip(qemu: &Qemu, config: &GuestConfig) -> TestResult {
-    let guest = config.boot(qemu)?;
-    let before = guest.wait_for_count(2)?;
-    let directory = tempfile::tempdir()?;
-    let file = directory.path().join("vm.vmf");
-    save(&guest, &file)?;
-    drop(guest);
-    check_is_clean(&file)?;
-
-    for restore in [map, load] {
-        let guest = restore(qemu, config, &file)?;
-        let after = guest.wait_for_passes(2)?;
-        assert!(after.number > before.number, "{} after {}", after.number, before.number);
-        guest.judge_counts()?;
-    }
-    Ok(())
+    let saved = config.boot_to(qemu, 2)?.save(&SaveOptions::default())?;
+    saved.comes_back(qemu, [Mode::Map, Mode::Load])
 }
 
 #[test]
@@ -120,9 +108,7 @@ fn memory_above_four_gib_comes_back() -> TestResult {
 #[test]
 fn every_back_end_and_both_kinds_of_io_write_the_same_pages() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
-    let guest = Guest::boot_sector(Ram::private(64)).seed(9).boot(&qemu)?;
-    guest.wait_for_count(1)?;
-    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
+    let mut guest = Guest::boot_sector(Ram::private(64)).seed(9).boot_to(&qemu, 1)?;
     let mut pages = Vec::new();
     let ways = [
         (Backend::IoUring, DirectIo::Required),
@@ -130,12 +116,11 @@ fn every_back_end_and_both_kinds_of_io_write_the_same_pages() -> TestResult {
         (Backend::Threads, DirectIo::Required),
         (Backend::Threads, DirectIo::Off),
     ];
-    for (number, (io, direct_io)) in ways.into_iter().enumerate() {
-        let file = directory.path().join(format!("{number}.vmf"));
-        let after = After::Pause;
-        save_with(&guest, &file, &SaveOptions::default().io(io).direct_io(direct_io).after(after))?;
-        check_is_clean(&file)?;
-        pages.push(verbs::pages(&file, "pc.ram")?);
+    for (io, direct_io) in ways {
+        let options = SaveOptions::default().io(io).direct_io(direct_io).after(After::Pause);
+        let saved = guest.save(&options)?;
+        check_is_clean(&saved.file)?;
+        pages.push(verbs::pages(&saved.file, "pc.ram")?);
     }
     assert!(pages.windows(2).all(|pair| pair[0] == pair[1]), "all four are the same");
     Ok(())
@@ -145,15 +130,12 @@ fn every_back_end_and_both_kinds_of_io_write_the_same_pages() -> TestResult {
 fn the_file_holds_the_bytes_that_qemu_sees() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
     for ram in [Ram::private(64), Ram::memfd(64)] {
-        let mut guest = Guest::boot_sector(ram).seed(10).boot(&qemu)?;
-        guest.wait_for_count(1)?;
+        let mut guest = Guest::boot_sector(ram).seed(10).boot_to(&qemu, 1)?;
         guest.stop()?;
         // Above 1 MiB the guest's addresses are the block's offsets; below lie ROM and VGA.
         let seen = std::fs::read(guest.pmemsave(1 << 20, 63 << 20)?)?;
-        let directory = tempfile::tempdir()?;
-        let file = directory.path().join("vm.vmf");
-        save(&guest, &file)?;
-        let pages = verbs::pages(&file, "pc.ram")?;
+        let saved = guest.save(&SaveOptions::default())?;
+        let pages = verbs::pages(&saved.file, "pc.ram")?;
         assert!(pages[1 << 20..] == seen[..], "every byte is the same");
     }
     Ok(())
@@ -162,72 +144,41 @@ fn the_file_holds_the_bytes_that_qemu_sees() -> TestResult {
 #[test]
 fn a_vm_that_is_saved_with_resume_runs_on() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
-    let mut guest = Guest::boot_sector(Ram::private(64)).seed(11).boot(&qemu)?;
-    guest.wait_for_count(1)?;
-    let directory = tempfile::tempdir()?;
-    let options = SaveOptions::default().after(After::Resume);
-    save_with(&guest, &directory.path().join("vm.vmf"), &options)?;
-    assert_eq!(guest.status()?, "running");
-    guest.wait_for_passes(2)?;
-    guest.judge_counts()
+    let mut guest = Guest::boot_sector(Ram::private(64)).seed(11).boot_to(&qemu, 1)?;
+    guest.save(&SaveOptions::default().after(After::Resume))?;
+    guest.runs_on(2)
 }
 
 #[test]
 fn a_paused_vm_is_saved_and_comes_back_paused() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
-    let config = Guest::boot_sector(Ram::private(64)).seed(12);
-    let mut guest = config.boot(&qemu)?;
-    guest.wait_for_count(1)?;
+    let mut guest = Guest::boot_sector(Ram::private(64)).seed(12).boot_to(&qemu, 1)?;
     guest.stop()?;
-    let directory = tempfile::tempdir()?;
-    let file = directory.path().join("vm.vmf");
-    save(&guest, &file)?;
+    let saved = guest.save(&SaveOptions::default())?;
     drop(guest);
-
-    let mut guest = map(&qemu, &config, &file)?;
-    assert_eq!(guest.status()?, "paused");
-    guest.resume()?;
-    guest.wait_for_passes(2)?;
-    guest.judge_counts()
+    saved.comes_back_paused_on(&qemu, Mode::Map)
 }
 
 #[test]
 fn many_clones_run_from_one_file_which_stays_as_it_was() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
     let config = Guest::boot_sector(Ram::private(64)).seed(13);
-    let guest = config.boot(&qemu)?;
-    guest.wait_for_count(1)?;
-    let directory = tempfile::tempdir()?;
-    let file = directory.path().join("vm.vmf");
-    save(&guest, &file)?;
-    drop(guest);
+    let saved = config.boot_to(&qemu, 1)?.save(&SaveOptions::default())?;
     let clones: Vec<Guest> =
-        (0..4).map(|_| map(&qemu, &config, &file)).collect::<TestResult<_>>()?;
+        (0..4).map(|_| saved.restore(&qemu, Mode::Map)).collect::<TestResult<_>>()?;
     for clone in &clones {
-        clone.wait_for_passes(2)?;
-        clone.judge_counts()?;
+        saved.goes_on_in(clone)?;
     }
-    check_is_clean(&file)
+    check_is_clean(&saved.file)
 }
 
 #[test]
 fn a_vm_that_was_mapped_is_saved_again() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
     let config = Guest::boot_sector(Ram::memfd(64)).seed(14);
-    let guest = config.boot(&qemu)?;
-    guest.wait_for_count(1)?;
-    let directory = tempfile::tempdir()?;
-    let (first, second) = (directory.path().join("1.vmf"), directory.path().join("2.vmf"));
-    save(&guest, &first)?;
-    drop(guest);
-    let guest = map(&qemu, &config, &first)?;
-    guest.wait_for_passes(2)?;
-    save(&guest, &second)?;
-    drop(guest);
-    check_is_clean(&second)?;
-    let guest = map(&qemu, &config, &second)?;
-    guest.wait_for_passes(2)?;
-    guest.judge_counts()
+    let first = config.boot_to(&qemu, 1)?.save(&SaveOptions::default())?;
+    let second = first.comes_back_on(&qemu, Mode::Map)?.save(&SaveOptions::default())?;
+    second.comes_back(&qemu, [Mode::Map])
 }
 
 #[test]
@@ -235,43 +186,26 @@ fn untouched_ram_far_larger_than_the_host_costs_nothing() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
     let ram = Ram::private(256 << 10).without_reserve();
     let config = Guest::boot_sector(ram).fill_mib(32).seed(15);
-    let guest = config.boot(&qemu)?;
-    guest.wait_for_count(1)?;
-    let directory = tempfile::tempdir()?;
-    let file = directory.path().join("vm.vmf");
-    let report = save(&guest, &file)?;
-    drop(guest);
-    assert_eq!(report.pages_total >> 26, 1, "256 GiB of pages");
-    assert!(report.bytes_written < 64 << 20, "{} bytes", report.bytes_written);
-    check_is_clean(&file)?;
-    let guest = map(&qemu, &config, &file)?;
-    guest.wait_for_passes(2)?;
-    guest.judge_counts()
+    let saved = config.boot_to(&qemu, 1)?.save(&SaveOptions::default())?;
+    assert_eq!(saved.report.pages_total >> 26, 1, "256 GiB of pages");
+    assert!(saved.report.bytes_written < 64 << 20, "{} bytes", saved.report.bytes_written);
+    saved.comes_back(&qemu, [Mode::Map])
 }
 
 #[test]
 fn a_file_system_without_direct_io_works_and_the_report_says_so() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
     let mount = requires!(Mount::tmpfs(300));
-    let config = Guest::boot_sector(Ram::private(64)).seed(16);
-    let mut guest = config.boot(&qemu)?;
-    guest.wait_for_count(1)?;
-    let file = mount.path().join("vm.vmf");
+    let mut guest = Guest::boot_sector(Ram::private(64)).seed(16).boot_to(&qemu, 1)?;
     let required = SaveOptions::default().direct_io(DirectIo::Required);
-    let error = save_with(&guest, &file, &required).expect_err("tmpfs has no direct I/O");
+    let error = guest.save_below(mount.path(), &required).expect_err("tmpfs has no direct I/O");
     let source = error.source().map(ToString::to_string).unwrap_or_default();
     assert!(source.starts_with("direct I/O is not possible: tmpfs"), "{error}: {source}");
     assert_eq!(guest.status()?, "running");
 
-    let report = save(&guest, &file)?;
+    let saved = guest.save_below(mount.path(), &SaveOptions::default())?;
     drop(guest);
-    assert!(
-        report.direct_io.to_string().starts_with("no: tmpfs is page cache"),
-        "{}",
-        report.direct_io
-    );
-    check_is_clean(&file)?;
-    let guest = map(&qemu, &config, &file)?;
-    guest.wait_for_passes(2)?;
-    guest.judge_counts()
+    let direct_io = saved.report.direct_io.to_string();
+    assert!(direct_io.starts_with("no: tmpfs is page cache"), "{direct_io}");
+    saved.comes_back(&qemu, [Mode::Map])
 }
