@@ -1,15 +1,15 @@
 //! QEMU reads what vmfile writes, and vmfile reads what QEMU writes.
 
 use std::path::Path;
-use std::thread;
-use std::time::{Duration, Instant};
 
-use serde_json::{Value, json};
+use serde_json::json;
 use vmfile::check::CheckOptions;
-use vmfile::restore::{Destination, Mode, ModeUsed, RestoreOptions};
-use vmfile::{Control, FileFormat, RestoreError, Snapshot, Vm};
-use vmfile_testing::verbs::{self, check_is_clean, load, save};
-use vmfile_testing::{Guest, GuestConfig, Machine, Qemu, Ram, TestResult, requires};
+use vmfile::restore::{Mode, ModeUsed, RestoreOptions};
+use vmfile::save::SaveOptions;
+use vmfile::{Control, FileFormat, RestoreError, Snapshot};
+use vmfile_testing::migration::{migrate_all, set_capability, wait_until_complete};
+use vmfile_testing::verbs::{self, check_is_clean, restore_into};
+use vmfile_testing::{Guest, GuestConfig, Machine, Qemu, Ram, Saved, TestResult, requires};
 
 /// How QEMU is told to write or read a mapped-ram file.
 #[derive(Clone, Copy, Debug)]
@@ -23,53 +23,36 @@ const MULTIFD: Way = Way { multifd: true, direct_io: false };
 const MULTIFD_DIRECT: Way = Way { multifd: true, direct_io: true };
 
 fn prepare_qemu(guest: &mut Guest, way: Way) -> TestResult {
-    let capability = |name: &str, state: bool| json!({"capability": name, "state": state});
-    let list = [capability("mapped-ram", true), capability("multifd", way.multifd)];
-    guest.qmp("migrate-set-capabilities", json!({ "capabilities": list }))?;
+    set_capability(guest, "mapped-ram")?;
+    if way.multifd {
+        set_capability(guest, "multifd")?;
+    }
     let parameters = json!({
         "max-bandwidth": 0,
         "multifd-channels": 2,
         "direct-io": way.direct_io,
     });
-    guest.qmp("migrate-set-parameters", parameters)?;
-    Ok(())
-}
-
-fn wait_for_migration(guest: &mut Guest) -> TestResult {
-    let deadline = Instant::now() + Duration::from_secs(60);
-    loop {
-        let answer = guest.qmp("query-migrate", json!({}))?;
-        match answer.get("status").and_then(Value::as_str) {
-            Some("completed") => return Ok(()),
-            Some("failed") => return Err(format!("QEMU: {answer}").into()),
-            _ if Instant::now() > deadline => return Err(format!("too long: {answer}").into()),
-            _ => thread::sleep(Duration::from_millis(10)),
-        }
-    }
+    guest.qmp("migrate-set-parameters", parameters).map(drop)
 }
 
 fn uri(file: &Path, offset: u64) -> String {
     format!("file:{},offset={offset}", file.display())
 }
 
-/// vmfile saves, QEMU loads the file with nothing of ours, and the guest judges.
-fn qemu_restores_ours(qemu: &Qemu, config: &GuestConfig, way: Way) -> TestResult {
-    let guest = config.boot(qemu)?;
-    let before = guest.wait_for_count(2)?;
-    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
-    let file = directory.path().join("vm.vmf");
-    save(&guest, &file)?;
-    drop(guest);
-
+/// QEMU loads our file with nothing of ours.
+fn qemu_loads(qemu: &Qemu, config: &GuestConfig, file: &Path, way: Way) -> TestResult<Guest> {
     let mut guest = config.incoming(qemu, "defer")?;
     prepare_qemu(&mut guest, way)?;
-    guest.qmp("migrate-incoming", json!({ "uri": uri(&file, 0) }))?;
-    wait_for_migration(&mut guest)?;
+    guest.qmp("migrate-incoming", json!({ "uri": uri(file, 0) }))?;
+    wait_until_complete(&mut guest)?;
+    Ok(guest)
+}
 
-    let after = guest.wait_for_passes(2)?;
-    assert!(after.number > before.number, "{} after {}", after.number, before.number);
-    guest.judge_counts()?;
-    check_is_clean(&file)
+/// vmfile saves, QEMU loads the file, and the guest judges.
+fn qemu_restores_ours(qemu: &Qemu, config: &GuestConfig, way: Way) -> TestResult {
+    let saved = config.boot_to(qemu, 2)?.save(&SaveOptions::default())?;
+    saved.goes_on_in(&qemu_loads(qemu, config, &saved.file, way)?)?;
+    check_is_clean(&saved.file)
 }
 
 #[test]
@@ -96,33 +79,25 @@ fn qemu_alone_restores_our_file_with_multifd_and_direct_io() -> TestResult {
 fn qemu_alone_leaves_a_paused_vm_paused() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
     let config = Guest::boot_sector(Ram::private(64)).seed(23);
-    let mut guest = config.boot(&qemu)?;
-    guest.wait_for_count(1)?;
+    let mut guest = config.boot_to(&qemu, 1)?;
     guest.stop()?;
-    let directory = tempfile::tempdir()?;
-    let file = directory.path().join("vm.vmf");
-    save(&guest, &file)?;
+    let saved = guest.save(&SaveOptions::default())?;
     drop(guest);
-    let mut guest = config.incoming(&qemu, "defer")?;
-    prepare_qemu(&mut guest, PLAIN)?;
-    guest.qmp("migrate-incoming", json!({ "uri": uri(&file, 0) }))?;
-    wait_for_migration(&mut guest)?;
-    assert_eq!(guest.status()?, "paused");
+    assert_eq!(qemu_loads(&qemu, &config, &saved.file, PLAIN)?.status()?, "paused");
     Ok(())
+}
+
+/// QEMU saves at `offset` of a file.
+fn qemu_saves(qemu: &Qemu, config: &GuestConfig, way: Way, offset: u64) -> TestResult<Saved<()>> {
+    let mut guest = config.boot_to(qemu, 2)?;
+    prepare_qemu(&mut guest, way)?;
+    Saved::by(&mut guest, |guest, file| migrate_all(guest, &uri(file, offset)))
 }
 
 /// QEMU saves at `offset` of a file, vmfile looks at it and restores it, and the guest judges.
 fn we_restore_qemus(qemu: &Qemu, config: &GuestConfig, way: Way, offset: u64) -> TestResult {
-    let mut guest = config.boot(qemu)?;
-    let before = guest.wait_for_count(2)?;
-    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
-    let file = directory.path().join("vm.mig");
-    prepare_qemu(&mut guest, way)?;
-    guest.qmp("migrate", json!({ "uri": uri(&file, offset) }))?;
-    wait_for_migration(&mut guest)?;
-    drop(guest);
-
-    let snapshot = Snapshot::open(&file, offset)?;
+    let saved = qemu_saves(qemu, config, way, offset)?;
+    let snapshot = Snapshot::open(&saved.file, offset)?;
     let info = vmfile::info::info(&snapshot)?;
     assert_eq!(info.format, FileFormat::MappedRam);
     assert!(info.device_sections.len() > 10, "{} sections", info.device_sections.len());
@@ -131,14 +106,9 @@ fn we_restore_qemus(qemu: &Qemu, config: &GuestConfig, way: Way, offset: u64) ->
     assert_eq!(report.findings, []);
 
     let waiting = config.incoming(qemu, "defer")?;
-    let vm = Vm::connect(&waiting.qmp_path())?;
-    let options = RestoreOptions::default();
-    let destination = Destination::Waiting(vm);
-    let restored = vmfile::restore::restore(&snapshot, destination, &options, &Control::none())?;
+    let restored = restore_into(&waiting, &snapshot, &RestoreOptions::default())?;
     assert_eq!(restored.report.mode, ModeUsed::Load);
-    let after = waiting.wait_for_passes(2)?;
-    assert!(after.number >= before.number, "{} after {}", after.number, before.number);
-    waiting.judge_counts()
+    saved.goes_on_in(&waiting)
 }
 
 #[test]
@@ -165,34 +135,17 @@ fn we_restore_a_live_save_of_qemus_with_stale_bytes() -> TestResult {
 fn a_file_that_qemu_wrote_is_never_mapped() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
     let config = Guest::boot_sector(Ram::private(64)).seed(26);
-    let mut guest = config.boot(&qemu)?;
-    guest.wait_for_count(1)?;
-    let directory = tempfile::tempdir()?;
-    let file = directory.path().join("vm.mig");
-    prepare_qemu(&mut guest, PLAIN)?;
-    guest.qmp("migrate", json!({ "uri": uri(&file, 0) }))?;
-    wait_for_migration(&mut guest)?;
-    drop(guest);
-
-    let error = verbs::restore(&qemu, &config, &file, Mode::Map).unwrap_err();
-    let error = error.downcast::<RestoreError>()?;
+    let saved = qemu_saves(&qemu, &config, PLAIN, 0)?;
+    let error = saved.restore(&qemu, Mode::Map).unwrap_err().downcast::<RestoreError>()?;
     assert!(matches!(*error, RestoreError::CannotMap { .. }), "{error}");
-    let guest = load(&qemu, &config, &file)?;
-    guest.wait_for_passes(2)?;
-    guest.judge_counts()
+    saved.comes_back_on(&qemu, Mode::Load).map(drop)
 }
 
 #[test]
 fn reused_ram_files_are_cleared_where_the_file_has_zero_pages() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
     let config = Guest::boot_sector(Ram::tmpfs(64)).seed(27);
-    let guest = config.boot(&qemu)?;
-    guest.wait_for_count(1)?;
-    let directory = tempfile::tempdir()?;
-    let file = directory.path().join("vm.vmf");
-    save(&guest, &file)?;
-    drop(guest);
-
+    let saved = config.boot_to(&qemu, 1)?.save(&SaveOptions::default())?;
     let waiting = config.incoming(&qemu, "defer")?;
     let ram = waiting.ram_file("pc.ram").ok_or("no RAM file")?;
     std::fs::File::options().write(true).open(&ram)?.set_len(64 << 20)?;
@@ -202,11 +155,11 @@ fn reused_ram_files_are_cleared_where_the_file_has_zero_pages() -> TestResult {
         &noise,
         0,
     )?;
-    let vm = Vm::connect(&waiting.qmp_path())?;
-    let snapshot = Snapshot::open(&file, 0)?;
-    let options = RestoreOptions::default().paused(true);
-    vmfile::restore::restore(&snapshot, Destination::Waiting(vm), &options, &Control::none())?;
+    saved.restore_into(&waiting, &RestoreOptions::default().paused(true))?;
     let found = std::fs::read(&ram)?;
-    assert!(found == verbs::pages(&file, "pc.ram")?, "RAM is what the file says, byte for byte");
+    assert!(
+        found == verbs::pages(&saved.file, "pc.ram")?,
+        "RAM is what the file says, byte for byte"
+    );
     Ok(())
 }

@@ -9,12 +9,13 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use vmfile::receive::{ReceiveOptions, ReceiveReport, StreamFrom, receive};
+use vmfile::restore::Mode;
 use vmfile::{Channels, Control};
 use vmfile_format::stream::configuration::Configuration;
 use vmfile_format::stream::encoder::RamSection;
 use vmfile_format::stream::multifd::{Compression, Init, Packet, PacketPages};
 use vmfile_format::{PageIndex, PageSize, RamBlock, RamLayout};
-use vmfile_testing::migration::{Outcome, comes_back, send_to, set_capability, set_parameter};
+use vmfile_testing::migration::{Outcome, received, send_to, set_capability, set_parameter};
 use vmfile_testing::{Guest, GuestConfig, Qemu, Ram, Release, TestResult, requires};
 
 fn channels(count: u8) -> ReceiveOptions {
@@ -29,20 +30,15 @@ fn round_trip(
     count: u8,
     parameters: &[(&str, Value)],
 ) -> TestResult<ReceiveReport> {
-    let mut guest = config.boot(source)?;
-    let before = guest.wait_for_count(2)?;
-    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
-    let file = directory.path().join("vm.vmf");
+    let mut guest = config.boot_to(source, 2)?;
     for (name, value) in parameters {
         set_parameter(&mut guest, name, value.clone())?;
     }
-    let (received, status) = send_to(&mut guest, &file, &channels(count))?;
-    let report = received?;
-    assert_eq!(status["status"], "completed", "{status}");
-    assert_eq!(report.channels, count);
+    let saved = received(&mut guest, &channels(count))?;
+    assert_eq!(saved.report.channels, count);
     drop(guest);
-    comes_back(destination, config, &file, before.number)?;
-    Ok(report)
+    saved.comes_back(destination, [Mode::Map, Mode::Load])?;
+    Ok(saved.report)
 }
 
 #[test]
@@ -141,17 +137,13 @@ fn compressed_pages_of_the_oldest_qemu_come_back() -> TestResult {
 /// A guest that rewrites its memory all the time, sent while it runs. On a busy host all may be sent
 /// before the guest has written anything again: then it is sent once more.
 fn live((source, destination): (&Qemu, &Qemu), config: &GuestConfig) -> TestResult {
-    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
-    for number in 0..5 {
-        let mut guest = config.boot(source)?;
-        let before = guest.wait_for_count(2)?;
-        let file = directory.path().join(format!("{number}.vmf"));
+    for _ in 0..5 {
+        let mut guest = config.boot_to(source, 2)?;
         set_parameter(&mut guest, "downtime-limit", json!(300))?;
-        let (received, _) = send_to(&mut guest, &file, &channels(2))?;
-        let report = received?;
+        let saved = received(&mut guest, &channels(2))?;
         drop(guest);
-        if report.bytes_rewritten > 0 {
-            return comes_back(destination, config, &file, before.number);
+        if saved.report.bytes_rewritten > 0 {
+            return saved.comes_back(destination, [Mode::Map, Mode::Load]);
         }
     }
     Err("five guests, and no page of them came again".into())
@@ -177,8 +169,7 @@ fn channels_that_nobody_expects_are_refused() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
     for (qemu, version) in [(&oldest, "7.2"), (&qemu, "7.2"), (&qemu, "10.0")] {
         let config = Guest::boot_sector(Ram::private(64)).seed(113).machine_version(version);
-        let mut guest = config.boot(qemu)?;
-        guest.wait_for_count(1)?;
+        let mut guest = config.boot_to(qemu, 1)?;
         set_capability(&mut guest, "multifd")?;
         let directory = tempfile::tempdir()?;
         let file = directory.path().join("vm.vmf");

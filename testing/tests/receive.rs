@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::Write as _;
+use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::thread;
@@ -11,11 +12,12 @@ use serde_json::json;
 use vmfile::Control;
 use vmfile::PagesError;
 use vmfile::receive::{ReceiveError, ReceiveOptions, ReceiveReport, StreamFrom, receive};
+use vmfile::restore::Mode;
 use vmfile_format::stream::configuration::Configuration;
 use vmfile_format::stream::encoder::RamSection;
 use vmfile_format::{PageIndex, PageSize, RamBlock, RamLayout};
 use vmfile_testing::migration::{
-    Outcome, comes_back, send_to, set_capability, set_parameter, wait_for_migration,
+    Outcome, migrate, received, send_to, set_capability, set_parameter,
 };
 use vmfile_testing::verbs::check_is_clean;
 use vmfile_testing::{Guest, GuestConfig, Mount, Qemu, Ram, Release, TestResult, requires};
@@ -26,16 +28,11 @@ fn round_trip(
     destination: &Qemu,
     config: &GuestConfig,
 ) -> TestResult<ReceiveReport> {
-    let mut guest = config.boot(source)?;
-    let before = guest.wait_for_count(2)?;
-    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
-    let file = directory.path().join("vm.vmf");
-    let (received, status) = send_to(&mut guest, &file, &ReceiveOptions::default())?;
-    let report = received?;
-    assert_eq!(status["status"], "completed", "{status}");
+    let mut guest = config.boot_to(source, 2)?;
+    let saved = received(&mut guest, &ReceiveOptions::default())?;
     drop(guest);
-    comes_back(destination, config, &file, before.number)?;
-    Ok(report)
+    saved.comes_back(destination, [Mode::Map, Mode::Load])?;
+    Ok(saved.report)
 }
 
 #[test]
@@ -71,22 +68,17 @@ fn a_linux_guest_with_its_devices_comes_back_from_a_stream() -> TestResult {
 /// A guest that rewrites its memory all the time, sent while it runs, slowly.
 fn live(qemu: &Qemu, capability: Option<&str>, seed: u32) -> TestResult {
     let config = Guest::boot_sector(Ram::private(64)).seed(seed).busy();
-    let mut guest = config.boot(qemu)?;
-    let before = guest.wait_for_count(2)?;
+    let mut guest = config.boot_to(qemu, 2)?;
     if let Some(name) = capability {
         set_capability(&mut guest, name)?;
     }
-    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
-    let file = directory.path().join("vm.vmf");
     set_parameter(&mut guest, "downtime-limit", json!(300))?;
-    let (received, _) = send_to(&mut guest, &file, &ReceiveOptions::default())?;
-    let report = received?;
+    let saved = received(&mut guest, &ReceiveOptions::default())?;
     drop(guest);
-    assert!(report.bytes_rewritten > 0, "pages came again: {report:?}");
-    let room = fs::metadata(&file)?;
-    let blocks = std::os::unix::fs::MetadataExt::blocks(&room) * 512;
+    assert!(saved.report.bytes_rewritten > 0, "pages came again: {:?}", saved.report);
+    let blocks = fs::metadata(&saved.file)?.blocks() * 512;
     assert!(blocks < 80 << 20, "{blocks} bytes for 64 MiB of RAM");
-    comes_back(qemu, &config, &file, before.number)
+    saved.comes_back(qemu, [Mode::Map, Mode::Load])
 }
 
 #[test]
@@ -106,24 +98,19 @@ fn compressed_pages_of_the_oldest_qemu_are_understood() -> TestResult {
     let oldest = requires!(Qemu::of(Release::Oldest));
     let qemu = requires!(Qemu::of(Release::Distribution));
     let config = Guest::boot_sector(Ram::private(64)).seed(76).machine_version("7.2");
-    let mut guest = config.boot(&oldest)?;
-    let before = guest.wait_for_count(2)?;
+    let mut guest = config.boot_to(&oldest, 2)?;
     set_capability(&mut guest, "compress")?;
     // Two vCPUs' worth of zlib under emulation never catch up with the guest.
     set_parameter(&mut guest, "downtime-limit", json!(60_000))?;
-    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
-    let file = directory.path().join("vm.vmf");
-    let (received, _) = send_to(&mut guest, &file, &ReceiveOptions::default())?;
-    received?;
+    let saved = received(&mut guest, &ReceiveOptions::default())?;
     drop(guest);
-    comes_back(&qemu, &config, &file, before.number)
+    saved.comes_back(&qemu, [Mode::Map, Mode::Load])
 }
 
 #[test]
 fn what_a_stream_cannot_be_is_refused_and_the_vm_runs_on() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
-    let mut guest = Guest::boot_sector(Ram::memfd(64)).seed(77).boot(&qemu)?;
-    guest.wait_for_count(1)?;
+    let mut guest = Guest::boot_sector(Ram::memfd(64)).seed(77).boot_to(&qemu, 1)?;
     set_capability(&mut guest, "x-ignore-shared")?;
     let directory = tempfile::tempdir()?;
     let file = directory.path().join("vm.vmf");
@@ -139,26 +126,22 @@ fn what_a_stream_cannot_be_is_refused_and_the_vm_runs_on() -> TestResult {
 fn a_disk_that_fills_up_ends_the_migration_and_the_guest_runs_on() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
     let mount = requires!(Mount::tmpfs(20));
-    let mut guest = Guest::boot_sector(Ram::private(64)).seed(78).data_share(200).boot(&qemu)?;
-    guest.wait_for_count(1)?;
+    let mut guest =
+        Guest::boot_sector(Ram::private(64)).seed(78).data_share(200).boot_to(&qemu, 1)?;
     let file = mount.path().join("vm.vmf");
     let (received, status) = send_to(&mut guest, &file, &ReceiveOptions::default())?;
     let error = received.expect_err("no room");
     assert!(matches!(error, ReceiveError::Pages(PagesError::WriteFile { .. })), "{error}");
     assert_eq!(status["status"], "failed", "{status}");
     assert_eq!(fs::read_dir(mount.path())?.count(), 0);
-    assert_eq!(guest.status()?, "running");
-    guest.wait_for_passes(1)?;
-    guest.judge_counts()
+    guest.runs_on(1)
 }
 
 /// A whole stream, as `exec:cat` would have written it.
 fn captured(qemu: &Qemu, seed: u32) -> TestResult<Vec<u8>> {
-    let mut guest = Guest::boot_sector(Ram::private(16)).seed(seed).boot(qemu)?;
-    guest.wait_for_count(1)?;
+    let mut guest = Guest::boot_sector(Ram::private(16)).seed(seed).boot_to(qemu, 1)?;
     let file = guest.directory().join("stream");
-    guest.qmp("migrate", json!({ "uri": format!("exec:cat > {}", file.display()) }))?;
-    wait_for_migration(&mut guest)?;
+    migrate(&mut guest, &format!("exec:cat > {}", file.display()))?;
     Ok(fs::read(&file)?)
 }
 

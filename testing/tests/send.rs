@@ -4,38 +4,26 @@ use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::thread;
-use std::time::{Duration, Instant};
 
-use serde_json::{Value, json};
-use tempfile::TempDir;
-use vmfile::restore::{Destination, Mode, ModeUsed, RestoreOptions};
+use serde_json::json;
+use vmfile::restore::{Mode, ModeUsed, RestoreOptions};
+use vmfile::save::SaveOptions;
 use vmfile::send::{SendOptions, SendReport, SendTo, send};
-use vmfile::{Channels, Control, Snapshot, Vm};
-use vmfile_testing::verbs::{self, save, stream};
-use vmfile_testing::{Guest, GuestConfig, Machine, Qemu, Ram, Release, TestResult, requires};
-
-/// A file in a directory of its own.
-struct Saved {
-    file: PathBuf,
-    directory: TempDir,
-}
+use vmfile::{Channels, Control, Snapshot};
+use vmfile_testing::migration::{qemu_writes, set_capability, set_parameter, wait_until_complete};
+use vmfile_testing::verbs::{self, restore};
+use vmfile_testing::{
+    Guest, GuestConfig, Machine, Qemu, Ram, Release, Saved, TestResult, requires,
+};
 
 /// Boots and saves; the QEMU has ended then.
 fn saved(qemu: &Qemu, config: &GuestConfig) -> TestResult<Saved> {
-    let guest = config.boot(qemu)?;
-    guest.wait_for_count(2)?;
-    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
-    let file = directory.path().join("vm.vmf");
-    save(&guest, &file)?;
-    Ok(Saved { file, directory })
+    config.boot_to(qemu, 2)?.save(&SaveOptions::default())
 }
 
 /// Restores by `stream` into the QEMU that wrote the file, and lets the guest judge.
 fn comes_back(qemu: &Qemu, config: &GuestConfig) -> TestResult {
-    let saved = saved(qemu, config)?;
-    let guest = stream(qemu, config, &saved.file)?;
-    guest.wait_for_passes(2)?;
-    guest.judge_counts()
+    saved(qemu, config)?.comes_back_on(qemu, Mode::Stream).map(drop)
 }
 
 #[test]
@@ -77,17 +65,13 @@ fn a_qemu_that_waits_takes_the_stream() -> TestResult {
         let config = Guest::boot_sector(Ram::private(64)).seed(85).machine_version("7.2");
         let saved = saved(&source, &config)?;
         let waiting = config.incoming(&qemu, "defer")?;
-        let vm = Vm::connect(&waiting.qmp_path())?;
-        let snapshot = Snapshot::open(&saved.file, 0)?;
         let options = RestoreOptions::default().mode(Mode::Stream);
-        let destination = Destination::Waiting(vm);
-        let restored =
-            vmfile::restore::restore(&snapshot, destination, &options, &Control::none())?;
+        let restored = saved.restore_into(&waiting, &options)?;
         assert_eq!(restored.report.mode, ModeUsed::Stream);
+        let snapshot = Snapshot::open(&saved.file, 0)?;
         let data = vmfile::info::info(&snapshot)?.blocks.iter().map(|b| b.pages_data).sum::<u64>();
         assert_eq!(restored.report.bytes_read, data * 4096);
-        waiting.wait_for_passes(2)?;
-        waiting.judge_counts()?;
+        saved.goes_on_in(&waiting)?;
     }
     Ok(())
 }
@@ -97,7 +81,8 @@ fn a_machine_that_does_not_fit_is_refused_before_qemu_sees_a_byte() -> TestResul
     let qemu = requires!(qemu >= "9.0");
     let saved = saved(&qemu, &Guest::boot_sector(Ram::private(64)).seed(86))?;
     let other = Guest::boot_sector(Ram::private(64)).machine(Machine::Q35);
-    let error = stream(&qemu, &other, &saved.file).expect_err("another machine").to_string();
+    let error = restore(&qemu, &other, &saved.file, Mode::Stream).expect_err("another machine");
+    let error = error.to_string();
     assert!(error.contains("machine type"), "{error}");
     Ok(())
 }
@@ -112,7 +97,8 @@ fn what_qemu_refuses_is_an_error_with_its_words() -> TestResult {
         let at =
             |slot| config.clone().arguments(["-device", &*format!("virtio-rng-pci,addr={slot}")]);
         let saved = saved(&source, &at(5))?;
-        let error = stream(&qemu, &at(6), &saved.file).expect_err("another place").to_string();
+        let error = restore(&qemu, &at(6), &saved.file, Mode::Stream).expect_err("another place");
+        let error = error.to_string();
         assert!(error.contains("load the device state"), "{error}");
         assert!(error.contains("virtio-rng"), "{error}");
     }
@@ -135,10 +121,7 @@ fn a_ram_file_that_was_used_before_is_cleared() -> TestResult {
     let saved = saved(&qemu, &config)?;
     let waiting = config.incoming(&qemu, "defer")?;
     let ram = fill_with_noise(&waiting, 64 << 20)?;
-    let vm = Vm::connect(&waiting.qmp_path())?;
-    let snapshot = Snapshot::open(&saved.file, 0)?;
-    let options = RestoreOptions::default().mode(Mode::Stream).paused(true);
-    vmfile::restore::restore(&snapshot, Destination::Waiting(vm), &options, &Control::none())?;
+    saved.restore_into(&waiting, &RestoreOptions::default().mode(Mode::Stream).paused(true))?;
     let found = std::fs::read(&ram)?;
     assert!(found == verbs::pages(&saved.file, "pc.ram")?, "RAM is what the file says");
     Ok(())
@@ -170,26 +153,13 @@ fn zero_pages_are_left_out_only_where_that_was_asked_for() -> TestResult {
         let report = send_to(&saved.file, 0, &socket, &options)?;
         let zero = report.pages_total - report.pages_data;
         assert!(report.pages_zero == zero || assume_zeroed && report.pages_zero < zero / 2);
-        wait_until_loaded(&mut waiting)?;
+        wait_until_complete(&mut waiting)?;
         // The guest has run on, but it does not touch the last pages.
         let found = std::fs::read(&ram)?;
         let noise = found.chunks(4096).filter(|page| page.iter().all(|&byte| byte == 0xaa)).count();
         assert_eq!(noise > 0, assume_zeroed, "{noise} pages of noise");
     }
     Ok(())
-}
-
-fn wait_until_loaded(guest: &mut Guest) -> TestResult {
-    let deadline = Instant::now() + Duration::from_secs(60);
-    loop {
-        let answer = guest.qmp("query-migrate", json!({}))?;
-        match answer.get("status").and_then(Value::as_str) {
-            Some("completed") => return Ok(()),
-            Some("failed") => return Err(format!("QEMU: {answer}").into()),
-            _ if Instant::now() > deadline => return Err(format!("too long: {answer}").into()),
-            _ => thread::sleep(Duration::from_millis(10)),
-        }
-    }
 }
 
 /// Puts bytes at the places of zero pages, as a live save of QEMU's leaves them there.
@@ -215,33 +185,26 @@ fn a_file_of_qemus_at_an_offset_with_stale_bytes_goes_to_the_oldest() -> TestRes
     let source = requires!(Qemu::of(Release::Distribution));
     let oldest = requires!(Qemu::of(Release::Oldest));
     let config = Guest::boot_sector(Ram::tmpfs(64)).seed(90).busy().machine_version("7.2");
-    let mut guest = config.boot(&source)?;
-    guest.wait_for_count(2)?;
-    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
-    let file = directory.path().join("vm.mig");
-    let capability = json!({"capability": "mapped-ram", "state": true});
-    guest.qmp("migrate-set-capabilities", json!({ "capabilities": [capability] }))?;
+    let mut guest = config.boot_to(&source, 2)?;
     // All of the guest is sent again at most once: it writes faster than that.
     let limits = json!({ "max-bandwidth": 100 << 20, "downtime-limit": 1000 });
     guest.qmp("migrate-set-parameters", limits)?;
-    let uri = format!("file:{},offset={OFFSET}", file.display());
-    guest.qmp("migrate", json!({ "uri": uri }))?;
-    wait_until_loaded(&mut guest)?;
+    let saved = Saved::by(&mut guest, |guest, file| {
+        qemu_writes(guest, &format!("file:{},offset={OFFSET}", file.display()))
+    })?;
     drop(guest);
-    make_stale(&file, OFFSET)?;
+    make_stale(&saved.file, OFFSET)?;
 
-    let socket = directory.path().join("incoming");
+    let socket = saved.directory.path().join("incoming");
     let destination = config.incoming(&oldest, &format!("unix:{}", socket.display()))?;
-    send_to(&file, OFFSET, &socket, &SendOptions::default())?;
-    destination.wait_for_passes(2)?;
-    destination.judge_counts()
+    send_to(&saved.file, OFFSET, &socket, &SendOptions::default())?;
+    saved.goes_on_in(&destination)
 }
 
 /// Tells a QEMU that waits how many channels will come, and has it listen.
 fn listen(waiting: &mut Guest, socket: &Path, channels: u8) -> TestResult {
-    let multifd = json!({"capability": "multifd", "state": true});
-    waiting.qmp("migrate-set-capabilities", json!({ "capabilities": [multifd] }))?;
-    waiting.qmp("migrate-set-parameters", json!({ "multifd-channels": channels }))?;
+    set_capability(waiting, "multifd")?;
+    set_parameter(waiting, "multifd-channels", json!(channels))?;
     let uri = format!("unix:{}", socket.display());
     waiting.qmp("migrate-incoming", json!({ "uri": uri }))?;
     Ok(())
@@ -259,9 +222,8 @@ fn comes_over_channels(release: Release, config: &GuestConfig, channels: &[u8]) 
         let options = SendOptions::default().channels(Channels::new(channels));
         let report = send_to(&saved.file, 0, &socket, &options)?;
         assert_eq!(report.channels, channels);
-        wait_until_loaded(&mut waiting)?;
-        waiting.wait_for_passes(2)?;
-        waiting.judge_counts()?;
+        wait_until_complete(&mut waiting)?;
+        saved.goes_on_in(&waiting)?;
     }
     Ok(())
 }
@@ -301,7 +263,7 @@ fn a_ram_file_that_was_used_before_is_cleared_over_channels() -> TestResult {
     listen(&mut waiting, &socket, 2)?;
     let options = SendOptions::default().channels(Channels::new(2));
     send_to(&saved.file, 0, &socket, &options)?;
-    wait_until_loaded(&mut waiting)?;
+    wait_until_complete(&mut waiting)?;
     assert!(std::fs::read(&ram)? == verbs::pages(&saved.file, "pc.ram")?, "as the file says");
     Ok(())
 }
