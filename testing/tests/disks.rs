@@ -9,10 +9,10 @@ use std::time::Duration;
 
 use serde_json::json;
 use vmfile::error::SaveError;
-use vmfile::restore::{Destination, Mode, RestoreOptions};
+use vmfile::restore::{Mode, RestoreOptions};
 use vmfile::save::{After, Live, Route, SaveOptions};
-use vmfile::{Control, Existing, Progress, Snapshot, Vm};
-use vmfile_testing::verbs::{check_is_clean, restore, save_with};
+use vmfile::{Control, Existing, Progress, Vm};
+use vmfile_testing::verbs::{check_is_clean, save_with};
 use vmfile_testing::{Guest, GuestConfig, Qemu, Ram, Release, TestResult, requires};
 
 /// A guest that writes to its disk in every pass, and says so if the disk is of another moment.
@@ -57,33 +57,28 @@ fn round_trip(
     config: &GuestConfig,
     options: &SaveOptions,
 ) -> TestResult<String> {
-    let mut guest = config.boot(source)?;
-    guest.wait_for_count(2)?;
-    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
-    let file = directory.path().join("vm.vmf");
-    let report = save_with(&guest, &file, options)?;
+    let mut guest = config.boot_to(source, 2)?;
+    let saved = guest.save(options)?;
+    let report = &saved.report;
     assert_eq!(report.disks.len(), 1, "{:?}", report.disks);
-    let saved = &report.disks[0];
-    assert_eq!(Path::new(&saved.image), config.disk_path());
-    assert_eq!(image_in_use(&mut guest)?, saved.overlay);
-    assert_eq!(guest.status()?, "running");
+    let disk = &report.disks[0];
+    assert_eq!(Path::new(&disk.image), config.disk_path());
+    assert_eq!(image_in_use(&mut guest)?, disk.overlay);
     let frozen = fs::read(config.disk_path())?;
-    guest.wait_for_passes(3)?;
-    guest.judge_counts()?;
+    guest.runs_on(3)?;
     assert!(fs::read(config.disk_path())? == frozen, "the image stays as it was");
-    check_is_clean(&file)?;
+    check_is_clean(&saved.file)?;
 
     for mode in [Mode::Map, Mode::Stream] {
-        let mut restored = restore(destination, config, &file, mode)?;
+        let mut restored = saved.restore(destination, mode)?;
         let image = image_in_use(&mut restored)?;
-        assert!(image != saved.overlay && Path::new(&image) != config.disk_path(), "{image}");
-        restored.wait_for_passes(3)?;
-        restored.judge_counts()?;
+        assert!(image != disk.overlay && Path::new(&image) != config.disk_path(), "{image}");
+        restored.wait_for_passes(1)?;
+        saved.goes_on_in(&restored)?;
     }
-    guest.wait_for_passes(1)?;
-    guest.judge_counts()?;
+    guest.counts_on(1)?;
     assert!(fs::read(config.disk_path())? == frozen, "the image stays as it was");
-    Ok(report.live_method.map_or_else(String::new, |method| method.to_string()))
+    Ok(report.live_method.as_ref().map_or_else(String::new, ToString::to_string))
 }
 
 #[test]
@@ -151,8 +146,7 @@ fn a_save_that_is_stopped_leaves_the_disk_as_it_was() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
     for options in [with_disks(Route::Direct), with_disks(Route::Stream), live()] {
         let config = config(Ram::private(256));
-        let mut guest = config.boot(&qemu)?;
-        guest.wait_for_count(1)?;
+        let mut guest = config.boot_to(&qemu, 1)?;
         let directory = tempfile::tempdir()?;
         let file = directory.path().join("vm.vmf");
         let flag = Arc::new(AtomicBool::new(false));
@@ -165,10 +159,9 @@ fn a_save_that_is_stopped_leaves_the_disk_as_it_was() -> TestResult {
         assert_eq!(guest.status()?, "running");
         assert_eq!(Path::new(&image_in_use(&mut guest)?), config.disk_path());
         assert_eq!(images(&config)?, [config.disk_path()], "no overlay is left");
-        guest.wait_for_passes(3)?;
-        guest.judge_counts()?;
+        guest.counts_on(3)?;
         // And where nothing stops it, it is saved.
-        save_with(&guest, &file, &options)?;
+        guest.save(&options)?;
     }
     Ok(())
 }
@@ -177,41 +170,24 @@ fn a_save_that_is_stopped_leaves_the_disk_as_it_was() -> TestResult {
 fn a_vm_that_went_on_in_an_overlay_comes_back_with_its_saved_command_line() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
     let config = config(Ram::private(256));
-    let mut guest = config.boot(&qemu)?;
-    guest.wait_for_count(1)?;
-    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
-    let (first, second, third) = (
-        directory.path().join("1.vmf"),
-        directory.path().join("2.vmf"),
-        directory.path().join("3"),
-    );
-    save_with(&guest, &first, &with_disks(Route::Auto))?;
+    let mut guest = config.boot_to(&qemu, 1)?;
+    let first = guest.save(&with_disks(Route::Auto))?;
     guest.wait_for_passes(1)?;
-    let report = save_with(&guest, &second, &with_disks(Route::Auto))?;
+    let second = guest.save(&with_disks(Route::Auto))?;
     guest.wait_for_passes(1)?;
     let overlay = image_in_use(&mut guest)?;
-    assert_eq!(report.disks[0].overlay, overlay);
+    assert_eq!(second.report.disks[0].overlay, overlay);
     // Without --with-disks: what the command line names is an image that the VM has left.
-    save_with(&guest, &third, &SaveOptions::default())?;
-    guest.wait_for_exit()?;
-    for (file, expected) in [(&third, 0), (&second, 1), (&first, 1)] {
-        let snapshot = Snapshot::open(file, 0)?;
-        let options = RestoreOptions::default();
-        let restored =
-            vmfile::restore::restore(&snapshot, Destination::Saved, &options, &Control::none())?;
+    let third = guest.save_and_end(&SaveOptions::default())?;
+    for (saved, expected) in [(&third, 0), (&second, 1), (&first, 1)] {
+        let restored = saved.restore_saved(&RestoreOptions::default())?;
         assert_eq!(restored.report.disks.len(), expected, "{:?}", restored.report.disks);
-        let passes = guest.counts().len();
         let mut qemu = restored.qemu.ok_or("a QEMU was started")?;
         let drives = qemu.vm().drives()?;
         let disk = drives.iter().find(|drive| drive.id == "disk0").ok_or("no disk")?;
         let image = &disk.image().ok_or("no image")?.path;
         assert_eq!(*image == overlay, expected == 0, "{image}");
-        // It writes to the log of the guest that is gone.
-        while guest.counts().len() < passes + 2 {
-            assert!(qemu.ended()?.is_none(), "it runs");
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        assert!(guest.counts().iter().all(|count| count.sum.is_some()), "{:?}", guest.lines());
+        guest.counts_on_in(&mut qemu, 2)?;
     }
     Ok(())
 }
@@ -227,19 +203,13 @@ fn nodes_in_json_are_frozen_and_come_back() -> TestResult {
     let arguments =
         ["-blockdev", &file, "-blockdev", &format, "-device", "virtio-blk-pci,drive=d0"];
     let config = Guest::linux(Ram::private(256)).arguments(arguments);
-    let mut guest = config.boot(&qemu)?;
-    guest.wait_for_count(1)?;
-    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
-    let saved = directory.path().join("vm.vmf");
-    let report = save_with(&guest, &saved, &with_disks(Route::Auto))?;
-    assert_eq!(report.disks.len(), 1, "{:?}", report.disks);
-    let restored = restore(&qemu, &config, &saved, Mode::Auto)?;
-    restored.wait_for_passes(2)?;
-    restored.judge_counts()?;
-    guest.wait_for_passes(1)?;
-    assert_eq!(guest.status()?, "running");
-    let info =
-        Command::new("qemu-img").args(["info", "-U"]).arg(&report.disks[0].overlay).output()?;
+    let mut guest = config.boot_to(&qemu, 1)?;
+    let saved = guest.save(&with_disks(Route::Auto))?;
+    let disks = &saved.report.disks;
+    assert_eq!(disks.len(), 1, "{disks:?}");
+    saved.comes_back_on(&qemu, Mode::Auto)?;
+    guest.runs_on(1)?;
+    let info = Command::new("qemu-img").args(["info", "-U"]).arg(&disks[0].overlay).output()?;
     let info = String::from_utf8_lossy(&info.stdout).into_owned();
     assert!(info.contains("backing file format: raw"), "{info}");
     Ok(())
@@ -251,16 +221,11 @@ fn a_disk_that_is_no_file_is_refused_before_the_guest_is_paused() -> TestResult 
     let node = "driver=null-co,node-name=n0,size=1048576";
     let config = Guest::boot_sector(Ram::private(64)).arguments(["-blockdev", node, "-device"]);
     let config = config.arguments(["virtio-blk-pci,id=none,drive=n0"]);
-    let mut guest = config.boot(&qemu)?;
-    guest.wait_for_count(1)?;
-    let directory = tempfile::tempdir()?;
-    let file = directory.path().join("vm.vmf");
-    let error = save_with(&guest, &file, &with_disks(Route::Auto)).expect_err("no file");
-    let error = error.downcast::<SaveError>()?;
-    assert!(matches!(&*error, SaveError::Disk { .. }), "{error}");
+    let mut guest = config.boot_to(&qemu, 1)?;
+    let error = guest.save_fails(&with_disks(Route::Auto))?;
+    assert!(matches!(error, SaveError::Disk { .. }), "{error}");
     assert!(error.to_string().contains("its format is \"null-co\""), "{error}");
     assert_eq!(guest.status()?, "running");
-    assert_eq!(fs::read_dir(directory.path())?.count(), 0);
     Ok(())
 }
 
@@ -293,18 +258,15 @@ fn an_image_below_that_only_the_command_line_names_is_refused() -> TestResult {
         }
         let (below, node) = (below.to_string(), node.to_string());
         let words = ["-blockdev", &below, "-blockdev", &node, "-device", "virtio-blk-pci,drive=t"];
-        let mut guest = Guest::boot_sector(Ram::private(64)).arguments(words).boot(&qemu)?;
-        guest.wait_for_count(1)?;
-        let directory = tempfile::tempdir()?;
-        let saved = save_with(&guest, &directory.path().join("f"), &with_disks(Route::Auto));
+        let mut guest = Guest::boot_sector(Ram::private(64)).arguments(words).boot_to(&qemu, 1)?;
         if is_named {
-            assert!(saved?.disks.iter().any(|disk| Path::new(&disk.image) == top));
+            let report = guest.save(&with_disks(Route::Auto))?.report;
+            assert!(report.disks.iter().any(|disk| Path::new(&disk.image) == top));
             continue;
         }
-        let error = saved.expect_err("another image").to_string();
+        let error = guest.save_fails(&with_disks(Route::Auto))?.to_string();
         assert!(error.contains("named.qcow2 below it, and the VM has"), "{backing}: {error}");
         assert_eq!(guest.status()?, "running");
-        assert_eq!(fs::read_dir(directory.path())?.count(), 0);
     }
     Ok(())
 }
@@ -314,8 +276,7 @@ fn an_image_below_that_only_the_command_line_names_is_refused() -> TestResult {
 #[test]
 fn a_vm_is_saved_with_its_disks_twenty_times_in_a_row() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
-    let mut guest = config(Ram::private(96)).boot(&qemu)?;
-    guest.wait_for_count(1)?;
+    let mut guest = config(Ram::private(96)).boot_to(&qemu, 1)?;
     let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
     for number in 1..=20 {
         let file = directory.path().join("a-name-that-is-not-short-at-all.vmf");
@@ -328,7 +289,5 @@ fn a_vm_is_saved_with_its_disks_twenty_times_in_a_row() -> TestResult {
         let warned = report.warnings.iter().any(|warning| warning.contains("images on top"));
         assert_eq!(warned, disk.depth >= 16, "{:?}", report.warnings);
     }
-    assert_eq!(guest.status()?, "running");
-    guest.wait_for_passes(1)?;
-    guest.judge_counts()
+    guest.runs_on(1)
 }

@@ -1,6 +1,7 @@
 //! Images: what a running VM has is what a command line names, what a file records, and what a
 //! restore gives back, in whatever way the line is written.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
@@ -14,7 +15,7 @@ use vmfile::restore::{RestoreOptions, Restored};
 use vmfile::save::{After, SaveOptions};
 use vmfile::{RestoreError, Vm};
 use vmfile_qemu::{CommandLine, Drive};
-use vmfile_testing::verbs::{restore_saved, rewrite_manifest, save, save_with};
+use vmfile_testing::verbs::rewrite_manifest;
 use vmfile_testing::{Guest, GuestConfig, Qemu, Ram, Release, TestResult, requires};
 
 /// Makes an empty raw image.
@@ -23,12 +24,12 @@ fn raw(path: &Path) -> TestResult {
 }
 
 /// A guest in the boot sector, with `more` arguments.
-fn guest(more: &[&str]) -> GuestConfig {
-    Guest::boot_sector(Ram::private(64)).arguments(more.iter().copied())
+fn guest(more: &[impl AsRef<OsStr>]) -> GuestConfig {
+    Guest::boot_sector(Ram::private(64)).arguments(more.iter().map(AsRef::as_ref))
 }
 
 /// Holds what the line of a running VM makes against what QEMU says it has.
-fn line_and_vm_agree(qemu: &Qemu, more: &[&str], expected: usize) -> TestResult {
+fn line_and_vm_agree(qemu: &Qemu, more: &[String], expected: usize) -> TestResult {
     let guest = guest(more).boot(qemu)?;
     let mut vm = Vm::connect(&guest.qmp_path())?;
     let process = vm.process()?;
@@ -125,7 +126,6 @@ fn every_spelling(qemu: &Qemu) -> TestResult {
             3,
         ),
     ] {
-        let words: Vec<&str> = words.iter().map(String::as_str).collect();
         line_and_vm_agree(qemu, &words, drives)?;
     }
     Ok(())
@@ -160,13 +160,10 @@ fn a_configuration_file_is_in_the_saved_line_and_not_needed_any_more() -> TestRe
         image.display()
     );
     fs::write(&config, text)?;
-    let mut guest = guest(&["-readconfig", &config.display().to_string()]).boot(&qemu)?;
-    guest.wait_for_count(1)?;
-    let file = files.path().join("vm.vmf");
-    save(&guest, &file)?;
-    guest.wait_for_exit()?;
+    let mut guest = guest(&["-readconfig", &config.display().to_string()]).boot_to(&qemu, 1)?;
+    let saved = guest.save_and_end(&SaveOptions::default())?;
     fs::remove_file(&config)?;
-    let mut restored = restore_saved(&file, &RestoreOptions::default())?;
+    let mut restored = saved.restore_saved(&RestoreOptions::default())?;
     let drives = restored.qemu.as_mut().ok_or("a QEMU was started")?.vm().drives()?;
     let drive = drives.iter().find(|drive| drive.id == "d0").ok_or("no drive d0")?;
     assert_eq!(drive.image().map(|image| Path::new(&image.path)), Some(&*image));
@@ -281,18 +278,13 @@ fn a_vm_that_was_mirrored_to_another_image_comes_back_on_that_one() -> TestResul
         let files = Files::new()?;
         let old = files.qcow2("old.qcow2", None)?;
         let words = spellings(&old).swap_remove(number);
-        let mut guest = guest(&words.iter().map(String::as_str).collect::<Vec<_>>()).boot(&qemu)?;
-        guest.wait_for_count(1)?;
-        let mut vm = Vm::connect(&guest.qmp_path())?;
-        let node = drive_of(&mut vm)?.node.ok_or("no node")?;
-        drop(vm);
+        let mut guest = guest(&words).boot_to(&qemu, 1)?;
+        let node = drive_of(&mut Vm::connect(&guest.qmp_path())?)?.node.ok_or("no node")?;
         let new = files.text("new.qcow2");
         let mirror = json!({ "job-id": "j", "device": node, "target": new, "sync": "full" });
         run_job(&mut guest, "drive-mirror", mirror)?;
-        let file = files.path("vm.vmf");
-        save_with(&guest, &file, &changed_ok())?;
-        guest.wait_for_exit()?;
-        let mut restored = restore_saved(&file, &RestoreOptions::default())?;
+        let saved = guest.save_and_end(&changed_ok())?;
+        let mut restored = saved.restore_saved(&RestoreOptions::default())?;
         assert_eq!(paths(&restored_drive(&mut restored)?), [&new], "{words:?}");
         assert_eq!(restored.report.warnings, [""; 0], "{words:?}");
     }
@@ -309,16 +301,11 @@ fn a_vm_whose_overlay_was_committed_comes_back_on_the_base() -> TestResult {
         let base = files.qcow2("base.qcow2", None)?;
         let top = files.qcow2("top.qcow2", Some("base.qcow2"))?;
         let words = spellings(&top).swap_remove(number);
-        let mut guest = guest(&words.iter().map(String::as_str).collect::<Vec<_>>()).boot(&qemu)?;
-        guest.wait_for_count(1)?;
-        let mut vm = Vm::connect(&guest.qmp_path())?;
-        let node = drive_of(&mut vm)?.node.ok_or("no node")?;
-        drop(vm);
+        let mut guest = guest(&words).boot_to(&qemu, 1)?;
+        let node = drive_of(&mut Vm::connect(&guest.qmp_path())?)?.node.ok_or("no node")?;
         run_job(&mut guest, "block-commit", json!({ "job-id": "j", "device": node }))?;
-        let file = files.path("vm.vmf");
-        save_with(&guest, &file, &changed_ok())?;
-        guest.wait_for_exit()?;
-        let mut restored = restore_saved(&file, &RestoreOptions::default())?;
+        let saved = guest.save_and_end(&changed_ok())?;
+        let mut restored = saved.restore_saved(&RestoreOptions::default())?;
         assert_eq!(paths(&restored_drive(&mut restored)?), [&base], "{words:?}");
     }
     Ok(())
@@ -333,16 +320,12 @@ fn the_image_of_a_file_is_below_an_overlay_however_the_drive_is_written() -> Tes
         let files = Files::new()?;
         let image = files.qcow2("a.qcow2", None)?;
         let words = spellings(&image).swap_remove(number);
-        let mut guest = guest(&words.iter().map(String::as_str).collect::<Vec<_>>()).boot(&qemu)?;
-        guest.wait_for_count(1)?;
+        let mut guest = guest(&words).boot_to(&qemu, 1)?;
         let options = SaveOptions::default().with_disks(true).after(After::Resume);
-        let file = files.path("vm.vmf");
-        save_with(&guest, &file, &options)?;
-        guest.qmp("quit", json!({}))?;
-        guest.wait_for_exit()?;
+        let saved = guest.save_and_end(&options)?;
         let frozen = fs::read(&image)?;
         for _ in 0..2 {
-            let mut restored = restore_saved(&file, &RestoreOptions::default())?;
+            let mut restored = saved.restore_saved(&RestoreOptions::default())?;
             let drive = restored_drive(&mut restored)?;
             let [overlay, below] = &*paths(&drive) else { panic!("{words:?}: {drive:?}") };
             assert_eq!(*below, image, "{words:?}");
@@ -369,12 +352,9 @@ fn another_name_of_an_image_is_the_same_image() -> TestResult {
             files.text("sub/../a.qcow2")
         };
         let drive = format!("file={name},format=qcow2");
-        let mut guest = guest(&["-drive", &drive]).boot(&qemu)?;
-        guest.wait_for_count(1)?;
-        let file = files.path("vm.vmf");
-        save(&guest, &file)?;
-        guest.wait_for_exit()?;
-        let mut restored = restore_saved(&file, &RestoreOptions::default())?;
+        let mut guest = guest(&["-drive", &drive]).boot_to(&qemu, 1)?;
+        let saved = guest.save_and_end(&SaveOptions::default())?;
+        let mut restored = saved.restore_saved(&RestoreOptions::default())?;
         let drive = restored_drive(&mut restored)?;
         let path = drive.image().ok_or("no image")?.path.clone();
         assert_eq!(fs::canonicalize(path)?, fs::canonicalize(&image)?);
@@ -440,20 +420,16 @@ fn media_and_trays(qemu: &Qemu) -> TestResult {
         (&empty, insert(by_id("cd"))),
         (&floppy, in_floppy),
     ] {
-        let mut guest = guest(words).boot(qemu)?;
-        guest.wait_for_count(1)?;
+        let mut guest = guest(words).boot_to(qemu, 1)?;
         for (command, arguments) in change.commands {
             guest.qmp(command, arguments)?;
         }
-        let file = files.path("vm.vmf");
-        save_with(&guest, &file, &changed_ok())?;
-        guest.wait_for_exit()?;
-        let mut restored = restore_saved(&file, &RestoreOptions::default())?;
+        let saved = guest.save_and_end(&changed_ok())?;
+        let mut restored = saved.restore_saved(&RestoreOptions::default())?;
         let drive = restored_drive(&mut restored)?;
         let image = drive.image().map(|image| image.path.clone());
         assert_eq!(image, change.image, "{words:?}: {drive:?}");
         assert_eq!(drive.tray_open, change.tray_open, "{words:?}: {drive:?}");
-        fs::remove_file(&file)?;
     }
     Ok(())
 }
@@ -475,17 +451,14 @@ fn a_disk_without_a_place_on_the_saved_line_is_refused_by_name() -> TestResult {
     let files = Files::new()?;
     let image = files.qcow2("a.qcow2", None)?;
     let drive = format!("file={image},format=qcow2,id=d0");
-    let mut guest = guest(&["-drive", &drive]).boot(&qemu)?;
-    guest.wait_for_count(1)?;
-    let file = files.path("vm.vmf");
-    save(&guest, &file)?;
-    guest.wait_for_exit()?;
+    let mut guest = guest(&["-drive", &drive]).boot_to(&qemu, 1)?;
+    let saved = guest.save_and_end(&SaveOptions::default())?;
     // A line that makes the disk in a way that we do not know.
-    rewrite_manifest(&file, |vm| {
+    rewrite_manifest(&saved.file, |vm| {
         let at = vm.command_line.iter().position(|word| *word == drive).unwrap_or_default();
         vm.command_line.drain(at - 1..=at);
     })?;
-    let error = restore_saved(&file, &RestoreOptions::default()).expect_err("no place");
+    let error = saved.restore_saved(&RestoreOptions::default()).expect_err("no place");
     assert!(matches!(error, RestoreError::DiskNotNamed { .. }), "{error}");
     assert!(error.to_string().contains("d0") && error.to_string().contains(&image), "{error}");
     Ok(())

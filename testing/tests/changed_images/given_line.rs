@@ -3,13 +3,13 @@
 use std::fs::{self, File};
 use std::time::{Duration, SystemTime};
 
-use vmfile::restore::{Destination, RestoreOptions, Restored};
+use vmfile::RestoreError;
+use vmfile::restore::RestoreOptions;
 use vmfile::save::SaveOptions;
-use vmfile::{Control, RestoreError, Snapshot, Vm};
-use vmfile_testing::verbs::rewrite_manifest;
+use vmfile_testing::verbs::{restore_given, rewrite_manifest};
 use vmfile_testing::{Guest, GuestConfig, Qemu, Ram, Release, TestResult, requires};
 
-use crate::{Scene, changed_ok, images, qemu_img, with_disks};
+use crate::{Scene, changed_ok, disk, images, qemu_img, with_disks};
 
 /// The user's line on `image`, as the only disk.
 fn line_on(image: &str) -> GuestConfig {
@@ -24,7 +24,7 @@ fn line_on(image: &str) -> GuestConfig {
 fn a_file_chooses_no_image_for_a_command_line_that_the_user_gave() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
     let scene = Scene::new()?;
-    let (guest, file) = scene.saved(&qemu, &SaveOptions::default())?;
+    let (guest, saved) = scene.saved(&qemu, &SaveOptions::default())?;
     let victims = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
     let victim = victims.path().join("victim");
     fs::write(&victim, vec![1_u8; 1 << 20])?;
@@ -34,18 +34,17 @@ fn a_file_chooses_no_image_for_a_command_line_that_the_user_gave() -> TestResult
         format!(r#"json:{{"driver":"raw","file":{{"driver":"file","filename":"{target}"}}}}"#);
     for path in [target.as_str(), &json, "nbd:unix:/nowhere", "nbd://localhost/x", "/dev/tty"] {
         for overlay in [None, Some("x".to_owned())] {
-            rewrite_manifest(&file, |vm| {
-                for disk in vm.disks.iter_mut().filter(|disk| disk.device == "d0") {
-                    disk.path = path.to_owned();
-                    disk.format = "raw".to_owned();
-                    disk.backing_files = vec![own.clone()];
-                    disk.overlay = overlay.clone();
-                    disk.images.clear();
-                }
+            rewrite_manifest(&saved.file, |vm| {
+                let disk = disk(vm);
+                disk.path = path.to_owned();
+                disk.format = "raw".to_owned();
+                disk.backing_files = vec![own.clone()];
+                disk.overlay = overlay.clone();
+                disk.images.clear();
             })?;
             for options in [RestoreOptions::default(), changed_ok()] {
                 let mut restored =
-                    match scene.restore_given(&qemu, &file, &options, &scene.config)? {
+                    match restore_given(&scene.config.prepare(&qemu)?, &saved.file, &options) {
                         Ok(restored) => restored,
                         Err(error) => {
                             let refused = matches!(error, RestoreError::DisksChanged { .. });
@@ -71,14 +70,10 @@ fn a_file_chooses_no_image_for_a_command_line_that_the_user_gave() -> TestResult
 fn the_format_of_an_image_is_what_the_users_line_says() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
     let scene = Scene::new()?;
-    let (_guest, file) = scene.saved(&qemu, &with_disks())?;
-    rewrite_manifest(&file, |vm| {
-        for disk in vm.disks.iter_mut().filter(|disk| disk.device == "d0") {
-            disk.format = "raw".to_owned();
-        }
-    })?;
+    let (_guest, saved) = scene.saved(&qemu, &with_disks())?;
+    rewrite_manifest(&saved.file, |vm| disk(vm).format = "raw".to_owned())?;
     let options = RestoreOptions::default();
-    let mut restored = scene.restore_given(&qemu, &file, &options, &scene.config)??;
+    let mut restored = restore_given(&scene.config.prepare(&qemu)?, &saved.file, &options)?;
     let found = images(&mut restored)?;
     let top = scene.path("top.qcow2");
     let overlay =
@@ -86,7 +81,8 @@ fn the_format_of_an_image_is_what_the_users_line_says() -> TestResult {
     assert_eq!(found, [overlay.overlay.clone(), top.clone(), scene.path("base.qcow2")]);
     let drive = format!("file={},id=d0", top.display());
     let silent = Guest::boot_sector(Ram::private(64)).arguments(["-drive", &drive]);
-    let error = scene.restore_given(&qemu, &file, &options, &silent)?.expect_err("no format");
+    let error =
+        restore_given(&silent.prepare(&qemu)?, &saved.file, &options).expect_err("no format");
     assert!(matches!(error, RestoreError::FormatNotSaid { .. }), "{error}");
     Ok(())
 }
@@ -97,21 +93,21 @@ fn the_format_of_an_image_is_what_the_users_line_says() -> TestResult {
 fn an_older_state_of_a_disk_is_refused_on_a_command_line_that_the_user_gave() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
     let scene = Scene::new()?;
-    let (_guest, file) = scene.saved(&qemu, &SaveOptions::default())?;
+    let (_guest, saved) = scene.saved(&qemu, &SaveOptions::default())?;
     let base = scene.path("base.qcow2");
     let older = line_on(&base.display().to_string());
     let options = RestoreOptions::default();
-    let error = scene.restore_given(&qemu, &file, &options, &older)?.expect_err("older");
+    let error = restore_given(&older.prepare(&qemu)?, &saved.file, &options).expect_err("older");
     assert!(matches!(error, RestoreError::DisksChanged { .. }), "{error}");
     assert!(error.to_string().contains("older state"), "{error}");
-    let mut restored = scene.restore_given(&qemu, &file, &changed_ok(), &older)??;
+    let mut restored = restore_given(&older.prepare(&qemu)?, &saved.file, &changed_ok())?;
     assert_eq!(images(&mut restored)?, std::slice::from_ref(&base));
     assert!(restored.report.warnings.iter().any(|warning| warning.contains("older state")));
     drop(restored);
     // Another image altogether is the user's choice, which the report names.
     fs::copy(scene.path("top.qcow2"), scene.path("copy.qcow2"))?;
     let copy = line_on(&scene.path("copy.qcow2").display().to_string());
-    let restored = scene.restore_given(&qemu, &file, &options, &copy)??;
+    let restored = restore_given(&copy.prepare(&qemu)?, &saved.file, &options)?;
     let named =
         restored.report.warnings.iter().any(|w| w.contains("d0") && w.contains("not named"));
     assert!(named, "{:?}", restored.report.warnings);
@@ -123,17 +119,17 @@ fn an_older_state_of_a_disk_is_refused_on_a_command_line_that_the_user_gave() ->
 fn the_images_of_a_qemu_that_waits_are_compared() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
     let scene = Scene::new()?;
-    let (_guest, file) = scene.saved(&qemu, &SaveOptions::default())?;
+    let (_guest, saved) = scene.saved(&qemu, &SaveOptions::default())?;
     let image = File::options().write(true).open(scene.path("base.qcow2"))?;
     image.set_modified(SystemTime::now() + Duration::from_secs(5))?;
     let waiting = scene.config.incoming(&qemu, "defer")?;
-    let snapshot = Snapshot::open(&file, 0)?;
     for (options, is_refused) in [(RestoreOptions::default(), true), (changed_ok(), false)] {
-        let destination = Destination::Waiting(Vm::connect(&waiting.qmp_path())?);
-        let result = vmfile::restore::restore(&snapshot, destination, &options, &Control::none());
-        match result {
-            Err(RestoreError::DisksChanged { .. }) if is_refused => {}
+        match saved.restore_into(&waiting, &options) {
             Ok(restored) if !is_refused => assert!(!restored.report.warnings.is_empty()),
+            Err(error) if is_refused => {
+                let error = error.downcast::<RestoreError>()?;
+                assert!(matches!(*error, RestoreError::DisksChanged { .. }), "{error}");
+            }
             other => panic!("{:?}", other.map(|restored| restored.report)),
         }
     }
@@ -145,31 +141,28 @@ fn the_images_of_a_qemu_that_waits_are_compared() -> TestResult {
 fn a_qemu_that_waits_does_not_write_into_an_image_of_the_file() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
     let scene = Scene::new()?;
-    let (_guest, file) = scene.saved(&qemu, &with_disks())?;
+    let (_guest, saved) = scene.saved(&qemu, &with_disks())?;
     // The disk with the boot sector, too, would be refused.
-    rewrite_manifest(&file, |vm| {
+    rewrite_manifest(&saved.file, |vm| {
         for disk in vm.disks.iter_mut().filter(|disk| disk.device != "d0") {
             disk.overlay = None;
         }
     })?;
-    let snapshot = Snapshot::open(&file, 0)?;
-    let restore = |config: &GuestConfig| -> TestResult<Result<Restored, RestoreError>> {
-        let waiting = config.incoming(&qemu, "defer")?;
-        let destination = Destination::Waiting(Vm::connect(&waiting.qmp_path())?);
-        let options = RestoreOptions::default();
-        Ok(vmfile::restore::restore(&snapshot, destination, &options, &Control::none()))
+    let restore = |config: &GuestConfig| {
+        saved.restore_into(&config.incoming(&qemu, "defer")?, &RestoreOptions::default())
     };
     let top = scene.path("top.qcow2");
     let before = fs::read(&top)?;
-    let error = restore(&scene.config)?.expect_err("the image belongs to the file");
-    let RestoreError::ImageOfFile { device, image } = &error else { panic!("{error}") };
+    let error = restore(&scene.config).expect_err("the image belongs to the file");
+    let error = error.downcast::<RestoreError>()?;
+    let RestoreError::ImageOfFile { device, image } = &*error else { panic!("{error}") };
     assert_eq!((device.as_str(), image), ("d0", &top));
     assert!(fs::read(&top)? == before);
     // Below a new overlay it is only read.
     let over = scene.path("over.qcow2");
     let below = ["-f", "qcow2", "-F", "qcow2", "-b", top.to_str().ok_or("UTF-8")?];
     qemu_img(&below, &over)?;
-    let mut warnings = restore(&line_on(&over.display().to_string()))??.report.warnings;
+    let mut warnings = restore(&line_on(&over.display().to_string()))?.report.warnings;
     warnings.retain(|warning| !warning.contains("not named"));
     assert_eq!(warnings, [""; 0]);
     Ok(())
@@ -181,16 +174,17 @@ fn a_qemu_that_waits_does_not_write_into_an_image_of_the_file() -> TestResult {
 fn a_file_has_no_image_opened_that_a_command_line_does_not_name() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
     let scene = Scene::new()?;
-    let (_guest, file) = scene.saved(&qemu, &SaveOptions::default())?;
+    let (_guest, saved) = scene.saved(&qemu, &SaveOptions::default())?;
     let victim = scene.path("victim");
     fs::write(&victim, "root:secret")?;
-    rewrite_manifest(&file, |vm| {
+    rewrite_manifest(&saved.file, |vm| {
         for image in vm.disks.iter_mut().filter_map(|disk| disk.images.first_mut()) {
             image.path = victim.display().to_string();
         }
     })?;
     let options = RestoreOptions::default();
-    let error = scene.restore_given(&qemu, &file, &options, &scene.config)?.expect_err("forged");
+    let error =
+        restore_given(&scene.config.prepare(&qemu)?, &saved.file, &options).expect_err("forged");
     let RestoreError::DisksChanged { changes } = &error else { panic!("{error}") };
     assert!(changes.iter().all(|change| change.what == "image"), "{error}");
     assert!(!error.to_string().contains("root"), "{error}");

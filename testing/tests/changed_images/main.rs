@@ -12,13 +12,13 @@ use std::time::{Duration, SystemTime};
 
 use serde_json::json;
 use tempfile::TempDir;
+use vmfile::RestoreError;
 use vmfile::error::SaveError;
-use vmfile::restore::{Destination, RestoreOptions, Restored};
-use vmfile::save::{After, Live, Route, SaveOptions, SaveReport};
-use vmfile::{Control, RestoreError, Snapshot};
-use vmfile_format::manifest::DiskMeta;
-use vmfile_testing::verbs::{restore_saved, rewrite_manifest, save, save_with};
-use vmfile_testing::{Guest, GuestConfig, Qemu, Ram, Release, TestResult, requires, root};
+use vmfile::restore::{RestoreOptions, Restored};
+use vmfile::save::{After, Live, Route, SaveOptions};
+use vmfile_format::manifest::{DiskMeta, VmMeta};
+use vmfile_testing::verbs::{restore_given, rewrite_manifest};
+use vmfile_testing::{Guest, GuestConfig, Qemu, Ram, Release, Saved, TestResult, requires, root};
 
 /// A guest on a qcow2 disk with an image below, in a directory that all its VMs share.
 ///
@@ -46,38 +46,11 @@ impl Scene {
         self.files.path().join(name)
     }
 
-    fn boot(&self, qemu: &Qemu) -> TestResult<Guest> {
-        let guest = self.config.boot(qemu)?;
-        guest.wait_for_count(1)?;
-        Ok(guest)
-    }
-
     /// A file whose VM has ended, and the directory of the VM's sockets.
-    fn saved(&self, qemu: &Qemu, options: &SaveOptions) -> TestResult<(Guest, PathBuf)> {
-        let mut guest = self.boot(qemu)?;
-        let file = self.path("vm.vmf");
-        save_with(&guest, &file, options)?;
-        if options.after != After::Quit {
-            guest.qmp("quit", json!({}))?;
-        }
-        guest.wait_for_exit()?;
-        Ok((guest, file))
-    }
-
-    /// Restores with the command line of another VM of this scene.
-    fn restore_given(
-        &self,
-        qemu: &Qemu,
-        file: &Path,
-        options: &RestoreOptions,
-        config: &GuestConfig,
-    ) -> TestResult<Result<Restored, RestoreError>> {
-        let prepared = config.prepare(qemu)?;
-        let words = prepared.command_line();
-        let words = words.into_iter().map(|word| word.into_string().expect("UTF-8")).collect();
-        let snapshot = Snapshot::open(file, 0)?;
-        let destination = Destination::Command(words);
-        Ok(vmfile::restore::restore(&snapshot, destination, options, &Control::none()))
+    fn saved(&self, qemu: &Qemu, options: &SaveOptions) -> TestResult<(Guest, Saved)> {
+        let mut guest = self.config.boot_to(qemu, 1)?;
+        let saved = guest.save_and_end(options)?;
+        Ok((guest, saved))
     }
 }
 
@@ -86,6 +59,11 @@ fn qemu_img(options: &[&str], image: &Path) -> TestResult {
     let output = command.args(["create", "-q"]).args(options).arg(image).arg("4M").output()?;
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     Ok(())
+}
+
+/// What a manifest says of the disk of a scene.
+fn disk(vm: &mut VmMeta) -> &mut DiskMeta {
+    vm.disks.iter_mut().find(|disk| disk.device == "d0").expect("the disk is in the file")
 }
 
 fn changed_ok() -> RestoreOptions {
@@ -150,12 +128,12 @@ fn images_that_changed_since_the_save_are_refused_by_name() -> TestResult {
     ];
     for (what, name, happen) in happenings {
         let scene = Scene::new()?;
-        let (_guest, file) = scene.saved(&qemu, &SaveOptions::default())?;
+        let (_guest, saved) = scene.saved(&qemu, &SaveOptions::default())?;
         happen(&scene.path(name))?;
-        let saved = restore_saved(&file, &RestoreOptions::default());
         let options = RestoreOptions::default();
-        let given = scene.restore_given(&qemu, &file, &options, &scene.config)?;
-        for result in [saved, given] {
+        let prepared = scene.config.prepare(&qemu)?;
+        let given = restore_given(&prepared, &saved.file, &options);
+        for result in [saved.restore_saved(&options), given] {
             let error = result.expect_err(what);
             let RestoreError::DisksChanged { changes } = &error else { panic!("{what}: {error}") };
             let image = scene.path(name);
@@ -164,7 +142,7 @@ fn images_that_changed_since_the_save_are_refused_by_name() -> TestResult {
             assert!(found, "{what}: {error}");
         }
         if what != "file" {
-            let restored = restore_saved(&file, &changed_ok())?;
+            let restored = saved.restore_saved(&changed_ok())?;
             let warned = restored.report.warnings.iter().any(|warning| warning.contains(what));
             assert!(warned, "{what}: {:?}", restored.report.warnings);
         }
@@ -194,8 +172,8 @@ fn images_that_did_not_change_are_not_said_to_have_changed() -> TestResult {
                 assert!(command.status()?.success());
             }
             let options = SaveOptions::default().route(route);
-            let (_guest, file) = scene.saved(qemu, &options)?;
-            let restored = restore_saved(&file, &RestoreOptions::default())?;
+            let (_guest, saved) = scene.saved(qemu, &options)?;
+            let restored = saved.restore_saved(&RestoreOptions::default())?;
             assert_eq!(restored.report.warnings, [""; 0], "{route:?}");
         }
     }
@@ -215,11 +193,8 @@ fn a_busy_disk_is_not_said_to_have_changed_after_its_vm_was_saved() -> TestResul
             guest.qmp("block-dirty-bitmap-add", bitmap)?;
         }
         guest.wait_for_count(2)?;
-        let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
-        let file = directory.path().join("vm.vmf");
-        save_with(&guest, &file, &SaveOptions::default().route(route))?;
-        guest.wait_for_exit()?;
-        let restored = restore_saved(&file, &RestoreOptions::default())?;
+        let saved = guest.save_and_end(&SaveOptions::default().route(route))?;
+        let restored = saved.restore_saved(&RestoreOptions::default())?;
         assert_eq!(restored.report.warnings, [""; 0], "{route:?} {more}");
     }
     Ok(())
@@ -230,8 +205,8 @@ fn a_busy_disk_is_not_said_to_have_changed_after_its_vm_was_saved() -> TestResul
 fn a_file_that_does_not_say_what_its_images_were_is_restored_with_a_warning() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
     let scene = Scene::new()?;
-    let (_guest, file) = scene.saved(&qemu, &SaveOptions::default())?;
-    rewrite_manifest(&file, |vm| {
+    let (_guest, saved) = scene.saved(&qemu, &SaveOptions::default())?;
+    rewrite_manifest(&saved.file, |vm| {
         for disk in &mut vm.disks {
             *disk = DiskMeta {
                 device: disk.device.clone(),
@@ -244,15 +219,10 @@ fn a_file_that_does_not_say_what_its_images_were_is_restored_with_a_warning() ->
             };
         }
     })?;
-    let restored = restore_saved(&file, &RestoreOptions::default())?;
+    let restored = saved.restore_saved(&RestoreOptions::default())?;
     let [warning] = &*restored.report.warnings else { panic!("{:?}", restored.report.warnings) };
     assert!(warning.contains("does not say what its disk images were"), "{warning}");
     Ok(())
-}
-
-fn refused(result: TestResult<SaveReport>) -> TestResult<SaveError> {
-    let error = result.expect_err("refused");
-    Ok(*error.downcast::<SaveError>()?)
 }
 
 /// A4: the guest went on writing to its disks after the saved moment and was then ended: a file that
@@ -261,30 +231,25 @@ fn refused(result: TestResult<SaveReport>) -> TestResult<SaveError> {
 fn a_live_save_that_ends_the_vm_needs_its_disks() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
     let scene = Scene::new()?;
-    let mut guest = scene.boot(&qemu)?;
-    let file = scene.path("vm.vmf");
+    let mut guest = scene.config.boot_to(&qemu, 1)?;
     let live = Some(Live::default());
-    let options = SaveOptions::default().live(live);
-    let error = refused(save_with(&guest, &file, &options))?;
+    let error = guest.save_fails(&SaveOptions::default().live(live))?;
     let SaveError::DisksGoOn { devices } = &error else { panic!("{error}") };
     assert!(devices.contains(&"d0".to_owned()), "{devices:?}");
     assert_eq!(guest.status()?, "running");
-    assert!(!file.exists());
 
     for options in [
         SaveOptions::default().live(live).after(After::Resume),
         SaveOptions::default().after(After::Resume),
     ] {
-        let report = save_with(&guest, &file, &options)?;
+        let report = guest.save(&options)?.report;
         let [warning] = &*report.warnings else { panic!("{:?}", report.warnings) };
         assert!(warning.contains("d0") && warning.contains("--with-disks"), "{warning}");
-        fs::remove_file(&file)?;
     }
     for options in [with_disks(), SaveOptions::default().live(live).with_disks(true)] {
-        let report = save_with(&guest, &file, &options)?;
+        let report = guest.save(&options)?.report;
         let goes_on = report.warnings.iter().any(|warning| warning.contains("goes on writing"));
         assert!(!goes_on, "{:?}", report.warnings);
-        fs::remove_file(&file)?;
     }
     Ok(())
 }
@@ -323,10 +288,9 @@ fn an_encrypted_image_gets_no_overlay_in_clear_text() -> TestResult {
     ] {
         let config = Guest::boot_sector(Ram::private(64));
         let config = config.arguments(["-object", secret[1]]).arguments(&words);
-        let mut guest = config.boot(&qemu)?;
-        guest.wait_for_count(1)?;
+        let mut guest = config.boot_to(&qemu, 1)?;
         let before = fs::read_dir(files.path())?.count();
-        let error = refused(save_with(&guest, &files.path().join("vm.vmf"), &with_disks()))?;
+        let error = guest.save_fails(&with_disks())?;
         assert!(matches!(error, SaveError::Disk { .. }), "{error}");
         assert!(error.to_string().contains("is encrypted"), "{error}");
         assert_eq!(guest.status()?, "running");
@@ -341,20 +305,18 @@ fn an_image_that_was_deleted_or_replaced_is_refused_where_the_vm_would_end() -> 
     let qemu = requires!(Qemu::of(Release::Distribution));
     for is_replaced in [false, true] {
         let scene = Scene::new()?;
-        let mut guest = scene.boot(&qemu)?;
+        let mut guest = scene.config.boot_to(&qemu, 1)?;
         let image = scene.path("top.qcow2");
         fs::rename(&image, scene.path("away"))?;
         if is_replaced {
             fs::copy(scene.path("away"), &image)?;
         }
-        let file = scene.path("vm.vmf");
-        let error = refused(save_with(&guest, &file, &SaveOptions::default()))?;
+        let error = guest.save_fails(&SaveOptions::default())?;
         let SaveError::ImageLost { device, image: lost, .. } = &error else { panic!("{error}") };
         assert_eq!((device.as_str(), lost), ("d0", &image), "{error}");
         assert_eq!(guest.status()?, "running");
         // The VM that goes on has its image, whatever the name says.
-        let options = SaveOptions::default().after(After::Pause);
-        let report = save_with(&guest, &file, &options)?;
+        let report = guest.save(&SaveOptions::default().after(After::Pause))?.report;
         let named = report.warnings.iter().any(|w| w.contains("top.qcow2") && w.contains("again"));
         assert!(named, "{:?}", report.warnings);
     }
@@ -366,15 +328,14 @@ fn an_image_that_was_deleted_or_replaced_is_refused_where_the_vm_would_end() -> 
 fn an_image_in_an_fd_set_is_refused_where_the_vm_would_end() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
     let scene = Scene::new()?;
-    let mut guest = scene.boot(&qemu)?;
+    let mut guest = scene.config.boot_to(&qemu, 1)?;
     // QEMU opens its own descriptor once more, which is as good as one that it was given.
     let node = json!({ "driver": "qcow2", "node-name": "n",
         "file": { "driver": "file", "filename": format!("/proc/self/fd/{}", fd_of(&guest)?),
             "locking": "off" }, "read-only": true });
     guest.qmp("blockdev-add", node)?;
     guest.qmp("device_add", json!({ "driver": "virtio-blk-pci", "drive": "n", "id": "hot" }))?;
-    let options = SaveOptions::default().changed_ok(true);
-    let error = refused(save_with(&guest, &scene.path("vm.vmf"), &options))?;
+    let error = guest.save_fails(&SaveOptions::default().changed_ok(true))?;
     assert!(matches!(error, SaveError::ImageLost { .. }), "{error}");
     assert!(error.to_string().contains("descriptor"), "{error}");
     assert_eq!(guest.status()?, "running");
@@ -415,8 +376,7 @@ fn an_image_in_another_mount_namespace_is_refused_where_the_vm_would_end() -> Te
         .spawn()?;
     let mut guest = prepared.attach()?;
     guest.wait_for_count(1)?;
-    let file = scene.path("vm.vmf");
-    let error = refused(save(&guest, &file))?;
+    let error = guest.save_fails(&SaveOptions::default())?;
     assert!(matches!(error, SaveError::ImageLost { .. }), "{error}");
     assert!(error.to_string().contains("another root"), "{error}");
     assert_eq!(guest.status()?, "running");
@@ -438,14 +398,14 @@ fn a_save_says_that_the_file_will_hold_no_command_line() -> TestResult {
     let mut found = env::split_paths(&directories).map(|path| path.join(qemu.program()));
     fs::copy(found.find(|path| path.is_file()).ok_or("QEMU is there")?, &program)?;
     let mut child = Command::new(&program).args(&command[1..]).spawn()?;
-    let guest = prepared.attach()?;
+    let mut guest = prepared.attach()?;
     guest.wait_for_count(1)?;
-    let file = scene.path("vm.vmf");
-    let report = save(&guest, &file)?;
+    let saved = guest.save(&SaveOptions::default())?;
     child.wait()?;
-    let said = report.warnings.iter().any(|warning| warning.contains("holds no command line"));
-    assert!(said, "{:?}", report.warnings);
-    let error = restore_saved(&file, &RestoreOptions::default()).expect_err("no command line");
+    let said =
+        saved.report.warnings.iter().any(|warning| warning.contains("holds no command line"));
+    assert!(said, "{:?}", saved.report.warnings);
+    let error = saved.restore_saved(&RestoreOptions::default()).expect_err("no command line");
     assert!(matches!(error, RestoreError::NoSavedCommand), "{error}");
     Ok(())
 }

@@ -2,8 +2,9 @@
 
 use serde_json::json;
 use vmfile::RestoreError;
+use vmfile::restore::Mode;
 use vmfile::save::SaveOptions;
-use vmfile_testing::verbs::save_with;
+use vmfile_testing::verbs::restore;
 use vmfile_testing::{Guest, Machine, Qemu, Ram, Release, TestResult, requires};
 
 use super::{ask, goes_on, image, save_and_restore, wait_until_gone};
@@ -50,8 +51,7 @@ fn devices_that_were_unplugged_are_named_and_do_not_come_back() -> TestResult {
             "-device",
             r#"{"driver":"usb-mouse"}"#,
         ]);
-        let mut guest = config.boot(&qemu)?;
-        guest.wait_for_count(1)?;
+        let mut guest = config.boot_to(&qemu, 1)?;
         unplug(&mut guest, "/machine/peripheral/balloon")?;
         unplug(&mut guest, "/machine/peripheral-anon/device[0]")?;
         for id in ["sd", "kbd"] {
@@ -95,8 +95,7 @@ fn devices_that_were_plugged_in_are_named_and_come_back() -> TestResult {
             Guest::boot_sector(Ram::private(64)).machine(Machine::Q35).seed(24).fill_mib(32);
         let config = config.arguments(ports).arguments(["-device", "qemu-xhci,id=xhci"]);
         let config = config.arguments(["-device", "usb-kbd,id=kbd"]);
-        let mut guest = config.boot(&qemu)?;
-        guest.wait_for_count(1)?;
+        let mut guest = config.boot_to(&qemu, 1)?;
         let file = json!({"driver": "file", "filename": image});
         let node = json!({"driver": "raw", "node-name": "n1", "file": file, "read-only": true});
         guest.qmp("blockdev-add", node.clone())?;
@@ -158,8 +157,7 @@ fn memory_and_cpus_that_were_plugged_in_are_named_and_come_back() -> TestResult 
         let qemu = requires!(Qemu::of(release));
         let config = Guest::linux(Ram::private(256)).dimm(128).seed(25);
         let config = config.arguments(["-smp", "2,maxcpus=4,cores=4"]);
-        let mut guest = config.boot(&qemu)?;
-        guest.wait_for_count(1)?;
+        let mut guest = config.boot_to(&qemu, 1)?;
         let memory = json!({"qom-type": "memory-backend-ram", "id": "more", "size": 128 << 20});
         guest.qmp("object-add", memory)?;
         guest.qmp("device_add", json!({"driver": "pc-dimm", "id": "dimm9", "memdev": "more"}))?;
@@ -183,8 +181,7 @@ fn a_device_that_no_option_makes_again_is_named_when_it_is_restored() -> TestRes
     let qemu = requires!(Qemu::of(Release::Distribution));
     let config = Guest::boot_sector(Ram::private(64)).seed(26);
     let config = config.arguments(["-device", "virtio-serial-pci,id=serial"]);
-    let mut guest = config.boot(&qemu)?;
-    guest.wait_for_count(1)?;
+    let mut guest = config.boot_to(&qemu, 1)?;
     let backend = json!({"type": "null", "data": {}});
     guest.qmp("chardev-add", json!({"id": "later", "backend": backend}))?;
     let port = json!({"driver": "virtserialport", "id": "port", "chardev": "later"});
@@ -203,13 +200,10 @@ fn a_device_that_no_option_makes_again_is_named_when_it_is_restored() -> TestRes
 fn a_command_line_with_another_device_is_refused_before_the_guest_runs() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
     let config = Guest::boot_sector(Ram::private(64)).seed(27);
-    let guest = config.arguments(["-device", "qemu-xhci"]).boot(&qemu)?;
-    guest.wait_for_count(1)?;
-    let directory = tempfile::tempdir()?;
-    let file = directory.path().join("vm.vmf");
-    save_with(&guest, &file, &SaveOptions::default())?;
+    let mut guest = config.arguments(["-device", "qemu-xhci"]).boot_to(&qemu, 1)?;
+    let saved = guest.save(&SaveOptions::default())?;
     let config = guest.config().clone().arguments(["-device", "usb-tablet,id=tablet"]);
-    let error = vmfile_testing::verbs::map(&qemu, &config, &file).expect_err("a device more");
+    let error = restore(&qemu, &config, &saved.file, Mode::Map).expect_err("a device more");
     let expected = "the file does not fit the VM: devices of type usb-tablet: 0 in the file, \
                     1, tablet in this VM";
     assert_eq!(error.to_string(), expected);
@@ -222,16 +216,11 @@ fn what_ends_with_the_process_is_named_before_the_vm_is_ended() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
     let config = Guest::boot_sector(Ram::private(64)).seed(28);
     let config = config.arguments(["-chardev", "file,id=log,path=/proc/self/fd/2"]);
-    let guest = config.boot(&qemu)?;
-    guest.wait_for_count(1)?;
-    let directory = tempfile::tempdir()?;
-    let file = directory.path().join("vm.vmf");
-    let error = save_with(&guest, &file, &SaveOptions::default()).expect_err("an old descriptor");
-    let error = error.to_string();
+    let mut guest = config.boot_to(&qemu, 1)?;
+    let error = guest.save_fails(&SaveOptions::default())?.to_string();
     assert!(
         error.contains("-chardev log: found it names a descriptor that QEMU was started with"),
         "{error}"
     );
-    save_with(&guest, &file, &SaveOptions::default().changed_ok(true))?;
-    Ok(())
+    guest.save(&SaveOptions::default().changed_ok(true)).map(drop)
 }

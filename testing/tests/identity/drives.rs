@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 use vmfile::save::{After, SaveOptions};
-use vmfile_testing::verbs::save_with;
 use vmfile_testing::{
     Firmware, Guest, GuestConfig, Machine, Qemu, Ram, Release, TestResult, requires,
 };
@@ -143,17 +142,12 @@ fn drives_that_were_changed_are_named() -> TestResult {
 fn an_overlay_of_an_earlier_save_is_told_and_is_no_change() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
     let config = Guest::linux(Ram::private(256)).disk(16);
-    let mut guest = config.boot(&qemu)?;
-    guest.wait_for_count(1)?;
-    let directory = tempfile::tempdir()?;
-    for name in ["1.vmf", "2.vmf"] {
-        let after = After::Resume;
-        let options = SaveOptions::default().with_disks(true).after(after);
-        let report = save_with(&guest, &directory.path().join(name), &options)?;
-        assert_eq!(report.changes, []);
+    let mut guest = config.boot_to(&qemu, 1)?;
+    for _ in 0..2 {
+        let options = SaveOptions::default().with_disks(true).after(After::Resume);
+        assert_eq!(guest.save(&options)?.report.changes, []);
     }
-    let report = save_with(&guest, &directory.path().join("3.vmf"), &SaveOptions::default())?;
-    guest.wait_for_exit()?;
+    let report = guest.save_and_end(&SaveOptions::default())?.report;
     let told = report.warnings.iter().any(|told| told.starts_with("drive disk0 is in "));
     assert!(told, "{:?}", report.warnings);
     Ok(())

@@ -12,9 +12,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use vmfile::error::SaveError;
-use vmfile::restore::{Destination, RestoreOptions, Restored};
+use vmfile::restore::{RestoreOptions, Restored};
 use vmfile::save::{After, Change, SaveOptions};
-use vmfile::{Control, RestoreError, Snapshot};
 use vmfile_testing::verbs::save_with;
 use vmfile_testing::{Guest, TestResult};
 
@@ -32,37 +31,17 @@ fn names(changes: &[Change]) -> Vec<&str> {
 /// Expects that a save which would end the VM is refused and names `expected`, then saves it all the
 /// same and restores it with the saved command line.
 fn save_and_restore(guest: &mut Guest, expected: &[&str]) -> TestResult<Restored> {
-    let directory = tempfile::tempdir()?;
-    let file = directory.path().join("vm.vmf");
-    let error = save_with(guest, &file, &SaveOptions::default()).expect_err("it has changed");
-    let error = error.downcast::<SaveError>()?;
-    let SaveError::Changed { changes } = &*error else { return Err(error) };
+    let error = guest.save_fails(&SaveOptions::default())?;
+    let SaveError::Changed { changes } = &error else { return Err(error.into()) };
     assert_eq!(names(changes), expected, "{error}");
-    assert!(!file.exists());
     assert_eq!(guest.status()?, "running");
-    save_with(guest, &file, &SaveOptions::default().changed_ok(true))?;
-    guest.wait_for_exit()?;
-    Ok(restore_saved(&file)?)
-}
-
-fn restore_saved(file: &Path) -> Result<Restored, RestoreError> {
-    let snapshot = Snapshot::open(file, 0)?;
-    let options = RestoreOptions::default();
-    vmfile::restore::restore(&snapshot, Destination::Saved, &options, &Control::none())
+    let saved = guest.save_and_end(&SaveOptions::default().changed_ok(true))?;
+    Ok(saved.restore_saved(&RestoreOptions::default())?)
 }
 
 /// The guest goes on: it writes to the log of the guest that is gone.
 fn goes_on(guest: &Guest, restored: &mut Restored) -> TestResult {
-    let passes = guest.counts().len();
-    let qemu = restored.qemu.as_mut().ok_or("a QEMU was started")?;
-    let deadline = Instant::now() + Duration::from_secs(60);
-    while guest.counts().len() < passes + 2 {
-        assert!(qemu.ended()?.is_none(), "it runs");
-        assert!(Instant::now() < deadline, "the guest reports nothing");
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    assert!(guest.counts().iter().all(|count| count.sum.is_some()), "{:?}", guest.lines());
-    Ok(())
+    guest.counts_on_in(restored.qemu.as_mut().ok_or("a QEMU was started")?, 2)
 }
 
 fn ask(restored: &mut Restored, command: &str, arguments: Value) -> TestResult<Value> {

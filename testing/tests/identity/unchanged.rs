@@ -86,8 +86,7 @@ fn a_vm_as_it_was_started_has_no_changes() -> TestResult {
             configs.push(plain().machine_version("2.8"));
         }
         for config in configs {
-            let guest = config.boot(&qemu)?;
-            guest.wait_for_count(1)?;
+            let guest = config.boot_to(&qemu, 1)?;
             assert_eq!(changes(&guest)?, [], "{release:?}: {config:?}");
         }
     }
@@ -157,8 +156,7 @@ fn as_libvirt_writes_it(directory: &Path) -> TestResult<GuestConfig> {
 fn a_line_as_libvirt_writes_it_is_unchanged_until_a_disk_is_plugged_in() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
     let directory = tempfile::tempdir()?;
-    let mut guest = as_libvirt_writes_it(directory.path())?.boot(&qemu)?;
-    guest.wait_for_count(1)?;
+    let mut guest = as_libvirt_writes_it(directory.path())?.boot_to(&qemu, 1)?;
     assert_eq!(changes(&guest)?, []);
     let file = json!({"driver": "file", "filename": directory.path().join("1.raw"),
         "node-name": "libvirt-2-storage", "auto-read-only": true, "discard": "unmap"});
