@@ -11,20 +11,17 @@ use vmfile::check::CheckOptions;
 use vmfile::error::SaveError;
 use vmfile::save::{After, SaveOptions};
 use vmfile::{Backend, Control, DirectIo, Jobs, Progress, Snapshot, SnapshotError, Vm};
-use vmfile_testing::verbs::{check_is_clean, save};
+use vmfile_testing::verbs::check_is_clean;
 use vmfile_testing::{Guest, Mount, Qemu, Ram, TestResult, requires};
 
 fn boot(qemu: &Qemu) -> TestResult<Guest> {
-    let guest = Guest::boot_sector(Ram::private(128)).seed(41).boot(qemu)?;
-    guest.wait_for_count(1)?;
+    let guest = Guest::boot_sector(Ram::private(128)).seed(41).boot_to(qemu, 1)?;
     Ok(guest)
 }
 
 /// The guest runs, counts on, and nothing lies in `directory`.
 fn nothing_happened(guest: &mut Guest, directory: &Path) -> TestResult {
-    assert_eq!(guest.status()?, "running");
-    guest.wait_for_passes(2)?;
-    guest.judge_counts()?;
+    guest.runs_on(2)?;
     let left: Vec<_> = fs::read_dir(directory)?.collect::<Result<_, _>>()?;
     assert!(left.is_empty(), "{left:?}");
     Ok(())
@@ -151,15 +148,13 @@ fn a_qemu_that_dies_in_the_middle_leaves_no_file() -> TestResult {
 #[test]
 fn every_changed_byte_is_found() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
-    let guest = Guest::boot_sector(Ram::private(16)).seed(42).boot(&qemu)?;
-    guest.wait_for_count(1)?;
-    let directory = tempfile::tempdir()?;
-    let path = directory.path().join("vm.vmf");
-    save(&guest, &path)?;
+    let mut guest = Guest::boot_sector(Ram::private(16)).seed(42).boot_to(&qemu, 1)?;
+    let saved = guest.save(&SaveOptions::default())?;
     drop(guest);
-    let file = File::options().read(true).write(true).open(&path)?;
+    let path = &saved.file;
+    let file = File::options().read(true).write(true).open(path)?;
     let len = file.metadata()?.len();
-    let structure = Snapshot::open(&path, 0)?;
+    let structure = Snapshot::open(path, 0)?;
     let end = structure.structure().device_state.stream_end;
     // Every part: the head, places of pages, padding, the device state, hashes, JSON, footer.
     let everywhere = (0..len).step_by(usize::try_from(len / 150)?);
@@ -170,7 +165,7 @@ fn every_changed_byte_is_found() -> TestResult {
         let mut byte = [0];
         file.read_exact_at(&mut byte, offset)?;
         file.write_all_at(&[byte[0] ^ 0x10], offset)?;
-        match Snapshot::open(&path, 0) {
+        match Snapshot::open(path, 0) {
             Err(SnapshotError::Format { .. } | SnapshotError::LostEnd { .. }) => {}
             Err(error) => return Err(format!("offset {offset:#x}: {error}").into()),
             Ok(snapshot) => {
@@ -181,21 +176,19 @@ fn every_changed_byte_is_found() -> TestResult {
         }
         file.write_all_at(&byte, offset)?;
     }
-    check_is_clean(&path)
+    check_is_clean(path)
 }
 
 #[test]
 fn a_file_that_is_cut_anywhere_is_refused() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
-    let guest = Guest::boot_sector(Ram::private(16)).seed(43).boot(&qemu)?;
-    guest.wait_for_count(1)?;
-    let directory = tempfile::tempdir()?;
-    let path = directory.path().join("vm.vmf");
-    save(&guest, &path)?;
+    let mut guest = Guest::boot_sector(Ram::private(16)).seed(43).boot_to(&qemu, 1)?;
+    let saved = guest.save(&SaveOptions::default())?;
     drop(guest);
-    let len = fs::metadata(&path)?.len();
-    let end = Snapshot::open(&path, 0)?.structure().device_state.stream_end;
-    let file = File::options().write(true).open(&path)?;
+    let path = &saved.file;
+    let len = fs::metadata(path)?.len();
+    let end = Snapshot::open(path, 0)?.structure().device_state.stream_end;
+    let file = File::options().write(true).open(path)?;
     let mut lengths: Vec<u64> = (0..200).map(|i| i * (len / 200)).collect();
     lengths.extend(len - 70..len);
     lengths.extend(end - 70..end + 70);
@@ -203,7 +196,7 @@ fn a_file_that_is_cut_anywhere_is_refused() -> TestResult {
     // From the longest to the shortest: each cut makes the file shorter.
     for &length in lengths.iter().rev() {
         file.set_len(length)?;
-        let error = Snapshot::open(&path, 0).expect_err("a cut file");
+        let error = Snapshot::open(path, 0).expect_err("a cut file");
         let refused = matches!(error, SnapshotError::Format { .. } | SnapshotError::LostEnd { .. });
         assert!(refused, "{length} of {len} bytes: {error}");
     }

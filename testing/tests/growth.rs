@@ -12,8 +12,9 @@ use vmfile_format::mapped_ram::PlacedBlock;
 use vmfile_format::stream::configuration::{Configuration, FEATURE_PREFIX};
 use vmfile_format::stream::encoder;
 use vmfile_testing::migration::{set_capability, wait_for_migration};
-use vmfile_testing::verbs::{save, save_with};
-use vmfile_testing::{Guest, GuestConfig, Machine, Qemu, Ram, Release, TestResult, requires};
+use vmfile_testing::{
+    Guest, GuestConfig, Machine, Qemu, Ram, Release, Saved, TestResult, requires,
+};
 
 /// Saves the guest, which stays paused, and compares what the file says of its addresses and its CPUs
 /// with what QEMU says.
@@ -22,12 +23,9 @@ fn addresses_and_registers_are_recorded(
     config: &GuestConfig,
     route: Route,
 ) -> TestResult {
-    let mut guest = config.boot(qemu)?;
-    guest.wait_for_count(1)?;
-    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
-    let path = directory.path().join("vm.vmf");
-    save_with(&guest, &path, &SaveOptions::default().route(route).after(After::Pause))?;
-    let snapshot = Snapshot::open(&path, 0)?;
+    let mut guest = config.boot_to(qemu, 1)?;
+    let saved = guest.save(&SaveOptions::default().route(route).after(After::Pause))?;
+    let snapshot = Snapshot::open(&saved.file, 0)?;
     let meta = &snapshot.manifest().ok_or("no manifest")?.meta;
 
     let map = meta.vm.memory_map.as_ref().ok_or("no map")?;
@@ -126,9 +124,8 @@ fn add_feature_to_head(path: &Path, feature: &str) -> TestResult {
 }
 
 /// Lets QEMU load the file without our help; returns whether it took it.
-fn qemu_takes(release: Release, path: &Path, config: &GuestConfig) -> TestResult<bool> {
-    let qemu = Qemu::of(release).map_err(|missing| format!("{missing:?}"))?;
-    let mut guest = config.incoming(&qemu, "defer")?;
+fn qemu_takes(qemu: &Qemu, path: &Path, config: &GuestConfig) -> TestResult<bool> {
+    let mut guest = config.incoming(qemu, "defer")?;
     let uri = if set_capability(&mut guest, "mapped-ram").is_ok() {
         format!("file:{}", path.display())
     } else {
@@ -145,21 +142,20 @@ fn qemu_takes(release: Release, path: &Path, config: &GuestConfig) -> TestResult
 #[test]
 fn qemu_refuses_a_feature_in_the_head_whatever_its_version() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
+    let (oldest, newest) =
+        (requires!(Qemu::of(Release::Oldest)), requires!(Qemu::of(Release::Newest)));
     let config = Guest::boot_sector(Ram::private(64)).machine_version("7.2");
-    let guest = config.boot(&qemu)?;
-    guest.wait_for_count(1)?;
-    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
-    let path = directory.path().join("vm.vmf");
-    save(&guest, &path)?;
-    drop(guest);
-    for release in [Release::Distribution, Release::Newest] {
-        assert!(qemu_takes(release, &path, &config)?, "QEMU {release:?} takes what is whole");
+    let Saved { file, .. } = &config.boot_to(&qemu, 1)?.save(&SaveOptions::default())?;
+    for qemu in [&qemu, &newest] {
+        let version = qemu.version();
+        assert!(qemu_takes(qemu, file, &config)?, "QEMU {version} takes what is whole");
     }
-    add_feature_to_head(&path, "thin")?;
-    for release in [Release::Oldest, Release::Distribution, Release::Newest] {
-        assert!(!qemu_takes(release, &path, &config)?, "QEMU {release:?} refuses the feature");
+    add_feature_to_head(file, "thin")?;
+    for qemu in [&oldest, &qemu, &newest] {
+        let version = qemu.version();
+        assert!(!qemu_takes(qemu, file, &config)?, "QEMU {version} refuses the feature");
     }
-    let error = Snapshot::open(&path, 0).err().ok_or("it was opened")?;
+    let error = Snapshot::open(file, 0).err().ok_or("it was opened")?;
     assert!(matches!(error, SnapshotError::Newer { .. }), "{error}");
     Ok(())
 }

@@ -14,16 +14,15 @@ const TIMEOUT: Duration = Duration::from_secs(60);
 #[test]
 fn the_boot_sector_guest_prints_the_sums_of_its_oracle_on_pc() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
-    let guest = Guest::boot_sector(Ram::private(64)).seed(7).boot(&qemu)?;
-    guest.wait_for_count(3)?;
+    let guest = Guest::boot_sector(Ram::private(64)).seed(7).boot_to(&qemu, 3)?;
     guest.judge_counts()
 }
 
 #[test]
 fn the_boot_sector_guest_prints_the_sums_of_its_oracle_on_q35() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
-    let guest = Guest::boot_sector(Ram::private(64)).machine(Machine::Q35).busy().boot(&qemu)?;
-    guest.wait_for_count(12)?; // every page has been rewritten once
+    let config = Guest::boot_sector(Ram::private(64)).machine(Machine::Q35).busy();
+    let guest = config.boot_to(&qemu, 12)?; // every page has been rewritten once
     guest.judge_counts()
 }
 
@@ -31,16 +30,14 @@ fn the_boot_sector_guest_prints_the_sums_of_its_oracle_on_q35() -> TestResult {
 fn the_boot_sector_guest_fills_a_part_of_more_ram_than_the_host_has() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
     let ram = Ram::private(256 << 10).without_reserve();
-    let guest = Guest::boot_sector(ram).fill_mib(32).boot(&qemu)?;
-    guest.wait_for_count(3)?;
+    let guest = Guest::boot_sector(ram).fill_mib(32).boot_to(&qemu, 3)?;
     guest.judge_counts()
 }
 
 #[test]
 fn qemu_sees_the_pages_that_the_oracle_predicts() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
-    let mut guest = Guest::boot_sector(Ram::private(16)).seed(3).boot(&qemu)?;
-    guest.wait_for_count(1)?;
+    let mut guest = Guest::boot_sector(Ram::private(16)).seed(3).boot_to(&qemu, 1)?;
     guest.stop()?;
     let oracle = guest.config().boot_sector_oracle().ok_or("a boot-sector guest")?;
 
@@ -59,8 +56,7 @@ fn qemu_sees_the_pages_that_the_oracle_predicts() -> TestResult {
 #[test]
 fn one_wrong_bit_changes_the_sum_of_the_boot_sector_guest() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
-    let mut guest = Guest::boot_sector(Ram::tmpfs(64)).boot(&qemu)?;
-    guest.wait_for_count(1)?;
+    let mut guest = Guest::boot_sector(Ram::tmpfs(64)).boot_to(&qemu, 1)?;
     guest.stop()?;
 
     // The guest is between passes or in one. Two neighboring pages, so that one of them is not just
@@ -91,8 +87,7 @@ fn the_linux_guest_counts_on_pc_with_all_its_devices() -> TestResult {
 fn the_linux_guest_counts_on_q35_under_uefi() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
     let config = Guest::linux(Ram::private(256)).machine(Machine::Q35).firmware(Firmware::Ovmf);
-    let guest = config.boot(&qemu)?;
-    guest.wait_for_count(3)?;
+    let guest = config.boot_to(&qemu, 3)?;
     guest.judge_counts()
 }
 
@@ -101,8 +96,7 @@ fn the_linux_guest_uses_all_nodes_and_memory_modules() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
     let config = Guest::linux(Ram::memfd(256)).numa_nodes(&[128, 128]).vcpus(2).dimm(128);
     // More than both nodes have free.
-    let guest = config.fill_mib(220).boot(&qemu)?;
-    guest.wait_for_count(3)?;
+    let guest = config.fill_mib(220).boot_to(&qemu, 3)?;
     guest.wait_for_line(|line| line == "nodes 2", TIMEOUT)?;
     guest.judge_counts()
 }
@@ -111,8 +105,7 @@ fn the_linux_guest_uses_all_nodes_and_memory_modules() -> TestResult {
 fn the_linux_guest_names_a_page_with_one_wrong_bit() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
     let config = Guest::linux(Ram::tmpfs(256)).data_share(64);
-    let mut guest = config.boot(&qemu)?;
-    guest.wait_for_count(1)?;
+    let mut guest = config.boot_to(&qemu, 1)?;
     guest.stop()?;
 
     // Wherever the kernel put the memory under test, its repeated pages are known by their bytes.
@@ -134,8 +127,7 @@ fn ram_of_huge_pages_works_from_a_mount_and_without() -> TestResult {
     let _pages = requires!(HugePages::reserve(64));
     let mount = requires!(Mount::hugetlbfs());
     for ram in [Ram::file(32, mount.path()), Ram::hugetlb_memfd(32)] {
-        let guest = Guest::boot_sector(ram).boot(&qemu)?;
-        guest.wait_for_count(2)?;
+        Guest::boot_sector(ram).boot_to(&qemu, 2)?;
     }
     Ok(())
 }
@@ -146,8 +138,7 @@ fn file_systems_can_be_made_for_a_test() -> TestResult {
     let mounts =
         [requires!(Mount::tmpfs(64)), requires!(Mount::ext4(64)), requires!(Mount::xfs(320))];
     for mount in mounts {
-        let guest = Guest::boot_sector(Ram::file(16, mount.path())).boot(&qemu)?;
-        guest.wait_for_count(1)?;
+        let guest = Guest::boot_sector(Ram::file(16, mount.path())).boot_to(&qemu, 1)?;
         assert!(guest.ram_file("pc.ram").is_some_and(|file| file.starts_with(mount.path())));
     }
     Ok(())

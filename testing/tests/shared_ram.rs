@@ -8,7 +8,7 @@ use std::thread;
 
 use vmfile::save::{After, SaveOptions};
 use vmfile::{Backend, Control, Jobs, Progress, Vm};
-use vmfile_testing::verbs::{check_is_clean, save_with};
+use vmfile_testing::verbs::check_is_clean;
 use vmfile_testing::{Guest, Ram, TestResult, requires};
 
 const RAM_MIB: u64 = 128;
@@ -22,10 +22,8 @@ fn options(io: Backend) -> SaveOptions {
 #[test]
 fn a_file_is_whole_although_another_process_writes_to_the_ram_meanwhile() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
-    let guest = Guest::boot_sector(Ram::tmpfs(RAM_MIB)).seed(71).boot(&qemu)?;
-    guest.wait_for_count(1)?;
+    let mut guest = Guest::boot_sector(Ram::tmpfs(RAM_MIB)).seed(71).boot_to(&qemu, 1)?;
     let ram = File::options().write(true).open(guest.ram_file("pc.ram").ok_or("a file")?)?;
-    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
     let stop = AtomicBool::new(false);
     let writes = AtomicU32::new(0);
     thread::scope(|scope| {
@@ -45,10 +43,8 @@ fn a_file_is_whole_although_another_process_writes_to_the_ram_meanwhile() -> Tes
             }
         });
         let saved = (0..4).try_for_each(|number| {
-            let file = directory.path().join(format!("{number}.vmf"));
             let io = if number % 2 == 0 { Backend::Auto } else { Backend::Threads };
-            save_with(&guest, &file, &options(io))?;
-            check_is_clean(&file)
+            check_is_clean(&guest.save(&options(io))?.file)
         });
         stop.store(true, Ordering::Relaxed);
         saved
@@ -62,8 +58,7 @@ fn a_file_is_whole_although_another_process_writes_to_the_ram_meanwhile() -> Tes
 fn a_ram_file_that_is_cut_in_the_middle_of_a_save_is_an_error() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
     for io in [Backend::Auto, Backend::Threads] {
-        let mut guest = Guest::boot_sector(Ram::tmpfs(RAM_MIB)).seed(72).boot(&qemu)?;
-        guest.wait_for_count(1)?;
+        let mut guest = Guest::boot_sector(Ram::tmpfs(RAM_MIB)).seed(72).boot_to(&qemu, 1)?;
         // A guest that ran on would miss its memory.
         guest.stop()?;
         let ram = File::options().write(true).open(guest.ram_file("pc.ram").ok_or("a file")?)?;
