@@ -6,13 +6,13 @@ use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
 use vmfile_testing::{Guest, Mount, Qemu, Ram, SlowDisk, TestResult, requires};
 
 use crate::guests::directory;
-use crate::run::{Said, command, names_in, processes_in, vmfile, wait_until};
+use crate::run::{Said, command, names_in, pid, processes_in, vmfile, wait_until};
 use crate::words;
 
 /// A directory for `PATH` that has these programs, and no others.
@@ -151,17 +151,14 @@ fn a_slow_disk_shows_up_as_slow() -> TestResult {
 fn a_vm_that_runs_is_measured_and_runs_on() -> TestResult {
     let qemu = requires!(qemu >= "9.1");
     let files = directory()?;
-    let mut guest = Guest::boot_sector(Ram::private(64)).seed(141).boot(&qemu)?;
-    guest.wait_for_count(1)?;
+    let mut guest = Guest::boot_sector(Ram::private(64)).seed(141).boot_to(&qemu, 1)?;
     let (mut command, _programs) = bench(&qemu, &["--runs", "1", "--vm"], files.path())?;
     let said: Said = command.arg(guest.qmp_path()).output()?.into();
     assert_eq!(said.code, Some(0), "{said:?}");
     let report = said.json()?;
     way(&report["scenes"][0]["saves"], "vmfile save")?;
     assert_eq!(report["scenes"][0]["restores"], serde_json::json!([]));
-    assert_eq!(guest.status()?, "running");
-    guest.wait_for_passes(2)?;
-    guest.judge_counts()?;
+    guest.runs_on(2)?;
     assert_eq!(names_in(files.path()), Vec::<String>::new());
     Ok(())
 }
@@ -176,8 +173,7 @@ fn a_signal_ends_guests_and_removes_files() -> TestResult {
         let inner = names_in(files.path()).pop();
         inner.is_some_and(|name| !names_in(&files.path().join(name)).is_empty())
     })?;
-    let pid = Pid::from_raw(i32::try_from(child.id())?).ok_or("a pid")?;
-    kill_process(pid, Signal::INT)?;
+    kill_process(pid(child.id()), Signal::INT)?;
     assert_eq!(child.wait()?.code(), Some(130));
     assert_eq!(names_in(files.path()), Vec::<String>::new());
     wait_until("nobody is left", || processes_in(files.path()).is_empty())
@@ -225,8 +221,7 @@ fn a_signal_in_a_later_round_keeps_the_rounds_before() -> TestResult {
     let stderr = BufReader::new(child.stderr.take().ok_or("piped")?);
     let mut lines = stderr.lines().map_while(Result::ok);
     lines.find(|line| line.contains("round 2 of 50")).ok_or("a second round")?;
-    let pid = Pid::from_raw(i32::try_from(child.id())?).ok_or("a pid")?;
-    kill_process(pid, Signal::INT)?;
+    kill_process(pid(child.id()), Signal::INT)?;
     drop(lines.last());
     let said = Said::from(child.wait_with_output()?);
     said.assert(130, &["stopped by a signal"]);

@@ -51,8 +51,7 @@ fn stand_between(listener: UnixListener, monitor: PathBuf, last: &'static str) {
 #[test]
 fn a_vm_whose_monitor_is_cut_off_is_put_back_by_a_new_connection() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
-    let mut guest = Guest::boot_sector(Ram::private(64)).seed(31).fill_mib(32).boot(&qemu)?;
-    guest.wait_for_count(1)?;
+    let mut guest = Guest::boot_sector(Ram::private(64)).seed(31).fill_mib(32).boot_to(&qemu, 1)?;
     let settings = guest.qmp("query-migrate-parameters", json!({}))?;
     // What vmfile says last: `stop`, the change of its settings, the stream.
     for last in ["\"stop\"", "migrate-set-parameters", "\"migrate\""] {
@@ -69,8 +68,7 @@ fn a_vm_whose_monitor_is_cut_off_is_put_back_by_a_new_connection() -> TestResult
         assert_eq!(names_in(directory.path()), ["proxy"], "{last}");
         assert_eq!(guest.status()?, "running", "{last}");
         assert_eq!(guest.qmp("query-migrate-parameters", json!({}))?, settings, "{last}");
-        guest.wait_for_passes(1)?;
-        guest.judge_counts()?;
+        guest.counts_on(1)?;
     }
     let file = directory()?;
     let file = file.path().join("vm.vmf");

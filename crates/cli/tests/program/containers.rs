@@ -20,8 +20,7 @@ fn in_root(qemu: &Qemu, root: &Path) -> TestResult<Guest> {
     } else {
         ["-run-with".into(), format!("chroot={}", root.display()).into()]
     };
-    let guest = config.arguments(words).boot(qemu)?;
-    guest.wait_for_count(1)?;
+    let guest = config.arguments(words).boot_to(qemu, 1)?;
     Ok(guest)
 }
 
@@ -76,8 +75,7 @@ fn channels_reach_a_qemu_that_has_another_root_directory() -> TestResult {
 fn a_qemu_of_another_pid_namespace_is_saved_by_its_stream() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
     requires!(vmfile_testing::root());
-    let mut guest = Guest::boot_sector(Ram::private(64)).seed(82).boot(&qemu)?;
-    guest.wait_for_count(1)?;
+    let mut guest = Guest::boot_sector(Ram::private(64)).seed(82).boot_to(&qemu, 1)?;
     let file = guest.directory().join("vm.vmf");
     let save = |route: &str| -> TestResult<Said> {
         let arguments = words!["--pid", "--fork", "--mount-proc", program(), "save"];

@@ -6,13 +6,12 @@ use std::process::Command;
 
 use vmfile_testing::{Guest, Qemu, Ram, TestResult, requires};
 
-use crate::guests::directory;
-use crate::run::{EndAllIn, Said, command, names_in, program, strace, wait_until};
+use crate::guests::{directory, prepare};
+use crate::run::{Said, command, names_in, program, strace, wait_until};
 use crate::words;
 
 fn boot(qemu: &Qemu, seed: u32) -> TestResult<Guest> {
-    let guest = Guest::boot_sector(Ram::private(16)).seed(seed).boot(qemu)?;
-    guest.wait_for_count(1)?;
+    let guest = Guest::boot_sector(Ram::private(16)).seed(seed).boot_to(qemu, 1)?;
     Ok(guest)
 }
 
@@ -28,15 +27,13 @@ fn a_report_that_cannot_be_printed_is_no_failure() -> TestResult {
     said.assert(0, &["warning: done, but the report is lost: stdout: No space left"]);
     guest.wait_for_exit()?;
 
-    let prepared = guest.config().prepare(&qemu)?;
-    let _end = EndAllIn(prepared.qmp_path().parent().ok_or("a directory")?.to_path_buf());
+    let (prepared, _end) = prepare(guest.config(), &qemu)?;
     let mut restore = command();
     restore.args(words!["--json", "restore", file, "--"]).args(prepared.command_line());
     let said = Said::from(restore.stdout(full()?).output()?);
     said.assert(0, &["\"type\":\"warning\"", "the report is lost"]);
     let guest = prepared.attach()?;
-    guest.wait_for_passes(1)?;
-    guest.judge_counts()
+    guest.counts_on(1)
 }
 
 /// Runs a save and tells the VM to go on, under `strace` with these faults; returns what it said, and
@@ -73,8 +70,7 @@ fn a_vm_that_cannot_be_released_is_let_run_by_the_guardian() -> TestResult {
     assert_eq!(said.json_error()?["kind"], "left_paused");
     wait_until("the guardian lets it run", || guest.status().is_ok_and(|s| s == "running"))?;
     vmfile_testing::verbs::check_is_clean(&file)?;
-    guest.wait_for_passes(1)?;
-    guest.judge_counts()
+    guest.counts_on(1)
 }
 
 #[test]
@@ -94,6 +90,5 @@ fn a_failed_save_that_cannot_resume_the_vm_says_both() -> TestResult {
     assert_eq!(said.json_error()?["kind"], "left_paused");
     wait_until("the guardian lets it run", || guest.status().is_ok_and(|s| s == "running"))?;
     assert_eq!(names_in(directory.path()), [""; 0]);
-    guest.wait_for_passes(1)?;
-    guest.judge_counts()
+    guest.counts_on(1)
 }

@@ -1,95 +1,52 @@
 //! Whatever goes wrong in the middle of a save, the VM runs on and there is no file.
 
-use std::fs;
-use std::io::{BufRead as _, BufReader};
 use std::path::Path;
-use std::process::{Child, ChildStderr, Command, Stdio};
+use std::process::Command;
 use std::time::Duration;
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Signal, kill_process};
 use serde_json::{Value, json};
 use vmfile_testing::{Guest, Monitor, Mount, Qemu, Ram, TestResult, requires};
 
-use crate::guests::directory;
+use crate::guests::{begin_to_save, directory, large, prepare, save};
 use crate::run::{
-    EndAllIn, Said, command, names_in, processes_in, program, strace, vmfile, wait_until,
+    Begun, Said, names_in, pid, processes_in, program, start, strace, vmfile, wait_until,
+    wait_until_it_catches,
 };
 use crate::words;
-
-/// A guest whose save takes long enough to be met in the middle.
-fn large(qemu: &Qemu) -> TestResult<Guest> {
-    let ram = Ram::private(1200);
-    let guest = Guest::boot_sector(ram).seed(51).data_share(200).boot(qemu)?;
-    guest.wait_for_count(1)?;
-    Ok(guest)
-}
-
-/// A save of `guest` that runs and has begun to write, and what it says on stderr.
-fn begin_to_save(guest: &Guest, file: &Path) -> TestResult<(Child, BufReader<ChildStderr>)> {
-    let arguments = words![
-        "save",
-        guest.qmp_path(),
-        file,
-        "--jobs",
-        "1",
-        "--io",
-        "threads",
-        "--after",
-        "resume",
-        "--direct-io",
-        "required",
-        "--progress",
-        "json",
-    ];
-    let mut child =
-        command().args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
-    let mut stderr = BufReader::new(child.stderr.take().ok_or("piped")?);
-    let mut line = String::new();
-    stderr.read_line(&mut line)?;
-    let progress: Value = serde_json::from_str(&line)?;
-    assert_eq!(progress["type"], "progress");
-    assert!(progress["done_bytes"].as_u64() < progress["total_bytes"].as_u64(), "{progress}");
-    Ok((child, stderr))
-}
-
-fn pid_of(child: &Child) -> Pid {
-    Pid::from_raw(i32::try_from(child.id()).expect("a pid")).expect("a pid")
-}
 
 #[test]
 fn a_signal_in_the_middle_of_a_save_leaves_the_vm_running_and_no_file() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
-    let mut guest = large(&qemu)?;
+    let mut guest = large(&qemu, &[])?;
     let directory = directory()?;
     let file = directory.path().join("vm.vmf");
     for (signal, status) in [(Signal::INT, 130), (Signal::TERM, 143), (Signal::HUP, 129)] {
-        let (mut child, stderr) = begin_to_save(&guest, &file)?;
-        kill_process(pid_of(&child), signal)?;
-        let lines: Vec<String> = stderr.lines().collect::<Result<_, _>>()?;
-        assert_eq!(child.wait()?.code(), Some(status), "{lines:?}");
-        let error: Value = serde_json::from_str(lines.last().ok_or("it says why")?)?;
+        let save = begin_to_save(&guest, &file)?;
+        kill_process(pid(save.id()), signal)?;
+        let said = save.finish()?;
+        assert_eq!(said.code, Some(status), "{said:?}");
+        let error: Value = serde_json::from_str(said.stderr.lines().last().ok_or("it says why")?)?;
         assert_eq!(error["kind"], "stopped", "{error}");
         assert_eq!(error["hint"], "the VM is as it was, and there is no file");
         assert_eq!(guest.status()?, "running");
         assert_eq!(names_in(directory.path()), [""; 0]);
     }
-    guest.wait_for_passes(1)?;
-    guest.judge_counts()
+    guest.counts_on(1)
 }
 
 #[test]
 fn progress_is_told_in_lines_and_when_sigusr1_asks() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
-    let guest = large(&qemu)?;
+    let guest = large(&qemu, &[])?;
     let directory = directory()?;
-    let (mut child, stderr) = begin_to_save(&guest, &directory.path().join("json.vmf"))?;
-    let lines: Vec<String> = stderr.lines().collect::<Result<_, _>>()?;
-    assert_eq!(child.wait()?.code(), Some(0), "{lines:?}");
+    let said = begin_to_save(&guest, &directory.path().join("json.vmf"))?.finish()?;
+    said.assert(0, &[]);
     let mut progress: Vec<Value> =
-        lines.iter().map(|line| serde_json::from_str(line)).collect::<Result<_, _>>()?;
+        said.stderr.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
     // The guest has a disk, and goes on.
     let is_warning = |line: &Value| line["type"] == "warning";
-    assert!(progress.iter().any(is_warning), "{lines:?}");
+    assert!(progress.iter().any(is_warning), "{said:?}");
     progress.retain(|line| line["type"] == "progress");
     let done: Vec<u64> = progress.iter().filter_map(|line| line["done_bytes"].as_u64()).collect();
     assert!(done.is_sorted(), "{done:?}");
@@ -97,74 +54,43 @@ fn progress_is_told_in_lines_and_when_sigusr1_asks() -> TestResult {
 
     let arguments =
         words!["check", directory.path().join("json.vmf"), "--jobs", "1", "--io", "threads"];
-    let child = command().args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
-    // Not before the program listens: the signal would end it.
-    let status = format!("/proc/{}/status", child.id());
-    wait_until("SIGUSR1 is caught", || catches(&status, Signal::USR1))?;
-    kill_process(pid_of(&child), Signal::USR1)?;
+    let child = start(arguments)?;
+    wait_until_it_catches(child.id(), Signal::USR1)?;
+    kill_process(pid(child.id()), Signal::USR1)?;
     let said = Said::from(child.wait_with_output()?);
     said.assert(0, &["vmfile check: ", " GiB/s"]);
     assert_eq!(said.stderr.lines().count(), 1, "{said:?}");
     Ok(())
 }
 
-/// Whether the process of this status file catches `signal`.
-fn catches(status: &str, signal: Signal) -> bool {
-    let text = fs::read_to_string(status).unwrap_or_default();
-    let caught = text.lines().find_map(|line| line.strip_prefix("SigCgt:"));
-    let caught = caught.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
-    caught.unwrap_or(0) & (1 << (signal.as_raw() - 1)) != 0
-}
-
 #[test]
 fn a_signal_in_the_middle_of_a_restore_leaves_no_qemu() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
-    let guest = large(&qemu)?;
-    let saved = crate::guests::save(&guest, &[])?;
+    let guest = large(&qemu, &[])?;
+    let saved = save(&guest, &[])?;
     saved.said.assert(0, &[]);
-    let prepared = guest.config().prepare(&qemu)?;
+    let (prepared, end) = prepare(guest.config(), &qemu)?;
     drop(guest);
-    let directory = prepared.qmp_path().parent().ok_or("a directory")?.to_path_buf();
-    let _end = EndAllIn(directory.clone());
-    let arguments = words![
-        "restore",
-        saved.file,
-        "--mode",
-        "load",
-        "--jobs",
-        "1",
-        "--io",
-        "threads",
-        "--direct-io",
-        "required",
-        "--progress",
-        "json",
-        "--",
-    ];
-    let mut command = command();
-    command.args(arguments).args(prepared.command_line());
-    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
-    let mut stderr = BufReader::new(child.stderr.take().ok_or("piped")?);
-    let mut line = String::new();
-    stderr.read_line(&mut line)?;
-    assert!(line.contains("\"verb\":\"restore\""), "{line}");
-    kill_process(pid_of(&child), Signal::TERM)?;
-    let lines: Vec<String> = stderr.lines().collect::<Result<_, _>>()?;
-    assert_eq!(child.wait()?.code(), Some(143), "{lines:?}");
-    wait_until("QEMU is gone", || processes_in(&directory).is_empty())
+    let words = words!["restore", saved.file, "--mode", "load", "--progress", "json"];
+    let slow = words!["--jobs", "1", "--io", "threads", "--direct-io", "required", "--"];
+    let line = prepared.command_line();
+    let restore = Begun::start(words.iter().chain(&slow).chain(&line))?;
+    assert_eq!(restore.progress["verb"], "restore", "{}", restore.progress);
+    kill_process(pid(restore.id()), Signal::TERM)?;
+    restore.finish()?.assert(143, &[]);
+    wait_until("QEMU is gone", || processes_in(&end.0).is_empty())
 }
 
 #[test]
 fn a_qemu_that_ends_in_the_middle_of_a_save_is_an_error_and_no_file() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
-    let guest = large(&qemu)?;
+    let guest = large(&qemu, &[])?;
     let directory = directory()?;
-    let (child, stderr) = begin_to_save(&guest, &directory.path().join("vm.vmf"))?;
+    let save = begin_to_save(&guest, &directory.path().join("vm.vmf"))?;
     drop(guest);
-    let lines: Vec<String> = stderr.lines().collect::<Result<_, _>>()?;
-    let said = Said::from(child.wait_with_output()?);
-    assert!(matches!(said.code, Some(3 | 5)), "{said:?} {lines:?}");
-    assert!(!lines.join("\n").contains("panicked"), "{lines:?}");
+    let said = save.finish()?;
+    assert!(matches!(said.code, Some(3 | 5)), "{said:?}");
+    assert!(!said.stderr.contains("panicked"), "{said:?}");
     assert_eq!(names_in(directory.path()), [""; 0]);
     Ok(())
 }
@@ -188,8 +114,7 @@ fn fails(
     let said = save(&guest.qmp_path(), &directory.join("vm.vmf"))?;
     assert_eq!(guest.status()?, "running", "{said:?}");
     assert_eq!(names_in(directory), [""; 0]);
-    guest.wait_for_passes(1)?;
-    guest.judge_counts()?;
+    guest.counts_on(1)?;
     watch.execute("query-status", json!({}))?;
     let stops = watch.events().iter().filter(|event| event["event"] == "STOP").count();
     // And it is saved where nothing fails.
@@ -319,8 +244,7 @@ fn a_disk_that_fails_to_sync_leaves_the_vm_running_and_no_file() -> TestResult {
 fn a_directory_that_fails_to_sync_leaves_the_vm_running_and_a_whole_file() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
     requires!(strace());
-    let mut guest = Guest::boot_sector(Ram::private(64)).seed(53).boot(&qemu)?;
-    guest.wait_for_count(1)?;
+    let mut guest = Guest::boot_sector(Ram::private(64)).seed(53).boot_to(&qemu, 1)?;
     let directory = directory()?;
     let file = directory.path().join("vm.vmf");
     // The first call syncs the file itself.
@@ -328,8 +252,7 @@ fn a_directory_that_fails_to_sync_leaves_the_vm_running_and_a_whole_file() -> Te
     said.assert(5, &["vm.vmf is whole, but its directory cannot be synced", "Input/output error"]);
     assert_eq!(guest.status()?, "running");
     vmfile(words!["check", file]).assert(0, &["ok: "]);
-    guest.wait_for_passes(1)?;
-    guest.judge_counts()
+    guest.counts_on(1)
 }
 
 #[test]

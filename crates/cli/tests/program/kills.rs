@@ -10,16 +10,17 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Signal, kill_process};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use vmfile_testing::{
     Guest, GuestConfig, Monitor, Qemu, Ram, Random, Release, TestError, TestResult, requires,
 };
 
-use crate::guests::{directory, saved};
+use crate::guests::{directory, prepare, saved};
 use crate::run::{
-    EndAllIn, Said, command, names_in, processes_in, program, strace, vmfile, wait_until,
+    EndAllIn, Said, command, names_in, pid, processes_in, program, start, strace, vmfile,
+    wait_until,
 };
 use crate::words;
 
@@ -86,8 +87,7 @@ struct Trial {
 impl Trial {
     fn begin(qemu: &Qemu, random: Random) -> TestResult<Trial> {
         let config = Guest::linux(Ram::private(256)).vcpus(2).disk(16).one_moment().fill_mib(120);
-        let mut guest = config.busy().boot(qemu)?;
-        guest.wait_for_count(1)?;
+        let mut guest = config.busy().boot_to(qemu, 1)?;
         let before = State::of(&mut guest)?;
         let (seconds, slowest) = (BTreeMap::new(), Duration::ZERO);
         let directory = directory()?;
@@ -131,9 +131,7 @@ impl Trial {
         let what = format!("kill {number}: {:?} after {moment:?} by {signal:?}", WAYS[way]);
         let file = self.directory.path().join(format!("{number}.vmf"));
         self.end_a_save((&what, way, &file), |trial| {
-            let mut command = command();
-            command.args(trial.words(way, &file)).stdout(Stdio::piped()).stderr(Stdio::piped());
-            let child = command.spawn()?;
+            let child = start(trial.words(way, &file))?;
             let pid = child.id();
             thread::sleep(moment);
             Ok((end(child, signal)?, pid))
@@ -196,8 +194,7 @@ impl Trial {
         let sockets = format!("vmfile-{pid}-");
         let left = names_in(Path::new("/tmp")).into_iter().find(|name| name.starts_with(&sockets));
         assert_eq!(left, None, "{what}");
-        self.guest.wait_for_passes(1)?;
-        self.guest.judge_counts()?;
+        self.guest.counts_on(1)?;
         Ok(())
     }
 
@@ -251,21 +248,16 @@ impl Trial {
             .assert(0, &["saved"]);
         vmfile(words!["check", file]).assert(0, &[]);
         fs::remove_file(&file)?;
-        self.guest.wait_for_passes(1)?;
-        self.guest.judge_counts()
+        self.guest.counts_on(1)
     }
 }
 
 /// Ends a process; returns what it said.
 fn end(mut child: Child, signal: Signal) -> TestResult<Said> {
     if child.try_wait()?.is_none() {
-        kill_process(pid_of(&child)?, signal)?;
+        kill_process(pid(child.id()), signal)?;
     }
     Ok(child.wait_with_output()?.into())
-}
-
-fn pid_of(child: &Child) -> TestResult<Pid> {
-    Ok(Pid::from_raw(i32::try_from(child.id())?).ok_or("a pid")?)
 }
 
 /// SIGKILL, SIGQUIT and the like in the middle of a paused save left the VM paused for ever; after a
@@ -347,9 +339,7 @@ fn kill_a_restore(
     mode: &str,
     moment: Duration,
 ) -> TestResult<bool> {
-    let prepared = config.prepare(qemu)?;
-    let directory = prepared.qmp_path().parent().ok_or("a directory")?.to_path_buf();
-    let _end = EndAllIn(directory.clone());
+    let (prepared, EndAllIn(directory)) = &prepare(config, qemu)?;
     let mut command = command();
     command.args(words!["restore", file, "--mode", mode, "--"]).args(prepared.command_line());
     let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
@@ -357,7 +347,7 @@ fn kill_a_restore(
     end(child, Signal::KILL)?;
     let deadline = Instant::now() + Duration::from_secs(20);
     loop {
-        let processes = processes_in(&directory);
+        let processes = processes_in(directory);
         // The guardian shows the command line of the process that it was forked from.
         let is_guardian = |pid: &i32| {
             fs::read_to_string(format!("/proc/{pid}/comm"))

@@ -9,10 +9,11 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::Child;
 use std::thread;
-use std::time::{Duration, Instant};
 
 use serde_json::json;
-use vmfile_testing::verbs::{load, map, stream};
+use vmfile::restore::Mode;
+use vmfile_testing::migration::{migrate_all, qemu_reads};
+use vmfile_testing::verbs::restore;
 use vmfile_testing::{Guest, GuestConfig, Qemu, Ram, Release, TestResult, requires};
 
 use crate::guests::directory;
@@ -39,21 +40,6 @@ fn set_up(guest: &mut Guest, way: Way) -> TestResult {
     guest.qmp("migrate-set-parameters", parameters).map(drop)
 }
 
-/// Lets QEMU send the guest and waits until it has.
-fn migrate(guest: &mut Guest, uri: &str) -> TestResult {
-    guest.qmp("migrate", json!({ "uri": uri }))?;
-    let deadline = Instant::now() + Duration::from_secs(60);
-    loop {
-        let answer = guest.qmp("query-migrate", json!({}))?;
-        match answer["status"].as_str() {
-            Some("completed") => return Ok(()),
-            Some("failed") => return Err(format!("QEMU: {answer}").into()),
-            _ if Instant::now() > deadline => return Err(format!("too long: {answer}").into()),
-            _ => thread::sleep(Duration::from_millis(5)),
-        }
-    }
-}
-
 fn ends_well(child: Child) -> TestResult {
     Said::from(child.wait_with_output()?).assert(0, &["received"]);
     Ok(())
@@ -69,7 +55,10 @@ fn receive(guest: &mut Guest, way: Way, file: &Path) -> TestResult {
     receiver.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
     match way {
         Way::Exec => {
-            migrate(guest, &format!("exec:{} receive -q {}", program().display(), file.display()))?;
+            migrate_all(
+                guest,
+                &format!("exec:{} receive -q {}", program().display(), file.display()),
+            )?;
             wait_until("the file has its name", || file.exists())
         }
         Way::Fd => {
@@ -87,36 +76,17 @@ fn receive(guest: &mut Guest, way: Way, file: &Path) -> TestResult {
             }
             let receiver = receiver.args(words!["--listen", socket]).spawn()?;
             wait_until("the receiver listens", || socket.exists())?;
-            migrate(guest, &uri)?;
+            migrate_all(guest, &uri)?;
             ends_well(receiver)
         }
     }
 }
 
-/// QEMU loads the file with nothing of ours.
-fn by_qemu_alone(qemu: &Qemu, config: &GuestConfig, file: &Path) -> TestResult<Guest> {
-    let mut guest = config.incoming(qemu, "defer")?;
-    let mapped_ram = json!([{ "capability": "mapped-ram", "state": true }]);
-    guest.qmp("migrate-set-capabilities", json!({ "capabilities": mapped_ram }))?;
-    guest.qmp("migrate-incoming", json!({ "uri": format!("file:{}", file.display()) }))?;
-    let deadline = Instant::now() + Duration::from_secs(60);
-    while guest.qmp("query-migrate", json!({}))?["status"] != "completed" {
-        assert!(Instant::now() < deadline, "QEMU loads the file");
-        thread::sleep(Duration::from_millis(5));
-    }
-    Ok(guest)
-}
-
-/// A way back.
-type Restore = fn(&Qemu, &GuestConfig, &Path) -> TestResult<Guest>;
-
 fn all_ways(source: Release, destination: Release, config: &GuestConfig) -> TestResult {
     let (source, destination) = (requires!(Qemu::of(source)), requires!(Qemu::of(destination)));
-    let mut guest = config.boot(&source)?;
-    guest.wait_for_count(2)?;
+    let mut guest = config.boot_to(&source, 2)?;
     let directory = directory()?;
-    let restores: [(&str, Restore); 4] =
-        [("map", map), ("load", load), ("stream", stream), ("QEMU alone", by_qemu_alone)];
+    let restores = [Some(Mode::Map), Some(Mode::Load), Some(Mode::Stream), None];
     for (number, (way, live)) in
         WAYS.into_iter().flat_map(|way| [(way, false), (way, true)]).enumerate()
     {
@@ -129,17 +99,19 @@ fn all_ways(source: Release, destination: Release, config: &GuestConfig) -> Test
         guest.resume()?;
         let before = guest.counts().len();
         vmfile(words!["check", file]).assert(0, &["0 findings"]);
-        for (name, restore) in restores {
+        for mode in restores {
             let back = || -> TestResult {
-                let mut back = restore(&destination, config, &file)?;
+                let mut back = match mode {
+                    Some(mode) => restore(&destination, config, &file, mode)?,
+                    None => qemu_reads(&destination, config, &file)?,
+                };
                 assert_eq!(back.status()?, if live { "running" } else { "paused" });
                 if !live {
                     back.resume()?;
                 }
-                back.wait_for_passes(1)?;
-                back.judge_counts()
+                back.counts_on(1)
             };
-            back().map_err(|error| format!("{way:?}, live {live}, back by {name}: {error}"))?;
+            back().map_err(|error| format!("{way:?}, live {live}, back by {mode:?}: {error}"))?;
         }
         assert!(guest.counts().len() >= before, "the source counts on");
         // Sparse files of 32 MiB each; the next one begins with an empty page cache of its own.

@@ -1,9 +1,8 @@
 //! What a save asks after the pause, and what it verifies before the file gets its name.
 
 use std::fs;
-use std::io::{BufRead as _, BufReader};
 use std::path::Path;
-use std::process::{Child, ChildStderr, Command, Stdio};
+use std::process::{Child, Command};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -11,37 +10,14 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use vmfile_testing::{Guest, Monitor, Qemu, Ram, Release, TestResult, requires};
 
-use crate::guests::directory;
-use crate::run::{Said, command, names_in, strace, vmfile, wait_until};
+use crate::guests::{self, begin_to_save, directory};
+use crate::run::{Said, names_in, pid, start, strace, vmfile, wait_until};
 use crate::words;
 
 /// A guest whose save takes long enough to be met in the middle; it has a second monitor.
 fn large(qemu: &Qemu, second: &Path) -> TestResult<Guest> {
     let socket = format!("unix:{},server=on,wait=off", second.display());
-    let config = Guest::boot_sector(Ram::private(1200)).seed(61).data_share(200);
-    let guest = config.arguments(["-qmp", &socket]).boot(qemu)?;
-    guest.wait_for_count(1)?;
-    Ok(guest)
-}
-
-/// A save that has begun to write.
-fn begin_to_save(guest: &Guest, file: &Path) -> TestResult<(Child, BufReader<ChildStderr>)> {
-    let words = words!["save", guest.qmp_path(), file, "--after", "resume"];
-    let slow = words!["--jobs", "1", "--io", "threads", "--progress", "json"];
-    let mut command = command();
-    command.args(words).args(slow).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let mut child = command.spawn()?;
-    let mut stderr = BufReader::new(child.stderr.take().ok_or("piped")?);
-    let mut line = String::new();
-    stderr.read_line(&mut line)?;
-    assert!(line.contains("progress"), "{line}");
-    Ok((child, stderr))
-}
-
-fn finish((child, stderr): (Child, BufReader<ChildStderr>)) -> TestResult<Said> {
-    let lines: Vec<String> = stderr.lines().collect::<Result<_, _>>()?;
-    let said = Said::from(child.wait_with_output()?);
-    Ok(Said { stderr: lines.join("\n"), ..said })
+    guests::large(qemu, &["-qmp", &socket])
 }
 
 /// A second monitor said `cont` in the middle of a direct save: the save exited with 0, its report
@@ -54,12 +30,10 @@ fn a_guest_that_another_client_lets_run_is_not_saved() -> TestResult {
     let file = directory.path().join("vm.vmf");
     let save = begin_to_save(&guest, &file)?;
     guest.resume()?;
-    let said = finish(save)?;
+    let said = save.finish()?;
     said.assert(3, &["another client of QEMU let the guest run", "see to it that no other client"]);
     assert!(!file.exists());
-    assert_eq!(guest.status()?, "running");
-    guest.wait_for_passes(1)?;
-    guest.judge_counts()
+    guest.runs_on(1)
 }
 
 /// Two saves of one VM at once, by two monitors, both exited with 0; the second recorded the pause of
@@ -70,17 +44,15 @@ fn a_second_save_of_a_vm_says_who_holds_it() -> TestResult {
     let directory = directory()?;
     let second = directory.path().join("second");
     let mut guest = large(&qemu, &second)?;
-    let (child, stderr) = begin_to_save(&guest, &directory.path().join("1.vmf"))?;
-    let holder = format!("process {} saves this VM", child.id());
+    let first = begin_to_save(&guest, &directory.path().join("1.vmf"))?;
+    let holder = format!("process {} saves this VM", first.id());
     let said = vmfile(words!["save", second, directory.path().join("2.vmf"), "--after", "resume"]);
     said.assert(3, &[&holder, "wait for that save to end"]);
-    finish((child, stderr))?.assert(0, &["saved"]);
+    first.finish()?.assert(0, &["saved"]);
     assert!(!directory.path().join("2.vmf").exists());
     vmfile(words!["save", second, directory.path().join("2.vmf"), "--after", "resume"])
         .assert(0, &["saved"]);
-    assert_eq!(guest.status()?, "running");
-    guest.wait_for_passes(1)?;
-    guest.judge_counts()
+    guest.runs_on(1)
 }
 
 /// RAM blocks were asked before the pause: a DIMM that was plugged in between was not in the file, and
@@ -90,16 +62,11 @@ fn memory_that_is_plugged_in_right_before_the_pause_is_noticed() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
     let directory = directory()?;
     let config = Guest::boot_sector(Ram::private(64)).seed(62);
-    let mut guest = config.dimm(16).boot(&qemu)?;
-    guest.wait_for_count(1)?;
+    let mut guest = config.dimm(16).boot_to(&qemu, 1)?;
     for number in 1..40 {
         let file = directory.path().join(format!("{number}.vmf"));
-        let mut child = command()
-            .args(words!["save", guest.qmp_path(), file, "--after", "resume"])
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()?;
-        let pid = Pid::from_raw(i32::try_from(child.id())?).ok_or("a pid")?;
+        let mut child = start(words!["save", guest.qmp_path(), file, "--after", "resume"])?;
+        let pid = pid(child.id());
         // The record is the last thing before the pause.
         while child.try_wait()?.is_none() && !has_record(&mut guest)? {}
         let is_stopped = kill_process(pid, Signal::STOP).is_ok();
@@ -135,8 +102,7 @@ fn disks_that_cannot_be_flushed(qemu: &Qemu) -> TestResult {
     fs::write(&disk, vec![0; 1 << 20])?;
     let drive = format!("file={},format=raw,if=none,id=d1", disk.display());
     let config = Guest::boot_sector(Ram::private(64)).seed(63);
-    let mut guest = config.arguments(["-drive", &drive]).boot(qemu)?;
-    guest.wait_for_count(1)?;
+    let mut guest = config.arguments(["-drive", &drive]).boot_to(qemu, 1)?;
     let inject = "inject=fdatasync:error=EIO";
     let mut strace = Command::new("strace")
         .args(["-f", "-qq", "-o", "/dev/null", "-e", "trace=fdatasync", "-e", inject])
@@ -160,9 +126,7 @@ fn disks_that_cannot_be_flushed(qemu: &Qemu) -> TestResult {
     strace.wait()?;
     said.assert(3, &["disk \"d1\" could not be flushed", "look at the disk's file system"]);
     assert_eq!(names_in(directory.path()), ["disk.raw"]);
-    assert_eq!(guest.status()?, "running");
-    guest.wait_for_passes(1)?;
-    guest.judge_counts()
+    guest.runs_on(1)
 }
 
 #[test]
@@ -197,18 +161,11 @@ fn what_a_save_left_that_was_killed_with_its_guardian_is_put_right_by_the_next()
     let parameters = guest.qmp("query-migrate-parameters", json!({}))?;
     let file = directory.path().join("vm.vmf");
     for (route, verb) in [("direct", "list"), ("stream", "save"), ("direct", "save")] {
-        let mut child = command()
-            .args(words!["save", guest.qmp_path(), file, "--after", "resume", "--route", route])
-            .args(["--jobs", "1", "--io", "threads"])
-            .stderr(Stdio::null())
-            .stdout(Stdio::null())
-            .spawn()?;
+        let slow = words!["--route", route, "--jobs", "1", "--io", "threads"];
+        let words = words!["save", guest.qmp_path(), file, "--after", "resume"];
+        let child = start(words.iter().chain(&slow))?;
         wait_until("the guest stands", || guest.status().is_ok_and(|status| status != "running"))?;
-        let guardian = guardian_of(child.id())?;
-        // The guardian first, or it would do its work.
-        kill_process(guardian, Signal::KILL)?;
-        child.kill()?;
-        child.wait()?;
+        kill_with_guardian(child)?;
         // QEMU's own end of a stream may take a moment.
         thread::sleep(Duration::from_millis(300));
         assert_ne!(guest.status()?, "running", "nothing lets it run by itself");
@@ -224,8 +181,7 @@ fn what_a_save_left_that_was_killed_with_its_guardian_is_put_right_by_the_next()
         assert!(!has_record(&mut guest)?);
         fs::remove_file(&file).ok();
     }
-    guest.wait_for_passes(1)?;
-    guest.judge_counts()
+    guest.counts_on(1)
 }
 
 /// `list` let the VM run for the sake of a save that had been killed long before: its guest ran at the
@@ -235,16 +191,11 @@ fn a_vm_that_was_migrated_away_after_a_killed_save_is_not_let_run() -> TestResul
     let qemu = requires!(qemu >= "9.0");
     let directory = directory()?;
     let mut guest = large(&qemu, &directory.path().join("second"))?;
-    let mut child = command()
-        .args(words!["save", guest.qmp_path(), directory.path().join("vm.vmf")])
-        .args(["--after", "resume", "--route", "direct", "--jobs", "1", "--io", "threads"])
-        .stderr(Stdio::null())
-        .stdout(Stdio::null())
-        .spawn()?;
+    let slow = words!["--route", "direct", "--jobs", "1", "--io", "threads"];
+    let words = words!["save", guest.qmp_path(), directory.path().join("vm.vmf")];
+    let child = start(words.iter().chain(&words!["--after", "resume"]).chain(&slow))?;
     wait_until("the guest stands", || guest.status().is_ok_and(|status| status == "paused"))?;
-    kill_process(guardian_of(child.id())?, Signal::KILL)?;
-    child.kill()?;
-    child.wait()?;
+    kill_with_guardian(child)?;
     guest.resume()?;
     let fast = json!({ "max-bandwidth": 8_u64 << 30, "downtime-limit": 60_000 });
     guest.qmp("migrate-set-parameters", fast)?;
@@ -253,6 +204,14 @@ fn a_vm_that_was_migrated_away_after_a_killed_save_is_not_let_run() -> TestResul
     vmfile(words!["list", "--json"]).assert(0, &["had left the VM changed"]);
     assert_eq!(guest.status()?, "postmigrate");
     assert!(!has_record(&mut guest)?);
+    Ok(())
+}
+
+/// Kills a save and its guardian; the guardian first, or it would do its work.
+fn kill_with_guardian(mut save: Child) -> TestResult {
+    kill_process(guardian_of(save.id())?, Signal::KILL)?;
+    save.kill()?;
+    save.wait()?;
     Ok(())
 }
 
@@ -280,9 +239,9 @@ fn a_save_whose_guardian_is_ended_goes_on() -> TestResult {
     let second = directory.path().join("second");
     let guest = large(&qemu, &second)?;
     let file = directory.path().join("vm.vmf");
-    let (child, stderr) = begin_to_save(&guest, &file)?;
-    kill_process(guardian_of(child.id())?, Signal::KILL)?;
-    let said = finish((child, stderr))?;
+    let save = begin_to_save(&guest, &file)?;
+    kill_process(guardian_of(save.id())?, Signal::KILL)?;
+    let said = save.finish()?;
     // The save tells the guardian anew what to do before the file gets its name, and it is gone.
     said.assert(5, &["the process that would let the VM run on"]);
     let mut monitor = Monitor::connect(&second, Duration::from_secs(10))?;

@@ -4,15 +4,15 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::{Child, Stdio};
+use std::process::Child;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Signal, kill_process};
 use vmfile_testing::{Guest, GuestConfig, Qemu, Ram, Random, TestResult, requires};
 
-use crate::guests::directory;
-use crate::run::{EndAllIn, Said, command, names_in, processes_in, vmfile, wait_until};
+use crate::guests::{directory, prepare};
+use crate::run::{self, EndAllIn, Said, names_in, processes_in, start, vmfile, wait_until};
 use crate::words;
 
 /// How many moments are tried in a test run: of saves, and a third as many of restores.
@@ -42,13 +42,8 @@ fn config() -> GuestConfig {
 }
 
 fn send(pid: u32, signal: Signal, what: &str) -> TestResult {
-    let pid = Pid::from_raw(i32::try_from(pid)?).ok_or("a pid")?;
-    kill_process(pid, signal)
-        .map_err(|errno| format!("{what}: {signal:?} to {pid:?}: {errno}").into())
-}
-
-fn begin(words: impl IntoIterator<Item = std::ffi::OsString>) -> TestResult<Child> {
-    Ok(command().args(words).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?)
+    kill_process(run::pid(pid), signal)
+        .map_err(|errno| format!("{what}: {signal:?} to {pid}: {errno}").into())
 }
 
 /// Waits for the program's end; returns what it said, if that was soon enough.
@@ -69,7 +64,7 @@ fn save(guest: &mut Guest, number: u64, random: &mut Random, signal: Signal) -> 
     let mut words = words!["save", guest.qmp_path(), file, "--after", "resume"].to_vec();
     words.extend(way.iter().map(std::ffi::OsString::from));
     let qemu = guest.pid()?;
-    let child = begin(words)?;
+    let child = start(words)?;
     let sockets = format!("vmfile-{}-", child.id());
     thread::sleep(moment);
     let sent = Instant::now();
@@ -90,8 +85,7 @@ fn save(guest: &mut Guest, number: u64, random: &mut Random, signal: Signal) -> 
             status.as_ref().map_or(true, |status| status == "running")
         })?;
         status.map_err(|error| format!("{what}: {error}; {said:?}"))?;
-        guest.wait_for_passes(1)?;
-        guest.judge_counts()?;
+        guest.counts_on(1)?;
     }
     let left = names_in(directory.path());
     // QEMU may end when the file has its name, before it was told what to do; that is said.
@@ -116,15 +110,13 @@ fn qemu_in(directory: &Path) -> Option<u32> {
 fn restore(qemu: &Qemu, file: &Path, number: u64, random: &mut Random) -> TestResult {
     let signal = if number % 2 == 0 { Signal::KILL } else { Signal::STOP };
     let mode = MODES[usize::try_from(number)? % MODES.len()];
-    let prepared = config().prepare(qemu)?;
-    let directory = prepared.qmp_path().parent().ok_or("a directory")?.to_path_buf();
-    let _end = EndAllIn(directory.clone());
+    let (prepared, EndAllIn(directory)) = &prepare(&config(), qemu)?;
     let mut words = words!["restore", file, "--mode", mode, "--"].to_vec();
     words.extend(prepared.command_line().iter().map(std::ffi::OsString::from));
-    let child = begin(words)?;
+    let child = start(words)?;
     let mut found = None;
     wait_until("QEMU is started", || {
-        found = qemu_in(&directory);
+        found = qemu_in(directory);
         found.is_some()
     })?;
     let moment = Duration::from_secs_f64(0.4 * random.next_fraction());
@@ -144,7 +136,7 @@ fn restore(qemu: &Qemu, file: &Path, number: u64, random: &mut Random) -> TestRe
             _ => &["is stopped"],
         };
         assert!(words.iter().any(|word| said.stderr.contains(word)), "{what}: {said:?}");
-        wait_until(&format!("{what}: QEMU is gone"), || qemu_in(&directory).is_none())?;
+        wait_until(&format!("{what}: QEMU is gone"), || qemu_in(directory).is_none())?;
     }
     Ok(())
 }
@@ -159,8 +151,7 @@ fn a_qemu_that_ends_or_stands_still_at_any_moment_is_said_to() -> TestResult {
     let seed = number("VMFILE_SEED").unwrap_or_else(Random::seed_of_now);
     println!("{moments} moments, seed {seed}");
     let mut random = Random::new(seed);
-    let mut guest = config().boot(&qemu)?;
-    guest.wait_for_count(1)?;
+    let mut guest = config().boot_to(&qemu, 1)?;
     let whole = crate::guests::save(&guest, &["--after", "resume"])?;
     whole.said.assert(0, &[]);
     for number in 0..moments {

@@ -2,8 +2,9 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
+use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, ChildStderr, Command, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -66,6 +67,61 @@ pub(crate) fn program() -> &'static Path {
 /// Runs the program to its end.
 pub(crate) fn vmfile<S: AsRef<OsStr>>(arguments: impl IntoIterator<Item = S>) -> Said {
     command().args(arguments).output().expect("the program runs").into()
+}
+
+/// Starts the program, with what it says in pipes.
+pub(crate) fn start<S: AsRef<OsStr>>(arguments: impl IntoIterator<Item = S>) -> TestResult<Child> {
+    let mut command = command();
+    command.args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped());
+    Ok(command.spawn()?)
+}
+
+/// A run of the program that has told how far it is, by `--progress json`.
+#[derive(Debug)]
+pub(crate) struct Begun {
+    child: Child,
+    stderr: BufReader<ChildStderr>,
+    pub(crate) progress: Value,
+}
+
+impl Begun {
+    pub(crate) fn start<S: AsRef<OsStr>>(
+        arguments: impl IntoIterator<Item = S>,
+    ) -> TestResult<Begun> {
+        let mut child = start(arguments)?;
+        let mut stderr = BufReader::new(child.stderr.take().ok_or("piped")?);
+        let mut line = String::new();
+        stderr.read_line(&mut line)?;
+        let progress: Value = serde_json::from_str(&line)?;
+        assert_eq!(progress["type"], "progress", "{line}");
+        Ok(Begun { child, stderr, progress })
+    }
+
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Waits for its end; returns what it said after its first progress.
+    pub(crate) fn finish(self) -> TestResult<Said> {
+        let lines: Vec<String> = self.stderr.lines().collect::<Result<_, _>>()?;
+        let said = Said::from(self.child.wait_with_output()?);
+        Ok(Said { stderr: lines.join("\n"), ..said })
+    }
+}
+
+/// Returns the id of a process as signals want it.
+pub(crate) fn pid(process: u32) -> Pid {
+    i32::try_from(process).ok().and_then(Pid::from_raw).expect("the id of a process")
+}
+
+/// Waits until a process catches `signal`: before that it would end it.
+pub(crate) fn wait_until_it_catches(process: u32, signal: Signal) -> TestResult {
+    wait_until("the program catches signals", || {
+        let text = fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
+        let caught = text.lines().find_map(|line| line.strip_prefix("SigCgt:"));
+        let caught = caught.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+        caught.unwrap_or(0) & (1 << (signal.as_raw() - 1)) != 0
+    })
 }
 
 /// Makes a list of arguments of different types.

@@ -4,13 +4,13 @@ use std::fs::File;
 use std::io::Read as _;
 use std::os::fd::AsRawFd as _;
 use std::path::Path;
-use std::process::Stdio;
 use std::thread;
 
+use rustix::process::{Signal, kill_process};
 use vmfile_testing::{Guest, GuestConfig, Machine, Qemu, Ram, Release, TestResult, requires};
 
 use crate::guests::{Saved, saved};
-use crate::run::{Said, command, program, vmfile, wait_until};
+use crate::run::{Said, command, pid, program, start, vmfile, wait_until, wait_until_it_catches};
 use crate::verbs::assert_documented;
 use crate::words;
 
@@ -23,18 +23,12 @@ fn exec(file: &Path, options: &str) -> String {
     format!("exec:{} send {} {options}", program().display(), file.display())
 }
 
-/// Lets the guest that has come by a stream judge its RAM.
-fn judge(guest: &Guest) -> TestResult {
-    guest.wait_for_passes(2)?;
-    guest.judge_counts()
-}
-
 /// Saves a machine that all versions have, and has a QEMU take the file by `exec:`.
 fn taken_by(release: Release, config: &GuestConfig, options: &str) -> TestResult {
     let (source, qemu) = (requires!(Qemu::of(Release::Distribution)), requires!(Qemu::of(release)));
     let config = config.clone().machine_version("7.2");
     let saved = saved(&source, &config)?;
-    judge(&config.incoming(&qemu, &exec(&saved.file, options))?)
+    config.incoming(&qemu, &exec(&saved.file, options))?.counts_on(2)
 }
 
 #[test]
@@ -66,7 +60,7 @@ fn a_qemu_that_listens_takes_a_file_and_the_report_is_on_stdout() -> TestResult 
     assert_documented("send", &report);
     let pages = |name: &str| report[name].as_u64().unwrap_or(0);
     assert_eq!(pages("pages_total"), pages("pages_data") + pages("pages_zero"));
-    judge(&guest)?;
+    guest.counts_on(2)?;
     // QEMU listens no more.
     let said = vmfile(words!["send", file, "--connect", address]);
     said.assert(3, &["connect to", "hint: start a QEMU with -incoming unix:PATH first"]);
@@ -101,12 +95,7 @@ fn a_stream_is_the_same_by_stdout_and_by_a_descriptor() -> TestResult {
 fn a_reader_that_goes_away_is_an_error_with_the_offset() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
     let saved = saved(&qemu, &small(76))?;
-    let mut child = command()
-        .arg("send")
-        .arg(&saved.file)
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()?;
+    let mut child = start(words!["send", saved.file])?;
     let mut stdout = child.stdout.take().ok_or("piped")?;
     stdout.read_exact(&mut [0; 5000])?;
     drop(stdout);
@@ -117,27 +106,13 @@ fn a_reader_that_goes_away_is_an_error_with_the_offset() -> TestResult {
 
 #[test]
 fn a_signal_stops_a_send_whose_reader_sleeps() -> TestResult {
-    use rustix::process::{Pid, Signal, kill_process};
     let qemu = requires!(qemu >= "9.0");
     let saved = saved(&qemu, &small(77))?;
-    let mut child = command()
-        .arg("send")
-        .arg(&saved.file)
-        .args(["--progress", "json"])
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()?;
+    let mut child = start(words!["send", saved.file, "--progress", "json"])?;
     let _stdout = child.stdout.take().ok_or("piped")?;
-    let pid = Pid::from_raw(i32::try_from(child.id())?).ok_or("a pid")?;
     // Once it catches signals it is about to write.
-    let caught = format!("/proc/{}/status", child.id());
-    wait_until("signals are caught", || {
-        let status = std::fs::read_to_string(&caught).unwrap_or_default();
-        let line = status.lines().find(|line| line.starts_with("SigCgt:")).unwrap_or_default();
-        u64::from_str_radix(line.trim_start_matches("SigCgt:").trim(), 16)
-            .is_ok_and(|mask| mask & (1 << 14) != 0)
-    })?;
-    kill_process(pid, Signal::TERM)?;
+    wait_until_it_catches(child.id(), Signal::TERM)?;
+    kill_process(pid(child.id()), Signal::TERM)?;
     let waiter = thread::spawn(move || child.wait_with_output());
     wait_until("it has ended", || waiter.is_finished())?;
     let said = Said::from(waiter.join().map_err(|_| "no panic")??);

@@ -2,28 +2,15 @@
 
 use std::fs;
 use std::process::Stdio;
-use std::thread;
-use std::time::Duration;
 
 use serde_json::{Value, json};
+use vmfile_testing::migration::migrate;
 use vmfile_testing::{Guest, Ram, TestResult, requires};
 
 use crate::guests::directory;
 use crate::run::{EndAllIn, Said, command, names_in, program, vmfile, wait_until};
 use crate::verbs::assert_documented;
 use crate::words;
-
-/// Sends the guest away and waits until QEMU says how that ended.
-fn migrate(guest: &mut Guest, uri: &str) -> TestResult<String> {
-    guest.qmp("migrate", json!({ "uri": uri }))?;
-    loop {
-        let status = guest.qmp("query-migrate", json!({}))?["status"].clone();
-        match status.as_str() {
-            Some(end @ ("completed" | "failed")) => return Ok(end.to_owned()),
-            _ => thread::sleep(Duration::from_millis(10)),
-        }
-    }
-}
 
 #[test]
 fn receive_replaces_cat_in_exec_and_the_file_starts_the_vm_again() -> TestResult {
@@ -35,7 +22,7 @@ fn receive_replaces_cat_in_exec_and_the_file_starts_the_vm_again() -> TestResult
     let (vmfile_path, file_path, report_path) =
         (program().display(), file.display(), report.display());
     let uri = format!("exec:{vmfile_path} --json receive {file_path} > {report_path}");
-    assert_eq!(migrate(&mut guest, &uri)?, "completed");
+    assert_eq!(migrate(&mut guest, &uri)?["status"], "completed");
     wait_until("the file has its name", || file.exists())?;
     wait_until("the report is there", || {
         fs::read_to_string(&report).is_ok_and(|text| text.ends_with("}\n"))
@@ -59,13 +46,10 @@ fn receive_replaces_cat_in_exec_and_the_file_starts_the_vm_again() -> TestResult
 #[test]
 fn a_receiver_that_cannot_begin_fails_the_migration_and_the_guest_runs_on() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
-    let mut guest = Guest::boot_sector(Ram::private(32)).seed(92).boot(&qemu)?;
-    guest.wait_for_count(1)?;
+    let mut guest = Guest::boot_sector(Ram::private(32)).seed(92).boot_to(&qemu, 1)?;
     let uri = format!("exec:{} receive /nowhere/vm.vmf 2> /dev/null", program().display());
-    assert_eq!(migrate(&mut guest, &uri)?, "failed");
-    assert_eq!(guest.status()?, "running");
-    guest.wait_for_passes(1)?;
-    guest.judge_counts()
+    assert_eq!(migrate(&mut guest, &uri)?["status"], "failed");
+    guest.runs_on(1)
 }
 
 #[test]

@@ -1,15 +1,15 @@
 //! Every verb with a real guest.
 
-use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
+use vmfile_testing::migration::qemu_writes;
 use vmfile_testing::{Guest, GuestConfig, Machine, Monitor, Ram, TestResult, requires};
 
-use crate::guests::{directory, save, saved};
+use crate::guests::{directory, prepare, save, saved};
 use crate::help::fields_of;
-use crate::run::{EndAllIn, Said, command, processes_in, restore, vmfile, wait_until};
+use crate::run::{EndAllIn, Said, pid, processes_in, restore, start, vmfile, wait_until};
 use crate::words;
 
 fn small(seed: u32) -> GuestConfig {
@@ -30,8 +30,7 @@ pub(crate) fn assert_documented(chapter: &str, value: &Value) {
 #[test]
 fn a_vm_that_is_saved_ends_and_its_file_says_all_about_it() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
-    let mut guest = small(31).arguments(["-name", "cli-31"]).boot(&qemu)?;
-    guest.wait_for_count(1)?;
+    let mut guest = small(31).arguments(["-name", "cli-31"]).boot_to(&qemu, 1)?;
     let saved = save(&guest, &["--json"])?;
     saved.said.assert(0, &[]);
     guest.wait_for_exit()?;
@@ -71,8 +70,7 @@ fn a_vm_that_is_saved_ends_and_its_file_says_all_about_it() -> TestResult {
 #[test]
 fn a_vm_is_listed_and_saved_by_its_process_and_by_its_name() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
-    let mut guest = small(32).arguments(["-name", "cli-32"]).boot(&qemu)?;
-    guest.wait_for_count(1)?;
+    let mut guest = small(32).arguments(["-name", "cli-32"]).boot_to(&qemu, 1)?;
     let list = vmfile(["list", "--json"]).json()?;
     let pid = guest.pid()?;
     let vms = list.as_array().ok_or("an array")?;
@@ -105,8 +103,7 @@ fn a_vm_is_listed_and_saved_by_its_process_and_by_its_name() -> TestResult {
 /// Restores with the command line that the file holds, and lets the guest judge.
 fn restore_as_saved(qemu: &vmfile_testing::Qemu, seed: u32, mode: &str) -> TestResult {
     let config = small(seed);
-    let mut guest = config.boot(qemu)?;
-    guest.wait_for_count(1)?;
+    let mut guest = config.boot_to(qemu, 1)?;
     let _end = EndAllIn(guest.directory().to_path_buf());
     let saved = save(&guest, &[])?;
     saved.said.assert(0, &[]);
@@ -148,37 +145,28 @@ fn a_vm_comes_back_paused_when_that_was_asked_for() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
     let config = small(35);
     let saved = saved(&qemu, &config)?;
-    let prepared = config.prepare(&qemu)?;
-    let _end = EndAllIn(prepared.qmp_path().parent().ok_or("a directory")?.to_path_buf());
+    let (prepared, _end) = prepare(&config, &qemu)?;
     let said = restore(&words![saved.file, "--paused"], &prepared.command_line());
     said.assert(0, &["restored  paused, pid "]);
     let mut guest = prepared.attach()?;
-    assert_eq!(guest.status()?, "paused");
-    guest.resume()?;
-    guest.wait_for_passes(2)?;
-    guest.judge_counts()
+    guest.is_paused_and_counts_on(2)
 }
 
 #[test]
 fn a_paused_vm_stays_paused_through_save_and_restore() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
     let config = small(36);
-    let mut guest = config.boot(&qemu)?;
-    guest.wait_for_count(1)?;
+    let mut guest = config.boot_to(&qemu, 1)?;
     guest.stop()?;
     let saved = save(&guest, &["--after", "resume"])?;
     saved.said.assert(0, &[]);
     assert_eq!(guest.status()?, "paused");
     drop(guest);
     assert_eq!(vmfile(words!["info", "--json", saved.file]).json()?["vm"]["run_state"], "paused");
-    let prepared = config.prepare(&qemu)?;
-    let _end = EndAllIn(prepared.qmp_path().parent().ok_or("a directory")?.to_path_buf());
+    let (prepared, _end) = prepare(&config, &qemu)?;
     restore(&words![saved.file], &prepared.command_line()).assert(0, &["restored  paused"]);
     let mut guest = prepared.attach()?;
-    assert_eq!(guest.status()?, "paused");
-    guest.resume()?;
-    guest.wait_for_passes(1)?;
-    guest.judge_counts()
+    guest.is_paused_and_counts_on(1)
 }
 
 #[test]
@@ -195,8 +183,7 @@ fn a_qemu_that_waits_takes_the_vm() -> TestResult {
     said.assert(0, &[]);
     assert_eq!(said.json()?["pid"], guest.pid()?);
     assert_eq!(said.json()?["mode"], "load");
-    guest.wait_for_passes(2)?;
-    guest.judge_counts()?;
+    guest.counts_on(2)?;
     let said = vmfile(words!["restore", saved.file, "--qmp", qmp]);
     said.assert(3, &["running", "inmigrate", "-incoming defer"]);
     let said = vmfile(words!["restore", saved.file, "--qmp", "/nonexistent/qmp"]);
@@ -210,26 +197,19 @@ fn the_foreground_ends_as_qemu_ends() -> TestResult {
     let config = small(38);
     let saved = saved(&qemu, &config)?;
     let ended_by = |end: &dyn Fn(&mut Guest, Pid) -> TestResult| -> TestResult<Said> {
-        let prepared = config.prepare(&qemu)?;
-        let _end = EndAllIn(prepared.qmp_path().parent().ok_or("a directory")?.to_path_buf());
-        let arguments = words!["restore", "--foreground", saved.file, "--"];
-        let mut command: Command = command();
-        command.args(arguments).args(prepared.command_line());
-        let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+        let (prepared, _end) = prepare(&config, &qemu)?;
+        let words = words!["restore", "--foreground", saved.file, "--"];
+        let child = start(words.iter().chain(&prepared.command_line()))?;
         let mut guest = prepared.attach()?;
         guest.wait_for_passes(2)?;
-        let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).ok_or("a pid")?;
-        end(&mut guest, pid)?;
+        end(&mut guest, pid(child.id()))?;
         Ok(child.wait_with_output()?.into())
     };
     let quit = ended_by(&|guest, _| guest.qmp("quit", json!({})).map(drop))?;
     quit.assert(0, &["restored  running"]);
     let terminated = ended_by(&|_, vmfile| Ok(kill_process(vmfile, Signal::TERM)?))?;
     terminated.assert(0, &["terminating on signal 15"]);
-    let killed = ended_by(&|guest, _| {
-        let pid = Pid::from_raw(i32::try_from(guest.pid()?)?).ok_or("a pid")?;
-        Ok(kill_process(pid, Signal::KILL)?)
-    })?;
+    let killed = ended_by(&|guest, _| Ok(kill_process(pid(guest.pid()?), Signal::KILL)?))?;
     killed.assert(128 + 9, &["restored  running"]);
     Ok(())
 }
@@ -244,13 +224,11 @@ fn a_vm_that_does_not_fit_is_refused_with_both_values_and_no_qemu_is_left() -> T
         for (config, words) in
             [(&other_ram, ["33554432", "50331648"]), (&other_machine, ["pc-i440fx-", "pc-q35-"])]
         {
-            let prepared = config.prepare(&qemu)?;
-            let directory = prepared.qmp_path().parent().ok_or("a directory")?.to_path_buf();
-            let _end = EndAllIn(directory.clone());
+            let (prepared, EndAllIn(directory)) = &prepare(config, &qemu)?;
             let said = restore(&words![saved.file, "--mode", mode], &prepared.command_line());
             said.assert(6, &["in the file", "in this VM", "hint: "]);
             said.assert(6, &words);
-            wait_until("QEMU is gone", || processes_in(&directory).is_empty())?;
+            wait_until("QEMU is gone", || processes_in(directory).is_empty())?;
         }
     }
     Ok(())
@@ -274,13 +252,10 @@ fn a_command_that_is_no_qemu_is_refused() -> TestResult {
 fn a_file_that_qemu_wrote_is_loaded_and_not_mapped() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
     let config = small(41);
-    let mut guest = config.boot(&qemu)?;
-    guest.wait_for_count(1)?;
+    let mut guest = config.boot_to(&qemu, 1)?;
     let directory = directory()?;
     let file = directory.path().join("qemu.img");
-    let on = json!({"capabilities": [{"capability": "mapped-ram", "state": true}]});
-    guest.qmp("migrate-set-capabilities", on)?;
-    guest.qmp("migrate", json!({"uri": format!("file:{}", file.display())}))?;
+    qemu_writes(&mut guest, &format!("file:{}", file.display()))?;
     wait_until("migrated", || guest.status().is_ok_and(|status| status == "postmigrate"))?;
     save(&guest, &[])?.said.assert(3, &["postmigrate", "`cont` makes it run again"]);
     assert_eq!(guest.status()?, "postmigrate");
@@ -289,13 +264,11 @@ fn a_file_that_qemu_wrote_is_loaded_and_not_mapped() -> TestResult {
     vmfile(words!["info", file]).assert(0, &["mapped-ram", "pc.ram"]);
     vmfile(words!["check", file]).assert(0, &["structure only"]);
     vmfile(words!["restore", file]).assert(2, &["no command line", "after `--`"]);
-    let prepared = config.prepare(&qemu)?;
-    let _end = EndAllIn(prepared.qmp_path().parent().ok_or("a directory")?.to_path_buf());
+    let (prepared, _end) = prepare(&config, &qemu)?;
     let said = restore(&words![file, "--mode", "map"], &prepared.command_line());
     said.assert(6, &["QEMU wrote the file", "hint: --mode load"]);
     let said = restore(&words![file, "--mode", "auto"], &prepared.command_line());
     said.assert(0, &["mode      load (QEMU wrote the file"]);
     let guest = prepared.attach()?;
-    guest.wait_for_passes(2)?;
-    guest.judge_counts()
+    guest.counts_on(2)
 }

@@ -7,9 +7,10 @@ use std::path::Path;
 
 use serde_json::json;
 use vmfile::Snapshot;
+use vmfile_testing::migration::{qemu_writes, set_capability, set_parameter};
 use vmfile_testing::{Guest, GuestConfig, Qemu, Ram, Release, TestResult, requires};
 
-use crate::guests::{Saved, saved};
+use crate::guests::{Saved, prepare, saved};
 use crate::run::{EndAllIn, Said, command, processes_in, restore, vmfile, wait_until};
 use crate::words;
 
@@ -85,15 +86,13 @@ fn restore_in_all_modes(
     mut judge: impl FnMut(&str, &Said) -> TestResult,
 ) -> TestResult {
     for mode in ["map", "map --verify", "load", "stream"] {
-        let prepared = config.prepare(qemu)?;
-        let directory = prepared.qmp_path().parent().ok_or("a directory")?.to_path_buf();
-        let _end = EndAllIn(directory.clone());
+        let (prepared, EndAllIn(directory)) = &prepare(config, qemu)?;
         let mut arguments = words![file, "--mode"].to_vec();
         arguments.extend(mode.split(' ').map(OsString::from));
         let said = restore(&arguments, &prepared.command_line());
         judge(mode, &said)?;
         if said.code != Some(0) {
-            wait_until("QEMU is gone", || processes_in(&directory).is_empty())?;
+            wait_until("QEMU is gone", || processes_in(directory).is_empty())?;
         }
     }
     Ok(())
@@ -164,9 +163,8 @@ fn a_wrong_page_that_is_sent_by_a_channel_ends_in_a_qemu_that_refuses() -> TestR
         let places = places(file)?;
         let place = places.iter().find(|place| place.what == "page").ok_or("a page")?;
         let mut waiting = config.incoming(&qemu, "defer")?;
-        let multifd = json!([{ "capability": "multifd", "state": true }]);
-        waiting.qmp("migrate-set-capabilities", json!({ "capabilities": multifd }))?;
-        waiting.qmp("migrate-set-parameters", json!({ "multifd-channels": 2 }))?;
+        set_capability(&mut waiting, "multifd")?;
+        set_parameter(&mut waiting, "multifd-channels", json!(2))?;
         let socket = directory.path().join("incoming");
         let address = format!("unix:{}", socket.display());
         waiting.qmp("migrate-incoming", json!({ "uri": address }))?;
@@ -189,16 +187,10 @@ fn a_wrong_page_that_is_sent_by_a_channel_ends_in_a_qemu_that_refuses() -> TestR
 fn a_file_without_hashes_is_not_called_verified() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
     let config = Guest::boot_sector(Ram::private(16)).seed(26);
-    let mut guest = config.boot(&qemu)?;
-    guest.wait_for_count(1)?;
+    let mut guest = config.boot_to(&qemu, 1)?;
     let directory = crate::guests::directory()?;
     let path = |name: &str| directory.path().join(name);
-    let capability = json!([{ "capability": "mapped-ram", "state": true }]);
-    guest.qmp("migrate-set-capabilities", json!({ "capabilities": capability }))?;
-    guest.qmp("migrate", json!({ "uri": format!("file:{}", path("by-qemu").display()) }))?;
-    wait_until("QEMU has written the file", || {
-        guest.qmp("query-migrate", json!({})).is_ok_and(|answer| answer["status"] == "completed")
-    })?;
+    qemu_writes(&mut guest, &format!("file:{}", path("by-qemu").display()))?;
     drop(guest);
     let prepared = config.prepare(&qemu)?;
     let said = restore(&words![path("by-qemu"), "--verify"], &prepared.command_line());

@@ -1,27 +1,24 @@
 //! Waits for QEMU: each has an end, says what it waited for, and obeys signals.
 
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io::{self, Read as _};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::process::{Child, Stdio};
+use std::process::Child;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Signal, kill_process};
 use serde_json::json;
 use vmfile_testing::{Guest, Monitor, Qemu, Ram, TestError, TestResult, requires};
 
 use crate::guests::directory;
-use crate::run::{Said, command, names_in, vmfile, wait_until};
+use crate::run::{self, Said, names_in, pid, vmfile, wait_until, wait_until_it_catches};
 use crate::words;
 
 /// How long a verb may take to end after a signal.
 const AT_ONCE: Duration = Duration::from_secs(1);
-
-fn pid(number: u32) -> Pid {
-    Pid::from_raw(i32::try_from(number).expect("a pid")).expect("a pid")
-}
 
 fn small(qemu: &Qemu, name: &str) -> TestResult<Guest> {
     let config = Guest::boot_sector(Ram::private(16)).seed(71);
@@ -52,16 +49,9 @@ fn state(process: u32) -> Option<char> {
 }
 
 /// Starts the program and waits until it catches signals.
-fn start<S: AsRef<std::ffi::OsStr>>(arguments: impl IntoIterator<Item = S>) -> TestResult<Child> {
-    let mut command = command();
-    let child = command.args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
-    let status = format!("/proc/{}/status", child.id());
-    wait_until("the program catches signals", || {
-        let text = fs::read_to_string(&status).unwrap_or_default();
-        let caught = text.lines().find_map(|line| line.strip_prefix("SigCgt:"));
-        let caught = caught.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
-        caught.unwrap_or(0) & (1 << (Signal::USR1.as_raw() - 1)) != 0
-    })?;
+fn start<S: AsRef<OsStr>>(arguments: impl IntoIterator<Item = S>) -> TestResult<Child> {
+    let child = run::start(arguments)?;
+    wait_until_it_catches(child.id(), Signal::USR1)?;
     Ok(child)
 }
 
@@ -155,16 +145,11 @@ fn a_qemu_that_stops_answering_before_the_pause_does_not_hold_a_save() -> TestRe
 fn sigtstp_waits_until_the_guest_runs() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
     let config = Guest::boot_sector(Ram::private(600)).seed(72).data_share(200);
-    let mut guest = config.boot(&qemu)?;
-    guest.wait_for_count(1)?;
+    let mut guest = config.boot_to(&qemu, 1)?;
     let file = guest.directory().join("vm.vmf");
     let arguments = ["--after", "resume", "--jobs", "1", "--direct-io", "required"];
-    let mut child = command()
-        .args(words!["save", guest.qmp_path(), file, "--progress", "json"])
-        .args(arguments)
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()?;
+    let words = words!["save", guest.qmp_path(), file, "--progress", "json"];
+    let mut child = run::start(words.iter().chain(&arguments.map(OsString::from)))?;
     let mut byte = [0];
     child.stderr.as_mut().ok_or("piped")?.read_exact(&mut byte)?;
     kill_process(pid(child.id()), Signal::TSTP)?;

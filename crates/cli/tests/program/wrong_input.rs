@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use tempfile::{TempDir, tempdir};
 use vmfile_testing::TestResult;
 
-use crate::run::{command, names_in, vmfile};
+use crate::run::{command, names_in, start, vmfile};
 use crate::words;
 
 /// A socket at which somebody does something with each connection.
@@ -182,8 +182,7 @@ fn a_waiting_qemu_that_is_not_there_is_an_error_of_the_vm() -> TestResult {
 #[test]
 fn whoever_stops_reading_causes_no_panic() -> TestResult {
     for arguments in [&["--help"][..], &["list"], &["list", "--json"], &["save", "--help"]] {
-        let mut child =
-            command().args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+        let mut child = start(arguments)?;
         drop(child.stdout.take());
         let output = child.wait_with_output()?;
         let stderr = String::from_utf8_lossy(&output.stderr);
