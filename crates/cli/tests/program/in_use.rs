@@ -5,8 +5,9 @@ use std::os::unix::fs::{MetadataExt as _, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use vmfile_testing::verbs::map;
-use vmfile_testing::{Guest, GuestConfig, Ram, TestResult, requires};
+use vmfile::restore::Mode;
+use vmfile_testing::verbs::restore;
+use vmfile_testing::{Guest, GuestConfig, Missing, Ram, TestResult, requires};
 
 use crate::guests::directory;
 use crate::run::{Said, vmfile};
@@ -75,8 +76,7 @@ fn a_file_that_the_vm_uses_is_not_replaced_by_any_name_or_verb() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
     let files = Files::new()?;
     let config = config(&files, 61);
-    let mut guest = config.boot(&qemu)?;
-    guest.wait_for_count(1)?;
+    let mut guest = config.boot_to(&qemu, 1)?;
     let (vm, pid) = (guest.qmp_path(), guest.pid()?);
     let saved = directory()?;
     let whole = saved.path().join("vm.vmf");
@@ -116,37 +116,36 @@ fn a_file_that_the_vm_uses_is_not_replaced_by_any_name_or_verb() -> TestResult {
 fn the_file_that_a_vm_came_from_may_be_replaced_by_its_next_save() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
     let config = Guest::boot_sector(Ram::private(32)).seed(62);
-    let guest = config.boot(&qemu)?;
-    guest.wait_for_count(1)?;
+    let guest = config.boot_to(&qemu, 1)?;
     let saved = directory()?;
     let file = saved.path().join("vm.vmf");
     vmfile(words!["save", guest.qmp_path(), file]).assert(0, &["saved"]);
     for after in ["resume", "quit"] {
-        let guest = map(&qemu, &config, &file)?;
+        let guest = restore(&qemu, &config, &file, Mode::Map)?;
         let said = vmfile(words!["save", guest.qmp_path(), file, "--force", "--after", after]);
         said.assert(0, &["saved"]);
         if after == "resume" {
-            guest.wait_for_passes(1)?;
-            guest.judge_counts()?;
+            guest.counts_on(1)?;
         }
     }
-    let guest = map(&qemu, &config, &file)?;
-    guest.wait_for_passes(1)?;
-    guest.judge_counts()
+    let guest = restore(&qemu, &config, &file, Mode::Map)?;
+    guest.counts_on(1)
 }
 
 /// A loop device, which is taken off its file when it is dropped.
 struct Loop(PathBuf);
 
 impl Loop {
-    /// Puts one on `file`; `None` where this host has none to give.
-    fn on(file: &Path) -> TestResult<Option<Loop>> {
-        let Ok(output) = Command::new("losetup").args(["--find", "--show"]).arg(file).output()
-        else {
-            return Ok(None);
-        };
-        let name = String::from_utf8(output.stdout)?;
-        Ok(output.status.success().then(|| Loop(PathBuf::from(name.trim()))))
+    /// Puts one on `file`.
+    fn on(file: &Path) -> Result<Loop, Missing> {
+        let output = Command::new("losetup").args(["--find", "--show"]).arg(file).output();
+        match output {
+            Ok(output) if output.status.success() => {
+                let name = String::from_utf8_lossy(&output.stdout);
+                Ok(Loop(PathBuf::from(name.trim())))
+            }
+            _ => Err(Missing::beyond_setup("no loop device can be had here")),
+        }
     }
 }
 
@@ -164,14 +163,10 @@ fn the_file_below_a_block_device_of_the_vm_is_not_replaced() -> TestResult {
     let files = directory()?;
     let disk = files.path().join("a.raw");
     fs::write(&disk, vec![7; 1 << 20])?;
-    let Some(device) = Loop::on(&disk)? else {
-        eprintln!("skipped: no loop device can be had here");
-        return Ok(());
-    };
+    let device = requires!(Loop::on(&disk));
     let drive = format!("file={},format=raw,if=virtio", device.0.display());
     let config = Guest::boot_sector(Ram::tmpfs(32)).seed(63).arguments(["-drive", &drive]);
-    let mut guest = config.boot(&qemu)?;
-    guest.wait_for_count(1)?;
+    let mut guest = config.boot_to(&qemu, 1)?;
     let (vm, pid) = (guest.qmp_path(), guest.pid()?);
     refused(&disk, pid, |path| vmfile(words!["save", vm, path, "--force"]))?;
     refused(&disk, pid, |path| vmfile(words!["receive", path, "--force"]))?;
