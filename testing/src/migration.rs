@@ -8,7 +8,6 @@ use serde_json::{Value, json};
 use vmfile::Control;
 use vmfile::receive::{ReceiveError, ReceiveOptions, ReceiveReport, StreamFrom, receive};
 
-use crate::verbs::{check_is_clean, load, map};
 use crate::{Guest, GuestConfig, Qemu, Saved, TestResult};
 
 /// What a receive came to.
@@ -155,24 +154,4 @@ pub fn set_parameter(guest: &mut Guest, name: &str, value: Value) -> TestResult 
     let mut arguments = json!({});
     arguments[name] = value;
     guest.qmp("migrate-set-parameters", arguments).map(drop)
-}
-
-/// Checks the file of a guest that had counted to `before`, and restores it by `map` and by `load`.
-///
-/// # Errors
-///
-/// Whatever the library says.
-///
-/// # Panics
-///
-/// If the guest does not go on as it should.
-pub fn comes_back(qemu: &Qemu, config: &GuestConfig, file: &Path, before: u32) -> TestResult {
-    check_is_clean(file)?;
-    for restore in [map, load] {
-        let guest = restore(qemu, config, file)?;
-        let after = guest.wait_for_passes(2)?;
-        assert!(after.number > before, "{} after {before}", after.number);
-        guest.judge_counts()?;
-    }
-    Ok(())
 }

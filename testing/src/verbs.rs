@@ -12,15 +12,6 @@ use vmfile_format::manifest::VmMeta;
 
 use crate::{Guest, GuestConfig, Prepared, Qemu, TestResult};
 
-/// Saves the guest and ends its QEMU.
-///
-/// # Errors
-///
-/// Whatever the library says.
-pub fn save(guest: &Guest, file: &Path) -> TestResult<SaveReport> {
-    save_with(guest, file, &SaveOptions::default())
-}
-
 /// Saves the guest.
 ///
 /// # Errors
@@ -46,33 +37,6 @@ pub fn check_is_clean(file: &Path) -> TestResult {
     assert_eq!(report.findings, []);
     assert!(report.pages_checked > 0, "pages have hashes");
     Ok(())
-}
-
-/// Restores by mapping the file.
-///
-/// # Errors
-///
-/// Whatever the library says.
-pub fn map(qemu: &Qemu, config: &GuestConfig, file: &Path) -> TestResult<Guest> {
-    restore(qemu, config, file, Mode::Map)
-}
-
-/// Restores by reading the file.
-///
-/// # Errors
-///
-/// Whatever the library says.
-pub fn load(qemu: &Qemu, config: &GuestConfig, file: &Path) -> TestResult<Guest> {
-    restore(qemu, config, file, Mode::Load)
-}
-
-/// Restores by sending a stream.
-///
-/// # Errors
-///
-/// Whatever the library says.
-pub fn stream(qemu: &Qemu, config: &GuestConfig, file: &Path) -> TestResult<Guest> {
-    restore(qemu, config, file, Mode::Stream)
 }
 
 /// Restores into a QEMU of the same configuration.
