@@ -1,8 +1,8 @@
 //! `cargo xtask test`: everything that must pass, step by step.
 //!
 //! The first step that fails ends the run. The last line of a run that passed is `N passed, N
-//! failed`, with `, N skipped` if tests could not run; these are listed with their reasons before
-//! it.
+//! failed`, with `, N skipped` if tests or steps could not run; these are listed with their reasons
+//! before it.
 
 mod api;
 mod fuzz;
@@ -49,7 +49,7 @@ const STEPS: [Step; 11] = [
     Step {
         name: "loops",
         shows: "the hot loops take as many instructions as they did",
-        run: |workspace, _| loops::run(workspace),
+        run: loops::run,
     },
     Step { name: "fuzz", shows: "no decoder breaks its contract", run: |w, _| fuzz::run(w) },
     Step { name: "vm", shows: "guests find their RAM as they left it", run: vm },

@@ -10,6 +10,7 @@ use std::fmt;
 use std::fs;
 use std::process::Command;
 
+use super::outcome::Outcome;
 use crate::apt::find_in_path;
 use crate::command::{output, run as run_command, say};
 use crate::workspace::Workspace;
@@ -68,13 +69,13 @@ struct Loop {
 }
 
 /// Counts the instructions of all loops, and compares or records them.
-pub(crate) fn run(workspace: &Workspace) -> Result<(), Box<dyn Error>> {
+pub(super) fn run(workspace: &Workspace, outcome: &mut Outcome) -> Result<(), Box<dyn Error>> {
     if !cfg!(target_arch = "x86_64") {
-        say("the figures are those of x86-64: nothing to compare with here");
+        outcome.skip_step("loops", "the figures are those of x86-64");
         return Ok(());
     }
     if !has_avx2() {
-        say("the figures are those of a processor with AVX2: nothing to compare with here");
+        outcome.skip_step("loops", "the figures are those of a processor with AVX2");
         return Ok(());
     }
     if find_in_path("valgrind").is_none() {

@@ -1,8 +1,8 @@
 //! Sums up the results of the test programs.
 //!
-//! A test that cannot run passes and prints `skipped: ` and the reason on a line of its own. The
-//! programs run with `--show-output`, which prints the output of passing tests after the last test.
-//! xtask reads the lines of skipped tests from there, and does not show the rest.
+//! A test that cannot run, or not as a whole, passes and prints `skipped: ` and the reason on a line
+//! of its own. The programs run with `--show-output`, which prints the output of passing tests after
+//! the last test. xtask reads the lines of skipped tests from there, and does not show the rest.
 
 use std::error::Error;
 use std::fmt;
@@ -19,12 +19,15 @@ pub(crate) struct Outcome {
     skipped: Vec<Skipped>,
 }
 
-/// A test that could not run.
+/// A test, or a step, that could not run, or not as a whole.
 #[derive(Debug, PartialEq, Eq)]
 struct Skipped {
-    program: String,
-    test: String,
-    reason: String,
+    /// As `testing guests a_dimm_comes_back` or `step loops`.
+    what: String,
+    /// Whether its program has counted it among those that passed.
+    is_test: bool,
+    /// Each once: a test with several parts may have several.
+    reasons: Vec<String>,
 }
 
 /// The position in a program's output.
@@ -56,16 +59,27 @@ impl Outcome {
         if status.success() { Ok(()) } else { Err(format!("{program}: {status}").into()) }
     }
 
-    /// Records that something could not be tested.
-    pub(super) fn skip(&mut self, program: &str, test: &str, reason: &str) {
-        let (program, test, reason) = (program.to_owned(), test.to_owned(), reason.to_owned());
-        self.skipped.push(Skipped { program, test, reason });
+    /// Records that a step could not be done.
+    pub(super) fn skip_step(&mut self, name: &str, reason: &str) {
+        self.skip(format!("step {name}"), false, reason);
     }
 
-    /// Lists the tests that could not run.
+    fn skip(&mut self, what: String, is_test: bool, reason: &str) {
+        let found = self.skipped.iter().position(|skipped| skipped.what == what);
+        let index = found.unwrap_or(self.skipped.len());
+        if found.is_none() {
+            self.skipped.push(Skipped { what, is_test, reasons: Vec::new() });
+        }
+        let reasons = &mut self.skipped[index].reasons;
+        if !reasons.iter().any(|told| told == reason) {
+            reasons.push(reason.to_owned());
+        }
+    }
+
+    /// Lists what could not run, with all reasons.
     pub(crate) fn print_skipped(&self) {
-        for Skipped { program, test, reason } in &self.skipped {
-            println!("skipped {program} {test}: {reason}");
+        for Skipped { what, reasons, .. } in &self.skipped {
+            println!("skipped {what}: {}", reasons.join("; "));
         }
     }
 
@@ -90,11 +104,7 @@ impl Outcome {
             name.clone_into(&mut reader.test);
         }
         if let Some(reason) = line.strip_prefix("skipped: ") {
-            let (program, test) = (program.to_owned(), reader.test.clone());
-            let is_same = |last: &Skipped| last.program == program && last.test == test;
-            if !self.skipped.last().is_some_and(is_same) {
-                self.skipped.push(Skipped { program, test, reason: reason.to_owned() });
-            }
+            self.skip(format!("{program} {}", reader.test), true, reason);
         }
         false
     }
@@ -104,7 +114,8 @@ impl Outcome {
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let skipped = self.skipped.len();
-        write!(f, "{} passed, {} failed", self.passed.saturating_sub(skipped), self.failed)?;
+        let tests = self.skipped.iter().filter(|skipped| skipped.is_test).count();
+        write!(f, "{} passed, {} failed", self.passed.saturating_sub(tests), self.failed)?;
         if skipped > 0 {
             write!(f, ", {skipped} skipped")?;
         }
@@ -133,6 +144,8 @@ successes:
 ---- b stdout ----
 some words
 skipped: needs QEMU 99
+skipped: needs QEMU 99
+skipped: needs root
 
 
 successes:
@@ -154,8 +167,16 @@ test result: FAILED. 2 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out
             outcome.read_line("p", &mut reader, line);
         }
         assert_eq!(outcome.to_string(), "1 passed, 1 failed, 1 skipped");
-        assert_eq!(outcome.skipped[0].test, "b");
-        assert_eq!(outcome.skipped[0].reason, "needs QEMU 99");
+        assert_eq!(outcome.skipped[0].what, "p b");
+        assert_eq!(outcome.skipped[0].reasons, ["needs QEMU 99", "needs root"]);
+    }
+
+    #[test]
+    fn a_skipped_step_is_counted_and_takes_nothing_from_the_tests_that_passed() {
+        let mut outcome = Outcome { passed: 3, ..Outcome::default() };
+        outcome.skip_step("loops", "no x86-64");
+        assert_eq!(outcome.to_string(), "3 passed, 0 failed, 1 skipped");
+        assert_eq!(outcome.skipped[0].what, "step loops");
     }
 
     #[test]
