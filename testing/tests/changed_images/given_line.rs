@@ -3,9 +3,9 @@
 use std::fs::{self, File};
 use std::time::{Duration, SystemTime};
 
-use vmfile::RestoreError;
 use vmfile::restore::RestoreOptions;
 use vmfile::save::SaveOptions;
+use vmfile::{ImageChange, RestoreError};
 use vmfile_testing::verbs::{restore_given, rewrite_manifest};
 use vmfile_testing::{Guest, GuestConfig, Qemu, Ram, Release, TestResult, requires};
 
@@ -186,7 +186,8 @@ fn a_file_has_no_image_opened_that_a_command_line_does_not_name() -> TestResult 
     let error =
         restore_given(&scene.config.prepare(&qemu)?, &saved.file, &options).expect_err("forged");
     let RestoreError::DisksChanged { changes } = &error else { panic!("{error}") };
-    assert!(changes.iter().all(|change| change.what == "image"), "{error}");
+    let is_forged = |change: &ImageChange| change.what == "image";
+    assert!(!changes.is_empty() && changes.iter().all(is_forged), "{error}");
     assert!(!error.to_string().contains("root"), "{error}");
     Ok(())
 }
