@@ -59,6 +59,7 @@ fn a_qemu_that_listens_takes_a_file_and_the_report_is_on_stdout() -> TestResult 
     let report = said.json()?;
     assert_documented("send", &report);
     let pages = |name: &str| report[name].as_u64().unwrap_or(0);
+    assert!(pages("pages_data") > 0, "{report}");
     assert_eq!(pages("pages_total"), pages("pages_data") + pages("pages_zero"));
     guest.counts_on(2)?;
     // QEMU listens no more.

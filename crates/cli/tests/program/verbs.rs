@@ -41,6 +41,7 @@ fn a_vm_that_is_saved_ends_and_its_file_says_all_about_it() -> TestResult {
     assert_eq!(report["route"], "direct");
     assert_eq!(report["live"], false);
     assert!(report["pages_total"].as_u64() >= Some(32 << 8), "{report}");
+    assert!(report["pause_seconds"].as_f64() > Some(0.0), "{report}");
     assert!(report["pause_seconds"].as_f64() <= report["total_seconds"].as_f64(), "{report}");
 
     let info = vmfile(words!["info", "--json", saved.file]).json()?;

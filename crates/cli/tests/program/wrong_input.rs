@@ -173,8 +173,7 @@ fn an_offset_past_the_end_is_refused() -> TestResult {
 }
 
 #[test]
-fn a_waiting_qemu_that_is_not_there_is_an_error_of_the_vm() -> TestResult {
-    // The file is looked at first: without one of ours nobody is asked.
+fn a_file_that_is_none_is_refused_before_a_waiting_qemu_is_asked() -> TestResult {
     vmfile(["restore", "/etc/passwd", "--qmp", "/nonexistent/s"]).assert(4, &["/etc/passwd"]);
     Ok(())
 }
