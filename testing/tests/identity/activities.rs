@@ -5,11 +5,11 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use vmfile::error::SaveError;
+use vmfile::restore::RestoreOptions;
 use vmfile::save::{After, SaveOptions};
-use vmfile_testing::verbs::save_with;
 use vmfile_testing::{Guest, Qemu, Ram, Release, TestResult, requires};
 
-use super::{goes_on, images, restore_saved};
+use super::{goes_on, images};
 
 /// Starts to mirror a disk, and waits until the mirror is ready and goes on.
 fn mirror(guest: &mut Guest, target: &Path) -> TestResult {
@@ -33,12 +33,10 @@ fn export(guest: &mut Guest, socket: &Path) -> TestResult {
 }
 
 /// Expects that a save which would end the VM is refused and names `expected`.
-fn is_refused(guest: &mut Guest, file: &Path, expected: &str) -> TestResult {
-    let error = save_with(guest, file, &SaveOptions::default()).expect_err("it would end");
-    let error = *error.downcast::<SaveError>()?;
+fn is_refused(guest: &mut Guest, expected: &str) -> TestResult {
+    let error = guest.save_fails(&SaveOptions::default())?;
     let SaveError::Activities { activities } = &error else { return Err(error.into()) };
     assert_eq!(activities, &[expected]);
-    assert!(!file.exists());
     assert_eq!(guest.status()?, "running");
     Ok(())
 }
@@ -60,29 +58,25 @@ fn a_vm_with_a_block_job_or_an_export_is_not_ended() -> TestResult {
             "-blockdev",
             &node,
         ]);
-        let mut guest = config.boot(&qemu)?;
-        guest.wait_for_count(1)?;
-        let file = directory.path().join("vm.vmf");
+        let mut guest = config.boot_to(&qemu, 1)?;
 
         export(&mut guest, &directory.path().join("nbd"))?;
-        is_refused(&mut guest, &file, "export \"e0\" of node \"n\" (nbd)")?;
+        is_refused(&mut guest, "export \"e0\" of node \"n\" (nbd)")?;
         guest.qmp("block-export-del", json!({"id": "e0", "mode": "hard"}))?;
 
         mirror(&mut guest, &at(1))?;
-        is_refused(&mut guest, &file, "block job \"copy\" (mirror)")?;
+        is_refused(&mut guest, "block job \"copy\" (mirror)")?;
 
         // A VM that goes on keeps its job.
-        let kept = directory.path().join("kept.vmf");
-        save_with(&guest, &kept, &SaveOptions::default().after(After::Resume))?;
+        guest.save(&SaveOptions::default().after(After::Resume))?;
         let jobs = guest.qmp("query-block-jobs", json!({}))?;
         assert_eq!(jobs[0]["device"], "copy", "{jobs}");
 
-        let report = save_with(&guest, &file, &SaveOptions::default().changed_ok(true))?;
-        let is_named =
-            |warning: &&String| warning.as_str() == "block job \"copy\" (mirror) ends with the VM";
-        assert_eq!(report.warnings.iter().filter(is_named).count(), 1, "{:?}", report.warnings);
-        guest.wait_for_exit()?;
-        goes_on(&guest, &mut restore_saved(&file)?)?;
+        let saved = guest.save_and_end(&SaveOptions::default().changed_ok(true))?;
+        let warnings = &saved.report.warnings;
+        let warning = "block job \"copy\" (mirror) ends with the VM";
+        assert_eq!(warnings.iter().filter(|found| *found == warning).count(), 1, "{warnings:?}");
+        goes_on(&guest, &mut saved.restore_saved(&RestoreOptions::default())?)?;
     }
     Ok(())
 }

@@ -1,11 +1,10 @@
 //! Devices that QEMU adds by itself.
 
-use std::path::Path;
-
-use vmfile_testing::verbs::save;
+use vmfile::restore::RestoreOptions;
+use vmfile::save::SaveOptions;
 use vmfile_testing::{Guest, GuestConfig, Machine, Qemu, Ram, Release, TestResult, requires};
 
-use super::{goes_on, restore_saved};
+use super::goes_on;
 
 /// The groups that count: a network, which as an option would switch the default one off, and
 /// groups that QEMU ignores, which as options would add a ROM, a table and a file system.
@@ -36,18 +35,18 @@ fn a_vm_with_default_devices_comes_back_from_its_saved_line() -> TestResult {
     for release in [Release::Oldest, Release::Distribution, Release::Newest] {
         let qemu = requires!(Qemu::of(release));
         let directory = tempfile::tempdir()?;
-        let config = |name: &str, text: &str| -> TestResult<String> {
+        let file = |name: &str, text: &str| -> TestResult<String> {
             let path = directory.path().join(name);
             std::fs::write(&path, text)?;
             Ok(path.display().to_string())
         };
-        let all = config("all.conf", CONFIG)?;
-        let net = config("net.conf", "[net]\n  type = \"nic\"\n  model = \"rtl8139\"\n")?;
-        let nic = config("nic.conf", "[nic]\n  type = \"user\"\n  model = \"rtl8139\"\n")?;
-        let vga = config("vga.conf", "[device \"v\"]\n  driver = \"VGA\"\n")?;
+        let all = file("all.conf", CONFIG)?;
+        let net = file("net.conf", "[net]\n  type = \"nic\"\n  model = \"rtl8139\"\n")?;
+        let nic = file("nic.conf", "[nic]\n  type = \"user\"\n  model = \"rtl8139\"\n")?;
+        let vga = file("vga.conf", "[device \"v\"]\n  driver = \"VGA\"\n")?;
         let netdev = ["-netdev", "user,id=n0", "-device", "rtl8139,netdev=n0"];
         let plain = || Guest::boot_sector(Ram::private(64)).seed(31).default_devices();
-        for guest in [
+        for config in [
             plain(),
             plain().machine(Machine::Q35).arguments(netdev),
             plain().arguments(["-readconfig", &all]),
@@ -58,20 +57,16 @@ fn a_vm_with_default_devices_comes_back_from_its_saved_line() -> TestResult {
             plain().arguments(["-readconfig", &nic]),
             plain().arguments(["-readconfig", &vga, "-set", "device.v.vgamem_mb=32"]),
         ] {
-            comes_back(&qemu, guest, directory.path())
-                .map_err(|error| format!("{release:?}: {error}"))?;
+            comes_back(&qemu, &config).map_err(|error| format!("{release:?}: {error}"))?;
         }
     }
     Ok(())
 }
 
 /// Saves a guest, and restores it from the saved command line alone.
-fn comes_back(qemu: &Qemu, config: GuestConfig, directory: &Path) -> TestResult {
-    let mut guest = config.boot(qemu)?;
-    guest.wait_for_count(1)?;
-    let file = directory.join("vm.vmf");
-    assert_eq!(save(&guest, &file)?.changes, []);
-    guest.wait_for_exit()?;
-    goes_on(&guest, &mut restore_saved(&file)?)?;
-    Ok(std::fs::remove_file(&file)?)
+fn comes_back(qemu: &Qemu, config: &GuestConfig) -> TestResult {
+    let mut guest = config.boot_to(qemu, 1)?;
+    let saved = guest.save_and_end(&SaveOptions::default())?;
+    assert_eq!(saved.report.changes, []);
+    goes_on(&guest, &mut saved.restore_saved(&RestoreOptions::default())?)
 }

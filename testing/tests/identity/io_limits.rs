@@ -1,10 +1,11 @@
 //! I/O limits of drives, which a monitor changes while the VM runs.
 
 use serde_json::{Value, json};
-use vmfile_testing::verbs::save;
+use vmfile::restore::RestoreOptions;
+use vmfile::save::SaveOptions;
 use vmfile_testing::{Guest, Qemu, Ram, Release, TestResult, requires};
 
-use super::{ask, goes_on, images, restore_saved};
+use super::{ask, goes_on, images};
 
 /// The limits of all drives by the drives' names.
 fn limits(drives: &Value) -> Vec<(String, Value)> {
@@ -44,8 +45,7 @@ fn limits_that_were_set_while_the_vm_ran_come_back() -> TestResult {
             "-drive",
             &second,
         ]);
-        let mut guest = config.boot(&qemu)?;
-        guest.wait_for_count(1)?;
+        let mut guest = config.boot_to(&qemu, 1)?;
         let none =
             json!({"bps": 0, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 0, "iops_wr": 0});
         for (name, id, more) in [
@@ -67,11 +67,9 @@ fn limits_that_were_set_while_the_vm_ran_come_back() -> TestResult {
         }
         let before = limits(&guest.qmp("query-block", json!({}))?);
         assert_eq!(before.len(), 4, "{before:?}");
-        let file = directory.path().join("vm.vmf");
-        save(&guest, &file)?;
-        guest.wait_for_exit()?;
+        let saved = guest.save_and_end(&SaveOptions::default())?;
 
-        let mut restored = restore_saved(&file)?;
+        let mut restored = saved.restore_saved(&RestoreOptions::default())?;
         assert_eq!(restored.report.warnings, [""; 0], "{release:?}");
         let after = limits(&ask(&mut restored, "query-block", json!({}))?);
         assert_eq!(after, before, "{release:?}");

@@ -15,7 +15,7 @@ impl Vm {
     ///
     /// [`VmError`] if QEMU does not answer.
     pub fn has_user_network(&mut self) -> Result<bool, VmError> {
-        Ok(human(self, "info network")?.contains(",type=user,"))
+        Ok(human_command(self, "info network")?.contains(",type=user,"))
     }
 }
 
