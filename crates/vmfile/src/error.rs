@@ -116,7 +116,7 @@ pub enum SaveError {
     /// What the command line names cannot be written into the manifest.
     #[error("the VM's command line cannot be kept")]
     Options(#[source] CommandLineError),
-    /// Threads, rings or memory for the save could not be had.
+    /// Threads, rings or memory for the save could not be set up.
     #[error("take threads and memory for the save")]
     Workers(#[source] io::Error),
     /// This QEMU is too old for the route `native`.

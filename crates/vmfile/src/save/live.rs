@@ -48,7 +48,7 @@ impl LiveRoute {
         Ok(LiveRoute { before: vm.stream_settings()?, live })
     }
 
-    /// Returns the migration settings as they were.
+    /// Returns the migration settings that QEMU had before the save.
     pub(super) fn settings(&self) -> &StreamSettings {
         &self.before
     }

@@ -77,7 +77,7 @@ impl NativeRoute {
         Ok(NativeRoute { before, ours, direct_io, workers })
     }
 
-    /// Returns the migration settings as they were.
+    /// Returns the migration settings that QEMU had before the save.
     pub(super) fn settings(&self) -> &StreamSettings {
         &self.before
     }

@@ -65,7 +65,7 @@ impl ReadyRoute {
         }
     }
 
-    /// Returns the migration settings that the route changes in QEMU, as they were.
+    /// Returns the migration settings that QEMU had before the save, if the route changes them.
     pub(super) fn settings(&self) -> Option<&StreamSettings> {
         match self {
             ReadyRoute::Direct(_) => None,

@@ -53,7 +53,7 @@ impl StreamRoute {
         Ok(StreamRoute { before, channels, place, listener: None, workers })
     }
 
-    /// Returns the migration settings as they were.
+    /// Returns the migration settings that QEMU had before the save.
     pub(super) fn settings(&self) -> &StreamSettings {
         &self.before
     }
