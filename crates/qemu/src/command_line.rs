@@ -24,6 +24,8 @@ pub use drives::{LineDrive, LineImage};
 pub use images::Medium;
 use keys::Keys;
 
+use crate::size::parse_size;
+
 /// The id of the monitor that [`Launch`](crate::Launch) adds for vmfile.
 pub(crate) const CONTROL_ID: &str = "vmfile-control";
 
@@ -309,7 +311,7 @@ impl CommandLine {
             Ok(mebibytes) => mebibytes.checked_mul(1 << 20),
             // QEMU appends the M to a hexadecimal number too.
             Err(_) if size.ends_with(|last: char| last.is_ascii_hexdigit()) => None,
-            Err(_) => keys::parse_size(&size),
+            Err(_) => parse_size(&size),
         }
     }
 

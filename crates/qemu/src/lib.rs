@@ -57,6 +57,8 @@ mod pass_fd;
 mod proc;
 pub mod program;
 pub mod qmp;
+mod raw_window;
+mod size;
 pub mod unix_socket;
 pub mod version;
 pub mod vm;
@@ -73,6 +75,7 @@ pub use outgoing::{KeptFile, Outgoing, SentRam, StreamSettings};
 pub use proc::is_process_stopped;
 pub use program::program_version;
 pub use qmp::{Event, Qmp, QmpError};
+pub use raw_window::RawWindow;
 pub use version::{Feature, QemuVersion};
 pub use vm::{
     Blocker, BlockerKind, DeviceName, Drive, FileId, Footprint, Holder, Image, IoLimits,

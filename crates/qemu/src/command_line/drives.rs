@@ -8,7 +8,8 @@ use serde_json::{Map, Value};
 
 use super::keys::{self, Keys};
 use super::{Argument, CommandLine};
-use crate::vm::{DeviceName, Drive, RAW_WINDOW};
+use crate::raw_window::RawWindow;
+use crate::vm::{DeviceName, Drive, NODE_DEPTH_MAX, collect_files};
 
 /// How long a chain of nodes is followed: a longer one is a loop.
 const DEPTH_MAX: usize = 256;
@@ -50,8 +51,10 @@ pub struct LineImage {
     pub path: Option<String>,
     /// Its format, where the line says one.
     pub format: Option<String>,
-    /// Whether it is a part of its file, by raw's `offset` or `size`.
-    pub is_window: bool,
+    /// Where it lies within its file, if it is only a part of it.
+    pub window: Option<RawWindow>,
+    /// The files that it is made of, if it has no path, such as those of a quorum.
+    pub files: Vec<String>,
 }
 
 /// Where a drive stands on a command line.
@@ -297,12 +300,15 @@ impl Nodes {
             |node: &Value, key: &str| node.get(key).and_then(Value::as_str).map(str::to_owned);
         let mut format_node = tree;
         let mut node = tree;
+        let mut window = None;
         for _ in 0..DEPTH_MAX {
+            window = window.or_else(|| RawWindow::of_node(node));
             let path = text(node, "filename").or_else(|| text(node, "path"));
             if path.is_some() {
-                let is_window = RAW_WINDOW.iter().any(|key| format_node.get(*key).is_some());
+                let window = window.filter(|window| !window.is_whole());
                 let format = text(format_node, "driver");
-                return Some((LineImage { path, format, is_window }, format_node));
+                let image = LineImage { path, format, window, files: Vec::new() };
+                return Some((image, format_node));
             }
             match self.child(node, "file") {
                 Some(below) => (format_node, node) = (node, below),
@@ -311,7 +317,10 @@ impl Nodes {
             }
         }
         let format = text(format_node, "driver")?;
-        Some((LineImage { path: None, format: Some(format), is_window: false }, format_node))
+        let mut files = Vec::new();
+        let find = |name: &str| self.get(name).map(|(_, tree)| tree);
+        collect_files(format_node, &find, NODE_DEPTH_MAX, &mut files);
+        Some((LineImage { path: None, format: Some(format), window: None, files }, format_node))
     }
 }
 

@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 use super::drives::{LineDrive, NodeAt, Nodes, Place, blockdev_tree, drive_tree, own_keys};
 use super::keys::{self, Keys};
 use super::{Argument, CommandLine, CommandLineError};
-use crate::vm::RAW_WINDOW;
+use crate::raw_window::RAW_WINDOW;
 
 /// Keys of a node that belong to the image that was there: what lies below or beside it, and how it
 /// is decrypted.

@@ -2,8 +2,9 @@
 
 use serde_json::{Map, Value, json};
 
-use super::keys::{Keys, parse_size, write};
+use super::keys::{Keys, write};
 use super::{Argument, CONTROL_ID, CommandLine, CommandLineError, MappedBlock, parse_json};
+use crate::size::parse_size;
 
 /// Options that say how the old QEMU was started, and not what the VM is.
 const STARTING_OPTIONS: [&str; 4] = ["incoming", "S", "daemonize", "loadvm"];

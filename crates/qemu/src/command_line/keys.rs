@@ -72,24 +72,6 @@ pub(super) fn write(key: &str, value: &str) -> String {
     format!("{key}={}", value.replace(',', ",,"))
 }
 
-/// Reads a number of bytes as QEMU does: `64M`, `0x1000`; `None` for a form that only QEMU reads.
-pub(super) fn parse_size(text: &str) -> Option<u64> {
-    if let Some(digits) = text.strip_prefix("0x") {
-        return u64::from_str_radix(digits, 16).ok();
-    }
-    let digits_end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
-    let (digits, unit) = text.split_at(digits_end);
-    let shift = match unit {
-        "" | "b" | "B" => 0,
-        "k" | "K" => 10,
-        "m" | "M" => 20,
-        "g" | "G" => 30,
-        "t" | "T" => 40,
-        _ => return None,
-    };
-    digits.parse::<u64>().ok()?.checked_mul(1 << shift)
-}
-
 /// Takes a value up to a single comma; a doubled comma stands for one.
 fn take_value(text: &str) -> (String, &str) {
     let mut value = String::new();
@@ -198,15 +180,5 @@ mod tests {
     fn what_is_written_is_read_back() {
         let text = ["file".to_owned(), write("path", "/a,b,,c"), write("x", "1")].join(",");
         assert_eq!(Keys::parse(&text, "type").get("path"), Some("/a,b,,c"));
-    }
-
-    #[test]
-    fn sizes_are_read_as_qemu_reads_them() {
-        assert_eq!(parse_size("64M"), Some(64 << 20));
-        assert_eq!(parse_size("1g"), Some(1 << 30));
-        assert_eq!(parse_size("0x1000"), Some(4096));
-        assert_eq!(parse_size("4096"), Some(4096));
-        assert_eq!(parse_size("1.5G"), None);
-        assert_eq!(parse_size("99999999999T"), None);
     }
 }

@@ -3,12 +3,19 @@
 //! Files are compared as QEMU's process finds them, so that links, `..` and several names of one
 //! file make no difference.
 
-use std::os::fd::AsFd as _;
+use std::fs::File;
+use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::os::unix::fs::FileExt as _;
 use std::path::{Component, Path, PathBuf};
 
 use super::difference::{Difference, Remedy};
 use crate::command_line::{LineDrive, LineImage};
+use crate::raw_window::RawWindow;
 use crate::vm::{Drive, FileId, Image, OVERLAY_PREFIX, ProcessInfo};
+
+/// The first bytes of files in qcow2, VMDK (two), QED, LUKS, VHDX and VPC.
+const MAGIC_NUMBERS: [&[u8]; 7] =
+    [b"QFI\xfb", b"KDMV", b"COWD", b"QED\0", b"LUKS\xba\xbe", b"vhdxfile", b"conectix"];
 
 /// Compares drives with those of a command line.
 ///
@@ -84,6 +91,7 @@ struct Files<'a> {
 impl Files<'_> {
     /// Returns what differs between a drive and the images that a command line names for it.
     fn difference(&self, drive: &Drive, expected: &[LineImage]) -> Option<Difference> {
+        let named_below = expected.len().saturating_sub(1);
         let top = match (drive.images.first(), expected.first()) {
             (None, None) => return None,
             (Some(found), None) => (found.path.clone(), "no medium".to_owned()),
@@ -92,17 +100,21 @@ impl Files<'_> {
                 let mut pairs = drive.images.iter().zip(expected);
                 let is_short = drive.images.len() < expected.len();
                 match pairs.find(|(found, image)| !self.is_same(found, image)) {
-                    Some((found, image)) => (found.path.clone(), name_on_line(image)),
+                    Some((found, image)) => self.apart(found, image),
                     None if is_short => {
                         let images = format!("{} images", drive.images.len());
                         (images, format!("{} images on top of each other", expected.len()))
                     }
-                    None => return None,
+                    None => return self.chain_of_its_own(drive, named_below),
                 }
             }
         };
+        let of_its_own = self.chain_of_its_own(drive, 0);
+        if of_its_own.is_some() {
+            return of_its_own;
+        }
         let what = format!("drive {}", drive.name());
-        let window = drive.images.iter().find(|image| image.is_window);
+        let window = drive.images.iter().find(|image| image.window.is_some());
         let Some(window) = window else {
             return Some(Difference::new(what, &top.0, &top.1, Remedy::add(Vec::new())));
         };
@@ -111,25 +123,89 @@ impl Files<'_> {
         Some(Difference::new(what, &found, &top.1, Remedy::Missing(reason)))
     }
 
+    /// Finds an image that is on top of another one than its own header says, and of which the line
+    /// does not say so: it names `named_below` images below the top.
+    fn chain_of_its_own(&self, drive: &Drive, named_below: usize) -> Option<Difference> {
+        let mut pairs = drive.images.iter().zip(drive.images.iter().skip(1)).skip(named_below);
+        let (top, below) = pairs.find(|(top, below)| {
+            let in_header = top.backing_file.as_deref();
+            is_file_path(&below.path)
+                && !in_header.is_some_and(|named| self.is_same_file(named, &below.path))
+        })?;
+        let in_header = top.backing_file.as_deref().unwrap_or("no other image");
+        Some(Difference::new(
+            format!("drive {}", drive.name()),
+            &format!("{} on {}", top.path, below.path),
+            &format!("{} on {in_header}, by its header,", top.path),
+            Remedy::Missing("a restore opens what the header names".to_owned()),
+        ))
+    }
+
     /// Tells whether the image that the line names lies below the drive's top image.
     fn is_below(&self, drive: &Drive, expected: &[LineImage]) -> bool {
         let Some(expected) = expected.first() else { return false };
         drive.images.iter().skip(1).any(|found| self.is_same(found, expected))
     }
 
+    /// Names an image of the VM and one of the line so that a reader sees the difference.
+    fn apart(&self, found: &Image, on_line: &LineImage) -> (String, String) {
+        let named = name_on_line(on_line);
+        if !self.is_same_file(&found.path, &named) {
+            return (found.path.clone(), named);
+        }
+        if found.window != on_line.window {
+            let part = |window: Option<RawWindow>| match window {
+                Some(RawWindow { offset, size: Some(size) }) => {
+                    format!("{size} bytes of {named} from byte {offset}")
+                }
+                Some(RawWindow { offset, size: None }) => format!("{named} from byte {offset}"),
+                None => format!("all of {named}"),
+            };
+            return (part(found.window), part(on_line.window));
+        }
+        let format = on_line.format.as_deref().unwrap_or("the format that QEMU finds in it");
+        (format!("{} as {}", found.path, found.format), format!("{named} as {format}"))
+    }
+
+    /// Tells whether the line gives an image the format that it has in the VM. Without one on the
+    /// line QEMU looks at the first bytes, and takes what it does not know for `raw`.
+    fn has_format(&self, found: &Image, on_line: &LineImage, named: &str) -> bool {
+        match &on_line.format {
+            Some(format) => is_raw(format) && is_raw(&found.format) || *format == found.format,
+            None if is_raw(&found.format) => {
+                let file = self.process.find(Path::new(named)).ok();
+                !file.is_some_and(|file| has_format_of_its_own(&file))
+            }
+            None => true,
+        }
+    }
+
     fn is_same(&self, found: &Image, expected: &LineImage) -> bool {
         let written = expected.path.as_deref();
         let named = written.filter(|path| is_file_path(path));
         match (is_file_path(&found.path), named) {
+            // Several files, as of a quorum.
+            (false, None) if !found.files.is_empty() => self.are_same_files(found, expected),
             // URLs are not compared: QEMU writes a URL in its own way, and a command line in any.
             (false, None) => true,
-            (true, Some(_)) if found.is_window && !expected.is_window => false,
-            (true, Some(named)) => {
-                self.normal(&found.path) == self.normal(named)
-                    || self.id(&found.path).is_some_and(|id| Some(id) == self.id(named))
-            }
+            (true, Some(_)) if found.window != expected.window => false,
+            (true, Some(named)) if !self.has_format(found, expected, named) => false,
+            (true, Some(named)) => self.is_same_file(&found.path, named),
             _ => false,
         }
+    }
+
+    fn are_same_files(&self, found: &Image, expected: &LineImage) -> bool {
+        let is_in = |path: &String, files: &[String]| {
+            files.iter().any(|file| self.is_same_file(path, file))
+        };
+        found.files.iter().all(|path| is_in(path, &expected.files))
+            && expected.files.iter().all(|path| is_in(path, &found.files))
+    }
+
+    fn is_same_file(&self, path: &str, other: &str) -> bool {
+        self.normal(path) == self.normal(other)
+            || self.id(path).is_some_and(|id| Some(id) == self.id(other))
     }
 
     fn id(&self, path: &str) -> Option<FileId> {
@@ -150,6 +226,19 @@ impl Files<'_> {
 fn is_file_path(name: &str) -> bool {
     let first = name.split('/').next().unwrap_or_default();
     !first.contains(':')
+}
+
+/// Tells whether a format means the bytes of the file as they are.
+fn is_raw(format: &str) -> bool {
+    matches!(format, "raw" | "file" | "host_device" | "host_cdrom")
+}
+
+/// Tells whether a file begins as one of a format that QEMU (7.2 to 11.1) finds by itself.
+fn has_format_of_its_own(file: &File) -> bool {
+    let mut head = [0; 8];
+    let read = File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))
+        .and_then(|file| file.read_at(&mut head, 0));
+    read.is_ok() && MAGIC_NUMBERS.iter().any(|magic| head.starts_with(magic))
 }
 
 #[cfg(test)]

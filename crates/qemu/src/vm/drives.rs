@@ -4,16 +4,17 @@ use serde_json::Value;
 
 use super::{IoLimits, Vm, VmError};
 use crate::qmp::unexpected;
+use crate::raw_window::RawWindow;
 
 /// Deepest chain of images followed: more is a loop or a mistake.
 const IMAGE_DEPTH_MAX: usize = 256;
 
+/// How many levels of nodes within nodes are followed.
+pub(crate) const NODE_DEPTH_MAX: usize = 32;
+
 /// Filter drivers: QEMU lists them in the chain like images, but they have no image of their own.
 const FILTERS: [&str; 5] =
     ["throttle", "copy-on-read", "preallocate", "copy-before-write", "snapshot-access"];
-
-/// Keys of a node's format that say where a raw image lies within its file.
-pub(crate) const RAW_WINDOW: [&str; 2] = ["offset", "size"];
 
 /// The start of the QOM path of a device with an id.
 const PERIPHERAL: &str = "/machine/peripheral/";
@@ -58,8 +59,12 @@ pub struct Image {
     pub format: String,
     /// Its contents are encrypted.
     pub encrypted: bool,
-    /// It is only a part of its file, given by the raw driver's `offset` or `size`.
-    pub is_window: bool,
+    /// Where it lies within its file, if it is only a part of it.
+    pub window: Option<RawWindow>,
+    /// The files that it is made of, if it is not one file with a path, such as those of a quorum.
+    pub files: Vec<String>,
+    /// The image below it by its own header; `None` if it has none there.
+    pub backing_file: Option<String>,
     /// The external data file of a qcow2 image, if it has one.
     pub data_file: Option<String>,
 }
@@ -196,7 +201,9 @@ fn image(image: &Value) -> Image {
         path: protocol_path(&name),
         format,
         encrypted: is_encrypted,
-        is_window: is_window(&name),
+        files: files(&name),
+        window: json_name(&name).and_then(|node| RawWindow::of(&node)),
+        backing_file: named(image, "full-backing-filename").map(|name| protocol_path(&name)),
         data_file: specific
             .and_then(|data| named(data, "data-file"))
             .map(|name| protocol_path(&name)),
@@ -226,6 +233,46 @@ pub(crate) fn protocol_path(name: &str) -> String {
         .map_or_else(|| name.to_owned(), str::to_owned)
 }
 
+/// Returns the files in a name that has no path of its own.
+fn files(name: &str) -> Vec<String> {
+    let mut files = Vec::new();
+    if protocol_path(name) == name
+        && let Some(node) = json_name(name)
+    {
+        collect_files(&node, &|_| None, NODE_DEPTH_MAX, &mut files);
+    }
+    files
+}
+
+/// Collects the files of a tree of nodes, `depth` levels down; `find` returns the node of a name.
+pub(crate) fn collect_files<'a>(
+    node: &'a Value,
+    find: &dyn Fn(&str) -> Option<&'a Value>,
+    depth: usize,
+    files: &mut Vec<String>,
+) {
+    let Some(below) = depth.checked_sub(1) else { return };
+    match node {
+        Value::Object(members) => {
+            for (key, member) in members {
+                match member {
+                    Value::String(path) if key == "filename" => files.push(path.clone()),
+                    Value::String(name) if key != "node-name" => {
+                        if let Some(node) = find(name) {
+                            collect_files(node, find, below, files);
+                        }
+                    }
+                    member => collect_files(member, find, below, files),
+                }
+            }
+        }
+        Value::Array(nodes) => {
+            nodes.iter().for_each(|node| collect_files(node, find, below, files));
+        }
+        _ => {}
+    }
+}
+
 /// Tells whether a name in JSON has a node of this driver on the way to its file.
 ///
 /// Only the name shows a `luks` node below a `raw` one (QEMU 7.2 to 11.1). QEMU always writes that
@@ -234,14 +281,6 @@ fn name_has_driver(name: &str, driver: &str) -> bool {
     let Some(parsed) = json_name(name) else { return false };
     let mut nodes = std::iter::successors(Some(&parsed), |node| node.get("file"));
     nodes.any(|node| node.get("driver").and_then(Value::as_str) == Some(driver))
-}
-
-/// Tells whether a name is that of a part of a file, which QEMU (7.2 to 11.1) always writes in
-/// JSON.
-fn is_window(name: &str) -> bool {
-    let Some(parsed) = json_name(name) else { return false };
-    let is_raw = parsed.get("driver").and_then(Value::as_str) == Some("raw");
-    is_raw && RAW_WINDOW.iter().any(|key| parsed.get(*key).is_some())
 }
 
 /// Tells whether an image is an overlay that QEMU made for `-snapshot`.
@@ -342,7 +381,7 @@ mod tests {
         for (name, is_window) in [(name, true), ("w.raw", false)] {
             let drive = drive(&json!({"inserted": {"image": {"filename": name}}}));
             assert_eq!(
-                (drive.images[0].path.as_str(), drive.images[0].is_window),
+                (drive.images[0].path.as_str(), drive.images[0].window.is_some()),
                 ("w.raw", is_window)
             );
         }

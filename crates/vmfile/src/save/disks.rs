@@ -142,7 +142,7 @@ fn image_of(drive: &Drive, directory: Option<&str>) -> Result<PathBuf, String> {
     if !FORMATS.contains(&top.format.as_str()) {
         return Err(format!("its format is {:?}, expected qcow2 or raw", top.format));
     }
-    if top.is_window {
+    if top.window.is_some() {
         return Err("it is a part of its file (raw's offset or size)".to_owned());
     }
     let image = Path::new(&top.path);
