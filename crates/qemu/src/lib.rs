@@ -68,7 +68,9 @@ pub use command_line::{
 };
 pub use discover::{DiscoverError, Found, VmAddress, list, resolve};
 pub use files::{FileUse, FileUser, user_of_file};
-pub use identity::{Compared, Cpu, Device, Difference, MemoryDevice, Parts, Remedy};
+pub use identity::{
+    Compared, Cpu, Device, Difference, MemoryDevice, Parts, Remedy, has_format_of_its_own,
+};
 pub use launch::{Launch, LaunchError, LaunchedQemu, MonitorPair, find_program};
 pub use migration::LoadError;
 pub use outgoing::{KeptFile, Outgoing, SentRam, StreamSettings};

@@ -233,8 +233,10 @@ fn is_raw(format: &str) -> bool {
     matches!(format, "raw" | "file" | "host_device" | "host_cdrom")
 }
 
-/// Tells whether a file begins as one of a format that QEMU (7.2 to 11.1) finds by itself.
-fn has_format_of_its_own(file: &File) -> bool {
+/// Tells whether a file begins as one of a format that QEMU (7.2 to 11.1) finds by itself. The file
+/// may be open without the right to read.
+#[must_use]
+pub fn has_format_of_its_own(file: &File) -> bool {
     let mut head = [0; 8];
     let read = File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))
         .and_then(|file| file.read_at(&mut head, 0));

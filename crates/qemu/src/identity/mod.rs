@@ -19,4 +19,5 @@ mod questions;
 
 pub use compare::{Compared, compare};
 pub use difference::{Difference, Remedy};
+pub use drives::has_format_of_its_own;
 pub use parts::{Cpu, Device, MemoryDevice, Parts};

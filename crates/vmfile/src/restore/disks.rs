@@ -7,15 +7,15 @@ use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use rustix::fs::{Access, access};
 use serde::Serialize;
 use vmfile_format::manifest::{DiskMeta, VmMeta};
 use vmfile_pages::snapshot::Snapshot;
-use vmfile_qemu::{CommandLine, Drive, LineDrive, Medium};
+use vmfile_qemu::{CommandLine, Drive, LineDrive, Medium, has_format_of_its_own};
 
 use super::RestoreOptions;
 use super::changed_images;
-use crate::image_path::is_file;
-use crate::image_path::is_same_file;
+use crate::image_path::{is_file, is_raw, is_same_file, is_same_format};
 use crate::restore_error::RestoreError;
 use crate::save::overlay_names;
 
@@ -123,18 +123,21 @@ fn place_disk(
         now.is_some_and(|now| now == image) || place.is_some_and(|place| !place.images.is_empty())
     };
     let is_alone = place.is_some_and(|drive| drive.images.len() == 1);
-    if disk.overlay.is_none() && is_there && (is_alone || has_chain(start, place, disk)) {
+    let has_format = !is_file || place.is_some_and(|place| has_format(place, disk, &image));
+    let has_protection = !is_file || place.is_some_and(|place| has_protection(place, disk, &image));
+    let is_as_it_was = is_there && has_format && has_protection;
+    if disk.overlay.is_none() && is_as_it_was && (is_alone || has_chain(start, place, disk)) {
         return Ok(());
     }
     if !is_file {
         return Err(RestoreError::DiskNotNamed { device: disk.device.clone(), image });
     }
-    let is_other = !is_there && disk.removable && place.is_none_or(|place| !place.is_cdrom);
+    let is_protection_lost = !is_there && disk.removable || is_there && !has_protection;
     let mut medium = Medium {
         is_device: fs::metadata(&image).is_ok_and(|image| image.file_type().is_block_device()),
         path: image.clone(),
         format: disk.format.clone(),
-        read_only: is_other.then_some(disk.read_only),
+        read_only: is_protection_lost.then_some(disk.read_only),
     };
     if disk.overlay.is_some() {
         let overlay = make_overlay(start, &image, &disk.format)?;
@@ -158,6 +161,29 @@ fn is_place(disk: &DiskMeta, drive: &LineDrive) -> bool {
     }
     // In files of older vmfile versions, `device` is either the id or the qdev path.
     drive.is_named(&disk.device, None) || drive.is_named("", Some(&disk.device))
+}
+
+/// Tells whether the line gives the drive's image the format that it had. Without one on the line
+/// QEMU looks into the image.
+fn has_format(place: &LineDrive, disk: &DiskMeta, image: &Path) -> bool {
+    match place.images.first().and_then(|image| image.format.as_ref()) {
+        Some(format) => is_same_format(format, &disk.format),
+        None => {
+            let file = File::open(image);
+            !is_raw(&disk.format) || !file.is_ok_and(|file| has_format_of_its_own(&file))
+        }
+    }
+}
+
+/// Tells whether a QEMU that is started with the line can write to the drive's image if and only if
+/// the VM could. A drive that is read-only although the line does not say so may have an image that
+/// QEMU could not open for writing: then it will be so again.
+fn has_protection(place: &LineDrive, disk: &DiskMeta, image: &Path) -> bool {
+    if place.is_cdrom {
+        return true;
+    }
+    let can_write = || access(image, Access::WRITE_OK).is_ok();
+    place.read_only == disk.read_only || disk.read_only && !can_write()
 }
 
 /// Finds the only drive on the line that names an image of `disk`: vmfile does not know the names

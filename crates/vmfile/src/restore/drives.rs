@@ -3,10 +3,10 @@
 use std::path::Path;
 
 use vmfile_format::manifest::{DiskMeta, VmMeta};
-use vmfile_qemu::{Drive, IoLimits, Vm, VmError};
+use vmfile_qemu::{Drive, Image, IoLimits, Vm, VmError};
 
 use super::RestoredDisk;
-use crate::image_path::{is_file, is_same_file};
+use crate::image_path::{is_file, is_same_file, is_same_format};
 use crate::restore_error::{Mismatch, RestoreError};
 
 /// Compares the drives of a QEMU that was started with the saved command line with those in the
@@ -39,10 +39,20 @@ pub(super) fn compare_drives<'a>(
         let limits = disk.io_limits.clone();
         let limits = limits.map(|limits| IoLimits::new(limits.values, limits.group));
         to_limit.extend(drive.zip(limits).filter(|(drive, limits)| drive.limits != *limits));
+        if let Some(drive) = drive.filter(|drive| is_protected_otherwise(drive, disk)) {
+            let told = |read_only| if read_only { "read-only" } else { "writable" }.to_owned();
+            differ.push(Mismatch {
+                what: format!("drive {:?}", disk.device),
+                file: told(disk.read_only),
+                vm: told(drive.read_only),
+            });
+        }
         if !drive.as_ref().is_some_and(has_it) {
             differ.push(Mismatch {
                 what: format!("drive {:?}", disk.device),
-                file: on_top_of_each_other(&expected),
+                file: on_top_of_each_other(expected.iter().map(|image| {
+                    (image.path.as_str(), image.format.as_deref().unwrap_or_default())
+                })),
                 vm: drive.map_or_else(|| "no drive with these images".to_owned(), images_of),
             });
         }
@@ -73,32 +83,58 @@ pub(super) fn limit_drives(
     Ok(warnings)
 }
 
+/// An image that a drive must have.
+struct Expected {
+    path: String,
+    /// Its format; `None` if the file does not say.
+    format: Option<String>,
+}
+
 /// Returns the images that the drive must have, the top first.
-fn expected(disk: &DiskMeta, directory: &Path, overlays: &[RestoredDisk]) -> Vec<String> {
+fn expected(disk: &DiskMeta, directory: &Path, overlays: &[RestoredDisk]) -> Vec<Expected> {
     let image = directory.join(&disk.path);
     let new = overlays.iter().find(|new| disk.overlay.is_some() && new.image == image);
-    let new = new.map(|new| new.overlay.display().to_string());
-    new.into_iter().chain([disk.path.clone()]).chain(disk.backing_files.iter().cloned()).collect()
+    let new = new.map(|new| Expected {
+        path: new.overlay.display().to_string(),
+        format: Some("qcow2".to_owned()),
+    });
+    let mut formats = disk.images.iter().filter(|image| !image.is_data_file);
+    let paths = [&disk.path].into_iter().chain(&disk.backing_files);
+    let images = paths.map(|path| Expected {
+        path: path.clone(),
+        format: formats.next().map(|image| image.format.clone()),
+    });
+    new.into_iter().chain(images).collect()
+}
+
+/// Tells whether the guest can write to the drive although it could not, or the other way round.
+fn is_protected_otherwise(drive: &Drive, disk: &DiskMeta) -> bool {
+    disk.overlay.is_none() && drive.read_only != disk.read_only
 }
 
 fn images_of(drive: &Drive) -> String {
-    let paths: Vec<String> = drive.images.iter().map(|image| image.path.clone()).collect();
-    on_top_of_each_other(&paths)
+    let images = drive.images.iter();
+    on_top_of_each_other(images.map(|image| (image.path.as_str(), image.format.as_str())))
 }
 
-fn on_top_of_each_other(images: &[String]) -> String {
-    images.join(" on ")
+fn on_top_of_each_other<'a>(images: impl Iterator<Item = (&'a str, &'a str)>) -> String {
+    let named = |(path, format): (&str, &str)| {
+        if format.is_empty() { path.to_owned() } else { format!("{path} ({format})") }
+    };
+    images.map(named).collect::<Vec<_>>().join(" on ")
 }
 
-fn is_chain(drive: &Drive, directory: &Path, expected: &[String]) -> bool {
-    let is_same = |(found, expected): (&str, &String)| {
-        if is_file(found) && is_file(expected) {
-            is_same_file(&directory.join(found), &directory.join(expected))
+fn is_chain(drive: &Drive, directory: &Path, expected: &[Expected]) -> bool {
+    let is_same = |(found, expected): (&Image, &Expected)| {
+        let is_file = is_file(&found.path) && is_file(&expected.path);
+        let has_path = if is_file {
+            is_same_file(&directory.join(&found.path), &directory.join(&expected.path))
         } else {
             // A URL, or something that has no path.
-            found == expected
-        }
+            found.path == expected.path
+        };
+        let format = expected.format.as_ref();
+        has_path && format.is_none_or(|format| is_same_format(format, &found.format))
     };
-    let found = drive.images.iter().map(|image| image.path.as_str());
-    drive.images.len() == expected.len() && found.zip(expected).all(is_same)
+    drive.images.len() == expected.len() && drive.images.iter().zip(expected).all(is_same)
 }
