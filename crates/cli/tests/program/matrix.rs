@@ -112,7 +112,7 @@ fn all_ways(source: Release, destination: Release, config: &GuestConfig) -> Test
             };
             back().map_err(|error| format!("{way:?}, live {live}, back by {mode:?}: {error}"))?;
         }
-        guest.counts_on(1)?;
+        guest.wait_for_passes(1)?;
         // Sparse files of 32 MiB each; the next one begins with an empty page cache of its own.
         File::options().write(true).open(&file)?.set_len(0)?;
     }

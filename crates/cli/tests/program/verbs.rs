@@ -150,7 +150,9 @@ fn a_vm_comes_back_paused_when_that_was_asked_for() -> TestResult {
     let said = restore(&words![saved.file, "--paused"], &prepared.command_line());
     said.assert(0, &["restored  paused, pid "]);
     let mut guest = prepared.attach()?;
-    guest.is_paused_and_counts_on(2)
+    assert_eq!(guest.status()?, "paused");
+    guest.resume()?;
+    guest.counts_on(2)
 }
 
 #[test]
@@ -167,7 +169,9 @@ fn a_paused_vm_stays_paused_through_save_and_restore() -> TestResult {
     let (prepared, _end) = prepare(&config, &qemu)?;
     restore(&words![saved.file], &prepared.command_line()).assert(0, &["restored  paused"]);
     let mut guest = prepared.attach()?;
-    guest.is_paused_and_counts_on(1)
+    assert_eq!(guest.status()?, "paused");
+    guest.resume()?;
+    guest.counts_on(1)
 }
 
 #[test]
