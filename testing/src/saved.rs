@@ -22,12 +22,12 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 use tempfile::TempDir;
 use vmfile::error::SaveError;
-use vmfile::restore::{Mode, RestoreOptions, Restored};
+use vmfile::restore::{Destination, Mode, RestoreOptions, Restored};
 use vmfile::save::{After, SaveOptions, SaveReport};
-use vmfile::{LaunchedQemu, RestoreError, Snapshot};
+use vmfile::{Control, LaunchedQemu, RestoreError, Snapshot};
 
 use crate::qemu::target_directory;
-use crate::verbs::{check_is_clean, restore, restore_into, restore_saved, save_with};
+use crate::verbs::{check_is_clean, restore, restore_into, save_with};
 use crate::{Guest, GuestConfig, Qemu, TestResult};
 
 /// A file with a saved guest, in a directory of its own, which vanishes with it.
@@ -79,22 +79,6 @@ impl Guest {
     /// If QEMU says that the guest does not run.
     pub fn runs_on(&mut self, passes: usize) -> TestResult {
         assert_eq!(self.status()?, "running");
-        self.counts_on(passes)
-    }
-
-    /// Expects that the guest is paused, as it was when it was saved, lets it run, and goes on as
-    /// [`Guest::counts_on`].
-    ///
-    /// # Errors
-    ///
-    /// As [`Guest::counts_on`].
-    ///
-    /// # Panics
-    ///
-    /// If QEMU says that the guest is not paused.
-    pub fn is_paused_and_counts_on(&mut self, passes: usize) -> TestResult {
-        assert_eq!(self.status()?, "paused");
-        self.resume()?;
         self.counts_on(passes)
     }
 
@@ -214,7 +198,8 @@ impl<R> Saved<R> {
     ///
     /// Whatever the library says.
     pub fn restore_saved(&self, options: &RestoreOptions) -> Result<Restored, RestoreError> {
-        restore_saved(&self.file, options)
+        let snapshot = Snapshot::open(&self.file, 0)?;
+        vmfile::restore::restore(&snapshot, Destination::Saved, options, &Control::none())
     }
 
     /// Restores the guest into a QEMU that waits for it.
@@ -252,7 +237,8 @@ impl<R> Saved<R> {
     /// If the guest is not paused, and as [`Saved::comes_back_on`].
     pub fn comes_back_paused_on(&self, qemu: &Qemu, mode: Mode) -> TestResult {
         let mut guest = self.restore(qemu, mode)?;
-        guest.is_paused_and_counts_on(2)?;
+        assert_eq!(guest.status()?, "paused");
+        guest.resume()?;
         self.goes_on_in(&guest)
     }
 

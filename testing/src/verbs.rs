@@ -100,16 +100,6 @@ pub fn restore_into(
     Ok(vmfile::restore::restore(snapshot, destination, options, &Control::none())?)
 }
 
-/// Restores into a QEMU that is started with the saved command line.
-///
-/// # Errors
-///
-/// Whatever the library says.
-pub fn restore_saved(file: &Path, options: &RestoreOptions) -> Result<Restored, RestoreError> {
-    let snapshot = Snapshot::open(file, 0)?;
-    vmfile::restore::restore(&snapshot, Destination::Saved, options, &Control::none())
-}
-
 /// Changes what a file says of its VM, and makes its checksums true: as an older vmfile would have
 /// written it, or an attacker.
 ///

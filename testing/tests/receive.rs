@@ -17,7 +17,7 @@ use vmfile_format::stream::configuration::Configuration;
 use vmfile_format::stream::encoder::RamSection;
 use vmfile_format::{PageIndex, PageSize, RamBlock, RamLayout};
 use vmfile_testing::migration::{
-    Outcome, migrate, received, send_to, set_capability, set_parameter,
+    Outcome, migrate_all, received, send_to, set_capability, set_parameter,
 };
 use vmfile_testing::verbs::check_is_clean;
 use vmfile_testing::{Guest, GuestConfig, Mount, Qemu, Ram, Release, TestResult, requires};
@@ -141,7 +141,7 @@ fn a_disk_that_fills_up_ends_the_migration_and_the_guest_runs_on() -> TestResult
 fn captured(qemu: &Qemu, seed: u32) -> TestResult<Vec<u8>> {
     let mut guest = Guest::boot_sector(Ram::private(16)).seed(seed).boot_to(qemu, 1)?;
     let file = guest.directory().join("stream");
-    migrate(&mut guest, &format!("exec:cat > {}", file.display()))?;
+    migrate_all(&mut guest, &format!("exec:cat > {}", file.display()))?;
     Ok(fs::read(&file)?)
 }
 
