@@ -3,6 +3,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 
 use rustix::fs::{MemfdFlags, Mode, OFlags};
 use vmfile_engine::{
@@ -12,7 +13,7 @@ use vmfile_engine::{
 
 use crate::host;
 
-fn create(path: &std::path::Path) -> File {
+fn create(path: &Path) -> File {
     OpenOptions::new().read(true).write(true).create_new(true).open(path).unwrap()
 }
 
@@ -58,6 +59,13 @@ fn a_direct_write_leaves_only_its_tail_in_the_page_cache() {
     assert_eq!(fs::read(directory.path().join("file")).unwrap(), vec![7; len]);
 }
 
+/// A file that has no name, in `directory`, is used as one that has.
+fn assert_is_as_direct_as_a_named_one(file: File, directory: &Path) {
+    let Some(named) = direct(create(&directory.join("named"))) else { return };
+    let file = DataFile::new(file, DirectIo::Preferred).unwrap();
+    assert_eq!(file.direct(), named.direct());
+}
+
 #[test]
 fn a_file_without_a_name_can_be_used_directly() {
     let directory = host::directory();
@@ -66,7 +74,7 @@ fn a_file_without_a_name_can_be_used_directly() {
         Ok(file) => file,
         Err(errno) => return println!("skipped: O_TMPFILE: {errno}"),
     };
-    direct(file.into());
+    assert_is_as_direct_as_a_named_one(file.into(), directory.path());
 }
 
 #[test]
@@ -75,7 +83,7 @@ fn a_deleted_file_can_be_used_directly() {
     let path = directory.path().join("file");
     let file = create(&path);
     fs::remove_file(&path).unwrap();
-    direct(file);
+    assert_is_as_direct_as_a_named_one(file, directory.path());
 }
 
 #[test]
