@@ -183,6 +183,7 @@ mod tests {
     #[test]
     fn a_target_without_a_figure_is_not_met() {
         let targets = judge(&Figures(&json!({})));
+        assert!(!targets.is_empty());
         assert!(targets.iter().all(|target| target.verdict == Verdict::NotMeasured));
         assert!(summary(&targets).starts_with("0 targets met, 0 missed, "));
     }
