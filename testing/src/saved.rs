@@ -7,7 +7,7 @@
 //!
 //! fn private_ram_comes_back() -> TestResult {
 //!     let qemu = requires!(qemu >= "9.0");
-//!     let guest = Guest::boot_sector(Ram::private(64)).boot_to(&qemu, 2)?;
+//!     let mut guest = Guest::boot_sector(Ram::private(64)).boot_to(&qemu, 2)?;
 //!     let saved = guest.save(&SaveOptions::default())?;
 //!     drop(guest);
 //!     saved.comes_back(&qemu, [Mode::Map, Mode::Load])
