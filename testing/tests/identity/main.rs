@@ -4,6 +4,7 @@ mod activities;
 mod defaults;
 mod devices;
 mod drives;
+mod image_properties;
 mod io_limits;
 mod unchanged;
 

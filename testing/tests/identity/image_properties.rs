@@ -1,0 +1,156 @@
+//! Drives that have the images that the line names, but not as the line names them.
+
+use std::path::Path;
+use std::process::Command;
+
+use serde_json::{Value, json};
+use vmfile::error::SaveError;
+use vmfile::restore::{RestoreOptions, Restored};
+use vmfile::save::SaveOptions;
+use vmfile_testing::{Guest, GuestConfig, Qemu, Ram, Release, TestResult, requires};
+
+use super::{ask, changes, goes_on, images, names};
+
+fn qcow2(path: &Path, more: &[&str]) -> TestResult {
+    let mut command = Command::new("qemu-img");
+    command.args(["create", "-q", "-f", "qcow2"]).args(more).arg(path).arg("4M");
+    let output = command.output()?;
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    Ok(())
+}
+
+/// Images in a directory: `0.raw` and more, `a.qcow2`, `b.qcow2` and `c.qcow2`, and `o.qcow2` on
+/// top of the first.
+struct Files(tempfile::TempDir);
+
+impl Files {
+    fn new() -> TestResult<Files> {
+        let files = Files(tempfile::tempdir()?);
+        images(files.0.path(), 3)?;
+        for name in ["a", "b", "c"] {
+            qcow2(Path::new(&files.at(&format!("{name}.qcow2"))), &[])?;
+        }
+        qcow2(Path::new(&files.at("o.qcow2")), &["-F", "qcow2", "-b", &files.at("a.qcow2")])?;
+        Ok(files)
+    }
+
+    fn at(&self, name: &str) -> String {
+        self.0.path().join(name).display().to_string()
+    }
+
+    fn file(&self, name: &str) -> Value {
+        json!({"driver": "file", "filename": self.at(name)})
+    }
+
+    fn window(&self, offset: u64) -> Value {
+        json!({"driver": "raw", "node-name": "w", "offset": offset, "size": 1 << 20,
+            "file": self.file("0.raw")})
+    }
+
+    /// A guest with a window, a quorum, an image over another one than its header names, and the
+    /// options `more`.
+    fn guest(&self, more: &[&str]) -> GuestConfig {
+        let qcow2 = |name: &str| json!({"driver": "qcow2", "file": self.file(name)});
+        let quorum = json!({"driver": "quorum", "node-name": "q", "vote-threshold": 1,
+            "children": [qcow2("b.qcow2"), qcow2("c.qcow2")]});
+        let device = |node: &str| format!("virtio-blk-pci,drive={node},id=d{node}");
+        let config = Guest::boot_sector(Ram::private(64)).seed(43).fill_mib(32);
+        let nodes = [self.window(1 << 20), quorum];
+        let config = nodes
+            .iter()
+            .fold(config, |config, node| config.arguments(["-blockdev", &node.to_string()]));
+        let config = config.arguments(["-device", &device("w"), "-device", &device("q")]);
+        config.arguments(more.iter().copied())
+    }
+}
+
+/// Expects that a save which would end the VM names one drive, and leaves it running.
+fn is_named(guest: &mut Guest, drive: &str) -> TestResult {
+    let error = guest.save_fails(&SaveOptions::default())?;
+    let SaveError::Changed { changes } = &error else { return Err(error.into()) };
+    let [name] = &*names(changes) else { panic!("{error}") };
+    assert!(name.contains(drive), "{error}");
+    assert_eq!(guest.status()?, "running");
+    Ok(())
+}
+
+/// The images of the drive with this id, without what belongs to the moment.
+fn medium(blocks: &Value, id: &str) -> TestResult<(Value, Value, Value)> {
+    let drives = blocks.as_array().into_iter().flatten();
+    let drive = drives.into_iter().find(|drive| drive["device"] == id).ok_or("no such drive")?;
+    let inserted = &drive["inserted"];
+    let size = inserted["image"]["virtual-size"].clone();
+    Ok((inserted["drv"].clone(), inserted["ro"].clone(), size))
+}
+
+fn came_back(guest: &mut Guest, id: &str, options: &SaveOptions) -> TestResult {
+    let before = medium(&guest.qmp("query-block", json!({}))?, id)?;
+    let saved = guest.save_and_end(options)?;
+    let mut restored: Restored = saved.restore_saved(&RestoreOptions::default())?;
+    let after = medium(&ask(&mut restored, "query-block", json!({}))?, id)?;
+    assert_eq!(after, before);
+    goes_on(guest, &mut restored)
+}
+
+/// The restored VM had other bytes on its disk, another disk, or none: the paths were compared, and
+/// the place within the file, the format, and what lies below were not.
+#[test]
+fn an_image_that_is_used_in_another_way_than_on_the_line_is_named() -> TestResult {
+    for release in [Release::Oldest, Release::Distribution, Release::Newest] {
+        let qemu = requires!(Qemu::of(release));
+        let files = Files::new()?;
+        let rebased = json!({"driver": "qcow2", "node-name": "o", "file": files.file("o.qcow2"),
+            "backing": {"driver": "qcow2", "file": files.file("a.qcow2")}});
+        let more = ["-blockdev", &rebased.to_string(), "-device", "virtio-blk-pci,drive=o"];
+        assert_eq!(changes(&files.guest(&more).boot_to(&qemu, 1)?)?, [], "{release:?}");
+
+        let mut guest = files.guest(&[]).boot_to(&qemu, 1)?;
+        guest.qmp("blockdev-reopen", json!({"options": [files.window(2 << 20)]}))?;
+        is_named(&mut guest, "dw")?;
+        guest.qmp("blockdev-reopen", json!({"options": [files.window(1 << 20)]}))?;
+
+        let other = json!({"driver": "qcow2", "node-name": "n", "file": files.file("a.qcow2")});
+        guest.qmp("blockdev-add", other)?;
+        guest.qmp("x-blockdev-change", json!({"parent": "q", "node": "n"}))?;
+        is_named(&mut guest, "dq")?;
+
+        drop(guest);
+        let top = json!({"driver": "qcow2", "node-name": "o", "file": files.file("o.qcow2")});
+        let more = ["-blockdev", &top.to_string(), "-device", "virtio-blk-pci,drive=o,id=do"];
+        let mut guest = files.guest(&more).boot_to(&qemu, 1)?;
+        let rebase =
+            json!({"device": "o", "image-node-name": "o", "backing-file": files.at("b.qcow2")});
+        guest.qmp("change-backing-file", rebase)?;
+        is_named(&mut guest, "do")?;
+    }
+    Ok(())
+}
+
+/// A medium in another format, or with another write protection, than the line gives it.
+#[test]
+fn a_medium_comes_back_in_its_format_and_with_its_write_protection() -> TestResult {
+    for release in [Release::Oldest, Release::Distribution, Release::Newest] {
+        let qemu = requires!(Qemu::of(release));
+        let files = Files::new()?;
+        let change = |id: &str, name: &str, format: &str, mode: &str| {
+            json!({"device": id, "filename": files.at(name), "format": format,
+                "read-only-mode": mode})
+        };
+        let mut guest = files.guest(&["-cdrom", &files.at("a.qcow2")]).boot_to(&qemu, 1)?;
+        let raw = change("ide1-cd0", "a.qcow2", "raw", "retain");
+        guest.qmp("blockdev-change-medium", raw)?;
+        is_named(&mut guest, "ide1-cd0")?;
+        came_back(&mut guest, "ide1-cd0", &SaveOptions::default().changed_ok(true))?;
+
+        let floppy = format!("if=floppy,format=raw,file={}", files.at("1.raw"));
+        let mut guest = files.guest(&["-drive", &floppy]).boot_to(&qemu, 1)?;
+        guest.qmp("blockdev-change-medium", change("floppy0", "1.raw", "raw", "read-only"))?;
+        came_back(&mut guest, "floppy0", &SaveOptions::default())?;
+
+        let locked = floppy + ",readonly=on";
+        let mut guest = files.guest(&["-drive", &locked]).boot_to(&qemu, 1)?;
+        guest.qmp("blockdev-change-medium", change("floppy0", "1.raw", "raw", "read-write"))?;
+        came_back(&mut guest, "floppy0", &SaveOptions::default())?;
+    }
+    Ok(())
+}
