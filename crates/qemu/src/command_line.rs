@@ -8,6 +8,7 @@ mod devices;
 mod drives;
 mod images;
 mod incoming;
+mod input_files;
 mod keys;
 mod sockets;
 
@@ -378,6 +379,21 @@ impl CommandLine {
         read: impl FnMut(&Path) -> io::Result<String>,
     ) -> Result<(), CommandLineError> {
         config_file::expand(self, has_user_network, read)
+    }
+
+    /// Returns the configuration files that it names, as written.
+    #[must_use]
+    pub fn config_files(&self) -> Vec<PathBuf> {
+        input_files::config_files(self)
+    }
+
+    /// Returns the files other than images that QEMU reads at its start, as written, each with its
+    /// option: the kernel and what comes with it, and the contents of `-fw_cfg`.
+    ///
+    /// Firmware and option ROMs are not among them: QEMU looks for those in its own directories too.
+    #[must_use]
+    pub fn input_files(&self) -> Vec<(String, PathBuf)> {
+        input_files::input_files(self)
     }
 
     /// Returns the drives that this command line makes, with the images that it names for them.

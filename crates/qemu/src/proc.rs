@@ -7,10 +7,14 @@ use std::io::{self, Read};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// The longest command line that is read, in bytes: Linux starts a process with at most three
 /// quarters of an 8 MiB stack.
 const COMMAND_LINE_LEN_MAX: u64 = 6 << 20;
+
+/// How many ticks the kernel counts in a second in `/proc`.
+const TICKS_PER_SECOND: u64 = 100;
 
 /// Returns the ids of all processes that this one can see.
 pub(crate) fn pids() -> io::Result<Vec<u32>> {
@@ -37,8 +41,62 @@ pub(crate) fn executable(pid: u32) -> io::Result<PathBuf> {
     Ok(PathBuf::from(OsStr::from_bytes(stripped)))
 }
 
+///
+/// A QEMU that was started with `-daemonize` has left its directory for `/` (7.2 to 11.1). For such
+/// a process this is the directory that its shell named in the environment.
 pub(crate) fn working_directory(pid: u32) -> io::Result<PathBuf> {
-    fs::read_link(format!("/proc/{pid}/cwd"))
+    let directory = fs::read_link(format!("/proc/{pid}/cwd"))?;
+    let is_daemon = || {
+        let arguments = arguments(pid).unwrap_or_default();
+        arguments.iter().any(|word| word == "-daemonize" || word == "--daemonize")
+    };
+    if directory != Path::new("/") || !is_daemon() {
+        return Ok(directory);
+    }
+    let left = environment_of(pid, "PWD").map(PathBuf::from);
+    Ok(left.filter(|left| left.is_absolute() && left.is_dir()).unwrap_or(directory))
+}
+
+/// Returns a variable of the environment with which a process was started.
+fn environment_of(pid: u32, name: &str) -> Option<OsString> {
+    let environment = fs::read(format!("/proc/{pid}/environ")).ok()?;
+    let value = environment
+        .split(|&byte| byte == 0)
+        .find_map(|variable| variable.strip_prefix(name.as_bytes())?.strip_prefix(b"="))?;
+    Some(OsStr::from_bytes(value).to_owned())
+}
+
+/// Returns when a process was started. The kernel says when it booted in whole seconds only, so that
+/// this may be up to a second too early.
+pub(crate) fn started(pid: u32) -> Option<SystemTime> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name of the program stands in parentheses, and may contain some itself.
+    let (_, rest) = stat.rsplit_once(") ")?;
+    let ticks: u64 = rest.split(' ').nth(19)?.parse().ok()?;
+    let since_boot = Duration::from_millis(ticks.checked_mul(1000 / TICKS_PER_SECOND)?);
+    let stat = fs::read_to_string("/proc/stat").ok()?;
+    let boot = stat.lines().find_map(|line| line.strip_prefix("btime "))?.trim().parse().ok()?;
+    UNIX_EPOCH.checked_add(Duration::from_secs(boot))?.checked_add(since_boot)
+}
+
+/// Tells whether a process that has another name than QEMU's was started like a QEMU that serves
+/// its monitor on `socket`.
+pub(crate) fn is_started_as_monitor(pid: u32, socket: &Path) -> bool {
+    let Ok(arguments) = arguments(pid) else { return false };
+    let is_option = |word: &OsString| {
+        let word = word.as_bytes();
+        let word = word.strip_prefix(b"-").unwrap_or(word);
+        matches!(word, b"-qmp" | b"-qmp-pretty" | b"-chardev")
+    };
+    let names = |bound: &PathBuf| {
+        let bound = bound.as_os_str().as_bytes();
+        let is_in =
+            |word: &OsString| word.as_bytes().windows(bound.len().max(1)).any(|part| part == bound);
+        arguments.windows(2).any(|pair| is_option(&pair[0]) && is_in(&pair[1]))
+    };
+    listening_sockets(pid).is_ok_and(|held| {
+        held.values().any(|bound| is_same_socket(pid, bound, socket) && names(bound))
+    })
 }
 
 /// Returns the parent of a process; `None` if it has none, or if `/proc` does not tell.

@@ -10,6 +10,7 @@
 //! vmfile what to undo.
 
 mod changed;
+mod config_files;
 mod describe;
 mod direct;
 mod disks;

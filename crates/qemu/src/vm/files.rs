@@ -84,6 +84,7 @@ mod tests {
 
     fn ourselves() -> ProcessInfo {
         ProcessInfo {
+            started: None,
             pid: std::process::id(),
             executable: PathBuf::new(),
             arguments: Vec::new(),

@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use super::{Vm, VmError};
 use crate::proc;
@@ -19,9 +20,11 @@ pub struct ProcessInfo {
     pub executable: PathBuf,
     /// Its command line; the first argument is the name it was started under.
     pub arguments: Vec<OsString>,
-    /// Its current directory. Relative paths in its arguments refer to it, unless the process has
-    /// changed its directory since.
+    /// Its current directory, or the one that it left for `-daemonize`, as its environment names
+    /// it. Relative paths in its arguments refer to it.
     pub working_directory: PathBuf,
+    /// When it was started; `None` if the kernel does not say.
+    pub started: Option<SystemTime>,
 }
 
 impl Vm {
@@ -93,12 +96,13 @@ fn info(pid: u32) -> Result<ProcessInfo, VmError> {
         executable: proc::executable(pid).map_err(system("program"))?,
         arguments: proc::arguments(pid).map_err(system("command line"))?,
         working_directory: proc::working_directory(pid).map_err(system("directory"))?,
+        started: proc::started(pid),
     })
 }
 
 /// Finds the QEMU that holds the socket at `socket`, given the process that the kernel names.
 fn owner_of(socket: &Path, peer: u32) -> Result<u32, VmError> {
-    if proc::is_qemu(peer) {
+    if proc::is_qemu(peer) || proc::is_started_as_monitor(peer, socket) {
         return Ok(peer);
     }
     let pids = proc::pids().map_err(|source| VmError::system("list the processes", source))?;

@@ -5,7 +5,7 @@ use vmfile_format::manifest::{
 };
 use vmfile_qemu::{CommandLine, Difference, Drive, Parts, Remedy, Vm, identity};
 
-use super::{After, SaveOptions};
+use super::{After, SaveOptions, config_files};
 use crate::change::Change;
 use crate::error::SaveError;
 
@@ -30,6 +30,7 @@ pub(super) fn compare(
             let process = vm.process()?;
             let compared = identity::compare(vm, (&parts, drives), &line, &process)?;
             meta.changes = compared.differences.into_iter().map(note).collect();
+            meta.changes.extend(config_files::changed(&process));
             notes = compared.notes;
         }
     }

@@ -1,15 +1,12 @@
 //! Describes the VM for the manifest.
 
 use std::ffi::OsString;
-use std::fs::File;
-use std::io::{self, Read as _};
-use std::os::fd::AsRawFd as _;
 use std::path::Path;
 
 use vmfile_format::manifest::{MemoryRangeMeta, VmMeta};
 use vmfile_qemu::{CommandLine, Drive, MemoryRange, ProcessInfo, Vm};
 
-use super::{Work, images};
+use super::{Work, config_files, images};
 use crate::error::SaveError;
 
 /// Describes the VM; `drives` are its drives.
@@ -88,9 +85,6 @@ fn run_state(ran: bool) -> String {
     if ran { "running" } else { "paused" }.to_owned()
 }
 
-/// How many bytes of a configuration file are read; QEMU's own examples have ten thousand.
-const CONFIG_LEN_MAX: u64 = 1 << 20;
-
 /// Returns the command line for the manifest. The options from configuration files are written out
 /// in it, so that a restore does not depend on those files.
 fn command_line(vm: &mut Vm, process: &ProcessInfo) -> Result<Vec<String>, SaveError> {
@@ -101,22 +95,9 @@ fn command_line(vm: &mut Vm, process: &ProcessInfo) -> Result<Vec<String>, SaveE
     };
     let mut line = CommandLine::from_process(&process.arguments).map_err(SaveError::Options)?;
     let has_user_network = vm.has_user_network()?;
-    line.expand_config(has_user_network, |path| read_as(process, path))
+    line.expand_config(has_user_network, |path| config_files::read(process, path))
         .map_err(SaveError::Options)?;
     Ok([program.clone()].into_iter().chain(line.to_arguments()).collect())
-}
-
-/// Reads a configuration file that QEMU was started with.
-fn read_as(process: &ProcessInfo, path: &Path) -> io::Result<String> {
-    let found = process.find(path)?;
-    if !found.metadata()?.is_file() {
-        return Err(io::Error::other("it is not a regular file"));
-    }
-    // Opens the file that was found, even if the path leads to another file by now.
-    let file = File::open(format!("/proc/self/fd/{}", found.as_raw_fd()))?;
-    let mut text = String::new();
-    file.take(CONFIG_LEN_MAX).read_to_string(&mut text)?;
-    Ok(text)
 }
 
 /// Returns arguments as text.

@@ -86,10 +86,24 @@ impl Disks {
     /// be stopped.
     pub(super) fn freeze(&mut self, vm: &mut Vm) -> Result<(), VmError> {
         if !self.overlays.is_empty() {
-            vm.take_overlays(&self.overlays)?;
+            if let Err(error) = vm.take_overlays(&self.overlays) {
+                if matches!(&error, VmError::Qmp(error) if error.is_refused()) {
+                    self.remove_files();
+                }
+                return Err(error);
+            }
             self.is_frozen = true;
         }
         Ok(())
+    }
+
+    /// Removes what QEMU made before it refused the transaction: it takes the overlays that were made
+    /// off the disks, and leaves their files (7.2 to 11.1). Nothing had these names before.
+    fn remove_files(&self) {
+        for overlay in &self.overlays {
+            // Most were not made.
+            let _ = fs::remove_file(overlay.file());
+        }
     }
 
     /// Merges the overlays back into the images, after a save that failed.
