@@ -6,6 +6,7 @@ mod devices;
 mod drives;
 mod image_properties;
 mod io_limits;
+mod start;
 mod unchanged;
 
 use std::path::{Path, PathBuf};

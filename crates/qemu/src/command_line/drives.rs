@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 use super::keys::{self, Keys};
 use super::{Argument, CommandLine};
 use crate::raw_window::RawWindow;
-use crate::vm::{DeviceName, Drive, NODE_DEPTH_MAX, collect_files};
+use crate::vm::{DeviceName, Drive, collect_files};
 
 /// How long a chain of nodes is followed: a longer one is a loop.
 const DEPTH_MAX: usize = 256;
@@ -319,7 +319,7 @@ impl Nodes {
         let format = text(format_node, "driver")?;
         let mut files = Vec::new();
         let find = |name: &str| self.get(name).map(|(_, tree)| tree);
-        collect_files(format_node, &find, NODE_DEPTH_MAX, &mut files);
+        collect_files(format_node, &find, &mut files);
         Some((LineImage { path: None, format: Some(format), window: None, files }, format_node))
     }
 }

@@ -9,8 +9,8 @@ use crate::raw_window::RawWindow;
 /// Deepest chain of images followed: more is a loop or a mistake.
 const IMAGE_DEPTH_MAX: usize = 256;
 
-/// How many levels of nodes within nodes are followed.
-pub(crate) const NODE_DEPTH_MAX: usize = 32;
+/// How many values of a tree of nodes are looked at.
+const NODE_VALUES_MAX: usize = 4096;
 
 /// Filter drivers: QEMU lists them in the chain like images, but they have no image of their own.
 const FILTERS: [&str; 5] =
@@ -239,37 +239,34 @@ fn files(name: &str) -> Vec<String> {
     if protocol_path(name) == name
         && let Some(node) = json_name(name)
     {
-        collect_files(&node, &|_| None, NODE_DEPTH_MAX, &mut files);
+        collect_files(&node, &|_| None, &mut files);
     }
     files
 }
 
-/// Collects the files of a tree of nodes, `depth` levels down; `find` returns the node of a name.
+/// Collects the files of a tree of nodes; `find` returns the node of a name. Looks at no more
+/// than [`NODE_VALUES_MAX`] values: a node that refers to itself would have no end.
 pub(crate) fn collect_files<'a>(
     node: &'a Value,
     find: &dyn Fn(&str) -> Option<&'a Value>,
-    depth: usize,
     files: &mut Vec<String>,
 ) {
-    let Some(below) = depth.checked_sub(1) else { return };
-    match node {
-        Value::Object(members) => {
-            for (key, member) in members {
-                match member {
-                    Value::String(path) if key == "filename" => files.push(path.clone()),
-                    Value::String(name) if key != "node-name" => {
-                        if let Some(node) = find(name) {
-                            collect_files(node, find, below, files);
-                        }
+    let mut next = vec![node];
+    for _ in 0..NODE_VALUES_MAX {
+        let Some(node) = next.pop() else { return };
+        match node {
+            Value::Object(members) => {
+                for (key, member) in members {
+                    match member {
+                        Value::String(path) if key == "filename" => files.push(path.clone()),
+                        Value::String(name) if key != "node-name" => next.extend(find(name)),
+                        member => next.push(member),
                     }
-                    member => collect_files(member, find, below, files),
                 }
             }
+            Value::Array(nodes) => next.extend(nodes),
+            _ => {}
         }
-        Value::Array(nodes) => {
-            nodes.iter().for_each(|node| collect_files(node, find, below, files));
-        }
-        _ => {}
     }
 }
 

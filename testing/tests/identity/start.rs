@@ -1,0 +1,101 @@
+//! How QEMU was started: the files that it read then, its directory, its name.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, SystemTime};
+
+use serde_json::json;
+use vmfile::error::SaveError;
+use vmfile::restore::{Destination, RestoreOptions};
+use vmfile::save::SaveOptions;
+use vmfile::{Control, Snapshot, Vm};
+use vmfile_testing::{Guest, Qemu, Ram, Release, TestResult, requires};
+
+use super::{goes_on, names};
+
+/// The saved line said what the configuration file said by then, and not what QEMU had read; a
+/// file for the guest that was gone was found out at the restore, when the VM was ended.
+#[test]
+fn files_that_qemu_read_and_that_are_not_there_any_more_are_named() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let directory = tempfile::tempdir()?;
+    let at = |name: &str| directory.path().join(name);
+    fs::write(at("vm.conf"), "[device \"v\"]\n  driver = \"virtio-rng-pci\"\n")?;
+    fs::write(at("blob"), "words")?;
+    let blob = format!("name=opt/org.example,file={}", at("blob").display());
+    let config = Guest::boot_sector(Ram::private(64)).seed(44);
+    let config = config.arguments(["-readconfig", &at("vm.conf").display().to_string()]);
+    let mut guest = config.arguments(["-fw_cfg", &blob]).boot_to(&qemu, 1)?;
+
+    let later = SystemTime::now() + Duration::from_secs(60);
+    fs::File::options().append(true).open(at("vm.conf"))?.set_modified(later)?;
+    fs::rename(at("blob"), at("elsewhere"))?;
+    let error = guest.save_fails(&SaveOptions::default())?;
+    let SaveError::Changed { changes } = &error else { return Err(error.into()) };
+    let expected = [
+        format!("-readconfig {}", at("vm.conf").display()),
+        format!("-fw_cfg {}", at("blob").display()),
+    ];
+    assert_eq!(names(changes), expected);
+
+    fs::File::options().append(true).open(at("vm.conf"))?.set_modified(SystemTime::UNIX_EPOCH)?;
+    fs::rename(at("elsewhere"), at("blob"))?;
+    let saved = guest.save_and_end(&SaveOptions::default())?;
+    goes_on(&guest, &mut saved.restore_saved(&RestoreOptions::default())?)
+}
+
+/// Starts a QEMU in `directory` and waits until it answers on `q.sock` there.
+fn start(program: &Path, directory: &Path, more: &[&str]) -> TestResult<Vm> {
+    let output = Command::new(program)
+        .args(["-nodefaults", "-display", "none", "-m", "64M", "-machine", "accel=tcg"])
+        .args(["-qmp", "unix:q.sock,server=on,wait=off", "-daemonize"])
+        .args(more)
+        .current_dir(directory)
+        .env("PWD", directory)
+        .output()?;
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    Ok(Vm::connect(&directory.join("q.sock"))?)
+}
+
+/// Saves and ends it, restores it with the saved command line, and ends that.
+fn comes_back(mut vm: Vm, directory: &Path) -> TestResult {
+    let file = directory.join("vm.vmf");
+    let control = Control::none();
+    let report = vmfile::save::save(&mut vm, &file, &SaveOptions::default(), &control)?;
+    assert_eq!(report.warnings, [""; 0]);
+    assert_eq!(report.changes, []);
+    let snapshot = Snapshot::open(&file, 0)?;
+    let options = RestoreOptions::default();
+    let mut restored = vmfile::restore::restore(&snapshot, Destination::Saved, &options, &control)?;
+    let qemu = restored.qemu.as_mut().ok_or("a QEMU was started")?;
+    qemu.vm().execute("query-status", json!({}))?;
+    assert!(directory.join("q.sock").exists(), "the monitor is where it was");
+    Ok(())
+}
+
+/// A QEMU with `-daemonize` has left its directory for `/`, where a restore looked for its disks
+/// and made its sockets.
+#[test]
+fn relative_names_of_a_daemon_are_found_again() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let directory = tempfile::tempdir()?;
+    fs::File::create_new(directory.path().join("d.raw"))?.set_len(1 << 20)?;
+    fs::write(directory.path().join("blob"), "words")?;
+    let more = ["-drive", "file=d.raw,format=raw,if=virtio", "-fw_cfg", "name=opt/x,file=blob"];
+    comes_back(start(qemu.program(), directory.path(), &more)?, directory.path())
+}
+
+/// A QEMU under another name was not taken for one: nothing was compared, and the file had no
+/// command line.
+#[test]
+fn a_qemu_of_any_name_is_known_by_its_monitor() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let directory = tempfile::tempdir()?;
+    let program = directory.path().join("emulator");
+    fs::copy(qemu.program(), &program)?;
+    symlink(&program, directory.path().join("vm"))?;
+    let bios = ["-L", "/usr/share/qemu", "-L", "/usr/share/seabios"];
+    comes_back(start(&directory.path().join("vm"), directory.path(), &bios)?, directory.path())
+}
