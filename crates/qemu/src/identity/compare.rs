@@ -42,18 +42,13 @@ pub fn compare(
     comparison.unplugged_without_id(&mut found);
     let removed_cpus = comparison.cpus(vm, &mut found)?;
     comparison.built_in(removed_cpus, &mut found);
-    let leaves_out = found.iter().any(|difference| difference.remedy.leaves_out());
-    if leaves_out {
-        let pins = comparison.pins(vm)?;
-        if let Some(Remedy::Change { pins: place, .. }) = found
-            .iter_mut()
-            .map(|difference| &mut difference.remedy)
-            .find(|remedy| remedy.leaves_out())
-        {
-            *place = pins;
-        }
-    }
     comparison.plugged(vm, &mut found)?;
+    // Last, because a device that another one replaced is left out too.
+    let leaves_out = |remedy: &&mut Remedy| remedy.leaves_out();
+    let mut remedies = found.iter_mut().map(|difference| &mut difference.remedy);
+    if let Some(Remedy::Change { pins, .. }) = remedies.find(leaves_out) {
+        *pins = comparison.pins(vm)?;
+    }
     networks::unused(vm, line, &mut found)?;
     let known: Vec<Drive> =
         drives.iter().filter(|drive| !comparison.came_later(drive)).cloned().collect();
