@@ -16,6 +16,7 @@ mod networks;
 mod parts;
 mod plugged;
 mod questions;
+mod usb;
 
 pub use compare::{Compared, compare};
 pub use difference::{Difference, Remedy};

@@ -5,7 +5,8 @@ use serde_json::{Map, Value, json};
 use super::difference::Remedy;
 use super::networks::netdev;
 use super::parts::{Device, MemoryDevice, Parts};
-use super::questions::{OptionsOrReason, back_end, human_command};
+use super::questions::{OptionsOrReason, back_end};
+use super::usb;
 use crate::command_line::{CommandLine, value_in_json};
 use crate::qmp::unexpected;
 use crate::vm::{OVERLAY_PREFIX, Vm, VmError};
@@ -183,18 +184,9 @@ pub(super) fn place(
         }
     }
     if vm.property(path, "port")?.is_some_and(|port| port.is_string()) {
-        let id = path.rsplit('/').next().unwrap_or_default();
-        let usb = human_command(vm, "info usb")?;
-        place.extend(usb_port(&usb, id).map(|port| ("port".to_owned(), port)));
+        place.extend(usb::port(vm, path)?.map(|port| ("port".to_owned(), port)));
     }
     Ok(place)
-}
-
-/// Finds the port of the device with this id in the output of `info usb` (7.2 to 11.1).
-fn usb_port(text: &str, id: &str) -> Option<String> {
-    let line = text.lines().find(|line| line.trim_end().ends_with(&format!(", ID: {id}")))?;
-    let (_, rest) = line.split_once(", Port ")?;
-    Some(rest.split_once(',')?.0.to_owned())
 }
 
 /// Returns the options that make the memory behind a DIMM.
@@ -332,15 +324,5 @@ mod tests {
     fn variants_of_a_type_are_that_type_and_others_are_not() {
         assert!(is_kind("virtio-blk-pci-non-transitional", "virtio-blk-pci"));
         assert!(!is_kind("virtio-blk-pci-x", "virtio-blk-pci"));
-    }
-
-    #[test]
-    fn the_port_of_a_usb_device_is_found() {
-        // From QEMU 10.0.2.
-        let text = "  Device 0.1, Port 1, Speed 12 Mb/s, Product QEMU USB Tablet, ID: ut\r\n\
-                      Device 0.0, Port 2.1, Speed 12 Mb/s, Product QEMU USB Keyboard, ID: kbd\r\n";
-        assert_eq!(usb_port(text, "ut").as_deref(), Some("1"));
-        assert_eq!(usb_port(text, "kbd").as_deref(), Some("2.1"));
-        assert_eq!(usb_port(text, "bd"), None);
     }
 }
