@@ -47,18 +47,8 @@ const KINDS: [&str; 30] = [
 ];
 
 /// Properties that follow from others, or that this module sets by itself.
-const DERIVED: [&str; 10] = [
-    "romsize",
-    "romfile",
-    "busnr",
-    "addr",
-    "memdev",
-    "drive",
-    "netdev",
-    "sriov-pf",
-    "size",
-    "guest-stats",
-];
+const DERIVED: [&str; 9] =
+    ["romsize", "busnr", "addr", "memdev", "drive", "netdev", "sriov-pf", "size", "guest-stats"];
 
 /// Formats of images that can be opened without further options.
 const FORMATS: [&str; 6] = ["raw", "qcow2", "qed", "vmdk", "vdi", "vhdx"];
@@ -139,19 +129,22 @@ fn properties(vm: &mut Vm, device: &Device) -> Result<Result<Map<String, Value>,
     }
     let list = vm.execute("device-list-properties", json!({"typename": device.kind}))?;
     let list = list.as_array().ok_or_else(|| unexpected("device-list-properties", "list"))?;
+    let is_nic = list.iter().any(|item| item.get("name") == Some(&json!("netdev")));
     for item in list {
         let text = |key: &str| item.get(key).and_then(Value::as_str).unwrap_or_default();
         let (name, kind) = (text("name"), text("type"));
         let is_object = kind.starts_with("child<") || kind.starts_with("link<");
-        // The machine type sets experimental properties, and sets them again in a new QEMU.
-        if DERIVED.contains(&name) || is_object || name.starts_with("x-") {
+        if DERIVED.contains(&name) || is_object {
             continue;
         }
         let Some(value) = vm.property(&device.path, name)? else { continue };
+        if name == "romfile" && value.as_str().is_some_and(|file| is_own_rom(file, is_nic)) {
+            continue;
+        }
         match (item.get("default-value"), &value) {
             (Some(default), value) if value == default => {}
             (_, Value::Array(values)) if values.is_empty() => {}
-            (None, Value::String(text)) if text.is_empty() => {}
+            (None, Value::String(text)) if text.is_empty() && name != "romfile" => {}
             // If QEMU tells no default, such a value is taken as not set.
             (None, Value::Bool(_) | Value::Null) => {}
             (None, Value::Number(number))
@@ -163,6 +156,16 @@ fn properties(vm: &mut Vm, device: &Device) -> Result<Result<Map<String, Value>,
         }
     }
     Ok(Ok(object))
+}
+
+/// Tells whether a device has this ROM by itself; QEMU (7.2 to 11.1) does not tell which one a type
+/// has. A network card has one; if it was given the empty name, it has none.
+fn is_own_rom(file: &str, is_nic: bool) -> bool {
+    if is_nic {
+        file.starts_with("efi-") && file.ends_with(".rom") && !file.contains('/')
+    } else {
+        file.is_empty()
+    }
 }
 
 /// Returns the properties that say where on its bus a device is, as `-device` takes them.
@@ -324,5 +327,14 @@ mod tests {
     fn variants_of_a_type_are_that_type_and_others_are_not() {
         assert!(is_kind("virtio-blk-pci-non-transitional", "virtio-blk-pci"));
         assert!(!is_kind("virtio-blk-pci-x", "virtio-blk-pci"));
+    }
+
+    #[test]
+    fn a_rom_that_was_given_is_told_from_the_one_of_the_type() {
+        assert!(is_own_rom("efi-e1000.rom", true));
+        assert!(is_own_rom("", false));
+        for (file, is_nic) in [("", true), ("/roms/efi-e1000.rom", true), ("my.rom", false)] {
+            assert!(!is_own_rom(file, is_nic), "{file}");
+        }
     }
 }
