@@ -7,6 +7,7 @@ mod drives;
 mod image_properties;
 mod io_limits;
 mod start;
+mod replaced;
 mod unchanged;
 
 use std::path::{Path, PathBuf};
