@@ -1,5 +1,6 @@
 //! Why a VM was not saved.
 
+use std::fmt;
 use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -9,7 +10,7 @@ use vmfile_format::FormatError;
 use vmfile_pages::PagesError;
 use vmfile_pages::process_ram::ProcessRamError;
 use vmfile_pages::snapshot::SnapshotError;
-use vmfile_qemu::{CommandLineError, VmError};
+use vmfile_qemu::{Blocker, CommandLineError, VmError};
 
 use crate::change::Change;
 use crate::guard::GuardError;
@@ -50,13 +51,13 @@ pub enum SaveError {
         found: String,
     },
     /// Something in the VM forbids a save.
-    #[error("this VM cannot be saved: {}", reasons.join("; "))]
+    #[error("this VM cannot be saved: {}", joined(blockers))]
     Blocked {
-        /// The reasons, each with what to do about it.
-        reasons: Vec<String>,
+        /// Everything that forbids it, each with what to do about it.
+        blockers: Vec<Blocker>,
     },
     /// The save would end the VM, and a QEMU started with its command line would be another VM.
-    #[error("the VM is not what its command line would make: {}", list(changes))]
+    #[error("the VM is not what its command line would make: {}", joined(changes))]
     Changed {
         /// The changes, each with what a restore does about it.
         changes: Vec<Change>,
@@ -113,6 +114,14 @@ pub enum SaveError {
     /// The command line cannot be written into the manifest.
     #[error("the VM's command line is not UTF-8")]
     CommandLine,
+    /// A word of the command line cannot be written into the manifest.
+    #[error("the VM's command line is not UTF-8: {word:?}, which follows {before:?}")]
+    NotText {
+        /// The word, with what stands for the bytes that are no text.
+        word: String,
+        /// The word before it: the option.
+        before: String,
+    },
     /// What the command line names cannot be written into the manifest.
     #[error("the VM's command line cannot be kept")]
     Options(#[source] CommandLineError),
@@ -162,6 +171,9 @@ pub enum SaveError {
         /// `direct` or `native`.
         route: &'static str,
     },
+    /// The caller chose channels, and the route `direct`, which has none.
+    #[error("the route direct has no channels")]
+    NoChannels,
     /// The guest wrote faster than it was saved.
     #[error(
         "the guest was not saved within {timeout:?}: it changes its memory faster than it is sent"
@@ -243,8 +255,8 @@ pub enum SaveError {
     },
 }
 
-fn list(changes: &[Change]) -> String {
-    let texts: Vec<String> = changes.iter().map(ToString::to_string).collect();
+fn joined<T: fmt::Display>(items: &[T]) -> String {
+    let texts: Vec<String> = items.iter().map(ToString::to_string).collect();
     texts.join("; ")
 }
 
@@ -264,6 +276,19 @@ impl SaveError {
             SaveError::LeftPaused { .. } | SaveError::Vm(VmError::LeftPaused { .. }) => true,
             _ => false,
         }
+    }
+
+    /// Returns what the user can do about what forbids the save, each remedy once.
+    #[must_use]
+    pub fn remedies(&self) -> Vec<&'static str> {
+        let SaveError::Blocked { blockers } = self else { return Vec::new() };
+        let mut remedies = Vec::new();
+        for remedy in blockers.iter().map(Blocker::remedy) {
+            if !remedies.contains(&remedy) {
+                remedies.push(remedy);
+            }
+        }
+        remedies
     }
 
     /// Wraps this error in one that says that QEMU has ended.

@@ -99,8 +99,8 @@ pub use vmfile_pages::process_ram::ProcessRamError;
 pub use vmfile_pages::reading::Verified;
 pub use vmfile_pages::snapshot::{FileFormat, Manifest, Snapshot, SnapshotError};
 pub use vmfile_qemu::{
-    CommandLineError, DiscoverError, LaunchError, LaunchedQemu, LoadError, QmpError, Vm, VmAddress,
-    VmError, resolve,
+    Blocker, BlockerKind, CommandLineError, DiscoverError, LaunchError, LaunchedQemu, LoadError,
+    QmpError, Vm, VmAddress, VmError, resolve,
 };
 pub use vmfile_stream::Channels;
 pub use vmfile_stream::error::ChannelsError;

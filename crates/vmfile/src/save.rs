@@ -26,6 +26,7 @@ mod sending;
 mod space;
 mod stream;
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -71,6 +72,7 @@ pub fn save(
     options: &SaveOptions,
     control: &Control<'_>,
 ) -> Result<SaveReport, SaveError> {
+    options.check()?;
     vm.set_stop(control.stop_flag());
     let begun = Save::begin(vm, destination, options, control);
     let mut save = begun.map_err(|error| unless_qemu_is_gone(vm, error))?;
@@ -200,12 +202,12 @@ impl<'a> Save<'a> {
         };
         let blockers = vm.why_not_saved()?;
         if !blockers.is_empty() {
-            let reasons = blockers.iter().map(ToString::to_string).collect();
-            return Err(SaveError::Blocked { reasons });
+            return Err(SaveError::Blocked { blockers });
         }
         warnings.extend(ending::with_activities(vm, options)?);
         let found = vm.drives()?;
-        let mut meta = describe_vm(vm, was_running, &found)?;
+        let mut meta =
+            describe_vm(vm, was_running, &found).map_err(|error| name_word(vm, error))?;
         warnings.extend(describe::warn_of_no_command_line(&meta));
         warnings.extend(images::look(vm, &mut meta, options, was_running)?);
         let known = changed::compare(vm, &mut meta, &found, options)?;
@@ -217,6 +219,7 @@ impl<'a> Save<'a> {
             Some(live) => choose_live(vm, options.route, live)?,
             None => choose(vm, options, &draft)?,
         };
+        warnings.extend(route.unused(options));
         guard.add_files(route.route.sockets())?;
         let record = SaveRecord {
             holder: Holder::this_process()?,
@@ -489,6 +492,19 @@ fn unless_qemu_is_gone(vm: &mut Vm, error: SaveError) -> SaveError {
     match vm.unstoppable(PUT_BACK_TIMEOUT, Vm::run_state) {
         Err(source) if source.is_closed() => error.with_qemu_gone(source),
         _ => error,
+    }
+}
+
+/// Names the word of the command line that is not text, if that is the `error`.
+fn name_word(vm: &mut Vm, error: SaveError) -> SaveError {
+    let process = vm.process().ok().filter(|_| matches!(error, SaveError::CommandLine));
+    let words = process.map(|process| process.arguments).unwrap_or_default();
+    let Some(number) = words.iter().position(|word| word.to_str().is_none()) else { return error };
+    let text = |word: &OsString| word.to_string_lossy().into_owned();
+    let before = number.checked_sub(1).and_then(|number| words.get(number));
+    SaveError::NotText {
+        word: words.get(number).map(text).unwrap_or_default(),
+        before: before.map(text).unwrap_or_default(),
     }
 }
 

@@ -7,6 +7,8 @@ use vmfile_engine::{Backend, DirectIo, Existing};
 use vmfile_pages::jobs::Jobs;
 use vmfile_stream::Channels;
 
+use crate::error::SaveError;
+
 /// What becomes of the VM once the file is durable.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum After {
@@ -80,6 +82,22 @@ pub struct SaveOptions {
     pub changed_ok: bool,
 }
 
+impl SaveOptions {
+    /// Checks what the options say by themselves; a save begins with this.
+    ///
+    /// # Errors
+    ///
+    /// [`SaveError::NotLive`] or [`SaveError::NoChannels`]: two of them exclude one another.
+    pub fn check(&self) -> Result<(), SaveError> {
+        match self.route {
+            Route::Direct if self.live.is_some() => Err(SaveError::NotLive { route: "direct" }),
+            Route::Native if self.live.is_some() => Err(SaveError::NotLive { route: "native" }),
+            Route::Direct if self.channels.is_some() => Err(SaveError::NoChannels),
+            _ => Ok(()),
+        }
+    }
+}
+
 impl Default for SaveOptions {
     fn default() -> SaveOptions {
         SaveOptions {
@@ -93,6 +111,26 @@ impl Default for SaveOptions {
             channels: None,
             existing: Existing::Refuse,
             changed_ok: false,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_that_exclude_one_another_are_refused_before_the_vm_is_asked() {
+        let live = SaveOptions::default().live(Some(Live::default()));
+        for route in [Route::Direct, Route::Native] {
+            let error = live.clone().route(route).check().unwrap_err();
+            assert!(matches!(error, SaveError::NotLive { .. }), "{error}");
+        }
+        let channels = SaveOptions::default().channels(Channels::new(2));
+        let error = channels.clone().route(Route::Direct).check().unwrap_err();
+        assert!(matches!(error, SaveError::NoChannels), "{error}");
+        for route in [Route::Auto, Route::Stream, Route::Native] {
+            assert!(channels.clone().route(route).check().is_ok(), "{route:?}");
         }
     }
 }

@@ -20,6 +20,19 @@ pub(super) struct ChosenRoute {
     pub(super) reason: String,
 }
 
+impl ChosenRoute {
+    /// Returns a warning if the caller chose channels, and this route has none.
+    pub(super) fn unused(&self, options: &SaveOptions) -> Option<String> {
+        let count = options.channels?.count();
+        let what = match self.route {
+            ReadyRoute::Direct(_) => "the route direct",
+            ReadyRoute::Live(_) => "a live save",
+            ReadyRoute::Stream(_) | ReadyRoute::Native(_) => return None,
+        };
+        Some(format!("no channels were used, {count} were chosen: {what} has none"))
+    }
+}
+
 /// A route that is ready to go.
 pub(super) enum ReadyRoute {
     Direct(DirectRoute),
@@ -79,10 +92,9 @@ impl ReadyRoute {
 /// Makes ready the only route that saves a running guest.
 pub(super) fn choose_live(vm: &mut Vm, route: Route, live: Live) -> Result<ChosenRoute, SaveError> {
     let reason = match route {
-        Route::Direct => return Err(SaveError::NotLive { route: "direct" }),
-        Route::Native => return Err(SaveError::NotLive { route: "native" }),
-        Route::Stream => "asked for",
         Route::Auto => "the guest runs meanwhile",
+        // The others were refused by `SaveOptions::check`.
+        Route::Stream | Route::Direct | Route::Native => "asked for",
     };
     let route = ReadyRoute::Live(LiveRoute::prepare(vm, live)?);
     Ok(ChosenRoute { route, reason: reason.to_owned() })
