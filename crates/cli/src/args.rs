@@ -187,7 +187,8 @@ pub(crate) struct SaveArguments {
     /// How RAM gets from the VM into the file
     #[arg(long, value_name = "ROUTE", default_value = "auto")]
     pub(crate) route: RouteMode,
-    /// Threads of QEMU that send (route stream, 1 to 16) or write (native; 2 if not given)
+    /// Threads of QEMU that send (route stream, 1 to 16) or write (native; 2 if not given); the
+    /// route direct has none
     #[arg(long, value_name = "N", conflicts_with = "live", value_parser = clap::value_parser!(u8).range(1..=16))]
     pub(crate) channels: Option<u8>,
     /// Replace an existing file

@@ -13,6 +13,7 @@ use vmfile::{
 use vmfile_bench::BenchError;
 
 use crate::exit_code::Code;
+use crate::hints::{self, Given};
 
 /// A failure, as the user sees it.
 #[derive(Debug)]
@@ -51,6 +52,12 @@ impl Failure {
     pub(crate) fn hint(mut self, hint: &str) -> Failure {
         self.hint = Some(hint.to_owned());
         self
+    }
+
+    /// Gives a failure without a hint this one.
+    fn or_hint(self, hint: Option<&str>) -> Failure {
+        let hint = self.hint.clone().or(hint.map(str::to_owned));
+        Failure { hint, ..self }
     }
 
     fn hint_if(self, hint: Option<&str>) -> Failure {
@@ -145,12 +152,12 @@ impl From<&SaveError> for Failure {
             SaveError::QemuGone { .. } => Failure::new(Code::Vm, "qemu_gone", error)
                 .hint("there is no file; what QEMU said is where its standard error goes"),
             SaveError::CutOff { .. } => Failure::new(Code::Vm, "cut_off", error).hint(CUT_OFF),
-            SaveError::RunState { .. } => Failure::new(Code::Vm, "run_state", error).hint(
-                "a VM that was started with -S must run first; one that was migrated or has ended \
-                 cannot be saved; where the other end of the migration does not run, `cont` makes it \
-                 run again",
-            ),
-            SaveError::Blocked { .. } => Failure::new(Code::Vm, "blocked", error),
+            SaveError::RunState { found } => {
+                Failure::new(Code::Vm, "run_state", error).hint(hints::run_state(found))
+            }
+            SaveError::Blocked { .. } => {
+                Failure::new(Code::Vm, "blocked", error).hint(&error.remedies().join("; "))
+            }
             SaveError::Changed { .. } => Failure::new(Code::Vm, "changed", error).hint(CHANGED_OK),
             SaveError::Activities { .. } => {
                 Failure::new(Code::Vm, "activities", error).hint(ACTIVITIES)
@@ -161,8 +168,8 @@ impl From<&SaveError> for Failure {
             SaveError::NoAddress { .. } => Failure::new(Code::Vm, "no_address", error).hint(
                 "--route direct needs a QEMU that prints addresses, 8.0 or later; stream none",
             ),
-            SaveError::NotLive { .. } => Failure::new(Code::Usage, "usage", error)
-                .hint("--live goes with --route stream or auto"),
+            SaveError::NotLive { .. } => Failure::new(Code::Usage, "usage", error).hint(LIVE),
+            SaveError::NoChannels => Failure::new(Code::Usage, "usage", error).hint(CHANNELS),
             SaveError::NotConverged { .. } => Failure::new(Code::Vm, "not_converged", error).hint(
                 "--live-timeout waits longer, --max-pause allows a longer pause; \
                  without --live the guest is paused",
@@ -178,6 +185,7 @@ impl From<&SaveError> for Failure {
             | SaveError::NoRunState
             | SaveError::Block { .. }
             | SaveError::CommandLine => Failure::new(Code::Vm, "device_state", error),
+            SaveError::NotText { .. } => Failure::new(Code::Vm, "command_line", error).hint(TEXT),
             SaveError::Process(_) => Failure::new(Code::System, "process", error).hint(TRACE),
             SaveError::Pages(error) => Failure::from(error),
             SaveError::Options(_) => Failure::new(Code::Vm, "command_line", error)
@@ -209,6 +217,13 @@ impl From<&SaveError> for Failure {
         }
     }
 }
+
+/// The hints for options that exclude one another.
+const LIVE: &str = "--live goes with --route stream or auto";
+const CHANNELS: &str = "--channels goes with --route stream or native";
+
+/// The hint for a command line that is not text.
+const TEXT: &str = "the file holds the command line as text: start the VM with UTF-8 only";
 
 /// The hint if the memory of QEMU's process cannot be read.
 const TRACE: &str = "reading another process's memory needs its user and the right to trace it, or \
@@ -311,16 +326,20 @@ impl From<&ChannelsError> for Failure {
     }
 }
 
+impl Failure {
+    /// Returns the failure of a restore; its hint fits what the user has `given`.
+    pub(crate) fn of_restore(error: &RestoreError, given: Given) -> Failure {
+        Failure::from(error).or_hint(hints::restore(error, given))
+    }
+}
+
 impl From<&RestoreError> for Failure {
     fn from(error: &RestoreError) -> Failure {
         match error {
             RestoreError::Pages(error) => Failure::from(error),
             RestoreError::Vm(error) => Failure::from(error),
             RestoreError::Incompatible { .. } => {
-                Failure::new(Code::Incompatible, "incompatible", error).hint(
-                    "start QEMU with the machine type and the memory that the file names: \
-                     see `vmfile info`",
-                )
+                Failure::new(Code::Incompatible, "incompatible", error)
             }
             RestoreError::NoHashes { .. } => Failure::new(Code::Usage, "no_hashes", error).hint(
                 "`vmfile convert FILE NEW --to mapped-ram` makes a file that has hashes; \
@@ -370,11 +389,9 @@ impl From<&RestoreError> for Failure {
                 .hint("the VM that was saved may still run; give other sockets after `--`"),
             RestoreError::NotWaiting { .. } => Failure::new(Code::Vm, "run_state", error)
                 .hint("start that QEMU with -incoming defer"),
-            RestoreError::Launch(_) => Failure::new(Code::Vm, "launch", error)
-                .hint("the command line after `--` begins with QEMU's program"),
+            RestoreError::Launch(_) => Failure::new(Code::Vm, "launch", error),
             RestoreError::QemuGone { .. } => Failure::new(Code::Vm, "qemu_gone", error),
-            RestoreError::DeviceState { .. } => Failure::new(Code::Vm, "device_state", error)
-                .hint("QEMU needs the devices that the VM had when it was saved"),
+            RestoreError::DeviceState { .. } => Failure::new(Code::Vm, "device_state", error),
             RestoreError::File(_) | RestoreError::Process(_) | RestoreError::Send(_) => {
                 Failure::new(Code::System, "io", error)
             }

@@ -9,6 +9,7 @@ mod args;
 mod commands;
 mod exit_code;
 mod failure;
+mod hints;
 mod output;
 mod signals;
 

@@ -13,6 +13,7 @@ use vmfile::{Control, LaunchedQemu, PagesError, RestoreError};
 
 use crate::args::{RestoreArguments, RestoreMode};
 use crate::failure::Failure;
+use crate::hints::Given;
 use crate::output::progress::Meter;
 use crate::output::{Printer, human};
 use crate::signals::{NoSuspend, Signals};
@@ -47,10 +48,11 @@ pub(crate) fn run(arguments: &RestoreArguments, printer: &Printer) -> Result<Exi
     let meter = Meter::new("restore", printer.progress, &signals.asked);
     let show = |progress| meter.show(progress);
     let control = Control::new(&signals.stop, &show);
+    let given = given(&destination);
     let result = vmfile::restore::restore(&snapshot, destination, &options, &control);
     drop(meter);
     drop(held);
-    let restored = result.map_err(|error| failure(&error, &signals))?;
+    let restored = result.map_err(|error| failure(&error, given, &signals))?;
     printer.warnings(&restored.report.warnings);
     printer.report(&restored.report, human::restore);
     match restored.qemu {
@@ -68,13 +70,21 @@ pub(crate) fn run(arguments: &RestoreArguments, printer: &Printer) -> Result<Exi
 
 /// Returns the failure for `error`. A signal from the terminal also reaches a QEMU in the
 /// foreground: if there was one, it is the cause, whatever the error.
-fn failure(error: &RestoreError, signals: &Signals) -> Failure {
+fn failure(error: &RestoreError, given: Given, signals: &Signals) -> Failure {
     if signals.are_set() && !matches!(error, RestoreError::Unanswered { .. }) {
         let failure = Failure::from(&PagesError::Stopped);
         return Failure { code: signals.code(), ..failure }
             .hint("no QEMU was left running; one that waited may have to be started again");
     }
-    Failure::from(error)
+    Failure::of_restore(error, given)
+}
+
+fn given(destination: &Destination) -> Given {
+    match destination {
+        Destination::Saved => Given::Nothing,
+        Destination::Command(_) => Given::Command,
+        Destination::Waiting(_) => Given::Waiting,
+    }
 }
 
 /// Waits for QEMU and returns its exit status as a shell does; if a signal tells this process to

@@ -16,8 +16,28 @@ use crate::signals::{NoSuspend, Signals};
 pub(crate) fn run(arguments: &SaveArguments, printer: &Printer) -> Result<ExitCode, Failure> {
     let signals = Signals::listen().map_err(|error| Failure::system("signals", &error))?;
     let held = NoSuspend::begin().map_err(|error| Failure::system("signals", &error))?;
+    let options = options(arguments);
+    // Before the VM is asked for anything.
+    options.check().map_err(|error| Failure::from(&error))?;
     let mut vm = connect(&arguments.vm, &signals)?;
-    let options = SaveOptions::default()
+    let meter = Meter::new("save", printer.progress, &signals.asked);
+    let show = |progress| meter.show(progress);
+    let control = Control::new(&signals.stop, &show);
+    let result = vmfile::save::save(&mut vm, &arguments.file, &options, &control);
+    drop(meter);
+    drop(held);
+    let report = result.map_err(|error| {
+        let failure = Failure::from(&error);
+        signals.explain(failure, "the VM is as it was, and there is no file")
+    })?;
+    printer.warnings(&report.warnings);
+    printer.report(&report, human::save);
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Returns what the user chose.
+fn options(arguments: &SaveArguments) -> SaveOptions {
+    SaveOptions::default()
         .route(match arguments.route {
             RouteMode::Auto => Route::Auto,
             RouteMode::Direct => Route::Direct,
@@ -41,20 +61,7 @@ pub(crate) fn run(arguments: &SaveArguments, printer: &Printer) -> Result<ExitCo
         .jobs(arguments.engine.jobs())
         .channels(arguments.channels.and_then(Channels::new))
         .changed_ok(arguments.changed_ok)
-        .existing(if arguments.force { Existing::Replace } else { Existing::Refuse });
-    let meter = Meter::new("save", printer.progress, &signals.asked);
-    let show = |progress| meter.show(progress);
-    let control = Control::new(&signals.stop, &show);
-    let result = vmfile::save::save(&mut vm, &arguments.file, &options, &control);
-    drop(meter);
-    drop(held);
-    let report = result.map_err(|error| {
-        let failure = Failure::from(&error);
-        signals.explain(failure, "the VM is as it was, and there is no file")
-    })?;
-    printer.warnings(&report.warnings);
-    printer.report(&report, human::save);
-    Ok(ExitCode::SUCCESS)
+        .existing(if arguments.force { Existing::Replace } else { Existing::Refuse })
 }
 
 /// Finds the QMP socket of the VM that the user named.

@@ -8,6 +8,7 @@ mod endings;
 mod guests;
 mod hard_times;
 mod help;
+mod hints;
 mod in_use;
 mod kills;
 mod matrix;

@@ -51,6 +51,20 @@ fn a_socket_that_is_not_there_is_named() {
     );
 }
 
+/// `--channels` was ignored with the route direct, and `--live` with the route native if the VM was
+/// paused.
+#[test]
+fn options_that_exclude_one_another_are_refused_before_the_vm_is_asked() {
+    for (options, said) in [
+        (["--route", "direct", "--channels", "2"].as_slice(), "hint: --channels goes with"),
+        (["--route", "direct", "--live"].as_slice(), "hint: --live goes with"),
+        (["--route", "native", "--live"].as_slice(), "hint: --live goes with"),
+    ] {
+        let words = ["save", "/nonexistent/vm.sock", "/tmp/never.vmf"];
+        vmfile(words.iter().chain(options)).assert(2, &[said]);
+    }
+}
+
 #[test]
 fn a_file_that_is_no_socket_is_refused() {
     vmfile(["save", "/etc/passwd", "/tmp/never.vmf"]).assert(3, &["/etc/passwd", "hint:"]);
