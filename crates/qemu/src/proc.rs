@@ -84,9 +84,9 @@ pub(crate) fn started(pid: u32) -> Option<SystemTime> {
 pub(crate) fn is_started_as_monitor(pid: u32, socket: &Path) -> bool {
     let Ok(arguments) = arguments(pid) else { return false };
     let is_option = |word: &OsString| {
-        let word = word.as_bytes();
-        let word = word.strip_prefix(b"-").unwrap_or(word);
-        matches!(word, b"-qmp" | b"-qmp-pretty" | b"-chardev")
+        let name = word.as_bytes().strip_prefix(b"-").unwrap_or_default();
+        let name = name.strip_prefix(b"-").unwrap_or(name);
+        matches!(name, b"qmp" | b"qmp-pretty" | b"chardev")
     };
     let names = |bound: &PathBuf| {
         let bound = bound.as_os_str().as_bytes();
@@ -213,10 +213,11 @@ fn is_same_directory(one: &Path, other: impl AsRef<Path>) -> bool {
 
 /// Tells whether `bound`, as process `pid` sees it, is the file `path` as this process sees it.
 pub(crate) fn is_same_socket(pid: u32, bound: &Path, path: &Path) -> bool {
-    let base = if bound.is_absolute() { "root" } else { "cwd" };
-    let relative = bound.strip_prefix("/").unwrap_or(bound);
-    let theirs = fs::metadata(Path::new(&format!("/proc/{pid}/{base}")).join(relative));
-    match (theirs, fs::metadata(path)) {
+    let theirs = match bound.strip_prefix("/") {
+        Ok(below) => Path::new(&format!("/proc/{pid}/root")).join(below),
+        Err(_) => path_for_us(pid, bound),
+    };
+    match (fs::metadata(theirs), fs::metadata(path)) {
         (Ok(theirs), Ok(ours)) => theirs.dev() == ours.dev() && theirs.ino() == ours.ino(),
         _ => false,
     }

@@ -6,8 +6,8 @@ mod devices;
 mod drives;
 mod image_properties;
 mod io_limits;
-mod start;
 mod replaced;
+mod start;
 mod unchanged;
 
 use std::path::{Path, PathBuf};

@@ -1,5 +1,6 @@
 //! How QEMU was started: the files that it read then, its directory, its name.
 
+use std::env;
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
@@ -94,7 +95,9 @@ fn a_qemu_of_any_name_is_known_by_its_monitor() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
     let directory = tempfile::tempdir()?;
     let program = directory.path().join("emulator");
-    fs::copy(qemu.program(), &program)?;
+    let paths = env::var_os("PATH").unwrap_or_default();
+    let mut found = env::split_paths(&paths).map(|path| path.join(qemu.program()));
+    fs::copy(found.find(|path| path.exists()).ok_or("no program")?, &program)?;
     symlink(&program, directory.path().join("vm"))?;
     let bios = ["-L", "/usr/share/qemu", "-L", "/usr/share/seabios"];
     comes_back(start(&directory.path().join("vm"), directory.path(), &bios)?, directory.path())

@@ -38,11 +38,15 @@ impl ProcessInfo {
     pub fn find(&self, path: &Path) -> io::Result<File> {
         let flags = OFlags::PATH | OFlags::CLOEXEC;
         let Ok(inside) = path.strip_prefix("/") else {
+            let current = format!("/proc/{}/cwd", self.pid);
+            if fs::read_link(&current).is_ok_and(|now| now != self.working_directory) {
+                // A daemon has left the directory to which its relative paths refer.
+                return self.find(&Path::new("/").join(&self.working_directory).join(path));
+            }
             // A relative path is resolved from the working directory. An absolute symbolic link on
             // the way would lead into our own root directory; the caller notices, as it compares
             // inodes.
-            let path = Path::new(&format!("/proc/{}/cwd", self.pid)).join(path);
-            return Ok(openat(CWD, path, flags, Mode::empty())?.into());
+            return Ok(openat(CWD, Path::new(&current).join(path), flags, Mode::empty())?.into());
         };
         let root = format!("/proc/{}/root", self.pid);
         let root = openat(CWD, root, flags | OFlags::DIRECTORY, Mode::empty())?;
