@@ -1,6 +1,7 @@
 //! `save --with-disks`: memory and disks of one moment, which stay while the VM goes on.
 
 use std::fs;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -13,7 +14,7 @@ use vmfile::restore::{Mode, RestoreOptions};
 use vmfile::save::{After, Live, Route, SaveOptions};
 use vmfile::{Control, Existing, Progress, Vm};
 use vmfile_testing::verbs::{check_is_clean, save_with};
-use vmfile_testing::{Guest, GuestConfig, Qemu, Ram, Release, TestResult, requires};
+use vmfile_testing::{Guest, GuestConfig, Mount, Qemu, Ram, Release, TestResult, requires};
 
 /// A guest that writes to its disk in every pass, and says so if the disk is of another moment.
 fn config(ram: Ram) -> GuestConfig {
@@ -290,4 +291,37 @@ fn a_vm_is_saved_with_its_disks_twenty_times_in_a_row() -> TestResult {
         assert_eq!(warned, disk.depth >= 16, "{:?}", report.warnings);
     }
     guest.runs_on(1)
+}
+
+/// QEMU takes the overlays that it made off the disks when it cannot make all of them, and leaves
+/// their files.
+#[test]
+fn overlays_that_were_made_for_nothing_are_removed() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let full = requires!(Mount::tmpfs(1));
+    let directory = tempfile::tempdir()?;
+    let (first, second) = (directory.path().join("a.raw"), full.path().join("b.raw"));
+    fs::write(&first, [0; 4096])?;
+    // As much as goes in.
+    while fs::OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(&second)?
+        .write_all(&[1; 512])
+        .is_ok()
+    {}
+    let drive = |path: &Path| format!("file={},format=raw,if=virtio", path.display());
+    let config = Guest::boot_sector(Ram::private(64)).fill_mib(32);
+    let config = config.arguments(["-drive", &drive(&first), "-drive", &drive(&second)]);
+    let mut guest = config.boot_to(&qemu, 1)?;
+
+    let error = guest.save_fails(&with_disks(Route::Direct))?;
+    assert!(error.to_string().contains("No space left"), "{error}");
+    let names = |path: &Path| -> TestResult<Vec<_>> {
+        let entries = fs::read_dir(path)?.map(|entry| Ok(entry?.file_name()));
+        entries.collect()
+    };
+    assert_eq!(names(directory.path())?, ["a.raw"]);
+    assert_eq!(names(full.path())?, ["b.raw"]);
+    guest.runs_on(2)
 }
