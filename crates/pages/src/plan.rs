@@ -175,6 +175,18 @@ mod tests {
     }
 
     #[test]
+    fn a_block_that_is_all_work_ends_with_its_last_unit() {
+        let first = |_, range: Range<u64>| Ok::<_, Infallible>(Some(range.start));
+        let units = Units::new([40, 0, 16], 16);
+        let mut found = Vec::new();
+        while let Some(Unit { block, range }) = units.take(first).unwrap() {
+            assert!(!range.is_empty(), "an empty unit of block {block}");
+            found.push((block, range));
+        }
+        assert_eq!(found, [(0, 0..16), (0, 16..32), (0, 32..40), (2, 0..16)]);
+    }
+
+    #[test]
     fn an_empty_range_has_no_pieces() {
         assert_eq!(pieces(5..5, 4).count(), 0);
         assert_eq!(pieces(3..9, 4).collect::<Vec<_>>(), [3..4, 4..8, 8..9]);
