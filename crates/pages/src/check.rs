@@ -475,3 +475,80 @@ impl Place {
         (offset - self.hashes_offset) / HASH_LEN * self.page_len
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::OpenOptions;
+
+    use vmfile_format::{PageSize, RamBlock, RamLayout};
+
+    use super::*;
+    use crate::OwnMemory;
+    use crate::memory_file::{Contents, FileOptions, save};
+
+    const NAME: &str = "memory.vmf";
+
+    /// Saves a block of 4096-byte pages.
+    fn saved(memory: &[u8]) -> (tempfile::TempDir, Snapshot) {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join(NAME);
+        let block = RamBlock::new("ram".to_owned(), memory.len() as u64, PageSize::KIB_4).unwrap();
+        let ram = RamLayout::new(vec![block]).unwrap();
+        let contents = Contents::new("test-1.0", ram, &[("cpu", &[1])]);
+        let (source, options) = (OwnMemory::new(vec![memory]), FileOptions::default());
+        save(&path, contents, &source, &options, &Control::none()).unwrap();
+        let snapshot = Snapshot::open(&path, 0).unwrap();
+        (directory, snapshot)
+    }
+
+    /// A disk that cannot read one page spoils the read of its whole window.
+    #[test]
+    fn of_a_window_that_cannot_be_read_each_page_is_looked_at() {
+        let memory = vec![7; 8 * 4096];
+        let (directory, snapshot) = saved(&memory);
+        let (options, control) = (CheckOptions::default(), Control::none());
+        let (manifest, mut none) = (snapshot.manifest().unwrap(), Findings::default());
+        let pages = PageCheck::new(&snapshot, manifest, &options, &control, &mut none).unwrap();
+        let window = |range: Range<u64>| Window { block: 0, whole: 0..8 * 4096, range };
+        // The hashes of all pages are read with the first.
+        let mut checked = Checked::default();
+        pages.verify(&window(0..4096), &memory[..4096], &mut checked).unwrap();
+        let first = snapshot.structure().blocks[0].pages_offset;
+        let file = OpenOptions::new().write(true).open(directory.path().join(NAME)).unwrap();
+        file.set_len(first + 5 * 4096 + 100).unwrap();
+        file.write_all_at(&[8], first + 3 * 4096).unwrap();
+        pages.verify_one_by_one(&window(2 * 4096..7 * 4096), &mut checked).unwrap();
+        let found = checked.found.list.iter();
+        let found: Vec<_> =
+            found.map(|finding| (finding.kind, finding.page.unwrap(), finding.offset)).collect();
+        let at = |kind, page: u64| (kind, page, first + page * 4096);
+        let unreadable = FindingKind::Unreadable;
+        assert_eq!(found, [at(FindingKind::PageHash, 3), at(unreadable, 5), at(unreadable, 6)]);
+        assert_eq!(checked.pages, 4);
+    }
+
+    /// Holes of a large file cost nothing to check: only what lies in the file is looked at.
+    #[test]
+    fn places_of_interest_begin_where_the_file_has_bytes() {
+        let (directory, snapshot) = saved(&vec![0; 8 << 20]);
+        let (options, control) = (CheckOptions::default(), Control::none());
+        let (manifest, mut none) = (snapshot.manifest().unwrap(), Findings::default());
+        let pages = PageCheck::new(&snapshot, manifest, &options, &control, &mut none).unwrap();
+        let at = |page: u64| page * 4096;
+        let first = |range: Range<u64>| pages.first(0, &range).unwrap();
+        assert_eq!(first(0..at(2048)), None);
+        // A table has 256 hashes in 4096 bytes.
+        let file = OpenOptions::new().write(true).open(directory.path().join(NAME)).unwrap();
+        file.write_all_at(&[1], manifest.meta.blocks[0].hashes_offset + 700 * HASH_LEN).unwrap();
+        assert_eq!(first(0..at(2048)), Some(at(512)));
+        assert_eq!(first(at(600)..at(2048)), Some(at(600)));
+        assert_eq!(first(0..at(512)), None);
+        assert_eq!(first(at(768)..at(2048)), None);
+        let pages_offset = snapshot.structure().blocks[0].pages_offset;
+        file.write_all_at(&[1], pages_offset + at(300) + 9).unwrap();
+        assert_eq!(first(0..at(2048)), Some(at(300)));
+        assert_eq!(first(at(301)..at(2048)), Some(at(512)));
+        assert_eq!(pages.to_read(0, &(0..at(512))).unwrap(), Some(at(300)..at(512)));
+        assert_eq!(pages.to_read(0, &(at(1024)..at(1536))).unwrap(), None);
+    }
+}
