@@ -167,15 +167,15 @@ fn a_page_that_becomes_zero_leaves_nothing_behind() {
 fn a_page_that_is_zero_before_it_was_written_is_not_written() {
     let receiver = Receiver::new(4096, [1024, 1024]);
     let counts = receiver.write(|writer| {
-        for page in [64, 65, 66] {
+        for page in [199, 200, 201] {
             writer.page(0, PageIndex(page), &receiver.page(1)).unwrap();
         }
         // Others than the one that waits: of another block, and of another window.
-        writer.zero_page(1, PageIndex(64)).unwrap();
-        writer.zero_page(0, PageIndex(512 + 64)).unwrap();
-        writer.zero_page(0, PageIndex(65)).unwrap();
+        writer.zero_page(1, PageIndex(200)).unwrap();
+        writer.zero_page(0, PageIndex(512 + 200)).unwrap();
+        writer.zero_page(0, PageIndex(200)).unwrap();
     });
-    receiver.holds(0, &[(64, 1), (66, 1)]);
+    receiver.holds(0, &[(199, 1), (201, 1)]);
     assert_eq!(counts.written_bytes, 2 * 4096);
 }
 
