@@ -62,7 +62,7 @@ impl PageBitmap {
     ///
     /// # Panics
     ///
-    /// Panics if there is no such page: the caller checks a page number that comes from a file.
+    /// Panics if there is no such page: the caller checks a page index that comes from a file.
     pub fn set(&mut self, page: PageIndex, has_data: bool) {
         assert!(page.0 < self.page_count.0, "page {page} of {}", self.page_count);
         let (word, bit) = position(page);
