@@ -17,6 +17,7 @@
 //! `cargo xtask test` counts and lists those lines. With `CI=true` it fails instead, so that nothing
 //! is skipped there unnoticed.
 
+mod build_directory;
 mod fixture;
 mod guest;
 mod lock;
@@ -31,8 +32,9 @@ pub mod verbs;
 
 pub use fixture::{HugePages, Mount};
 pub use guest::boot_sector::BootSector;
-pub use guest::config::{Firmware, GuestConfig, Machine, Prepared};
+pub use guest::config::{Firmware, GuestConfig, Machine};
 pub use guest::count::Count;
+pub use guest::prepared::Prepared;
 pub use guest::ram::{Ram, RamKind};
 pub use guest::running::Guest;
 pub use qemu::{Qemu, Release, Version};

@@ -11,7 +11,7 @@ use std::sync::{Arc, Weak};
 use rustix::fs::{FlockOperation, flock};
 
 use crate::TestResult;
-use crate::qemu::target_directory;
+use crate::build_directory::target_directory;
 
 thread_local! {
     /// The lock of the test that runs on this thread: a test may ask for QEMU more than once.

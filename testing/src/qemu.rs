@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
+use crate::build_directory::target_directory;
 use crate::lock::VmLock;
 use crate::require::Missing;
 
@@ -188,12 +189,6 @@ impl GuestParts {
         }
         Ok(parts)
     }
-}
-
-/// Returns cargo's build directory, where setup puts the guests.
-pub(crate) fn target_directory() -> PathBuf {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    root.join(env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| "target".into()))
 }
 
 fn version_of(program: &Path) -> Option<Version> {

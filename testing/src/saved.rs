@@ -26,7 +26,7 @@ use vmfile::restore::{Destination, Mode, RestoreOptions, Restored};
 use vmfile::save::{After, SaveOptions, SaveReport};
 use vmfile::{Control, LaunchedQemu, RestoreError, Snapshot};
 
-use crate::qemu::target_directory;
+use crate::build_directory::target_directory;
 use crate::verbs::{check_is_clean, restore, restore_into, save_with};
 use crate::{Guest, GuestConfig, Qemu, TestResult};
 

@@ -13,7 +13,7 @@ use std::fmt::Write;
 
 use self::lines::LinePlot;
 use crate::grid;
-use crate::report::{BenchReport, Family, Scene};
+use crate::report::{BenchReport, Family, GuestResults};
 
 const STYLE: &str = include_str!("html/page.css");
 
@@ -52,13 +52,13 @@ pub fn html(report: &BenchReport) -> String {
     );
     header(&mut page, report);
     page.push_str("<main>\n");
-    if !report.scenes.is_empty() {
+    if !report.guests.is_empty() {
         section(&mut page, "At a glance", &glance(report));
     }
-    for (index, scene) in report.scenes.iter().enumerate() {
-        section(&mut page, &scene.guest.name, &scene_plots(index, scene));
+    for (index, results) in report.guests.iter().enumerate() {
+        section(&mut page, &results.guest.name, &guest_plots(index, results));
     }
-    let over_ram = growth::over_ram(&report.scenes);
+    let over_ram = growth::over_ram(&report.guests);
     if !over_ram.is_empty() {
         let text = "Medians; the strokes reach from the fastest to the slowest run.";
         section(&mut page, "Time against RAM", &line_plots(text, &over_ram));
@@ -146,9 +146,9 @@ fn glance(report: &BenchReport) -> String {
     text.to_owned() + &tables::at_a_glance(report)
 }
 
-fn scene_plots(index: usize, scene: &Scene) -> String {
-    let mut html = format!("<p>{}.</p>\n", escape(&grid::data_of(&scene.guest)));
-    let ways = || scene.saves.iter().chain(&scene.restores);
+fn guest_plots(index: usize, results: &GuestResults) -> String {
+    let mut html = format!("<p>{}.</p>\n", escape(&grid::data_of(&results.guest)));
+    let ways = || results.saves.iter().chain(&results.restores);
     html.push_str("<ul class=\"legend\">\n");
     for (family, name) in [
         (Family::Disk, "the disk"),
@@ -166,10 +166,10 @@ fn scene_plots(index: usize, scene: &Scene) -> String {
          <li>x: times the disk's limit</li>\n</ul>\n<div class=\"plots\">\n",
     );
     for (what, verb, ways) in
-        [("Saves", "save", &scene.saves), ("Restores", "restore", &scene.restores)]
+        [("Saves", "save", &results.saves), ("Restores", "restore", &results.restores)]
     {
         if !ways.is_empty() {
-            let title = format!("{what}: {}", scene.guest.name);
+            let title = format!("{what}: {}", results.guest.name);
             let plot = bars::draw(&format!("{verb}-{index}"), &title, ways);
             html.push_str(&figure(what, &plot));
         }
@@ -184,12 +184,12 @@ fn line_plots(text: &str, plots: &[LinePlot]) -> String {
 }
 
 fn all_tables(page: &mut String, report: &BenchReport) {
-    let scenes = report.scenes.iter().map(tables::of_scene);
+    let guests = report.guests.iter().map(tables::of_guest);
     let sweeps = report
         .sweeps
         .iter()
         .map(|sweep| tables::table(&grid::sweep_title(sweep), &grid::sweep(sweep)));
-    let tables: String = scenes.chain(sweeps).collect();
+    let tables: String = guests.chain(sweeps).collect();
     if !tables.is_empty() {
         section(page, "All numbers", &tables);
     }

@@ -14,6 +14,7 @@ mod guest;
 mod host;
 pub mod html;
 mod libvirt;
+mod one_guest;
 mod options;
 mod page_cache;
 mod process;
@@ -25,7 +26,6 @@ mod restoring;
 mod rounds;
 mod run;
 mod saving;
-mod scene;
 pub mod series;
 mod sweep;
 

@@ -10,7 +10,8 @@ pub struct BenchReport {
     /// Where it was measured.
     pub host: Host,
     /// One for each guest that was measured.
-    pub scenes: Vec<Scene>,
+    #[serde(rename = "scenes")]
+    pub guests: Vec<GuestResults>,
     /// How times grow with one quantity while the rest stays; empty unless the options ask for
     /// sweeps.
     pub sweeps: Vec<Sweep>,
@@ -27,7 +28,7 @@ impl BenchReport {
     pub(crate) fn of_host(host: Host) -> BenchReport {
         BenchReport {
             host,
-            scenes: Vec::new(),
+            guests: Vec::new(),
             sweeps: Vec::new(),
             comparisons: Vec::new(),
             not_measured: Vec::new(),
@@ -67,7 +68,7 @@ pub struct Host {
 
 /// One guest, saved and restored in every way.
 #[derive(Clone, Debug, Default, Serialize)]
-pub struct Scene {
+pub struct GuestResults {
     /// The guest.
     pub guest: GuestShape,
     /// The ways of saving it, in the order in which they were measured in each round.
@@ -78,7 +79,7 @@ pub struct Scene {
     pub reads: Vec<Way>,
 }
 
-impl Scene {
+impl GuestResults {
     /// Returns the tables that it has, with their names.
     pub(crate) fn tables(&self) -> [(&'static str, &[Way]); 3] {
         [("saves", &self.saves), ("restores", &self.restores), ("reads", &self.reads)]

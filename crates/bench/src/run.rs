@@ -11,11 +11,11 @@ use crate::compare::compare;
 use crate::error::{BenchError, in_words};
 use crate::guest::{Machine, Subject};
 use crate::host::{available_memory, describe};
+use crate::one_guest;
 use crate::options::{Backing, BenchOptions};
 use crate::progress::Progress;
 use crate::report::{BenchReport, GuestShape};
 use crate::saving::gib;
-use crate::scene;
 use crate::sweep;
 
 /// Measures what `options` say. Calls `progress` with a line for each step. `command` is the
@@ -41,7 +41,7 @@ pub fn run(
         return Ok(BenchReport { comparisons, total_seconds, ..BenchReport::of_host(host) });
     }
     let mut bench = Bench::new(options, stop)?;
-    let mut scenes = Vec::new();
+    let mut guests = Vec::new();
     let mut refused = None;
     if let Some(socket) = &options.vm {
         let version = {
@@ -52,7 +52,7 @@ pub fn run(
         };
         let subject = Subject::take(socket)?;
         let shape = shape_of(&subject, socket)?;
-        scenes.push(scene::measure(&mut bench, &subject, shape, version, &progress)?);
+        guests.push(one_guest::measure(&mut bench, &subject, shape, version, &progress)?);
     } else {
         let version = version_of(&options.qemu)?;
         'sizes: for &ram_bytes in &options.sizes {
@@ -60,7 +60,7 @@ pub fn run(
                 let machine = Machine { backing, ..Machine::new(&options.qemu, ram_bytes) };
                 let shape = shape(&machine, options);
                 match guest(&mut bench, &machine, shape.clone(), version, &progress) {
-                    Ok(scene) => scenes.push(scene),
+                    Ok(results) => guests.push(results),
                     Err(BenchError::Stopped) => break 'sizes,
                     // The other guests may still be measured.
                     Err(error @ (BenchError::NoMemory { .. } | BenchError::NoRoom { .. })) => {
@@ -72,14 +72,14 @@ pub fn run(
             }
         }
     }
-    if let (true, Some(error)) = (scenes.is_empty(), refused) {
+    if let (true, Some(error)) = (guests.is_empty(), refused) {
         return Err(error);
     }
     let is_stopped = stop.load(Ordering::Relaxed);
     if is_stopped {
         // Reports what was measured until the stop.
-        scenes.retain(|scene| !scene.saves.is_empty());
-        if scenes.is_empty() {
+        guests.retain(|results| !results.saves.is_empty());
+        if guests.is_empty() {
             return Err(BenchError::Stopped);
         }
         bench.note("what was still to be measured", "stopped by a signal");
@@ -91,7 +91,7 @@ pub fn run(
     };
     let total_seconds = started.elapsed().as_secs_f64();
     let not_measured = bench.not_measured;
-    Ok(BenchReport { scenes, sweeps, not_measured, total_seconds, ..BenchReport::of_host(host) })
+    Ok(BenchReport { guests, sweeps, not_measured, total_seconds, ..BenchReport::of_host(host) })
 }
 
 fn guest(
@@ -100,14 +100,14 @@ fn guest(
     shape: GuestShape,
     version: QemuVersion,
     progress: &Progress<'_>,
-) -> Result<crate::report::Scene, BenchError> {
+) -> Result<crate::report::GuestResults, BenchError> {
     // For the guest, and for the one that is restored beside it.
     let (needed_bytes, available_bytes) = (machine.ram_bytes * 2, available_memory());
     if needed_bytes > available_bytes {
         return Err(BenchError::NoMemory { needed_bytes, available_bytes });
     }
     let subject = Subject::start(machine, bench.options.contents, bench.stop)?;
-    scene::measure(bench, &subject, shape, version, progress)
+    one_guest::measure(bench, &subject, shape, version, progress)
 }
 
 fn version_of(program: &Path) -> Result<QemuVersion, BenchError> {

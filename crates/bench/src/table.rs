@@ -5,7 +5,7 @@ use std::fmt::Write;
 use std::ops::Range;
 
 use crate::grid::{self, Grid};
-use crate::report::{BenchReport, Scene};
+use crate::report::{BenchReport, GuestResults};
 
 /// The width of the widest table, in characters. A wider one is printed in pieces, each with the
 /// labels of the rows.
@@ -21,8 +21,8 @@ pub fn table(report: &BenchReport) -> String {
     for (name, value) in grid::host(report) {
         let _ = writeln!(text, "{name:<11} {value}");
     }
-    for scene in &report.scenes {
-        write_scene(&mut text, scene);
+    for results in &report.guests {
+        write_guest(&mut text, results);
     }
     for sweep in &report.sweeps {
         let _ = writeln!(text, "\n{}\n", grid::sweep_title(sweep));
@@ -41,9 +41,9 @@ pub fn table(report: &BenchReport) -> String {
     text
 }
 
-fn write_scene(text: &mut String, scene: &Scene) {
-    let _ = writeln!(text, "\n{}\n{}", scene.guest.name, grid::data_of(&scene.guest));
-    for (what, ways) in scene.tables() {
+fn write_guest(text: &mut String, results: &GuestResults) {
+    let _ = writeln!(text, "\n{}\n{}", results.guest.name, grid::data_of(&results.guest));
+    for (what, ways) in results.tables() {
         if !ways.is_empty() {
             let _ = writeln!(text, "\n{what}\n");
             write_grid(text, &grid::ways(ways));
@@ -165,7 +165,11 @@ mod tests {
         let (what, why) = ("virsh save".to_owned(), "libvirtd is not installed".to_owned());
         BenchReport {
             host: host(),
-            scenes: vec![Scene { guest, saves: vec![disk, ours], ..Scene::default() }],
+            guests: vec![GuestResults {
+                guest,
+                saves: vec![disk, ours],
+                ..GuestResults::default()
+            }],
             sweeps: vec![sweep],
             comparisons: Vec::new(),
             not_measured: vec![NotMeasured { what, why }],
@@ -246,7 +250,7 @@ virsh save: libvirtd is not installed
     fn a_wide_table_is_printed_in_pieces_that_repeat_the_labels() {
         let mut report = report();
         let many = |index: usize| way(&format!("multifd {index:02} dio"), Family::Qemu, &[2.0]);
-        report.scenes[0].saves = (0..12).map(many).collect();
+        report.guests[0].saves = (0..12).map(many).collect();
         let text = table(&report);
         assert!(text.lines().all(|line| line.len() <= WIDTH_MAX), "{text}");
         assert_eq!(text.matches("\nseconds").count(), 2);

@@ -63,7 +63,7 @@ fn every_plot_says_in_words_what_it_shows() {
 #[test]
 fn names_cannot_become_markup() {
     let mut report = sample::report();
-    report.scenes[0].guest.name = "<b>&".to_owned();
+    report.guests[0].guest.name = "<b>&".to_owned();
     report.not_measured[0].why = "</td><img>".to_owned();
     let page = html(&report);
     assert!(page.contains("<h2>&lt;b&gt;&amp;</h2>"));
@@ -73,7 +73,7 @@ fn names_cannot_become_markup() {
 #[test]
 fn a_report_of_nothing_is_a_page_too() {
     let mut report = sample::report();
-    report.scenes.clear();
+    report.guests.clear();
     report.sweeps.clear();
     report.not_measured.clear();
     let page = html(&report);

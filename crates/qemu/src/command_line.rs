@@ -61,7 +61,7 @@ struct Argument {
     value: Option<String>,
 }
 
-/// The options that take no value, in QEMU up to 10.0 for any architecture, without dashes.
+/// The options that take no value, in QEMU up to 11.1 for any architecture, without dashes.
 ///
 /// Everything else takes one. Removed options stay: an old QEMU's command line may be read.
 const OPTIONS_WITHOUT_VALUE: [&str; 51] = [

@@ -11,7 +11,7 @@ use vmfile_qemu::{Footprint, UndoStep, Vm, steps_to_end, steps_to_run, undo_step
 
 /// A guardian could not be started, or has ended.
 #[derive(Debug, thiserror::Error)]
-#[error("the process that would let the VM run on, should this one be ended")]
+#[error("start or reach the guardian process, which lets the VM run on if this process ends")]
 pub struct GuardError {
     /// What the kernel said.
     source: io::Error,

@@ -157,7 +157,7 @@ pub enum RestoreError {
     #[error(transparent)]
     Guard(#[from] GuardError),
     /// The stream to QEMU could not be set up.
-    #[error("make a pair of sockets for the stream")]
+    #[error("set up the stream to QEMU: two sockets and a thread")]
     Stream(#[source] io::Error),
     /// The stream to QEMU broke.
     #[error("send the VM to QEMU")]

@@ -1,19 +1,15 @@
 //! How a guest is described before it is started.
 
 use std::ffi::OsString;
-use std::fs::{self, File};
+use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
 
 use tempfile::TempDir;
 
 use super::boot_sector::BootSector;
-use super::command_line::CommandLine;
-use super::ram::{Ram, RamKind};
-use super::running::Guest;
-use crate::qemu::Qemu;
+use super::ram::Ram;
 use crate::{TestError, TestResult};
 
 /// A guest that can be started, more than once: as the source of a save and as its restored VM.
@@ -72,34 +68,9 @@ pub enum Firmware {
     Ovmf,
 }
 
-impl Guest {
-    /// Describes a boot-sector guest that fills all its RAM below 2 GiB.
-    #[must_use]
-    pub fn boot_sector(ram: Ram) -> GuestConfig {
-        let size_mib = u32::try_from(ram.size_mib.min(2048)).unwrap_or(2048);
-        GuestConfig::new(
-            Program::BootSector(BootSector {
-                seed: 1,
-                fill_mib: size_mib.saturating_sub(1),
-                data_share: 128,
-                repeated_share: 26,
-                pause_ticks: 1,
-            }),
-            ram,
-        )
-    }
-
-    /// Describes a Linux guest that fills 16 MiB; it needs 160 MiB of RAM besides what it fills.
-    #[must_use]
-    pub fn linux(ram: Ram) -> GuestConfig {
-        let linux = Linux { seed: 1, fill_mib: 16, data_share: 128, busy: false };
-        GuestConfig::new(Program::Linux(linux), ram)
-    }
-}
-
 impl GuestConfig {
     #[expect(clippy::expect_used, reason = "without a temporary directory no test can run")]
-    fn new(program: Program, ram: Ram) -> GuestConfig {
+    pub(super) fn new(program: Program, ram: Ram) -> GuestConfig {
         let files = tempfile::Builder::new().prefix("vmf-").tempdir();
         GuestConfig {
             program,
@@ -270,127 +241,6 @@ impl GuestConfig {
     #[must_use]
     pub fn disk_path(&self) -> PathBuf {
         self.files.path().join("disk.qcow2")
-    }
-
-    /// Starts the guest.
-    ///
-    /// # Errors
-    ///
-    /// When QEMU does not start, with what it says.
-    pub fn boot(&self, qemu: &Qemu) -> TestResult<Guest> {
-        self.prepare(qemu)?.start(&[])
-    }
-
-    /// Starts a QEMU that waits for this VM: `defer`, or an address that it listens to.
-    ///
-    /// # Errors
-    ///
-    /// When QEMU does not start, with what it says.
-    pub fn incoming(&self, qemu: &Qemu, address: &str) -> TestResult<Guest> {
-        self.prepare(qemu)?.start(&["-incoming", address])
-    }
-
-    /// Makes the files of one VM and its command line, and starts nothing.
-    ///
-    /// # Errors
-    ///
-    /// When a file cannot be made.
-    pub fn prepare(&self, qemu: &Qemu) -> TestResult<Prepared> {
-        static NUMBER: AtomicU32 = AtomicU32::new(0);
-        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        let directory = tempfile::Builder::new().prefix("vmf-").tempdir()?;
-        let ram_files = match &self.ram.kind {
-            RamKind::File(ram_directory) => Some(RamFiles {
-                directory: tempfile::Builder::new()
-                    .prefix(&format!("vmf-ram-{number}-"))
-                    .tempdir_in(ram_directory)?,
-            }),
-            _ => None,
-        };
-        let arguments = CommandLine {
-            config: self,
-            qemu,
-            directory: directory.path(),
-            ram_directory: ram_files.as_ref().map(|files| files.directory.path()),
-        }
-        .build()?;
-        Ok(Prepared { config: self.clone(), qemu: qemu.clone(), directory, ram_files, arguments })
-    }
-}
-
-/// A VM whose files and command line are ready.
-#[derive(Debug)]
-pub struct Prepared {
-    pub(crate) config: GuestConfig,
-    pub(crate) qemu: Qemu,
-    pub(crate) directory: TempDir,
-    pub(crate) ram_files: Option<RamFiles>,
-    arguments: Vec<OsString>,
-}
-
-/// The files that hold a VM's RAM; they vanish with it.
-#[derive(Debug)]
-pub(crate) struct RamFiles {
-    pub(crate) directory: TempDir,
-}
-
-impl Prepared {
-    /// Returns the command line, the program first.
-    #[must_use]
-    pub fn command_line(&self) -> Vec<OsString> {
-        let program = self.qemu.program().as_os_str().to_owned();
-        [program].into_iter().chain(self.arguments.iter().cloned()).collect()
-    }
-
-    /// Returns the directory of this VM's sockets and logs, which its command line names.
-    #[must_use]
-    pub fn directory(&self) -> &Path {
-        self.directory.path()
-    }
-
-    /// Returns the QMP socket of this VM for the program under test.
-    #[must_use]
-    pub fn qmp_path(&self) -> PathBuf {
-        self.directory.path().join("qmp")
-    }
-
-    /// Starts QEMU with `more` arguments.
-    ///
-    /// # Errors
-    ///
-    /// When QEMU does not start, with what it says.
-    pub fn start(self, more: &[&str]) -> TestResult<Guest> {
-        let child = self.spawn(more)?;
-        Guest::connect(self, Some(child))
-    }
-
-    /// Takes charge of a QEMU that somebody else started with [`Prepared::command_line`].
-    ///
-    /// # Errors
-    ///
-    /// When it does not answer.
-    pub fn attach(self) -> TestResult<Guest> {
-        Guest::connect(self, None)
-    }
-
-    fn spawn(&self, more: &[&str]) -> TestResult<Child> {
-        let errors = File::options().create_new(true).append(true).open(self.stderr_path())?;
-        Command::new(self.qemu.program())
-            .args(&self.arguments)
-            .args(more)
-            .stdin(Stdio::null())
-            .stdout(errors.try_clone()?)
-            .stderr(errors)
-            .spawn()
-            .map_err(|error| format!("{}: {error}", self.qemu.program().display()).into())
-    }
-
-    pub(crate) fn stderr_path(&self) -> PathBuf {
-        self.directory.path().join("stderr")
-    }
-
-    pub(crate) fn serial_path(&self) -> PathBuf {
-        self.directory.path().join("serial")
     }
 }
 

@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::config::{GuestConfig, Prepared};
+use super::config::GuestConfig;
 use super::count::Count;
+use super::prepared::Prepared;
 use crate::qmp::Monitor;
 use crate::{TestError, TestResult};
 

@@ -13,7 +13,7 @@ pub(super) fn circles(files: &[(&str, &str)], findings: &mut Vec<Finding>) {
     let mut crates: BTreeMap<&str, Vec<(&str, &str)>> = BTreeMap::new();
     for &(path, text) in files {
         let Some((name, _)) = path.split_once("/src/") else { continue };
-        if name.starts_with("crates/") || name == "xtask" {
+        if name.starts_with("crates/") || matches!(name, "testing" | "xtask") {
             crates.entry(name).or_default().push((path, text));
         }
     }

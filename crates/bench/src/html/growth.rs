@@ -3,7 +3,7 @@
 
 use super::css_class;
 use super::lines::{Axis, Extent, Line, LinePlot};
-use crate::report::{Family, GuestShape, Scene, Sweep, Way};
+use crate::report::{Family, GuestResults, GuestShape, Sweep, Way};
 
 /// Guests are alike if the shares of their RAM that hold data differ by less than this.
 const SHARE_DIFFERENCE_MAX: f64 = 0.05;
@@ -14,12 +14,14 @@ const COLORS: [&str; 4] = ["vmfile", "purple", "olive", "plain"];
 
 /// Returns the plots of saves and restores against the size of RAM, for each kind of guest with two
 /// sizes or more.
-pub(super) fn over_ram(scenes: &[Scene]) -> Vec<LinePlot> {
+pub(super) fn over_ram(guests: &[GuestResults]) -> Vec<LinePlot> {
     let mut plots = Vec::new();
-    for kind in kinds(scenes) {
+    for kind in kinds(guests) {
         let backing = kind[0].guest.backing;
         let data = share(kind[0].guest.data_bytes, &kind[0].guest) * 100.0;
-        for (what, ways) in [("Saves", saves as fn(&Scene) -> &[Way]), ("Restores", restores)] {
+        for (what, ways) in
+            [("Saves", saves as fn(&GuestResults) -> &[Way]), ("Restores", restores)]
+        {
             let lines = lines(&kind, ways);
             if lines.is_empty() {
                 continue;
@@ -86,26 +88,26 @@ fn measure(sweep: &Sweep) -> &'static str {
     if sweep.value_unit == "s" { "Time" } else { "Memory" }
 }
 
-fn saves(scene: &Scene) -> &[Way] {
-    &scene.saves
+fn saves(results: &GuestResults) -> &[Way] {
+    &results.saves
 }
 
-fn restores(scene: &Scene) -> &[Way] {
-    &scene.restores
+fn restores(results: &GuestResults) -> &[Way] {
+    &results.restores
 }
 
-/// Sorts the scenes by kind of guest, and each kind by the size of RAM; a single size is left out.
-fn kinds(scenes: &[Scene]) -> Vec<Vec<&Scene>> {
-    let mut kinds: Vec<Vec<&Scene>> = Vec::new();
-    for scene in scenes {
-        match kinds.iter_mut().find(|kind| are_alike(&kind[0].guest, &scene.guest)) {
-            Some(kind) => kind.push(scene),
-            None => kinds.push(vec![scene]),
+/// Sorts the guests by kind of guest, and each kind by the size of RAM; a single size is left out.
+fn kinds(guests: &[GuestResults]) -> Vec<Vec<&GuestResults>> {
+    let mut kinds: Vec<Vec<&GuestResults>> = Vec::new();
+    for results in guests {
+        match kinds.iter_mut().find(|kind| are_alike(&kind[0].guest, &results.guest)) {
+            Some(kind) => kind.push(results),
+            None => kinds.push(vec![results]),
         }
     }
     for kind in &mut kinds {
-        kind.sort_by_key(|scene| scene.guest.ram_bytes);
-        kind.dedup_by_key(|scene| scene.guest.ram_bytes);
+        kind.sort_by_key(|results| results.guest.ram_bytes);
+        kind.dedup_by_key(|results| results.guest.ram_bytes);
     }
     kinds.retain(|kind| kind.len() > 1);
     kinds
@@ -123,11 +125,11 @@ fn share(bytes: u64, guest: &GuestShape) -> f64 {
 }
 
 /// Returns a line for each way that was measured with two sizes or more.
-fn lines(kind: &[&Scene], ways: fn(&Scene) -> &[Way]) -> Vec<Line> {
+fn lines(kind: &[&GuestResults], ways: fn(&GuestResults) -> &[Way]) -> Vec<Line> {
     let mut lines: Vec<(Family, Line)> = Vec::new();
-    for scene in kind {
-        let mebibytes = scene.guest.ram_bytes as f64 / f64::from(1 << 20);
-        for way in ways(scene) {
+    for results in kind {
+        let mebibytes = results.guest.ram_bytes as f64 / f64::from(1 << 20);
+        for way in ways(results) {
             let point = (mebibytes, way.seconds);
             if let Some((_, line)) = lines.iter_mut().find(|(_, line)| line.name == way.name) {
                 line.points.push(point);
@@ -151,10 +153,10 @@ fn lines(kind: &[&Scene], ways: fn(&Scene) -> &[Way]) -> Vec<Line> {
 mod tests {
     use super::*;
 
-    fn scene(ram_bytes: u64, backing: &'static str, data_bytes: u64) -> Scene {
+    fn results(ram_bytes: u64, backing: &'static str, data_bytes: u64) -> GuestResults {
         let name = String::new();
         let guest = GuestShape { name, ram_bytes, backing, data_bytes, repeated_bytes: 0 };
-        Scene { guest, ..Scene::default() }
+        GuestResults { guest, ..GuestResults::default() }
     }
 
     #[test]
@@ -166,15 +168,15 @@ mod tests {
 
     #[test]
     fn only_guests_that_are_alike_are_compared() {
-        let scenes = [
-            scene(4 << 30, "private", 3 << 30),
-            scene(1 << 30, "private", 760 << 20),
-            scene(1 << 30, "shared", 768 << 20),
-            scene(2 << 30, "private", 0),
+        let guests = [
+            results(4 << 30, "private", 3 << 30),
+            results(1 << 30, "private", 760 << 20),
+            results(1 << 30, "shared", 768 << 20),
+            results(2 << 30, "private", 0),
         ];
-        let kinds = kinds(&scenes);
+        let kinds = kinds(&guests);
         assert_eq!(kinds.len(), 1);
-        let sizes: Vec<u64> = kinds[0].iter().map(|scene| scene.guest.ram_bytes).collect();
+        let sizes: Vec<u64> = kinds[0].iter().map(|results| results.guest.ram_bytes).collect();
         assert_eq!(sizes, [1 << 30, 4 << 30]);
     }
 }

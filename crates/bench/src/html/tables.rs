@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use super::escape;
 use crate::grid::{self, Grid, Group};
-use crate::report::{BenchReport, Family, Scene, Way};
+use crate::report::{BenchReport, Family, GuestResults, Way};
 
 /// Columns of the table of the best ways.
 const FAMILIES: [(Family, &str); 4] = [
@@ -22,12 +22,12 @@ pub(super) fn at_a_glance(report: &BenchReport) -> String {
         let _ = write!(html, "<th scope=\"col\">{}</th>", escape(head));
     }
     html.push_str("</tr></thead>\n<tbody>\n");
-    for scene in &report.scenes {
-        for (verb, ways) in [("save", &scene.saves), ("restore", &scene.restores)] {
+    for results in &report.guests {
+        for (verb, ways) in [("save", &results.saves), ("restore", &results.restores)] {
             if ways.is_empty() {
                 continue;
             }
-            let head = format!("{}: {verb}", scene.guest.name);
+            let head = format!("{}: {verb}", results.guest.name);
             let _ = write!(html, "<tr><th scope=\"row\">{}</th>", escape(&head));
             for (family, head) in FAMILIES {
                 // In a narrow page, each cell has its heading above it.
@@ -63,11 +63,11 @@ fn best(ways: &[Way], family: Family) -> String {
 }
 
 /// Returns the complete tables of a guest.
-pub(super) fn of_scene(scene: &Scene) -> String {
+pub(super) fn of_guest(results: &GuestResults) -> String {
     let mut html = String::new();
-    for (what, ways) in scene.tables() {
+    for (what, ways) in results.tables() {
         if !ways.is_empty() {
-            let caption = format!("{}: {what}", scene.guest.name);
+            let caption = format!("{}: {what}", results.guest.name);
             html.push_str(&table(&caption, &grid::ways(ways)));
         }
     }

@@ -1,7 +1,7 @@
 //! A report as a machine might have made it.
 
 use vmfile_bench::report::{
-    BenchReport, Family, GuestShape, Host, NotMeasured, Run, Scene, Sweep, SweepPoint, Way,
+    BenchReport, Family, GuestResults, GuestShape, Host, NotMeasured, Run, Sweep, SweepPoint, Way,
 };
 use vmfile_bench::series::{Summary, ratio};
 
@@ -58,10 +58,10 @@ impl Noise {
 /// Two sizes of RAM, private and shared; four sweeps.
 pub(crate) fn report() -> BenchReport {
     let mut noise = Noise(7);
-    let mut scenes = Vec::new();
+    let mut guests = Vec::new();
     for backing in ["private", "shared"] {
         for gib in [4, 16] {
-            scenes.push(scene(gib, backing, &mut noise));
+            guests.push(results(gib, backing, &mut noise));
         }
     }
     let not_measured = [
@@ -73,7 +73,7 @@ pub(crate) fn report() -> BenchReport {
         .to_vec();
     let sweeps = sweeps(&mut noise);
     let comparisons = Vec::new();
-    BenchReport { host: host(), scenes, sweeps, comparisons, not_measured, total_seconds: 1919.0 }
+    BenchReport { host: host(), guests, sweeps, comparisons, not_measured, total_seconds: 1919.0 }
 }
 
 fn host() -> Host {
@@ -95,7 +95,7 @@ fn host() -> Host {
     }
 }
 
-fn scene(gib: u32, backing: &'static str, noise: &mut Noise) -> Scene {
+fn results(gib: u32, backing: &'static str, noise: &mut Noise) -> GuestResults {
     let data_gib = f64::from(gib) * 0.75;
     let guest = GuestShape {
         name: format!("{gib} GiB, {backing}, 75 % data"),
@@ -104,7 +104,7 @@ fn scene(gib: u32, backing: &'static str, noise: &mut Noise) -> Scene {
         data_bytes: u64::from(gib) * GIB * 3 / 4,
         repeated_bytes: u64::from(gib) * GIB / 64,
     };
-    Scene {
+    GuestResults {
         guest,
         saves: ways(&SAVES, data_gib, noise),
         restores: ways(&RESTORES, data_gib, noise),

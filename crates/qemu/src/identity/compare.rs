@@ -59,7 +59,7 @@ pub fn compare(
         let (what, found_there) = lost.split_once(": ").unwrap_or((&lost, ""));
         let reason = "it belongs to the process that runs".to_owned();
         let remedy = Remedy::Missing(reason);
-        let expected = "what any process can have";
+        let expected = "nothing that a new process could use";
         found.push(Difference::new(what.to_owned(), found_there, expected, remedy));
     }
     Ok(Compared { differences: found, notes })

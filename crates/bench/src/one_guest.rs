@@ -13,7 +13,7 @@ use crate::options::BenchOptions;
 use crate::progress::Progress;
 use crate::qemu_ways::QemuWay;
 use crate::reading::ReadWay;
-use crate::report::{GuestShape, Scene, Way};
+use crate::report::{GuestResults, GuestShape, Way};
 use crate::restoring::{By, RestoreWay, restore};
 use crate::rounds::{self, Entry, Measured as _};
 use crate::saving::{SaveWay, gib, save};
@@ -28,7 +28,7 @@ pub(crate) fn measure(
     shape: GuestShape,
     version: QemuVersion,
     progress: &Progress<'_>,
-) -> Result<Scene, BenchError> {
+) -> Result<GuestResults, BenchError> {
     progress.say(&format!("guest: {}", shape.name));
     let data_bytes = data_of(bench, subject)?;
     check_room(bench, data_bytes)?;
@@ -45,7 +45,7 @@ pub(crate) fn measure(
     });
     let reads = reads(bench, data_bytes, progress);
     let restores = restores(bench, subject, libvirt.as_ref(), (version, data_bytes), progress)?;
-    Ok(Scene { guest: GuestShape { data_bytes, ..shape }, saves, restores, reads })
+    Ok(GuestResults { guest: GuestShape { data_bytes, ..shape }, saves, restores, reads })
 }
 
 /// Saves once to find out how many bytes of data the guest has.
