@@ -86,6 +86,11 @@ fn medium(blocks: &Value, id: &str) -> TestResult<(Value, Value, Value)> {
 fn came_back(guest: &mut Guest, id: &str, options: &SaveOptions) -> TestResult {
     let before = medium(&guest.qmp("query-block", json!({}))?, id)?;
     let saved = guest.save_and_end(options)?;
+    let warnings = &saved.report.warnings;
+    assert!(
+        warnings.iter().any(|warning| warning.contains("images of its quorum")),
+        "{warnings:?}"
+    );
     let mut restored: Restored = saved.restore_saved(&RestoreOptions::default())?;
     let after = medium(&ask(&mut restored, "query-block", json!({}))?, id)?;
     assert_eq!(after, before);

@@ -16,6 +16,9 @@ use crate::error::SaveError;
 use crate::image_facts::{self, Use};
 use crate::image_path::is_file;
 
+/// The driver that makes one image of several.
+const QUORUM: &str = "quorum";
+
 /// Paths that mean another file in each process.
 const DESCRIPTORS: [&str; 3] = ["/dev/fdset/", "/dev/fd/", "/proc/self/fd/"];
 
@@ -92,6 +95,14 @@ pub(super) fn look(
     let directory = meta.working_directory.clone().map(PathBuf::from).unwrap_or_default();
     for disk in &mut meta.disks {
         let belongs = options.with_disks && !disk.read_only;
+        if disk.images.iter().any(|image| image.path.starts_with("json:") && image.format == QUORUM)
+        {
+            warnings.push(format!(
+                "disk {:?}: the file does not say what the images of its quorum were, so that no \
+                 restore notices a change",
+                disk.device
+            ));
+        }
         for image in disk.images.iter_mut().filter(|image| is_file(&image.path)) {
             match find_again(&process, &open, &directory, image) {
                 Ok(facts) => image.file = Some(facts),
