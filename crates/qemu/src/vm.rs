@@ -32,8 +32,8 @@ use serde_json::{Value, json};
 
 pub use blockers::{Blocker, BlockerKind};
 pub use device_state::DEVICE_STATE_LEN_MAX;
-pub(crate) use drives::collect_files;
 pub use drives::{DeviceName, Drive, Image};
+pub(crate) use drives::{FILTERS, collect_files};
 pub use error::VmError;
 pub use files::FileId;
 pub use io_limits::IoLimits;

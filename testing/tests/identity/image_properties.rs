@@ -47,6 +47,16 @@ impl Files {
             "file": self.file("0.raw")})
     }
 
+    /// A qcow2 image within a file.
+    fn slice(&self) -> TestResult<Value> {
+        let image = std::fs::read(self.at("c.qcow2"))?;
+        let begin = 1 << 16;
+        let path = self.at("s.img");
+        std::fs::write(&path, [vec![0; begin], image, vec![0; 1 << 20]].concat())?;
+        Ok(json!({"driver": "qcow2", "node-name": "s",
+            "file": {"driver": "raw", "offset": begin, "file": self.file("s.img")}}))
+    }
+
     /// A guest with a window, a quorum, an image over another one than its header names, and the
     /// options `more`.
     fn guest(&self, more: &[&str]) -> GuestConfig {
@@ -106,7 +116,25 @@ fn an_image_that_is_used_in_another_way_than_on_the_line_is_named() -> TestResul
         let files = Files::new()?;
         let rebased = json!({"driver": "qcow2", "node-name": "o", "file": files.file("o.qcow2"),
             "backing": {"driver": "qcow2", "file": files.file("a.qcow2")}});
-        let more = ["-blockdev", &rebased.to_string(), "-device", "virtio-blk-pci,drive=o"];
+        let filtered = json!({"driver": "throttle", "node-name": "f", "throttle-group": "t",
+            "file": {"driver": "raw", "file": {"driver": "preallocate", "file": files.file("1.raw")}}});
+        let slice = files.slice()?;
+        let more = [
+            "-object",
+            "throttle-group,id=t",
+            "-blockdev",
+            &rebased.to_string(),
+            "-device",
+            "virtio-blk-pci,drive=o",
+            "-blockdev",
+            &filtered.to_string(),
+            "-device",
+            "virtio-blk-pci,drive=f",
+            "-blockdev",
+            &slice.to_string(),
+            "-device",
+            "virtio-blk-pci,drive=s",
+        ];
         assert_eq!(changes(&files.guest(&more).boot_to(&qemu, 1)?)?, [], "{release:?}");
 
         let mut guest = files.guest(&[]).boot_to(&qemu, 1)?;

@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 use super::keys::{self, Keys};
 use super::{Argument, CommandLine};
 use crate::raw_window::RawWindow;
-use crate::vm::{DeviceName, Drive, collect_files};
+use crate::vm::{DeviceName, Drive, FILTERS, collect_files};
 
 /// How long a chain of nodes is followed: a longer one is a loop.
 const DEPTH_MAX: usize = 256;
@@ -294,12 +294,22 @@ impl Nodes {
         images
     }
 
+    /// Returns the first node from `tree` down that is no filter: its driver is the image's format.
+    fn below_filters<'a>(&'a self, tree: &'a Value) -> &'a Value {
+        let is_filter = |node: &Value| {
+            let driver = node.get("driver").and_then(Value::as_str);
+            driver.is_some_and(|driver| FILTERS.contains(&driver))
+        };
+        let below = |node: &&'a Value| is_filter(node).then(|| self.child(node, "file")).flatten();
+        std::iter::successors(Some(tree), below).take(DEPTH_MAX).last().unwrap_or(tree)
+    }
+
     /// Returns the image of a node and the node of its format; `None` for an empty drive.
     fn image<'a>(&'a self, tree: &'a Value) -> Option<(LineImage, &'a Value)> {
         let text =
             |node: &Value, key: &str| node.get(key).and_then(Value::as_str).map(str::to_owned);
-        let mut format_node = tree;
-        let mut node = tree;
+        let format_node = self.below_filters(tree);
+        let mut node = format_node;
         let mut window = None;
         for _ in 0..DEPTH_MAX {
             window = window.or_else(|| RawWindow::of_node(node));
@@ -311,7 +321,7 @@ impl Nodes {
                 return Some((image, format_node));
             }
             match self.child(node, "file") {
-                Some(below) => (format_node, node) = (node, below),
+                Some(below) => node = below,
                 // A driver without a path: it uses a network, or makes its own contents.
                 None => break,
             }

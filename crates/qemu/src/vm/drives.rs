@@ -13,7 +13,7 @@ const IMAGE_DEPTH_MAX: usize = 256;
 const NODE_VALUES_MAX: usize = 4096;
 
 /// Filter drivers: QEMU lists them in the chain like images, but they have no image of their own.
-const FILTERS: [&str; 5] =
+pub(crate) const FILTERS: [&str; 5] =
     ["throttle", "copy-on-read", "preallocate", "copy-before-write", "snapshot-access"];
 
 /// The start of the QOM path of a device with an id.

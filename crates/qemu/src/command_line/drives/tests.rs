@@ -21,6 +21,26 @@ fn pair(path: &str, format: &str) -> (String, String) {
     (path.to_owned(), format.to_owned())
 }
 
+/// QEMU reports the format of the uppermost node that is no filter.
+#[test]
+fn the_format_is_that_of_the_uppermost_node() {
+    let file = r#"{"driver":"file","filename":"/a"}"#;
+    for (node, format) in [
+        (r#""driver":"qcow2","file":{"driver":"raw","offset":512,"file":FILE}"#, "qcow2"),
+        (r#""driver":"raw","file":{"driver":"luks","key-secret":"s","file":FILE}"#, "raw"),
+        (r#""driver":"raw","file":{"driver":"preallocate","file":FILE}"#, "raw"),
+        (
+            r#""driver":"throttle","throttle-group":"t","file":{"driver":"qcow2","file":FILE}"#,
+            "qcow2",
+        ),
+        (r#""driver":"copy-on-read","file":FILE"#, "file"),
+    ] {
+        let node = format!("{{\"node-name\":\"n\",{}}}", node.replace("FILE", file));
+        let words = ["-blockdev", &node, "-device", "virtio-blk-pci,drive=n"];
+        assert_eq!(images_of(&words), [pair("/a", format)], "{node}");
+    }
+}
+
 #[test]
 fn one_image_is_found_in_every_spelling() {
     let json = r#"{"driver":"qcow2","file":{"driver":"file","filename":"/a,b"}}"#;
