@@ -7,6 +7,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, SystemTime};
 
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 use vmfile::error::SaveError;
 use vmfile::restore::{Destination, RestoreOptions};
@@ -47,26 +48,39 @@ fn files_that_qemu_read_and_that_are_not_there_any_more_are_named() -> TestResul
     goes_on(&guest, &mut saved.restore_saved(&RestoreOptions::default())?)
 }
 
-/// Starts a QEMU in `directory` and waits until it answers on `q.sock` there.
-fn start(program: &Path, directory: &Path, more: &[&str]) -> TestResult<Vm> {
+/// A QEMU in the background, and its directory. Dropping it ends it: it removes its pid file itself
+/// if it ends before.
+struct Daemon<'a>(&'a Path);
+
+impl Drop for Daemon<'_> {
+    fn drop(&mut self) {
+        let pid = fs::read_to_string(self.0.join("pid")).ok();
+        let pid = pid.and_then(|pid| Pid::from_raw(pid.trim().parse().ok()?));
+        if let Some(pid) = pid {
+            let _ = kill_process(pid, Signal::KILL);
+        }
+    }
+}
+
+/// Starts a QEMU in `directory`, saves it and restores it with the saved command line.
+fn comes_back(program: &Path, directory: &Path, more: &[&str]) -> TestResult {
+    let daemon = Daemon(directory);
     let output = Command::new(program)
         .args(["-nodefaults", "-display", "none", "-m", "64M", "-machine", "accel=tcg"])
-        .args(["-qmp", "unix:q.sock,server=on,wait=off", "-daemonize"])
+        .args(["-qmp", "unix:q.sock,server=on,wait=off", "-daemonize", "-pidfile", "pid"])
         .args(more)
         .current_dir(directory)
         .env("PWD", directory)
         .output()?;
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    Ok(Vm::connect(&directory.join("q.sock"))?)
-}
 
-/// Saves and ends it, restores it with the saved command line, and ends that.
-fn comes_back(mut vm: Vm, directory: &Path) -> TestResult {
     let file = directory.join("vm.vmf");
     let control = Control::none();
+    let mut vm = Vm::connect(&directory.join("q.sock"))?;
     let report = vmfile::save::save(&mut vm, &file, &SaveOptions::default(), &control)?;
     assert_eq!(report.warnings, [""; 0]);
     assert_eq!(report.changes, []);
+    drop(daemon);
     let snapshot = Snapshot::open(&file, 0)?;
     let options = RestoreOptions::default();
     let mut restored = vmfile::restore::restore(&snapshot, Destination::Saved, &options, &control)?;
@@ -85,7 +99,7 @@ fn relative_names_of_a_daemon_are_found_again() -> TestResult {
     fs::File::create_new(directory.path().join("d.raw"))?.set_len(1 << 20)?;
     fs::write(directory.path().join("blob"), "words")?;
     let more = ["-drive", "file=d.raw,format=raw,if=virtio", "-fw_cfg", "name=opt/x,file=blob"];
-    comes_back(start(qemu.program(), directory.path(), &more)?, directory.path())
+    comes_back(qemu.program(), directory.path(), &more)
 }
 
 /// A QEMU under another name was not taken for one: nothing was compared, and the file had no
@@ -100,5 +114,5 @@ fn a_qemu_of_any_name_is_known_by_its_monitor() -> TestResult {
     fs::copy(found.find(|path| path.exists()).ok_or("no program")?, &program)?;
     symlink(&program, directory.path().join("vm"))?;
     let bios = ["-L", "/usr/share/qemu", "-L", "/usr/share/seabios"];
-    comes_back(start(&directory.path().join("vm"), directory.path(), &bios)?, directory.path())
+    comes_back(&directory.path().join("vm"), directory.path(), &bios)
 }
