@@ -24,7 +24,7 @@
 //! Reading what is in a file needs no QEMU:
 //!
 //! ```
-//! # use vmfile_pages::memory_file::{FileOptions, save};
+//! # use vmfile_pages::memory_file::{Contents, FileOptions, save};
 //! # use vmfile_pages::{OwnMemory, PageSize, RamBlock, RamLayout};
 //! use vmfile::check::{CheckOptions, check};
 //! use vmfile::info::info;
@@ -37,7 +37,8 @@
 //! # let ram = RamLayout::new(vec![block])?;
 //! # let memory = OwnMemory::new(vec![&[7; 1 << 20]]);
 //! # let options = FileOptions::default();
-//! # save(&path, ("example-1.0", ram), &memory, &[("cpu", b"state")], &options, &Control::none())?;
+//! # let contents = Contents::new("example-1.0", ram, &[("cpu", b"state")]);
+//! # save(&path, contents, &memory, &options, &Control::none())?;
 //! let snapshot = Snapshot::open(&path, 0)?;
 //! let info = info(&snapshot)?;
 //! assert_eq!(info.blocks[0].name, "pc.ram");
