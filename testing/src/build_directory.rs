@@ -1,4 +1,4 @@
-//! Where cargo builds, and where the tests keep what they share.
+//! The directory where cargo builds, and where the tests keep files that they share.
 
 use std::env;
 use std::path::{Path, PathBuf};

@@ -12,11 +12,11 @@ use crate::{TestError, TestResult};
 
 const HUGE_PAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
 
-/// A file system of its own for one test; dropping it unmounts it.
+/// A file system for one test; dropping it unmounts it.
 #[derive(Debug)]
 pub struct Mount {
     directory: TempDir,
-    /// The image of a file system on a loop device.
+    /// Directory with the image of a file system on a loop device; `None` for tmpfs and hugetlbfs.
     _image: Option<TempDir>,
 }
 
@@ -100,7 +100,7 @@ impl Drop for Mount {
     }
 }
 
-/// 2 MiB huge pages in the host's pool; dropping it gives them back.
+/// 2 MiB huge pages in the host's pool; dropping it releases them.
 #[derive(Debug)]
 pub struct HugePages {
     count_before: u64,

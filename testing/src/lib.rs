@@ -1,6 +1,7 @@
 //! Guests, QEMU and oracles for vmfile's tests.
 //!
-//! A test asks for what it needs, boots a guest and waits for what the guest says about its RAM:
+//! A test requires what it needs, boots a guest and waits until the guest reports that its RAM is
+//! right:
 //!
 //! ```no_run
 //! use vmfile_testing::{Guest, Ram, TestResult, requires};
@@ -13,9 +14,9 @@
 //! }
 //! ```
 //!
-//! A test that cannot run here prints `skipped: ` and the reason on a line of its own, and passes.
-//! `cargo xtask test` counts and lists those lines. With `CI=true` it fails instead, so that nothing
-//! is skipped there unnoticed.
+//! A test that cannot run here prints `skipped: ` and the reason on a separate line, and passes.
+//! `cargo xtask test` counts and lists those lines. With `CI=true` the test fails instead, so that
+//! CI never skips a test unnoticed.
 
 mod build_directory;
 mod fixture;
@@ -46,7 +47,7 @@ pub use slow_disk::SlowDisk;
 
 use std::error::Error;
 
-/// What goes wrong in a test: any error, with its words.
+/// The error of a test: any error, kept with its message.
 pub type TestError = Box<dyn Error + Send + Sync>;
 
 /// What a test returns.

@@ -1,8 +1,8 @@
 //! One VM test at a time.
 //!
-//! Two guests under emulation on two cores take each other's time and run into each other's
-//! timeouts, and cargo starts test binaries and their threads as it likes. The lock is a file in the
-//! build directory, so that it also holds between test binaries.
+//! Two emulated guests on two cores slow each other down until tests time out, and cargo runs
+//! several tests of a binary at once. The lock is a file in the build directory, so that it also
+//! holds between test binaries.
 
 use std::cell::RefCell;
 use std::fs::{self, File};
@@ -14,7 +14,7 @@ use crate::TestResult;
 use crate::build_directory::target_directory;
 
 thread_local! {
-    /// The lock of the test that runs on this thread: a test may ask for QEMU more than once.
+    /// The lock that the test on this thread holds: a test may find several QEMUs.
     static OF_THIS_TEST: RefCell<Weak<VmLock>> = const { RefCell::new(Weak::new()) };
 }
 
@@ -33,7 +33,8 @@ impl VmLock {
         let path = target_directory().join("vm-tests.lock");
         fs::create_dir_all(target_directory())?;
         let file = File::options().create(true).truncate(false).write(true).open(&path)?;
-        // A lock of this kind belongs to the open file, so it also holds between threads.
+        // `flock` locks belong to the open file, so they also exclude other threads of this
+        // process.
         flock(&file, FlockOperation::LockExclusive)?;
         let lock = Arc::new(VmLock { _file: file });
         OF_THIS_TEST.set(Arc::downgrade(&lock));

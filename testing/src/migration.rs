@@ -1,4 +1,4 @@
-//! A guest that QEMU sends or takes, and a guest that sends itself to `receive`.
+//! Migrations: QEMU sends or receives a guest, and QEMU sends a guest to `receive`.
 
 use std::path::Path;
 use std::thread;
@@ -10,15 +10,15 @@ use vmfile::receive::{ReceiveError, ReceiveOptions, ReceiveReport, StreamFrom, r
 
 use crate::{Guest, GuestConfig, Qemu, Saved, TestResult};
 
-/// What a receive came to.
+/// The result of a receive.
 pub type Outcome = Result<ReceiveReport, ReceiveError>;
 
-/// Lets the guest send itself to `file`, by as many multifd channels as `options` say; returns what
-/// became of both.
+/// Has QEMU send the guest to [`receive`], which writes `file`, over as many multifd channels as
+/// `options` say. Returns the result of the receive and QEMU's answer to `query-migrate`.
 ///
 /// # Errors
 ///
-/// Whatever QEMU says.
+/// QEMU's error.
 ///
 /// # Panics
 ///
@@ -47,15 +47,15 @@ pub fn send_to(
     Ok((receiver.join().expect("no panic"), status))
 }
 
-/// Lets the guest send itself to `receive`, as [`send_to`], and expects that nothing fails.
+/// Has QEMU send the guest to [`receive`], as [`send_to`], and expects that nothing fails.
 ///
 /// # Errors
 ///
-/// Whatever the library or QEMU says.
+/// The library's or QEMU's error.
 ///
 /// # Panics
 ///
-/// If QEMU says that it has not sent all, and as [`send_to`].
+/// If QEMU reports that the migration failed, and as [`send_to`].
 pub fn received(guest: &mut Guest, options: &ReceiveOptions) -> TestResult<Saved<ReceiveReport>> {
     Saved::by(guest, |guest, file| {
         let (received, status) = send_to(guest, file, options)?;
@@ -65,51 +65,51 @@ pub fn received(guest: &mut Guest, options: &ReceiveOptions) -> TestResult<Saved
     })
 }
 
-/// Lets QEMU send the guest to `uri`, and waits as [`wait_for_migration`].
+/// Has QEMU send the guest to `uri`, and waits as [`wait_for_migration`].
 ///
 /// # Errors
 ///
-/// Whatever QEMU says.
+/// QEMU's error.
 pub fn migrate(guest: &mut Guest, uri: &str) -> TestResult<Value> {
     guest.qmp("migrate", json!({ "uri": uri }))?;
     wait_for_migration(guest)
 }
 
-/// Lets QEMU send the guest to `uri`, which must take all.
+/// Has QEMU send the guest to `uri`, and expects that it completes.
 ///
 /// # Errors
 ///
-/// Whatever QEMU says, and that it failed.
+/// QEMU's error, also when the migration fails.
 pub fn migrate_all(guest: &mut Guest, uri: &str) -> TestResult {
     guest.qmp("migrate", json!({ "uri": uri }))?;
     wait_until_complete(guest)
 }
 
-/// Waits until QEMU has sent or taken all.
+/// Waits until QEMU has sent or received the whole guest.
 ///
 /// # Errors
 ///
-/// Whatever QEMU says, and that it failed.
+/// QEMU's error, also when the migration fails.
 pub fn wait_until_complete(guest: &mut Guest) -> TestResult {
     let answer = wait_for_migration(guest)?;
     if answer["status"] == "completed" { Ok(()) } else { Err(format!("QEMU: {answer}").into()) }
 }
 
-/// Has QEMU write the guest to `uri`, a file of the form mapped RAM.
+/// Has QEMU write the guest to `uri`, as a mapped-RAM file.
 ///
 /// # Errors
 ///
-/// Whatever QEMU says.
+/// QEMU's error.
 pub fn qemu_writes(guest: &mut Guest, uri: &str) -> TestResult {
     set_capability(guest, "mapped-ram")?;
     migrate_all(guest, uri)
 }
 
-/// Has QEMU read a guest from a file of the form mapped RAM, with nothing of ours.
+/// Has QEMU read a guest from a mapped-RAM file, without vmfile.
 ///
 /// # Errors
 ///
-/// Whatever QEMU says.
+/// QEMU's error.
 pub fn qemu_reads(qemu: &Qemu, config: &GuestConfig, file: &Path) -> TestResult<Guest> {
     let mut guest = config.incoming(qemu, "defer")?;
     set_capability(&mut guest, "mapped-ram")?;
@@ -118,11 +118,11 @@ pub fn qemu_reads(qemu: &Qemu, config: &GuestConfig, file: &Path) -> TestResult<
     Ok(guest)
 }
 
-/// Waits until QEMU has sent all or given up; returns what it says of it.
+/// Waits until QEMU's migration has completed or failed; returns the answer to `query-migrate`.
 ///
 /// # Errors
 ///
-/// Whatever QEMU says.
+/// QEMU's error.
 pub fn wait_for_migration(guest: &mut Guest) -> TestResult<Value> {
     let deadline = Instant::now() + Duration::from_secs(120);
     loop {
@@ -139,7 +139,7 @@ pub fn wait_for_migration(guest: &mut Guest) -> TestResult<Value> {
 ///
 /// # Errors
 ///
-/// Whatever QEMU says.
+/// QEMU's error.
 pub fn set_capability(guest: &mut Guest, name: &str) -> TestResult {
     let list = json!([{ "capability": name, "state": true }]);
     guest.qmp("migrate-set-capabilities", json!({ "capabilities": list })).map(drop)
@@ -149,7 +149,7 @@ pub fn set_capability(guest: &mut Guest, name: &str) -> TestResult {
 ///
 /// # Errors
 ///
-/// Whatever QEMU says.
+/// QEMU's error.
 pub fn set_parameter(guest: &mut Guest, name: &str, value: Value) -> TestResult {
     let mut arguments = json!({});
     arguments[name] = value;

@@ -11,10 +11,10 @@ use crate::build_directory::target_directory;
 use crate::lock::VmLock;
 use crate::require::Missing;
 
-/// Where firmware lies in the packages of a QEMU that is not installed.
+/// Where firmware lies in the unpacked packages of a QEMU that is not installed.
 ///
-/// QEMU 7.2 of Debian looks for it beside itself, 11.1 in the system's directories only. There it
-/// would find that of another version, whose bytes and lengths are those of other RAM blocks.
+/// Debian's QEMU 7.2 looks for firmware beside its program, 11.1 only in the system's directories.
+/// There it would find the firmware of another version, which makes RAM blocks of other lengths.
 const FIRMWARE_DIRECTORIES: [&str; 3] =
     ["usr/share/qemu", "usr/share/seabios", "usr/lib/ipxe/qemu"];
 
@@ -23,20 +23,21 @@ const FIRMWARE_DIRECTORIES: [&str; 3] =
 pub struct Qemu {
     program: PathBuf,
     version: Version,
-    /// Where this QEMU finds its firmware; empty for one that is installed, which knows it.
+    /// Where this QEMU finds its firmware; empty for an installed QEMU, which finds it by itself.
     firmware_directories: Vec<PathBuf>,
     parts: GuestParts,
     _lock: Arc<VmLock>,
 }
 
-/// One of the QEMUs that `cargo xtask setup` sees to.
+/// One of the QEMUs that the tests use; `cargo xtask setup` fetches those that are not installed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Release {
-    /// The oldest that is tested, 7.2: it shows no addresses and knows no mapped RAM.
+    /// The oldest that is tested, 7.2: it does not report the addresses of guest RAM and lacks
+    /// mapped RAM.
     Oldest,
     /// The one that is installed, as [`Qemu::find`] finds it.
     Distribution,
-    /// The newest that could be had when it was fetched.
+    /// The newest that Debian had when setup fetched it.
     Newest,
 }
 
@@ -140,8 +141,8 @@ impl Qemu {
 }
 
 impl Release {
-    /// Returns the suite of Debian that setup fetches this QEMU from, if it does; `xtask/src/qemus.rs`
-    /// lists the same.
+    /// Returns the suite of Debian that setup fetches this QEMU from, or `None` for the installed
+    /// one; `xtask/src/qemus.rs` lists the same suites.
     fn suite(self) -> Option<&'static str> {
         match self {
             Release::Oldest => Some("bookworm"),

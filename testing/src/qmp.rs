@@ -1,7 +1,7 @@
 //! A monitor of the tests' own.
 //!
-//! It knows as little as possible, and nothing of `vmfile-qemu`: an oracle that shares code with
-//! what it judges shares its mistakes.
+//! It does as little as possible and shares no code with `vmfile-qemu`: an oracle that shares code
+//! with what it judges shares its mistakes.
 
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::unix::net::UnixStream;
@@ -24,11 +24,11 @@ pub struct Monitor {
 }
 
 impl Monitor {
-    /// Connects to the socket at `path` when QEMU has made it, and leaves negotiation.
+    /// Waits until QEMU accepts connections at `path`, and leaves QMP's negotiation mode.
     ///
     /// # Errors
     ///
-    /// When QEMU does not answer within `timeout`.
+    /// When no connection is made within `timeout`, or QEMU does not answer.
     pub fn connect(path: &Path, timeout: Duration) -> TestResult<Monitor> {
         let deadline = Instant::now() + timeout;
         let stream = loop {
@@ -51,7 +51,7 @@ impl Monitor {
     ///
     /// # Errors
     ///
-    /// With QEMU's words when it refuses.
+    /// With QEMU's message when it refuses.
     pub fn execute(&mut self, command: &str, arguments: Value) -> TestResult<Value> {
         let request = json!({ "execute": command, "arguments": arguments });
         let stream = self.stream.get_mut();

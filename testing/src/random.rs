@@ -1,8 +1,8 @@
-//! Numbers that look random and can be had again: a test prints its seed.
+//! Pseudo-random numbers. A test prints its seed, so that a failure can be repeated.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// A sequence of numbers.
+/// A sequence of pseudo-random numbers.
 #[derive(Clone, Copy, Debug)]
 pub struct Random {
     state: u64,

@@ -1,4 +1,4 @@
-//! What a test needs of the machine, and how it says that it is not there.
+//! What a test needs of the machine, and how it reports what is missing.
 
 use std::env;
 
@@ -12,7 +12,7 @@ pub struct Missing {
 }
 
 impl Missing {
-    /// States what is missing. With `CI=true` the test fails: what CI has is installed by setup.
+    /// States what is missing. With `CI=true` the test fails: there setup installs everything.
     #[must_use]
     pub fn new(reason: impl Into<String>) -> Missing {
         Missing { reason: reason.into(), may_be_missing_in_ci: false }
@@ -24,11 +24,11 @@ impl Missing {
         Missing { reason: reason.into(), may_be_missing_in_ci: true }
     }
 
-    /// Prints the line by which a skipped test is known.
+    /// Prints the line that marks a skipped test.
     ///
     /// # Panics
     ///
-    /// Panics with `CI=true`, unless what is missing is beyond setup.
+    /// With `CI=true`, unless [`Missing::beyond_setup`] made this value.
     #[expect(clippy::print_stdout, reason = "the test runner reads this line")]
     pub fn skip(&self) {
         let in_ci = env::var("CI").is_ok_and(|value| value == "true");
@@ -62,7 +62,7 @@ macro_rules! requires {
 ///
 /// # Errors
 ///
-/// Says so when it does not.
+/// When it does not.
 pub fn root() -> Result<(), Missing> {
     if geteuid().is_root() { Ok(()) } else { Err(Missing::new("needs root")) }
 }

@@ -1,4 +1,4 @@
-//! A guest that counts is saved and comes back: what most tests of a VM are made of.
+//! Saves a counting guest and restores it, which most tests of a VM do.
 //!
 //! ```no_run
 //! use vmfile::restore::Mode;
@@ -30,14 +30,14 @@ use crate::build_directory::target_directory;
 use crate::verbs::{check_is_clean, restore, restore_into, save_with};
 use crate::{Guest, GuestConfig, Qemu, TestResult};
 
-/// A file with a saved guest, in a directory of its own, which vanishes with it.
+/// A file with a saved guest, in its own directory, which is removed when this is dropped.
 #[derive(Debug)]
 pub struct Saved<R = SaveReport> {
     /// The file.
     pub file: PathBuf,
     /// Where the file is; nothing else is there.
     pub directory: TempDir,
-    /// What was said of the save.
+    /// The report of the save.
     pub report: R,
     config: GuestConfig,
     /// The last pass that the guest had reported when the save began, and when it ended.
@@ -68,7 +68,8 @@ impl Guest {
         self.judge_counts()
     }
 
-    /// As [`Guest::counts_on`], of a guest that runs: a save failed, or let it run again.
+    /// As [`Guest::counts_on`], and expects that the guest runs: a save failed, or let it run
+    /// again.
     ///
     /// # Errors
     ///
@@ -82,7 +83,8 @@ impl Guest {
         self.counts_on(passes)
     }
 
-    /// Expects of a guest that is gone that `restored`, which writes to its log, counts on.
+    /// Expects that `restored`, a VM restored from this guest after it ended, counts on. It writes
+    /// to the log of this guest.
     ///
     /// # Errors
     ///
@@ -90,7 +92,7 @@ impl Guest {
     ///
     /// # Panics
     ///
-    /// If the QEMU ends, or nothing comes.
+    /// If QEMU ends, or the guest reports too few passes within two minutes.
     pub fn counts_on_in(&self, restored: &mut LaunchedQemu, passes: usize) -> TestResult {
         let seen = self.counts().len();
         let deadline = Instant::now() + Duration::from_secs(120);
@@ -106,7 +108,7 @@ impl Guest {
     ///
     /// # Errors
     ///
-    /// Whatever the library says.
+    /// The library's error.
     pub fn save(&mut self, options: &SaveOptions) -> TestResult<Saved> {
         self.save_below(&scratch()?, options)
     }
@@ -115,17 +117,17 @@ impl Guest {
     ///
     /// # Errors
     ///
-    /// Whatever the library says.
+    /// The library's error.
     pub fn save_below(&mut self, parent: &Path, options: &SaveOptions) -> TestResult<Saved> {
         let directory = tempfile::tempdir_in(parent)?;
         Saved::written(directory, self, |guest, file| save_with(guest, file, options))
     }
 
-    /// As [`Guest::save`], and sees to it that QEMU has ended.
+    /// As [`Guest::save`], and ends QEMU if the save did not.
     ///
     /// # Errors
     ///
-    /// Whatever the library or QEMU says.
+    /// The library's or QEMU's error.
     pub fn save_and_end(&mut self, options: &SaveOptions) -> TestResult<Saved> {
         let saved = self.save(options)?;
         if options.after != After::Quit {
@@ -158,11 +160,11 @@ impl Guest {
 }
 
 impl<R> Saved<R> {
-    /// Has `write` save the guest, in another way than [`Guest::save`].
+    /// Saves the guest with `write`, for ways that [`Guest::save`] does not offer.
     ///
     /// # Errors
     ///
-    /// What `write` says.
+    /// The error of `write`.
     pub fn by(
         guest: &mut Guest,
         write: impl FnOnce(&mut Guest, &Path) -> TestResult<R>,
@@ -170,7 +172,7 @@ impl<R> Saved<R> {
         Saved::written(tempfile::tempdir_in(scratch()?)?, guest, write)
     }
 
-    /// Notes what the guest has reported before and after `write`.
+    /// Calls `write`, and notes the guest's last pass before and after it.
     fn written(
         directory: TempDir,
         guest: &mut Guest,
@@ -183,11 +185,11 @@ impl<R> Saved<R> {
         Ok(Saved { file, directory, report, config: guest.config().clone(), passes })
     }
 
-    /// Restores the guest as [`restore`] does, and waits for nothing.
+    /// Restores the guest as [`restore`] does, and does not wait for its passes.
     ///
     /// # Errors
     ///
-    /// Whatever the library says.
+    /// The library's error.
     pub fn restore(&self, qemu: &Qemu, mode: Mode) -> TestResult<Guest> {
         restore(qemu, &self.config, &self.file, mode)
     }
@@ -196,7 +198,7 @@ impl<R> Saved<R> {
     ///
     /// # Errors
     ///
-    /// Whatever the library says.
+    /// The library's error.
     pub fn restore_saved(&self, options: &RestoreOptions) -> Result<Restored, RestoreError> {
         let snapshot = Snapshot::open(&self.file, 0)?;
         vmfile::restore::restore(&snapshot, Destination::Saved, options, &Control::none())
@@ -206,7 +208,7 @@ impl<R> Saved<R> {
     ///
     /// # Errors
     ///
-    /// Whatever the library says.
+    /// The library's error.
     pub fn restore_into(&self, waiting: &Guest, options: &RestoreOptions) -> TestResult<Restored> {
         restore_into(waiting, &Snapshot::open(&self.file, 0)?, options)
     }
@@ -215,7 +217,7 @@ impl<R> Saved<R> {
     ///
     /// # Errors
     ///
-    /// Whatever the library says, and as [`Guest::counts_on`].
+    /// The library's error, and as [`Guest::counts_on`].
     ///
     /// # Panics
     ///
@@ -226,7 +228,7 @@ impl<R> Saved<R> {
         Ok(guest)
     }
 
-    /// As [`Saved::comes_back_on`], of a guest that was paused when it was saved.
+    /// As [`Saved::comes_back_on`], for a guest that was paused when it was saved.
     ///
     /// # Errors
     ///
@@ -242,7 +244,7 @@ impl<R> Saved<R> {
         self.goes_on_in(&guest)
     }
 
-    /// Checks every byte of the file and restores the guest in each of `modes`, one after the other.
+    /// Checks every byte of the file and restores the guest in each of `modes`, one after another.
     ///
     /// # Errors
     ///
@@ -256,8 +258,7 @@ impl<R> Saved<R> {
         modes.into_iter().try_for_each(|mode| self.comes_back_on(qemu, mode).map(drop))
     }
 
-    /// Expects of a VM that was made from the file, in whatever way, that it counts on from where the
-    /// guest was saved.
+    /// Expects that `guest`, made from the file in any way, counts on from where it was saved.
     ///
     /// # Errors
     ///
@@ -269,7 +270,7 @@ impl<R> Saved<R> {
     pub fn goes_on_in(&self, guest: &Guest) -> TestResult {
         guest.counts_on(2)?;
         let first = guest.counts().first().ok_or("a count")?.number;
-        // The line in which the guest was saved may lie half in the one log and half in the other.
+        // The line that the guest was printing when it was saved may be split between the two logs.
         let (begun, ended) = self.passes;
         let may_be_first = begun + 1..=ended + 2;
         assert!(may_be_first.contains(&first), "pass {first} comes first, of {may_be_first:?}");
@@ -277,7 +278,7 @@ impl<R> Saved<R> {
     }
 }
 
-/// Returns the directory that cargo gives to integration tests: on the disk of the build.
+/// Returns the directory that cargo gives to integration tests; it is on the disk of the build.
 fn scratch() -> TestResult<PathBuf> {
     let path = target_directory().join("tmp");
     fs::create_dir_all(&path)?;

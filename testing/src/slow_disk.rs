@@ -1,4 +1,4 @@
-//! A disk that takes no more than so many bytes in a second, for the processes of one test.
+//! A disk whose write rate is limited for the processes of one test.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,14 +8,15 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use crate::fixture::Mount;
 use crate::require::Missing;
 
-/// Where the two versions of control groups have their controller of block devices, the file that
-/// limits writes, and what is written there after the device's number.
+/// For control groups of version 1 and 2: the directory of the block controller, the file that
+/// limits writes, and the key that stands between the device's number and the limit.
 const CONTROLLERS: [(&str, &str, &str); 2] = [
     ("/sys/fs/cgroup/blkio", "blkio.throttle.write_bps_device", ""),
     ("/sys/fs/cgroup", "io.max", "wbps="),
 ];
 
-/// An ext4 on a loop device that writes slowly; dropping it removes both.
+/// An ext4 on a loop device, and a control group whose processes write to it slowly; dropping it
+/// removes both.
 #[derive(Debug)]
 pub struct SlowDisk {
     mount: Mount,
@@ -23,7 +24,7 @@ pub struct SlowDisk {
 }
 
 impl SlowDisk {
-    /// Makes a file system of `size_mib` that writes `mib_per_second` at most.
+    /// Makes a file system of `size_mib` MiB that takes at most `mib_per_second` MiB/s.
     ///
     /// # Errors
     ///
@@ -57,7 +58,7 @@ impl SlowDisk {
         self.mount.path()
     }
 
-    /// Makes a command that runs `program` with the slow disk; its arguments come next.
+    /// Makes a command that runs `program` in the control group; the caller adds the arguments.
     #[must_use]
     pub fn command(&self, program: &Path) -> Command {
         let mut command = Command::new("sh");
@@ -69,7 +70,7 @@ impl SlowDisk {
 
 impl Drop for SlowDisk {
     fn drop(&mut self) {
-        // A process that has just ended may still be in it.
+        // A process that has just ended may still be in the group.
         for _ in 0..100 {
             if fs::remove_dir(&self.group).is_ok() {
                 return;

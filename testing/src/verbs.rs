@@ -1,4 +1,4 @@
-//! The verbs as a user of the library calls them, and what every test expects of them.
+//! The verbs, called as a user of the library calls them, with the checks that every test needs.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
@@ -16,7 +16,7 @@ use crate::{Guest, GuestConfig, Prepared, Qemu, TestResult};
 ///
 /// # Errors
 ///
-/// Whatever the library says.
+/// The library's error.
 pub fn save_with(guest: &Guest, file: &Path, options: &SaveOptions) -> TestResult<SaveReport> {
     let mut vm = Vm::connect(&guest.qmp_path())?;
     Ok(vmfile::save::save(&mut vm, file, options, &Control::none())?)
@@ -26,7 +26,7 @@ pub fn save_with(guest: &Guest, file: &Path, options: &SaveOptions) -> TestResul
 ///
 /// # Errors
 ///
-/// Whatever the library says.
+/// The library's error.
 ///
 /// # Panics
 ///
@@ -41,16 +41,16 @@ pub fn check_is_clean(file: &Path) -> TestResult {
 
 /// Restores into a QEMU of the same configuration.
 ///
-/// The disk of a test's guest is what its last VM made it, and another VM may have had it since: that
-/// is what the guest's own looks at the disk are for.
+/// All VMs of a configuration share one disk, and another one may have written to it since the
+/// save. So changed disks are accepted here: the guest itself checks its disk.
 ///
 /// # Errors
 ///
-/// Whatever the library says.
+/// The library's error.
 ///
 /// # Panics
 ///
-/// If another mode was taken.
+/// If the restore used another mode.
 pub fn restore(qemu: &Qemu, config: &GuestConfig, file: &Path, mode: Mode) -> TestResult<Guest> {
     let prepared = config.prepare(qemu)?;
     let options = RestoreOptions::default().mode(mode).disks_changed_ok(true);
@@ -66,11 +66,11 @@ pub fn restore(qemu: &Qemu, config: &GuestConfig, file: &Path, mode: Mode) -> Te
     prepared.attach()
 }
 
-/// Restores into a QEMU that is started with a command line that the user gave.
+/// Restores into a QEMU that the library starts with the command line of `prepared`.
 ///
 /// # Errors
 ///
-/// Whatever the library says.
+/// The library's error.
 ///
 /// # Panics
 ///
@@ -90,7 +90,7 @@ pub fn restore_given(
 ///
 /// # Errors
 ///
-/// Whatever the library says.
+/// The library's error.
 pub fn restore_into(
     waiting: &Guest,
     snapshot: &Snapshot,
@@ -100,12 +100,12 @@ pub fn restore_into(
     Ok(vmfile::restore::restore(snapshot, destination, options, &Control::none())?)
 }
 
-/// Changes what a file says of its VM, and makes its checksums true: as an older vmfile would have
-/// written it, or an attacker.
+/// Changes the metadata of the VM in a file and makes its checksums match: as an older vmfile, or
+/// an attacker, would write it.
 ///
 /// # Errors
 ///
-/// Whatever the library or the kernel says.
+/// The library's or the kernel's error.
 pub fn rewrite_manifest(file: &Path, change: impl FnOnce(&mut VmMeta)) -> TestResult {
     let snapshot = Snapshot::open(file, 0)?;
     let manifest = snapshot.manifest().ok_or("no manifest")?;
@@ -118,11 +118,11 @@ pub fn rewrite_manifest(file: &Path, change: impl FnOnce(&mut VmMeta)) -> TestRe
     Ok(())
 }
 
-/// Reads all pages of a RAM block as they lie in the file, holes and all.
+/// Reads all pages of a RAM block from the file; holes read as zeros.
 ///
 /// # Errors
 ///
-/// Whatever the library says.
+/// The library's error.
 pub fn pages(file: &Path, block: &str) -> TestResult<Vec<u8>> {
     let snapshot = Snapshot::open(file, 0)?;
     let placed = snapshot.structure().block(block).ok_or("no such block")?;

@@ -15,7 +15,7 @@ use vmfile_testing::{Guest, Monitor, Qemu, Ram, TestResult};
 const RAM_MIB: u64 = 1024;
 const FILL_MIB: u32 = 700;
 
-/// How long the restored guest may take for its next lines.
+/// How long the restored guest may take for its next counts.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 fn main() -> ExitCode {
@@ -67,7 +67,7 @@ fn run() -> TestResult {
     outcome?;
     guest.judge_counts()?;
     let first = guest.counts().first().ok_or("a guest that counts")?.number;
-    // The line at which the guest was saved may lie half in the log before and half in this one.
+    // The line that the guest was printing when it was saved may be split between the two logs.
     if first != last + 1 && first != last + 2 {
         return Err(format!("count {first} follows count {last}").into());
     }
@@ -99,7 +99,7 @@ impl Drop for Restored {
     }
 }
 
-/// Runs the program as a user would, shows both, and returns what it said.
+/// Runs vmfile as a user would, shows the command and its output, and returns the output.
 fn show(program: &Path, arguments: &[&OsStr]) -> TestResult<String> {
     let words: Vec<_> = arguments.iter().map(|word| word.to_string_lossy()).collect();
     println!("   $ vmfile {}", words.join(" "));
@@ -114,7 +114,7 @@ fn show(program: &Path, arguments: &[&OsStr]) -> TestResult<String> {
     Ok(said)
 }
 
-/// Waits until the guest has reported `count` passes in its new QEMU, which began a new log.
+/// Waits until the guest has reported `count` passes in its new QEMU, whose log began empty.
 fn wait_for_counts(guest: &Guest, count: usize) -> TestResult {
     let deadline = Instant::now() + PATIENCE;
     while guest.counts().len() < count {

@@ -1,7 +1,8 @@
-//! Makes the golden files of `crates/format/tests/golden`: what real QEMU writes, without the pages.
+//! Makes the golden files of `crates/format/tests/golden`: what a real QEMU writes, without the
+//! pages.
 //!
 //! Run by `cargo run -p vmfile-testing --bin fixtures`. Each file is a list of pieces: big-endian
-//! 64-bit offset and length, then the bytes. A piece of offset 2^64 - 1 comes first; its bytes are a
+//! 64-bit offset and length, then the bytes. The first piece has offset 2^64 - 1; its bytes are a
 //! text that says which QEMU wrote the file, and how. A golden stream is recorded in the same way.
 
 #![expect(clippy::print_stdout, reason = "a program, not a library")]
@@ -43,7 +44,7 @@ fn keep(name: &str, bytes: &[u8]) -> TestResult {
     Ok(())
 }
 
-/// Records a stream without its pages; the head of each page is kept.
+/// Records a stream without the contents of its pages; the header of each page is kept.
 fn record_stream(qemu: &Qemu) -> TestResult<Vec<u8>> {
     let mut guest = Guest::boot_sector(Ram::private(16)).boot(qemu)?;
     guest.wait_for_count(1)?;

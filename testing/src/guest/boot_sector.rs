@@ -1,8 +1,9 @@
 //! The boot-sector guest, seen from outside: its disk image, and the sums it must print.
 //!
 //! The guest fills pages from 1 MiB upwards. A page's contents follow from the seed, its index and
-//! its generation, the last pass that wrote it: all zero, all the same word, or random words. In
-//! pass N it sums all pages, prints the sum, and rewrites the pages whose index is N modulo 10.
+//! its generation, which is the last pass that wrote it: all zero, all the same word, or random
+//! words. In pass N it sums all pages, prints the sum, and rewrites the pages whose index is N
+//! modulo 10.
 
 use std::fs;
 use std::path::Path;
@@ -25,7 +26,7 @@ const IMAGE_LEN: usize = 0x10_0000;
 /// What a boot-sector guest does, and so what it must print.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BootSector {
-    /// All contents follow from it.
+    /// The seed from which the contents of all pages follow.
     pub seed: u32,
     /// The MiB that are filled and summed, from 1 MiB upwards.
     pub fill_mib: u32,
@@ -33,7 +34,7 @@ pub struct BootSector {
     pub data_share: u32,
     /// Pages that are all alike, of 256. The rest is zero.
     pub repeated_share: u32,
-    /// How long it halts after each pass, in ticks of 1/18.2 s. With 0 it never does.
+    /// How long the guest halts after each pass, in ticks of 1/18.2 s; 0: not at all.
     pub pause_ticks: u32,
 }
 
@@ -133,7 +134,7 @@ fn spread(x: u32) -> u32 {
     x ^ (x >> 16)
 }
 
-/// Returns the last pass, up to and with `pass`, that wrote the page; 0 is the first fill.
+/// Returns the last pass, up to and including `pass`, that wrote the page; 0 is the first fill.
 fn generation(page: u32, pass: u32) -> u32 {
     let passes_since = (pass + CHANGE_STRIDE - page % CHANGE_STRIDE) % CHANGE_STRIDE;
     pass.saturating_sub(passes_since)

@@ -15,9 +15,9 @@ const OVMF_VARIABLES: &str = "/usr/share/OVMF/OVMF_VARS_4M.fd";
 pub(crate) struct CommandLine<'a> {
     pub(crate) config: &'a GuestConfig,
     pub(crate) qemu: &'a Qemu,
-    /// The VM's sockets and logs.
+    /// The directory of the VM's sockets and logs.
     pub(crate) directory: &'a Path,
-    /// Where RAM that is a file lies.
+    /// The directory of the files that back RAM; `None` if RAM is not in files.
     pub(crate) ram_directory: Option<&'a Path>,
 }
 
@@ -62,7 +62,7 @@ impl CommandLine<'_> {
         if config.ram.kind == RamKind::Machine {
             arguments.option("-machine", format!("{machine},accel=tcg"));
         } else if config.node_sizes_mib.is_empty() {
-            // The name that QEMU itself gives it, so that kinds of RAM can be exchanged.
+            // QEMU's own name for the machine's RAM, so that a file restores into any kind of RAM.
             self.add_backend(arguments, "pc.ram", size);
             arguments.option("-machine", format!("{machine},accel=tcg,memory-backend=pc.ram"));
         } else {
@@ -109,7 +109,8 @@ impl CommandLine<'_> {
                 if !image.exists() {
                     program.write_image(&self.qemu.parts().boot_sector, &image)?;
                 }
-                // Nobody writes it, so that two VMs may have it open at the same time.
+                // The guest does not write to this image, so two VMs may have it open at the same
+                // time.
                 let image = image.display();
                 arguments.option("-drive", format!("file={image},format=raw,file.locking=off"));
             }
@@ -156,7 +157,8 @@ impl CommandLine<'_> {
         let path = |name: &str| self.directory.join(name).display().to_string();
         arguments.option("-chardev", format!("file,id=serial0,path={}", path("serial")));
         arguments.option("-serial", "chardev:serial0");
-        // One socket for the program under test, one for the test: a socket serves one at a time.
+        // One socket for the program under test, one for the test: a socket serves one client at a
+        // time.
         for name in ["qmp", "oracle"] {
             arguments.option("-qmp", format!("unix:{},server=on,wait=off", path(name)));
         }
@@ -164,10 +166,10 @@ impl CommandLine<'_> {
     }
 }
 
-/// The rest of a CPU's place: one socket with one core for each CPU.
+/// The rest of a CPU's topology: one socket with one core for each CPU.
 const REST: &str = "socket-id=0,thread-id=0";
 
-/// Arguments in the making.
+/// The arguments that are collected.
 #[derive(Default)]
 struct Arguments {
     list: Vec<OsString>,

@@ -41,7 +41,7 @@ pub(crate) enum Program {
     Linux(Linux),
 }
 
-/// What the Linux guest is told.
+/// Options of the Linux guest; its kernel command line carries them.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Linux {
     pub(crate) seed: u32,
@@ -90,7 +90,7 @@ impl GuestConfig {
         }
     }
 
-    /// Chooses what the guest's memory holds.
+    /// Chooses the seed from which the contents of the guest's memory follow.
     #[must_use]
     pub fn seed(mut self, seed: u32) -> GuestConfig {
         match &mut self.program {
@@ -100,8 +100,9 @@ impl GuestConfig {
         self
     }
 
-    /// Chooses how much the guest fills: the boot-sector guest from 1 MiB upwards and below the hole
-    /// for devices (2 GiB on q35, 3 GiB on pc), the Linux guest wherever its kernel has free memory.
+    /// Chooses how much the guest fills: the boot-sector guest from 1 MiB upwards and below the
+    /// hole for devices (2 GiB on q35, 3 GiB on pc), the Linux guest wherever its kernel has free
+    /// memory.
     #[must_use]
     pub fn fill_mib(mut self, fill_mib: u32) -> GuestConfig {
         match &mut self.program {
@@ -131,36 +132,36 @@ impl GuestConfig {
         self
     }
 
-    /// Chooses the machine type; it is `pc` otherwise.
+    /// Chooses the machine type; the default is `pc`.
     #[must_use]
     pub fn machine(mut self, machine: Machine) -> GuestConfig {
         self.machine = machine;
         self
     }
 
-    /// Chooses the version of the machine type, such as `"7.2"`; it is QEMU's own otherwise. What one
-    /// QEMU saves another one loads only as a machine of a version that both have.
+    /// Chooses the version of the machine type, such as `"7.2"`; the default is QEMU's newest. A
+    /// QEMU of another version loads a file only if it has the saved version of the machine type.
     #[must_use]
     pub fn machine_version(mut self, version: &'static str) -> GuestConfig {
         self.machine_version = Some(version);
         self
     }
 
-    /// Chooses the firmware; it is SeaBIOS otherwise.
+    /// Chooses the firmware; the default is SeaBIOS.
     #[must_use]
     pub fn firmware(mut self, firmware: Firmware) -> GuestConfig {
         self.firmware = firmware;
         self
     }
 
-    /// Chooses the number of virtual CPUs; it is 1 otherwise.
+    /// Chooses the number of virtual CPUs; the default is 1.
     #[must_use]
     pub fn vcpus(mut self, vcpus: u32) -> GuestConfig {
         self.vcpus = vcpus;
         self
     }
 
-    /// Splits the RAM into NUMA nodes of these sizes, which must add up to all of it.
+    /// Splits the RAM into NUMA nodes of these sizes, which must add up to the size of the RAM.
     #[must_use]
     pub fn numa_nodes(mut self, sizes_mib: &[u64]) -> GuestConfig {
         self.node_sizes_mib = sizes_mib.to_vec();
@@ -181,14 +182,14 @@ impl GuestConfig {
         self
     }
 
-    /// Lets the Linux guest see to it that its disk is of no later moment than its memory.
+    /// Makes the Linux guest check that its disk is not from a later moment than its memory.
     #[must_use]
     pub fn one_moment(mut self) -> GuestConfig {
         self.one_moment = true;
         self
     }
 
-    /// Leaves the VM the devices that QEMU adds where no `-nodefaults` is given.
+    /// Leaves out `-nodefaults`, so that QEMU adds its default devices.
     #[must_use]
     pub fn default_devices(mut self) -> GuestConfig {
         self.default_devices = true;
@@ -219,7 +220,7 @@ impl GuestConfig {
         }
     }
 
-    /// Returns the word that fills every repeated page of this guest, in memory's order of bytes.
+    /// Returns the word that fills every repeated page of this guest, as its bytes lie in memory.
     #[must_use]
     pub fn repeated_word(&self) -> Vec<u8> {
         match &self.program {
@@ -228,7 +229,7 @@ impl GuestConfig {
         }
     }
 
-    /// Returns the boot-sector guest's oracle, if this is one.
+    /// Returns the oracle of the boot-sector guest; `None` for the Linux guest.
     #[must_use]
     pub fn boot_sector_oracle(&self) -> Option<BootSector> {
         match &self.program {

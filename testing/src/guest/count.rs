@@ -1,11 +1,12 @@
-//! The lines in which guests count.
+//! The lines in which guests report their passes.
 
 /// One pass that a guest reports.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Count {
     /// The number of the pass, from 1.
     pub number: u32,
-    /// The sum over the guest's memory; `None` if the guest says that its memory is wrong.
+    /// The sum over the guest's memory; `None` if the guest reports that its memory or its disk is
+    /// wrong.
     pub sum: Option<u64>,
     /// The whole line.
     pub line: String,
@@ -14,8 +15,8 @@ pub struct Count {
 impl Count {
     /// Parses `pass N sum X` and `count N sum X ok ...` and `count N CORRUPT ...`.
     ///
-    /// `None` for any other line, and for the rest of a line that began in another QEMU: a VM may be
-    /// saved in the middle of a line.
+    /// Returns `None` for any other line, and for the rest of a line that began in another QEMU: a
+    /// VM may be saved in the middle of a line.
     pub(crate) fn parse(line: &str) -> Option<Count> {
         let rest = line.strip_prefix("pass ").or_else(|| line.strip_prefix("count "))?;
         let (number, rest) = rest.split_once(' ')?;

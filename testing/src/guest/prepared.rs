@@ -1,4 +1,4 @@
-//! A VM whose files are made, and whose QEMU is not yet started.
+//! A VM whose files exist, and whose QEMU is not yet started.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -21,7 +21,7 @@ pub struct Prepared {
     pub(super) arguments: Vec<OsString>,
 }
 
-/// The files that hold a VM's RAM; they vanish with it.
+/// The directory of the files that hold a VM's RAM; it is removed when this is dropped.
 #[derive(Debug)]
 pub(crate) struct RamFiles {
     pub(crate) directory: TempDir,

@@ -1,8 +1,8 @@
-//! What the guest's RAM is made of on the host.
+//! What backs the guest's RAM on the host.
 
 use std::path::{Path, PathBuf};
 
-/// RAM of a guest: how much, and what QEMU takes it from.
+/// RAM of a guest: its size, and what backs it on the host.
 #[derive(Debug, Clone)]
 pub struct Ram {
     pub(crate) kind: RamKind,
@@ -10,10 +10,10 @@ pub struct Ram {
     pub(crate) reserve: bool,
 }
 
-/// What QEMU takes guest RAM from.
+/// What backs guest RAM on the host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum RamKind {
-    /// What the machine takes for `-m` alone: anonymous private memory, without an `-object`.
+    /// What QEMU uses for `-m` alone: anonymous private memory, without an `-object`.
     Machine,
     /// Anonymous private memory.
     Private,
@@ -26,7 +26,7 @@ pub enum RamKind {
 }
 
 impl Ram {
-    /// What the machine takes for `-m` alone.
+    /// What QEMU uses for `-m` alone.
     #[must_use]
     pub fn machine(size_mib: u64) -> Ram {
         Ram { kind: RamKind::Machine, ..Ram::private(size_mib) }
@@ -69,7 +69,7 @@ impl Ram {
         self
     }
 
-    /// Returns the object that gives `size_mib` of RAM of this kind the name `id`.
+    /// Returns the value of `-object` for `size_mib` MiB of RAM of this kind, with the name `id`.
     pub(crate) fn backend(&self, id: &str, size_mib: u64, file: &Path) -> String {
         let (kind, more) = match &self.kind {
             RamKind::Machine | RamKind::Private => ("ram", String::new()),

@@ -1,4 +1,4 @@
-//! A guest that runs, and what a test does with it.
+//! A running guest, and the operations of a test on it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -14,8 +14,8 @@ use super::prepared::Prepared;
 use crate::qmp::Monitor;
 use crate::{TestError, TestResult};
 
-/// How long a guest may take for anything: a Linux guest under UEFI boots in a quarter of it on a
-/// machine of two cores, and CI's may be busy.
+/// How long a guest may take for anything. A Linux guest under UEFI boots in a quarter of it on two
+/// cores; a machine of CI may be busy.
 const PATIENCE: Duration = Duration::from_secs(120);
 
 const START_TIMEOUT: Duration = Duration::from_secs(30);
@@ -50,7 +50,7 @@ impl Guest {
         &self.prepared.config
     }
 
-    /// Returns the QMP socket for the program under test; the test's own is another.
+    /// Returns the QMP socket for the program under test; the test itself uses another one.
     #[must_use]
     pub fn qmp_path(&self) -> PathBuf {
         self.prepared.qmp_path()
@@ -60,7 +60,7 @@ impl Guest {
     ///
     /// # Errors
     ///
-    /// When QEMU was started by somebody else and left no pid file.
+    /// When another program started QEMU and there is no pid file.
     pub fn pid(&self) -> TestResult<u32> {
         match &self.child {
             Some(child) => Ok(child.id()),
@@ -71,13 +71,13 @@ impl Guest {
         }
     }
 
-    /// Returns a directory for files of this VM; it vanishes with the VM.
+    /// Returns a directory for files of this VM; it is removed with the VM.
     #[must_use]
     pub fn directory(&self) -> &Path {
         self.prepared.directory.path()
     }
 
-    /// Returns the file that holds the RAM `id`, such as `pc.ram`, of a VM whose RAM is files.
+    /// Returns the file that holds the RAM `id`, such as `pc.ram`; `None` if RAM is not in files.
     #[must_use]
     pub fn ram_file(&self, id: &str) -> Option<PathBuf> {
         Some(self.prepared.ram_files.as_ref()?.directory.path().join(id))
@@ -87,7 +87,7 @@ impl Guest {
     ///
     /// # Errors
     ///
-    /// With QEMU's words when it refuses; with its exit status when it has ended.
+    /// With QEMU's message when it refuses; with its exit status when it has ended.
     pub fn qmp(&mut self, command: &str, arguments: Value) -> TestResult<Value> {
         let answer = self.monitor.execute(command, arguments);
         answer.map_err(|error| match self.child.as_mut().map(Child::try_wait) {
@@ -100,7 +100,7 @@ impl Guest {
     ///
     /// # Errors
     ///
-    /// With QEMU's words when it refuses.
+    /// With QEMU's message when it refuses.
     pub fn stop(&mut self) -> TestResult {
         self.qmp("stop", json!({})).map(drop)
     }
@@ -109,7 +109,7 @@ impl Guest {
     ///
     /// # Errors
     ///
-    /// With QEMU's words when it refuses.
+    /// With QEMU's message when it refuses.
     pub fn resume(&mut self) -> TestResult {
         self.qmp("cont", json!({})).map(drop)
     }
@@ -124,12 +124,12 @@ impl Guest {
         Ok(status["status"].as_str().unwrap_or_default().to_owned())
     }
 
-    /// Lets QEMU write `len` bytes of guest physical memory at `address` to a file of this VM's
-    /// directory and returns its path: the bytes as QEMU sees them, an oracle for everything else.
+    /// Has QEMU write `len` bytes of guest physical memory at `address` to a file in this VM's
+    /// directory, and returns its path. Tests compare other views of guest memory with these bytes.
     ///
     /// # Errors
     ///
-    /// With QEMU's words when it refuses.
+    /// With QEMU's message when it refuses.
     pub fn pmemsave(&mut self, address: u64, len: u64) -> TestResult<PathBuf> {
         let path = self.directory().join(format!("pmem-{address:x}-{len:x}"));
         self.qmp("pmemsave", json!({ "val": address, "size": len, "filename": path }))?;
@@ -151,7 +151,7 @@ impl Guest {
         self.lines().iter().filter_map(|line| Count::parse(line)).collect()
     }
 
-    /// Waits for a line that `is_wanted`, among all that this VM has printed.
+    /// Waits for a line that `is_wanted` accepts, among all that this VM has printed.
     ///
     /// # Errors
     ///
@@ -164,11 +164,11 @@ impl Guest {
         self.wait_for(timeout, || self.lines().into_iter().find(|line| is_wanted(line)))
     }
 
-    /// Waits until the guest reports pass `number` or a later one, and judges what it reports.
+    /// Waits until the guest reports pass `number` or a later one, and judges its sum.
     ///
     /// # Errors
     ///
-    /// When the guest's memory is not what it must be, and as [`Guest::wait_for_line`].
+    /// When the guest's memory is wrong, and as [`Guest::wait_for_line`].
     pub fn wait_for_count(&self, number: u32) -> TestResult<Count> {
         let is_wanted = |count: &Count| count.number >= number || count.sum.is_none();
         let count = self.wait_for(PATIENCE, || self.counts().into_iter().find(is_wanted))?;
@@ -189,8 +189,8 @@ impl Guest {
         Ok(count)
     }
 
-    /// Judges all passes that the guest has reported in this VM: their sums, and that none is left
-    /// out or told twice.
+    /// Judges all passes that the guest has reported in this VM: their sums, and that none is
+    /// missing or reported twice.
     ///
     /// # Errors
     ///
@@ -206,7 +206,7 @@ impl Guest {
         counts.iter().try_for_each(|count| self.judge(count))
     }
 
-    /// Waits for QEMU to end of itself.
+    /// Waits until QEMU ends, without ending it.
     ///
     /// # Errors
     ///
@@ -223,7 +223,8 @@ impl Guest {
     }
 
     fn has_ended(&self) -> TestResult<bool> {
-        // A child that has ended is a zombie until it is waited for; one of somebody else is gone.
+        // A child of this process that has ended stays a zombie until it is waited for; the child
+        // of another process may be gone.
         let pid = self.pid()?;
         let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else { return Ok(true) };
         let state = stat.rsplit_once(") ").and_then(|(_name, rest)| rest.chars().next());

@@ -1,4 +1,4 @@
-//! From the description of a guest to one that runs.
+//! Starts a guest from its description.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -46,7 +46,8 @@ impl GuestConfig {
         self.prepare(qemu)?.start(&[])
     }
 
-    /// Starts a QEMU that waits for this VM: `defer`, or an address that it listens to.
+    /// Starts a QEMU that waits for an incoming migration of this VM. `address` is `defer`, or the
+    /// address that QEMU listens on.
     ///
     /// # Errors
     ///
@@ -55,7 +56,7 @@ impl GuestConfig {
         self.prepare(qemu)?.start(&["-incoming", address])
     }
 
-    /// Makes the files of one VM and its command line, and starts nothing.
+    /// Makes the files and the command line of one VM, and starts nothing.
     ///
     /// # Errors
     ///
@@ -94,7 +95,7 @@ impl Prepared {
         Guest::connect(self, Some(child))
     }
 
-    /// Takes charge of a QEMU that somebody else started with [`Prepared::command_line`].
+    /// Takes charge of a QEMU that another program started with [`Prepared::command_line`].
     ///
     /// # Errors
     ///
