@@ -1,4 +1,4 @@
-# The boot-sector guest: a BIOS boots it, and it proves its own RAM.
+# The boot-sector guest: a BIOS boots it, and it checks its own RAM.
 #
 # It fills `page_count` pages from 1 MiB upwards with a pattern that is a function of `seed`, the
 # page's index and a generation, and then repeats for ever: sum all of them, print
@@ -6,11 +6,11 @@
 #     pass N sum XXXXXXXX
 #
 # on COM1, rewrite every tenth page with generation N, and rest for `pause_ticks` timer ticks. The
-# sums are therefore known beforehand: `testing/src/guest/boot_sector.rs` computes the same ones,
-# and states the pattern in words. A wrong, missing or exchanged page changes the next line.
+# sums are therefore known beforehand: `testing/src/guest/boot_sector.rs` computes them too, and
+# describes the pattern. A wrong, missing or exchanged page changes the sum of the next line.
 #
 # The first sector runs in real mode, loads the eight sectors behind it and enters 32-bit protected
-# mode with flat segments and no paging. Interrupts stay off but while it rests.
+# mode with flat segments and no paging. Interrupts are enabled only while it rests.
 #
 # Assembled by `cargo xtask setup` with `as --32`, linked at 0x7c00 to a flat binary.
 
@@ -310,9 +310,9 @@ ticks:          .long 0
 pic_setup:                                      # port and byte, up to port 0
         .byte   0x20, 0x11, 0xa0, 0x11          # start: a command with four words
         .byte   0x21, 0x20, 0xa1, 0x28          # vectors
-        .byte   0x21, 0x04, 0xa1, 0x02          # who hangs on whom
+        .byte   0x21, 0x04, 0xa1, 0x02          # the second PIC is on line 2 of the first
         .byte   0x21, 0x01, 0xa1, 0x01          # 8086 mode
-        .byte   0x21, 0xfe, 0xa1, 0xff          # all masked but the timer
+        .byte   0x21, 0xfe, 0xa1, 0xff          # all masked except the timer
         .byte   0x43, 0x34, 0x40, 0x00, 0x40, 0x00
         .byte   0
 

@@ -1,4 +1,4 @@
-//! The disk under test: one block written in every pass, the last ones read back.
+//! The disk under test: each pass writes one block and reads back those of the passes before it.
 
 use std::io;
 
@@ -9,19 +9,20 @@ use crate::pattern::{PAGE_WORDS, mix};
 
 const BLOCK_SIZE: usize = 4096;
 
-/// Blocks that are written in turn.
+/// The number of blocks; pass N writes block N modulo this.
 const BLOCK_COUNT: u64 = 64;
 
-/// Earlier blocks that each pass reads back.
+/// The number of earlier passes whose blocks each pass reads back.
 const READ_BACK: u64 = 8;
 
 /// A disk opened for direct I/O.
 #[derive(Debug)]
 pub(crate) struct Disk {
     file: rustix::fd::OwnedFd,
-    /// Whether the disk must be of the same moment as the memory.
+    /// Whether to check that the disk is not from a later moment than the memory.
     moment: bool,
-    /// Two blocks, so that one lies at an aligned address.
+    /// Twice as long as a block, so that one block lies at an aligned address, as direct I/O
+    /// requires.
     buffer: Vec<u8>,
 }
 
@@ -31,7 +32,8 @@ impl Disk {
         Ok(Disk { file, moment, buffer: vec![0; 2 * BLOCK_SIZE] })
     }
 
-    /// Reads what the last passes wrote, writes this pass' block, and says `ok` or what is wrong.
+    /// Reads what the last passes wrote and writes the block of this pass; returns `ok` or what is
+    /// wrong.
     pub(crate) fn check_and_write(&mut self, pass: u64) -> io::Result<String> {
         let start = self.buffer.as_ptr().align_offset(BLOCK_SIZE);
         let block = &mut self.buffer[start..start + BLOCK_SIZE];

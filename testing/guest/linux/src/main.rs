@@ -12,8 +12,8 @@
 //!
 //! The kernel's command line chooses: `vmfile.seed=N`, `vmfile.fill=MIB`, `vmfile.data=N` (pages
 //! with random words, of 256), `vmfile.busy=1` (do not rest), `vmfile.disk=1` (write a block of
-//! `/dev/vda` in every pass, and read the last ones back) and `vmfile.moment=1` (see to it that nobody
-//! has written this pass' block before: a disk of a later moment than the memory).
+//! `/dev/vda` in every pass, and read the last ones back) and `vmfile.moment=1` (check that the
+//! disk does not yet have the block of this pass: it would be from a later moment than the memory).
 
 mod console;
 mod disk;

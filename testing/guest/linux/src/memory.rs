@@ -1,4 +1,5 @@
-//! The memory under test: filled, checked by as many threads as there are CPUs, changed.
+//! The memory under test: it is filled once; each pass checks it with one thread for each CPU, and
+//! changes a part of it.
 
 use std::fmt;
 use std::num::TryFromIntError;
@@ -41,7 +42,7 @@ impl Memory {
 
     /// Checks and sums all pages with `thread_count` threads.
     ///
-    /// The sum does not depend on the number of threads: CPUs may come and go.
+    /// The sum does not depend on the number of threads, because CPUs may come and go.
     pub(crate) fn check(&self, thread_count: usize) -> Result<u64, Damage> {
         let pages = self.pages();
         let pages_per_thread = self.page_count.div_ceil(thread_count.max(1)).max(1);
@@ -61,7 +62,7 @@ impl Memory {
         Ok(total)
     }
 
-    /// Rewrites every tenth page, as the pass `pass` has it.
+    /// Rewrites every tenth page with generation `pass`.
     pub(crate) fn change(&mut self, pass: u64) {
         self.pass = pass;
         self.write_every(CHANGE_STRIDE, pass);
@@ -108,7 +109,8 @@ impl fmt::Display for Damage {
     }
 }
 
-/// Returns the last pass, up to and with `pass`, that wrote the page at `page`; 0 is the first fill.
+/// Returns the last pass, up to and including `pass`, that wrote the page at `page`; 0 is the first
+/// fill.
 fn generation(page: u64, pass: u64) -> u64 {
     let passes_since = (pass + CHANGE_STRIDE - page % CHANGE_STRIDE) % CHANGE_STRIDE;
     pass.saturating_sub(passes_since)

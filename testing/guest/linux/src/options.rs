@@ -1,4 +1,4 @@
-//! What the kernel's command line asks of this guest.
+//! The options of this guest, from the kernel's command line.
 
 use std::error::Error;
 use std::fs;
@@ -20,7 +20,7 @@ impl Options {
     }
 
     /// Parses a command line. A parameter that begins with `vmfile.` and is not known is an error:
-    /// a typing mistake in a test must not quietly test something else.
+    /// otherwise a misspelled parameter would silently test something else.
     fn parse(command_line: &str) -> Result<Options, Box<dyn Error>> {
         let mut options = Options {
             seed: 1,

@@ -1,12 +1,12 @@
 //! What each page of the guest's memory must hold.
 //!
-//! A page is zero, repeated (every such page of a guest is alike) or data (random words), and what
-//! it is changes with its generation, so that zero pages become data and the other way round.
+//! A page is zero, repeated (all such pages of a guest are alike) or data (random words). Its kind
+//! depends on its generation too, so that zero pages become data and the other way round.
 
 /// Words in a page.
 pub(crate) const PAGE_WORDS: usize = 512;
 
-/// Pages of 256 that are repeated.
+/// How many of 256 pages are repeated.
 const REPEATED_SHARE: u64 = 26;
 
 /// The contents of one page.
@@ -64,7 +64,7 @@ impl PageContents {
     }
 }
 
-/// Sums one page, so that exchanged words change the sum.
+/// Sums one page; words that change places change the sum.
 pub(crate) fn sum(page_index: u64, page: &[u64]) -> u64 {
     page.iter().fold(mix(page_index), |sum, word| {
         (sum.rotate_left(5) ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15)

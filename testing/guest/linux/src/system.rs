@@ -1,4 +1,5 @@
-//! What this guest asks of its kernel: mounts, modules, hot-plugged memory, and what there is.
+//! What this guest needs from its kernel: mounts, modules, hot-plugged memory, and lists of CPUs,
+//! memory and devices.
 
 use std::error::Error;
 use std::ffi::OsString;
@@ -9,7 +10,7 @@ use std::path::Path;
 use rustix::mount::{MountFlags, mount};
 use rustix::system::finit_module;
 
-/// Where the initramfs keeps the modules, in the order in which they are to be loaded.
+/// The directory of the modules in the initramfs; the order of their names is the order of loading.
 const MODULES: &str = "/modules";
 
 pub(crate) fn mount_kernel_file_systems() -> io::Result<()> {
@@ -32,7 +33,7 @@ pub(crate) fn load_modules() -> Result<Vec<String>, Box<dyn Error>> {
     Ok(names)
 }
 
-/// Tells the kernel to use memory that was plugged in: it leaves that to user space.
+/// Tells the kernel to use memory that was plugged in: the kernel leaves this to user space.
 pub(crate) fn bring_memory_online() -> io::Result<()> {
     let blocks = match fs::read_dir("/sys/devices/system/memory") {
         Ok(blocks) => blocks,
