@@ -1,9 +1,9 @@
 //! The hot loops, one at a time, for `cargo xtask test loops`, which counts their instructions.
 //!
-//! Without an argument it lists the loops: name, function, how many rounds, and of what. With a name
-//! it runs that loop once. What a loop works on is made outside of it and is the same each time; the
-//! loop itself is a function that is not inlined, so that callgrind can count from where it is
-//! entered to where it is left.
+//! Without an argument the program lists the loops: name, function, number of rounds, and what a
+//! round processes. With a name it runs that loop once. The input of a loop is made outside of it
+//! and is the same each time. The loop is a function that is not inlined, so that callgrind can
+//! count the instructions between its entry and its return.
 
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a program, not a library")]
 
@@ -19,19 +19,19 @@ use vmfile_format::{PageBitmap, PageCount, PageIndex, PageSize, RamBlock, RamLay
 
 const PAGE_LEN: usize = 4096;
 
-/// Pages that are tested, hashed and decoded: 4 MiB.
+/// The number of pages that are tested, hashed and decoded: 4 MiB.
 const PAGES: usize = 1024;
 
-/// Pages that a bitmap stands for: 4 GiB of RAM.
+/// The number of pages in the bitmap: 4 GiB of RAM.
 const BITMAP_PAGES: u64 = 1 << 20;
 
 /// A loop, and how it is run.
 struct Loop {
     name: &'static str,
-    /// Two loops may be one function with different work.
+    /// The function that callgrind counts; two loops may run one function on different input.
     function: &'static str,
     rounds: u64,
-    /// What each round is for.
+    /// What each round processes.
     what: &'static str,
     run: fn(),
 }
@@ -169,7 +169,7 @@ fn find_runs(bitmap: &PageBitmap) -> u64 {
     bitmap.data_runs().map(|run| run.count().0).sum()
 }
 
-/// Returns bytes of which no page is zero and no two are alike.
+/// Returns bytes in which no page is zero and no two pages are alike.
 fn words(len: usize) -> Vec<u8> {
     let mut word = 1_u64;
     let next = || {
@@ -182,7 +182,7 @@ fn words(len: usize) -> Vec<u8> {
     std::iter::from_fn(next).flat_map(u64::to_le_bytes).take(len).collect()
 }
 
-/// How many pages with data follow one another in a bitmap, and then so many without.
+/// The bitmap alternates between this many pages without data and as many with data.
 const RUN_PAGES: u64 = 16;
 
 fn bitmap() -> PageBitmap {
