@@ -2,9 +2,9 @@
 //!
 //! The first byte of the input is the id of the section "ram".
 //!
-//! Contract: no panic; ends, however many false footers there are; the sections that were found
-//! follow one another without a gap up to EOF; a run state that was written is
-//! read again, and changes 32 bytes at most, all inside one section.
+//! Contract: no panic; `locate` ends, however many false footers there are; the sections that it
+//! finds follow one another without a gap up to EOF; a run state that was set is read back, and
+//! changes at most 32 bytes, all inside one section.
 
 #![no_main]
 

@@ -1,11 +1,12 @@
 //! `Footer::decode`, `Meta::decode`, `Meta::check`, and the encoders.
 //!
-//! The input is the metadata and the footer, as they end a file; its first byte says how much file
-//! lies before them. Checksums would stop a fuzzer at the door, so the metadata goes in a second
-//! time, under a footer that fits it.
+//! The first byte of the input says how long the file is before the metadata; the rest is the
+//! metadata and the footer, which end the file. A fuzzer seldom makes a checksum that matches, so
+//! the same metadata is decoded a second time, with a footer that matches it.
 //!
-//! Contract: no panic; what was decoded lies inside the file and below the limits, and survives its
-//! encoding; of metadata that passed its check against a file, tables and extents lie where they may.
+//! Contract: no panic; what is decoded lies inside the file and within the limits, and stays the
+//! same when it is encoded and decoded again; if metadata passes its check against a file, its
+//! tables and extents lie in the parts of the file that are meant for them.
 
 #![no_main]
 
@@ -18,7 +19,8 @@ use vmfile_format::limits::MANIFEST_LEN_MAX;
 use vmfile_format::manifest::{FOOTER_LEN, Footer, Meta, table_len};
 use vmfile_format::mapped_ram::MappedRamFile;
 
-/// The file that metadata is checked against, after two bytes that belong to its own target.
+/// The file that metadata is checked against. Its first two bytes are input of the target
+/// `mapped_ram_file` and do not belong to the file.
 const FILE: &[u8] = include_bytes!("../seeds/mapped_ram_file/pages_of_512_bytes");
 
 static STRUCTURE: LazyLock<MappedRamFile> = LazyLock::new(|| {

@@ -3,8 +3,8 @@
 //! The first two bytes of the input say where the stream begins (big-endian) and how the file is
 //! laid out: see `SparseFile`.
 //!
-//! Contract: no panic; no read outside the file and none longer than the limits; ends; what was
-//! read lies inside the file, and each record begins where the pages before it end.
+//! Contract: no panic; no read outside the file and none longer than the limits; `read` ends; the
+//! parts that it finds lie inside the file, and each record begins where the pages before it end.
 
 #![no_main]
 
@@ -13,8 +13,9 @@ use vmfile_format::limits::{BLOCK_LEN_MAX, BLOCKS_MAX, DEVICE_STATE_LEN_MAX};
 use vmfile_format::mapped_ram::{MARK, MappedRamFile};
 use vmfile_format::{PageBitmap, ReadError};
 
-/// Blocks at multiples of 2 MiB need a file of MiB, and an input has KiB. So the file has holes:
-/// the piece of the input after each `PIECE` marker lies at the offset that the marker names.
+/// A file that is mostly holes. The pages of each block begin at a multiple of 2 MiB, but an input
+/// has only some KiB. So the piece of the input after each `PIECE` marker lies at the offset that
+/// the marker names.
 struct SparseFile<'a> {
     pieces: Vec<(u64, &'a [u8])>,
     len: u64,
@@ -77,7 +78,7 @@ fuzz_target!(|input: &[u8]| {
             return Ok(Vec::new());
         }
         assert!(offset + len as u64 <= file.len, "a read past the end of the file");
-        // A kernel that refuses must not be a panic either.
+        // A read error must not be a panic either.
         if len == 0x666 { Err(offset) } else { Ok(file.read(offset, len)) }
     });
     let structure = match result {

@@ -1,10 +1,11 @@
 //! `multifd::Init` and `multifd::Packet`: what one channel carries.
 //!
-//! The first byte of the input says which size the pages have. The rest is a channel without its
-//! data: packet after packet.
+//! The first byte of the input chooses the size of the pages. The rest is what a channel carries,
+//! without the contents of pages: one packet after another.
 //!
 //! Contract: no panic; a packet needs no more than `PACKET_LEN_MAX` bytes; its pages lie in their
-//! block, and its data are within the limit; a packet survives its encoding.
+//! block, and its data length is within the limit; a packet stays the same when it is encoded and
+//! decoded again.
 
 #![no_main]
 

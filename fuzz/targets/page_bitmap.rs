@@ -1,10 +1,10 @@
 //! `PageBitmap::decode`, `encode`, and the runs.
 //!
-//! The first byte of the input says how many pages the last word of the bitmap lacks, the next two
-//! which pages are looked at.
+//! The first byte of the input says by how many pages the bitmap is shorter than its bytes; the
+//! next two are the range of pages whose runs are compared.
 //!
-//! Contract: no panic; a bitmap of another length is refused; decoding and encoding is the identity
-//! on the bits of pages, and the runs are those of a naive loop.
+//! Contract: no panic; a bitmap of another length is refused; a decoded bitmap has the bits of its
+//! bytes, also after it is encoded and decoded again; the runs are those that a naive loop finds.
 
 #![no_main]
 

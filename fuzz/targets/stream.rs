@@ -1,10 +1,10 @@
 //! `StreamDecoder`, and `xbzrle::apply` on the deltas that it finds.
 //!
-//! The first byte of the input says into pieces of which length the stream is cut.
+//! The first byte of the input chooses the length of the pieces into which the stream is cut.
 //!
-//! Contract: no panic; ends; the events, the error and the place where the stream may end are the
-//! same for the stream in one piece and cut; `EVENT_LEN_MAX` bytes are always enough; pages lie in
-//! their blocks, whose number and lengths are within the limits.
+//! Contract: no panic; decoding ends; the events, the error and the offset where decoding ends are
+//! the same for the stream in one piece and in pieces; `EVENT_LEN_MAX` bytes are always enough;
+//! pages lie in their blocks, whose number and lengths are within the limits.
 
 #![no_main]
 
@@ -14,7 +14,8 @@ use vmfile_format::stream::decoder::{EVENT_LEN_MAX, Event, StreamDecoder};
 use vmfile_format::stream::xbzrle;
 use vmfile_format::{FormatError, PageIndex, RamLayout, checksum};
 
-/// What remains of a stream: a line for each event, the device state, and how it ended.
+/// The result of decoding a stream: a line for each event, the device state, where decoding ended,
+/// and its error.
 #[derive(Debug, PartialEq)]
 struct Decoded {
     events: Vec<String>,
@@ -73,7 +74,7 @@ fn decode(bytes: &[u8], piece: usize) -> Decoded {
     decoded
 }
 
-/// Checks an event and puts it into a line.
+/// Checks an event and describes it in one line.
 fn describe(event: &Event<'_>, blocks: &mut Option<RamLayout>) -> String {
     let place = |block: usize, page: PageIndex, data: &[u8]| {
         let layout: &RamLayout = blocks.as_ref().expect("a block list comes before pages");
