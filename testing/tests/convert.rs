@@ -15,7 +15,8 @@ fn to(format: Format, source: &Path, destination: &Path) -> Result<(), ConvertEr
     convert((source, 0), destination, format, &options, &Control::none()).map(drop)
 }
 
-/// What was made of a saved guest, in `name` beside its file, is whole and counts on from there.
+/// Expects that `name`, a conversion beside the saved file, is undamaged, and that the guest counts
+/// on from it.
 fn comes_back<R>(saved: &Saved<R>, qemu: &Qemu, config: &GuestConfig, name: &str) -> TestResult {
     let file = saved.directory.path().join(name);
     check_is_clean(&file)?;

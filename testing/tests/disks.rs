@@ -1,4 +1,5 @@
-//! `save --with-disks`: memory and disks of one moment, which stay while the VM goes on.
+//! `save --with-disks`: memory and disks are of one moment, and the saved images stay unchanged
+//! while the VM goes on.
 
 use std::fs;
 use std::io::Write as _;
@@ -16,7 +17,7 @@ use vmfile::{Control, Existing, Progress, Vm};
 use vmfile_testing::verbs::{check_is_clean, save_with};
 use vmfile_testing::{Guest, GuestConfig, Mount, Qemu, Ram, Release, TestResult, requires};
 
-/// A guest that writes to its disk in every pass, and says so if the disk is of another moment.
+/// A guest that writes to its disk in every pass, and reports a disk of another moment.
 fn config(ram: Ram) -> GuestConfig {
     Guest::linux(ram).vcpus(2).disk(16).one_moment()
 }
@@ -30,7 +31,7 @@ fn live() -> SaveOptions {
     with_disks(Route::Auto).live(live)
 }
 
-/// The images beside the guest's disk, the disk itself among them, by name.
+/// The images in the directory of the guest's disk, with the disk itself, sorted by name.
 fn images(config: &GuestConfig) -> TestResult<Vec<PathBuf>> {
     let disk = config.disk_path();
     let directory = disk.parent().ok_or("no directory")?;
@@ -43,7 +44,7 @@ fn images(config: &GuestConfig) -> TestResult<Vec<PathBuf>> {
     Ok(images)
 }
 
-/// The image on top of the guest's disk, as QEMU says.
+/// The top image of the guest's disk, as QEMU reports it.
 fn image_in_use(guest: &mut Guest) -> TestResult<String> {
     let drives = guest.qmp("query-block", json!({}))?;
     let drives = drives.as_array().ok_or("no list")?;
@@ -51,7 +52,8 @@ fn image_in_use(guest: &mut Guest) -> TestResult<String> {
     Ok(disk["inserted"]["image"]["filename"].as_str().unwrap_or_default().to_owned())
 }
 
-/// Saves a guest that goes on; what was saved comes back twice, each with the disk of that moment.
+/// Saves a guest that goes on, and restores the file twice, each time with the disk of the saved
+/// moment. Returns the live method, or "" if the save was not live.
 fn round_trip(
     source: &Qemu,
     destination: &Qemu,
@@ -115,7 +117,8 @@ fn disks_are_of_the_moment_of_a_background_snapshot() -> TestResult {
     by_background_snapshot(&qemu, &config(Ram::private(256)).busy())
 }
 
-/// The oldest has background-snapshot too, and leaves its guest standing if one does not end well.
+/// The oldest QEMU has background-snapshot too, but leaves its guest paused if one fails; so vmfile
+/// uses pre-copy.
 #[test]
 fn disks_are_of_the_last_moment_of_a_pre_copy_of_the_oldest() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Oldest));
@@ -161,7 +164,7 @@ fn a_save_that_is_stopped_leaves_the_disk_as_it_was() -> TestResult {
         assert_eq!(Path::new(&image_in_use(&mut guest)?), config.disk_path());
         assert_eq!(images(&config)?, [config.disk_path()], "no overlay is left");
         guest.counts_on(3)?;
-        // And where nothing stops it, it is saved.
+        // A save that is not stopped succeeds afterwards.
         guest.save(&options)?;
     }
     Ok(())
@@ -178,7 +181,7 @@ fn a_vm_that_went_on_in_an_overlay_comes_back_with_its_saved_command_line() -> T
     guest.wait_for_passes(1)?;
     let overlay = image_in_use(&mut guest)?;
     assert_eq!(second.report.disks[0].overlay, overlay);
-    // Without --with-disks: what the command line names is an image that the VM has left.
+    // Without --with-disks: the VM no longer uses the image that the command line names.
     let third = guest.save_and_end(&SaveOptions::default())?;
     for (saved, expected) in [(&third, 0), (&second, 1), (&first, 1)] {
         let restored = saved.restore_saved(&RestoreOptions::default())?;
@@ -230,8 +233,8 @@ fn a_disk_that_is_no_file_is_refused_before_the_guest_is_paused() -> TestResult 
     Ok(())
 }
 
-/// The overlays of a restore are read by the headers of the images: the guest read other bytes than
-/// before, and both verbs had ended with 0.
+/// Below the overlays of a restore, QEMU finds backing files by the headers of the images. The
+/// guest read other bytes than before, and both verbs exited with 0.
 #[test]
 fn an_image_below_that_only_the_command_line_names_is_refused() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
@@ -272,8 +275,8 @@ fn an_image_below_that_only_the_command_line_names_is_refused() -> TestResult {
     Ok(())
 }
 
-/// From about the 13th save on it failed for ever: each overlay was named after the one below and the
-/// file, until the names, and QEMU's names of the whole chain, were too long.
+/// From about the 13th save on, every save failed: the name of each overlay contained that of the
+/// image below, until the names, and QEMU's names of the whole chain, were too long.
 #[test]
 fn a_vm_is_saved_with_its_disks_twenty_times_in_a_row() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
@@ -293,8 +296,8 @@ fn a_vm_is_saved_with_its_disks_twenty_times_in_a_row() -> TestResult {
     guest.runs_on(1)
 }
 
-/// QEMU takes the overlays that it made off the disks when it cannot make all of them, and leaves
-/// their files.
+/// If QEMU cannot make all overlays, it removes those that it made from the disks, but leaves their
+/// files.
 #[test]
 fn overlays_that_were_made_for_nothing_are_removed() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
@@ -302,7 +305,7 @@ fn overlays_that_were_made_for_nothing_are_removed() -> TestResult {
     let directory = tempfile::tempdir()?;
     let (first, second) = (directory.path().join("a.raw"), full.path().join("b.raw"));
     fs::write(&first, [0; 4096])?;
-    // As much as goes in.
+    // Fills the file system.
     while fs::OpenOptions::new()
         .create(true)
         .append(true)

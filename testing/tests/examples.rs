@@ -1,4 +1,4 @@
-//! The example of the library that needs a VM does what it says.
+//! Runs the example of the library that needs a VM.
 
 use vmfile_testing::{Guest, Qemu, Ram, Release, TestResult, requires};
 

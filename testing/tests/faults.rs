@@ -1,4 +1,4 @@
-//! Whatever fails, the VM runs on and no file is left; whatever is damaged is found.
+//! If a save fails, the VM runs on and no file is left. Every kind of damage to a file is found.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
@@ -19,7 +19,7 @@ fn boot(qemu: &Qemu) -> TestResult<Guest> {
     Ok(guest)
 }
 
-/// The guest runs, counts on, and nothing lies in `directory`.
+/// Expects that the guest runs and counts on, and that `directory` is empty.
 fn nothing_happened(guest: &mut Guest, directory: &Path) -> TestResult {
     guest.runs_on(2)?;
     let left: Vec<_> = fs::read_dir(directory)?.collect::<Result<_, _>>()?;
@@ -32,7 +32,7 @@ fn slow_options() -> SaveOptions {
     SaveOptions::default().jobs(jobs).io(Backend::Threads)
 }
 
-/// Saves, and calls `meddle` when the first pages have been written.
+/// Saves, and calls `meddle` once the first pages are written; returns the error of the save.
 fn save_with_meddling(
     guest: &Guest,
     file: &Path,
@@ -137,7 +137,7 @@ fn a_qemu_that_dies_in_the_middle_leaves_no_file() -> TestResult {
     };
     let options = slow_options().after(After::Resume);
     let error = save_with_meddling(&guest, &directory.path().join("vm.vmf"), &options, kill);
-    // Where the kernel had all pages already, the file is whole and only the VM is gone.
+    // If all pages were written before the kill, the file is complete and only the VM is lost.
     let error = error?;
     if !matches!(error, SaveError::Release { .. }) {
         assert_eq!(fs::read_dir(directory.path())?.count(), 0, "{error}");
@@ -156,7 +156,7 @@ fn every_changed_byte_is_found() -> TestResult {
     let len = file.metadata()?.len();
     let structure = Snapshot::open(path, 0)?;
     let end = structure.structure().device_state.stream_end;
-    // Every part: the head, places of pages, padding, the device state, hashes, JSON, footer.
+    // Every part: the head, pages, padding, the device state, hashes, JSON, footer.
     let everywhere = (0..len).step_by(usize::try_from(len / 150)?);
     let places = (0..64).map(|i| i * 7).chain(everywhere).chain((end - 40..end).step_by(5));
     let places = places.chain((len - 64..len).step_by(3)).chain((len - 900..len - 64).step_by(97));

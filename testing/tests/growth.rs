@@ -1,4 +1,4 @@
-//! What a file says for those who read it later, and what QEMU must refuse.
+//! The metadata that helps other programs to read a file, and features that QEMU must refuse.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
@@ -16,8 +16,8 @@ use vmfile_testing::{
     Guest, GuestConfig, Machine, Qemu, Ram, Release, Saved, TestResult, requires,
 };
 
-/// Saves the guest, which stays paused, and compares what the file says of its addresses and its CPUs
-/// with what QEMU says.
+/// Saves the guest, which stays paused, and compares the guest addresses and CPU registers in the
+/// file with those that QEMU reports.
 fn addresses_and_registers_are_recorded(
     qemu: &Qemu,
     config: &GuestConfig,
@@ -32,7 +32,7 @@ fn addresses_and_registers_are_recorded(
     let of_ram = map.iter().filter(|range| range.block.as_deref() == Some("pc.ram"));
     let ram = snapshot.structure().block("pc.ram").ok_or("no RAM")?.block.used_length();
     let mapped: u64 = of_ram.clone().map(|range| range.bytes).sum();
-    // A PC hides some of the first MiB behind ROMs and graphics memory.
+    // On a PC, ROMs and graphics memory hide a part of the first MiB.
     assert!((ram - (1 << 20)..=ram).contains(&mapped), "{mapped} of {ram} bytes are mapped");
     for range in map.iter().filter(|range| range.block.is_some()) {
         let last = range.bytes - 4096;
@@ -57,7 +57,7 @@ fn addresses_and_registers_are_recorded(
     Ok(())
 }
 
-/// Reads the page of the file that `range` shows at `at`.
+/// Reads the page of the file that lies at offset `at` of `range`.
 fn page_at(snapshot: &Snapshot, range: &MemoryRangeMeta, at: u64) -> TestResult<Vec<u8>> {
     let name = range.block.as_deref().ok_or("no block")?;
     let placed = snapshot.structure().block(name).ok_or("no such block")?;
@@ -89,15 +89,15 @@ fn a_file_says_where_the_guest_sees_its_memory_and_where_its_registers_are() -> 
     let qemu = requires!(qemu >= "9.1");
     let config = Guest::linux(Ram::private(256)).vcpus(2);
     addresses_and_registers_are_recorded(&qemu, &config, Route::Direct)?;
-    // RAM above 4 GiB: a q35 has what is over 2 GiB there.
+    // RAM above 4 GiB: a q35 puts RAM beyond 2 GiB there.
     let config = Guest::linux(Ram::private(3072)).vcpus(2).machine(Machine::Q35);
     addresses_and_registers_are_recorded(&qemu, &config, Route::Native)?;
     let config = Guest::linux(Ram::private(256)).vcpus(2).machine(Machine::Q35);
     addresses_and_registers_are_recorded(&qemu, &config, Route::Stream)
 }
 
-/// Puts a feature of ours into the head of a vmfile. The first block's record and bitmap move up; there is
-/// room before its pages.
+/// Adds a vmfile feature to the head of the file. The first block's record and bitmap move up;
+/// there is room before its pages.
 fn add_feature_to_head(path: &Path, feature: &str) -> TestResult {
     let snapshot = Snapshot::open(path, 0)?;
     let structure = snapshot.structure();
@@ -123,7 +123,7 @@ fn add_feature_to_head(path: &Path, feature: &str) -> TestResult {
     Ok(())
 }
 
-/// Lets QEMU load the file without our help; returns whether it took it.
+/// Has QEMU load the file without vmfile; returns whether it succeeded.
 fn qemu_takes(qemu: &Qemu, path: &Path, config: &GuestConfig) -> TestResult<bool> {
     let mut guest = config.incoming(qemu, "defer")?;
     let uri = if set_capability(&mut guest, "mapped-ram").is_ok() {

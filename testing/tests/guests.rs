@@ -1,7 +1,7 @@
-//! Do the guests say the truth about their RAM?
+//! Do the guests report the state of their RAM correctly?
 //!
-//! Everything else that is tested with a VM rests on this: that a guest counts on when its memory is
-//! as it left it, and says so when a single page is not.
+//! All other tests with VMs rely on this: a guest counts on while its memory is as it left it, and
+//! reports when a single page is not.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
@@ -45,7 +45,7 @@ fn qemu_sees_the_pages_that_the_oracle_predicts() -> TestResult {
 
     let last_pass = guest.counts().last().ok_or("a count")?.number;
     for (page, bytes) in (0_u32..).zip(saved.chunks_exact(4096)) {
-        // It may have been stopped before or after it rewrote this page.
+        // The guest may have been stopped before or after it rewrote this page.
         let before = oracle.page_bytes(page, last_pass);
         let after = oracle.page_bytes(page, last_pass + 1);
         assert!(bytes == before || bytes == after, "page {page} after pass {last_pass}");
@@ -59,8 +59,8 @@ fn one_wrong_bit_changes_the_sum_of_the_boot_sector_guest() -> TestResult {
     let mut guest = Guest::boot_sector(Ram::tmpfs(64)).boot_to(&qemu, 1)?;
     guest.stop()?;
 
-    // The guest is between passes or in one. Two neighboring pages, so that one of them is not just
-    // about to be rewritten.
+    // The guest may be about to rewrite a page, which would undo the change. It never rewrites two
+    // neighboring pages in one pass.
     flip_a_bit(&guest, 0x180_0123)?;
     flip_a_bit(&guest, 0x180_1123)?;
     guest.resume()?;
@@ -95,7 +95,7 @@ fn the_linux_guest_counts_on_q35_under_uefi() -> TestResult {
 fn the_linux_guest_uses_all_nodes_and_memory_modules() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
     let config = Guest::linux(Ram::memfd(256)).numa_nodes(&[128, 128]).vcpus(2).dimm(128);
-    // More than both nodes have free.
+    // More than the two nodes together have free, so that the memory module is used too.
     let guest = config.fill_mib(220).boot_to(&qemu, 3)?;
     guest.wait_for_line(|line| line == "nodes 2", TIMEOUT)?;
     guest.judge_counts()
@@ -108,7 +108,8 @@ fn the_linux_guest_names_a_page_with_one_wrong_bit() -> TestResult {
     let mut guest = config.boot_to(&qemu, 1)?;
     guest.stop()?;
 
-    // Wherever the kernel put the memory under test, its repeated pages are known by their bytes.
+    // The test does not know where the kernel put the memory under test, but recognizes its
+    // repeated pages by their bytes.
     let repeated_page = config.repeated_word().repeat(4096 / 8);
     let ram = fs::read(guest.ram_file("pc.ram").ok_or("RAM in a file")?)?;
     let mut pages = (0_u64..).zip(ram.chunks_exact(4096));
@@ -144,7 +145,8 @@ fn file_systems_can_be_made_for_a_test() -> TestResult {
     Ok(())
 }
 
-/// Changes one bit of guest memory behind the guest's back; RAM is one file, below the hole.
+/// Changes one bit of guest memory while the guest is stopped. RAM is one file, and `address` lies
+/// below the hole.
 fn flip_a_bit(guest: &Guest, address: u64) -> TestResult {
     let path = guest.ram_file("pc.ram").ok_or("RAM in a file")?;
     let file = File::options().read(true).write(true).open(path)?;

@@ -1,5 +1,5 @@
-//! Images: what a running VM has is what a command line names, what a file records, and what a
-//! restore gives back, in whatever way the line is written.
+//! Images of a VM: however the command line is written, its images, those in the file and those of
+//! the restored VM are the ones that the running VM has.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -23,12 +23,12 @@ fn raw(path: &Path) -> TestResult {
     Ok(fs::File::create_new(path)?.set_len(4 << 20)?)
 }
 
-/// A guest in the boot sector, with `more` arguments.
+/// A boot-sector guest with `more` arguments.
 fn guest(more: &[impl AsRef<OsStr>]) -> GuestConfig {
     Guest::boot_sector(Ram::private(64)).arguments(more.iter().map(AsRef::as_ref))
 }
 
-/// Holds what the line of a running VM makes against what QEMU says it has.
+/// Compares the drives that the command line of a running VM makes with those that QEMU reports.
 fn line_and_vm_agree(qemu: &Qemu, more: &[String], expected: usize) -> TestResult {
     let guest = guest(more).boot(qemu)?;
     let mut vm = Vm::connect(&guest.qmp_path())?;
@@ -56,8 +56,8 @@ fn line_and_vm_agree(qemu: &Qemu, more: &[String], expected: usize) -> TestResul
     Ok(())
 }
 
-/// The kind: a command line was believed to name an image as `file=PATH` and in no other way, so
-/// that what was written otherwise was not found, and the VM came back on whatever the line said.
+/// vmfile looked for images on a command line only as `file=PATH`. Images in other spellings were
+/// not found, and the VM came back on the images that the line named.
 fn every_spelling(qemu: &Qemu) -> TestResult {
     let files = tempfile::tempdir()?;
     let path = |name: &str| files.path().join(name).display().to_string();
@@ -76,7 +76,7 @@ fn every_spelling(qemu: &Qemu) -> TestResult {
     fs::write(&config, text)?;
     let file = |path: &str| format!("file={path},format=raw");
     let blk = "virtio-blk-pci,drive=n";
-    // The boot sector is on ide0-hd0 and counts with each.
+    // Each count includes ide0-hd0, which has the boot sector.
     for (words, drives) in [
         (vec!["-drive".into(), format!("{},if=virtio", file(&a))], 2),
         (vec!["-drive".into(), file(&a), "-drive".into(), file(&b)], 3),
@@ -146,8 +146,8 @@ fn every_spelling_of_an_image_is_found_on_the_command_line_of_the_newest() -> Te
     every_spelling(&requires!(Qemu::of(Release::Newest)))
 }
 
-/// A1: a VM that was started with `-readconfig` came back with whatever the file said by then, and
-/// its drives were on no line that a restore could read.
+/// A1: a VM that was started with `-readconfig` came back with the contents that the file had at
+/// the restore, and its drives were not on the saved line.
 #[test]
 fn a_configuration_file_is_in_the_saved_line_and_not_needed_any_more() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
@@ -170,7 +170,7 @@ fn a_configuration_file_is_in_the_saved_line_and_not_needed_any_more() -> TestRe
     Ok(())
 }
 
-/// A directory of images, and what is done with them.
+/// A directory of images.
 struct Files(TempDir);
 
 impl Files {
@@ -199,7 +199,7 @@ impl Files {
     }
 }
 
-/// The drive that a test is about: every drive but that of the boot sector.
+/// The drive under test: the first that is not the drive of the boot sector.
 fn drive_of(vm: &mut Vm) -> TestResult<Drive> {
     let drives = vm.drives()?;
     let mut drives = drives
@@ -212,12 +212,12 @@ fn paths(drive: &Drive) -> Vec<&str> {
     drive.images.iter().map(|image| image.path.as_str()).collect()
 }
 
-/// What runs is not what the line says, and the save is to go on all the same.
+/// Saves although the VM differs from its command line.
 fn changed_ok() -> SaveOptions {
     SaveOptions::default().changed_ok(true)
 }
 
-/// The drive of a VM that was restored.
+/// The drive under test of a restored VM.
 fn restored_drive(restored: &mut Restored) -> TestResult<Drive> {
     drive_of(restored.qemu.as_mut().ok_or("a QEMU was started")?.vm())
 }
@@ -231,7 +231,7 @@ fn run_job(guest: &mut Guest, command: &str, arguments: Value) -> TestResult {
         let jobs = guest.qmp("query-block-jobs", json!({}))?;
         let Some(job) = jobs.as_array().and_then(|jobs| jobs.first()) else { return Ok(()) };
         if job["ready"] == true {
-            // A job that is completing already is told once more, which QEMU refuses.
+            // QEMU refuses this for a job that is completing already.
             let _ = guest.qmp("block-job-complete", json!({ "device": id }));
         }
         assert!(Instant::now() < deadline, "{job}");
@@ -239,13 +239,13 @@ fn run_job(guest: &mut Guest, command: &str, arguments: Value) -> TestResult {
     }
 }
 
-/// The ways to write one disk, each with a device, on a qcow2 image.
+/// The ways to write one disk on a qcow2 image, each with its device.
 fn spellings(image: &str) -> Vec<Vec<String>> {
     let text = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect();
     let json = format!(r#"{{"driver":"qcow2","file":{{"driver":"file","filename":"{image}"}}}}"#);
     let named = json.replace(',', ",,");
-    // No virtio: the firmware leaves its rings in memory that this guest fills, and QEMU refuses the
-    // device state of a ring that makes no sense.
+    // Not virtio: the firmware leaves virtio's rings in memory that this guest fills, and QEMU
+    // refuses the device state if a ring is invalid.
     let device = "ide-hd,drive=n,id=disk,bus=ide.1";
     vec![
         text(&["-drive", &format!("file={image},format=qcow2,id=n")]),
@@ -269,8 +269,8 @@ fn spellings(image: &str) -> Vec<Vec<String>> {
     ]
 }
 
-/// A1: `drive-mirror` to another image, completed: the VM runs on that one. The saved line names the
-/// old one, and the restored VM ran on it: everything that was written since was gone.
+/// A1: after a completed `drive-mirror`, the VM runs on the new image. The saved line named the old
+/// one, so the restored VM ran on that and lost everything that was written since.
 #[test]
 fn a_vm_that_was_mirrored_to_another_image_comes_back_on_that_one() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
@@ -291,8 +291,8 @@ fn a_vm_that_was_mirrored_to_another_image_comes_back_on_that_one() -> TestResul
     Ok(())
 }
 
-/// A1: after an active `block-commit` the VM runs on what was the base; the saved line names the
-/// overlay, whose contents are older from then on.
+/// A1: after an active `block-commit` the VM runs on the base; the saved line named the overlay,
+/// whose contents are outdated from then on.
 #[test]
 fn a_vm_whose_overlay_was_committed_comes_back_on_the_base() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
@@ -311,8 +311,9 @@ fn a_vm_whose_overlay_was_committed_comes_back_on_the_base() -> TestResult {
     Ok(())
 }
 
-/// A1: `save --with-disks --after resume` of a drive that was not written as `file=PATH`: a restore
-/// went on where it found no place, and opened the base read-write, which ruined the file.
+/// A1: `save --with-disks --after resume` of a drive that was not written as `file=PATH`. The
+/// restore did not find the drive on the line and went on: QEMU opened the frozen image read-write,
+/// which made the file useless.
 #[test]
 fn the_image_of_a_file_is_below_an_overlay_however_the_drive_is_written() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
@@ -337,7 +338,7 @@ fn the_image_of_a_file_is_below_an_overlay_however_the_drive_is_written() -> Tes
     Ok(())
 }
 
-/// A1: what is written by a symbolic link, or with `..`, is the same image, and not another one.
+/// A1: a path through a symbolic link, or with `..`, names the same image.
 #[test]
 fn another_name_of_an_image_is_the_same_image() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
@@ -362,15 +363,15 @@ fn another_name_of_an_image_is_the_same_image() -> TestResult {
     Ok(())
 }
 
-/// What is done to a drive, and what it has then: its image, and whether its tray is open.
+/// A change of a drive, and the state that it leads to: its image, and whether its tray is open.
 struct Change {
     commands: Vec<(&'static str, Value)>,
     image: Option<String>,
     tray_open: Option<bool>,
 }
 
-/// A1: a CD that was changed or ejected was back in the drive after a restore, where the guest knew
-/// another one; and the tray was as the line had it.
+/// A1: after a CD was changed or ejected, the restored VM had the old one in the drive, and the
+/// tray as the line makes it.
 fn media_and_trays(qemu: &Qemu) -> TestResult {
     let files = Files::new()?;
     for name in ["old.iso", "new.iso"] {
@@ -444,7 +445,8 @@ fn media_and_trays_come_back_as_they_were_in_the_newest() -> TestResult {
     media_and_trays(&requires!(Qemu::of(Release::Newest)))
 }
 
-/// A disk that has no place on the saved line is an error that names it, and not another disk.
+/// If the saved line does not make a disk of the file, the restore is refused with an error that
+/// names the disk.
 #[test]
 fn a_disk_without_a_place_on_the_saved_line_is_refused_by_name() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
@@ -453,7 +455,7 @@ fn a_disk_without_a_place_on_the_saved_line_is_refused_by_name() -> TestResult {
     let drive = format!("file={image},format=qcow2,id=d0");
     let mut guest = guest(&["-drive", &drive]).boot_to(&qemu, 1)?;
     let saved = guest.save_and_end(&SaveOptions::default())?;
-    // A line that makes the disk in a way that we do not know.
+    // Stands for a line that makes the disk in a way that vmfile does not know.
     rewrite_manifest(&saved.file, |vm| {
         let at = vm.command_line.iter().position(|word| *word == drive).unwrap_or_default();
         vm.command_line.drain(at - 1..=at);

@@ -11,7 +11,7 @@ use vmfile_testing::migration::{migrate_all, set_capability, wait_until_complete
 use vmfile_testing::verbs::{self, check_is_clean, restore_into};
 use vmfile_testing::{Guest, GuestConfig, Machine, Qemu, Ram, Saved, TestResult, requires};
 
-/// How QEMU is told to write or read a mapped-ram file.
+/// QEMU's settings for writing or reading a mapped-ram file.
 #[derive(Clone, Copy, Debug)]
 struct Way {
     multifd: bool,
@@ -39,7 +39,7 @@ fn uri(file: &Path, offset: u64) -> String {
     format!("file:{},offset={offset}", file.display())
 }
 
-/// QEMU loads our file with nothing of ours.
+/// Has QEMU load a file of vmfile without vmfile.
 fn qemu_loads(qemu: &Qemu, config: &GuestConfig, file: &Path, way: Way) -> TestResult<Guest> {
     let mut guest = config.incoming(qemu, "defer")?;
     prepare_qemu(&mut guest, way)?;
@@ -48,7 +48,7 @@ fn qemu_loads(qemu: &Qemu, config: &GuestConfig, file: &Path, way: Way) -> TestR
     Ok(guest)
 }
 
-/// vmfile saves, QEMU loads the file, and the guest judges.
+/// Saves with vmfile, loads the file with QEMU, and lets the guest judge.
 fn qemu_restores_ours(qemu: &Qemu, config: &GuestConfig, way: Way) -> TestResult {
     let saved = config.boot_to(qemu, 2)?.save(&SaveOptions::default())?;
     saved.goes_on_in(&qemu_loads(qemu, config, &saved.file, way)?)?;
@@ -87,14 +87,15 @@ fn qemu_alone_leaves_a_paused_vm_paused() -> TestResult {
     Ok(())
 }
 
-/// QEMU saves at `offset` of a file.
+/// Has QEMU save the guest at `offset` of a file.
 fn qemu_saves(qemu: &Qemu, config: &GuestConfig, way: Way, offset: u64) -> TestResult<Saved<()>> {
     let mut guest = config.boot_to(qemu, 2)?;
     prepare_qemu(&mut guest, way)?;
     Saved::by(&mut guest, |guest, file| migrate_all(guest, &uri(file, offset)))
 }
 
-/// QEMU saves at `offset` of a file, vmfile looks at it and restores it, and the guest judges.
+/// Has QEMU save at `offset` of a file, checks and restores it with vmfile, and lets the guest
+/// judge.
 fn we_restore_qemus(qemu: &Qemu, config: &GuestConfig, way: Way, offset: u64) -> TestResult {
     let saved = qemu_saves(qemu, config, way, offset)?;
     let snapshot = Snapshot::open(&saved.file, offset)?;

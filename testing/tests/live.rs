@@ -18,7 +18,8 @@ fn live() -> SaveOptions {
     SaveOptions::default().live(live).after(After::Resume)
 }
 
-/// Saves a guest that rewrites its memory all the time; it runs on, and so does what comes back.
+/// Saves a guest that rewrites its memory all the time; expects that it runs on, and that the file
+/// comes back.
 fn round_trip(
     source: &Qemu,
     destination: &Qemu,
@@ -28,7 +29,7 @@ fn round_trip(
     round_trip_of(source, destination, config, options, |_| true)
 }
 
-/// A round trip of the first save, of 50, that `is_it` takes.
+/// As [`round_trip`], with the first of at most 50 saves whose report `is_it` accepts.
 fn round_trip_of(
     source: &Qemu,
     destination: &Qemu,
@@ -87,7 +88,7 @@ fn ram_in_a_file_on_a_disk_is_saved_by_pre_copy() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
     let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
     let config = Guest::boot_sector(Ram::file(64, directory.path())).seed(113).busy();
-    // The guest writes in a tenth of its time only, and a save may fall between.
+    // The guest writes only a tenth of the time, so a save may see no write.
     let is_rewritten = |report: &SaveReport| report.bytes_rewritten > 0;
     let report = round_trip_of(&qemu, &qemu, &config, &live(), is_rewritten)?;
     let Some(LiveMethod::PreCopy { reason }) = &report.live_method else { panic!("{report:?}") };
@@ -122,8 +123,9 @@ fn a_paused_guest_is_saved_as_it_is_and_the_direct_route_is_refused() -> TestRes
     Ok(())
 }
 
-/// A save and its guardian that were killed while QEMU held the VM for the overlays left a migration that
-/// the next vmfile never cancelled: it waited until its time was over, and the guest stood still for ever.
+/// A save and its guardian were killed while QEMU paused the VM for the overlays. The next vmfile
+/// never cancelled that migration: it waited until its timeout, and the guest stayed paused for
+/// ever.
 #[test]
 fn a_migration_that_waits_before_its_switchover_is_cancelled() -> TestResult {
     let qemu = requires!(qemu >= "9.0");

@@ -1,4 +1,4 @@
-//! QEMU sends itself by several connections at once, and the guest judges what comes back.
+//! QEMU sends a VM over several connections at once, and the restored guest judges its RAM.
 
 use std::fs;
 use std::io::Write as _;
@@ -22,8 +22,8 @@ fn channels(count: u8) -> ReceiveOptions {
     ReceiveOptions::default().channels(Channels::new(count))
 }
 
-/// Boots on `source`, receives by `count` channels with these parameters, and
-/// restores on `destination`.
+/// Boots on `source`, receives over `count` channels with these migration parameters, and restores
+/// on `destination`.
 fn round_trip(
     (source, destination): (&Qemu, &Qemu),
     config: &GuestConfig,
@@ -112,7 +112,7 @@ fn compressed_pages_come_back() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
     for method in ["zlib", "zstd"] {
         let config = Guest::boot_sector(Ram::private(64)).seed(109);
-        // Under emulation they never catch up with the guest.
+        // Compression never catches up with the guest, so QEMU may pause it for a minute.
         let parameters =
             [("multifd-compression", json!(method)), ("downtime-limit", json!(60_000))];
         round_trip((&qemu, &qemu), &config, 2, &parameters)?;
@@ -126,7 +126,7 @@ fn compressed_pages_of_the_oldest_qemu_come_back() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
     for method in ["zlib", "zstd"] {
         let config = Guest::boot_sector(Ram::private(64)).seed(110).machine_version("7.2");
-        // Under emulation they never catch up with the guest.
+        // Compression never catches up with the guest, so QEMU may pause it for a minute.
         let parameters =
             [("multifd-compression", json!(method)), ("downtime-limit", json!(60_000))];
         round_trip((&oldest, &qemu), &config, 2, &parameters)?;
@@ -134,8 +134,8 @@ fn compressed_pages_of_the_oldest_qemu_come_back() -> TestResult {
     Ok(())
 }
 
-/// A guest that rewrites its memory all the time, sent while it runs. On a busy host all may be sent
-/// before the guest has written anything again: then it is sent once more.
+/// Receives a guest while it runs and rewrites its memory. On a busy host QEMU may send all of it
+/// before the guest writes again; then the test starts anew.
 fn live((source, destination): (&Qemu, &Qemu), config: &GuestConfig) -> TestResult {
     for _ in 0..5 {
         let mut guest = config.boot_to(source, 2)?;
@@ -182,7 +182,7 @@ fn channels_that_nobody_expects_are_refused() -> TestResult {
     Ok(())
 }
 
-/// A receive of two channels that fails after half a second of silence.
+/// A running receive of two channels that fails after half a second without a byte.
 struct Receiving {
     directory: tempfile::TempDir,
     socket: PathBuf,
@@ -211,7 +211,8 @@ impl Receiving {
         Ok(connection)
     }
 
-    /// Waits for the failure; returns what it says. No file is left.
+    /// Waits for the receive to fail, and returns its error with all sources. Expects that no file
+    /// is left.
     fn failure(self) -> TestResult<String> {
         let error = self.receiver.join().expect("no panic").expect_err("a failure");
         let mut text = error.to_string();
@@ -230,7 +231,7 @@ fn ram() -> RamLayout {
     RamLayout::new(vec![block]).expect("a layout")
 }
 
-/// A stream of an old machine type up to its first page, which begins its second round.
+/// A stream of an old machine type up to its first page, where the second round begins.
 fn stream() -> Vec<u8> {
     let mut bytes =
         Configuration { machine: "pc-i440fx-7.2".to_owned(), ..Configuration::default() }.encode();
@@ -250,7 +251,7 @@ fn packet(sync: bool, normal: &[u64]) -> Vec<u8> {
     Packet { sync, compression: Compression::None, number: 0, pages, data_len }.encode(&ram())
 }
 
-/// Two channels, the first of which sends `bytes`; returns what the receive says.
+/// Receives over two channels, the first of which sends `bytes`; returns the error of the receive.
 fn failure_of_channel(bytes: &[u8], hang_up: bool) -> TestResult<String> {
     let receiving = Receiving::begin()?;
     let first = receiving.connect(&[init(0), packet(true, &[]), bytes.to_vec()].concat())?;
@@ -265,7 +266,7 @@ fn two_channels_with_one_number_are_refused() -> TestResult {
     let receiving = Receiving::begin()?;
     let _first = receiving.connect(&init(1))?;
     let _second = receiving.connect(&init(1))?;
-    // The receiver may have given up before the last one comes, here and below.
+    // The receive may have failed before this connection is made, here and below.
     let _stream = receiving.connect(&stream()).ok();
     assert_eq!(receiving.failure()?, "two multifd channels have the number 1");
     Ok(())
@@ -356,7 +357,7 @@ fn a_channel_that_ends_before_its_round_is_an_error() -> TestResult {
     let mut stream_bytes = stream();
     drop(receiving.connect(&[init(0), packet(true, &[])].concat())?);
     let _second = receiving.connect(&[init(1), packet(true, &[]), packet(true, &[])].concat())?;
-    // The second round ends with this word, in a part of "ram".
+    // This word ends the second round, in a section of "ram".
     stream_bytes.extend_from_slice(&0x10_u64.to_be_bytes());
     let _stream = receiving.connect(&stream_bytes)?;
     assert_eq!(receiving.failure()?, "a multifd channel ended inside a round");

@@ -1,4 +1,5 @@
-//! `save --route native`: QEMU writes the file, vmfile makes it whole, QEMU is left as it was.
+//! `save --route native`: QEMU writes the file, vmfile completes it, and QEMU's settings stay as
+//! they were.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
@@ -69,7 +70,7 @@ fn both_routes_write_the_same_pages(release: Release) -> TestResult {
     let qemu = requires!(Qemu::of(release));
     let mut guest = Guest::boot_sector(Ram::private(64)).seed(113).boot_to(&qemu, 1)?;
     set_capability(&mut guest, "xbzrle")?;
-    // Mapped RAM goes with neither compression nor TLS.
+    // Mapped RAM works with neither compression nor TLS.
     let parameters = json!({
         "tls-creds": "tls0",
         "max-bandwidth": 77_000_000,
@@ -155,8 +156,8 @@ fn a_qemu_that_is_too_old_is_refused_and_its_guest_runs_on() -> TestResult {
     guest.runs_on(2)
 }
 
-/// A save that fails, or is stopped once the share `stop_at` is done; the guest must run on, with its
-/// settings, and no file be left.
+/// Runs a save that fails, or that is stopped once the share `stop_at` is done. Expects that the
+/// guest runs on with its settings, and that no file is left.
 fn harms_nobody(guest: &mut Guest, directory: &Path, stop_at: f64) -> TestResult<SaveError> {
     let mut vm = Vm::connect(&guest.qmp_path())?;
     let flag = Arc::new(AtomicBool::new(false));
@@ -186,14 +187,14 @@ fn a_save_that_fails_harms_nobody(release: Release) -> TestResult {
     let config = Guest::boot_sector(Ram::private(256)).seed(118).data_share(200);
     let mut guest = config.boot_to(&qemu, 1)?;
     let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
-    // While QEMU writes, and while vmfile reads.
+    // Stops while QEMU writes, and while vmfile reads.
     for stop_at in [0.0, 0.1, 0.7] {
         let error = harms_nobody(&mut guest, directory.path(), stop_at)?;
         assert!(error.is_stopped(), "{stop_at}: {error}");
     }
     let error = harms_nobody(&mut guest, mount.path(), 2.0)?;
     assert!(matches!(error, SaveError::NoSpace { .. }), "{error}");
-    // And where nothing fails it is saved.
+    // A save that does not fail succeeds afterwards.
     check_is_clean(&guest.save(&by_qemu(After::Quit))?.file)
 }
 

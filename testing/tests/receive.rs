@@ -1,4 +1,4 @@
-//! QEMU sends itself as a stream, vmfile writes it to a file, and the guest judges what comes back.
+//! QEMU sends a VM as a stream, vmfile writes it to a file, and the restored guest judges its RAM.
 
 use std::fs;
 use std::io::Write as _;
@@ -22,7 +22,7 @@ use vmfile_testing::migration::{
 use vmfile_testing::verbs::check_is_clean;
 use vmfile_testing::{Guest, GuestConfig, Mount, Qemu, Ram, Release, TestResult, requires};
 
-/// Boots on `source`, receives, checks, restores on `destination` by `map` and by `load`.
+/// Boots on `source`, receives, checks, and restores on `destination` by `map` and by `load`.
 fn round_trip(
     source: &Qemu,
     destination: &Qemu,
@@ -65,7 +65,7 @@ fn a_linux_guest_with_its_devices_comes_back_from_a_stream() -> TestResult {
     round_trip(&qemu, &qemu, &config).map(drop)
 }
 
-/// A guest that rewrites its memory all the time, sent while it runs, slowly.
+/// Sends a guest while it runs and rewrites its memory all the time.
 fn live(qemu: &Qemu, capability: Option<&str>, seed: u32) -> TestResult {
     let config = Guest::boot_sector(Ram::private(64)).seed(seed).busy();
     let mut guest = config.boot_to(qemu, 2)?;
@@ -100,7 +100,8 @@ fn compressed_pages_of_the_oldest_qemu_are_understood() -> TestResult {
     let config = Guest::boot_sector(Ram::private(64)).seed(76).machine_version("7.2");
     let mut guest = config.boot_to(&oldest, 2)?;
     set_capability(&mut guest, "compress")?;
-    // Two vCPUs' worth of zlib under emulation never catch up with the guest.
+    // Compression never catches up with the guest, so QEMU may pause the guest for as long as it
+    // needs.
     set_parameter(&mut guest, "downtime-limit", json!(60_000))?;
     let saved = received(&mut guest, &ReceiveOptions::default())?;
     drop(guest);
@@ -137,7 +138,7 @@ fn a_disk_that_fills_up_ends_the_migration_and_the_guest_runs_on() -> TestResult
     guest.runs_on(1)
 }
 
-/// A whole stream, as `exec:cat` would have written it.
+/// Returns a whole stream, which QEMU writes through `exec:cat`.
 fn captured(qemu: &Qemu, seed: u32) -> TestResult<Vec<u8>> {
     let mut guest = Guest::boot_sector(Ram::private(16)).seed(seed).boot_to(qemu, 1)?;
     let file = guest.directory().join("stream");
@@ -145,7 +146,7 @@ fn captured(qemu: &Qemu, seed: u32) -> TestResult<Vec<u8>> {
     Ok(fs::read(&file)?)
 }
 
-/// Receives these bytes, and then the end of the connection.
+/// Receives from a connection that carries these bytes and then ends.
 fn receive_bytes(bytes: &[u8], file: &Path) -> TestResult<Outcome> {
     let (mut ours, theirs) = UnixStream::pair()?;
     let bytes = bytes.to_vec();
@@ -162,7 +163,7 @@ fn a_stream_that_is_cut_leaves_no_file() -> TestResult {
     let stream = captured(&qemu, 79)?;
     let directory = tempfile::tempdir()?;
     let file = directory.path().join("vm.vmf");
-    // The description is no part that anybody needs: up to it nothing may be missing.
+    // The VM description at the end is not needed; everything before it is.
     let description = stream.windows(2).rposition(|pair| pair == b"{\"").ok_or("JSON")?;
     let needed = stream[..description].len().saturating_sub(100_000);
     let lengths = (0..300).chain((300..needed).step_by(needed / 60));
@@ -200,7 +201,7 @@ fn a_sender_without_an_end_is_given_up_in_time() -> TestResult {
         Configuration { machine: "pc-i440fx-10.0".to_owned(), ..Configuration::default() }.encode();
     let mut section = RamSection::begin(&mut bytes, 1, &ram);
     let (mut ours, theirs) = UnixStream::pair()?;
-    // Page 3 for ever.
+    // Sends page 3 for ever.
     let sender = thread::spawn(move || {
         while ours.write_all(&bytes).is_ok() {
             bytes.clear();

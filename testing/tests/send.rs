@@ -1,4 +1,4 @@
-//! A file goes into QEMU as a stream, and the guest finds its memory as it left it.
+//! vmfile sends a file to QEMU as a stream, and the guest finds its memory as it left it.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
@@ -16,7 +16,7 @@ use vmfile_testing::{
     Guest, GuestConfig, Machine, Qemu, Ram, Release, Saved, TestResult, requires,
 };
 
-/// Boots and saves; the QEMU has ended then.
+/// Boots a guest and saves it, which ends its QEMU.
 fn saved(qemu: &Qemu, config: &GuestConfig) -> TestResult<Saved> {
     config.boot_to(qemu, 2)?.save(&SaveOptions::default())
 }
@@ -87,7 +87,7 @@ fn a_machine_that_does_not_fit_is_refused_before_qemu_sees_a_byte() -> TestResul
     Ok(())
 }
 
-/// QEMU refuses a device in a place where it has none, and says so.
+/// QEMU refuses the state of a device in a slot where it has none; the error has QEMU's message.
 #[test]
 fn what_qemu_refuses_is_an_error_with_its_words() -> TestResult {
     for release in [Release::Oldest, Release::Distribution] {
@@ -105,7 +105,7 @@ fn what_qemu_refuses_is_an_error_with_its_words() -> TestResult {
     Ok(())
 }
 
-/// Fills the RAM file of a QEMU that waits with noise.
+/// Fills the RAM file of a waiting QEMU with noise.
 fn fill_with_noise(waiting: &Guest, len: usize) -> TestResult<PathBuf> {
     let path = waiting.ram_file("pc.ram").ok_or("no RAM file")?;
     let file = File::options().write(true).open(&path)?;
@@ -127,7 +127,7 @@ fn a_ram_file_that_was_used_before_is_cleared() -> TestResult {
     Ok(())
 }
 
-/// Sends `file` to a QEMU that listens.
+/// Sends `file` to a QEMU that listens at `socket`.
 fn send_to(
     file: &Path,
     offset: u64,
@@ -162,7 +162,7 @@ fn zero_pages_are_left_out_only_where_that_was_asked_for() -> TestResult {
     Ok(())
 }
 
-/// Puts bytes at the places of zero pages, as a live save of QEMU's leaves them there.
+/// Puts bytes at the places of zero pages, as QEMU's live save leaves stale bytes there.
 fn make_stale(file: &Path, offset: u64) -> TestResult {
     let snapshot = Snapshot::open(file, offset)?;
     let file = File::options().write(true).open(file)?;
@@ -186,7 +186,8 @@ fn a_file_of_qemus_at_an_offset_with_stale_bytes_goes_to_the_oldest() -> TestRes
     let oldest = requires!(Qemu::of(Release::Oldest));
     let config = Guest::boot_sector(Ram::tmpfs(64)).seed(90).busy().machine_version("7.2");
     let mut guest = config.boot_to(&source, 2)?;
-    // All of the guest is sent again at most once: it writes faster than that.
+    // The guest writes faster than QEMU sends; these limits let QEMU send all of it again at most
+    // once.
     let limits = json!({ "max-bandwidth": 100 << 20, "downtime-limit": 1000 });
     guest.qmp("migrate-set-parameters", limits)?;
     let saved = Saved::by(&mut guest, |guest, file| {
@@ -201,7 +202,7 @@ fn a_file_of_qemus_at_an_offset_with_stale_bytes_goes_to_the_oldest() -> TestRes
     saved.goes_on_in(&destination)
 }
 
-/// Tells a QEMU that waits how many channels will come, and has it listen.
+/// Tells a waiting QEMU the number of channels, and has it listen.
 fn listen(waiting: &mut Guest, socket: &Path, channels: u8) -> TestResult {
     set_capability(waiting, "multifd")?;
     set_parameter(waiting, "multifd-channels", json!(channels))?;
@@ -210,7 +211,7 @@ fn listen(waiting: &mut Guest, socket: &Path, channels: u8) -> TestResult {
     Ok(())
 }
 
-/// Saves with the installed QEMU, sends over each number of channels to `release`, and lets the
+/// Saves with the installed QEMU, sends to `release` over each number of channels, and lets the
 /// guest judge.
 fn comes_over_channels(release: Release, config: &GuestConfig, channels: &[u8]) -> TestResult {
     let (source, qemu) = (requires!(Qemu::of(Release::Distribution)), requires!(Qemu::of(release)));
@@ -234,7 +235,7 @@ fn channels_bring_a_vm_to_the_installed_one() -> TestResult {
     comes_over_channels(Release::Distribution, &config, &[1, 2, 8])
 }
 
-/// Its machine type waits for the channels at the end of each part.
+/// With machine type 7.2, QEMU waits for the channels at the end of each section.
 #[test]
 fn channels_bring_a_vm_to_the_oldest() -> TestResult {
     let config = Guest::boot_sector(Ram::memfd(64)).seed(92).machine_version("7.2");
@@ -277,7 +278,7 @@ fn channels_that_the_receiver_closes_are_an_error_and_end_the_others() -> TestRe
     let receiver = thread::spawn(move || {
         let connections: std::io::Result<Vec<_>> = (0..4).map(|_| listener.accept()).collect();
         let mut connections = connections?;
-        // One channel is closed; the others stay open and nobody reads them.
+        // One channel is closed; the others stay open, and nothing reads from them.
         drop(connections.remove(2));
         std::io::Result::Ok(connections)
     });

@@ -1,4 +1,4 @@
-//! Guest RAM in files that other processes have too: they write to it, and cut it, while it is saved.
+//! Guest RAM in files that another process writes to, or truncates, during a save.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
@@ -17,8 +17,9 @@ fn options(io: Backend) -> SaveOptions {
     SaveOptions::default().io(io).after(After::Pause)
 }
 
-/// A vhost-user back end, say: it writes to the guest's memory although the guest stands still. Pages
-/// were hashed in one look and written from another, and `check` refused the file, when the VM had ended.
+/// A vhost-user back end, for example, writes to guest memory while the guest is paused. A page was
+/// read once for its hash and again for the write, so `check` refused the file after the VM had
+/// ended.
 #[test]
 fn a_file_is_whole_although_another_process_writes_to_the_ram_meanwhile() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
@@ -33,7 +34,8 @@ fn a_file_is_whole_although_another_process_writes_to_the_ram_meanwhile() -> Tes
                     if stop.load(Ordering::Relaxed) {
                         return;
                     }
-                    // Words at both ends of the page: half of it is another time.
+                    // Words at both ends of the page, so that a page may be read half old and half
+                    // new.
                     for at in [0, 4088] {
                         let written = ram.write_all_at(&round.to_ne_bytes(), page * 4096 + at);
                         written.expect("the file that is RAM");
@@ -53,13 +55,14 @@ fn a_file_is_whole_although_another_process_writes_to_the_ram_meanwhile() -> Tes
     Ok(())
 }
 
-/// Memory was mapped, and touching what had been cut off was SIGBUS: vmfile died with the VM paused.
+/// The RAM file was mapped, and access beyond its new end raised SIGBUS: vmfile died and left the
+/// VM paused.
 #[test]
 fn a_ram_file_that_is_cut_in_the_middle_of_a_save_is_an_error() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
     for io in [Backend::Auto, Backend::Threads] {
         let mut guest = Guest::boot_sector(Ram::tmpfs(RAM_MIB)).seed(72).boot_to(&qemu, 1)?;
-        // A guest that ran on would miss its memory.
+        // A running guest would access the memory that is cut off.
         guest.stop()?;
         let ram = File::options().write(true).open(guest.ram_file("pc.ram").ok_or("a file")?)?;
         let directory = tempfile::tempdir()?;

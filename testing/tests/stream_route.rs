@@ -1,4 +1,5 @@
-//! `save --route stream`: QEMU sends the VM, vmfile writes it, QEMU is left as it was.
+//! `save --route stream`: QEMU sends the VM, vmfile writes the file, and QEMU's settings stay as
+//! they were.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
@@ -42,7 +43,7 @@ fn a_linux_guest_with_shared_ram_comes_back() -> TestResult {
     round_trip(&qemu, &config)
 }
 
-/// Pages come by channels; what was sent comes back on the installed QEMU.
+/// Saves with the pages sent over channels, and restores on the installed QEMU.
 fn comes_back_by_channels(source: &Qemu, config: &GuestConfig, channels: u8) -> TestResult {
     let destination = requires!(Qemu::of(Release::Distribution));
     let mut guest = config.boot_to(source, 2)?;
@@ -111,7 +112,8 @@ fn a_vm_that_was_sent_runs_on_or_comes_back_paused_as_it_was() -> TestResult {
     saved.comes_back_paused_on(&qemu, Mode::Map)
 }
 
-/// A save that fails or is stopped; the guest must run on, with its settings, and no file be left.
+/// Runs a save that fails or is stopped. Expects that the guest runs on with its settings, and that
+/// no file is left.
 fn harms_nobody(
     guest: &mut Guest,
     directory: &Path,
@@ -121,7 +123,7 @@ fn harms_nobody(
     let flag = Arc::new(AtomicBool::new(false));
     let calls = AtomicU32::new(0);
     let progress = |_: Progress| {
-        // In the middle: some pages have come.
+        // In the middle, when some pages have arrived.
         if calls.fetch_add(1, Ordering::Relaxed) == 20 {
             flag.store(stop, Ordering::Relaxed);
         }
@@ -154,12 +156,12 @@ fn a_save_by_stream_that_is_stopped_or_finds_no_room_harms_nobody() -> TestResul
             "{channels}: {error}"
         );
     }
-    // And where nothing fails it is saved.
+    // A save that does not fail succeeds afterwards.
     guest.save(&by_stream(After::Quit)).map(drop)
 }
 
-/// A paused VM that was saved by its stream was left in `postmigrate`, and every later save refused it
-/// as "already migrated".
+/// A save by stream left a paused VM in `postmigrate`, and every later save refused it as "already
+/// migrated".
 #[test]
 fn a_paused_vm_is_paused_after_a_save_by_its_stream_and_can_be_saved_again() -> TestResult {
     for release in [Release::Oldest, Release::Distribution, Release::Newest] {
@@ -169,7 +171,8 @@ fn a_paused_vm_is_paused_after_a_save_by_its_stream_and_can_be_saved_again() -> 
         guest.stop()?;
         let first = guest.save(&by_stream(After::Resume))?;
         if release == Release::Oldest {
-            // It lets the guest run after a background snapshot: the report says what that means.
+            // QEMU 7.2 would run the guest after a background snapshot, so vmfile leaves the VM in
+            // `postmigrate` and warns.
             assert!(first.report.warnings.iter().any(|warning| warning.contains("postmigrate")));
             assert_eq!(guest.status()?, "postmigrate");
             continue;

@@ -1,5 +1,5 @@
-//! QEMUs of several versions side by side: does a guest find its RAM as it left it on each, and from
-//! one to another?
+//! QEMUs of several versions: a guest finds its RAM as it left it on each of them, and after a move
+//! from one to another.
 
 use std::collections::HashSet;
 use std::path::Path;
@@ -10,7 +10,7 @@ use vmfile::save::{Route, RouteUsed, SaveOptions};
 use vmfile_qemu::{Feature, QemuVersion};
 use vmfile_testing::{Guest, GuestConfig, Machine, Qemu, Ram, Release, TestResult, requires};
 
-/// Boots the boot-sector guest and lets it judge its RAM on both machines.
+/// Boots the boot-sector guest on both machine types and lets it judge its RAM.
 fn counts(qemu: &Qemu) -> TestResult {
     for machine in [Machine::Pc, Machine::Q35] {
         let guest = Guest::boot_sector(Ram::private(64)).machine(machine).boot_to(qemu, 3)?;
@@ -70,7 +70,7 @@ fn a_qemu_that_is_not_installed_runs_as_itself_and_with_its_own_libraries() -> T
     Ok(())
 }
 
-/// Saves with `source` and restores with `destination`, both ways.
+/// Saves with `source` and restores with `destination` by `map` and by `load`.
 fn moves(source: Release, destination: Release, config: &GuestConfig) -> TestResult {
     let (source, destination) = (requires!(Qemu::of(source)), requires!(Qemu::of(destination)));
     let saved = config.boot_to(&source, 2)?.save(&SaveOptions::default())?;
@@ -95,8 +95,8 @@ fn a_vm_of_the_newest_comes_back_in_the_installed_one() -> TestResult {
     moves(Release::Newest, Release::Distribution, &config)
 }
 
-/// Machine types before 4.0 name a block by its backend's whole path where that is a file or a
-/// memfd, so that a mapped file gave the machine's RAM another name than it had.
+/// With machine types before 4.0, a file or memfd backend names its RAM block by the backend's
+/// whole path. So a mapped file gave the machine's RAM another name than it had when it was saved.
 #[test]
 fn a_vm_of_an_old_machine_type_comes_back() -> TestResult {
     for (machine, version) in [(Machine::Pc, "2.8"), (Machine::Q35, "3.1")] {
@@ -111,7 +111,7 @@ fn a_vm_of_an_old_machine_type_comes_back() -> TestResult {
     Ok(())
 }
 
-/// It shows no addresses, so that all pages go through the stream, and nothing else is called so.
+/// QEMU 7.2 does not report the addresses of RAM: only `stream` works, and `auto` chooses it.
 #[test]
 fn a_vm_of_the_installed_one_is_streamed_to_the_oldest() -> TestResult {
     let source = requires!(Qemu::of(Release::Distribution));
@@ -125,7 +125,7 @@ fn a_vm_of_the_installed_one_is_streamed_to_the_oldest() -> TestResult {
     saved.comes_back(&oldest, [Mode::Stream, Mode::Auto])
 }
 
-/// QEMU's own stream and no vmfile: what the tests of streams rest on.
+/// QEMU migrates the VM without vmfile: the tests of streams rely on this.
 #[test]
 fn a_machine_of_version_7_2_moves_from_the_oldest_to_the_others() -> TestResult {
     let oldest = requires!(Qemu::of(Release::Oldest));
@@ -163,7 +163,7 @@ fn the_oldest_shows_no_addresses_and_is_saved_by_its_stream() -> TestResult {
     saved.comes_back(&newer, [Mode::Map])
 }
 
-/// Says of each feature that QEMU can be asked about whether it has it.
+/// Returns, for each feature that QMP can show, whether this QEMU has it.
 fn features_of(guest: &mut Guest) -> TestResult<Vec<(Feature, bool)>> {
     let capabilities = guest.qmp("query-migrate-capabilities", json!({}))?;
     let capabilities = names(&capabilities, "capability");

@@ -1,4 +1,5 @@
-//! What a file says of images, and a command line that the user gave, or a QEMU that waits.
+//! Restores into a command line that the user gave, or into a waiting QEMU: the file must not
+//! choose the images.
 
 use std::fs::{self, File};
 use std::time::{Duration, SystemTime};
@@ -11,15 +12,15 @@ use vmfile_testing::{Guest, GuestConfig, Qemu, Ram, Release, TestResult, require
 
 use crate::{Scene, changed_ok, disk, images, qemu_img, with_disks};
 
-/// The user's line on `image`, as the only disk.
+/// A guest whose command line has `image` as its disk `d0`.
 fn line_on(image: &str) -> GuestConfig {
     let drive = format!("file={image},format=qcow2,id=d0");
     Guest::boot_sector(Ram::private(64)).arguments(["-drive", &drive])
 }
 
-/// D35: a manifest whose disks named the user's image among `backing_files` and any host path as
-/// `path` had that path opened read-write by the QEMU of the user's own command line; with an
-/// overlay, qemu-img made a file beside any path.
+/// D35: a manifest could name the user's image among `backing_files` and any path of the host as
+/// `path`. The QEMU of the user's command line then opened that path read-write; with an overlay,
+/// qemu-img made a file beside it.
 #[test]
 fn a_file_chooses_no_image_for_a_command_line_that_the_user_gave() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
@@ -64,8 +65,9 @@ fn a_file_chooses_no_image_for_a_command_line_that_the_user_gave() -> TestResult
     Ok(())
 }
 
-/// D35: the overlay of an image that belongs to the file is one of the image that the line names, in
-/// the format that the line says: a raw image that begins like qcow2 would choose what lies below it.
+/// D35: if an image belongs to the file, the restore puts an overlay on the image that the command
+/// line names, in the format that the line gives. Otherwise a raw image that begins like qcow2
+/// could choose its backing file.
 #[test]
 fn the_format_of_an_image_is_what_the_users_line_says() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
@@ -87,8 +89,9 @@ fn the_format_of_an_image_is_what_the_users_line_says() -> TestResult {
     Ok(())
 }
 
-/// D35: a line that names an image below the one that the VM had is an older state of the disk; the
-/// file does not put the newer one there any more, and the older one does not fit its memory.
+/// D35: the command line names a backing file of the image that the VM had. That is an older state
+/// of the disk, which does not fit the saved memory, and the file must not replace it by the newer
+/// image.
 #[test]
 fn an_older_state_of_a_disk_is_refused_on_a_command_line_that_the_user_gave() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
@@ -104,7 +107,7 @@ fn an_older_state_of_a_disk_is_refused_on_a_command_line_that_the_user_gave() ->
     assert_eq!(images(&mut restored)?, std::slice::from_ref(&base));
     assert!(restored.report.warnings.iter().any(|warning| warning.contains("older state")));
     drop(restored);
-    // Another image altogether is the user's choice, which the report names.
+    // The user may choose an unrelated image; the report names it.
     fs::copy(scene.path("top.qcow2"), scene.path("copy.qcow2"))?;
     let copy = line_on(&scene.path("copy.qcow2").display().to_string());
     let restored = restore_given(&copy.prepare(&qemu)?, &saved.file, &options)?;
@@ -114,7 +117,7 @@ fn an_older_state_of_a_disk_is_refused_on_a_command_line_that_the_user_gave() ->
     Ok(())
 }
 
-/// A QEMU that waits has its images already: they are compared too.
+/// A waiting QEMU has its images open already: the restore compares them too.
 #[test]
 fn the_images_of_a_qemu_that_waits_are_compared() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
@@ -136,13 +139,14 @@ fn the_images_of_a_qemu_that_waits_are_compared() -> TestResult {
     Ok(())
 }
 
-/// A QEMU that waited with an image of the file went on, and its guest wrote into the frozen image.
+/// A waiting QEMU that had an image of the file open was restored, and its guest wrote into the
+/// frozen image.
 #[test]
 fn a_qemu_that_waits_does_not_write_into_an_image_of_the_file() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
     let scene = Scene::new()?;
     let (_guest, saved) = scene.saved(&qemu, &with_disks())?;
-    // The disk with the boot sector, too, would be refused.
+    // Only `d0` keeps its overlay: otherwise the disk with the boot sector would be refused too.
     rewrite_manifest(&saved.file, |vm| {
         for disk in vm.disks.iter_mut().filter(|disk| disk.device != "d0") {
             disk.overlay = None;
@@ -158,7 +162,7 @@ fn a_qemu_that_waits_does_not_write_into_an_image_of_the_file() -> TestResult {
     let RestoreError::ImageOfFile { device, image } = &*error else { panic!("{error}") };
     assert_eq!((device.as_str(), image), ("d0", &top));
     assert!(fs::read(&top)? == before);
-    // Below a new overlay it is only read.
+    // Below a new overlay, the image of the file is only read.
     let over = scene.path("over.qcow2");
     let below = ["-f", "qcow2", "-F", "qcow2", "-b", top.to_str().ok_or("UTF-8")?];
     qemu_img(&below, &over)?;
@@ -168,8 +172,8 @@ fn a_qemu_that_waits_does_not_write_into_an_image_of_the_file() -> TestResult {
     Ok(())
 }
 
-/// A manifest whose first image of a disk was another file than the disk's had that file opened, and
-/// its first bytes stood in the error.
+/// A manifest could name any file as the first image of a disk: the restore opened that file and
+/// put its first bytes into the error.
 #[test]
 fn a_file_has_no_image_opened_that_a_command_line_does_not_name() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));

@@ -1,5 +1,5 @@
-//! Images that are not what they were, that a restore will not find again, or that the file chose
-//! and not the user: refused before the guest is paused, or before a QEMU is started.
+//! Images that changed, that a restore will not find, or that the file and not the user chose: they
+//! are refused before the guest is paused, or before a QEMU is started.
 
 mod given_line;
 
@@ -20,10 +20,10 @@ use vmfile_format::manifest::{DiskMeta, VmMeta};
 use vmfile_testing::verbs::{restore_given, rewrite_manifest};
 use vmfile_testing::{Guest, GuestConfig, Qemu, Ram, Release, Saved, TestResult, requires, root};
 
-/// A guest on a qcow2 disk with an image below, in a directory that all its VMs share.
+/// A guest on a qcow2 disk with a backing file, in a directory that all its VMs share.
 ///
-/// The disk is no virtio one: the firmware leaves its rings in memory that this guest fills, and QEMU
-/// refuses the device state of a ring that makes no sense.
+/// The disk is not virtio: the firmware leaves virtio's rings in memory that this guest fills, and
+/// QEMU refuses the device state if a ring is invalid.
 struct Scene {
     files: TempDir,
     config: GuestConfig,
@@ -46,7 +46,8 @@ impl Scene {
         self.files.path().join(name)
     }
 
-    /// A file whose VM has ended, and the directory of the VM's sockets.
+    /// Saves the guest and ends its VM; returns the ended guest, which keeps the directory of its
+    /// sockets, and the file.
     fn saved(&self, qemu: &Qemu, options: &SaveOptions) -> TestResult<(Guest, Saved)> {
         let mut guest = self.config.boot_to(qemu, 1)?;
         let saved = guest.save_and_end(options)?;
@@ -61,7 +62,7 @@ fn qemu_img(options: &[&str], image: &Path) -> TestResult {
     Ok(())
 }
 
-/// What a manifest says of the disk of a scene.
+/// The manifest's entry of the disk of a scene.
 fn disk(vm: &mut VmMeta) -> &mut DiskMeta {
     vm.disks.iter_mut().find(|disk| disk.device == "d0").expect("the disk is in the file")
 }
@@ -81,11 +82,11 @@ fn images(restored: &mut Restored) -> TestResult<Vec<PathBuf>> {
     Ok(drive.images.iter().map(|image| PathBuf::from(&image.path)).collect())
 }
 
-/// Something that happens to an image, the image, and what is said to differ.
+/// A change of an image: the difference that the error must name, the image, and the change itself.
 type Happening = (&'static str, &'static str, fn(&Path) -> TestResult);
 
-/// A3: a disk that changed after the save was not noticed, and a guest whose memory knows another
-/// disk corrupts it. Images below are images of the disk too.
+/// A3: a restore did not notice that a disk had changed after the save. A guest whose memory does
+/// not fit its disk corrupts the disk. Backing files count as well.
 #[test]
 fn images_that_changed_since_the_save_are_refused_by_name() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
@@ -100,7 +101,7 @@ fn images_that_changed_since_the_save_are_refused_by_name() -> TestResult {
         let file = File::options().write(true).open(path)?;
         Ok(file.set_modified(SystemTime::now() + Duration::from_secs(5))?)
     };
-    // What `cp -a` of a backup gives: same bytes, same time, another file.
+    // As `cp -a` of a backup does: same bytes, same time, another inode.
     let replace: fn(&Path) -> TestResult = |path| {
         let copy = path.with_extension("copy");
         let modified = fs::metadata(path)?.modified()?;
@@ -108,7 +109,7 @@ fn images_that_changed_since_the_save_are_refused_by_name() -> TestResult {
         File::options().write(true).open(&copy)?.set_modified(modified)?;
         Ok(fs::rename(&copy, path)?)
     };
-    // As a tool does that sets the time back: the header says that the disk has another size.
+    // As a tool that sets the time back does: only the disk size in the header differs.
     let resize: fn(&Path) -> TestResult = |path| {
         let file = File::options().write(true).read(true).open(path)?;
         let modified = file.metadata()?.modified()?;
@@ -150,8 +151,7 @@ fn images_that_changed_since_the_save_are_refused_by_name() -> TestResult {
     Ok(())
 }
 
-/// No false alarm: what was not changed is not said to have changed, by any route, and after a VM
-/// that ended by itself too.
+/// No false alarm: an unchanged image is never reported as changed, after a save by any route.
 #[test]
 fn images_that_did_not_change_are_not_said_to_have_changed() -> TestResult {
     let oldest = requires!(Qemu::of(Release::Oldest));
@@ -180,8 +180,8 @@ fn images_that_did_not_change_are_not_said_to_have_changed() -> TestResult {
     Ok(())
 }
 
-/// A guest that writes to its disk up to the last moment: what QEMU has in its caches is in the
-/// image before it is noted what the image was.
+/// A guest that writes to its disk up to the last moment: QEMU must write its caches to the image
+/// before the save records the state of the image.
 #[test]
 fn a_busy_disk_is_not_said_to_have_changed_after_its_vm_was_saved() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
@@ -200,7 +200,8 @@ fn a_busy_disk_is_not_said_to_have_changed_after_its_vm_was_saved() -> TestResul
     Ok(())
 }
 
-/// Files of older versions do not say what their images were; that is said once, and they restore.
+/// Files of older versions do not record the state of their images; they are restored with one
+/// warning.
 #[test]
 fn a_file_that_does_not_say_what_its_images_were_is_restored_with_a_warning() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
@@ -225,8 +226,8 @@ fn a_file_that_does_not_say_what_its_images_were_is_restored_with_a_warning() ->
     Ok(())
 }
 
-/// A4: the guest went on writing to its disks after the saved moment and was then ended: a file that
-/// can only corrupt.
+/// A4: the guest wrote to its disks after the saved moment, and then the VM was ended: a restore of
+/// such a file can only corrupt the disks.
 #[test]
 fn a_live_save_that_ends_the_vm_needs_its_disks() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
@@ -254,7 +255,8 @@ fn a_live_save_that_ends_the_vm_needs_its_disks() -> TestResult {
     Ok(())
 }
 
-/// A5: the overlay of an encrypted image was clear text: a word that the guest wrote was found in it.
+/// A5: the overlay of an encrypted image was not encrypted: a word that the guest wrote was found
+/// in it.
 #[test]
 fn an_encrypted_image_gets_no_overlay_in_clear_text() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
@@ -299,7 +301,8 @@ fn an_encrypted_image_gets_no_overlay_in_clear_text() -> TestResult {
     Ok(())
 }
 
-/// A6: an image whose name leads to another file, or to none, is not what a restore would find.
+/// A6: the path of an image now leads to another file, or to none: a restore would not find the
+/// image.
 #[test]
 fn an_image_that_was_deleted_or_replaced_is_refused_where_the_vm_would_end() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
@@ -315,7 +318,7 @@ fn an_image_that_was_deleted_or_replaced_is_refused_where_the_vm_would_end() -> 
         let SaveError::ImageLost { device, image: lost, .. } = &error else { panic!("{error}") };
         assert_eq!((device.as_str(), lost), ("d0", &image), "{error}");
         assert_eq!(guest.status()?, "running");
-        // The VM that goes on has its image, whatever the name says.
+        // A VM that goes on keeps its image open, so this save only warns.
         let report = guest.save(&SaveOptions::default().after(After::Pause))?.report;
         let named = report.warnings.iter().any(|w| w.contains("top.qcow2") && w.contains("again"));
         assert!(named, "{:?}", report.warnings);
@@ -323,13 +326,13 @@ fn an_image_that_was_deleted_or_replaced_is_refused_where_the_vm_would_end() -> 
     Ok(())
 }
 
-/// A6: an image that QEMU got as a descriptor means nothing to another QEMU.
+/// A6: another QEMU cannot open an image that this one was given as a descriptor.
 #[test]
 fn an_image_in_an_fd_set_is_refused_where_the_vm_would_end() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
     let scene = Scene::new()?;
     let mut guest = scene.config.boot_to(&qemu, 1)?;
-    // QEMU opens its own descriptor once more, which is as good as one that it was given.
+    // QEMU opens its own descriptor once more, which has the same effect as one that it was given.
     let node = json!({ "driver": "qcow2", "node-name": "n",
         "file": { "driver": "file", "filename": format!("/proc/self/fd/{}", fd_of(&guest)?),
             "locking": "off" }, "read-only": true });
@@ -342,7 +345,7 @@ fn an_image_in_an_fd_set_is_refused_where_the_vm_would_end() -> TestResult {
     Ok(())
 }
 
-/// The number under which QEMU has the image on top open.
+/// The number of QEMU's descriptor of the base image.
 fn fd_of(guest: &Guest) -> TestResult<String> {
     for entry in fs::read_dir(format!("/proc/{}/fd", guest.pid()?))? {
         let entry = entry?;
@@ -353,14 +356,14 @@ fn fd_of(guest: &Guest) -> TestResult<String> {
     Err("QEMU does not have the image open".into())
 }
 
-/// A6: QEMU in another mount namespace, as in a container: the same path is another file there, and a
-/// restore outside opened that one, silently.
+/// A6: QEMU runs in another mount namespace, as in a container. The same path is another file
+/// outside, and a restore outside opened that file without a warning.
 #[test]
 fn an_image_in_another_mount_namespace_is_refused_where_the_vm_would_end() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
     requires!(root());
     let scene = Scene::new()?;
-    // Inside, another directory lies over the images; the program under test stays outside.
+    // Inside, another directory is mounted over the images; the program under test stays outside.
     let inside = scene.path("inside");
     fs::create_dir(&inside)?;
     for name in ["base.qcow2", "top.qcow2"] {
@@ -385,8 +388,8 @@ fn an_image_in_another_mount_namespace_is_refused_where_the_vm_would_end() -> Te
     Ok(())
 }
 
-/// A QEMU whose program has a name of its own is not known as one: its file holds no command line,
-/// which was not said though the VM ended.
+/// vmfile does not recognize a QEMU whose program has another name, so the file holds no command
+/// line. The save ended the VM without a warning about that.
 #[test]
 fn a_save_says_that_the_file_will_hold_no_command_line() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));

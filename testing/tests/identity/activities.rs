@@ -1,4 +1,4 @@
-//! What QEMU does beside running the guest, and what would end with it.
+//! Block jobs and exports, which would end with QEMU.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -11,7 +11,7 @@ use vmfile_testing::{Guest, Qemu, Ram, Release, TestResult, requires};
 
 use super::{goes_on, images};
 
-/// Starts to mirror a disk, and waits until the mirror is ready and goes on.
+/// Starts to mirror a disk, and waits until the mirror is ready; it then follows the disk.
 fn mirror(guest: &mut Guest, target: &Path) -> TestResult {
     let arguments = json!({"device": "virtio0", "job-id": "copy", "sync": "full", "format": "raw",
         "mode": "existing", "target": target});
@@ -41,7 +41,8 @@ fn is_refused(guest: &mut Guest, expected: &str) -> TestResult {
     Ok(())
 }
 
-/// The mirror died with the VM, its target was no whole copy, and the report spoke of a flush.
+/// The mirror ended with the VM, its target was an incomplete copy, and the report only mentioned a
+/// flush.
 #[test]
 fn a_vm_with_a_block_job_or_an_export_is_not_ended() -> TestResult {
     for release in [Release::Oldest, Release::Distribution, Release::Newest] {

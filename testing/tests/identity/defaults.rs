@@ -6,8 +6,9 @@ use vmfile_testing::{Guest, GuestConfig, Machine, Qemu, Ram, Release, TestResult
 
 use super::goes_on;
 
-/// The groups that count: a network, which as an option would switch the default one off, and
-/// groups that QEMU ignores, which as options would add a ROM, a table and a file system.
+/// Groups that are not the same as the options of their names: a network, which as an option would
+/// switch the default one off, and groups that QEMU ignores, which as options would add a ROM,
+/// tables and a file system.
 const CONFIG: &str = r#"
 [netdev "n0"]
   type = "user"
@@ -28,8 +29,8 @@ const CONFIG: &str = r#"
   mount_tag = "t"
 "#;
 
-/// The saved line made a VM without QEMU's default network card where the original had read its
-/// netdev from a file: the VM was ended, and no QEMU took its state any more.
+/// The original VM had read its netdev from a file and had QEMU's default network card. The saved
+/// line made a VM without that card, so no QEMU could load the state after the VM had ended.
 #[test]
 fn a_vm_with_default_devices_comes_back_from_its_saved_line() -> TestResult {
     for release in [Release::Oldest, Release::Distribution, Release::Newest] {

@@ -1,4 +1,4 @@
-//! Devices, memory and CPUs that came or went.
+//! Devices, memory and CPUs that were plugged in or unplugged.
 
 use serde_json::json;
 use vmfile::RestoreError;
@@ -9,8 +9,8 @@ use vmfile_testing::{Guest, Machine, Qemu, Ram, Release, TestResult, requires};
 
 use super::{ask, goes_on, image, save_and_restore, wait_until_gone};
 
-/// Unplugs a PCI device of a `pc` whose guest does not answer: writes to the two ports by which the
-/// guest's ACPI tables eject what is in a slot (QEMU 7.2 to 11.1).
+/// Unplugs a PCI device of a `pc` whose guest does not react: writes to the two ports through which
+/// the guest's ACPI tables eject a slot (QEMU 7.2 to 11.1).
 fn unplug(guest: &mut Guest, path: &str) -> TestResult {
     guest.qmp("device_del", json!({"id": path}))?;
     let address = guest.qmp("qom-get", json!({"path": path, "property": "addr"}))?;
@@ -22,8 +22,8 @@ fn unplug(guest: &mut Guest, path: &str) -> TestResult {
     wait_until_gone(guest, container, name)
 }
 
-/// `device_del`, then a save that ended the VM and said nothing: the saved command line brought the
-/// disk back, opened for writing. And the devices behind it moved into its place.
+/// After `device_del`, a save ended the VM without a warning. The saved command line brought the
+/// disk back, opened for writing. Without it, the devices behind it moved into its place.
 #[test]
 fn devices_that_were_unplugged_are_named_and_do_not_come_back() -> TestResult {
     for release in [Release::Oldest, Release::Distribution, Release::Newest] {
@@ -80,8 +80,8 @@ fn devices_that_were_unplugged_are_named_and_do_not_come_back() -> TestResult {
     Ok(())
 }
 
-/// `device_add`, then a save that ended the VM and said nothing: the restore refused, with a hint
-/// about something else.
+/// After `device_add`, a save ended the VM without a warning, and the restore failed with a
+/// misleading hint.
 #[test]
 fn devices_that_were_plugged_in_are_named_and_come_back() -> TestResult {
     for release in [Release::Oldest, Release::Distribution, Release::Newest] {
@@ -105,7 +105,7 @@ fn devices_that_were_plugged_in_are_named_and_come_back() -> TestResult {
             guest.qmp("blockdev-add", another)?;
         }
         guest.qmp("netdev_add", json!({"type": "user", "id": "net9"}))?;
-        // A netdev that no device has is in the stream too: a QEMU without it refused the stream.
+        // A netdev that no device uses is in the stream too: a QEMU without it refuses the stream.
         guest.qmp("netdev_add", json!({"type": "user", "id": "lone"}))?;
         guest.qmp("object-add", json!({"qom-type": "rng-builtin", "id": "random"}))?;
         guest.qmp("device_del", json!({"id": "kbd"}))?;
@@ -121,13 +121,13 @@ fn devices_that_were_plugged_in_are_named_and_come_back() -> TestResult {
             json!({"driver": "virtio-balloon-pci", "bus": "rp4"}),
             json!({"driver": "usb-tablet", "id": "tablet"}),
             json!({"driver": "usb-kbd", "id": "kbd"}),
-            // It keeps no name of its drive: it came back without one.
+            // `usb-storage` does not report its drive: it came back without one.
             json!({"driver": "usb-storage", "id": "stick", "drive": "n3"}),
         ] {
             guest.qmp("device_add", device)?;
         }
         guest.wait_for_passes(1)?;
-        // A bus comes before what is on it.
+        // A bus comes before the devices on it.
         let expected = [
             "device kbd",
             "device nic",
@@ -194,8 +194,8 @@ fn a_device_that_no_option_makes_again_is_named_when_it_is_restored() -> TestRes
     Ok(())
 }
 
-/// QEMU takes a stream that says nothing of one of its devices: the guest found a device in its
-/// initial state.
+/// QEMU loads a stream that lacks the state of one of its devices: the guest found that device in
+/// its initial state.
 #[test]
 fn a_command_line_with_another_device_is_refused_before_the_guest_runs() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
@@ -210,7 +210,8 @@ fn a_command_line_with_another_device_is_refused_before_the_guest_runs() -> Test
     Ok(())
 }
 
-/// A descriptor that QEMU inherited: the save ended the VM, and no restore brought it back.
+/// QEMU had inherited a descriptor. The save ended the VM, and no restore could pass that
+/// descriptor again.
 #[test]
 fn what_ends_with_the_process_is_named_before_the_vm_is_ended() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));

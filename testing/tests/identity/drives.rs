@@ -1,4 +1,4 @@
-//! Drives that have another image than the command line names.
+//! Drives whose image is not the one that the command line names.
 
 use std::io::Write as _;
 use std::path::Path;
@@ -12,7 +12,7 @@ use vmfile_testing::{
 
 use super::{ask, changes, goes_on, images, save_and_restore};
 
-/// A guest with a drive in every spelling.
+/// A guest with drives in all the ways that a command line can give them.
 fn with_every_spelling(directory: &Path) -> TestResult<GuestConfig> {
     images(directory, 13)?;
     let at = |name: &str| directory.join(name).display().to_string();
@@ -63,7 +63,7 @@ fn with_every_spelling(directory: &Path) -> TestResult<GuestConfig> {
         .into_iter()
         .flat_map(|drive| ["-device".to_owned(), format!("virtio-blk-pci,{drive},share-rw=off")]);
     let more = ["-device", "scsi-cd,drive=e0,id=empty", "-device", "scsi-cd"];
-    // Above lie the rings of the firmware's disk drivers.
+    // The rings of the firmware's disk drivers lie above these 32 MiB.
     let guest = Guest::boot_sector(Ram::private(64)).seed(29).fill_mib(32);
     Ok(guest.arguments(words).arguments(devices).arguments(more))
 }
@@ -83,8 +83,8 @@ fn drives_in_every_spelling_are_as_they_were_started() -> TestResult {
     Ok(())
 }
 
-/// `drive-mirror` to another image, a medium that was changed or ejected: the saved command line
-/// named the old image, and the restored guest ran on it.
+/// After `drive-mirror` to another image, or after a medium was changed or ejected, the saved
+/// command line still named the old image, and the restored guest ran on it.
 #[test]
 fn drives_that_were_changed_are_named() -> TestResult {
     for release in [Release::Oldest, Release::Distribution, Release::Newest] {
@@ -137,7 +137,8 @@ fn drives_that_were_changed_are_named() -> TestResult {
     Ok(())
 }
 
-/// An overlay of `save --with-disks` is ours: a restore knows it, and so it is no reason to refuse.
+/// vmfile itself made the overlay of `save --with-disks`: a restore knows it, so the save is not
+/// refused.
 #[test]
 fn an_overlay_of_an_earlier_save_is_told_and_is_no_change() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));

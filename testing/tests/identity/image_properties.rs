@@ -1,4 +1,4 @@
-//! Drives that have the images that the line names, but not as the line names them.
+//! Drives whose images are those of the command line, but with other properties.
 
 use std::path::Path;
 use std::process::Command;
@@ -19,8 +19,8 @@ fn qcow2(path: &Path, more: &[&str]) -> TestResult {
     Ok(())
 }
 
-/// Images in a directory: `0.raw` and more, `a.qcow2`, `b.qcow2` and `c.qcow2`, and `o.qcow2` on
-/// top of the first.
+/// Images in a directory: `0.raw` to `2.raw`, `a.qcow2`, `b.qcow2` and `c.qcow2`, and `o.qcow2` on
+/// top of `a.qcow2`.
 struct Files(tempfile::TempDir);
 
 impl Files {
@@ -47,7 +47,7 @@ impl Files {
             "file": self.file("0.raw")})
     }
 
-    /// A qcow2 image within a file.
+    /// A qcow2 image that begins within a file.
     fn slice(&self) -> TestResult<Value> {
         let image = std::fs::read(self.at("c.qcow2"))?;
         let begin = 1 << 16;
@@ -57,8 +57,7 @@ impl Files {
             "file": {"driver": "raw", "offset": begin, "file": self.file("s.img")}}))
     }
 
-    /// A guest with a window, a quorum, an image over another one than its header names, and the
-    /// options `more`.
+    /// A guest with a window into a raw image, a quorum, and the options `more`.
     fn guest(&self, more: &[&str]) -> GuestConfig {
         let qcow2 = |name: &str| json!({"driver": "qcow2", "file": self.file(name)});
         let quorum = json!({"driver": "quorum", "node-name": "q", "vote-threshold": 1,
@@ -74,7 +73,8 @@ impl Files {
     }
 }
 
-/// Expects that a save which would end the VM names one drive, and leaves it running.
+/// Expects that a save which would end the VM is refused, names only `drive`, and leaves the VM
+/// running.
 fn is_named(guest: &mut Guest, drive: &str) -> TestResult {
     let error = guest.save_fails(&SaveOptions::default())?;
     let SaveError::Changed { changes } = &error else { return Err(error.into()) };
@@ -84,7 +84,7 @@ fn is_named(guest: &mut Guest, drive: &str) -> TestResult {
     Ok(())
 }
 
-/// The images of the drive with this id, without what belongs to the moment.
+/// The driver, write protection and size of the medium in the drive with this id.
 fn medium(blocks: &Value, id: &str) -> TestResult<(Value, Value, Value)> {
     let drives = blocks.as_array().into_iter().flatten();
     let drive = drives.into_iter().find(|drive| drive["device"] == id).ok_or("no such drive")?;
@@ -107,8 +107,8 @@ fn came_back(guest: &mut Guest, id: &str, options: &SaveOptions) -> TestResult {
     goes_on(guest, &mut restored)
 }
 
-/// The restored VM had other bytes on its disk, another disk, or none: the paths were compared, and
-/// the place within the file, the format, and what lies below were not.
+/// Only the paths were compared, and not the offset within the file, the format and the backing
+/// file: the restored VM had other bytes on its disk, another disk, or none.
 #[test]
 fn an_image_that_is_used_in_another_way_than_on_the_line_is_named() -> TestResult {
     for release in [Release::Oldest, Release::Distribution, Release::Newest] {
@@ -159,7 +159,7 @@ fn an_image_that_is_used_in_another_way_than_on_the_line_is_named() -> TestResul
     Ok(())
 }
 
-/// A medium in another format, or with another write protection, than the line gives it.
+/// The format or write protection of a medium differs from the command line.
 #[test]
 fn a_medium_comes_back_in_its_format_and_with_its_write_protection() -> TestResult {
     for release in [Release::Oldest, Release::Distribution, Release::Newest] {

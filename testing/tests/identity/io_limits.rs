@@ -1,4 +1,4 @@
-//! I/O limits of drives, which a monitor changes while the VM runs.
+//! I/O limits of drives, which were changed through the monitor while the VM ran.
 
 use serde_json::{Value, json};
 use vmfile::restore::RestoreOptions;
@@ -7,7 +7,7 @@ use vmfile_testing::{Guest, Qemu, Ram, Release, TestResult, requires};
 
 use super::{ask, goes_on, images};
 
-/// The limits of all drives by the drives' names.
+/// The limits of all drives, each with the drive's name.
 fn limits(drives: &Value) -> Vec<(String, Value)> {
     let name = |drive: &Value, key: &str| drive[key].as_str().unwrap_or_default().to_owned();
     let of = |drive: &Value| {
@@ -24,7 +24,7 @@ fn limits(drives: &Value) -> Vec<(String, Value)> {
     drives.map(|drive| (name(drive, "device") + &name(drive, "qdev"), of(drive))).collect()
 }
 
-/// A restored VM ran with the limits of its command line, without a word.
+/// A restored VM ran with the limits of its command line, without a warning.
 #[test]
 fn limits_that_were_set_while_the_vm_ran_come_back() -> TestResult {
     for release in [Release::Oldest, Release::Distribution, Release::Newest] {

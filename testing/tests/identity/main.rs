@@ -1,4 +1,4 @@
-//! A VM that is not what its command line would make is told from one that is, by name.
+//! A save finds and names each difference between a VM and what its command line would make.
 
 mod activities;
 mod defaults;
@@ -20,7 +20,7 @@ use vmfile::save::{After, Change, SaveOptions};
 use vmfile_testing::verbs::save_with;
 use vmfile_testing::{Guest, TestResult};
 
-/// What a save says has changed in a VM that goes on.
+/// The changes that a save reports for a VM that goes on.
 fn changes(guest: &Guest) -> TestResult<Vec<Change>> {
     let directory = tempfile::tempdir()?;
     let options = SaveOptions::default().after(After::Resume);
@@ -31,8 +31,8 @@ fn names(changes: &[Change]) -> Vec<&str> {
     changes.iter().map(|change| change.what.as_str()).collect()
 }
 
-/// Expects that a save which would end the VM is refused and names `expected`, then saves it all the
-/// same and restores it with the saved command line.
+/// Expects that a save which would end the VM is refused and names `expected`; then saves with
+/// `changed_ok` and restores with the saved command line.
 fn save_and_restore(guest: &mut Guest, expected: &[&str]) -> TestResult<Restored> {
     let error = guest.save_fails(&SaveOptions::default())?;
     let SaveError::Changed { changes } = &error else { return Err(error.into()) };
@@ -42,7 +42,7 @@ fn save_and_restore(guest: &mut Guest, expected: &[&str]) -> TestResult<Restored
     Ok(saved.restore_saved(&RestoreOptions::default())?)
 }
 
-/// The guest goes on: it writes to the log of the guest that is gone.
+/// Expects that the restored VM counts on; it writes to the log of `guest`, which has ended.
 fn goes_on(guest: &Guest, restored: &mut Restored) -> TestResult {
     guest.counts_on_in(restored.qemu.as_mut().ok_or("a QEMU was started")?, 2)
 }
@@ -52,7 +52,7 @@ fn ask(restored: &mut Restored, command: &str, arguments: Value) -> TestResult<V
     Ok(qemu.vm().execute(command, arguments)?)
 }
 
-/// Asks until the guest, or QEMU for it, has let go of a device.
+/// Waits until a device is gone: the guest, or QEMU in its place, must release it first.
 fn wait_until_gone(guest: &mut Guest, path: &str, name: &str) -> TestResult {
     let deadline = Instant::now() + Duration::from_secs(30);
     loop {
@@ -72,7 +72,7 @@ fn image(directory: &Path) -> TestResult<PathBuf> {
     Ok(image)
 }
 
-/// Images `0.raw` to `N.raw`, and `link` to the first.
+/// Makes `count` raw images, `0.raw` and so on, and a symbolic link `link` to the first.
 fn images(directory: &Path, count: u32) -> TestResult {
     for number in 0..count {
         let path = directory.join(format!("{number}.raw"));

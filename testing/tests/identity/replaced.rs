@@ -1,5 +1,5 @@
-//! Devices that came, went or stayed where QEMU chose their places, or with options that QEMU does
-//! not tell the defaults of.
+//! Devices whose places QEMU chose, while others were plugged in or unplugged, and devices with
+//! options whose defaults QEMU does not report.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -22,7 +22,7 @@ fn unplug(guest: &mut Guest, id: &str) -> TestResult {
     wait_until_gone(guest, "/machine/peripheral", id)
 }
 
-/// The USB devices with their ports, in QEMU's order.
+/// The USB devices with their ports, sorted.
 fn ports(text: &Value) -> Vec<String> {
     let port = |line: &str| {
         let (_, rest) = line.split_once(", Port ")?;
@@ -36,7 +36,7 @@ fn ports(text: &Value) -> Vec<String> {
     ports
 }
 
-/// The device that stays took the place of the one that was replaced, and QEMU refused the stream.
+/// A device that stayed took the place of the one that was replaced, and QEMU refused the stream.
 #[test]
 fn a_device_that_replaced_another_leaves_the_others_where_they_are() -> TestResult {
     for release in RELEASES {
@@ -72,7 +72,7 @@ fn a_device_that_replaced_another_leaves_the_others_where_they_are() -> TestResu
         unplug(&mut guest, "h")?;
         unplug(&mut guest, "t")?;
         guest.qmp("device_add", json!({"driver": "usb-mouse", "id": "t"}))?;
-        // QEMU lets go of the drive a little later than it tells.
+        // QEMU releases the drive a little later than it reports the device as gone.
         let disk = json!({"driver": "scsi-hd", "id": "h", "drive": "n0", "scsi-id": 5});
         let deadline = Instant::now() + Duration::from_secs(30);
         while let Err(error) = guest.qmp("device_add", disk.clone()) {
@@ -94,7 +94,7 @@ fn a_device_that_replaced_another_leaves_the_others_where_they_are() -> TestResu
     Ok(())
 }
 
-/// The port of a device was looked up by its id, and one without an id moved.
+/// The port of a device was looked up by its id, so a device without an id moved.
 #[test]
 fn usb_devices_without_an_id_stay_at_their_ports() -> TestResult {
     for release in RELEASES {
@@ -112,7 +112,7 @@ fn usb_devices_without_an_id_stay_at_their_ports() -> TestResult {
             "usb-hub,port=4",
         ]);
         let mut guest = config.boot_to(&qemu, 1)?;
-        // The third is behind the hub.
+        // QEMU puts the last of these behind the hub.
         for _ in 0..2 {
             guest.qmp("device_add", json!({"driver": "usb-kbd"}))?;
         }
@@ -131,8 +131,8 @@ fn usb_devices_without_an_id_stay_at_their_ports() -> TestResult {
     Ok(())
 }
 
-/// The ROM of its type came with a network card that had none, and its file did not fit; and an
-/// experimental property was lost.
+/// A network card without a ROM came back with the ROM of its type, and the file did not fit; and
+/// an experimental property was lost.
 #[test]
 fn roms_and_experimental_properties_come_back() -> TestResult {
     for release in RELEASES {

@@ -1,4 +1,4 @@
-//! How QEMU was started: the files that it read then, its directory, its name.
+//! How QEMU was started: the files that it read, its working directory, and its name.
 
 use std::env;
 use std::fs;
@@ -17,8 +17,9 @@ use vmfile_testing::{Guest, Qemu, Ram, Release, TestResult, requires};
 
 use super::{goes_on, names};
 
-/// The saved line said what the configuration file said by then, and not what QEMU had read; a
-/// file for the guest that was gone was found out at the restore, when the VM was ended.
+/// The saved line held the contents that the configuration file had when the VM was saved, and not
+/// those that QEMU had read. A missing file for the guest was noticed only by the restore, when the
+/// VM had ended.
 #[test]
 fn files_that_qemu_read_and_that_are_not_there_any_more_are_named() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
@@ -48,8 +49,8 @@ fn files_that_qemu_read_and_that_are_not_there_any_more_are_named() -> TestResul
     goes_on(&guest, &mut saved.restore_saved(&RestoreOptions::default())?)
 }
 
-/// A QEMU in the background, and its directory. Dropping it ends it: it removes its pid file itself
-/// if it ends before.
+/// A QEMU in the background, by its directory. Dropping this ends QEMU; a QEMU that has ended by
+/// itself has removed its pid file.
 struct Daemon<'a>(&'a Path);
 
 impl Drop for Daemon<'_> {
@@ -90,8 +91,8 @@ fn comes_back(program: &Path, directory: &Path, more: &[&str]) -> TestResult {
     Ok(())
 }
 
-/// A QEMU with `-daemonize` has left its directory for `/`, where a restore looked for its disks
-/// and made its sockets.
+/// A QEMU with `-daemonize` changes its directory to `/`: a restore looked for its disks there and
+/// made its sockets there.
 #[test]
 fn relative_names_of_a_daemon_are_found_again() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
@@ -102,7 +103,7 @@ fn relative_names_of_a_daemon_are_found_again() -> TestResult {
     comes_back(qemu.program(), directory.path(), &more)
 }
 
-/// A QEMU under another name was not taken for one: nothing was compared, and the file had no
+/// vmfile did not recognize a QEMU under another name: it compared nothing, and the file had no
 /// command line.
 #[test]
 fn a_qemu_of_any_name_is_known_by_its_monitor() -> TestResult {

@@ -1,4 +1,4 @@
-//! No false alarm.
+//! A VM that did not change has no reported changes.
 
 use std::path::Path;
 
@@ -59,7 +59,7 @@ fn full_q35(ram: Ram, image: &Path) -> GuestConfig {
     config
 }
 
-/// A false alarm would be switched off, and with it the alarm.
+/// Users who get false alarms switch all alarms off.
 #[test]
 fn a_vm_as_it_was_started_has_no_changes() -> TestResult {
     let directory = tempfile::tempdir()?;
@@ -93,7 +93,7 @@ fn a_vm_as_it_was_started_has_no_changes() -> TestResult {
     Ok(())
 }
 
-/// A line as libvirt 11.3 writes it for a q35, but for the descriptors that it passes.
+/// A line as libvirt 11.3 writes it for a q35, without the descriptors that libvirt passes.
 fn as_libvirt_writes_it(directory: &Path) -> TestResult<GuestConfig> {
     images(directory, 2)?;
     let image = directory.join("0.raw");
