@@ -1,4 +1,4 @@
-//! `vmfile bench`, small and end to end: its numbers must be plausible, and nothing be left.
+//! Small runs of `vmfile bench`: its numbers are plausible, and no files or processes are left.
 
 use std::fs;
 use std::io::{BufRead as _, BufReader};
@@ -15,7 +15,7 @@ use crate::guests::directory;
 use crate::run::{Said, command, names_in, pid, processes_in, vmfile, wait_until};
 use crate::words;
 
-/// A directory for `PATH` that has these programs, and no others.
+/// Makes a directory for `PATH` that has only these programs.
 fn only(programs: &[&str]) -> TestResult<TempDir> {
     let directory = tempfile::tempdir()?;
     let path = std::env::var_os("PATH").ok_or("no PATH")?;
@@ -27,8 +27,8 @@ fn only(programs: &[&str]) -> TestResult<TempDir> {
     Ok(directory)
 }
 
-/// A benchmark without libvirt, whose every save and restore takes seconds; the directory holds its
-/// programs.
+/// Prepares a benchmark without libvirt, whose saves and restores take seconds each. The returned
+/// directory holds its programs.
 fn bench(qemu: &Qemu, more: &[&str], into: &Path) -> TestResult<(Command, TempDir)> {
     let programs = only(&["sh", "cat", "sync", "touch", "fio", "findmnt"])?;
     let mut command = command();
@@ -37,7 +37,7 @@ fn bench(qemu: &Qemu, more: &[&str], into: &Path) -> TestResult<(Command, TempDi
     Ok((command, programs))
 }
 
-/// Returns QEMU's program by its whole path: `PATH` will not name it.
+/// Returns the whole path of QEMU's program: the benchmark's `PATH` does not have it.
 fn qemu_path(qemu: &Qemu) -> TestResult<std::path::PathBuf> {
     let program = qemu.program();
     if program.is_absolute() {
@@ -72,7 +72,7 @@ fn all_ways_are_measured_and_the_numbers_are_plausible() -> TestResult {
     let report = said.json()?;
     let scene = &report["scenes"][0];
 
-    // Half of the pages are random, a tenth repeats, and firmware has some.
+    // Half of the pages are random, a tenth are repeated, and the firmware uses some.
     let (ram, data) = (128 << 20, scene["guest"]["data_bytes"].as_u64().ok_or("data")?);
     assert!((ram * 40 / 100..ram * 65 / 100).contains(&data), "{data} of {ram}");
     for ways in ["saves", "restores"] {
@@ -95,7 +95,8 @@ fn all_ways_are_measured_and_the_numbers_are_plausible() -> TestResult {
     for name in ["QEMU exec:vmfile receive", "QEMU exec:cat", "vmfile save --live"] {
         way(saves, name)?;
     }
-    // What goes through the page cache is left there, and what does not is not.
+    // A file that was written through the page cache stays in it; one written with direct I/O is
+    // not in it.
     let first = |name| TestResult::Ok(way(saves, name)?["runs"][0].clone());
     let cached = number(&first("QEMU file: stream")?, "cached_bytes")?;
     assert!(cached > data as f64 * 0.9, "{cached} of {data}");
@@ -132,7 +133,7 @@ fn a_slow_disk_shows_up_as_slow() -> TestResult {
             outer.env(name, value);
         }
     }
-    // `sh` is found before `PATH` is the program's.
+    // The benchmark's `PATH` has the `sh` that starts it in the control group.
     let said: Said = outer.args(inner.get_args()).stdin(Stdio::null()).output()?.into();
     assert_eq!(said.code, Some(0), "{said:?}");
     let report = said.json()?;
@@ -206,7 +207,7 @@ fn what_cannot_be_measured_is_said_and_bad_input_refused() -> TestResult {
     Ok(())
 }
 
-/// Ten minutes of rounds were thrown away by a Ctrl-C in the last of them.
+/// A Ctrl-C in the last round discarded all rounds before it, ten minutes of work.
 #[test]
 fn a_signal_in_a_later_round_keeps_the_rounds_before() -> TestResult {
     let qemu = requires!(qemu >= "9.1");
@@ -214,7 +215,7 @@ fn a_signal_in_a_later_round_keeps_the_rounds_before() -> TestResult {
     let words =
         ["--size", "64M", "--runs", "50", "--saves-only", "--ram", "private", "--progress", "json"];
     let (mut command, _programs) = bench(&qemu, &words, files.path())?;
-    // Without fio there is no search for what the disk likes best, which takes minutes.
+    // Without fio, bench skips the search for the best settings of the disk, which takes minutes.
     let programs = only(&["sh", "cat", "sync", "touch", "findmnt"])?;
     command.env("PATH", programs.path());
     let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;

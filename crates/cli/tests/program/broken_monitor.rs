@@ -1,4 +1,4 @@
-//! The connection to QEMU's monitor ends in the middle of a save, and QEMU does not.
+//! The connection to QEMU's monitor breaks in the middle of a save, while QEMU runs on.
 
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::Shutdown;
@@ -13,8 +13,8 @@ use crate::guests::directory;
 use crate::run::{names_in, vmfile};
 use crate::words;
 
-/// Stands between vmfile and a monitor. Its first connection ends once it has passed on `last`; later
-/// ones are passed on whole.
+/// A proxy between vmfile and a monitor. It closes the first connection once it has forwarded
+/// `last`, and forwards later ones to their end.
 fn stand_between(listener: UnixListener, monitor: PathBuf, last: &'static str) {
     let mut is_first = true;
     while let Ok((client, _)) = listener.accept() {
@@ -46,14 +46,14 @@ fn stand_between(listener: UnixListener, monitor: PathBuf, last: &'static str) {
     }
 }
 
-/// A proxy between vmfile and the monitor went away after `stop`: the save said "QEMU is gone", and
-/// the guest stood still for ever.
+/// A proxy between vmfile and the monitor closed the connection after `stop`: the save said "QEMU
+/// is gone", and the guest stayed paused for ever.
 #[test]
 fn a_vm_whose_monitor_is_cut_off_is_put_back_by_a_new_connection() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
     let mut guest = Guest::boot_sector(Ram::private(64)).seed(31).fill_mib(32).boot_to(&qemu, 1)?;
     let settings = guest.qmp("query-migrate-parameters", json!({}))?;
-    // What vmfile says last: `stop`, the change of its settings, the stream.
+    // The last command that QEMU gets: `stop`, a change of its settings, the start of the stream.
     for last in ["\"stop\"", "migrate-set-parameters", "\"migrate\""] {
         let directory = directory()?;
         let (socket, file) = (directory.path().join("proxy"), directory.path().join("vm.vmf"));

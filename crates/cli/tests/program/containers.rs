@@ -1,4 +1,4 @@
-//! VMs whose QEMU sees other files or processes than this program does.
+//! VMs whose QEMU sees other files or processes than vmfile does.
 
 use std::ffi::OsString;
 use std::fs;
@@ -24,7 +24,7 @@ fn in_root(qemu: &Qemu, root: &Path) -> TestResult<Guest> {
     Ok(guest)
 }
 
-/// The guest stood still for 120 s while channels were waited for that could not come, and the hint
+/// vmfile waited 120 s, with the guest paused, for channels that could not connect, and the hint
 /// named an option that `save` does not have.
 #[test]
 fn a_qemu_that_cannot_reach_the_socket_of_the_channels_is_said_to_at_once() -> TestResult {
@@ -52,7 +52,7 @@ fn channels_reach_a_qemu_that_has_another_root_directory() -> TestResult {
     let root = tempfile::tempdir()?;
     fs::create_dir(root.path().join("tmp"))?;
     let guest = in_root(&qemu, root.path())?;
-    // QEMU opens its images once more when it has sent the VM.
+    // QEMU opens its images again after it has sent the VM.
     let line = fs::read_to_string(format!("/proc/{}/cmdline", guest.pid()?))?;
     let image = line.split('\0').find_map(|word| word.strip_prefix("file="));
     let image = image.and_then(|word| word.split(',').next()).ok_or("it boots an image")?;
@@ -70,7 +70,7 @@ fn channels_reach_a_qemu_that_has_another_root_directory() -> TestResult {
     Ok(())
 }
 
-/// It was "Success (os error 0)", on every route.
+/// Every route failed with "Success (os error 0)".
 #[test]
 fn a_qemu_of_another_pid_namespace_is_saved_by_its_stream() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
@@ -90,18 +90,18 @@ fn a_qemu_of_another_pid_namespace_is_saved_by_its_stream() -> TestResult {
     Ok(())
 }
 
-/// A QEMU in a mount namespace, with a file system of its own where its monitor is.
+/// A QEMU in its own mount namespace, where its monitor lies on a private file system.
 struct Contained(Child);
 
 impl Drop for Contained {
     fn drop(&mut self) {
-        // It may have ended: a save ends it.
+        // A save may have ended it already.
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
 }
 
-/// `list` and `save NAME` looked for the socket under the path that QEMU in a container calls it.
+/// `list` and `save NAME` looked for the socket under the path that it has inside QEMU's container.
 #[test]
 fn a_vm_in_a_mount_namespace_is_listed_and_saved_by_its_name() -> TestResult {
     let qemu = requires!(qemu >= "9.0");

@@ -1,4 +1,4 @@
-//! A file that was cut or changed is never taken for a whole one.
+//! A truncated or changed file is never accepted as whole.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -12,10 +12,10 @@ use crate::guests::saved;
 use crate::run::vmfile;
 use crate::words;
 
-/// The length of the part at the very end of a file.
+/// The length of the footer, the last part of a file.
 const FOOTER_LEN: u64 = 64;
 
-/// Every offset at which a part of the file begins or ends.
+/// Returns every offset at which a part of the file begins or ends.
 fn boundaries(file: &Path) -> TestResult<BTreeSet<u64>> {
     let snapshot = Snapshot::open(file, 0)?;
     let structure = snapshot.structure();
@@ -56,7 +56,7 @@ fn a_file_that_was_cut_anywhere_is_refused_with_path_and_offset() -> TestResult 
     assert!(cuts.len() > 100, "{} places", cuts.len());
     let name = saved.file.display().to_string();
     let file = File::options().write(true).open(&saved.file)?;
-    // From the end on: each cut is a cut of the file before.
+    // From the longest to the shortest: each cut shortens the file further.
     for len in cuts.into_iter().rev() {
         file.set_len(len)?;
         for verb in ["info", "check", "restore"] {
@@ -124,7 +124,7 @@ fn a_changed_page_is_named_by_block_page_and_offset() -> TestResult {
     assert_eq!(finding["page"], page);
     assert_eq!(finding["offset"], offset);
     assert_eq!(vmfile(words!["check", "--quiet", saved.file]).stdout, "");
-    // Damage does not hide what can be said.
+    // `info` still describes a damaged file.
     vmfile(words!["info", saved.file]).assert(0, &["pc.ram"]);
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! The work is done and something after it is not: the report, or the VM's release.
+//! The verb has done its work, and then the report or the release of the VM fails.
 
 use std::fs;
 use std::path::Path;
@@ -36,8 +36,8 @@ fn a_report_that_cannot_be_printed_is_no_failure() -> TestResult {
     guest.counts_on(1)
 }
 
-/// Runs a save and tells the VM to go on, under `strace` with these faults; returns what it said, and
-/// which of its words to QEMU `cont` was, counted from 1.
+/// Runs a save with `--after resume` under `strace` with these faults. Returns its output, and the
+/// number of the command `cont` among its commands to QEMU, counted from 1.
 fn save_with_faults(guest: &Guest, file: &Path, faults: &[String]) -> TestResult<(Said, usize)> {
     let trace = guest.directory().join("trace");
     let mut save = Command::new("strace");
@@ -53,7 +53,7 @@ fn save_with_faults(guest: &Guest, file: &Path, faults: &[String]) -> TestResult
     Ok((said, cont + 1))
 }
 
-/// vmfile cannot say `cont`: it says what it could not do, and its guardian does it.
+/// vmfile cannot send `cont`: it reports that, and its guardian sends it.
 #[test]
 fn a_vm_that_cannot_be_released_is_let_run_by_the_guardian() -> TestResult {
     let qemu = requires!(qemu >= "9.0");

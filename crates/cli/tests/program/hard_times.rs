@@ -1,4 +1,4 @@
-//! Whatever goes wrong in the middle of a save, the VM runs on and there is no file.
+//! If a save fails or is interrupted, the VM runs on and no file is left.
 
 use std::path::Path;
 use std::process::Command;
@@ -44,7 +44,7 @@ fn progress_is_told_in_lines_and_when_sigusr1_asks() -> TestResult {
     said.assert(0, &[]);
     let mut progress: Vec<Value> =
         said.stderr.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
-    // The guest has a disk, and goes on.
+    // The save warns, because the guest has a disk and goes on.
     let is_warning = |line: &Value| line["type"] == "warning";
     assert!(progress.iter().any(is_warning), "{said:?}");
     progress.retain(|line| line["type"] == "progress");
@@ -95,10 +95,11 @@ fn a_qemu_that_ends_in_the_middle_of_a_save_is_an_error_and_no_file() -> TestRes
     Ok(())
 }
 
-/// What a save said that failed, and how often it paused the VM.
+/// The output of a failed save, and how often it paused the VM.
 type Failed = (Said, usize);
 
-/// A small guest, and what must still be true after a save of it has failed.
+/// Runs `save`, which must fail, on a small guest. Expects that the guest runs on, that no file is
+/// left, and that a later save succeeds.
 fn fails(
     qemu: &Qemu,
     directory: &Path,
@@ -117,7 +118,7 @@ fn fails(
     guest.counts_on(1)?;
     watch.execute("query-status", json!({}))?;
     let stops = watch.events().iter().filter(|event| event["event"] == "STOP").count();
-    // And it is saved where nothing fails.
+    // A save without the fault succeeds.
     let elsewhere = guest.directory().join("vm.vmf");
     vmfile(words!["save", guest.qmp_path(), elsewhere]).assert(0, &["saved"]);
     Ok((said, stops))
@@ -148,8 +149,9 @@ fn a_limit_on_file_sizes_leaves_the_vm_running() -> TestResult {
     Ok(())
 }
 
-/// A disk may say that it has written and not have done so. Here the kernel says it of the first 64
-/// bytes that each thread writes: the save once ended with 0, QEMU was gone, and the file was of no use.
+/// A disk may report a write that it has not done. Here strace makes the first write of each thread
+/// report 64 bytes without writing any. Such a save exited with 0 and ended QEMU, and its file was
+/// useless.
 #[test]
 fn a_write_that_only_was_claimed_is_found_before_the_vm_ends() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
@@ -167,7 +169,7 @@ fn a_write_that_only_was_claimed_is_found_before_the_vm_ends() -> TestResult {
     Ok(())
 }
 
-/// Runs a save of which the kernel refuses every call of `call` with `error`.
+/// Runs a save in which the system call `call` fails with `error`.
 fn with_fault(qmp: &Path, file: &Path, call: &str, error: &str) -> TestResult<Said> {
     let arguments = words![
         "-f",
@@ -186,8 +188,8 @@ fn with_fault(qmp: &Path, file: &Path, call: &str, error: &str) -> TestResult<Sa
     Ok(Command::new("strace").args(arguments).output()?.into())
 }
 
-/// Threads were started with the VM paused: one that could not be started was a panic, status 101, and
-/// left the VM as it was in the middle of the save.
+/// Threads were started while the VM was paused. If one could not be started, vmfile panicked with
+/// status 101 and left the VM as it was in the middle of the save.
 #[test]
 fn a_thread_that_cannot_be_started_is_refused_before_the_vm_stops() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
@@ -210,7 +212,7 @@ fn a_thread_that_cannot_be_started_is_refused_before_the_vm_stops() -> TestResul
     Ok(())
 }
 
-/// Buffers were allocated with the VM paused, and a buffer that was not to be had was an abort.
+/// Buffers were allocated while the VM was paused, and a failed allocation aborted vmfile.
 #[test]
 fn memory_that_is_not_there_is_refused_before_the_vm_stops() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
@@ -238,8 +240,9 @@ fn a_disk_that_fails_to_sync_leaves_the_vm_running_and_no_file() -> TestResult {
     Ok(())
 }
 
-/// The directory is synced after the file has its name. Where that fails, the file is whole and stands: no
-/// other failure of a save leaves one, and what is done about its disks depends on it.
+/// A save syncs the directory after the file has its name. If that fails, the save fails but the
+/// whole file stays. No other failed save leaves a file, and how a failed save treats its disks
+/// depends on that.
 #[test]
 fn a_directory_that_fails_to_sync_leaves_the_vm_running_and_a_whole_file() -> TestResult {
     let qemu = requires!(qemu >= "9.0");

@@ -1,4 +1,4 @@
-//! What the program says about itself.
+//! The program's help, and the document that repeats it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,7 +12,7 @@ const VERBS: [&str; 9] =
 
 const BEGIN: &str = "<!-- The help of the program; `VMFILE_BLESS=1 cargo test` writes it. -->\n";
 
-/// The chapter of docs/cli.md that is the program's own help.
+/// Returns the chapter of docs/cli.md that is the program's own help.
 fn help_chapter() -> String {
     let mut text = String::new();
     for verb in [""].into_iter().chain(VERBS) {
@@ -119,7 +119,7 @@ fn wrong_usage_is_one_json_object_where_that_was_asked_for() -> TestResult {
     assert_eq!((&error["code"], &error["kind"]), (&2.into(), &"usage".into()));
     assert!(error["message"].as_str().is_some_and(|text| text.contains("<FILE>")), "{error}");
     assert_eq!(error["hint"], "--help says more");
-    // After `--` stands the command line of QEMU.
+    // Words after `--` are QEMU's command line.
     let said = vmfile(["restore", "--bad", "--", "--json"]);
     said.assert(2, &["error: unexpected argument '--bad'"]);
     Ok(())

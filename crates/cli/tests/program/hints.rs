@@ -1,4 +1,4 @@
-//! What the program says the user can do, where that hangs on the VM.
+//! Hints that depend on the state of the VM.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -15,7 +15,7 @@ fn small(seed: u32) -> GuestConfig {
     Guest::boot_sector(Ram::private(32)).seed(seed)
 }
 
-/// There was no hint.
+/// This error had no hint.
 #[test]
 fn what_forbids_a_save_comes_with_a_remedy() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
@@ -29,12 +29,12 @@ fn what_forbids_a_save_comes_with_a_remedy() -> TestResult {
     guest.runs_on(1)
 }
 
-/// The hint was about -S and migrations.
+/// The hint spoke of -S and migrations.
 #[test]
 fn a_guest_that_has_shut_down_is_said_to_have() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
     let mut guest = small(72).arguments(["-no-shutdown"]).boot_to(&qemu, 1)?;
-    // A write to the register by which ACPI turns a `pc` off.
+    // Writes to the ACPI register that turns a `pc` off.
     for command in ["o/2 0x604 0x2000", "info status"] {
         guest.qmp("human-monitor-command", json!({"command-line": command}))?;
     }
@@ -45,7 +45,7 @@ fn a_guest_that_has_shut_down_is_said_to_have() -> TestResult {
     Ok(())
 }
 
-/// The number of channels was ignored without a word.
+/// `--channels` was ignored without a warning.
 #[test]
 fn channels_that_are_not_used_are_told() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
@@ -55,7 +55,7 @@ fn channels_that_are_not_used_are_told() -> TestResult {
     Ok(())
 }
 
-/// The hint was about a command line after `--`, and there was none.
+/// The hint spoke of a command line after `--` although none was given.
 #[test]
 fn a_saved_command_line_that_does_not_start_is_told_from_one_that_was_given() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
@@ -75,7 +75,7 @@ fn a_saved_command_line_that_does_not_start_is_told_from_one_that_was_given() ->
     Ok(())
 }
 
-/// Nothing said which option it was.
+/// The error did not name the option.
 #[test]
 fn a_word_of_the_command_line_that_is_not_text_is_named() -> TestResult {
     let qemu = requires!(qemu >= "9.0");

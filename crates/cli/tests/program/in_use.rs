@@ -1,4 +1,4 @@
-//! No verb puts a new file in the place of one that a VM uses.
+//! No verb replaces a file that a VM uses.
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt as _, symlink};
@@ -13,7 +13,7 @@ use crate::guests::directory;
 use crate::run::{Said, vmfile};
 use crate::words;
 
-/// Files that a VM uses, in a directory of their own.
+/// Files that a VM uses, in their own directory.
 struct Files {
     directory: tempfile::TempDir,
 }
@@ -54,7 +54,7 @@ impl Files {
     }
 }
 
-/// Asserts that `run` is refused for a file that a QEMU uses, and leaves the file alone.
+/// Asserts that `run` refuses `path` because a QEMU uses it, and does not change the file.
 fn refused(path: &Path, pid: u32, run: impl Fn(&Path) -> Said) -> TestResult {
     let before = fs::metadata(path)?;
     let said = run(path);
@@ -69,8 +69,8 @@ fn config(files: &Files, seed: u32) -> GuestConfig {
     Guest::boot_sector(Ram::tmpfs(32)).seed(seed).arguments(files.arguments())
 }
 
-/// `save VM disk.qcow2 --force` onto an image of this VM ended with 0, and the disk was gone: QEMU
-/// kept it open without a name, and ended.
+/// `save VM disk.qcow2 --force` onto an image of this VM exited with 0, and the disk was lost: QEMU
+/// kept the replaced image open until it ended.
 #[test]
 fn a_file_that_the_vm_uses_is_not_replaced_by_any_name_or_verb() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
@@ -96,7 +96,7 @@ fn a_file_that_the_vm_uses_is_not_replaced_by_any_name_or_verb() -> TestResult {
         fs::hard_link(path, &hard)?;
         refused(&hard, pid, save)?;
         fs::remove_file(&hard)?;
-        // Nor is it said that --force would do it.
+        // Without --force, the hint does not suggest --force.
         refused(path, pid, |path| vmfile(words!["save", vm, path]))?;
         refused(path, pid, |path| vmfile(words!["receive", path, "--force"]))?;
         refused(path, pid, |path| {
@@ -105,13 +105,13 @@ fn a_file_that_the_vm_uses_is_not_replaced_by_any_name_or_verb() -> TestResult {
         refused(path, pid, |path| vmfile(words!["bench", "--html", path]))?;
     }
     assert_eq!(guest.status()?, "running");
-    // A file beside them that no VM uses is replaced.
+    // An existing file that no VM uses is replaced.
     vmfile(words!["save", vm, files.path("initrd"), "--force"]).assert(0, &["saved"]);
     Ok(())
 }
 
-/// A VM that is saved and restored time and again under one name: while it runs it maps the file that
-/// it came from, and loses nothing when a new one takes the name.
+/// A VM is saved and restored repeatedly under one name. It maps the file that it came from, and
+/// loses nothing when a new file takes that name.
 #[test]
 fn the_file_that_a_vm_came_from_may_be_replaced_by_its_next_save() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
@@ -132,11 +132,11 @@ fn the_file_that_a_vm_came_from_may_be_replaced_by_its_next_save() -> TestResult
     guest.counts_on(1)
 }
 
-/// A loop device, which is taken off its file when it is dropped.
+/// A loop device; dropping it detaches it from its file.
 struct Loop(PathBuf);
 
 impl Loop {
-    /// Puts one on `file`.
+    /// Attaches a loop device to `file`.
     fn on(file: &Path) -> Result<Loop, Missing> {
         let output = Command::new("losetup").args(["--find", "--show"]).arg(file).output();
         match output {
@@ -156,7 +156,7 @@ impl Drop for Loop {
     }
 }
 
-/// A save onto the file below the VM's own block device ended with 0, and the disk was gone.
+/// A save onto the file below the VM's own block device exited with 0, and the disk was lost.
 #[test]
 fn the_file_below_a_block_device_of_the_vm_is_not_replaced() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
@@ -171,7 +171,7 @@ fn the_file_below_a_block_device_of_the_vm_is_not_replaced() -> TestResult {
     refused(&disk, pid, |path| vmfile(words!["save", vm, path, "--force"]))?;
     refused(&disk, pid, |path| vmfile(words!["receive", path, "--force"]))?;
     assert_eq!(guest.status()?, "running");
-    // The device is free again before it is taken off.
+    // QEMU must end first: it uses the device.
     drop(guest);
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! Whatever ends vmfile in the middle of a save, the VM lives.
+//! If vmfile is killed in the middle of a save, the VM runs on as before.
 //!
 //! `cargo xtask chaos vmfile` tries more moments than a test has time for.
 
@@ -24,14 +24,14 @@ use crate::run::{
 };
 use crate::words;
 
-/// How many moments are tried in a test run.
+/// How many moments a test run tries.
 const KILLS: u64 = 30;
 
-/// How soon the guest must run again, on a machine that runs nothing else; the test allows for more.
+/// How soon the guest must run again on an idle machine; the test allows `ALLOWANCE` times as long.
 const SOON: Duration = Duration::from_secs(1);
 const ALLOWANCE: u32 = 5;
 
-/// Every route, live and with disks.
+/// Every route, also live and with disks.
 const WAYS: [&[&str]; 10] = [
     &["--route", "direct"],
     &["--route", "direct", "--with-disks"],
@@ -45,15 +45,15 @@ const WAYS: [&[&str]; 10] = [
     &["--route", "direct", "--after", "pause"],
 ];
 
-/// What a save may change in QEMU, as QEMU tells it.
+/// What a save may change in QEMU, as QEMU reports it.
 #[derive(Debug, PartialEq)]
 struct State {
     settings: Value,
     parameters: Value,
     sets: Value,
     objects: Vec<String>,
-    /// What QEMU's descriptor 0 is: QEMU 10.0.2 closes it where a background snapshot fails before it
-    /// has begun, and the next one to fail closed the monitor that got its number.
+    /// What QEMU's descriptor 0 refers to. QEMU 10.0.2 closes it if a background snapshot fails
+    /// before it begins; the next failure then closed the monitor that had got the number 0.
     stdin: PathBuf,
 }
 
@@ -71,15 +71,15 @@ impl State {
     }
 }
 
-/// A guest that writes to its memory and its disk all the time, and what it was like at first.
+/// A guest that writes to its memory and its disk all the time, with its state at the start.
 struct Trial {
     guest: Guest,
     directory: TempDir,
     before: State,
     random: Random,
-    /// How long each way takes when nothing ends it.
+    /// How long each way takes if it is not killed.
     seconds: BTreeMap<usize, f64>,
-    /// The slowest return to life.
+    /// The longest time until the guest ran again.
     slowest: Duration,
     finished: u64,
 }
@@ -103,7 +103,7 @@ impl Trial {
         words
     }
 
-    /// Returns how long a way takes; it is tried once.
+    /// Returns how long a way takes; the first call measures it.
     fn seconds(&mut self, way: usize) -> TestResult<f64> {
         if let Some(seconds) = self.seconds.get(&way) {
             return Ok(*seconds);
@@ -118,12 +118,12 @@ impl Trial {
         Ok(seconds)
     }
 
-    /// After `--after pause` the guest is to be let run.
+    /// Lets the guest run after a save with `--after pause`.
     fn run_if_paused(&mut self) -> TestResult {
         if self.guest.status()? == "paused" { self.guest.resume() } else { Ok(()) }
     }
 
-    /// Ends a save by `signal` at some moment, and looks what became of the VM.
+    /// Kills a save with `signal` at a random moment, and checks the VM.
     fn kill(&mut self, number: u64, signal: Signal) -> TestResult {
         let way = usize::try_from(number)? % WAYS.len();
         let seconds = self.seconds(way)?;
@@ -138,8 +138,8 @@ impl Trial {
         })
     }
 
-    /// Kills a save at its call number `number` of the system call `name`, before the kernel does it.
-    /// Its guardian is left alone. Returns whether there was such a call.
+    /// Kills a save at call `number` of the system call `name`, before the kernel executes it. The
+    /// guardian is not killed. Returns whether the save made that many calls.
     fn kill_at_call(&mut self, way: usize, name: &str, number: u32) -> TestResult<bool> {
         let what = format!("{:?} at {name} number {number}", WAYS[way]);
         let file = self.directory.path().join("call.vmf");
@@ -160,7 +160,7 @@ impl Trial {
         Ok(is_killed)
     }
 
-    /// Has a save ended, and looks what became of the VM.
+    /// Runs `save`, which kills a save, and checks the VM.
     fn end_a_save(
         &mut self,
         (what, way, file): (&str, usize, &Path),
@@ -183,7 +183,7 @@ impl Trial {
         let took = killed_at.elapsed();
         self.slowest = self.slowest.max(took);
         assert!(took < SOON * ALLOWANCE, "{what}: the guest ran after {took:?}; {said:?}");
-        // The rest may take longer: an overlay is merged while the guest runs.
+        // The rest may take longer, because an overlay is merged while the guest runs.
         wait_until(&format!("{what}: nothing is left in QEMU"), || {
             State::of(&mut self.guest).is_ok_and(|state| state == self.before)
         })
@@ -198,7 +198,7 @@ impl Trial {
         Ok(())
     }
 
-    /// Adds to an error what QEMU says of itself.
+    /// Adds QEMU's state to an error.
     fn with_state(&mut self, error: TestError) -> TestError {
         let status = self.guest.status();
         let migration = self.guest.qmp("query-migrate", json!({}));
@@ -207,7 +207,7 @@ impl Trial {
         format!("{error}: {status:?}, {migration:?}, {state:?}, expected {before:?}").into()
     }
 
-    /// The image in use and the files are what they were, but for a save that came to its end.
+    /// Expects that the image in use and the files are as before, unless the save completed.
     fn expect_no_trace(
         &mut self,
         what: &str,
@@ -226,7 +226,7 @@ impl Trial {
         Ok(())
     }
 
-    /// The image on top of the guest's disk, as QEMU says.
+    /// The top image of the guest's disk, as QEMU reports it.
     fn image(&mut self) -> TestResult<String> {
         let drives = self.guest.qmp("query-block", json!({}))?;
         let mut drives = drives.as_array().into_iter().flatten();
@@ -241,7 +241,7 @@ impl Trial {
         Ok(names)
     }
 
-    /// A save that nothing ends is right.
+    /// Expects that a save which is not killed succeeds.
     fn next_save_is_right(&mut self) -> TestResult {
         let file = self.directory.path().join("next.vmf");
         vmfile(words!["save", self.guest.qmp_path(), file, "--after", "resume"])
@@ -252,7 +252,7 @@ impl Trial {
     }
 }
 
-/// Ends a process; returns what it said.
+/// Sends `signal` to a process unless it has ended; returns its output.
 fn end(mut child: Child, signal: Signal) -> TestResult<Said> {
     if child.try_wait()?.is_none() {
         kill_process(pid(child.id()), signal)?;
@@ -260,9 +260,9 @@ fn end(mut child: Child, signal: Signal) -> TestResult<Said> {
     Ok(child.wait_with_output()?.into())
 }
 
-/// SIGKILL, SIGQUIT and the like in the middle of a paused save left the VM paused for ever; after a
-/// live one `background-snapshot` was still on, and the next migration by anybody "completed" while
-/// the source ran on; with disks the VM was left in the overlay of a file that does not exist.
+/// A save that was killed, by SIGKILL or SIGQUIT for example, left the VM paused for ever. A killed
+/// live save left `background-snapshot` on, and the next migration by any client "completed" while
+/// the source ran on. With disks, the VM was left in the overlay of a file that does not exist.
 #[test]
 fn a_vm_whose_save_is_killed_at_any_moment_is_as_it_was() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
@@ -283,16 +283,17 @@ fn a_vm_whose_save_is_killed_at_any_moment_is_as_it_was() -> TestResult {
     Ok(())
 }
 
-/// The calls by which a save speaks to QEMU and to its guardian.
+/// The system calls with which a save sends to QEMU and to its guardian.
 const CALLS: [&str; 2] = ["sendmsg", "sendto"];
 
-/// A save that was killed after its record was in QEMU and before its guardian knew left the record.
+/// A save was killed after it had put its record into QEMU and before its guardian knew of it: the
+/// record was left.
 #[test]
 fn a_vm_whose_save_is_killed_before_any_of_its_words_is_as_it_was() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
     requires!(strace());
     let mut trial = Trial::begin(&qemu, Random::new(0))?;
-    // A test run has time for one way: the one with the most words.
+    // A test run has time for one way: the one with the most commands.
     let ways = if std::env::var_os("VMFILE_KILLS").is_some() { 0..WAYS.len() } else { 1..2 };
     for (way, call) in ways.flat_map(|way| CALLS.map(|call| (way, call))) {
         let mut number = 1;
@@ -305,8 +306,9 @@ fn a_vm_whose_save_is_killed_before_any_of_its_words_is_as_it_was() -> TestResul
     trial.next_save_is_right()
 }
 
-/// The guardian was told before the file got its name that it has it: a save that was killed in between left
-/// the overlays on the disks, and with `--after pause` the guest paused, and there was no file.
+/// The save told its guardian that the file has its name before that was so. If it was killed in
+/// between, the overlays stayed on the disks, with `--after pause` the guest stayed paused, and
+/// there was no file.
 #[test]
 fn a_vm_whose_save_is_killed_before_the_file_has_its_name_is_as_it_was() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
@@ -318,14 +320,14 @@ fn a_vm_whose_save_is_killed_before_the_file_has_its_name_is_as_it_was() -> Test
     trial.next_save_is_right()
 }
 
-/// QEMU 7.2 never lets the guest's CPUs go whose writes wait for a background snapshot that was
-/// cancelled or failed: vmfile takes pre-copy there.
+/// If a background snapshot of QEMU 7.2 fails or is cancelled, guest CPUs whose writes wait for it
+/// never run again. So vmfile uses pre-copy there.
 #[test]
 fn a_live_save_by_the_oldest_qemu_that_is_killed_leaves_the_guest_running() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Oldest));
     requires!(strace());
     let mut trial = Trial::begin(&qemu, Random::new(0))?;
-    // The stream begins with word 35 or so.
+    // The command that starts the stream is about number 35.
     let live = WAYS.iter().position(|way| *way == ["--live"]).ok_or("a live save")?;
     for number in 32..46 {
         assert!(trial.kill_at_call(live, "sendmsg", number)?, "a live save has {number} words");
@@ -333,7 +335,7 @@ fn a_live_save_by_the_oldest_qemu_that_is_killed_leaves_the_guest_running() -> T
     trial.next_save_is_right()
 }
 
-/// Ends a restore by SIGKILL at a random moment; returns whether its VM runs.
+/// Kills a restore with SIGKILL after `moment`; returns whether its VM runs.
 fn kill_a_restore(
     (qemu, config, file): (&Qemu, &GuestConfig, &Path),
     mode: &str,
@@ -348,7 +350,7 @@ fn kill_a_restore(
     let deadline = Instant::now() + Duration::from_secs(20);
     loop {
         let processes = processes_in(directory);
-        // The guardian shows the command line of the process that it was forked from.
+        // The guardian has the command line of the process that forked it.
         let is_guardian = |pid: &i32| {
             fs::read_to_string(format!("/proc/{pid}/comm"))
                 .is_ok_and(|name| name.trim() == "vm-guardian")
@@ -369,7 +371,7 @@ fn kill_a_restore(
     }
 }
 
-/// SIGKILL of a restore left `qemu -S -incoming defer` behind, in 9 of 12 tries.
+/// A restore that was killed with SIGKILL left `qemu -S -incoming defer` behind in 9 of 12 tries.
 #[test]
 fn a_restore_that_is_killed_leaves_no_qemu_or_a_vm_that_runs() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));

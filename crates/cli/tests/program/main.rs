@@ -1,4 +1,5 @@
-//! The program as its users meet it: words in, words and a status out.
+//! The program as its users call it: the tests pass arguments, and check its output and exit
+//! status.
 
 mod bench;
 mod broken_monitor;

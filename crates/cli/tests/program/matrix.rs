@@ -1,7 +1,8 @@
-//! Every QEMU, every way into a file, every way back: the guest judges its memory each time.
+//! Every QEMU, every way to receive a file, every way to restore it: the guest judges its memory
+//! each time.
 //!
-//! One guest for each QEMU is saved in all ways, stopped and while it runs, and each file comes back
-//! in all ways that its QEMU has.
+//! One guest for each QEMU is received in all ways, paused and running, and each file is restored
+//! in all ways.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -20,7 +21,7 @@ use crate::guests::directory;
 use crate::run::{Said, command, program, vmfile, wait_until};
 use crate::words;
 
-/// How the stream comes to the file.
+/// How the stream gets from QEMU to vmfile.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Way {
     Exec,
@@ -45,7 +46,8 @@ fn ends_well(child: Child) -> TestResult {
     Ok(())
 }
 
-/// Sends the guest into `file`; it then waits for `cont`.
+/// Has QEMU send the guest to `vmfile receive`, which writes `file`. The guest then stays paused
+/// until `cont`.
 fn receive(guest: &mut Guest, way: Way, file: &Path) -> TestResult {
     set_up(guest, way)?;
     let socket = file.with_extension("socket");
@@ -113,7 +115,7 @@ fn all_ways(source: Release, destination: Release, config: &GuestConfig) -> Test
             back().map_err(|error| format!("{way:?}, live {live}, back by {mode:?}: {error}"))?;
         }
         guest.wait_for_passes(1)?;
-        // Sparse files of 32 MiB each; the next one begins with an empty page cache of its own.
+        // Frees the file's space on the disk and in the page cache.
         File::options().write(true).open(&file)?.set_len(0)?;
     }
     guest.judge_counts()

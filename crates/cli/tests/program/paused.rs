@@ -1,4 +1,4 @@
-//! What a save asks after the pause, and what it verifies before the file gets its name.
+//! What a save checks during the pause and before the file gets its name.
 
 use std::fs;
 use std::path::Path;
@@ -14,14 +14,15 @@ use crate::guests::{self, begin_to_save, directory};
 use crate::run::{Said, names_in, pid, start, strace, vmfile, wait_until};
 use crate::words;
 
-/// A guest whose save takes long enough to be met in the middle; it has a second monitor.
+/// Boots a guest with a second monitor, whose save takes so long that a test can act in the middle
+/// of it.
 fn large(qemu: &Qemu, second: &Path) -> TestResult<Guest> {
     let socket = format!("unix:{},server=on,wait=off", second.display());
     guests::large(qemu, &["-qmp", &socket])
 }
 
-/// A second monitor said `cont` in the middle of a direct save: the save exited with 0, its report
-/// said "paused 1.81 s", and the memory in the file was of no moment.
+/// Another client sent `cont` in the middle of a direct save: the save exited with 0, its report
+/// said "paused 1.81 s", and the memory in the file was not from one moment.
 #[test]
 fn a_guest_that_another_client_lets_run_is_not_saved() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
@@ -36,8 +37,8 @@ fn a_guest_that_another_client_lets_run_is_not_saved() -> TestResult {
     guest.runs_on(1)
 }
 
-/// Two saves of one VM at once, by two monitors, both exited with 0; the second recorded the pause of
-/// the first as the guest's own state.
+/// Two saves of one VM at the same time, over two monitors, both exited with 0; the second recorded
+/// the pause of the first as the guest's own state.
 #[test]
 fn a_second_save_of_a_vm_says_who_holds_it() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
@@ -55,8 +56,9 @@ fn a_second_save_of_a_vm_says_who_holds_it() -> TestResult {
     guest.runs_on(1)
 }
 
-/// RAM blocks were asked before the pause: a DIMM that was plugged in between was not in the file, and
-/// the save exited with 0. What was compared with the command line is asked again in the pause.
+/// The save queried the RAM blocks before the pause: a DIMM that was plugged in between was not in
+/// the file, and the save exited with 0. During the pause, the save now repeats the queries whose
+/// answers it compared with the command line.
 #[test]
 fn memory_that_is_plugged_in_right_before_the_pause_is_noticed() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
@@ -67,7 +69,7 @@ fn memory_that_is_plugged_in_right_before_the_pause_is_noticed() -> TestResult {
         let file = directory.path().join(format!("{number}.vmf"));
         let mut child = start(words!["save", guest.qmp_path(), file, "--after", "resume"])?;
         let pid = pid(child.id());
-        // The record is the last thing before the pause.
+        // Putting the record into QEMU is the last step before the pause.
         while child.try_wait()?.is_none() && !has_record(&mut guest)? {}
         let is_stopped = kill_process(pid, Signal::STOP).is_ok();
         if !is_stopped || guest.status()? != "running" || !has_record(&mut guest)? {
@@ -95,7 +97,7 @@ fn has_record(guest: &mut Guest) -> TestResult<bool> {
     Ok(objects.as_array().into_iter().flatten().any(|object| object["name"] == "vmfile-save"))
 }
 
-/// QEMU's `fdatasync` failed, `stop` said nothing of it, and the save ended QEMU and exited with 0.
+/// QEMU's `fdatasync` failed, `stop` did not report it, and the save ended QEMU and exited with 0.
 fn disks_that_cannot_be_flushed(qemu: &Qemu) -> TestResult {
     let directory = directory()?;
     let disk = directory.path().join("disk.raw");
@@ -108,16 +110,16 @@ fn disks_that_cannot_be_flushed(qemu: &Qemu) -> TestResult {
         .args(["-f", "-qq", "-o", "/dev/null", "-e", "trace=fdatasync", "-e", inject])
         .args(["-p", &guest.pid()?.to_string()])
         .spawn()?;
-    // Attached once its tracer is known.
+    // strace is attached once QEMU's status names a tracer.
     let status = format!("/proc/{}/status", guest.pid()?);
     let is_traced = || {
         let text = fs::read_to_string(&status).unwrap_or_default();
         text.lines().any(|line| line.starts_with("TracerPid:") && !line.ends_with("\t0"))
     };
     wait_until("strace is attached", is_traced)?;
-    // And then each of QEMU's threads.
+    // Gives strace time to attach to each of QEMU's threads.
     thread::sleep(Duration::from_millis(500));
-    // What the guest would write, so that there is something to flush.
+    // Writes as the guest would, so that there is something to flush.
     let write = json!({ "command-line": "qemu-io d1 \"write 0 4k\"" });
     guest.qmp("human-monitor-command", write)?;
     let file = directory.path().join("vm.vmf");
@@ -150,8 +152,8 @@ fn disks_of_the_oldest_that_cannot_be_flushed_are_said_to_be() -> TestResult {
     disks_that_cannot_be_flushed(&qemu)
 }
 
-/// vmfile and its guardian were both killed, and no later save noticed: one exited with 0, said
-/// "paused", and left the VM stopped.
+/// After vmfile and its guardian were both killed, no later save noticed: one exited with 0,
+/// reported "paused", and left the VM paused.
 #[test]
 fn what_a_save_left_that_was_killed_with_its_guardian_is_put_right_by_the_next() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
@@ -166,7 +168,7 @@ fn what_a_save_left_that_was_killed_with_its_guardian_is_put_right_by_the_next()
         let child = start(words.iter().chain(&slow))?;
         wait_until("the guest stands", || guest.status().is_ok_and(|status| status != "running"))?;
         kill_with_guardian(child)?;
-        // QEMU's own end of a stream may take a moment.
+        // QEMU may need a moment to end the stream.
         thread::sleep(Duration::from_millis(300));
         assert_ne!(guest.status()?, "running", "nothing lets it run by itself");
         let said = match verb {
@@ -184,8 +186,8 @@ fn what_a_save_left_that_was_killed_with_its_guardian_is_put_right_by_the_next()
     guest.counts_on(1)
 }
 
-/// `list` let the VM run for the sake of a save that had been killed long before: its guest ran at the
-/// other end of a migration by then, and so twice.
+/// `list` resumed a VM because of a save that had been killed long before. The guest had been
+/// migrated away by then, so it ran twice.
 #[test]
 fn a_vm_that_was_migrated_away_after_a_killed_save_is_not_let_run() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
@@ -207,7 +209,7 @@ fn a_vm_that_was_migrated_away_after_a_killed_save_is_not_let_run() -> TestResul
     Ok(())
 }
 
-/// Kills a save and its guardian; the guardian first, or it would do its work.
+/// Kills a save and its guardian; the guardian first, or it would restore the VM.
 fn kill_with_guardian(mut save: Child) -> TestResult {
     kill_process(guardian_of(save.id())?, Signal::KILL)?;
     save.kill()?;
@@ -231,7 +233,7 @@ pub(crate) fn guardian_of(pid: u32) -> TestResult<Pid> {
     Err("it has no guardian".into())
 }
 
-/// The guardian is ended while the save goes on: the save is not disturbed.
+/// The guardian is killed while the save goes on: the save fails, and the VM runs on.
 #[test]
 fn a_save_whose_guardian_is_ended_goes_on() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
@@ -242,7 +244,7 @@ fn a_save_whose_guardian_is_ended_goes_on() -> TestResult {
     let save = begin_to_save(&guest, &file)?;
     kill_process(guardian_of(save.id())?, Signal::KILL)?;
     let said = save.finish()?;
-    // The save tells the guardian anew what to do before the file gets its name, and it is gone.
+    // Before the file gets its name, the save sends the guardian new orders, which fails.
     said.assert(5, &["the process that would let the VM run on"]);
     let mut monitor = Monitor::connect(&second, Duration::from_secs(10))?;
     let status: Value = monitor.execute("query-status", json!({}))?;

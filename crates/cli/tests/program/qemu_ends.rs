@@ -1,4 +1,4 @@
-//! QEMU ends, or stands still, in the middle of a save or a restore.
+//! QEMU is killed or stopped in the middle of a save or a restore.
 //!
 //! `cargo xtask chaos qemu` tries more moments than a test has time for.
 
@@ -15,15 +15,15 @@ use crate::guests::{directory, prepare};
 use crate::run::{self, EndAllIn, Said, names_in, processes_in, start, vmfile, wait_until};
 use crate::words;
 
-/// How many moments are tried in a test run: of saves, and a third as many of restores.
+/// How many moments of saves a test run tries; it tries a third as many of restores.
 const MOMENTS: u64 = 21;
 
-/// How soon it must be said that QEMU is gone: at once on a machine that does nothing else, but what
-/// was handed to the disk has to come back first.
+/// How soon vmfile must report that QEMU is gone. An idle machine needs no time, but writes that
+/// were submitted to the disk must complete first.
 const GONE_SOON: Duration = Duration::from_secs(15);
 
-/// How soon it must be said that QEMU's process is stopped: it is given three seconds to go on, when
-/// it does not answer and once more when the guest is to be let run.
+/// How soon vmfile must report that QEMU's process is stopped. vmfile waits three seconds for it to
+/// go on when QEMU does not answer, and again when it resumes the guest.
 const STOPPED_SOON: Duration = Duration::from_secs(20);
 
 /// Every route.
@@ -46,7 +46,7 @@ fn send(pid: u32, signal: Signal, what: &str) -> TestResult {
         .map_err(|errno| format!("{what}: {signal:?} to {pid}: {errno}").into())
 }
 
-/// Waits for the program's end; returns what it said, if that was soon enough.
+/// Waits for the program to end and returns its output; fails if that took longer than `soon`.
 fn end(child: Child, since: Instant, soon: Duration, what: &str) -> TestResult<Said> {
     let said = Said::from(child.wait_with_output()?);
     assert!(since.elapsed() < soon, "{what}: {:?}: {said:?}", since.elapsed());
@@ -54,7 +54,7 @@ fn end(child: Child, since: Instant, soon: Duration, what: &str) -> TestResult<S
     Ok(said)
 }
 
-/// A save of `guest` in the middle of which its QEMU gets `signal`.
+/// Runs a save of `guest`, and sends `signal` to its QEMU in the middle of it.
 fn save(guest: &mut Guest, number: u64, random: &mut Random, signal: Signal) -> TestResult {
     let way = WAYS[usize::try_from(number)? % WAYS.len()];
     let directory = directory()?;
@@ -88,7 +88,8 @@ fn save(guest: &mut Guest, number: u64, random: &mut Random, signal: Signal) -> 
         guest.counts_on(1)?;
     }
     let left = names_in(directory.path());
-    // QEMU may end when the file has its name, before it was told what to do; that is said.
+    // QEMU may end after the file got its name and before vmfile sent it the last command; the
+    // error then says that the file is whole.
     let is_whole = said.code == Some(0) || said.stderr.contains("vm.vmf is whole");
     let expected = if is_whole { vec!["vm.vmf".to_owned()] } else { Vec::new() };
     assert_eq!(left, expected, "{what}: {said:?}");
@@ -97,7 +98,7 @@ fn save(guest: &mut Guest, number: u64, random: &mut Random, signal: Signal) -> 
     Ok(())
 }
 
-/// The QEMU that a restore has started.
+/// Returns the QEMU that a restore has started.
 fn qemu_in(directory: &Path) -> Option<u32> {
     let is_qemu = |pid: &i32| {
         let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
@@ -106,7 +107,7 @@ fn qemu_in(directory: &Path) -> Option<u32> {
     processes_in(directory).into_iter().find(is_qemu).and_then(|pid| u32::try_from(pid).ok())
 }
 
-/// A restore in the middle of which the QEMU that it started gets `signal`.
+/// Runs a restore, and kills or stops the QEMU that it started in the middle of it.
 fn restore(qemu: &Qemu, file: &Path, number: u64, random: &mut Random) -> TestResult {
     let signal = if number % 2 == 0 { Signal::KILL } else { Signal::STOP };
     let mode = MODES[usize::try_from(number)? % MODES.len()];
@@ -124,7 +125,7 @@ fn restore(qemu: &Qemu, file: &Path, number: u64, random: &mut Random) -> TestRe
     thread::sleep(moment);
     let sent = Instant::now();
     if let Err(error) = send(found.ok_or("found")?, signal, &what) {
-        // Its restore has come to an end already: what did it say?
+        // The restore has ended already: the error shows its output.
         let said = Said::from(child.wait_with_output()?);
         return Err(format!("{error}; {said:?}").into());
     }
@@ -141,8 +142,8 @@ fn restore(qemu: &Qemu, file: &Path, number: u64, random: &mut Random) -> TestRe
     Ok(())
 }
 
-/// The message was "left paused, `cont` makes it run again", or "the file is damaged" with status 4;
-/// and a QEMU that had been stopped was waited for up to ten minutes.
+/// The message was "left paused, `cont` makes it run again", or "the file is damaged" with status
+/// 4; and vmfile waited up to ten minutes for a stopped QEMU.
 #[test]
 fn a_qemu_that_ends_or_stands_still_at_any_moment_is_said_to() -> TestResult {
     let qemu = requires!(qemu >= "9.1");

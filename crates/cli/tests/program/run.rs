@@ -1,4 +1,4 @@
-//! How the tests run the program, and how they find every QEMU that it started.
+//! Runs the program, and finds every QEMU that it started.
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
@@ -12,7 +12,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use vmfile_testing::{Missing, TestResult};
 
-/// What a run of the program said.
+/// The exit status and output of a run of the program.
 #[derive(Debug)]
 pub(crate) struct Said {
     pub(crate) code: Option<i32>,
@@ -25,12 +25,12 @@ impl Said {
         serde_json::from_str(&self.stdout).map_err(|error| format!("{error}: {self:?}").into())
     }
 
-    /// The one JSON object on stderr.
+    /// Parses stderr, which must be one JSON object.
     pub(crate) fn json_error(&self) -> TestResult<Value> {
         serde_json::from_str(&self.stderr).map_err(|error| format!("{error}: {self:?}").into())
     }
 
-    /// Asserts the status, and that the words are there.
+    /// Asserts the exit status, and that stdout or stderr has each of the words.
     #[track_caller]
     pub(crate) fn assert(&self, code: i32, words: &[&str]) {
         assert_eq!(self.code, Some(code), "{self:?}");
@@ -51,8 +51,9 @@ impl From<Output> for Said {
     }
 }
 
-/// The program, with nothing of the terminal or shell that the tests may run in: under `nohup`, or in
-/// the background of a script, the tests ignore signals, and so would the program.
+/// Returns a command for the program that inherits nothing from the terminal or shell of the tests.
+/// Under `nohup`, or in the background of a script, the tests ignore signals, and the program would
+/// ignore them too.
 pub(crate) fn command() -> Command {
     let mut command = Command::new("/usr/bin/env");
     command.arg("--default-signal").arg(program());
@@ -69,14 +70,14 @@ pub(crate) fn vmfile<S: AsRef<OsStr>>(arguments: impl IntoIterator<Item = S>) ->
     command().args(arguments).output().expect("the program runs").into()
 }
 
-/// Starts the program, with what it says in pipes.
+/// Starts the program with its output in pipes.
 pub(crate) fn start<S: AsRef<OsStr>>(arguments: impl IntoIterator<Item = S>) -> TestResult<Child> {
     let mut command = command();
     command.args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped());
     Ok(command.spawn()?)
 }
 
-/// A run of the program that has told how far it is, by `--progress json`.
+/// A run of the program that has printed its first progress, by `--progress json`.
 #[derive(Debug)]
 pub(crate) struct Begun {
     child: Child,
@@ -101,7 +102,7 @@ impl Begun {
         self.child.id()
     }
 
-    /// Waits for its end; returns what it said after its first progress.
+    /// Waits until the program ends; returns its output after the first progress.
     pub(crate) fn finish(self) -> TestResult<Said> {
         let lines: Vec<String> = self.stderr.lines().collect::<Result<_, _>>()?;
         let said = Said::from(self.child.wait_with_output()?);
@@ -109,12 +110,12 @@ impl Begun {
     }
 }
 
-/// Returns the id of a process as signals want it.
+/// Converts a process id to the type that signals need.
 pub(crate) fn pid(process: u32) -> Pid {
     i32::try_from(process).ok().and_then(Pid::from_raw).expect("the id of a process")
 }
 
-/// Waits until a process catches `signal`: before that it would end it.
+/// Waits until a process catches `signal`: before that, the signal would end it.
 pub(crate) fn wait_until_it_catches(process: u32, signal: Signal) -> TestResult {
     wait_until("the program catches signals", || {
         let text = fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
@@ -137,8 +138,8 @@ pub(crate) fn restore(arguments: &[OsString], qemu: &[OsString]) -> Said {
     vmfile([&verb].into_iter().chain(arguments).chain([&separator]).chain(qemu))
 }
 
-/// Ends every process whose command line names a file in this directory: whatever a test that
-/// failed in the middle has left.
+/// When dropped, kills every process whose command line names a file in this directory, which a
+/// failed test may have left.
 #[derive(Debug)]
 pub(crate) struct EndAllIn(pub(crate) PathBuf);
 
@@ -164,7 +165,7 @@ pub(crate) fn processes_in(directory: &Path) -> Vec<i32> {
     pids.filter(is_there).collect()
 }
 
-/// Waits until `is_so`.
+/// Waits up to a minute until `is_so` returns true.
 pub(crate) fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) -> TestResult {
     let deadline = Instant::now() + Duration::from_secs(60);
     while !is_so() {
@@ -182,7 +183,7 @@ pub(crate) fn names_in(directory: &Path) -> Vec<String> {
     entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
 }
 
-/// Requires that system calls can be made to fail.
+/// Requires strace, with which the tests make system calls fail.
 pub(crate) fn strace() -> Result<(), Missing> {
     let output = Command::new("strace").args(["-qq", "-o", "/dev/null", "true"]).output();
     match output {

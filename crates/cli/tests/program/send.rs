@@ -1,4 +1,4 @@
-//! A file as a stream, in all the ways in which QEMU takes one.
+//! Sends a file as a stream, in all the ways in which QEMU takes one.
 
 use std::fs::File;
 use std::io::Read as _;
@@ -18,12 +18,12 @@ fn small(seed: u32) -> GuestConfig {
     Guest::boot_sector(Ram::private(64)).seed(seed)
 }
 
-/// The words after `-incoming` that make QEMU run `vmfile send`.
+/// The address for `-incoming` that makes QEMU run `vmfile send`.
 fn exec(file: &Path, options: &str) -> String {
     format!("exec:{} send {} {options}", program().display(), file.display())
 }
 
-/// Saves a machine that all versions have, and has a QEMU take the file by `exec:`.
+/// Saves a machine type that all versions have, and has a QEMU load the file by `exec:`.
 fn taken_by(release: Release, config: &GuestConfig, options: &str) -> TestResult {
     let (source, qemu) = (requires!(Qemu::of(Release::Distribution)), requires!(Qemu::of(release)));
     let config = config.clone().machine_version("7.2");
@@ -62,7 +62,7 @@ fn a_qemu_that_listens_takes_a_file_and_the_report_is_on_stdout() -> TestResult 
     assert!(pages("pages_data") > 0, "{report}");
     assert_eq!(pages("pages_total"), pages("pages_data") + pages("pages_zero"));
     guest.counts_on(2)?;
-    // QEMU listens no more.
+    // QEMU no longer listens.
     let said = vmfile(words!["send", file, "--connect", address]);
     said.assert(3, &["connect to", "hint: start a QEMU with -incoming unix:PATH first"]);
     Ok(())
@@ -111,7 +111,7 @@ fn a_signal_stops_a_send_whose_reader_sleeps() -> TestResult {
     let saved = saved(&qemu, &small(77))?;
     let mut child = start(words!["send", saved.file, "--progress", "json"])?;
     let _stdout = child.stdout.take().ok_or("piped")?;
-    // Once it catches signals it is about to write.
+    // It begins to write right after it catches signals.
     wait_until_it_catches(child.id(), Signal::TERM)?;
     kill_process(pid(child.id()), Signal::TERM)?;
     let waiter = thread::spawn(move || child.wait_with_output());

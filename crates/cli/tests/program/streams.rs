@@ -32,7 +32,7 @@ fn receive_replaces_cat_in_exec_and_the_file_starts_the_vm_again() -> TestResult
     assert_eq!(report["pages_total"].as_u64().map(|pages| pages >> 13), Some(1), "{report}");
     vmfile(words!["check", file]).assert(0, &["0 findings"]);
 
-    // QEMU was this program's parent: its command line is in the file.
+    // QEMU was the parent of `vmfile receive`, so the file holds its command line.
     let vm_directory = guest.directory().to_path_buf();
     guest.qmp("quit", json!({}))?;
     guest.wait_for_exit()?;

@@ -16,7 +16,7 @@ fn small(seed: u32) -> GuestConfig {
     Guest::boot_sector(Ram::private(32)).seed(seed)
 }
 
-/// Asserts that the fields of `value` are exactly those that the document names.
+/// Asserts that the fields of `value` are exactly those that docs/cli.md names.
 #[track_caller]
 pub(crate) fn assert_documented(chapter: &str, value: &Value) {
     let mut found: Vec<&String> = value.as_object().expect("an object").keys().collect();
@@ -101,7 +101,7 @@ fn a_vm_is_listed_and_saved_by_its_process_and_by_its_name() -> TestResult {
     guest.judge_counts()
 }
 
-/// Restores with the command line that the file holds, and lets the guest judge.
+/// Restores with the saved command line, and lets the guest judge.
 fn restore_as_saved(qemu: &vmfile_testing::Qemu, seed: u32, mode: &str) -> TestResult {
     let config = small(seed);
     let mut guest = config.boot_to(qemu, 1)?;
@@ -118,7 +118,7 @@ fn restore_as_saved(qemu: &vmfile_testing::Qemu, seed: u32, mode: &str) -> TestR
     assert_eq!(report["mode"], mode);
     assert_eq!(report["running"], true);
     assert_eq!(report["qmp"], guest.qmp_path().display().to_string());
-    // The new QEMU began the serial log anew.
+    // The new QEMU truncated the serial log.
     wait_until("two passes", || guest.counts().len() >= 2)?;
     assert!(guest.counts().last().ok_or("a count")?.number > before);
     guest.judge_counts()?;

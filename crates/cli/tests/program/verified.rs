@@ -14,7 +14,7 @@ use crate::guests::{Saved, prepare, saved};
 use crate::run::{EndAllIn, Said, command, processes_in, restore, vmfile, wait_until};
 use crate::words;
 
-/// A byte of a file, and what the error must say of it.
+/// A byte of a file, and the words that the error must have.
 #[derive(Debug)]
 struct Place {
     what: &'static str,
@@ -23,13 +23,13 @@ struct Place {
 }
 
 impl Place {
-    /// A part that is read before the pages are.
+    /// Whether only reading the pages can find the wrong bit.
     fn is_page(&self) -> bool {
         self.what == "page" || self.what == "page hash"
     }
 }
 
-/// One byte of each kind of part that a file has.
+/// Returns one byte of each kind of part that a file has.
 fn places(file: &Path) -> TestResult<Vec<Place>> {
     let snapshot = Snapshot::open(file, 0)?;
     let manifest = snapshot.manifest().ok_or("a file of ours")?;
@@ -60,7 +60,7 @@ fn places(file: &Path) -> TestResult<Vec<Place>> {
     Ok(places)
 }
 
-/// Turns one bit around while `act` runs.
+/// Flips one bit of the file while `act` runs.
 fn with_a_wrong_bit<T>(file: &Path, offset: u64, act: impl FnOnce() -> T) -> TestResult<T> {
     let file = File::options().read(true).write(true).open(file)?;
     let mut byte = [0];
@@ -71,14 +71,14 @@ fn with_a_wrong_bit<T>(file: &Path, offset: u64, act: impl FnOnce() -> T) -> Tes
     Ok(result)
 }
 
-/// Asserts that the verb refused the file and said what is wrong with it.
+/// Asserts that the verb refused the file and named what is wrong with it.
 fn assert_refused(said: &Said, file: &Path, place: &Place) {
     let name = file.display().to_string();
     let words: Vec<&str> = [&name].into_iter().chain(&place.words).map(String::as_str).collect();
     said.assert(4, &words);
 }
 
-/// Restores in every mode, into a QEMU that is gone afterwards.
+/// Restores in every mode; expects that QEMU is gone after a restore that failed.
 fn restore_in_all_modes(
     qemu: &Qemu,
     config: &GuestConfig,
@@ -98,9 +98,9 @@ fn restore_in_all_modes(
     Ok(())
 }
 
-/// Only `check` looked at checksums once: with one bit turned around in a page, the device state or a
-/// bitmap, `restore` by map, load and stream ended with 0, and so did `send`; and `convert` to a
-/// stream and back made a file that `check` called whole, with a new hash of the wrong page.
+/// Only `check` verified checksums. With one wrong bit in a page, the device state or a bitmap,
+/// `restore` by map, load and stream exited with 0, and so did `send`. `convert` to a stream and
+/// back made a file that `check` accepted, with a new hash of the wrong page.
 #[test]
 fn one_wrong_bit_anywhere_is_refused_by_every_verb_in_every_mode() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
@@ -110,7 +110,7 @@ fn one_wrong_bit_anywhere_is_refused_by_every_verb_in_every_mode() -> TestResult
     for place in places(file)? {
         with_a_wrong_bit(file, place.offset, || {
             restore_in_all_modes(&qemu, &config, file, |mode, said| {
-                // Mapped pages are not read, unless the caller wants that.
+                // A mapped restore does not read the pages, unless `--verify` is given.
                 if !(mode == "map" && place.is_page()) {
                     println!("{} by {mode}", place.what);
                     assert_refused(said, file, &place);
@@ -133,7 +133,7 @@ fn one_wrong_bit_anywhere_is_refused_by_every_verb_in_every_mode() -> TestResult
     })
 }
 
-/// Sends `file` into a new file, as a shell does with `>`.
+/// Sends `file` to a new file, as a shell does with `>`.
 fn send(file: &Path, stream: &Path) -> TestResult<Said> {
     let mut command = command();
     command.args(words!["send", file]);
@@ -141,7 +141,7 @@ fn send(file: &Path, stream: &Path) -> TestResult<Said> {
     Ok(command.output()?.into())
 }
 
-/// Asserts that `receive` refuses what was sent, and removes it.
+/// Asserts that `receive` refuses `stream`, and removes `stream`.
 fn assert_no_whole_stream(stream: &Path, file: &Path) -> TestResult {
     let mut receive = command();
     receive.args(words!["receive", file]).stdin(File::open(stream)?);
@@ -151,8 +151,8 @@ fn assert_no_whole_stream(stream: &Path, file: &Path) -> TestResult {
     Ok(fs::remove_file(stream)?)
 }
 
-/// A page goes by a channel, while what makes a stream whole goes by the stream: a channel that met a
-/// wrong page may not leave QEMU with all the rest.
+/// Pages go over channels, and the device state and the end over the stream. If a channel finds a
+/// wrong page, QEMU must not receive all the rest and run.
 #[test]
 fn a_wrong_page_that_is_sent_by_a_channel_ends_in_a_qemu_that_refuses() -> TestResult {
     for release in [Release::Oldest, Release::Distribution, Release::Newest] {
@@ -181,8 +181,8 @@ fn a_wrong_page_that_is_sent_by_a_channel_ends_in_a_qemu_that_refuses() -> TestR
     Ok(())
 }
 
-/// QEMU's files have no hashes. Asked to verify such a file's pages, vmfile refuses instead of
-/// restoring it unverified; not asked, the report says that they were not.
+/// QEMU's files have no hashes. With `--verify`, vmfile refuses to restore such a file; without it,
+/// the report says that the pages were not verified.
 #[test]
 fn a_file_without_hashes_is_not_called_verified() -> TestResult {
     let qemu = requires!(qemu >= "9.0");

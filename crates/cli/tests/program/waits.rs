@@ -1,4 +1,4 @@
-//! Waits for QEMU: each has an end, says what it waited for, and obeys signals.
+//! Waits for QEMU: each has a timeout, names what it waited for, and obeys signals.
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
@@ -25,7 +25,7 @@ fn small(qemu: &Qemu, name: &str) -> TestResult<Guest> {
     config.arguments(["-name", name]).boot(qemu)
 }
 
-/// A process that stands still until this is dropped.
+/// A process that is stopped until this is dropped.
 struct Stopped(u32);
 
 impl Stopped {
@@ -38,7 +38,7 @@ impl Stopped {
 
 impl Drop for Stopped {
     fn drop(&mut self) {
-        // It may have been ended meanwhile.
+        // The process may have ended.
         let _ = kill_process(pid(self.0), Signal::CONT);
     }
 }
@@ -55,7 +55,7 @@ fn start<S: AsRef<OsStr>>(arguments: impl IntoIterator<Item = S>) -> TestResult<
     Ok(child)
 }
 
-/// Sends `signal` and returns what the program said, if it ended at once.
+/// Sends `signal` and returns the program's output; fails if the program does not end at once.
 fn end_by(child: Child, signal: Signal) -> TestResult<Said> {
     let sent = Instant::now();
     kill_process(pid(child.id()), signal)?;
@@ -64,15 +64,15 @@ fn end_by(child: Child, signal: Signal) -> TestResult<Said> {
     Ok(said)
 }
 
-/// Another client, which is served, and two that wait: as many as QEMU's backlog takes.
+/// Connects a client that QEMU serves, and two that wait: as many as QEMU's backlog takes.
 fn hold(path: &Path) -> TestResult<(Monitor, Vec<UnixStream>)> {
     let held = Monitor::connect(path, Duration::from_secs(10))?;
     let waiting = (0..2).map(|_| UnixStream::connect(path)).collect::<Result<_, _>>()?;
     Ok((held, waiting))
 }
 
-/// `connect` blocks in the kernel while the backlog is full: `save` and `list` hung for ever and took
-/// no SIGINT, with one client at the monitor and two that waited.
+/// `connect` blocks in the kernel while the backlog is full. With one client at the monitor and two
+/// that waited, `save` and `list` hung for ever and ignored SIGINT.
 #[test]
 fn a_monitor_that_others_wait_for_is_given_up_and_signals_are_obeyed() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
@@ -95,7 +95,7 @@ fn a_monitor_that_others_wait_for_is_given_up_and_signals_are_obeyed() -> TestRe
     Ok(())
 }
 
-/// A QEMU that is stopped takes connections, by its kernel, and says nothing.
+/// The kernel accepts connections for a stopped QEMU, which then sends nothing.
 #[test]
 fn a_qemu_whose_process_is_stopped_is_said_to_be_and_signals_are_obeyed() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
@@ -113,14 +113,14 @@ fn a_qemu_whose_process_is_stopped_is_said_to_be_and_signals_are_obeyed() -> Tes
     Ok(())
 }
 
-/// The answer to `stop` was waited for up to ten minutes, and no signal ended that.
+/// vmfile waited up to ten minutes for the answer to `stop`, and no signal ended that.
 #[test]
 fn a_qemu_that_stops_answering_before_the_pause_does_not_hold_a_save() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
     let mut guest = small(&qemu, "silent")?;
     let directory = directory()?;
     let file = directory.path().join("vm.vmf");
-    // The greeting comes, and QEMU stands still some time after it.
+    // QEMU is stopped at different moments, some after its greeting.
     for delay in [0, 2, 5, 10, 20, 40] {
         let arguments = words!["save", guest.qmp_path(), file, "--after", "resume", "--force"];
         let child = start(arguments)?;
@@ -128,7 +128,7 @@ fn a_qemu_that_stops_answering_before_the_pause_does_not_hold_a_save() -> TestRe
         let stopped = Stopped::new(guest.pid()?)?;
         thread::sleep(Duration::from_millis(300));
         kill_process(pid(child.id()), Signal::TERM)?;
-        // What the save has changed is put back as soon as QEMU answers.
+        // The save undoes its changes as soon as QEMU answers.
         thread::sleep(Duration::from_millis(1000));
         drop(stopped);
         let said = Said::from(child.wait_with_output()?);
@@ -140,7 +140,7 @@ fn a_qemu_that_stops_answering_before_the_pause_does_not_hold_a_save() -> TestRe
     Ok(())
 }
 
-/// Ctrl-Z in the middle of a save left the guest paused until `fg`, hours later perhaps.
+/// Ctrl-Z in the middle of a save left the guest paused until `fg`, perhaps hours later.
 #[test]
 fn sigtstp_waits_until_the_guest_runs() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
@@ -161,8 +161,8 @@ fn sigtstp_waits_until_the_guest_runs() -> TestResult {
     guest.judge_counts()
 }
 
-/// One stopped QEMU made `list` take 125 s, each held monitor 5 s more, and the reason was "connect to
-/// the QMP socket" without what the kernel had said.
+/// With one stopped QEMU, `list` took 125 s, and 5 s more for each monitor that another client
+/// held. The reason was "connect to the QMP socket", without the kernel's error.
 #[test]
 fn list_answers_within_two_seconds_whatever_the_vms_do() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
@@ -192,8 +192,8 @@ fn list_answers_within_two_seconds_whatever_the_vms_do() -> TestResult {
     Ok(())
 }
 
-/// A `save` that waited at libvirt's monitor got it when libvirtd was started anew, saved the VM and
-/// ended it: libvirt said "crashed".
+/// A `save` that waited for libvirt's monitor got it when libvirtd was restarted, saved the VM and
+/// ended it: libvirt reported "crashed".
 #[test]
 fn a_monitor_of_libvirt_is_not_connected_to() -> TestResult {
     let directory = tempfile::tempdir()?;

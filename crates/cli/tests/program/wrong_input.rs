@@ -1,4 +1,4 @@
-//! Wrong words, and files that are none of ours. No guest is needed to refuse them.
+//! Wrong arguments, and files that are not vmfile's. The tests need no guest.
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Write as _};
@@ -16,7 +16,7 @@ use vmfile_testing::TestResult;
 use crate::run::{command, names_in, start, vmfile};
 use crate::words;
 
-/// A socket at which somebody does something with each connection.
+/// Listens on a new socket, and calls `serve` with each connection.
 fn listen(serve: impl Fn(UnixStream) + Send + 'static) -> TestResult<(TempDir, PathBuf)> {
     let directory = tempdir()?;
     let path = directory.path().join("socket");
@@ -25,7 +25,7 @@ fn listen(serve: impl Fn(UnixStream) + Send + 'static) -> TestResult<(TempDir, P
     Ok((directory, path))
 }
 
-/// A monitor of a VM that runs and has nothing else to tell.
+/// A monitor that reports a running VM and answers all other commands with an empty object.
 fn monitor(stream: UnixStream) {
     let mut writer = stream.try_clone().expect("a descriptor");
     let greeting = json!({"QMP": {
@@ -139,7 +139,7 @@ fn a_monitor_that_answers_nonsense_ends_in_an_error_and_no_file() -> TestResult 
     Ok(())
 }
 
-/// Every verb that opens a file says the same about it.
+/// Asserts that every verb that opens `path` refuses it in the same way.
 fn refused(path: &Path, code: i32, words: &[&str]) -> TestResult {
     for verb in ["info", "check", "restore"] {
         let name = path.display().to_string();
