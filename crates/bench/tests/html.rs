@@ -1,7 +1,7 @@
-//! The page of measurements: what it is made of, and what a browser makes of it.
+//! The HTML page of measurements: its markup, and how a browser shows it.
 //!
-//! The page that the browser shows, and its picture, are left in cargo's directory for the files of
-//! tests, to be looked at.
+//! The page and its screenshot stay in cargo's directory for files of tests, so that a developer
+//! can look at them.
 
 mod sample;
 
@@ -13,10 +13,10 @@ use std::process::{Command, Stdio};
 use vmfile_bench::html::html;
 use vmfile_testing::{Missing, TestResult, requires};
 
-/// Elements that have no end.
+/// Elements without an end tag.
 const VOID: [&str; 2] = ["meta", "br"];
 
-/// Widths of a phone's window, a tablet's and a screen's, in pixels.
+/// The widths of the windows of a phone, a tablet and a desktop, in pixels.
 const WIDTHS: [usize; 3] = [340, 768, 1280];
 
 #[test]
@@ -47,7 +47,8 @@ fn every_element_ends_where_it_must() {
 fn every_plot_says_in_words_what_it_shows() {
     let page = html(&sample::report());
     let plots: Vec<&str> = page.split("<svg class=\"plot\"").skip(1).collect();
-    // Four guests saved and restored; saves and restores over RAM, private and shared; sweeps.
+    // Saves and restores of four guests; saves and restores over RAM size, private and shared;
+    // sweeps.
     assert_eq!(plots.len(), 4 * 2 + 4 + sample::SWEEPS);
     let mut ids = Vec::new();
     for plot in plots {
@@ -112,8 +113,8 @@ fn nothing_is_wider_than_the_window() -> TestResult {
     Ok(())
 }
 
-/// Returns a page that holds `page` in frames of all widths, and lists what does not fit into them:
-/// text of plots too, which does not make a page wider.
+/// Returns a page that shows `page` in frames of all widths, and lists the elements that do not
+/// fit. That includes text in plots, which does not make a page wider.
 fn frames(page: &str) -> String {
     const SCRIPT: &str =
         "onload = () => { for (const frame of document.querySelectorAll('iframe')) {
@@ -146,7 +147,7 @@ fn chromium() -> Result<PathBuf, Missing> {
         .ok_or_else(|| Missing::new("needs chromium, to see what a browser makes of the page"))
 }
 
-/// Returns a directory of a test's own, empty.
+/// Returns an empty directory for one test.
 fn directory(name: &str) -> TestResult<PathBuf> {
     let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join("page").join(name);
     if directory.exists() {

@@ -1,4 +1,4 @@
-//! A report as a machine might have made it.
+//! A report with plausible invented numbers.
 
 use vmfile_bench::report::{
     BenchReport, Family, GuestResults, GuestShape, Host, NotMeasured, Run, Sweep, SweepPoint, Way,
@@ -11,7 +11,8 @@ const GIB: u64 = 1 << 30;
 /// How many sweeps the report has.
 pub(crate) const SWEEPS: usize = 4;
 
-/// A way, and what it takes: seconds for each GiB of data, and seconds in any case.
+/// A way, with its short name and family, the seconds for each GiB of data, and the seconds that it
+/// always takes.
 struct Made(&'static str, &'static str, Family, f64, f64);
 
 const SAVES: [Made; 13] = [
@@ -39,7 +40,7 @@ const RESTORES: [Made; 6] = [
     Made("virsh restore --bypass-cache", "virsh bypass", Family::Libvirt, 2.6, 0.4),
 ];
 
-/// Numbers between 0 and 1, the same ones each time.
+/// Pseudo-random numbers from 0 to 1, the same ones each time.
 struct Noise(u32);
 
 impl Noise {
@@ -48,14 +49,14 @@ impl Noise {
         f64::from(self.0 >> 8) / f64::from(1 << 24)
     }
 
-    /// What is measured of a thing that takes `seconds`.
+    /// Returns `seconds` with the noise of a measurement.
     fn measured(&mut self, seconds: f64) -> f64 {
         let slow = if self.next() > 0.93 { 1.5 } else { 1.0 };
         seconds * (0.93 + 0.16 * self.next()) * slow
     }
 }
 
-/// Two sizes of RAM, private and shared; four sweeps.
+/// Returns a report of two sizes of RAM, private and shared, and four sweeps.
 pub(crate) fn report() -> BenchReport {
     let mut noise = Noise(7);
     let mut guests = Vec::new();
@@ -152,7 +153,7 @@ fn way(made: &Made, data_gib: f64, noise: &mut Noise) -> Way {
     }
 }
 
-/// Of a value at each point of each line.
+/// The value of a line at `x`; `None` if it was not measured there.
 type Cost = fn(line: usize, x: f64) -> Option<f64>;
 
 fn sweeps(noise: &mut Noise) -> Vec<Sweep> {
