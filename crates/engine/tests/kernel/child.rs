@@ -1,4 +1,4 @@
-//! The other process: this test program once more, told by its environment what to be.
+//! A second process: this test program again, with its role in an environment variable.
 
 use std::env;
 use std::ffi::c_void;
@@ -21,20 +21,20 @@ const ARGUMENT: &str = "ENGINE_TEST_ARGUMENT";
 const MARK: &str = "child: ";
 
 pub(crate) const PAGE: u64 = 4096;
-/// The child's shared memory: this long, from this offset of its memfd.
+/// The length of the child's shared memory, and its offset in the memfd.
 pub(crate) const SHARED_LEN: u64 = 1 << 20;
 pub(crate) const SHARED_OFFSET: u64 = 64 << 10;
 pub(crate) const PRIVATE_LEN: u64 = 8 << 20;
 /// The pages of its private memory that the child writes, each with its own number.
 pub(crate) const PRIVATE_PAGES: [u64; 4] = [3, 4, 9, 2047];
 pub(crate) const HUGE_LEN: u64 = 256 << 30;
-/// Where in its 256 GiB the child writes a page.
+/// The offsets in its 256 GiB at which the child writes a page.
 pub(crate) const HUGE_TOUCHED: [u64; 2] = [100 << 30, HUGE_LEN - PAGE];
 
-/// A user with no rights, by its number on every Linux.
+/// The user id of a user without rights, the same on every Linux.
 pub(crate) const NOBODY: u32 = 65534;
 
-/// Not a test of its own: what a child runs.
+/// Not a test: a child process runs this.
 #[test]
 fn a_child_plays_its_role_and_nothing_happens_without_one() {
     let Ok(role) = env::var(ROLE) else { return };
@@ -76,12 +76,12 @@ fn memory() {
     wait_for_the_end();
 }
 
-/// The byte that the child writes all over the private page `page`.
+/// The byte with which the child fills the private page `page`.
 pub(crate) fn number(page: u64) -> u8 {
     page.to_le_bytes()[0]
 }
 
-/// Maps memory of this process, of a file from an offset on or anonymous.
+/// Maps memory in this process: a file from an offset on, or anonymous memory.
 pub(crate) fn map(
     len: u64,
     flags: MapFlags,
@@ -98,7 +98,7 @@ pub(crate) fn map(
         None => unsafe { rustix::mm::mmap_anonymous(ptr::null_mut(), len, protection, flags) },
     }
     .unwrap();
-    // Transparent huge pages would touch more than the tests say.
+    // With transparent huge pages, a write would touch more pages than the tests expect.
     // SAFETY: advice about a mapping that was just made.
     unsafe { rustix::mm::madvise(start, len, rustix::mm::Advice::LinuxNoHugepage) }.unwrap();
     start
@@ -133,7 +133,7 @@ pub(crate) fn wait_for_the_end() {
     let _ = io::stdin().read_to_end(&mut Vec::new());
 }
 
-/// A child in a role; killed when dropped.
+/// A child process in a role; dropping this kills it.
 pub(crate) struct Playing {
     child: Child,
     stdout: BufReader<ChildStdout>,
@@ -157,7 +157,7 @@ impl Playing {
         Ok(Playing { child, stdout })
     }
 
-    /// Returns what the child says next.
+    /// Returns the next message of the child.
     pub(crate) fn words(&mut self) -> String {
         let mut line = String::new();
         loop {

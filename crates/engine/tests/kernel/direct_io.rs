@@ -1,4 +1,4 @@
-//! Which files are used past the page cache, and what that leaves in it.
+//! Which files are used with direct I/O, and what that leaves in the page cache.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -17,7 +17,7 @@ fn create(path: &Path) -> File {
     OpenOptions::new().read(true).write(true).create_new(true).open(path).unwrap()
 }
 
-/// Opens `file` for direct I/O, or says why the test cannot be.
+/// Opens `file` for direct I/O, or prints why the test is skipped.
 fn direct(file: File) -> Option<DataFile> {
     let file = DataFile::new(file, DirectIo::Preferred).unwrap();
     if let DirectIoInUse::No { reason } = file.direct() {
@@ -59,7 +59,7 @@ fn a_direct_write_leaves_only_its_tail_in_the_page_cache() {
     assert_eq!(fs::read(directory.path().join("file")).unwrap(), vec![7; len]);
 }
 
-/// A file that has no name, in `directory`, is used as one that has.
+/// Asserts that `file`, which has no name, gets the same direct I/O as a named file in `directory`.
 fn assert_is_as_direct_as_a_named_one(file: File, directory: &Path) {
     let Some(named) = direct(create(&directory.join("named"))) else { return };
     let file = DataFile::new(file, DirectIo::Preferred).unwrap();

@@ -112,12 +112,12 @@ fn huge_pages_hide_their_holes_but_are_counted_and_found_by_page_tables() {
 
     let memory = ProcessMemory::open(std::process::id()).unwrap();
     let start = map(6 * SIZE, MapFlags::SHARED, Some((file.as_fd(), 0))).addr() as u64;
-    // There is no `write` to hugetlbfs: its pages are made in a process that maps them.
+    // hugetlbfs has no `write`: its pages are allocated when a process that maps them touches them.
     memory.write(start + SIZE + 5, &[1]).unwrap();
     memory.write(start + 4 * SIZE, &[2]).unwrap();
 
     assert_eq!(hugetlb_allocated_bytes(file.as_fd()).unwrap(), 2 * SIZE);
-    // The trap: everything looks like data.
+    // On hugetlbfs, SEEK_DATA reports everything as data.
     assert_eq!(data_ranges(file.as_fd(), 0..6 * SIZE).unwrap(), [0..6 * SIZE]);
 
     let touched = memory.touched(start..start + 6 * SIZE).unwrap();

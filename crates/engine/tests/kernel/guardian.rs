@@ -1,4 +1,4 @@
-//! A guardian does what was entrusted to it when its ward ends, and nothing otherwise.
+//! A guardian carries out its will when its ward ends, and does nothing otherwise.
 
 use std::ffi::CString;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -24,7 +24,7 @@ fn ask(word: &str) -> Step {
     }
 }
 
-/// The role of a process that is killed: connects to `socket` and takes a guardian.
+/// The role of a ward, which the tests kill: connects to `socket` and starts a guardian.
 pub(crate) fn ward(socket: &Path) {
     let stream = UnixStream::connect(socket).unwrap();
     let guardian = Guardian::start(stream.as_fd()).unwrap();
@@ -35,7 +35,7 @@ pub(crate) fn ward(socket: &Path) {
     guardian.dismiss();
 }
 
-/// The other end of the ward's socket.
+/// Returns the other end of the ward's socket, and the guardian's process id.
 fn peer(playing: &mut Playing, listener: &UnixListener) -> (BufReader<UnixStream>, u32) {
     let (stream, _) = listener.accept().unwrap();
     stream.set_read_timeout(Some(LIMIT)).unwrap();
@@ -59,15 +59,15 @@ fn the_newest_will_of_a_killed_process_is_carried_out_in_order() {
 
     playing.kill();
 
-    // What the ward may have begun to say is broken off first.
+    // First the guardian cuts off a line that the ward may have begun.
     assert_eq!(next_line(&mut peer), "\u{1}\n");
     assert_eq!(next_line(&mut peer), "first\n");
-    // Lines that are no answer are skipped, however they are cut.
+    // Lines without the answer are skipped, however they are split into pieces.
     peer.get_mut().write_all(b"an error\n an event\nthe fi").unwrap();
     peer.get_mut().write_all(b"rst answer\n").unwrap();
     assert_eq!(next_line(&mut peer), "second\n");
     peer.get_mut().write_all(b"second\n").unwrap();
-    // The end of the socket: the guardian has ended, and its ward before it.
+    // The end of the socket shows that the guardian has ended, after its ward.
     assert_eq!(peer.read(&mut [0; 1]).unwrap(), 0);
     let deadline = Instant::now() + LIMIT;
     let is_gone = || {
@@ -92,7 +92,7 @@ fn a_guardian_that_is_dismissed_does_nothing() {
     let open = std::fs::read_dir(format!("/proc/{guardian}/fd")).unwrap().count();
     assert_eq!(open, 2, "the guardian keeps its pipe and the socket, nothing else");
 
-    // The end of its standard input lets the ward end in good order.
+    // The ward dismisses its guardian and ends when its standard input ends.
     playing.let_end();
 
     assert_eq!(peer.read(&mut [0; 1]).unwrap(), 0);
@@ -130,7 +130,7 @@ fn a_question_is_asked_until_its_answer_has_the_word() {
             let line = next_line(&mut peer);
             let answers = lines.iter().filter(|line| *line == "how far?\n").count();
             let answer: String = match line.as_str() {
-                // Longer than any buffer: what comes first still counts.
+                // Longer than any buffer: the words at its start still count.
                 "how far?\n" if answers == 2 => format!("answer done {}\n", "x".repeat(200_000)),
                 "how far?\n" => "answer active\n".to_owned(),
                 "bye\n" => "bye\n".to_owned(),
@@ -176,7 +176,7 @@ fn a_question_is_asked_until_a_part_of_its_answer_stays_the_same() {
                         changed_at = Instant::now();
                     }
                     let sent = count.min(5);
-                    // What lies beside the part changes all the time.
+                    // The text outside the compared part changes all the time.
                     format!("answer {{time {count}, ram {{sent {sent}}}, left {count}}}\n")
                 }
                 "bye\n" => return (count, changed_at.elapsed()),
@@ -203,11 +203,11 @@ fn a_peer_that_never_answers_holds_a_guardian_only_so_long() {
         limit: Duration::from_millis(100),
     }];
     guardian.entrust(&Will::new(&steps)).unwrap();
-    // The drop waits for the guardian's end.
+    // Dropping the guardian waits until its process has ended.
     drop(guardian);
 }
 
-/// Answers each line by `answer`; returns what was asked, when the guardian has closed its end.
+/// Answers each line with `answer`; returns the lines once the guardian has closed its end.
 fn asked_of(
     theirs: UnixStream,
     answer: impl Fn(&str) -> String + Send + 'static,
@@ -258,7 +258,7 @@ fn after_a_condition_that_does_not_hold_only_files_are_removed() {
     }
 }
 
-/// The parent may be killed just before a file gets its name, or just after.
+/// The parent may be killed right before a file gets its name, or right after.
 #[test]
 fn steps_that_a_name_makes_needless_are_left_out() {
     for is_named in [false, true] {
@@ -267,7 +267,7 @@ fn steps_that_a_name_makes_needless_are_left_out() {
         let directory = tempfile::tempdir().unwrap();
         let (draft, name) = (directory.path().join("draft"), directory.path().join("name"));
         std::fs::write(&draft, b"new").unwrap();
-        // Another file has the name before.
+        // Another file has this name already.
         std::fs::write(&name, b"old").unwrap();
         let file = std::fs::metadata(&draft).unwrap();
         let path = CString::new(name.as_os_str().as_bytes()).unwrap();

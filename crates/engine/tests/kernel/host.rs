@@ -1,4 +1,4 @@
-//! What the tests ask of the machine, and give back.
+//! Resources of the machine that the tests use and release.
 
 use std::fs;
 use std::io;
@@ -9,13 +9,13 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use rustix::mount::{MountFlags, UnmountFlags};
 use tempfile::TempDir;
 
-/// Returns a directory on the file system of the target directory, which is a real disk's more
-/// often than `/tmp`.
+/// Returns a directory on the file system of the target directory, which more often than `/tmp` is
+/// on a disk.
 pub(crate) fn directory() -> TempDir {
     tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
 }
 
-/// A mounted file system, unmounted and removed when dropped.
+/// A mounted file system; dropping it unmounts and removes it.
 pub(crate) struct Mounted {
     point: TempDir,
     _image: Option<TempDir>,
@@ -69,7 +69,7 @@ fn run(command: &mut Command) -> Result<(), String> {
     Err(format!("{program}: {}", String::from_utf8_lossy(&output.stderr).trim()))
 }
 
-/// Huge pages of 2 MiB, reserved until dropped; one test at a time has them.
+/// Huge pages of 2 MiB, reserved until this is dropped; only one test at a time has them.
 pub(crate) struct HugePages {
     before: String,
     path: PathBuf,

@@ -1,8 +1,8 @@
 //! The engine against the real kernel.
 //!
-//! Nothing here is played: files lie on the file system of the target directory, on tmpfs and on
-//! ext4 in a loop device; the other process is another process. What this machine does not allow
-//! is skipped, and says `skipped: ` and why (`cargo test -- --nocapture` shows it).
+//! Nothing is simulated: files lie on the file system of the target directory, on tmpfs and on ext4
+//! in a loop device, and the tests start real other processes. A test that this machine does not
+//! allow prints `skipped: ` and the reason (`cargo test -- --nocapture` shows it).
 
 #![expect(unsafe_code, reason = "maps memory to look at, in this process and in children")]
 #![expect(clippy::print_stdout, reason = "a skipped test says why")]

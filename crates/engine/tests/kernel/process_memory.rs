@@ -138,7 +138,7 @@ fn the_first_touched_page_is_found_from_any_place() {
     assert_eq!(other.memory.first_touched(&(page(3) + 5..page(4))).unwrap(), Some(page(3) + 5));
 }
 
-/// More pieces than one system call takes, and each to its own place.
+/// More pieces than one system call takes; each is copied to its own place.
 #[test]
 fn scattered_pieces_are_copied_each_to_its_place() {
     let other = other();

@@ -116,7 +116,7 @@ fn replacing_a_link_leaves_its_target_alone() {
     assert!(fs::symlink_metadata(&path).unwrap().is_file());
 }
 
-/// A file that a VM uses was replaced with `--force`, and the VM's disk was gone.
+/// `--force` replaced a file that a VM used, and the VM's disk was lost.
 #[test]
 fn a_file_that_is_in_use_is_refused_at_once_and_at_the_moment_of_naming() {
     let directory = host::directory();

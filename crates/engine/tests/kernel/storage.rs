@@ -1,4 +1,4 @@
-//! One suite for both back ends.
+//! The same tests for both back ends.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -14,7 +14,7 @@ use crate::host::{self, Mounted};
 
 const LEN: usize = 256 << 10;
 
-/// Runs `test` with each back end, and each with and without direct I/O where it can be had.
+/// Runs `test` with each back end, with and without direct I/O if the file system has it.
 fn with_every_storage(test: impl Fn(Backend, DirectIo)) {
     for backend in [Backend::IoUring, Backend::Threads] {
         let file = DataFile::new(tempfile::tempfile().unwrap(), DirectIo::Off).unwrap();
@@ -46,7 +46,7 @@ fn read(file_offset: u64, memory: Memory) -> Transfer {
     Transfer { direction: Direction::Read, file_offset, memory, tag: file_offset }
 }
 
-/// Bytes that differ from place to place and have no period that a mix-up could hide behind.
+/// Returns pseudo-random bytes, so that exchanged pieces are noticed.
 fn pattern(len: usize, seed: u32) -> Vec<u8> {
     let mut state = seed.wrapping_mul(2_654_435_761).wrapping_add(1);
     let mut next = || {
@@ -58,7 +58,7 @@ fn pattern(len: usize, seed: u32) -> Vec<u8> {
     (0..len).map(|_| next()).collect()
 }
 
-/// Submits all, reaping whenever the queue is full; returns every completion.
+/// Submits all transfers, and reaps when the queue is full; returns all completions.
 fn carry_out(storage: &mut dyn Storage, transfers: Vec<Transfer>) -> Vec<Completion> {
     let mut completions = Vec::new();
     for transfer in transfers {
@@ -84,7 +84,7 @@ fn writes_land_at_their_offsets_and_are_read_back() {
         let pool = BufferPool::new(12, LEN, 4096).unwrap();
         let mut storage = storage(&file, backend);
 
-        // From the end to the start, so that most writes meet a hole before them.
+        // From the end to the start, so that most writes leave a hole before them.
         for (index, piece) in expected.chunks(LEN).enumerate().rev() {
             let mut buffer = loop {
                 match pool.try_take() {
