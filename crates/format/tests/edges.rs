@@ -1,6 +1,7 @@
-//! What is refused, at its very edge: the last value that is accepted, and the first that is not.
+//! The edges of what the format accepts: the last value that is accepted, and the first that is
+//! refused.
 //!
-//! `cargo mutants` found these edges: code with another comparison there passed every other test.
+//! `cargo mutants` found these edges: code with another comparison passed all other tests.
 
 use std::convert::Infallible;
 
@@ -21,7 +22,8 @@ use vmfile_format::{
     ReadError,
 };
 
-/// Where the metadata of the example lies: its tables have a page each, at 0x60_2000 and 0x60_3000.
+/// The offset of the example's metadata. The tables before it have a page each, at 0x60_2000 and
+/// 0x60_3000.
 const METADATA_OFFSET: u64 = 0x60_4000;
 
 fn ram() -> RamLayout {
@@ -31,7 +33,7 @@ fn ram() -> RamLayout {
     RamLayout::new(vec![block("pc.ram", 3), block("pc.bios", 1)]).expect("two blocks")
 }
 
-/// A file of two blocks without a manifest, and an id that no device section has.
+/// Returns a file of two blocks without a manifest, and its layout.
 fn file() -> (Vec<u8>, MappedRamLayout) {
     let state = OwnState::new(&[("cpu", &[1; 8]), ("timer", &[2; 4])]);
     let source = Configuration { machine: "pc".to_owned(), ..Configuration::default() };
@@ -86,7 +88,7 @@ fn meta() -> Meta {
     }
 }
 
-/// Checks what `change` makes of the metadata.
+/// Checks the example's metadata after `change`.
 fn checked(change: impl FnOnce(&mut Meta, &MappedRamFile)) -> Result<(), FormatErrorKind> {
     let file = read(&file().0).expect("a whole file");
     let mut meta = meta();
@@ -170,7 +172,7 @@ fn ranges_of_the_guest_lie_in_their_blocks() {
         checked(|meta, _| meta.vm.memory_map = Some(vec![range]))
     };
     assert_eq!(range(Some("pc.ram"), 0, 4096, 8192), Ok(()));
-    // Memory that is not in the file is not looked at.
+    // The offset of memory that is not in the file is not checked.
     assert_eq!(range(None, 0, u64::MAX, 8192), Ok(()));
     assert_eq!(range(Some("pc.bios"), u64::MAX - 4096, 0, 4096), Ok(()));
     for wrong in [
@@ -196,7 +198,7 @@ fn registers_lie_in_the_device_state() {
     assert_eq!(section(1, -1), Ok(()));
     assert!(is_outside(section(-1, 0), "registers of a CPU"));
     assert!(is_outside(section(0, 1), "registers of a CPU"));
-    // Found by their name, with the payload that was written.
+    // CPU sections are found by their name, with the payload that was written.
     let (bytes, _) = file();
     let state = read(&bytes).expect("a whole file").device_state;
     let [found] = &CpuSectionMeta::find(&state, state.start)[..] else { panic!("one CPU") };
@@ -216,7 +218,7 @@ fn a_footer_says_what_may_be() {
     assert!(matches!(decode(0x1000, MANIFEST_LEN_MAX), Ok(Some(_))));
     assert!(decode(0x1001, 0x10).is_err());
     assert!(decode(0x1000, MANIFEST_LEN_MAX + 1).is_err());
-    // Bytes that are no footer, whether there are as many or not.
+    // Bytes that are no footer, with the length of one and shorter.
     assert_eq!(Footer::decode(&[0; 64], 64), Ok(None));
     assert_eq!(Footer::decode(b"vmfile\r\n", 64), Ok(None));
 }
@@ -297,7 +299,7 @@ fn a_configuration_is_as_long_as_its_limits() {
         machine: "m".repeat(usize::try_from(len).expect("short")),
         ..Configuration::default()
     };
-    // What is missing then is said, not what is too long.
+    // A name of the greatest length is accepted: the error is about what is missing after it.
     assert!(matches!(kind(&named(MACHINE_NAME_LEN_MAX)), FormatErrorKind::Unsupported { .. }));
     assert!(matches!(kind(&named(MACHINE_NAME_LEN_MAX + 1)), FormatErrorKind::TooLarge { .. }));
     let with = |count: u32| Configuration {
@@ -339,7 +341,8 @@ fn words_up_to_the_last_page_are_accepted() {
     assert_eq!(bitmap.data_count(), PageCount(64));
 }
 
-/// A qcow2 header of version 3, as `qemu-img create` makes one, with these feature bits.
+/// Returns a qcow2 header of version 3, as `qemu-img create` makes one, with these feature bits and
+/// a backing file name of `name_len` bytes.
 fn qcow2(incompatible: u64, compatible: u64, name_len: usize) -> Vec<u8> {
     let mut bytes = b"QFI\xfb\0\0\0\x03".to_vec();
     let name_offset = if name_len == 0 { 0_u64 } else { 112 };
@@ -367,7 +370,7 @@ fn each_bit_of_a_qcow2_header_means_what_it_means() {
     assert_eq!(header(0b01, 0), (true, false, true));
     assert_eq!(header(0b10, 0), (false, true, false));
     assert_eq!(header(0, 0b1), (false, false, true));
-    // Bits that mean something else.
+    // All other bits.
     assert_eq!(header(!0b11, !0b1), (false, false, false));
 }
 
@@ -376,7 +379,7 @@ fn a_qcow2_name_is_as_long_as_qemu_allows() {
     let name = |len| Qcow2Header::decode(&qcow2(0, 0, len)).map(|header| header.backing_file);
     assert_eq!(name(1023).expect("QEMU's longest"), Some("b".repeat(1023)));
     assert!(name(1024).is_err());
-    // A dirty bit does not change what the image is.
+    // The dirty bit does not change the identity of the image.
     let hash = |dirty| Qcow2Header::decode(&qcow2(dirty, 0, 0)).expect("a header").hash;
     assert_eq!(hash(0), hash(1));
     assert_ne!(hash(0), hash(2));
@@ -395,7 +398,8 @@ fn a_qcow2_header_is_as_long_as_its_version_says() {
 
 #[test]
 fn of_an_old_qcow2_header_nothing_is_left_out() {
-    // Version 2 has no feature bits: where version 3 has some, an extension has its data.
+    // Version 2 has no feature bits: at their offset in version 3, this header has the data of an
+    // extension.
     let hash = |byte: u8| {
         let mut bytes = b"QFI\xfb\0\0\0\x02".to_vec();
         bytes.resize(72, 0);

@@ -1,5 +1,5 @@
-//! Holds `docs/format.md` against the code: its worked example is a whole vmfile that this crate
-//! reads and would have written, and its tables say what the constants say.
+//! Compares `docs/format.md` with the code: its worked example is a whole vmfile that this crate
+//! reads and would write in the same way, and its tables have the values of the constants.
 
 use std::collections::BTreeSet;
 use std::convert::Infallible;
@@ -35,7 +35,7 @@ fn fenced(language: &str) -> Vec<&'static str> {
         .collect()
 }
 
-/// Returns the cells of the tables' rows in `text`, without heads and rules.
+/// Returns the cells of all table rows in `text`, without the header rows and rules.
 fn rows(text: &str) -> Vec<Vec<&str>> {
     let lines: Vec<&str> = text.lines().collect();
     let is_rule = |line: &str| line.starts_with("|--");
@@ -67,7 +67,7 @@ fn index(offset: u64) -> usize {
     usize::try_from(offset).expect("the example is small")
 }
 
-/// Decodes one line of a dump: its offset and its bytes. Two spaces end the bytes.
+/// Decodes one line of a dump into its offset and its bytes. Two spaces end the bytes.
 fn dump_line(line: &str) -> (u64, Vec<u8>) {
     let (offset, rest) = line.split_once(": ").expect("an offset and a colon");
     let offset = u64::from_str_radix(offset, 16).expect("a hexadecimal offset");
@@ -79,7 +79,7 @@ fn dump_line(line: &str) -> (u64, Vec<u8>) {
     (offset, bytes.split(' ').map(byte).collect())
 }
 
-/// Puts the worked example together: the dumps, zeros between them, and the metadata in its place.
+/// Assembles the worked example: the dumps, zeros between them, and the metadata at its offset.
 fn example() -> Vec<u8> {
     let mut file = Vec::new();
     let mut footer = Vec::new();

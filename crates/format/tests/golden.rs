@@ -1,5 +1,5 @@
-//! Files that real QEMU wrote, and vmfiles of the format's first version, without their pages: see
-//! `testing/src/bin/fixtures.rs`.
+//! Files that a real QEMU wrote, and vmfiles of the format's first version, all without their
+//! pages: see `testing/src/bin/fixtures.rs`.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -15,7 +15,7 @@ use vmfile_format::stream::device_state::DeviceState;
 use vmfile_format::stream::encoder::{self, RamSection};
 use vmfile_format::{PageBitmap, PageIndex, RamBlock, ReadError};
 
-/// A file of which only some pieces are known; the rest reads as zeros.
+/// A file of which only some pieces are stored; the rest reads as zeros.
 struct Sparse {
     pieces: BTreeMap<u64, Vec<u8>>,
 }
@@ -103,7 +103,7 @@ fn assert_is_read(name: &str, machine: &str) {
     }
 }
 
-/// The description, the footers alone, and the sections of the whole file say the same.
+/// Asserts that QEMU's description and the footers yield the same device sections.
 fn assert_description_and_footers_agree(name: &str) {
     let file = Sparse::load(name);
     let state = file.structure().device_state;
@@ -146,7 +146,7 @@ fn the_description_of_a_q35_gives_the_sections_that_the_footers_give() {
     assert_description_and_footers_agree("qemu-10.0.2-q35-multifd.pieces");
 }
 
-/// A stream whose device state is QEMU's, with a page of each block before it.
+/// A stream with QEMU's device state, and a page of each block before it.
 #[test]
 fn a_sequential_stream_hands_over_the_device_state_of_qemu() {
     let file = Sparse::load("qemu-10.0.2-q35-plain.pieces");
@@ -213,7 +213,7 @@ fn a_file_of_a_q35_that_was_written_with_multifd_is_read() {
     assert_is_read("qemu-10.0.2-q35-multifd.pieces", "pc-q35-10.0");
 }
 
-/// QEMU's own stream: every page of every block comes once, and the devices after them.
+/// Asserts that QEMU's own stream decodes to every page of every block once, and then the devices.
 fn assert_stream_is_decoded(name: &str, machine: &str, piece_len: usize) {
     let file = Sparse::load(name);
     let stream = file.read(0, usize::try_from(file.len()).expect("short"));
@@ -272,8 +272,8 @@ fn a_stream_of_each_version_is_decoded() {
     }
 }
 
-/// A file that vmfile wrote before the metadata had features, further tables, the guest-physical map and
-/// the CPUs' registers.
+/// Reads a file that vmfile wrote before the metadata had features, further tables, the
+/// guest-physical map and the CPUs' registers.
 fn assert_first_version_is_read(name: &str, machine: &str) {
     let file = Sparse::load(name);
     let structure = file.structure();

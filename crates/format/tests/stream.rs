@@ -1,5 +1,5 @@
-//! The sequential stream: what the encoder writes is what the decoder says, however it is cut, and
-//! what the decoder refuses.
+//! The sequential stream: the decoder returns what the encoder wrote, however the stream is cut
+//! into pieces, and refuses invalid streams.
 
 use proptest::prelude::*;
 use vmfile_format::error::FormatErrorKind;
@@ -24,7 +24,7 @@ fn ram() -> RamLayout {
     RamLayout::new([("pc.ram", 64), ("pc.bios", 4)].map(block).into()).expect("a layout")
 }
 
-/// Everything up to the first word after the block list.
+/// Returns a stream up to the block list, where the first word of pages follows.
 fn begun() -> Vec<u8> {
     let mut bytes = configuration().encode();
     encoder::start_ram(&mut bytes, RAM_ID, &ram());
@@ -34,14 +34,14 @@ fn begun() -> Vec<u8> {
     bytes
 }
 
-/// Everything up to the first section after that of `begun`.
+/// Returns the stream of `begun` with its section ended, where the next section follows.
 fn between_sections() -> Vec<u8> {
     let mut bytes = begun();
     encoder::end_part(&mut bytes, RAM_ID);
     bytes
 }
 
-/// An event that owns its bytes. Those of neighboring pieces of device state are put together.
+/// An event that owns its bytes. Neighboring pieces of device state are joined.
 #[derive(Debug, PartialEq)]
 enum Owned {
     Configuration(Configuration),
@@ -73,7 +73,8 @@ fn own(event: Event<'_>) -> Owned {
     }
 }
 
-/// Decodes `bytes`, of which `cut` says how many more are there each time that more are needed.
+/// Decodes `bytes`. Each time the decoder needs more of them, it gets as many more as `cut`
+/// returns.
 fn decode(bytes: &[u8], mut cut: impl FnMut() -> usize) -> (Vec<Owned>, Result<(), FormatError>) {
     let mut decoder = StreamDecoder::new();
     let mut events: Vec<Owned> = Vec::new();
@@ -108,7 +109,7 @@ fn decode_whole(bytes: &[u8]) -> (Vec<Owned>, Result<(), FormatError>) {
     decode(bytes, || bytes.len())
 }
 
-/// What the decoder says of a stream that ends with something it refuses.
+/// Returns the decoder's error for a stream that ends with something invalid.
 fn refusal(bytes: &[u8]) -> FormatError {
     let whole = decode_whole(bytes);
     let error = whole.1.clone().expect_err("a refusal");
@@ -134,7 +135,7 @@ fn refused_section(section: &[u8]) -> String {
     error.kind.to_string()
 }
 
-/// One thing that the "ram" section may say.
+/// One entry of the section "ram".
 #[derive(Clone, Debug)]
 enum Item {
     Page(usize, u64, u8),
@@ -160,7 +161,7 @@ fn items() -> impl Strategy<Value = Vec<Item>> {
     proptest::collection::vec(item, 0..20)
 }
 
-/// Writes a stream of `items`; returns it with the events that it says.
+/// Encodes `items`; returns the stream and the expected events.
 fn stream_of(items: &[Item]) -> (Vec<u8>, Vec<Owned>) {
     let ram = ram();
     let block = |index: usize| (index, &ram.blocks()[index]);
@@ -173,7 +174,8 @@ fn stream_of(items: &[Item]) -> (Vec<u8>, Vec<Owned>) {
     ];
     for item in items {
         if let Item::Xbzrle(index, ..) | Item::Compressed(index, ..) = item {
-            // The encoder has no such pages. It is told which block is named last.
+            // The encoder cannot write such pages. This zero page makes the block the last one
+            // named.
             section.zero_page(&mut bytes, block(*index), PageIndex(0));
             events.push(Owned::Zero(*index, 0));
         }
@@ -245,7 +247,7 @@ proptest! {
 
 #[test]
 fn what_qemu_writes_byte_by_byte_is_read() {
-    // From streams of QEMU 10.0.2, without capabilities and with pages left out.
+    // From streams of QEMU 10.0.2, without capabilities and without most pages.
     let mut bytes = b"QEVM\0\0\0\x03\x07\0\0\0\x0epc-i440fx-10.0".to_vec();
     bytes.extend_from_slice(b"\x01\0\0\0\x01\x03ram\0\0\0\0\0\0\0\x04");
     bytes.extend_from_slice(&[0, 0, 0, 0, 0x10, 0x02, 0, 0x04]);
@@ -268,7 +270,7 @@ fn what_qemu_writes_byte_by_byte_is_read() {
         Owned::RoundEnd,
         Owned::Zero(0, 0),
         Owned::RoundEnd,
-        // CONTINUE goes on with the block that the part before named.
+        // CONTINUE refers to the block that the section part before named.
         Owned::Zero(0, 0xffff),
         Owned::RoundEnd,
         Owned::Command(11, Vec::new()),
@@ -313,7 +315,8 @@ fn a_stream_may_end_only_after_its_device_state_has_begun() {
     let first_device = bytes.len() - DEVICES.len();
     for len in 0..bytes.len() {
         let (_, end) = decode_whole(&bytes[..len]);
-        // A header whose name is not whole may be that of another thing.
+        // An incomplete header may be one of another kind: it is not recognized as a device
+        // section.
         assert_eq!(end.is_ok(), len >= first_device + 11, "cut at {len}");
     }
     let (_, end) = decode_whole(&between_sections());
