@@ -1,4 +1,4 @@
-//! Files in which a byte changed, or that another program wrote: what is said of them.
+//! Findings and errors for files in which a byte changed, or that another program wrote.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot be arranged has failed")]
 
@@ -16,7 +16,7 @@ use vmfile_pages::{
     Snapshot, SnapshotError,
 };
 
-/// One unit of 16 MiB, whose hashes are read at once, and a part of another.
+/// One unit of 16 MiB, whose hashes are read at once, and a part of a second unit.
 const RAM_LEN: usize = (17 << 20) + 3 * 4096;
 
 /// A page in the second unit.
@@ -28,7 +28,8 @@ struct Saved {
     memory: Vec<Vec<u8>>,
 }
 
-/// Saves blocks of these lengths, in which a byte of each place is not zero.
+/// Saves blocks of these lengths; `places` are a block and an offset each, where a byte is not
+/// zero.
 fn saved_with(page_size: u64, lens: &[usize], places: &[(usize, usize)]) -> Saved {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("memory.vmf");
@@ -48,7 +49,7 @@ fn saved_with(page_size: u64, lens: &[usize], places: &[(usize, usize)]) -> Save
     Saved { _directory: directory, path, memory }
 }
 
-/// Two blocks, with data in five pages.
+/// Saves two blocks with data in five pages.
 fn saved() -> Saved {
     let late = usize::try_from(LATE_PAGE).unwrap() * 4096;
     saved_with(
@@ -75,7 +76,7 @@ impl Saved {
         self.open().manifest().unwrap().meta.blocks[block].hashes_offset
     }
 
-    /// Changes a byte of the file; the same once more changes it back.
+    /// Changes a byte of the file; a second call changes it back.
     fn flip(&self, offset: u64) {
         let mut byte = [0];
         let file = self.file();
@@ -91,7 +92,7 @@ impl Saved {
         verify_pages(&self.open(), &CheckOptions::default(), &Control::none())
     }
 
-    /// Loads the file into memory that is full of other bytes.
+    /// Loads the file into memory that is filled with other bytes.
     fn loaded(&self) -> Result<Vec<Vec<u8>>, PagesError> {
         let mut memory: Vec<Vec<u8>> =
             self.memory.iter().map(|bytes| vec![0xa5; bytes.len()]).collect();
@@ -106,7 +107,8 @@ impl Saved {
         assert!(self.loaded().unwrap() == self.memory);
     }
 
-    /// Makes a file of it such as QEMU writes: without the mark and the manifest.
+    /// Turns the file into one such as QEMU writes: without the mark and the manifest. Returns the
+    /// end of its stream.
     fn make_foreign(&self) -> u64 {
         let end = self.open().structure().device_state.stream_end;
         let mark = self.block(0).mark_offset().unwrap();
@@ -124,7 +126,7 @@ fn one_job() -> CheckOptions {
     CheckOptions::default().jobs(Jobs::new(1).unwrap())
 }
 
-/// What is found of a page: its block, its number, and where it lies.
+/// The findings about pages: kind, block, page index and file offset.
 fn pages_of(report: &CheckReport) -> Vec<(FindingKind, &str, u64, u64)> {
     assert_eq!(report.findings_total, report.findings.len() as u64);
     let pages = report.findings.iter().map(|finding| {
@@ -206,7 +208,7 @@ fn bytes_in_the_place_of_a_zero_page_are_found() {
         saved.flip(offset + byte);
         assert_eq!(pages_of(&saved.check()), [(FindingKind::StalePage, &*name, page, offset)]);
         assert_eq!(damaged_page(saved.verify_pages().unwrap_err()), (name, page, offset));
-        // The guest gets zeros there all the same.
+        // A load still puts zeros there.
         saved.loads();
         saved.file().write_all_at(&[0], offset + byte).unwrap();
     }
@@ -226,7 +228,7 @@ fn a_hash_of_a_zero_page_is_found() {
     }
 }
 
-/// The kernel tells of data in pieces of 4096 bytes, and a page may have 16 of them.
+/// The kernel reports data in units of 4096 bytes, and a page of 64 KiB has 16 of them.
 #[test]
 fn bytes_in_the_middle_of_a_large_zero_page_are_found() {
     let saved = saved_with(65536, &[8 << 20], &[(0, 0), (0, (8 << 20) - 1)]);
@@ -255,11 +257,11 @@ fn bytes_in_a_block_without_data_are_found() {
         saved.flip(offset + byte);
         let expected = [(FindingKind::StalePage, "block1", page, offset)];
         assert_eq!(pages_of(&saved.check()), expected);
-        // A byte of zero is no damage.
+        // A zero byte that is allocated is no damage.
         saved.flip(offset + byte);
         assert_eq!(pages_of(&saved.check()), []);
     }
-    // All of these places hold bytes now, and another one is found after them.
+    // All of these places have allocated data now; a stale byte after them is still found.
     let offset = pages_offset + 100 * 65536;
     saved.flip(offset + 30000);
     assert_eq!(pages_of(&saved.check()), [(FindingKind::StalePage, "block1", 100, offset)]);
@@ -303,7 +305,7 @@ fn parts_with_a_checksum_are_found_by_their_names() {
     saved.flip(mark);
     assert_eq!(sections_of(&saved.check()), [(FindingKind::Checksum, "mark", mark)]);
     saved.flip(mark);
-    // A page that has lost its bit is a zero page with bytes and a hash.
+    // A page whose bitmap bit is cleared counts as a zero page that has bytes and a hash.
     let rom = saved.block(1);
     let mut bits = [0; 8];
     saved.file().read_exact_at(&mut bits, rom.bitmap_offset).unwrap();
@@ -341,7 +343,7 @@ fn parts_that_changed_are_counted_and_the_first_are_listed() {
     let snapshot = saved.open();
     let manifest = snapshot.manifest().unwrap();
     let (mut meta, footer) = (manifest.meta.clone(), manifest.footer);
-    // One byte each, which is not there.
+    // Extents of one byte each, whose checksums do not match.
     meta.extents.extend((0..1002).map(|_| ExtentMeta::of("part", 0, b"x")));
     let file = saved.file();
     file.set_len(footer.metadata_offset).unwrap();
@@ -367,7 +369,7 @@ fn a_file_without_a_manifest_ends_with_its_stream() {
         let expected = [(FindingKind::TrailingBytes, "after the stream", end)];
         assert_eq!(sections_of(&report), expected);
     }
-    // Its pages have no hashes, so nothing is compared.
+    // The pages have no hashes, so nothing is compared.
     saved.flip(saved.block(0).pages_offset + 9);
     saved.verify_pages().unwrap();
     assert!(saved.loaded().unwrap() != saved.memory);

@@ -1,4 +1,4 @@
-//! The examples do what they say.
+//! Runs the examples.
 
 #[path = "../examples/own_memory.rs"]
 #[expect(dead_code, reason = "its `main` reads the command line")]

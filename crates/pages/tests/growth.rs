@@ -1,4 +1,4 @@
-//! Files of the format's first version, and of versions to come.
+//! Files of the format's first version, and of future versions.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot be arranged has failed")]
 
@@ -37,8 +37,8 @@ fn saved() -> (TempDir, PathBuf) {
     (directory, path)
 }
 
-/// Writes the manifest as another version would have: with a table of `table` behind the hashes, and the
-/// metadata that `change` makes.
+/// Rewrites the manifest as another version would write it: with the table `table` after the
+/// hashes, and with metadata that `change` has changed.
 fn rewrite(path: &Path, table: &[u8], change: impl FnOnce(&mut Meta)) {
     let snapshot = Snapshot::open(path, 0).unwrap();
     let manifest = snapshot.manifest().unwrap();
@@ -115,7 +115,8 @@ fn a_table_over_the_hashes_is_refused() {
     assert!(matches!(error, SnapshotError::Format { .. }), "{error}");
 }
 
-/// The worked example of docs/format.md as it was at version 1, in pieces: offset, length, bytes.
+/// The worked example of docs/format.md, as it was at version 1. The file has pieces: offset,
+/// length, bytes.
 #[test]
 fn a_whole_file_of_the_first_version_is_checked_and_loaded() {
     let golden = "../format/tests/golden/vmfile-v1-example.pieces";
@@ -128,7 +129,7 @@ fn a_whole_file_of_the_first_version_is_checked_and_loaded() {
         let number = |bytes: &[u8]| u64::from_be_bytes(bytes.try_into().unwrap());
         let (offset, len) = (number(&head[..8]), number(&head[8..]));
         let (piece, after) = after.split_at(usize::try_from(len).unwrap());
-        // The first piece says what the file is.
+        // The first piece describes the file.
         if offset != u64::MAX {
             file.write_all_at(piece, offset).unwrap();
         }

@@ -1,4 +1,4 @@
-//! Memory of the caller's own through a file and back.
+//! The caller's own memory, saved to a file and loaded again.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot be arranged has failed")]
 
@@ -55,7 +55,7 @@ fn this_process(blocks: &[Vec<u8>]) -> ProcessRam {
     ProcessRam::open(std::process::id(), &at, Access::Read).unwrap()
 }
 
-/// Loads the file into memory that is full of other bytes.
+/// Loads the file into memory that is filled with other bytes.
 fn loaded(path: &Path, blocks: &[Vec<u8>], io: Backend) -> Result<Vec<Vec<u8>>, PagesError> {
     let mut memory: Vec<Vec<u8>> = blocks.iter().map(|bytes| vec![0xa5; bytes.len()]).collect();
     let sink = OwnMemoryMut::new(memory.iter_mut().map(Vec::as_mut_slice).collect());
@@ -64,7 +64,7 @@ fn loaded(path: &Path, blocks: &[Vec<u8>], io: Backend) -> Result<Vec<Vec<u8>>, 
     Ok(memory)
 }
 
-/// Blocks of up to 3 MiB, so that there are windows and a rest; data in some pages, by random.
+/// Blocks of up to 3 MiB, so that there are whole windows and a rest; random pages have data.
 fn blocks() -> impl Strategy<Value = Vec<Vec<u8>>> {
     let block = (1_usize..48, proptest::collection::vec((0_usize..768, any::<u8>()), 0..80));
     let bytes = |(len, pages): (usize, Vec<(usize, u8)>)| {
@@ -148,8 +148,7 @@ fn a_name_that_is_taken_is_refused_and_a_save_that_is_stopped_leaves_no_file() {
     assert!(matches!(error, PagesError::Publish(PublishError::Exists { .. })), "{error}");
 }
 
-/// Memory that only answers what a source and a sink must: it neither knows where it has data nor
-/// where it has none.
+/// Memory that implements only what a source and a sink must: it does not report where it has data.
 struct Bytes(Mutex<Vec<u8>>);
 
 fn at(range: &Range<u64>) -> Range<usize> {
@@ -189,8 +188,8 @@ fn memory_that_only_reads_and_writes_is_enough() {
     assert_eq!(*sink.0.lock().unwrap(), blocks[0]);
 }
 
-/// Nothing but `finish` and the pages make a draft whole: what was left out is found before the file
-/// has a name.
+/// A draft is complete only after `finish` and all pages: `prove` finds what is missing, before the
+/// file has a name.
 #[test]
 fn a_draft_that_is_not_finished_gets_no_name() {
     let directory = tempfile::tempdir().unwrap();

@@ -1,4 +1,4 @@
-//! Pages that come in any order and more than once: what the file holds of them at the end.
+//! Pages that arrive in any order and more than once: the contents of the file at the end.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot be arranged has failed")]
 
@@ -15,7 +15,7 @@ use vmfile_pages::plan::WINDOW_LEN;
 use vmfile_pages::received_ram::ReceivedRam;
 use vmfile_pages::{Backend, DataFile, DirectIo, PageIndex, PageSize, RamBlock, RamLayout};
 
-/// A file of two blocks that pages are written into.
+/// A file of two blocks, into which pages are written.
 struct Receiver {
     file: File,
     data_file: DataFile,
@@ -42,7 +42,7 @@ impl Receiver {
         Receiver { file, data_file, ram, page_len: usize::try_from(page_size).unwrap(), hashes }
     }
 
-    /// Runs `work` with the only writer; returns how much it wrote.
+    /// Runs `work` with a single writer; returns its counts.
     fn write(&self, work: impl Fn(&mut PageWriter<'_>) + Sync) -> Counts {
         let work = |lane: Lane| {
             let mut writer = PageWriter::new(&self.ram, lane, true);
@@ -61,7 +61,7 @@ impl Receiver {
         self.ram.placed(block)
     }
 
-    /// The bytes at a page's place, if all are the same.
+    /// Returns the byte that fills a page's place in the file; all its bytes must be the same.
     fn place(&self, block: usize, page: u64) -> u8 {
         let mut bytes = self.page(0);
         let offset = self.placed(block).pages_offset + page * self.page_len as u64;
@@ -76,8 +76,8 @@ impl Receiver {
         hash
     }
 
-    /// Checks all pages of a block: those of `expected` have that byte and its hash, all others are
-    /// zero and have none.
+    /// Checks all pages of a block: those in `expected` have that byte and its hash, all others are
+    /// zero and have no hash.
     fn holds(&self, block: usize, expected: &[(u64, u8)]) {
         let bitmap = &self.ram.bitmaps()[block];
         for page in 0..self.placed(block).block.page_count().0 {
@@ -146,17 +146,17 @@ fn a_page_that_becomes_zero_leaves_nothing_behind() {
             writer.page(1, PageIndex(page), &receiver.page(2)).unwrap();
         }
         writer.drain().unwrap();
-        // One by its own words, one as a page that is full of zeros.
+        // Zero pages by `zero_page`, and one as a data page full of zeros.
         for page in [1, 2, 70, 1029] {
             writer.zero_page(0, PageIndex(page)).unwrap();
         }
         writer.page(0, PageIndex(512), &receiver.page(0)).unwrap();
         writer.zero_page(1, PageIndex(0)).unwrap();
         writer.zero_page(1, PageIndex(5)).unwrap();
-        // What was zero for a while.
+        // A page that was zero in between.
         writer.page(0, PageIndex(2), &receiver.page(3)).unwrap();
     });
-    // The bytes stay until the end.
+    // Stale bytes stay until the end.
     assert_eq!((receiver.place(0, 1), receiver.hash(0, 1)), (1, [0; 16]));
     receiver.ram.empty_stale_places().unwrap();
     receiver.holds(0, &[(0, 1), (2, 3), (3, 1), (71, 1)]);
@@ -170,7 +170,7 @@ fn a_page_that_is_zero_before_it_was_written_is_not_written() {
         for page in [199, 200, 201] {
             writer.page(0, PageIndex(page), &receiver.page(1)).unwrap();
         }
-        // Others than the one that waits: of another block, and of another window.
+        // These are not the pending page: one is of another block, one of another window.
         writer.zero_page(1, PageIndex(200)).unwrap();
         writer.zero_page(0, PageIndex(512 + 200)).unwrap();
         writer.zero_page(0, PageIndex(200)).unwrap();
@@ -208,7 +208,7 @@ fn pages_that_come_together_are_written_from_their_buffer() {
         for (number, (slot, _)) in (1..).zip(places) {
             buffer[slot * 4096..(slot + 1) * 4096].fill(number);
         }
-        // A page of zeros among them.
+        // One of the pages is zero.
         buffer[2 * 4096..3 * 4096].fill(0);
         let places = places.map(|(slot, page)| (slot, PageIndex(page)));
         writer.pages(1, &places, buffer).unwrap();

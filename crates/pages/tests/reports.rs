@@ -1,4 +1,4 @@
-//! What is said of a file that was saved, opened or loaded, and what is left in the page cache.
+//! Reports of saves, opens and loads, and what they leave in the page cache.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot be arranged has failed")]
 
@@ -28,7 +28,7 @@ fn layout(lens: &[usize], size: PageSize) -> RamLayout {
     RamLayout::new(lens.iter().enumerate().map(block).collect()).unwrap()
 }
 
-/// Memory in which every third page has data.
+/// Returns memory in which every third page has data.
 fn memory(len: usize) -> Vec<u8> {
     let mut memory = vec![0; len];
     memory.chunks_mut(4096).step_by(3).for_each(|page| page[9] = 1);
@@ -91,14 +91,14 @@ fn a_directory_is_no_file() {
     assert!(error.to_string().ends_with("is not a regular file"), "{error}");
 }
 
-/// The bytes of the page cache that the proof of the file needed are given back.
+/// Reading a file back to prove it leaves nothing in the page cache.
 #[test]
 fn a_file_that_was_saved_past_the_page_cache_is_not_in_it() {
     let (_directory, path, saved) = saved(&memory(1 << 20), DirectIo::Preferred);
     let file = File::open(&path).unwrap();
     let left = resident(&file);
     drop_cached(file.as_fd(), 0..u64::MAX).unwrap();
-    // In a file system that is made of memory all of it stays.
+    // On a file system in memory, the whole file stays in it.
     if matches!(saved.direct_io, DirectIoInUse::Yes { .. }) {
         assert_eq!(left, resident(&file));
     }
@@ -112,7 +112,7 @@ fn a_file_that_is_in_the_page_cache_is_read_from_there() {
     let open = |direct_io| open_for_reading(&snapshot, direct_io).map(|(_, in_use)| text(&in_use));
     assert_eq!(open(DirectIo::Preferred).unwrap(), in_cache);
     assert_ne!(open(DirectIo::Off).unwrap(), in_cache);
-    // Refused by a file system without direct I/O, and else used.
+    // A file system without direct I/O refuses this, others use it.
     assert_eq!(open(DirectIo::Required).unwrap_or("yes".to_owned()), "yes");
 }
 
@@ -127,7 +127,7 @@ fn a_file_of_which_little_is_in_the_page_cache_is_read_past_it() {
     }
 }
 
-/// A state whose stream ends one byte into a page, which its tables must not overlap.
+/// The stream may end anywhere in a page, and the tables must not begin in that page.
 #[test]
 fn tables_begin_at_the_next_page_after_the_stream() {
     let directory = tempfile::tempdir().unwrap();
@@ -155,7 +155,7 @@ fn tables_begin_at_the_next_page_after_the_stream() {
     }
 }
 
-/// Runs a verb and returns what it reports of its progress.
+/// Runs a verb and returns its progress reports.
 fn progress(verb: impl FnOnce(&Control<'_>)) -> Vec<Progress> {
     let (seen, never) = (Mutex::new(Vec::new()), Arc::new(AtomicBool::new(false)));
     let note = |progress| seen.lock().unwrap().push(progress);
@@ -187,7 +187,7 @@ fn progress_ends_when_all_is_done() {
         assert!(seen.iter().all(|progress| progress.total_bytes == total_bytes));
         let most = seen.iter().map(|progress| progress.done_bytes).max();
         assert_eq!(most, Some(total_bytes));
-        // Not all at once.
+        // More than one report.
         assert!(seen.iter().any(|progress| progress.done_bytes < total_bytes));
         assert!(seen.iter().all(|progress| progress.done_bytes > 0));
     }
