@@ -1,4 +1,4 @@
-//! The table of features in docs/qemu.md is the one of the code.
+//! Compares the table of features in docs/qemu.md with the code.
 
 use std::path::Path;
 use std::{env, fs};
@@ -8,7 +8,7 @@ use vmfile_qemu::{Feature, QemuVersion};
 const BEGIN: &str = "<!-- What `version.rs` says; `VMFILE_BLESS=1 cargo test` writes it. -->\n";
 const END: &str = "<!-- End of what `version.rs` says. -->\n";
 
-/// The table as the code has it.
+/// Returns the table that the code implies.
 fn table() -> String {
     let mut text = String::from("| feature | since | until | matters to |\n|---|---|---|---|\n");
     for feature in Feature::all() {
@@ -23,7 +23,7 @@ fn table() -> String {
     text
 }
 
-/// A version without its third number, which is 0 in a release that brings something new.
+/// Returns a version without its third number, which is 0 in every release with new features.
 fn short(version: QemuVersion) -> String {
     format!("{}.{}", version.major, version.minor)
 }

@@ -1,4 +1,4 @@
-//! QMP against peers that are not what they should be.
+//! QMP with peers that misbehave.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot be arranged has failed")]
 
@@ -22,7 +22,7 @@ const LONG: Duration = Duration::from_secs(20);
 const GREETING: &str = "{\"QMP\": {\"version\": {\"qemu\": {\"micro\": 2, \"minor\": 0, \
                         \"major\": 10}, \"package\": \"\"}, \"capabilities\": [\"oob\"]}}\r\n";
 
-/// Connects to a peer that does what `behave` says with its end.
+/// Connects to a peer that runs `behave` with its end.
 fn connect(
     timeout: Duration,
     behave: impl FnOnce(UnixStream) + Send + 'static,
@@ -167,7 +167,7 @@ fn an_event_is_waited_for_and_the_deadline_is_kept() {
     assert_eq!(qmp.take_events().first().unwrap().name, "FROM_THE_FUTURE");
 }
 
-/// A flag that is set after `delay`.
+/// Returns a flag that is set after `delay`.
 fn set_after(delay: Duration) -> Arc<AtomicBool> {
     let stop = Arc::new(AtomicBool::new(false));
     let flag = Arc::clone(&stop);
@@ -178,8 +178,8 @@ fn set_after(delay: Duration) -> Arc<AtomicBool> {
     stop
 }
 
-/// A socket whose backlog is full, as QEMU's is when one client is served and two wait; the clients
-/// hold it full.
+/// Returns a socket whose backlog is full, as QEMU's is while it serves one client and two wait,
+/// with the clients that keep it full.
 fn full(directory: &TempDir) -> (UnixListener, Vec<Socket>, PathBuf) {
     let path = directory.path().join("full.sock");
     let listener = UnixListener::bind(&path).unwrap();
@@ -196,9 +196,9 @@ fn full(directory: &TempDir) -> (UnixListener, Vec<Socket>, PathBuf) {
     }
 }
 
-/// `connect` of a Unix socket blocks while the backlog is full, for ever, and is not ended by a signal
-/// that has a handler: `vmfile list` and `save` hung and took no SIGINT (found with a monitor that
-/// one client held and two waited for).
+/// `connect` to a Unix socket blocks while the backlog is full, even after a signal that has a
+/// handler. With one client at the monitor and two that waited, `vmfile list` and `save` hung and
+/// ignored SIGINT.
 #[test]
 fn a_connect_that_finds_no_room_has_a_limit_and_says_who_waits() {
     let directory = TempDir::new().unwrap();
@@ -233,8 +233,9 @@ fn a_wait_for_the_greeting_ends_when_it_is_stopped() {
     assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
 }
 
-/// QEMU gave the answer to a killed client's command to the next client, before its greeting or after,
-/// and a save ended with "not a QMP monitor", or took the answer as one to its own command.
+/// QEMU sent the answer to a killed client's command to the next client, before its greeting or
+/// after it. A save failed with "not a QMP monitor", or took the answer for that to its own
+/// command.
 #[test]
 fn what_qemu_says_to_the_client_before_is_skipped() {
     let mut qmp = connect(LONG, |mut stream| {
@@ -255,8 +256,8 @@ fn what_qemu_says_to_the_client_before_is_skipped() {
     assert!(qmp.take_events().is_empty(), "an event of before");
 }
 
-/// `stop` may take minutes where disks are slow, and `save` took no SIGINT meanwhile, which invites
-/// `kill -9`. What puts the VM back has to get through all the same.
+/// `stop` may take minutes if disks are slow, and `save` ignored SIGINT meanwhile, which tempts
+/// users to `kill -9`. The commands that restore the VM must still be sent after a signal.
 #[test]
 fn a_wait_for_an_answer_ends_when_it_is_stopped_and_what_puts_back_is_sent() {
     let mut qmp = connect(LONG, |stream| {
@@ -272,15 +273,15 @@ fn a_wait_for_an_answer_ends_when_it_is_stopped_and_what_puts_back_is_sent() {
     let error = qmp.execute("stop", Value::Null).unwrap_err();
     assert_eq!(error.to_string(), "stopped while waiting for the answer to stop");
     assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
-    // Nothing more is sent but by what puts things back.
+    // From now on, only `unstoppable` sends commands.
     let error = qmp.execute("query-status", Value::Null).unwrap_err();
     assert_eq!(error.to_string(), "stopped before query-status");
     qmp.unstoppable(LONG, |qmp| qmp.execute("cont", Value::Null)).unwrap();
     assert!(qmp.execute("query-status", Value::Null).unwrap_err().is_stopped());
 }
 
-/// A QEMU that answers does so within the grace: what the command did is then known, and can be
-/// undone.
+/// The client waits a short time for the answer after a stop: then it knows what the command did,
+/// and can undo it.
 #[test]
 fn the_answer_that_comes_soon_after_a_stop_is_taken() {
     let mut qmp = connect(LONG, |stream| {

@@ -1,4 +1,4 @@
-//! Starting a QEMU that waits for a VM, and giving it one.
+//! Starts a QEMU that waits for a VM, and loads one into it.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot be arranged has failed")]
 
@@ -28,7 +28,7 @@ fn wait_loaded(qemu: &mut LaunchedQemu) -> Result<(), LoadError> {
     qemu.vm().wait_loaded(Instant::now() + LOAD_TIMEOUT, &|| false)
 }
 
-/// Feeds `stream` to a waiting QEMU and waits for the end.
+/// Sends `stream` to a waiting QEMU, and waits until QEMU has loaded or refused it.
 fn load(qemu: &mut LaunchedQemu, stream: Vec<u8>) -> Result<(), LoadError> {
     let (mut ours, theirs) = UnixStream::pair().unwrap();
     qemu.vm().load_stream(OwnedFd::from(theirs))?;
@@ -39,7 +39,7 @@ fn load(qemu: &mut LaunchedQemu, stream: Vec<u8>) -> Result<(), LoadError> {
     loaded
 }
 
-/// Lets QEMU itself write a stopped VM as a stream.
+/// Has QEMU write a paused VM as a stream.
 fn migrate(vm: &mut Vm) -> Vec<u8> {
     let (mut ours, theirs) = UnixStream::pair().unwrap();
     vm.qmp().execute_with_fd("getfd", json!({"fdname": "out"}), theirs.as_fd()).unwrap();
@@ -56,7 +56,7 @@ fn stream_of(machine_type: &str, device_state: &[u8]) -> Vec<u8> {
     stream.extend(u32::try_from(machine_type.len()).unwrap().to_be_bytes());
     stream.extend(machine_type.as_bytes());
     stream.extend(device_state.get(8..).unwrap());
-    // An empty description, else QEMU warns.
+    // QEMU warns if there is no description; this one is empty.
     stream.extend(b"\x06\0\0\0\x02{}");
     stream
 }
@@ -117,7 +117,7 @@ fn a_refused_stream_tells_qemu_s_reason_and_its_log_says_more() {
             assert!(!reason.is_empty());
             assert!(qemu.stderr().contains("Not a migration stream"), "{}", qemu.stderr());
         }
-        // Before 9.1 QEMU ends.
+        // QEMU before 9.1 ends.
         LoadError::Ended => {
             let (_, words) = qemu.ended().unwrap().unwrap();
             assert!(words.contains("Not a migration stream"), "{words}");
@@ -246,8 +246,8 @@ fn a_mapped_vm_runs_and_does_not_write_its_file() {
     let stream = stream_of(&vm.machine_type().unwrap(), &vm.save_device_state(false).unwrap());
     let directory = tempfile::tempdir().unwrap();
     let (path, file) = ram_file(directory.path(), 4096);
-    // The firmware's bytes are not in the stream, so that the guest does nothing; but at each reset
-    // the loader writes to its RAM.
+    // The stream lacks the firmware, so the guest does nothing; but the device `loader` writes to
+    // its RAM at each reset.
     let loader = "loader,addr=0x1000,data=0x5a5a5a5a,data-len=4";
     let waiting = line(&["-machine", "pc", "-device", loader]);
     let mut qemu = launch(waiting.for_incoming(&[mapped("pc.ram", path, 4096)]).unwrap()).unwrap();
@@ -341,7 +341,7 @@ fn a_background_qemu_has_a_process_group_of_its_own_and_no_descriptor_of_ours() 
     let made: Vec<_> = made.map(|(_, target)| target).collect();
     let theirs = descriptors(&qemu.pid().to_string());
     assert!(theirs.len() > 3, "{theirs:?}");
-    // What it was given are its stdin, stdout and stderr, which is a pipe to us.
+    // QEMU inherits only stdin, stdout and stderr, which is a pipe to this process.
     for (number, target) in theirs.iter().filter(|(number, _)| *number > 2) {
         let is_ours = target.ends_with("status") || made.contains(target);
         assert!(!is_ours, "{number}: {}", target.display());
@@ -366,8 +366,8 @@ fn a_socket_of_a_vm_that_still_runs_is_in_use() {
 fn the_options_without_a_value_are_those_of_qemu_s_help() {
     let help = Command::new(program()).arg("-help").output().unwrap().stdout;
     let help = String::from_utf8(help).unwrap();
-    // One space and a word: a value. More space, or nothing: a description. The help of -dtb pads
-    // its value like a description.
+    // In QEMU's help, one space and a word after an option is a value; more space, or nothing, is a
+    // description. The help of -dtb pads its value like a description.
     let options = help.lines().filter(|line| line.starts_with('-') && !line.starts_with("-dtb"));
     let options = options.map(|line| line.split_once(' ').unwrap_or((line, "")));
     let (without, with): (Vec<_>, Vec<_>) = options.partition(|(_, rest)| {

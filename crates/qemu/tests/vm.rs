@@ -60,7 +60,7 @@ fn the_ram_blocks_lie_where_qemu_says() {
     }
 }
 
-/// Tells whether every byte of a range lies in one of the mappings.
+/// Returns whether every byte of a range lies in one of the mappings.
 fn is_mapped(maps: &str, start: u64, end: u64) -> bool {
     let mut reached = start;
     for line in maps.lines() {
@@ -116,16 +116,16 @@ fn the_device_state_holds_device_sections_only_and_the_vm_runs_on() {
 
     let state = vm.save_device_state(false).unwrap();
 
-    // "QEVM", version 3, and at once the first device: no configuration, no RAM.
+    // "QEVM", version 3, and then the first device: no configuration, no RAM.
     assert_eq!(state.get(..9).unwrap(), b"QEVM\0\0\0\x03\x04");
     assert_eq!(state.get(13..19).unwrap(), b"\x05timer");
     assert_eq!(state.last(), Some(&0));
     assert!(!state.windows(4).any(|bytes| bytes == b"\x03ram"), "a RAM section");
-    // The guest will run on after a restore, although it is stopped now.
+    // The device state says that the guest runs after a restore, although it is paused now.
     assert!(state.windows(11).any(|bytes| bytes == b"\0\0\0\x08running"));
     assert_eq!(vm.run_state().unwrap(), RunState::Paused);
     assert_eq!(vm.execute("query-fdsets", Value::Null).unwrap(), json!([]));
-    // Nothing happens in a stopped VM, so a second save has the same bytes.
+    // Nothing changes in a paused VM, so a second save has the same bytes.
     assert!(vm.save_device_state(false).unwrap() == state);
     vm.cont().unwrap();
     assert!(vm.is_running().unwrap());

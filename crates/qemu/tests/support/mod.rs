@@ -1,4 +1,4 @@
-//! A real QEMU for one test, killed with it.
+//! A real QEMU for one test, which ends with the test.
 
 use std::ffi::OsString;
 use std::fs::OpenOptions;
@@ -13,7 +13,7 @@ use vmfile_qemu::{CommandLine, Launch, LaunchError, LaunchedQemu, Vm};
 /// How long a QEMU may take to start on a loaded machine.
 pub(crate) const START_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// What every test VM is made of: no device that a test did not ask for.
+/// The options of every test VM: without QEMU's default devices.
 pub(crate) const PLAIN: [&str; 7] =
     ["-accel", "tcg", "-nodefaults", "-display", "none", "-m", "64M"];
 
@@ -27,7 +27,7 @@ pub(crate) fn program() -> PathBuf {
     found.expect("qemu-system-x86_64 is not installed; `cargo xtask setup` installs it")
 }
 
-/// A QEMU with a QMP socket in a directory of its own.
+/// A QEMU with a QMP socket, in its own directory.
 pub(crate) struct TestQemu {
     child: Child,
     pub(crate) directory: TempDir,
