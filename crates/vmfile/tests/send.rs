@@ -1,4 +1,4 @@
-//! What is sent of a file, as the decoder of streams reads it.
+//! The streams that `send` writes, as the decoder reads them.
 
 #![expect(
     clippy::unwrap_used,
@@ -26,10 +26,10 @@ use vmfile_format::{PageBitmap, PageIndex, PageSize, RamBlock, RamLayout};
 const PAGE_LEN: usize = 4096;
 const RAM_ID: u32 = 2;
 
-/// A block of a file: a byte for each page, 0 for a zero page.
+/// The pages of a block: a byte for each page, 0 for a zero page.
 type Pages = Vec<u8>;
 
-/// Makes a file as QEMU would: where a page is zero, the bytes at its place are stale.
+/// Makes a file such as QEMU writes: the place of a zero page has stale bytes.
 fn make_file(directory: &Path, blocks: &[Pages], description: Option<&str>) -> PathBuf {
     make_file_of("pc-i440fx-10.0", directory, blocks, description)
 }
@@ -71,7 +71,7 @@ fn make_file_of(
     path
 }
 
-/// One device section and EOF.
+/// Returns one device section and EOF.
 fn devices() -> Vec<u8> {
     let mut bytes = vec![section::FULL, 0, 0, 0, 7];
     encoder::counted_text(&mut bytes, "timer");
@@ -80,8 +80,8 @@ fn devices() -> Vec<u8> {
     bytes
 }
 
-/// What a stream says: of each block a byte for each page that was sent, what follows RAM,
-/// and how its parts end.
+/// A decoded stream: for each block, a byte for each page that was sent; the bytes after RAM; and
+/// how its parts end.
 #[derive(Debug, PartialEq)]
 struct Decoded {
     blocks: Vec<Vec<Option<u8>>>,
@@ -208,13 +208,13 @@ fn read_all(mut connection: UnixStream) -> thread::JoinHandle<Vec<u8>> {
     })
 }
 
-/// Sends over channels and returns what came on the stream, and on each channel.
+/// Sends over channels; returns the bytes of the stream and of each channel.
 fn send_over(path: &Path, channels: u8) -> (Vec<u8>, Vec<Vec<u8>>) {
     let socket = path.with_extension("sock");
     let listener = UnixListener::bind(&socket).unwrap();
     let receiver = thread::spawn(move || {
         let connections = (0..=channels).map(|_| read_all(listener.accept().unwrap().0));
-        // All are taken before the first is waited for.
+        // Accepts all connections before it waits for the first to end.
         let connections: Vec<_> = connections.collect();
         connections.into_iter().map(|reader| reader.join().unwrap()).collect::<Vec<_>>()
     });
@@ -226,7 +226,7 @@ fn send_over(path: &Path, channels: u8) -> (Vec<u8>, Vec<Vec<u8>>) {
     (found.remove(0), found)
 }
 
-/// Adds the pages of a channel to those of the stream; returns how often it says SYNC.
+/// Adds the pages of a channel to those of the stream; returns the number of its SYNC packets.
 fn add_channel(bytes: &[u8], ram: &RamLayout, decoded: &mut Decoded) -> u32 {
     let (init, mut rest) = bytes.split_at(INIT_LEN);
     assert!(Init::decode(init).unwrap().channel < 16);
