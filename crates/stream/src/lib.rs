@@ -14,7 +14,7 @@
 //! use std::io::Read as _;
 //! use std::os::unix::net::UnixStream;
 //!
-//! # use vmfile_pages::memory_file::{FileOptions, save};
+//! # use vmfile_pages::memory_file::{self, FileOptions, save};
 //! # use vmfile_pages::{OwnMemory, PageSize, RamBlock, RamLayout};
 //! use vmfile_pages::{Backend, Control, DataFile, DirectIo, Snapshot};
 //! use vmfile_stream::contents::{Contents, Pages};
@@ -26,7 +26,8 @@
 //! # let path = directory.path().join("vm.vmf");
 //! # let ram = RamLayout::new(vec![RamBlock::new("pc.ram".to_owned(), 65536, PageSize::KIB_4)?])?;
 //! # let (memory, options) = (OwnMemory::new(vec![&[7; 65536]]), FileOptions::default());
-//! # save(&path, ("example-1.0", ram), &memory, &[("cpu", b"state")], &options, &Control::none())?;
+//! # let saved = memory_file::Contents::new("example-1.0", ram, &[("cpu", b"state")]);
+//! # save(&path, saved, &memory, &options, &Control::none())?;
 //! // A file with every page at a fixed place, as a stream into a socket.
 //! let snapshot = Snapshot::open(&path, 0)?;
 //! let contents = Contents::new(&snapshot, |_| Pages::All)?;
