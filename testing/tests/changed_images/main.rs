@@ -388,8 +388,8 @@ fn an_image_in_another_mount_namespace_is_refused_where_the_vm_would_end() -> Te
     Ok(())
 }
 
-/// vmfile does not recognize a QEMU whose program has another name, so the file holds no command
-/// line. The save ended the VM without a warning about that.
+/// vmfile does not recognize a QEMU whose program has another name, and whose monitor is on no option,
+/// so the file holds no command line. The save ended the VM without a warning about that.
 #[test]
 fn a_save_says_that_the_file_will_hold_no_command_line() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
@@ -400,15 +400,28 @@ fn a_save_says_that_the_file_will_hold_no_command_line() -> TestResult {
     let directories = env::var_os("PATH").unwrap_or_default();
     let mut found = env::split_paths(&directories).map(|path| path.join(qemu.program()));
     fs::copy(found.find(|path| path.is_file()).ok_or("QEMU is there")?, &program)?;
-    let mut child = Command::new(&program).args(&command[1..]).spawn()?;
-    let mut guest = prepared.attach()?;
+    let (config, monitor) = (scene.path("vm.conf"), scene.path("monitor"));
+    let socket = format!(
+        "[chardev \"x\"]\n  backend = \"socket\"\n  path = \"{}\"\n  server = \"on\"\n  \
+         wait = \"off\"\n[mon \"m\"]\n  mode = \"control\"\n  chardev = \"x\"\n",
+        monitor.display()
+    );
+    fs::write(&config, socket)?;
+    let mut more = Command::new(&program);
+    let mut child = more.args(&command[1..]).arg("-readconfig").arg(&config).spawn()?;
+    let guest = prepared.attach()?;
     guest.wait_for_count(1)?;
-    let saved = guest.save(&SaveOptions::default())?;
+    let file = scene.path("vm.vmf");
+    let mut vm = vmfile::Vm::connect(&monitor)?;
+    let (options, control) = (SaveOptions::default(), vmfile::Control::none());
+    let report = vmfile::save::save(&mut vm, &file, &options, &control)?;
     child.wait()?;
-    let said =
-        saved.report.warnings.iter().any(|warning| warning.contains("holds no command line"));
-    assert!(said, "{:?}", saved.report.warnings);
-    let error = saved.restore_saved(&RestoreOptions::default()).expect_err("no command line");
+    let said = report.warnings.iter().any(|warning| warning.contains("holds no command line"));
+    assert!(said, "{:?}", report.warnings);
+    let snapshot = vmfile::Snapshot::open(&file, 0)?;
+    let saved = vmfile::restore::Destination::Saved;
+    let restored = vmfile::restore::restore(&snapshot, saved, &RestoreOptions::default(), &control);
+    let error = restored.expect_err("no command line");
     assert!(matches!(error, RestoreError::NoSavedCommand), "{error}");
     Ok(())
 }
