@@ -21,6 +21,7 @@
 mod build_directory;
 mod fixture;
 mod guest;
+mod image;
 mod lock;
 pub mod migration;
 mod qemu;
@@ -38,6 +39,7 @@ pub use guest::count::Count;
 pub use guest::prepared::Prepared;
 pub use guest::ram::{Ram, RamKind};
 pub use guest::running::Guest;
+pub use image::make_image;
 pub use qemu::{Qemu, Release, Version};
 pub use qmp::Monitor;
 pub use random::Random;

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
+use crate::TestResult;
 use crate::build_directory::target_directory;
 use crate::lock::VmLock;
 use crate::require::Missing;
@@ -123,6 +124,17 @@ impl Qemu {
     #[must_use]
     pub fn program(&self) -> &Path {
         &self.program
+    }
+
+    /// Returns the file of the program.
+    ///
+    /// # Errors
+    ///
+    /// If no directory of `PATH` has it.
+    pub fn executable(&self) -> TestResult<PathBuf> {
+        let directories = env::var_os("PATH").unwrap_or_default();
+        let mut files = env::split_paths(&directories).map(|path| path.join(&self.program));
+        Ok(files.find(|path| path.is_file()).ok_or("QEMU is there")?)
     }
 
     /// Returns the version of the program.

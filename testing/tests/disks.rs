@@ -15,7 +15,9 @@ use vmfile::restore::{Mode, RestoreOptions};
 use vmfile::save::{After, Live, Route, SaveOptions};
 use vmfile::{Control, Existing, Progress, Vm};
 use vmfile_testing::verbs::{check_is_clean, save_with};
-use vmfile_testing::{Guest, GuestConfig, Mount, Qemu, Ram, Release, TestResult, requires};
+use vmfile_testing::{
+    Guest, GuestConfig, Mount, Qemu, Ram, Release, TestResult, make_image, requires,
+};
 
 /// A guest that writes to its disk in every pass, and reports a disk of another moment.
 fn config(ram: Ram) -> GuestConfig {
@@ -241,12 +243,9 @@ fn an_image_below_that_only_the_command_line_names_is_refused() -> TestResult {
     let images = tempfile::tempdir()?;
     let create = |name: &str, below: Option<&str>| -> TestResult<PathBuf> {
         let path = images.path().join(name);
-        let mut command = Command::new("qemu-img");
-        command.args(["create", "-q", "-f", "qcow2"]);
-        if let Some(below) = below {
-            command.args(["-F", "qcow2", "-b", below]);
-        }
-        assert!(command.arg(&path).arg("1M").status()?.success());
+        let mut options = vec!["-f", "qcow2"];
+        options.extend(below.iter().flat_map(|below| ["-F", "qcow2", "-b", below]));
+        make_image(&path, &options, 1)?;
         Ok(path)
     };
     create("named.qcow2", None)?;

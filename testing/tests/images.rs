@@ -5,7 +5,6 @@ use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -16,7 +15,7 @@ use vmfile::save::{After, SaveOptions};
 use vmfile::{RestoreError, Vm};
 use vmfile_qemu::{CommandLine, Drive};
 use vmfile_testing::verbs::rewrite_manifest;
-use vmfile_testing::{Guest, GuestConfig, Qemu, Ram, Release, TestResult, requires};
+use vmfile_testing::{Guest, GuestConfig, Qemu, Ram, Release, TestResult, make_image, requires};
 
 /// Makes an empty raw image.
 fn raw(path: &Path) -> TestResult {
@@ -188,13 +187,10 @@ impl Files {
 
     /// Makes a qcow2 image of 4 MiB, on top of another if there is one.
     fn qcow2(&self, name: &str, below: Option<&str>) -> TestResult<String> {
-        let mut command = Command::new("qemu-img");
-        command.args(["create", "-q", "-f", "qcow2"]);
-        if let Some(below) = below {
-            command.args(["-F", "qcow2", "-b"]).arg(self.path(below));
-        }
-        let output = command.arg(self.path(name)).arg("4M").output()?;
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let below = below.map(|below| self.text(below));
+        let mut options = vec!["-f", "qcow2"];
+        options.extend(below.iter().flat_map(|below| ["-F", "qcow2", "-b", below]));
+        make_image(&self.path(name), &options, 4)?;
         Ok(self.text(name))
     }
 }

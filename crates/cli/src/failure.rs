@@ -181,10 +181,9 @@ impl From<&SaveError> for Failure {
             SaveError::NotConnected { .. } => Failure::new(Code::Vm, "not_connected", error)
                 .hint("without --channels the stream needs no socket"),
             SaveError::Receive(error) => received(error),
-            SaveError::DeviceState(_)
-            | SaveError::NoRunState
-            | SaveError::Block { .. }
-            | SaveError::CommandLine => Failure::new(Code::Vm, "device_state", error),
+            SaveError::DeviceState(_) | SaveError::NoRunState | SaveError::Block { .. } => {
+                Failure::new(Code::Vm, "device_state", error)
+            }
             SaveError::NotText { .. } => Failure::new(Code::Vm, "command_line", error).hint(TEXT),
             SaveError::Process(_) => Failure::new(Code::System, "process", error).hint(TRACE),
             SaveError::Pages(error) => Failure::from(error),

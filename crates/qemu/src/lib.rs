@@ -50,6 +50,7 @@ pub mod command_line;
 pub mod discover;
 pub mod files;
 pub mod identity;
+pub mod image_format;
 pub mod launch;
 pub mod migration;
 pub mod outgoing;
@@ -68,9 +69,7 @@ pub use command_line::{
 };
 pub use discover::{DiscoverError, Found, VmAddress, list, resolve};
 pub use files::{FileUse, FileUser, user_of_file};
-pub use identity::{
-    Compared, Cpu, Device, Difference, MemoryDevice, Parts, Remedy, has_format_of_its_own,
-};
+pub use identity::{Compared, Cpu, Device, Difference, MemoryDevice, Parts, Remedy};
 pub use launch::{Launch, LaunchError, LaunchedQemu, MonitorPair, find_program};
 pub use migration::LoadError;
 pub use outgoing::{KeptFile, Outgoing, SentRam, StreamSettings};

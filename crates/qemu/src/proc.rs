@@ -41,6 +41,7 @@ pub(crate) fn executable(pid: u32) -> io::Result<PathBuf> {
     Ok(PathBuf::from(OsStr::from_bytes(stripped)))
 }
 
+/// Returns the directory to which a process's relative names refer: its current one.
 ///
 /// A QEMU that was started with `-daemonize` has left its directory for `/` (7.2 to 11.1). For such
 /// a process this is the directory that its shell named in the environment.
@@ -69,10 +70,7 @@ fn environment_of(pid: u32, name: &str) -> Option<OsString> {
 /// Returns when a process was started. The kernel says when it booted in whole seconds only, so that
 /// this may be up to a second too early.
 pub(crate) fn started(pid: u32) -> Option<SystemTime> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name of the program stands in parentheses, and may contain some itself.
-    let (_, rest) = stat.rsplit_once(") ")?;
-    let ticks: u64 = rest.split(' ').nth(19)?.parse().ok()?;
+    let ticks = started_at_ticks(pid).ok()?;
     let since_boot = Duration::from_millis(ticks.checked_mul(1000 / TICKS_PER_SECOND)?);
     let stat = fs::read_to_string("/proc/stat").ok()?;
     let boot = stat.lines().find_map(|line| line.strip_prefix("btime "))?.trim().parse().ok()?;
@@ -99,20 +97,22 @@ pub(crate) fn is_started_as_monitor(pid: u32, socket: &Path) -> bool {
     })
 }
 
+/// Returns what `/proc/PID/stat` says of a process from field 3 on, its state. The name of the program
+/// stands before that in parentheses, and may contain some itself.
+fn stat(pid: u32) -> io::Result<String> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let rest = stat.rsplit_once(") ").map(|(_, rest)| rest.to_owned());
+    rest.ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
 /// Returns the parent of a process; `None` if it has none, or if `/proc` does not tell.
 pub(crate) fn parent(pid: u32) -> Option<u32> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name of the program stands in parentheses, and may contain some itself.
-    let (_, rest) = stat.rsplit_once(") ")?;
-    rest.split(' ').nth(1)?.parse().ok().filter(|&parent| parent > 0)
+    stat(pid).ok()?.split(' ').nth(1)?.parse().ok().filter(|&parent| parent > 0)
 }
 
 /// Returns when a process was started, in the kernel's ticks since the boot.
 pub(crate) fn started_at_ticks(pid: u32) -> io::Result<u64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    // The name of the program stands in parentheses, and may contain some itself. Field 3 follows
-    // it.
-    let ticks = stat.rsplit_once(") ").and_then(|(_, rest)| rest.split(' ').nth(19)?.parse().ok());
+    let ticks = stat(pid)?.split(' ').nth(19).and_then(|ticks| ticks.parse().ok());
     ticks.ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
@@ -126,9 +126,7 @@ pub(crate) fn namespace() -> io::Result<String> {
 /// Tells whether a process is stopped, by SIGSTOP or a debugger.
 #[must_use]
 pub fn is_process_stopped(pid: u32) -> bool {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok();
-    // The name of the program stands in parentheses, and may contain some itself.
-    let state = stat.as_deref().and_then(|stat| stat.rsplit_once(") ")?.1.chars().next());
+    let state = stat(pid).ok().and_then(|stat| stat.chars().next());
     matches!(state, Some('T' | 't'))
 }
 

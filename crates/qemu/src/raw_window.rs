@@ -23,8 +23,8 @@ impl RawWindow {
     /// Looks for a part of a file in a tree of nodes, from `node` down to the file. Returns `None`
     /// for a whole file, and the window of size 0 for numbers that only QEMU reads.
     pub(crate) fn of(node: &Value) -> Option<RawWindow> {
-        let mut nodes = std::iter::successors(Some(node), |node| node.get("file"));
-        let raw = nodes.by_ref().take(DEPTH_MAX).find_map(RawWindow::of_node);
+        let nodes = std::iter::successors(Some(node), |node| node.get("file"));
+        let raw = nodes.take(DEPTH_MAX).find_map(RawWindow::of_node);
         raw.filter(|window| !window.is_whole())
     }
 

@@ -111,9 +111,6 @@ pub enum SaveError {
     /// The device state does not say whether the VM runs.
     #[error("the device state has no section \"globalstate\" to say whether the VM runs")]
     NoRunState,
-    /// The command line cannot be written into the manifest.
-    #[error("the VM's command line is not UTF-8")]
-    CommandLine,
     /// A word of the command line cannot be written into the manifest.
     #[error("the VM's command line is not UTF-8: {word:?}, which follows {before:?}")]
     NotText {

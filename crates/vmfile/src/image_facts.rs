@@ -2,13 +2,13 @@
 
 use std::fs::File;
 use std::io::{self, Read as _, Seek as _, SeekFrom};
-use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::Path;
 
 use rustix::fs::{Mode, OFlags};
 use vmfile_format::manifest::{FileMeta, ImageMeta};
 use vmfile_format::qcow2::{QCOW2_HEADER_LEN_MAX, Qcow2Header};
+use vmfile_qemu::ProcessInfo;
 
 /// The format whose header is compared.
 const QCOW2: &str = "qcow2";
@@ -46,7 +46,7 @@ pub(crate) fn look_at(found: &File, format: &str, usage: Use) -> io::Result<File
     if is_block_device {
         // The device node is made anew at every start of the host, and says nothing of the
         // contents.
-        let length = open(found)?.seek(SeekFrom::End(0))?;
+        let length = ProcessInfo::open_found(found)?.seek(SeekFrom::End(0))?;
         facts.bytes = Some(length);
         (facts.modified_unix_seconds, facts.modified_nanoseconds) = (None, None);
         facts.inode = None;
@@ -85,17 +85,8 @@ pub(crate) fn named_below(path: &Path, format: &str) -> io::Result<Option<Option
 /// Reads the header of a qcow2 image.
 fn header(found: &File) -> io::Result<Qcow2Header> {
     let mut bytes = Vec::new();
-    open(found)?.take(QCOW2_HEADER_LEN_MAX as u64).read_to_end(&mut bytes)?;
+    ProcessInfo::open_found(found)?.take(QCOW2_HEADER_LEN_MAX as u64).read_to_end(&mut bytes)?;
     Qcow2Header::decode(&bytes).map_err(io::Error::other)
-}
-
-/// Opens the file that was found for reading, even if its path leads to another file by now.
-fn open(found: &File) -> io::Result<File> {
-    let path = format!("/proc/self/fd/{}", found.as_raw_fd());
-    // Only regular files and block devices get here. If another device did, opening it would not
-    // block.
-    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
-    Ok(rustix::fs::open(path, flags, Mode::empty())?.into())
 }
 
 /// Finds a file without opening it.

@@ -1,4 +1,4 @@
-//! Names of images and formats: whether a name is a path, and whether two names mean the same.
+//! Paths of images: whether a name is a path, and whether two paths lead to one file.
 
 use std::fs;
 use std::path::{Component, Path, PathBuf};
@@ -21,16 +21,6 @@ pub(crate) fn is_same_file(a: &Path, b: &Path) -> bool {
     }
     let id = |path: &Path| fs::metadata(path).map(|metadata| FileId::of(&metadata)).ok();
     id(a).is_some_and(|a| Some(a) == id(b))
-}
-
-/// Tells whether QEMU's name of a format means the bytes of the file as they are.
-pub(crate) fn is_raw(format: &str) -> bool {
-    matches!(format, "raw" | "file" | "host_device" | "host_cdrom")
-}
-
-/// Tells whether two names of formats mean the same.
-pub(crate) fn is_same_format(a: &str, b: &str) -> bool {
-    a == b || is_raw(a) && is_raw(b)
 }
 
 /// Returns a path without `.`, `..` and doubled slashes; symbolic links stay.

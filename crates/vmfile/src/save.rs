@@ -26,7 +26,6 @@ mod sending;
 mod space;
 mod stream;
 
-use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -206,8 +205,7 @@ impl<'a> Save<'a> {
         }
         warnings.extend(ending::with_activities(vm, options)?);
         let found = vm.drives()?;
-        let mut meta =
-            describe_vm(vm, was_running, &found).map_err(|error| name_word(vm, error))?;
+        let mut meta = describe_vm(vm, was_running, &found)?;
         warnings.extend(describe::warn_of_no_command_line(&meta));
         warnings.extend(images::look(vm, &mut meta, options, was_running)?);
         let known = changed::compare(vm, &mut meta, &found, options)?;
@@ -492,19 +490,6 @@ fn unless_qemu_is_gone(vm: &mut Vm, error: SaveError) -> SaveError {
     match vm.unstoppable(PUT_BACK_TIMEOUT, Vm::run_state) {
         Err(source) if source.is_closed() => error.with_qemu_gone(source),
         _ => error,
-    }
-}
-
-/// Names the word of the command line that is not text, if that is the `error`.
-fn name_word(vm: &mut Vm, error: SaveError) -> SaveError {
-    let process = vm.process().ok().filter(|_| matches!(error, SaveError::CommandLine));
-    let words = process.map(|process| process.arguments).unwrap_or_default();
-    let Some(number) = words.iter().position(|word| word.to_str().is_none()) else { return error };
-    let text = |word: &OsString| word.to_string_lossy().into_owned();
-    let before = number.checked_sub(1).and_then(|number| words.get(number));
-    SaveError::NotText {
-        word: words.get(number).map(text).unwrap_or_default(),
-        before: before.map(text).unwrap_or_default(),
     }
 }
 

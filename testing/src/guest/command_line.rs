@@ -3,9 +3,10 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-use super::config::{Firmware, GuestConfig, Machine, Program, copy_once, make_qcow2};
+use super::config::{Firmware, GuestConfig, Machine, Program, copy_once};
 use super::ram::RamKind;
 use crate::TestResult;
+use crate::image::make_image;
 use crate::qemu::Qemu;
 
 const OVMF_CODE: &str = "/usr/share/OVMF/OVMF_CODE_4M.fd";
@@ -138,7 +139,7 @@ impl CommandLine<'_> {
         if let Some(disk_mib) = self.config.disk_mib {
             let disk = self.config.disk_path();
             if !disk.exists() {
-                make_qcow2(&disk, disk_mib)?;
+                make_image(&disk, &["-f", "qcow2"], disk_mib)?;
             }
             let disk = disk.display();
             arguments.option("-drive", format!("file={disk},format=qcow2,if=none,id=disk0"));

@@ -3,7 +3,6 @@
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::Arc;
 
 use tempfile::TempDir;
@@ -251,17 +250,6 @@ fn spread(x: u64) -> u64 {
     let x = (x ^ (x >> 32)).wrapping_mul(0xd6e8_feb8_6659_fd93);
     let x = (x ^ (x >> 32)).wrapping_mul(0xd6e8_feb8_6659_fd93);
     x ^ (x >> 32)
-}
-
-/// Makes an empty qcow2 image.
-pub(crate) fn make_qcow2(path: &Path, size_mib: u64) -> TestResult {
-    let mut command = Command::new("qemu-img");
-    command.args(["create", "-q", "-f", "qcow2"]).arg(path).arg(format!("{size_mib}M"));
-    let output = command.output().map_err(|error| format!("qemu-img: {error}"))?;
-    if output.status.success() {
-        return Ok(());
-    }
-    Err(format!("qemu-img: {}", String::from_utf8_lossy(&output.stderr)).into())
 }
 
 /// Copies `source` unless `target` is there already.

@@ -8,9 +8,9 @@ use vmfile::restore::RestoreOptions;
 use vmfile::save::SaveOptions;
 use vmfile::{ImageChange, RestoreError};
 use vmfile_testing::verbs::{restore_given, rewrite_manifest};
-use vmfile_testing::{Guest, GuestConfig, Qemu, Ram, Release, TestResult, requires};
+use vmfile_testing::{Guest, GuestConfig, Qemu, Ram, Release, TestResult, make_image, requires};
 
-use crate::{Scene, changed_ok, disk, images, qemu_img, with_disks};
+use crate::{Scene, changed_ok, disk, images, with_disks};
 
 /// A guest whose command line has `image` as its disk `d0`.
 fn line_on(image: &str) -> GuestConfig {
@@ -165,7 +165,7 @@ fn a_qemu_that_waits_does_not_write_into_an_image_of_the_file() -> TestResult {
     // Below a new overlay, the image of the file is only read.
     let over = scene.path("over.qcow2");
     let below = ["-f", "qcow2", "-F", "qcow2", "-b", top.to_str().ok_or("UTF-8")?];
-    qemu_img(&below, &over)?;
+    make_image(&over, &below, 4)?;
     let mut warnings = restore(&line_on(&over.display().to_string()))?.report.warnings;
     warnings.retain(|warning| !warning.contains("not named"));
     assert_eq!(warnings, [""; 0]);

@@ -3,7 +3,6 @@
 
 mod given_line;
 
-use std::env;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
@@ -18,7 +17,9 @@ use vmfile::restore::{RestoreOptions, Restored};
 use vmfile::save::{After, Live, Route, SaveOptions};
 use vmfile_format::manifest::{DiskMeta, VmMeta};
 use vmfile_testing::verbs::{restore_given, rewrite_manifest};
-use vmfile_testing::{Guest, GuestConfig, Qemu, Ram, Release, Saved, TestResult, requires, root};
+use vmfile_testing::{
+    Guest, GuestConfig, Qemu, Ram, Release, Saved, TestResult, make_image, requires, root,
+};
 
 /// A guest on a qcow2 disk with a backing file, in a directory that all its VMs share.
 ///
@@ -33,10 +34,10 @@ impl Scene {
     fn new() -> TestResult<Scene> {
         let files = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
         let path = |name: &str| files.path().join(name);
-        qemu_img(&["-f", "qcow2"], &path("base.qcow2"))?;
+        make_image(&path("base.qcow2"), &["-f", "qcow2"], 4)?;
         let base = path("base.qcow2");
         let below = ["-f", "qcow2", "-F", "qcow2", "-b", base.to_str().ok_or("UTF-8")?];
-        qemu_img(&below, &path("top.qcow2"))?;
+        make_image(&path("top.qcow2"), &below, 4)?;
         let drive = format!("file={},format=qcow2,id=d0", path("top.qcow2").display());
         let config = Guest::boot_sector(Ram::private(64)).arguments(["-drive", &drive]);
         Ok(Scene { files, config })
@@ -53,13 +54,6 @@ impl Scene {
         let saved = guest.save_and_end(options)?;
         Ok((guest, saved))
     }
-}
-
-fn qemu_img(options: &[&str], image: &Path) -> TestResult {
-    let mut command = Command::new("qemu-img");
-    let output = command.args(["create", "-q"]).args(options).arg(image).arg("4M").output()?;
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    Ok(())
 }
 
 /// The manifest's entry of the disk of a scene.
@@ -264,9 +258,9 @@ fn an_encrypted_image_gets_no_overlay_in_clear_text() -> TestResult {
     let secret = ["--object", "secret,id=s,data=abc"];
     let keys = "key-secret=s,iter-time=10";
     let (luks, qcow2) = (files.path().join("luks"), files.path().join("enc.qcow2"));
-    qemu_img(&[secret[0], secret[1], "-f", "luks", "-o", keys], &luks)?;
+    make_image(&luks, &[secret[0], secret[1], "-f", "luks", "-o", keys], 4)?;
     let keys = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10";
-    qemu_img(&[secret[0], secret[1], "-f", "qcow2", "-o", keys], &qcow2)?;
+    make_image(&qcow2, &[secret[0], secret[1], "-f", "qcow2", "-o", keys], 4)?;
     let over = format!(
         "raw,node-name=n,file.driver=luks,file.key-secret=s,file.file.driver=file,\
          file.file.filename={}",
@@ -397,9 +391,7 @@ fn a_save_says_that_the_file_will_hold_no_command_line() -> TestResult {
     let prepared = scene.config.prepare(&qemu)?;
     let command = prepared.command_line();
     let program = scene.path("myvm");
-    let directories = env::var_os("PATH").unwrap_or_default();
-    let mut found = env::split_paths(&directories).map(|path| path.join(qemu.program()));
-    fs::copy(found.find(|path| path.is_file()).ok_or("QEMU is there")?, &program)?;
+    fs::copy(qemu.executable()?, &program)?;
     let (config, monitor) = (scene.path("vm.conf"), scene.path("monitor"));
     let socket = format!(
         "[chardev \"x\"]\n  backend = \"socket\"\n  path = \"{}\"\n  server = \"on\"\n  \

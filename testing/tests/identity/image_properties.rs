@@ -1,22 +1,17 @@
 //! Drives whose images are those of the command line, but with other properties.
 
 use std::path::Path;
-use std::process::Command;
 
 use serde_json::{Value, json};
 use vmfile::error::SaveError;
 use vmfile::restore::{RestoreOptions, Restored};
 use vmfile::save::SaveOptions;
-use vmfile_testing::{Guest, GuestConfig, Qemu, Ram, Release, TestResult, requires};
+use vmfile_testing::{Guest, GuestConfig, Qemu, Ram, Release, TestResult, make_image, requires};
 
 use super::{ask, changes, goes_on, images, names};
 
 fn qcow2(path: &Path, more: &[&str]) -> TestResult {
-    let mut command = Command::new("qemu-img");
-    command.args(["create", "-q", "-f", "qcow2"]).args(more).arg(path).arg("4M");
-    let output = command.output()?;
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    Ok(())
+    make_image(path, &[&["-f", "qcow2"], more].concat(), 4)
 }
 
 /// Images in a directory: `0.raw` to `2.raw`, `a.qcow2`, `b.qcow2` and `c.qcow2`, and `o.qcow2` on

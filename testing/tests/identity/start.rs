@@ -1,6 +1,5 @@
 //! How QEMU was started: the files that it read, its working directory, and its name.
 
-use std::env;
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
@@ -110,9 +109,7 @@ fn a_qemu_of_any_name_is_known_by_its_monitor() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
     let directory = tempfile::tempdir()?;
     let program = directory.path().join("emulator");
-    let paths = env::var_os("PATH").unwrap_or_default();
-    let mut found = env::split_paths(&paths).map(|path| path.join(qemu.program()));
-    fs::copy(found.find(|path| path.exists()).ok_or("no program")?, &program)?;
+    fs::copy(qemu.executable()?, &program)?;
     symlink(&program, directory.path().join("vm"))?;
     let bios = ["-L", "/usr/share/qemu", "-L", "/usr/share/seabios"];
     comes_back(&directory.path().join("vm"), directory.path(), &bios)

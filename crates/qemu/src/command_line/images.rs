@@ -7,6 +7,7 @@ use serde_json::{Map, Value, json};
 use super::drives::{LineDrive, NodeAt, Nodes, Place, blockdev_tree, drive_tree, own_keys};
 use super::keys::{self, Keys};
 use super::{Argument, CommandLine, CommandLineError};
+use crate::image_format::{FILE_DRIVERS, raw_of};
 use crate::raw_window::RAW_WINDOW;
 
 /// Keys of a node that belong to the image that was there: what lies below or beside it, and how it
@@ -28,9 +29,6 @@ const QCOW2_KEYS: [&str; 11] = [
     "pass-discard-snapshot",
     "refcount-cache-size",
 ];
-
-/// Drivers of files of this host, whose other options fit another file too.
-const FILE_DRIVERS: [&str; 3] = ["file", "host_device", "host_cdrom"];
 
 /// An image to be put into a drive.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -287,12 +285,7 @@ fn references(tree: &Value, names: &mut Vec<String>) {
     }
 }
 
-/// Returns the format for a node over a file: without such a node, QEMU reports the file's own
-/// driver as the format.
-fn raw_of(format: &str) -> &str {
-    if FILE_DRIVERS.contains(&format) { "raw" } else { format }
-}
-
+/// Tells whether the options of a node fit another file too.
 fn is_of_file(node: &Map<String, Value>) -> bool {
     let driver = node.get("driver").and_then(Value::as_str);
     driver.is_none_or(|driver| FILE_DRIVERS.contains(&driver))

@@ -230,7 +230,7 @@ fn file_backend(
     words.push(write("offset", &block.offset.to_string()));
     words.extend(["share=off", "readonly=on", "rom=off", "reserve=off"].map(str::to_owned));
     words.push(write(WHOLE_PATH, if has_whole_path { "on" } else { "off" }));
-    words.extend(kept_words(written).filter(|word| !word.starts_with(WHOLE_PATH)));
+    words.extend(kept_words(written).into_iter().filter(|word| !word.starts_with(WHOLE_PATH)));
     Ok(words.join(","))
 }
 
@@ -273,10 +273,10 @@ fn kept_json(json: &Value, kind: &str, id: &str) -> Map<String, Value> {
     properties
 }
 
-fn kept_words(written: &str) -> impl Iterator<Item = String> {
+fn kept_words(written: &str) -> Vec<String> {
     let keys = Keys::parse(written, "qom-type");
     let kept = keys.iter().filter(|(key, _)| is_kept_property(key));
-    kept.map(|(key, value)| write(key, value)).collect::<Vec<_>>().into_iter()
+    kept.map(|(key, value)| write(key, value)).collect()
 }
 
 /// A list may be written as `host-nodes=0` or `host-nodes.0=0`.

@@ -35,7 +35,10 @@ pub enum Remedy {
 }
 
 impl Difference {
-    pub(super) fn new(what: String, found: &str, expected: &str, remedy: Remedy) -> Difference {
+    /// Describes what the VM has (`found`) where the command line would make something else
+    /// (`expected`).
+    #[must_use]
+    pub fn new(what: String, found: &str, expected: &str, remedy: Remedy) -> Difference {
         Difference { what, found: found.to_owned(), expected: expected.to_owned(), remedy }
     }
 }

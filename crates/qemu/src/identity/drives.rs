@@ -3,19 +3,14 @@
 //! Files are compared as QEMU's process finds them, so that links, `..` and several names of one
 //! file make no difference.
 
-use std::fs::File;
-use std::os::fd::{AsFd as _, AsRawFd as _};
-use std::os::unix::fs::FileExt as _;
+use std::os::fd::AsFd as _;
 use std::path::{Component, Path, PathBuf};
 
 use super::difference::{Difference, Remedy};
 use crate::command_line::{LineDrive, LineImage};
+use crate::image_format::gives_format;
 use crate::raw_window::RawWindow;
 use crate::vm::{Drive, FileId, Image, OVERLAY_PREFIX, ProcessInfo};
-
-/// The first bytes of files in qcow2, VMDK (two), QED, LUKS, VHDX and VPC.
-const MAGIC_NUMBERS: [&[u8]; 7] =
-    [b"QFI\xfb", b"KDMV", b"COWD", b"QED\0", b"LUKS\xba\xbe", b"vhdxfile", b"conectix"];
 
 /// Compares drives with those of a command line.
 ///
@@ -167,19 +162,6 @@ impl Files<'_> {
         (format!("{} as {}", found.path, found.format), format!("{named} as {format}"))
     }
 
-    /// Tells whether the line gives an image the format that it has in the VM. Without one on the
-    /// line QEMU looks at the first bytes, and takes what it does not know for `raw`.
-    fn has_format(&self, found: &Image, on_line: &LineImage, named: &str) -> bool {
-        match &on_line.format {
-            Some(format) => is_raw(format) && is_raw(&found.format) || *format == found.format,
-            None if is_raw(&found.format) => {
-                let file = self.process.find(Path::new(named)).ok();
-                !file.is_some_and(|file| has_format_of_its_own(&file))
-            }
-            None => true,
-        }
-    }
-
     fn is_same(&self, found: &Image, expected: &LineImage) -> bool {
         let written = expected.path.as_deref();
         let named = written.filter(|path| is_file_path(path));
@@ -189,8 +171,11 @@ impl Files<'_> {
             // URLs are not compared: QEMU writes a URL in its own way, and a command line in any.
             (false, None) => true,
             (true, Some(_)) if found.window != expected.window => false,
-            (true, Some(named)) if !self.has_format(found, expected, named) => false,
-            (true, Some(named)) => self.is_same_file(&found.path, named),
+            (true, Some(named)) => {
+                let find = || self.process.find(Path::new(named)).ok();
+                gives_format(expected.format.as_deref(), &found.format, find)
+                    && self.is_same_file(&found.path, named)
+            }
             _ => false,
         }
     }
@@ -226,21 +211,6 @@ impl Files<'_> {
 fn is_file_path(name: &str) -> bool {
     let first = name.split('/').next().unwrap_or_default();
     !first.contains(':')
-}
-
-/// Tells whether a format means the bytes of the file as they are.
-fn is_raw(format: &str) -> bool {
-    matches!(format, "raw" | "file" | "host_device" | "host_cdrom")
-}
-
-/// Tells whether a file begins as one of a format that QEMU (7.2 to 11.1) finds by itself. The file
-/// may be open without the right to read.
-#[must_use]
-pub fn has_format_of_its_own(file: &File) -> bool {
-    let mut head = [0; 8];
-    let read = File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))
-        .and_then(|file| file.read_at(&mut head, 0));
-    read.is_ok() && MAGIC_NUMBERS.iter().any(|magic| head.starts_with(magic))
 }
 
 #[cfg(test)]

@@ -20,5 +20,4 @@ mod usb;
 
 pub use compare::{Compared, compare};
 pub use difference::{Difference, Remedy};
-pub use drives::has_format_of_its_own;
 pub use parts::{Cpu, Device, MemoryDevice, Parts};

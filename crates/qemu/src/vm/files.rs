@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io;
+use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::Path;
 
@@ -61,6 +62,18 @@ impl ProcessInfo {
         }
     }
 
+    /// Opens what [`ProcessInfo::find`] found for reading, even if its path leads to another file by now.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's error.
+    pub fn open_found(found: &File) -> io::Result<File> {
+        let path = format!("/proc/self/fd/{}", found.as_raw_fd());
+        // It may be a device, and opening one must not block.
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+        Ok(openat(CWD, path, flags, Mode::empty())?.into())
+    }
+
     /// Returns the regular files and the block devices that this process has open.
     ///
     /// # Errors
@@ -88,7 +101,6 @@ mod tests {
 
     fn ourselves() -> ProcessInfo {
         ProcessInfo {
-            started: None,
             pid: std::process::id(),
             executable: PathBuf::new(),
             arguments: Vec::new(),

@@ -23,8 +23,14 @@ pub struct ProcessInfo {
     /// Its current directory, or the one that it left for `-daemonize`, as its environment names
     /// it. Relative paths in its arguments refer to it.
     pub working_directory: PathBuf,
-    /// When it was started; `None` if the kernel does not say.
-    pub started: Option<SystemTime>,
+}
+
+impl ProcessInfo {
+    /// Returns when the process was started, to a second; `None` if the kernel does not say.
+    #[must_use]
+    pub fn started(&self) -> Option<SystemTime> {
+        proc::started(self.pid)
+    }
 }
 
 impl Vm {
@@ -96,7 +102,6 @@ fn info(pid: u32) -> Result<ProcessInfo, VmError> {
         executable: proc::executable(pid).map_err(system("program"))?,
         arguments: proc::arguments(pid).map_err(system("command line"))?,
         working_directory: proc::working_directory(pid).map_err(system("directory"))?,
-        started: proc::started(pid),
     })
 }
 

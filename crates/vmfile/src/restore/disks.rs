@@ -11,11 +11,12 @@ use rustix::fs::{Access, access};
 use serde::Serialize;
 use vmfile_format::manifest::{DiskMeta, VmMeta};
 use vmfile_pages::snapshot::Snapshot;
-use vmfile_qemu::{CommandLine, Drive, LineDrive, Medium, has_format_of_its_own};
+use vmfile_qemu::image_format::gives_format;
+use vmfile_qemu::{CommandLine, Drive, LineDrive, Medium};
 
 use super::RestoreOptions;
 use super::changed_images;
-use crate::image_path::{is_file, is_raw, is_same_file, is_same_format};
+use crate::image_path::{is_file, is_same_file};
 use crate::restore_error::RestoreError;
 use crate::save::overlay_names;
 
@@ -163,16 +164,10 @@ fn is_place(disk: &DiskMeta, drive: &LineDrive) -> bool {
     drive.is_named(&disk.device, None) || drive.is_named("", Some(&disk.device))
 }
 
-/// Tells whether the line gives the drive's image the format that it had. Without one on the line
-/// QEMU looks into the image.
+/// Tells whether the line gives the drive's image the format that it had.
 fn has_format(place: &LineDrive, disk: &DiskMeta, image: &Path) -> bool {
-    match place.images.first().and_then(|image| image.format.as_ref()) {
-        Some(format) => is_same_format(format, &disk.format),
-        None => {
-            let file = File::open(image);
-            !is_raw(&disk.format) || !file.is_ok_and(|file| has_format_of_its_own(&file))
-        }
-    }
+    let on_line = place.images.first().and_then(|image| image.format.as_deref());
+    gives_format(on_line, &disk.format, || File::open(image).ok())
 }
 
 /// Tells whether a QEMU that is started with the line can write to the drive's image if and only if

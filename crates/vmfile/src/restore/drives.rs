@@ -3,10 +3,11 @@
 use std::path::Path;
 
 use vmfile_format::manifest::{DiskMeta, VmMeta};
+use vmfile_qemu::image_format::is_same_format;
 use vmfile_qemu::{Drive, Image, IoLimits, Vm, VmError};
 
 use super::RestoredDisk;
-use crate::image_path::{is_file, is_same_file, is_same_format};
+use crate::image_path::{is_file, is_same_file};
 use crate::restore_error::{Mismatch, RestoreError};
 
 /// Compares the drives of a QEMU that was started with the saved command line with those in the

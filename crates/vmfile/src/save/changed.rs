@@ -29,8 +29,9 @@ pub(super) fn compare(
         if let Ok(line) = CommandLine::new(words.iter().cloned()) {
             let process = vm.process()?;
             let compared = identity::compare(vm, (&parts, drives), &line, &process)?;
-            meta.changes = compared.differences.into_iter().map(note).collect();
-            meta.changes.extend(config_files::changed(&process));
+            let differences = compared.differences.into_iter();
+            let differences = differences.chain(config_files::changed(&process));
+            meta.changes = differences.map(note).collect();
             notes = compared.notes;
         }
     }

@@ -102,6 +102,13 @@ fn command_line(vm: &mut Vm, process: &ProcessInfo) -> Result<Vec<String>, SaveE
 
 /// Returns arguments as text.
 fn texts(arguments: &[OsString]) -> Result<Vec<String>, SaveError> {
-    let text = |argument: &OsString| argument.to_str().map(str::to_owned);
-    arguments.iter().map(text).collect::<Option<_>>().ok_or(SaveError::CommandLine)
+    let mut words: Vec<String> = Vec::new();
+    for argument in arguments {
+        let Some(word) = argument.to_str() else {
+            let word = argument.to_string_lossy().into_owned();
+            return Err(SaveError::NotText { word, before: words.pop().unwrap_or_default() });
+        };
+        words.push(word.to_owned());
+    }
+    Ok(words)
 }
