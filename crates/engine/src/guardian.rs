@@ -103,7 +103,7 @@ impl Guardian {
     ///
     /// Returns the kernel's error: `EPIPE` if the guardian has ended, and
     /// [`io::ErrorKind::InvalidInput`] for a will that is too long.
-    pub fn entrust(&self, will: &Will) -> io::Result<()> {
+    pub fn replace_will(&self, will: &Will) -> io::Result<()> {
         if will.bytes().len() > WILL_LEN_MAX {
             return Err(io::ErrorKind::InvalidInput.into());
         }
@@ -116,7 +116,7 @@ impl Guardian {
     ///
     /// # Errors
     ///
-    /// As for [`Guardian::entrust`].
+    /// As for [`Guardian::replace_will`].
     pub fn keep_open(&self, connection: BorrowedFd<'_>) -> io::Result<()> {
         self.send_with(CONNECTION, connection)
     }
@@ -125,7 +125,7 @@ impl Guardian {
     ///
     /// # Errors
     ///
-    /// As for [`Guardian::entrust`].
+    /// As for [`Guardian::replace_will`].
     pub fn keep_listening(&self, listener: BorrowedFd<'_>) -> io::Result<()> {
         self.send_with(LISTENER, listener)
     }

@@ -14,15 +14,15 @@ pub fn page_hash(page: &[u8]) -> u128 {
 
 /// An XXH3-128 hash of bytes that arrive in pieces.
 #[derive(Clone)]
-pub struct PageHasher {
+pub struct RunningHash {
     hasher: XxHash3_128,
 }
 
-impl PageHasher {
+impl RunningHash {
     /// Starts a hash, with the seed 0.
     #[must_use]
-    pub fn new() -> PageHasher {
-        PageHasher { hasher: XxHash3_128::new() }
+    pub fn new() -> RunningHash {
+        RunningHash { hasher: XxHash3_128::new() }
     }
 
     /// Adds `bytes` at the end.
@@ -37,15 +37,15 @@ impl PageHasher {
     }
 }
 
-impl Default for PageHasher {
-    fn default() -> PageHasher {
-        PageHasher::new()
+impl Default for RunningHash {
+    fn default() -> RunningHash {
+        RunningHash::new()
     }
 }
 
-impl fmt::Debug for PageHasher {
+impl fmt::Debug for RunningHash {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("PageHasher").finish_non_exhaustive()
+        f.debug_struct("RunningHash").finish_non_exhaustive()
     }
 }
 
@@ -62,7 +62,7 @@ mod tests {
     #[test]
     fn pieces_hash_as_the_whole() {
         let bytes: Vec<u8> = (0..10_000_u32).map(|i| i.to_le_bytes()[0] ^ 0x5a).collect();
-        let mut hasher = PageHasher::new();
+        let mut hasher = RunningHash::new();
         for piece in bytes.chunks(777) {
             hasher.write(piece);
         }

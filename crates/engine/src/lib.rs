@@ -71,13 +71,13 @@ pub use extents::{
     DataSeeker, FileSystem, data_ranges, file_system, hugetlb_allocated_bytes, punch_hole,
 };
 pub use guardian::{Guardian, Step, Will};
-pub use hash::{PageHasher, page_hash};
+pub use hash::{RunningHash, page_hash};
 pub use inherited::inherited;
 pub use locks::is_locked;
 pub use maps::{Device, Mapping, Permissions};
 pub use probe::{KernelProbe, Support};
 pub use process_memory::{Access, Backing, BackingError, BackingFile, Fault, ProcessMemory};
-pub use publish::{Durable, Existing, PublishError, Unpublished, UserOf, available_space};
+pub use publish::{Durable, Existing, FindUser, PublishError, Unpublished, available_space};
 pub use residency::{begin_reading, drop_cached, resident_bytes};
 pub use storage::Storage;
 pub use transfer::{Completion, Direction, Memory, Transfer};

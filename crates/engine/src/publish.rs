@@ -38,7 +38,7 @@ pub enum Existing {
 }
 
 /// Says what uses the file at a path, as a text for an error; `None` if the file may lose its name.
-pub type UserOf = Box<dyn Fn(&Path, &Metadata) -> Option<String> + Send + Sync>;
+pub type FindUser = Box<dyn Fn(&Path, &Metadata) -> Option<String> + Send + Sync>;
 
 /// A file that has no name yet, or only a temporary one.
 ///
@@ -50,7 +50,7 @@ pub struct Unpublished {
     path: PathBuf,
     name: OsString,
     existing: Existing,
-    user_of: Option<UserOf>,
+    find_user: Option<FindUser>,
     /// The name to remove if the file is not published.
     temporary: Option<OsString>,
 }
@@ -66,7 +66,7 @@ impl Unpublished {
         Unpublished::create(path, existing, CreateAs::NamelessIfPossible)
     }
 
-    /// Does the same, unless the name leads to a file that is in use: one for which `user_of`
+    /// Does the same, unless the name leads to a file that is in use: one for which `find_user`
     /// returns a user, or that another program has locked. Both are checked now, and again at the
     /// moment of naming, if the path leads to a file, also by a symbolic link.
     ///
@@ -77,11 +77,11 @@ impl Unpublished {
     pub fn create_unless_used(
         path: &Path,
         existing: Existing,
-        user_of: UserOf,
+        find_user: FindUser,
     ) -> Result<Unpublished, PublishError> {
-        refuse_if_used(path, &user_of)?;
+        refuse_if_used(path, &find_user)?;
         let mut unpublished = Unpublished::create_beside(path, existing)?;
-        unpublished.user_of = Some(user_of);
+        unpublished.find_user = Some(find_user);
         Ok(unpublished)
     }
 
@@ -117,7 +117,7 @@ impl Unpublished {
             path: path.into(),
             name: name.into(),
             existing,
-            user_of: None,
+            find_user: None,
             temporary,
         };
         // The umask may have taken bits away.
@@ -217,8 +217,8 @@ impl Durable {
         // Everything else that can fail comes before the naming.
         let file = unpublished.file.try_clone();
         let file = file.map_err(|error| PublishError::io(&path, "duplicate", error))?;
-        if let Some(user_of) = &unpublished.user_of {
-            refuse_if_used(&path, user_of)?;
+        if let Some(find_user) = &unpublished.find_user {
+            refuse_if_used(&path, find_user)?;
         }
         let named = match unpublished.existing {
             Existing::Refuse => unpublished.name_if_free(),
@@ -312,10 +312,10 @@ fn refuse_if_taken(
 }
 
 /// Refuses a name that leads to a file which is in use.
-fn refuse_if_used(path: &Path, user_of: &UserOf) -> Result<(), PublishError> {
+fn refuse_if_used(path: &Path, find_user: &FindUser) -> Result<(), PublishError> {
     // If this fails, creating or naming the file reports what is wrong.
     let Ok(metadata) = fs::metadata(path) else { return Ok(()) };
-    let user = user_of(path, &metadata).or_else(|| {
+    let user = find_user(path, &metadata).or_else(|| {
         let words = "another program has locked it";
         is_locked_file(path, &metadata).then(|| words.to_owned())
     });

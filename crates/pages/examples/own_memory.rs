@@ -1,4 +1,5 @@
-//! Saves the memory of this process to a file, checks the file, and loads it again: no QEMU is needed.
+//! Saves the memory of this process to a file, checks the file, and loads it again: no QEMU is
+//! needed.
 //!
 //! ```text
 //! cargo run --release -p vmfile-pages --example own_memory -- FILE [MIB]
@@ -37,7 +38,8 @@ fn main() -> Result<(), Box<dyn Error>> {
 pub(crate) fn run(path: &Path, len: usize) -> Result<(), Box<dyn Error>> {
     let memory = guest_memory(len);
 
-    // The same memory by two ways: as a slice, and as that of a process, which happens to be this one.
+    // The same memory by two ways: as a slice, and as that of a process, which happens to be this
+    // one.
     save_and_check(path, &OwnMemory::new(vec![&memory]), memory.len())?;
     fs::remove_file(path)?;
     let address = memory.as_ptr().addr() as u64;

@@ -18,8 +18,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     run(&PathBuf::from(path)).map(drop)
 }
 
-/// Prints the blocks of the file at `path`, with the first page of each that has data; returns how many
-/// pages have data.
+/// Prints the blocks of the file at `path`, with the first page of each that has data; returns how
+/// many pages have data.
 ///
 /// # Errors
 ///

@@ -34,7 +34,8 @@ const FINDINGS_MAX: usize = 1000;
 #[derive(Clone, Debug, Setters)]
 #[non_exhaustive]
 pub struct CheckOptions {
-    /// Whether pages are read past the page cache. `Preferred` uses the cache if most of the file is in it.
+    /// Whether pages are read past the page cache. `Preferred` uses the cache if most of the file
+    /// is in it.
     pub direct_io: DirectIo,
     /// What moves the bytes: `io_uring`, or threads.
     pub io: Backend,
@@ -163,15 +164,16 @@ pub fn check(
 ///
 /// # Errors
 ///
-/// Returns [`SnapshotError::DamagedPage`] in [`PagesError::Snapshot`] for a page that is not what was
-/// written, as soon as one is found; otherwise [`PagesError`] if the pages cannot be read.
+/// Returns [`SnapshotError::DamagedPage`] in [`PagesError::Snapshot`] for a page that is not what
+/// was written, as soon as one is found; otherwise [`PagesError`] if the pages cannot be read.
 pub fn verify_pages(
     snapshot: &Snapshot,
     options: &CheckOptions,
     control: &Control<'_>,
 ) -> Result<(), PagesError> {
     let Some(manifest) = snapshot.manifest() else { return Ok(()) };
-    // The findings are discarded: they concern the bitmaps, which the caller verifies by their checksums.
+    // The findings are discarded: they concern the bitmaps, which the caller verifies by their
+    // checksums.
     let pages = PageCheck::new(snapshot, manifest, options, control, &mut Findings::default())?;
     pages.read(|checked, window, read| {
         pages.verify(window, read.map_err(PagesError::reading("the pages"))?, checked)?;
@@ -407,7 +409,8 @@ impl<'a> PageCheck<'a> {
         Ok(())
     }
 
-    /// Reads a window again page by page, after a read error, to find the pages that cannot be read.
+    /// Reads a window again page by page, after a read error, to find the pages that cannot be
+    /// read.
     fn verify_one_by_one(
         &self,
         window: &Window,
@@ -442,8 +445,8 @@ impl MorePlaces for PageCheck<'_> {
     }
 
     fn to_read(&self, block: usize, window: &Range<u64>) -> io::Result<Option<Range<u64>>> {
-        // To the end of the window: a hole costs nothing to read, but to find where the next one begins the
-        // kernel would search all data that follows.
+        // To the end of the window: a hole costs nothing to read, but to find where the next one
+        // begins the kernel would search all data that follows.
         let first = self.first(block, window)?;
         let page_len = self.place(block).page_len;
         Ok(first.map(|first| first - first % page_len..window.end))

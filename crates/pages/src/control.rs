@@ -20,8 +20,8 @@ pub struct Control<'a> {
 }
 
 impl<'a> Control<'a> {
-    /// Returns a control. Once `stop` is set, the verb ends at its next step and leaves everything as it
-    /// was before. Several threads call `progress` from time to time.
+    /// Returns a control. Once `stop` is set, the verb ends at its next step and leaves everything
+    /// as it was before. Several threads call `progress` from time to time.
     pub fn new(stop: &'a Arc<AtomicBool>, progress: &'a (dyn Fn(Progress) + Sync)) -> Control<'a> {
         Control { stop, progress }
     }

@@ -1,7 +1,7 @@
 //! A file in the making: where everything goes, and the parts around RAM.
 //!
-//! The caller writes the pages. This module writes everything before, between and after them, once the
-//! caller knows which pages have data.
+//! The caller writes the pages. This module writes everything before, between and after them, once
+//! the caller knows which pages have data.
 
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
@@ -29,8 +29,8 @@ pub struct Draft {
     file: DataFile,
 }
 
-/// A complete file that is on the disk, was read back, and has no name yet. If it is dropped, nothing is
-/// left of it.
+/// A complete file that is on the disk, was read back, and has no name yet. If it is dropped,
+/// nothing is left of it.
 #[derive(Debug)]
 pub struct Proven {
     durable: Durable,
@@ -91,8 +91,8 @@ impl Draft {
     ///
     /// # Errors
     ///
-    /// Returns [`PagesError`] if the file cannot be opened once more, or if direct I/O is required and the
-    /// file system has none.
+    /// Returns [`PagesError`] if the file cannot be opened once more, or if direct I/O is required
+    /// and the file system has none.
     pub fn new(unpublished: Unpublished, direct_io: DirectIo) -> Result<Draft, PagesError> {
         let open = PagesError::writing("the new file");
         let file = unpublished.file().try_clone().map_err(&open)?;
@@ -105,8 +105,8 @@ impl Draft {
         &self.file
     }
 
-    /// Sets the file's length up to the metadata, because writes that extend a file wait for one another
-    /// (ext4, XFS).
+    /// Sets the file's length up to the metadata, because writes that extend a file wait for one
+    /// another (ext4, XFS).
     ///
     /// # Errors
     ///
@@ -195,7 +195,8 @@ impl Draft {
         Snapshot::from_file(path, file, 0)
     }
 
-    /// Makes the file durable and reads it back: from the disk, if it was written past the page cache.
+    /// Makes the file durable and reads it back: from the disk, if it was written past the page
+    /// cache.
     ///
     /// # Errors
     ///

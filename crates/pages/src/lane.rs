@@ -1,7 +1,7 @@
 //! A worker's queue of transfers to the disk, and the buffers they use.
 //!
-//! Each worker has one lane. A lane reaps completions when its queue is full or all its buffers are in
-//! use, so a worker never waits for a buffer that only itself could free.
+//! Each worker has one lane. A lane reaps completions when its queue is full or all its buffers are
+//! in use, so a worker never waits for a buffer that only itself could free.
 
 use std::io;
 use std::sync::{Mutex, PoisonError};
@@ -13,8 +13,8 @@ use vmfile_engine::{
 
 use crate::plan::{Units, WINDOW_LEN};
 
-/// Length of the buffers of all lanes of one verb together: enough to keep a fast disk busy, and half of
-/// the 64 MiB of memory that vmfile may use. Each lane has one buffer on top.
+/// Length of the buffers of all lanes of one verb together: enough to keep a fast disk busy, and
+/// half of the 64 MiB of memory that vmfile may use. Each lane has one buffer on top.
 const BUFFERS_LEN: usize = 32 << 20;
 
 /// Length of each buffer: one window.
@@ -33,8 +33,8 @@ pub struct Lane {
 
 /// Threads that wait for work, each with a lane of its own to a file.
 ///
-/// Everything that the kernel could refuse is already there: threads, rings, and buffers whose memory was
-/// touched.
+/// Everything that the kernel could refuse is already there: threads, rings, and buffers whose
+/// memory was touched.
 #[derive(Debug)]
 pub struct Workers {
     crew: Crew,
@@ -76,8 +76,8 @@ impl Workers {
         &self.backend
     }
 
-    /// Runs `work` in each thread, with the thread's number, from 0, and its lane. Waits for all threads and
-    /// returns their results.
+    /// Runs `work` in each thread, with the thread's number, from 0, and its lane. Waits for all
+    /// threads and returns their results.
     ///
     /// # Errors
     ///
@@ -98,13 +98,14 @@ impl Workers {
         Ok(results.into_iter().map(result).collect())
     }
 
-    /// Runs `part` in each thread, with its lane: a loop that takes from `units` until none are left. Waits
-    /// for all threads; returns their results and the back end. If one fails or panics, no thread gets
-    /// another unit.
+    /// Runs `part` in each thread, with its lane: a loop that takes from `units` until none are
+    /// left. Waits for all threads; returns their results and the back end. If one fails or panics,
+    /// no thread gets another unit.
     ///
     /// # Errors
     ///
-    /// Returns the first error of `part`, or what `failed` makes of the error that a thread panicked.
+    /// Returns the first error of `part`, or what `failed` makes of the error that a thread
+    /// panicked.
     pub(crate) fn drive<T: Send, E: Send>(
         self,
         units: &Units,
@@ -134,7 +135,8 @@ impl Lane {
     fn open(file: &DataFile, backend: Backend, lanes: usize) -> io::Result<(Lane, BackendInUse)> {
         let buffers = (BUFFERS_LEN / WINDOW / lanes.max(1)).max(1);
         let opened = open_storage(file, backend, DEPTH)?;
-        // Several transfers may share a buffer; one buffer is being filled while others are in flight.
+        // Several transfers may share a buffer; one buffer is being filled while others are in
+        // flight.
         let pool = BufferPool::new(buffers + 1, WINDOW, 4096)?;
         let lane = Lane { storage: opened.storage, pool };
         Ok((lane, opened.backend))

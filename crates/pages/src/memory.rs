@@ -10,16 +10,17 @@ use crate::plan::{WINDOW_LEN, pieces};
 
 /// RAM that pages are taken from, in blocks that are counted from 0.
 ///
-/// The memory must not change while pages are taken. A page that changes still gets the right hash, because
-/// the copy made by [`PageSource::read`] is what is hashed and written; but the pages of a file are then not
-/// all of the same moment.
+/// The memory must not change while pages are taken. A page that changes still gets the right hash,
+/// because the copy made by [`PageSource::read`] is what is hashed and written; but the pages of a
+/// file are then not all of the same moment.
 ///
-/// Ranges are bytes of a block. Several threads call these functions at the same time, for different ranges.
+/// Ranges are bytes of a block. Several threads call these functions at the same time, for
+/// different ranges.
 pub trait PageSource: Sync {
     /// Returns the first byte of `range` that may be other than zero; all before it is zero.
     ///
-    /// By default that is the first byte of the range. A source that can tell without reading the bytes, e.g.
-    /// from the kernel's page tables, saves that work.
+    /// By default that is the first byte of the range. A source that can tell without reading the
+    /// bytes, e.g. from the kernel's page tables, saves that work.
     ///
     /// # Errors
     ///
@@ -37,12 +38,13 @@ pub trait PageSource: Sync {
     fn read(&self, block: usize, range: &Range<u64>, into: &mut [u8]) -> io::Result<bool>;
 }
 
-/// RAM that pages are loaded into. The loader first asks where it already holds bytes, and overwrites
-/// them with zeros where the file has a zero page.
+/// RAM that pages are loaded into. The loader first asks where it already holds bytes, and
+/// overwrites them with zeros where the file has a zero page.
 pub trait PageSink: PageSource {
     /// Returns the parts of `range`, [`WINDOW_LEN`] bytes at most, that may be other than zero.
     ///
-    /// By default that is the whole range. A sink that is known to be zero saves the loader the writing of zeros.
+    /// By default that is the whole range. A sink that is known to be zero saves the loader the
+    /// writing of zeros.
     ///
     /// # Errors
     ///
@@ -51,7 +53,8 @@ pub trait PageSink: PageSource {
         Ok(vec![range.clone()])
     }
 
-    /// Copies `parts` of `bytes` into the block: the first byte of `bytes` belongs to the block's byte
+    /// Copies `parts` of `bytes` into the block: the first byte of `bytes` belongs to the block's
+    /// byte
     /// `start`. All of them lie between two multiples of [`WINDOW_LEN`].
     ///
     /// # Errors

@@ -55,10 +55,11 @@ pub struct Contents<'a> {
 }
 
 impl<'a> Contents<'a> {
-    /// Takes the name of the VMM and its kind of machine, the blocks of RAM, and the device state: at
-    /// least one part, each a name and bytes of the caller's choice.
+    /// Takes the name of the VMM and its kind of machine, the blocks of RAM, and the device state:
+    /// at least one part, each a name and bytes of the caller's choice.
     ///
-    /// Choose a name that no machine type of QEMU has: then no QEMU loads the file as one of its own.
+    /// Choose a name that no machine type of QEMU has: then no QEMU loads the file as one of its
+    /// own.
     #[must_use]
     pub fn new(machine: &'a str, ram: RamLayout, state: &'a [(&'a str, &'a [u8])]) -> Contents<'a> {
         Contents { machine, ram, state }
@@ -81,8 +82,8 @@ pub struct SavedMemory {
 
 /// Saves `contents`, whose RAM `source` provides, to a new file at `path`.
 ///
-/// When this returns, the file is on the disk, was read back, and has its name. If it fails, there is no
-/// file.
+/// When this returns, the file is on the disk, was read back, and has its name. If it fails, there
+/// is no file.
 ///
 /// # Errors
 ///
@@ -118,13 +119,13 @@ pub fn save(
     })
 }
 
-/// Loads all blocks of `snapshot` into `sink`, whose blocks have the same order and lengths. Every page is
-/// compared with its hash before it is copied. Returns how many bytes were read.
+/// Loads all blocks of `snapshot` into `sink`, whose blocks have the same order and lengths. Every
+/// page is compared with its hash before it is copied. Returns how many bytes were read.
 ///
 /// # Errors
 ///
-/// Returns [`PagesError`] if a part of the file or a page is not what was written, or cannot be read. The
-/// memory then holds some of the pages.
+/// Returns [`PagesError`] if a part of the file or a page is not what was written, or cannot be
+/// read. The memory then holds some of the pages.
 pub fn load(
     snapshot: &Snapshot,
     sink: &dyn PageSink,

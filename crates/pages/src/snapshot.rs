@@ -8,7 +8,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
-use vmfile_engine::{PageHasher, begin_reading};
+use vmfile_engine::{RunningHash, begin_reading};
 use vmfile_format::limits::FILE_LEN_MAX;
 use vmfile_format::manifest::{ExtentMeta, FOOTER_LEN, Footer, Meta};
 use vmfile_format::mapped_ram::{MARK, MappedRamFile, PlacedBlock};
@@ -241,7 +241,7 @@ impl Snapshot {
     pub fn checksum(&self, extent: &ExtentMeta) -> Result<u128, SnapshotError> {
         /// A length in bytes that fits into a processor's cache.
         const PIECE_LEN: u64 = 256 << 10;
-        let mut hasher = PageHasher::new();
+        let mut hasher = RunningHash::new();
         let mut buffer = vec![0; in_memory(extent.bytes.min(PIECE_LEN))];
         for piece in pieces(extent.offset..extent.offset + extent.bytes, PIECE_LEN) {
             let bytes = &mut buffer[..in_memory(piece.end - piece.start)];

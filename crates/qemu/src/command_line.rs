@@ -281,7 +281,8 @@ impl CommandLine {
     /// Returns the files other than images that QEMU reads at its start, as written, each with its
     /// option: the kernel and what comes with it, and the contents of `-fw_cfg`.
     ///
-    /// Firmware and option ROMs are not among them: QEMU looks for those in its own directories too.
+    /// Firmware and option ROMs are not among them: QEMU looks for those in its own directories
+    /// too.
     #[must_use]
     pub fn input_files(&self) -> Vec<(String, PathBuf)> {
         input_files::input_files(self)

@@ -5,8 +5,8 @@ use std::io::Read as _;
 
 use crate::vm::ProcessInfo;
 
-/// Drivers of files of this host. QEMU reports one of them as the format of an image that has no node
-/// of a format.
+/// Drivers of files of this host. QEMU reports one of them as the format of an image that has no
+/// node of a format.
 pub(crate) const FILE_DRIVERS: [&str; 3] = ["file", "host_device", "host_cdrom"];
 
 /// The first bytes of files in qcow2, VMDK (two), QED, LUKS, VHDX and VPC.
@@ -24,9 +24,9 @@ pub fn is_same_format(a: &str, b: &str) -> bool {
     raw_of(a) == raw_of(b)
 }
 
-/// Tells whether QEMU gives an image `format` if its command line says `on_line`. If that says none,
-/// QEMU (7.2 to 11.1) looks at the first bytes and takes what it does not know for `raw`. `find`
-/// returns the image as [`ProcessInfo::find`] does; `None` if there is none.
+/// Tells whether QEMU gives an image `format` if its command line says `on_line`. If that says
+/// none, QEMU (7.2 to 11.1) looks at the first bytes and takes what it does not know for `raw`.
+/// `find` returns the image as [`ProcessInfo::find`] does; `None` if there is none.
 #[must_use]
 pub fn gives_format(
     on_line: Option<&str>,

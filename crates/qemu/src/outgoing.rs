@@ -480,7 +480,8 @@ impl Vm {
             let outgoing = outgoing(&answer);
             match outgoing {
                 Outgoing::Active => {}
-                // All pages are written: the threads are idle, and stay so until QEMU switches over.
+                // All pages are written: the threads are idle, and stay so until QEMU switches
+                // over.
                 Outgoing::Held => return self.cancel_sending(timeout),
                 _ => return self.settle(deadline).map(|()| outgoing),
             }

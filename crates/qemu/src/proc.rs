@@ -67,8 +67,8 @@ fn environment_of(pid: u32, name: &str) -> Option<OsString> {
     Some(OsStr::from_bytes(value).to_owned())
 }
 
-/// Returns when a process was started. The kernel says when it booted in whole seconds only, so that
-/// this may be up to a second too early.
+/// Returns when a process was started. The kernel says when it booted in whole seconds only, so
+/// that this may be up to a second too early.
 pub(crate) fn started(pid: u32) -> Option<SystemTime> {
     let ticks = started_at_ticks(pid).ok()?;
     let since_boot = Duration::from_millis(ticks.checked_mul(1000 / TICKS_PER_SECOND)?);
@@ -97,8 +97,8 @@ pub(crate) fn is_started_as_monitor(pid: u32, socket: &Path) -> bool {
     })
 }
 
-/// Returns what `/proc/PID/stat` says of a process from field 3 on, its state. The name of the program
-/// stands before that in parentheses, and may contain some itself.
+/// Returns what `/proc/PID/stat` says of a process from field 3 on, its state. The name of the
+/// program stands before that in parentheses, and may contain some itself.
 fn stat(pid: u32) -> io::Result<String> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
     let rest = stat.rsplit_once(") ").map(|(_, rest)| rest.to_owned());

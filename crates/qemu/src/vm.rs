@@ -256,7 +256,7 @@ impl Vm {
     ///
     /// As for [`Vm::take_back_disks`] and [`Vm::cont`]; [`VmError::WrongState`] if the guest is
     /// still stopped as before.
-    pub fn let_run(&mut self) -> Result<(), VmError> {
+    pub fn resume_and_check(&mut self) -> Result<(), VmError> {
         if self.has_released_disks {
             self.take_back_disks()?;
         }

@@ -31,7 +31,7 @@ use vmfile_pages::control::{Control, Progress};
 use vmfile_pages::lane::{Lane, on_lanes};
 
 use crate::channels::Channels;
-use crate::contents::{Contents, Window};
+use crate::contents::{StreamContents, Window};
 use crate::error::{SendError, reading};
 use crate::outlet::Outlet;
 use crate::pages_in_order::PagesInOrder;
@@ -46,7 +46,7 @@ use crate::stream_writer::{COUNTED_PARTS, Parts, Source, StreamWriter};
 ///
 /// Returns the error of the connection that failed first.
 pub fn write_channels(
-    contents: &Contents<'_>,
+    contents: &StreamContents<'_>,
     source: &Source,
     connect: &dyn Fn() -> Result<OwnedFd, SendError>,
     (channels, parts): (Channels, Parts),
@@ -96,7 +96,7 @@ pub fn write_channels(
 }
 
 /// Returns the VM's uuid, by which QEMU knows its channels; zeros if it has none.
-fn uuid(contents: &Contents<'_>) -> [u8; 16] {
+fn uuid(contents: &StreamContents<'_>) -> [u8; 16] {
     let manifest = contents.snapshot.manifest();
     let text = manifest.and_then(|manifest| manifest.meta.vm.uuid.as_deref());
     let known = text.and_then(parse_uuid).or(contents.configuration().uuid);
@@ -119,7 +119,7 @@ fn zero_pages<'w, 'o>(mut stream: StreamWriter<'w, 'o>) -> Result<StreamWriter<'
 
 /// What all channels share.
 struct Senders<'a, I> {
-    contents: &'a Contents<'a>,
+    contents: &'a StreamContents<'a>,
     ram: RamLayout,
     outlets: Mutex<Vec<Outlet<'a>>>,
     windows: Mutex<I>,
@@ -132,7 +132,7 @@ struct Senders<'a, I> {
 
 impl<'a> Senders<'a, ()> {
     fn new(
-        contents: &'a Contents<'a>,
+        contents: &'a StreamContents<'a>,
         outlets: Vec<Outlet<'a>>,
         control: &'a Control<'a>,
     ) -> Senders<'a, impl Iterator<Item = Window> + Send + use<'a>> {

@@ -33,7 +33,7 @@ pub enum Pages {
 
 /// What a stream contains.
 #[derive(Debug)]
-pub struct Contents<'a> {
+pub struct StreamContents<'a> {
     /// The file.
     pub snapshot: &'a Snapshot,
     /// The blocks of which pages are sent, in the order of the file.
@@ -60,7 +60,7 @@ pub struct BlockContents<'a> {
 /// Pages that are sent together, at most a window of one block.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Window {
-    /// The place of the block in [`Contents::blocks`].
+    /// The place of the block in [`StreamContents::blocks`].
     pub block: usize,
     /// The pages; those without data are sent as zero pages, or not at all.
     pub pages: PageRange,
@@ -75,7 +75,7 @@ impl Window {
     }
 }
 
-impl<'a> Contents<'a> {
+impl<'a> StreamContents<'a> {
     /// Collects what is sent of `snapshot`: all device state, and of each block the pages that
     /// `pages` selects.
     ///
@@ -85,7 +85,7 @@ impl<'a> Contents<'a> {
     pub fn new(
         snapshot: &'a Snapshot,
         pages: impl Fn(&RamBlock) -> Pages,
-    ) -> Result<Contents<'a>, SnapshotError> {
+    ) -> Result<StreamContents<'a>, SnapshotError> {
         let structure = snapshot.structure();
         let mut blocks = Vec::new();
         for (index, placed) in structure.blocks.iter().enumerate() {
@@ -105,7 +105,7 @@ impl<'a> Contents<'a> {
             }
             None => encoder::vm_description(&mut description),
         }
-        Ok(Contents { snapshot, blocks, devices, description })
+        Ok(StreamContents { snapshot, blocks, devices, description })
     }
 
     /// Returns the configuration of a plain stream: no capability.

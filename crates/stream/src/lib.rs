@@ -5,7 +5,7 @@
 //! page to its place in a [`Draft`](vmfile_pages::draft::Draft). A page that QEMU sends again
 //! overwrites the earlier one.
 //!
-//! Out: [`Contents`](contents::Contents) says which pages of an open file are sent;
+//! Out: [`StreamContents`](contents::StreamContents) says which pages of an open file are sent;
 //! [`write_stream`](stream_writer::write_stream) reads them ahead, compares each with its hash, and
 //! writes a stream that any QEMU takes; [`write_channels`](channel_writer::write_channels) sends
 //! the pages by multifd channels beside it.
@@ -17,7 +17,7 @@
 //! # use vmfile_pages::memory_file::{self, FileOptions, save};
 //! # use vmfile_pages::{OwnMemory, PageSize, RamBlock, RamLayout};
 //! use vmfile_pages::{Backend, Control, DataFile, DirectIo, Snapshot};
-//! use vmfile_stream::contents::{Contents, Pages};
+//! use vmfile_stream::contents::{StreamContents, Pages};
 //! use vmfile_stream::outlet::Outlet;
 //! use vmfile_stream::stream_writer::{Source, write_stream};
 //!
@@ -30,7 +30,7 @@
 //! # save(&path, saved, &memory, &options, &Control::none())?;
 //! // A file with every page at a fixed place, as a stream into a socket.
 //! let snapshot = Snapshot::open(&path, 0)?;
-//! let contents = Contents::new(&snapshot, |_| Pages::All)?;
+//! let contents = StreamContents::new(&snapshot, |_| Pages::All)?;
 //! let (ours, mut theirs) = UnixStream::pair()?;
 //! let not_stopped = || false;
 //! let mut outlet = Outlet::new(ours.into(), &not_stopped)?;

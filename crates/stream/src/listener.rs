@@ -124,7 +124,7 @@ impl SocketPlace {
         let bound = Listener::bind(&path).and_then(|mut listener| {
             listener.path_of_sender = Path::new("/tmp").join(&self.name).join(SOCKET);
             listener.directory = Some((parent.into(), self.name));
-            if let Some(uid) = self.sender.and_then(user_of) {
+            if let Some(uid) = self.sender.and_then(find_user) {
                 hand_over(&path, uid).map_err(error)?;
                 hand_over(&directory, uid).map_err(error)?;
             }
@@ -165,7 +165,7 @@ fn root_of(pid: u32) -> PathBuf {
 }
 
 /// Returns the user that a process runs as; `None` if `/proc` does not tell.
-fn user_of(pid: u32) -> Option<u32> {
+fn find_user(pid: u32) -> Option<u32> {
     Some(fs::metadata(format!("/proc/{pid}")).ok()?.uid())
 }
 

@@ -8,13 +8,13 @@ use vmfile_pages::lane::Lane;
 use vmfile_pages::page_hashes::PageHashes;
 use vmfile_pages::snapshot::SnapshotError;
 
-use crate::contents::{Contents, Window};
+use crate::contents::{StreamContents, Window};
 use crate::error::{SendError, reading};
 
 /// Reads windows, several in flight, and returns them in their order. Each page is compared with
 /// its hash first.
 pub(crate) struct PagesInOrder<'a, I> {
-    contents: &'a Contents<'a>,
+    contents: &'a StreamContents<'a>,
     hashes: PageHashes<'a>,
     lane: Lane,
     /// The windows that are still to be read.
@@ -41,7 +41,11 @@ impl AsRef<[u8]> for Read {
 
 impl<'a, I: Iterator<Item = Window>> PagesInOrder<'a, I> {
     /// Returns a reader of those of `windows` that have data.
-    pub(crate) fn new(contents: &'a Contents<'a>, lane: Lane, windows: I) -> PagesInOrder<'a, I> {
+    pub(crate) fn new(
+        contents: &'a StreamContents<'a>,
+        lane: Lane,
+        windows: I,
+    ) -> PagesInOrder<'a, I> {
         let (underway, early) = (VecDeque::new(), BTreeMap::new());
         let hashes = PageHashes::new(contents.snapshot);
         PagesInOrder { contents, hashes, lane, ahead: windows, underway, taken: 0, early }

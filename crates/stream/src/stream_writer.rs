@@ -20,7 +20,7 @@ use vmfile_pages::lane::{Lane, on_lanes};
 use vmfile_pages::page_hashes::PageHashes;
 use vmfile_pages::plan::UNIT_LEN;
 
-use crate::contents::{Contents, Window};
+use crate::contents::{StreamContents, Window};
 use crate::error::{SendError, reading};
 use crate::outlet::Outlet;
 use crate::pages_in_order::PagesInOrder;
@@ -41,7 +41,7 @@ pub struct Source {
 /// Returns [`SendError`] if the file cannot be read or is damaged, if the reader of the stream has
 /// gone, or if the caller stopped it.
 pub fn write_stream(
-    contents: &Contents<'_>,
+    contents: &StreamContents<'_>,
     source: &Source,
     outlet: &mut Outlet<'_>,
     control: &Control<'_>,
@@ -70,7 +70,7 @@ pub fn write_stream(
 ///
 /// As [`write_stream`].
 pub fn write_short_stream(
-    contents: &Contents<'_>,
+    contents: &StreamContents<'_>,
     outlet: &mut Outlet<'_>,
     control: &Control<'_>,
 ) -> Result<(), SendError> {
@@ -87,7 +87,7 @@ pub fn write_short_stream(
 /// Writes a stream; `next` reads and verifies each window that has data. If a page differs from its
 /// hash, the stream ends before it, and QEMU refuses the stream.
 fn write_windows<B: AsRef<[u8]>>(
-    contents: &Contents<'_>,
+    contents: &StreamContents<'_>,
     mut next: impl FnMut(&Window) -> Result<B, SendError>,
     outlet: &mut Outlet<'_>,
     control: &Control<'_>,
@@ -125,7 +125,7 @@ pub const COUNTED_PARTS: usize = 3;
 /// Writes a stream, a window of pages at a time.
 #[derive(Debug)]
 pub struct StreamWriter<'w, 'o> {
-    contents: &'w Contents<'w>,
+    contents: &'w StreamContents<'w>,
     outlet: &'w mut Outlet<'o>,
     section: RamSection,
     parts: Parts,
@@ -137,7 +137,7 @@ pub struct StreamWriter<'w, 'o> {
 impl<'w, 'o> StreamWriter<'w, 'o> {
     /// Writes everything up to the first page.
     pub fn begin(
-        contents: &'w Contents<'w>,
+        contents: &'w StreamContents<'w>,
         outlet: &'w mut Outlet<'o>,
         parts: Parts,
     ) -> Result<StreamWriter<'w, 'o>, SendError> {
@@ -153,7 +153,7 @@ impl<'w, 'o> StreamWriter<'w, 'o> {
     }
 
     /// Returns what the stream is made of.
-    pub fn contents(&self) -> &'w Contents<'w> {
+    pub fn contents(&self) -> &'w StreamContents<'w> {
         self.contents
     }
 

@@ -111,13 +111,14 @@ pub enum SaveError {
     /// The device state does not say whether the VM runs.
     #[error("the device state has no section \"globalstate\" to say whether the VM runs")]
     NoRunState,
-    /// A word of the command line cannot be written into the manifest.
-    #[error("the VM's command line is not UTF-8: {word:?}, which follows {before:?}")]
+    /// A word of the command line cannot be written into the manifest. It is not printed: it may
+    /// be a secret.
+    #[error("word {index} of the VM's command line, the value of {option:?}, is not UTF-8")]
     NotText {
-        /// The word, with what stands for the bytes that are no text.
-        word: String,
-        /// The word before it: the option.
-        before: String,
+        /// Which, counted from 0, the program's name.
+        index: usize,
+        /// The option before it; empty if there is none.
+        option: String,
     },
     /// What the command line names cannot be written into the manifest.
     #[error("the VM's command line cannot be kept")]

@@ -45,7 +45,7 @@ impl Guard {
     ) -> Result<(), GuardError> {
         let before = self.files.len();
         self.files.extend(files);
-        if self.files.len() > before { self.entrust(Vec::new()) } else { Ok(()) }
+        if self.files.len() > before { self.replace_will(Vec::new()) } else { Ok(()) }
     }
 
     /// Has the guardian accept new connections to a socket, and read and discard their bytes, until
@@ -65,18 +65,18 @@ impl Guard {
     /// Has the guardian undo everything that a save may have changed, if this process ends from now
     /// on and QEMU has the record of this save.
     pub(crate) fn watch_save(&self, footprint: &Footprint<'_>) -> Result<(), GuardError> {
-        self.entrust(undo_steps(footprint))
+        self.replace_will(undo_steps(footprint))
     }
 
     /// Has the guardian end the QEMU that this process starts, if this process ends from now on.
     pub(crate) fn watch_start(&self) -> Result<(), GuardError> {
-        self.entrust(steps_to_end())
+        self.replace_will(steps_to_end())
     }
 
     /// Has the guardian let the guest run in the QEMU that this process started, if this process
     /// ends from now on: the VM is restored.
     pub(crate) fn watch_run(&self) -> Result<(), GuardError> {
-        self.entrust(steps_to_run())
+        self.replace_will(steps_to_run())
     }
 
     /// Returns the guardian's process id.
@@ -95,10 +95,10 @@ impl Guard {
         self.guardian.leave();
     }
 
-    fn entrust(&self, steps: Vec<UndoStep>) -> Result<(), GuardError> {
+    fn replace_will(&self, steps: Vec<UndoStep>) -> Result<(), GuardError> {
         let mut steps: Vec<Step> = steps.into_iter().map(step).collect();
         steps.extend(self.files.iter().filter_map(|file| path(file)).map(Step::Remove));
-        self.guardian.entrust(&Will::new(&steps)).map_err(|source| GuardError { source })
+        self.guardian.replace_will(&Will::new(&steps)).map_err(|source| GuardError { source })
     }
 }
 

@@ -24,11 +24,11 @@ pub fn new_file(
     existing: Existing,
     vm: Option<u32>,
 ) -> Result<Unpublished, PublishError> {
-    let user_of = move |path: &Path, metadata: &Metadata| {
+    let find_user = move |path: &Path, metadata: &Metadata| {
         let user = user_of_file(metadata, vm)?;
         (!is_saved_vm(path)).then(|| user.to_string())
     };
-    Unpublished::create_unless_used(path, existing, Box::new(user_of))
+    Unpublished::create_unless_used(path, existing, Box::new(find_user))
 }
 
 fn is_saved_vm(path: &Path) -> bool {

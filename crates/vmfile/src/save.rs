@@ -404,7 +404,7 @@ impl<'a> Save<'a> {
     fn finish(mut self, vm: &mut Vm) -> SaveReport {
         let freed = match self.options.after {
             After::Quit => Ok(()),
-            _ => vm.unstoppable(PUT_BACK_TIMEOUT, Vm::let_go),
+            _ => vm.unstoppable(PUT_BACK_TIMEOUT, Vm::remove_record),
         };
         match freed {
             Ok(()) => self.guard.dismiss(),
@@ -446,7 +446,7 @@ impl<'a> Save<'a> {
         let thawed = if self.is_named { Ok(()) } else { self.disks.thaw(vm) };
         // The record stays while something is left to undo: the guardian acts only if it is there.
         let is_as_it_was = thawed.is_ok() && !error.leaves_paused();
-        if is_as_it_was && vm.unstoppable(PUT_BACK_TIMEOUT, Vm::let_go).is_ok() {
+        if is_as_it_was && vm.unstoppable(PUT_BACK_TIMEOUT, Vm::remove_record).is_ok() {
             self.guard.dismiss();
         } else {
             // The guardian tries once more, and may wait longer than the user wants to.

@@ -29,7 +29,7 @@ use vmfile_pages::snapshot::Snapshot;
 use vmfile_qemu::{Feature, QemuVersion, unix_socket};
 use vmfile_stream::Channels;
 use vmfile_stream::channel_writer::write_channels;
-use vmfile_stream::contents::{Contents, LARGE_BLOCK_LEN, Pages};
+use vmfile_stream::contents::{LARGE_BLOCK_LEN, Pages, StreamContents};
 use vmfile_stream::outlet::Outlet;
 use vmfile_stream::stream_writer::{Parts, Source, write_stream};
 
@@ -111,7 +111,7 @@ pub fn send(
         return Err(SendError::NoSocket);
     }
     snapshot.verify_parts()?;
-    let contents = Contents::new(snapshot, |block| pages(block, options))?;
+    let contents = StreamContents::new(snapshot, |block| pages(block, options))?;
     let opened = open_for_reading(snapshot, options.direct_io);
     let (file, direct_io) = opened.map_err(PagesError::reading("guest RAM from the file"))?;
     let source = Source { file, io: options.io };
@@ -143,7 +143,7 @@ pub fn send(
 
 /// Sends all by one stream; returns the back end and how many bytes were sent.
 fn send_one(
-    contents: &Contents<'_>,
+    contents: &StreamContents<'_>,
     source: &Source,
     descriptor: OwnedFd,
     control: &Control<'_>,

@@ -382,8 +382,8 @@ fn an_image_in_another_mount_namespace_is_refused_where_the_vm_would_end() -> Te
     Ok(())
 }
 
-/// vmfile does not recognize a QEMU whose program has another name, and whose monitor is on no option,
-/// so the file holds no command line. The save ended the VM without a warning about that.
+/// vmfile does not recognize a QEMU whose program has another name, and whose monitor is on no
+/// option, so the file holds no command line. The save ended the VM without a warning about that.
 #[test]
 fn a_save_says_that_the_file_will_hold_no_command_line() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));

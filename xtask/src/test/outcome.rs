@@ -1,8 +1,9 @@
 //! Sums up the results of the test programs.
 //!
-//! A test that cannot run, or not as a whole, passes and prints `skipped: ` and the reason on a line
-//! of its own. The programs run with `--show-output`, which prints the output of passing tests after
-//! the last test. xtask reads the lines of skipped tests from there, and does not show the rest.
+//! A test that cannot run, or not as a whole, passes and prints `skipped: ` and the reason on a
+//! line of its own. The programs run with `--show-output`, which prints the output of passing tests
+//! after the last test. xtask reads the lines of skipped tests from there, and does not show the
+//! rest.
 
 use std::error::Error;
 use std::fmt;

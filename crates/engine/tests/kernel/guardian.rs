@@ -28,8 +28,8 @@ fn ask(word: &str) -> Step {
 pub(crate) fn ward(socket: &Path) {
     let stream = UnixStream::connect(socket).unwrap();
     let guardian = Guardian::start(stream.as_fd()).unwrap();
-    guardian.entrust(&Will::new(&[ask("old")])).unwrap();
-    guardian.entrust(&Will::new(&[ask("first"), ask("second")])).unwrap();
+    guardian.replace_will(&Will::new(&[ask("old")])).unwrap();
+    guardian.replace_will(&Will::new(&[ask("first"), ask("second")])).unwrap();
     say(format!("{}", guardian.pid()));
     wait_for_the_end();
     guardian.dismiss();
@@ -122,7 +122,7 @@ fn a_question_is_asked_until_its_answer_has_the_word() {
         Step::RemoveIfLast(path(&kept)),
         ask("bye"),
     ];
-    guardian.entrust(&Will::new(&steps)).unwrap();
+    guardian.replace_will(&Will::new(&steps)).unwrap();
     let asked = std::thread::spawn(move || {
         let mut peer = BufReader::new(theirs);
         let mut lines = Vec::new();
@@ -164,7 +164,7 @@ fn a_question_is_asked_until_a_part_of_its_answer_stays_the_same() {
         quiet,
         limit: LIMIT,
     };
-    guardian.entrust(&Will::new(&[still, ask("bye")])).unwrap();
+    guardian.replace_will(&Will::new(&[still, ask("bye")])).unwrap();
     let asked = std::thread::spawn(move || {
         let mut peer = BufReader::new(theirs);
         let (mut count, mut changed_at) = (0, Instant::now());
@@ -202,7 +202,7 @@ fn a_peer_that_never_answers_holds_a_guardian_only_so_long() {
         answer: b"yes".to_vec(),
         limit: Duration::from_millis(100),
     }];
-    guardian.entrust(&Will::new(&steps)).unwrap();
+    guardian.replace_will(&Will::new(&steps)).unwrap();
     // Dropping the guardian waits until its process has ended.
     drop(guardian);
 }
@@ -244,7 +244,7 @@ fn after_a_condition_that_does_not_hold_only_files_are_removed() {
         let steps =
             [condition, ask("bye"), Step::RemoveIfLast(path(&last)), Step::Remove(path(&always))];
         let guardian = Guardian::start(ours.as_fd()).unwrap();
-        guardian.entrust(&Will::new(&steps)).unwrap();
+        guardian.replace_will(&Will::new(&steps)).unwrap();
         drop(ours);
         let asked = asked_of(theirs, move |line| match line {
             "owner?\n" => format!("owner {owner}\n"),
@@ -275,7 +275,7 @@ fn steps_that_a_name_makes_needless_are_left_out() {
         let steps = vec![ask("merge"), ask("tidy")];
         let steps = [Step::UnlessNamed { path, device, inode, steps }, ask("bye")];
         let guardian = Guardian::start(ours.as_fd()).unwrap();
-        guardian.entrust(&Will::new(&steps)).unwrap();
+        guardian.replace_will(&Will::new(&steps)).unwrap();
         drop(ours);
         if is_named {
             std::fs::rename(&draft, &name).unwrap();

@@ -122,11 +122,11 @@ fn a_file_that_is_in_use_is_refused_at_once_and_at_the_moment_of_naming() {
     let directory = host::directory();
     let (target, path) = (directory.path().join("target"), directory.path().join("file"));
     fs::write(&target, "target").unwrap();
-    let user_of = |found: &Path, _: &fs::Metadata| {
+    let find_user = |found: &Path, _: &fs::Metadata| {
         Some(format!("a VM reads {}", found.file_name()?.to_str()?))
     };
     let create =
-        |path: &Path| Unpublished::create_unless_used(path, Existing::Replace, Box::new(user_of));
+        |path: &Path| Unpublished::create_unless_used(path, Existing::Replace, Box::new(find_user));
 
     let error = create(&target).unwrap_err().to_string();
     assert!(error.ends_with("target is in use: a VM reads target"), "{error}");

@@ -29,11 +29,10 @@ pub(super) fn compare(
         match left.iter().position(|on_line| on_line.makes(drive)) {
             Some(at) => {
                 let on_line = left.remove(at);
-                let difference = files.difference(drive, &on_line.images);
-                if is_in_our_overlay(drive) && files.is_below(drive, &on_line.images) {
-                    notes.extend(note(drive));
-                } else {
-                    differences.extend(difference);
+                match files.compare(drive, &on_line.images) {
+                    Found::Same => {}
+                    Found::InOurOverlay => notes.extend(note(drive)),
+                    Found::Other(difference) => differences.push(difference),
                 }
             }
             None if drive.images.is_empty() || drive.qdev.is_none() => {}
@@ -42,12 +41,17 @@ pub(super) fn compare(
     }
     // A drive that no option names as QEMU does is recognized by its image.
     for drive in unknown {
-        let is_this = |on_line: &&LineDrive| {
-            files.difference(drive, &on_line.images).is_none()
-                || is_in_our_overlay(drive) && files.is_below(drive, &on_line.images)
-        };
-        match left.iter().position(is_this) {
-            Some(at) => drop(left.remove(at)),
+        let found = left.iter().enumerate().find_map(|(at, on_line)| {
+            match files.compare(drive, &on_line.images) {
+                Found::Other(_) => None,
+                same => Some((at, same)),
+            }
+        });
+        match found {
+            Some((at, found)) => {
+                left.remove(at);
+                notes.extend(note(drive).filter(|_| matches!(found, Found::InOurOverlay)));
+            }
             None => differences.extend(files.difference(drive, &[])),
         }
     }
@@ -83,7 +87,22 @@ struct Files<'a> {
     process: &'a ProcessInfo,
 }
 
+/// What a drive has, beside what a command line names for it.
+enum Found {
+    Same,
+    /// What the line names lies below the overlay of an earlier save.
+    InOurOverlay,
+    Other(Difference),
+}
+
 impl Files<'_> {
+    fn compare(&self, drive: &Drive, expected: &[LineImage]) -> Found {
+        if is_in_our_overlay(drive) && self.is_below(drive, expected) {
+            return Found::InOurOverlay;
+        }
+        self.difference(drive, expected).map_or(Found::Same, Found::Other)
+    }
+
     /// Returns what differs between a drive and the images that a command line names for it.
     fn difference(&self, drive: &Drive, expected: &[LineImage]) -> Option<Difference> {
         let named_below = expected.len().saturating_sub(1);

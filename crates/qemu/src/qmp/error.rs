@@ -21,7 +21,8 @@ pub enum QmpError {
     },
     /// The socket accepted us and then said nothing.
     ///
-    /// QEMU's monitor serves one client at a time: a second one is accepted by the kernel and waits.
+    /// QEMU's monitor serves one client at a time: a second one is accepted by the kernel and
+    /// waits.
     #[error("no QMP greeting within {after:?}{}", because(*.is_stopped, .holders))]
     NoGreeting {
         /// How long was waited.

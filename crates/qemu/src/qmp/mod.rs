@@ -1,8 +1,8 @@
 //! A small QMP client: JSON lines over a Unix socket.
 //!
 //! QMP is QEMU's machine protocol: a greeting, then one JSON object per line. This client sends one
-//! command at a time, can pass a descriptor with it, bounds everything it keeps, and ignores what it
-//! does not know, so that a newer QEMU is not an error.
+//! command at a time, can pass a descriptor with it, bounds everything it keeps, and ignores what
+//! it does not know, so that a newer QEMU is not an error.
 
 mod command;
 mod connect;

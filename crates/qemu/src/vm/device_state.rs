@@ -31,8 +31,8 @@ impl Vm {
     /// one zero byte. Tried on 10.0.2: no configuration section, no RAM section, no description.
     /// Its `globalstate` section says `running`, whatever the VM's state was.
     ///
-    /// The VM stays stopped, and [`Vm::let_run`] can resume it. With `is_last`, which is for a VM
-    /// that ends soon, QEMU also releases its disks.
+    /// The VM stays stopped, and [`Vm::resume_and_check`] can resume it. With `is_last`, which is
+    /// for a VM that ends soon, QEMU also releases its disks.
     ///
     /// # Errors
     ///

@@ -62,7 +62,8 @@ impl ProcessInfo {
         }
     }
 
-    /// Opens what [`ProcessInfo::find`] found for reading, even if its path leads to another file by now.
+    /// Opens what [`ProcessInfo::find`] found for reading, even if its path leads to another file
+    /// by now.
     ///
     /// # Errors
     ///

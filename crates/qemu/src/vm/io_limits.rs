@@ -1,5 +1,5 @@
-//! I/O limits of drives: QEMU keeps them outside the guest's state, and a monitor changes them while
-//! the VM runs.
+//! I/O limits of drives: QEMU keeps them outside the guest's state, and a monitor changes them
+//! while the VM runs.
 
 use std::collections::BTreeMap;
 

@@ -131,7 +131,7 @@ impl Paused<'_> {
         self.is_over = true;
         let vm = &mut *self.vm;
         match self.ran {
-            true => vm.unstoppable(PUT_BACK_TIMEOUT, Vm::let_run),
+            true => vm.unstoppable(PUT_BACK_TIMEOUT, Vm::resume_and_check),
             false if vm.has_released_disks => vm.unstoppable(PUT_BACK_TIMEOUT, Vm::take_back_disks),
             false => Ok(()),
         }

@@ -300,7 +300,7 @@ impl Vm {
             self.merge_overlay(overlay, LONG)?;
             remove(overlay.file())?;
         }
-        self.let_go()
+        self.remove_record()
     }
 
     /// Undoes everything but the overlays: ends the migration, resumes the guest, and restores the
@@ -322,7 +322,7 @@ impl Vm {
         };
         if record.was_running && is_still {
             self.take_back_disks()?;
-            self.let_run()?;
+            self.resume_and_check()?;
         }
         if let Some(before) = &record.settings {
             let current = self.stream_settings()?;

@@ -144,7 +144,7 @@ impl Vm {
     /// # Errors
     ///
     /// See [`Qmp::execute`](crate::Qmp::execute).
-    pub fn let_go(&mut self) -> Result<(), VmError> {
+    pub fn remove_record(&mut self) -> Result<(), VmError> {
         Ok(self.execute("object-del", json!({ "id": RECORD_ID })).map(drop)?)
     }
 }

@@ -14,7 +14,7 @@ use vmfile_pages::ram_loader::load_ram;
 use vmfile_pages::reading::{Verified, open_for_reading};
 use vmfile_pages::snapshot::Snapshot;
 use vmfile_qemu::{Feature, RamBlockInfo, Vm};
-use vmfile_stream::contents::{Contents, LARGE_BLOCK_LEN, Pages};
+use vmfile_stream::contents::{LARGE_BLOCK_LEN, Pages, StreamContents};
 use vmfile_stream::stream_writer::Source;
 
 use super::ModeUsed;
@@ -189,7 +189,7 @@ fn short_stream(
 ) -> Result<(), RestoreError> {
     // Zero pages are sent too: QEMU has filled its ROM blocks by itself.
     let pages = |block: &RamBlock| if is_there(block.name()) { Pages::None } else { Pages::All };
-    let contents = paused(snapshot, Contents::new(snapshot, pages)?)?;
+    let contents = paused(snapshot, StreamContents::new(snapshot, pages)?)?;
     // Progress is at its end, and this does not take long.
     send_to(vm, &contents, None, control, &|_| {})
 }
@@ -208,7 +208,7 @@ fn whole_stream(
         let is_large = block.used_length() >= LARGE_BLOCK_LEN;
         if is_large && is_fresh(block) { Pages::Data } else { Pages::All }
     };
-    let contents = paused(snapshot, Contents::new(snapshot, pages)?)?;
+    let contents = paused(snapshot, StreamContents::new(snapshot, pages)?)?;
     let opened = open_for_reading(snapshot, options.direct_io);
     let (file, direct_io) = opened.map_err(RestoreError::File)?;
     let source = Source { file, io: options.io };
@@ -223,8 +223,8 @@ fn whole_stream(
 /// started without -S.
 fn paused<'a>(
     snapshot: &Snapshot,
-    mut contents: Contents<'a>,
-) -> Result<Contents<'a>, RestoreError> {
+    mut contents: StreamContents<'a>,
+) -> Result<StreamContents<'a>, RestoreError> {
     let state = &snapshot.structure().device_state;
     if state.set_run_state(&mut contents.devices, "paused") {
         Ok(contents)

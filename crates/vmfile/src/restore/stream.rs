@@ -9,7 +9,7 @@ use vmfile_engine::beside;
 use vmfile_pages::PagesError;
 use vmfile_pages::control::{Control, Progress};
 use vmfile_qemu::{LoadError, Vm};
-use vmfile_stream::contents::Contents;
+use vmfile_stream::contents::StreamContents;
 use vmfile_stream::outlet::Outlet;
 use vmfile_stream::stream_writer::{Source, write_short_stream, write_stream};
 
@@ -26,7 +26,7 @@ const LOAD_TIMEOUT: Duration = Duration::from_secs(365 * 24 * 3600);
 /// pages are read, the contents must be small.
 pub(super) fn send_to(
     vm: &mut Vm,
-    contents: &Contents<'_>,
+    contents: &StreamContents<'_>,
     source: Option<&Source>,
     control: &Control<'_>,
     report: &(dyn Fn(Progress) + Sync),

@@ -9,8 +9,8 @@ use vmfile_qemu::{CommandLine, Difference, ProcessInfo, Remedy};
 /// Longest configuration file that is read, in bytes; QEMU's own examples have ten thousand.
 const CONFIG_LEN_MAX: u64 = 1 << 20;
 
-/// How much later than QEMU's start a file may have been written and still be the one that QEMU read:
-/// the kernel's times are not more exact.
+/// How much later than QEMU's start a file may have been written and still be the one that QEMU
+/// read: the kernel's times are not more exact.
 const START_TOLERANCE: Duration = Duration::from_secs(2);
 
 /// Reads a configuration file that QEMU was started with.

@@ -103,10 +103,10 @@ fn command_line(vm: &mut Vm, process: &ProcessInfo) -> Result<Vec<String>, SaveE
 /// Returns arguments as text.
 fn texts(arguments: &[OsString]) -> Result<Vec<String>, SaveError> {
     let mut words: Vec<String> = Vec::new();
-    for argument in arguments {
+    for (index, argument) in arguments.iter().enumerate() {
         let Some(word) = argument.to_str() else {
-            let word = argument.to_string_lossy().into_owned();
-            return Err(SaveError::NotText { word, before: words.pop().unwrap_or_default() });
+            let option = words.pop().filter(|before| before.starts_with('-'));
+            return Err(SaveError::NotText { index, option: option.unwrap_or_default() });
         };
         words.push(word.to_owned());
     }

@@ -97,8 +97,8 @@ impl Disks {
         Ok(())
     }
 
-    /// Removes what QEMU made before it refused the transaction: it takes the overlays that were made
-    /// off the disks, and leaves their files (7.2 to 11.1). Nothing had these names before.
+    /// Removes what QEMU made before it refused the transaction: it takes the overlays that were
+    /// made off the disks, and leaves their files (7.2 to 11.1). Nothing had these names before.
     fn remove_files(&self) {
         for overlay in &self.overlays {
             // Most were not made.
