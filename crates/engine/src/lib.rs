@@ -60,6 +60,7 @@ mod ring;
 pub mod storage;
 mod threads;
 pub mod transfer;
+pub mod userfault;
 pub mod zero;
 
 pub use backend::{Backend, BackendInUse, OpenStorage, open_storage};
@@ -81,4 +82,5 @@ pub use publish::{Durable, Existing, FindUser, PublishError, Unpublished, availa
 pub use residency::{begin_reading, drop_cached, resident_bytes};
 pub use storage::Storage;
 pub use transfer::{Completion, Direction, Memory, Transfer};
+pub use userfault::Userfault;
 pub use zero::is_zero;

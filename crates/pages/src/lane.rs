@@ -21,6 +21,10 @@ const BUFFERS_LEN: usize = 32 << 20;
 const WINDOW: usize = 2 << 20;
 const _: () = assert!(WINDOW as u64 == WINDOW_LEN);
 
+/// Length of the buffers for page hashes, and how many each lane has: those of a unit fit into one.
+const TABLE: usize = 64 << 10;
+const TABLES: usize = 16;
+
 /// Transfers in flight in one lane: many, for guests whose data lies in small pieces.
 const DEPTH: usize = 64;
 
@@ -29,6 +33,7 @@ const DEPTH: usize = 64;
 pub struct Lane {
     storage: Box<dyn Storage>,
     pool: BufferPool,
+    tables: BufferPool,
 }
 
 /// Threads that wait for work, each with a lane of its own to a file.
@@ -138,7 +143,8 @@ impl Lane {
         // Several transfers may share a buffer; one buffer is being filled while others are in
         // flight.
         let pool = BufferPool::new(buffers + 1, WINDOW, 4096)?;
-        let lane = Lane { storage: opened.storage, pool };
+        let tables = BufferPool::new(TABLES, TABLE, 4096)?;
+        let lane = Lane { storage: opened.storage, pool, tables };
         Ok((lane, opened.backend))
     }
 
@@ -152,8 +158,19 @@ impl Lane {
 
     /// Returns a free buffer; if transfers hold all of them, waits for one to complete.
     pub fn buffer(&mut self) -> io::Result<PooledBuffer> {
+        let pool = self.pool.clone();
+        self.buffer_of(&pool)
+    }
+
+    /// As [`Lane::buffer`], for the page hashes of a unit: 64 KiB.
+    pub(crate) fn table(&mut self) -> io::Result<PooledBuffer> {
+        let tables = self.tables.clone();
+        self.buffer_of(&tables)
+    }
+
+    fn buffer_of(&mut self, pool: &BufferPool) -> io::Result<PooledBuffer> {
         loop {
-            if let Some(buffer) = self.pool.try_take() {
+            if let Some(buffer) = pool.try_take() {
                 return Ok(buffer);
             }
             assert!(self.reap()?, "a buffer is free, in flight, or with the one who asks");

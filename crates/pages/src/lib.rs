@@ -71,6 +71,7 @@ pub mod page_writer;
 pub mod plan;
 pub mod process_ram;
 mod proof;
+pub mod protected_ram;
 pub mod ram_loader;
 pub mod ram_writer;
 mod ranges;

@@ -4,6 +4,7 @@
 //! A worker looks for the next part with work when it needs a unit. There is no list of such parts:
 //! a guest could make it as long as it likes.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -41,10 +42,12 @@ pub struct Units {
 }
 
 /// Where the next unit may begin.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Debug, Default)]
 struct Next {
     block: usize,
     offset: u64,
+    /// Units after this place that were taken already, by [`Units::take_at`].
+    taken: BTreeSet<(usize, u64)>,
 }
 
 impl Units {
@@ -71,19 +74,35 @@ impl Units {
             if self.ended.load(Ordering::Relaxed) {
                 return Ok(None);
             }
-            let Next { block, offset } = *next;
+            let (block, offset) = (next.block, next.offset);
             let found = if offset < len { first(block, offset..len)? } else { None };
             match found {
-                None => *next = Next { block: block + 1, offset: 0 },
+                None => (next.block, next.offset) = (block + 1, 0),
                 Some(found) => {
-                    let start = found - found % self.unit_len;
-                    let end = start.saturating_add(self.unit_len).min(len);
-                    next.offset = end;
-                    return Ok(Some(Unit { block, range: start..end }));
+                    let unit = self.unit(block, found, len);
+                    next.offset = unit.range.end;
+                    if !next.taken.remove(&(block, unit.range.start)) {
+                        return Ok(Some(unit));
+                    }
                 }
             }
         }
         Ok(None)
+    }
+
+    /// Takes the unit with byte `offset` of a block out of turn; `None` if it was taken before, or
+    /// if a worker has failed.
+    pub fn take_at(&self, block: usize, offset: u64) -> Option<Unit> {
+        let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
+        let unit = self.unit(block, offset, self.block_lens[block]);
+        let is_past = (block, unit.range.start) < (next.block, next.offset);
+        let is_free = !is_past && !self.ended.load(Ordering::Relaxed);
+        (is_free && next.taken.insert((block, unit.range.start))).then_some(unit)
+    }
+
+    fn unit(&self, block: usize, offset: u64, len: u64) -> Unit {
+        let start = offset - offset % self.unit_len;
+        Unit { block, range: start..start.saturating_add(self.unit_len).min(len) }
     }
 
     /// Runs `part`, the work of one worker. If it fails or panics, no worker gets a further unit.

@@ -154,6 +154,11 @@ impl ProcessRam {
         })
     }
 
+    /// Returns where each block lies in the process.
+    pub(crate) fn addresses(&self) -> impl Iterator<Item = Range<u64>> {
+        self.blocks.iter().map(|block| block.addresses(&(0..block.at.len)))
+    }
+
     /// Returns how many bytes may be data; gaps of up to `gap_max` bytes between them count too.
     ///
     /// # Errors

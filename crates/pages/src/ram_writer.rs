@@ -22,6 +22,7 @@ use crate::error::PagesError;
 use crate::lane::{Lane, Workers};
 use crate::memory::PageSource;
 use crate::plan::{UNIT_LEN, Unit, Units, WINDOW_LEN, in_window, pieces};
+use crate::protected_ram::ProtectedRam;
 use crate::runs::PageRuns;
 
 /// What was written.
@@ -48,13 +49,49 @@ pub fn write_ram(
     total_bytes: u64,
     control: &Control<'_>,
 ) -> Result<Written, PagesError> {
+    let order = Order { unit_len: UNIT_LEN, urgent: &|| None };
+    write(workers, places, (source, &order), total_bytes, control)
+}
+
+/// As [`write_ram`], for the RAM of a process that runs: what its threads wait for goes first.
+///
+/// # Errors
+///
+/// As for [`write_ram`].
+pub fn write_protected_ram(
+    workers: Workers,
+    places: &FileLayout,
+    source: &ProtectedRam<'_>,
+    total_bytes: u64,
+    control: &Control<'_>,
+) -> Result<Written, PagesError> {
+    // A window copied aside keeps a buffer until its unit is written.
+    let order = Order { unit_len: WINDOW_LEN, urgent: &|| source.urgent() };
+    write(workers, places, (source, &order), total_bytes, control)
+}
+
+/// In which order units are written.
+struct Order<'a> {
+    unit_len: u64,
+    /// Returns a unit that goes before all others: the block's number, and a byte of it.
+    urgent: &'a (dyn Fn() -> Option<(usize, u64)> + Sync),
+}
+
+fn write(
+    workers: Workers,
+    places: &FileLayout,
+    (source, order): (&dyn PageSource, &Order<'_>),
+    total_bytes: u64,
+    control: &Control<'_>,
+) -> Result<Written, PagesError> {
     let blocks = places.blocks();
     let bitmap = |placed: &PlacedBlock| Mutex::new(PageBitmap::new(placed.block.page_count()));
     let lens = blocks.iter().map(|placed| placed.block.used_length());
-    let units = Units::new(lens, UNIT_LEN);
+    let units = Units::new(lens, order.unit_len);
     let shared = Shared {
         places,
         source,
+        order,
         units: &units,
         bitmaps: blocks.iter().map(bitmap).collect(),
         meter: Meter::new(control, total_bytes),
@@ -78,6 +115,7 @@ fn failed(source: io::Error) -> PagesError {
 struct Shared<'a> {
     places: &'a FileLayout,
     source: &'a dyn PageSource,
+    order: &'a Order<'a>,
     units: &'a Units,
     bitmaps: Vec<Mutex<PageBitmap>>,
     meter: Meter<'a>,
@@ -92,11 +130,7 @@ struct Worker<'a> {
 impl Worker<'_> {
     fn units(mut self) -> Result<(), PagesError> {
         let shared = self.shared;
-        let first = |block: usize, range: Range<u64>| {
-            let found = shared.source.first_data(block, &range);
-            found.map_err(|source| shared.read_error(block, &range, source))
-        };
-        while let Some(unit) = shared.units.take(first)? {
+        while let Some(unit) = shared.next_unit()? {
             if shared.control.is_stopped() {
                 return Err(PagesError::Stopped);
             }
@@ -148,7 +182,7 @@ impl Worker<'_> {
     fn hashes(&mut self, block: usize, pages: &UnitPages) -> Result<(), PagesError> {
         // The table ends in zeros up to a multiple of 4096 bytes: whole pages of hashes.
         let len = pages.hashes.len().next_multiple_of(4096);
-        let mut buffer = self.lane.buffer().map_err(failed)?;
+        let mut buffer = self.lane.table().map_err(failed)?;
         let (hashes, rest) = buffer[..len].split_at_mut(pages.hashes.len());
         hashes.copy_from_slice(&pages.hashes);
         rest.fill(0);
@@ -163,6 +197,19 @@ impl Worker<'_> {
 }
 
 impl Shared<'_> {
+    fn next_unit(&self) -> Result<Option<Unit>, PagesError> {
+        while let Some((block, offset)) = (self.order.urgent)() {
+            let unit = self.units.take_at(block, offset);
+            if unit.is_some() {
+                return Ok(unit);
+            }
+        }
+        self.units.take(|block, range| {
+            let found = self.source.first_data(block, &range);
+            found.map_err(|source| self.read_error(block, &range, source))
+        })
+    }
+
     fn read_error(&self, block: usize, range: &Range<u64>, source: io::Error) -> PagesError {
         PagesError::ReadRam {
             block: self.places.blocks()[block].block.name().to_owned(),

@@ -10,6 +10,30 @@ use vmfile_pages::{PagesError, SnapshotError};
 
 use crate::incoming::WaitError;
 
+/// Why a stream could not be held at its first page.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum HeldError {
+    /// The caller stopped it.
+    #[error("stopped")]
+    Stopped,
+    /// The sender closed its end before the first page.
+    #[error("the stream ended before its first page")]
+    Ended,
+    /// The stream has no page, or so few that the sender does not wait for room.
+    #[error("the stream came to the device state before its sender had to wait")]
+    NoPages,
+    /// No page came.
+    #[error("no page came within {0:?}")]
+    TimedOut(Duration),
+    /// The kernel returned an error.
+    #[error("read the stream")]
+    Read(#[source] io::Error),
+    /// The bytes are not a stream.
+    #[error(transparent)]
+    Format(#[from] FormatError),
+}
+
 /// Why the connections are not one stream and the expected channels of one sender.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]

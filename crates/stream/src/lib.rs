@@ -60,6 +60,7 @@ pub mod channel_writer;
 pub mod channels;
 pub mod contents;
 pub mod error;
+pub mod held;
 pub mod incoming;
 pub mod listener;
 pub mod multifd;

@@ -11,6 +11,7 @@ use vmfile_pages::PagesError;
 use vmfile_pages::process_ram::ProcessRamError;
 use vmfile_pages::snapshot::SnapshotError;
 use vmfile_qemu::{Blocker, CommandLineError, VmError};
+use vmfile_stream::error::HeldError;
 
 use crate::change::Change;
 use crate::guard::GuardError;
@@ -149,6 +150,18 @@ pub enum SaveError {
     /// A pair of sockets could not be made.
     #[error("make a pair of sockets")]
     Socket(#[source] io::Error),
+    /// The userfaultfd by which QEMU protects the guest's memory could not be used.
+    #[error("use the userfaultfd by which QEMU protects the guest's memory")]
+    Userfault(#[source] io::Error),
+    /// QEMU began a background snapshot and has no userfaultfd.
+    #[error("QEMU has no userfaultfd in a background snapshot")]
+    NoUserfault,
+    /// QEMU's stream could not be held at its first page.
+    #[error("hold QEMU's stream at its first page")]
+    Held(#[source] HeldError),
+    /// QEMU sent a page, and let the guest change it, after vmfile took QEMU to wait.
+    #[error("QEMU sent pages while it was taken to wait")]
+    Overtaken,
     /// QEMU did not make the connections over which it should send the VM.
     #[error("QEMU did not connect to {socket}: {reason}", socket = socket.display())]
     NotConnected {
@@ -315,6 +328,15 @@ fn left(error: &VmError) -> &'static str {
 impl From<PublishError> for SaveError {
     fn from(error: PublishError) -> SaveError {
         SaveError::Pages(error.into())
+    }
+}
+
+impl From<HeldError> for SaveError {
+    fn from(error: HeldError) -> SaveError {
+        match error {
+            HeldError::Stopped => SaveError::Pages(PagesError::Stopped),
+            error => SaveError::Held(error),
+        }
     }
 }
 

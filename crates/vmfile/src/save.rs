@@ -25,6 +25,7 @@ mod route;
 mod sending;
 mod space;
 mod stream;
+mod userfault;
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -45,7 +46,7 @@ pub use self::disks::SavedDisk;
 pub(crate) use self::disks::overlay_names;
 use self::disks::{Disks, deep_disks, saved_disks};
 pub use self::options::{After, Live, Route, SaveOptions};
-pub use self::report::{LiveMethod, RouteUsed, SaveReport};
+pub use self::report::{GuestWaits, LiveMethod, RouteUsed, SaveReport};
 use self::route::{ChosenRoute, ReadyRoute, choose, choose_live};
 pub use crate::change::Change;
 use crate::error::SaveError;
@@ -177,6 +178,8 @@ struct Written {
 struct LiveDone {
     method: LiveMethod,
     pause_seconds: f64,
+    /// By userfault only.
+    waits: Option<GuestWaits>,
 }
 
 impl<'a> Save<'a> {
@@ -214,7 +217,7 @@ impl<'a> Save<'a> {
             if options.with_disks { Disks::plan(&found, &mut meta)? } else { Disks::default() };
         let draft = Draft::new(unpublished, options.direct_io)?;
         let route = match options.live.filter(|_| was_running) {
-            Some(live) => choose_live(vm, options.route, live)?,
+            Some(live) => choose_live(vm, options, live, &draft)?,
             None => choose(vm, options, &draft)?,
         };
         warnings.extend(route.unused(options));
@@ -328,7 +331,9 @@ impl<'a> Save<'a> {
 
     /// Saves a VM whose guest runs meanwhile.
     fn live(&mut self, vm: &mut Vm) -> Result<(), SaveError> {
-        let ReadyRoute::Live(route) = &self.route.route else { unreachable!("chosen by `save`") };
+        let ReadyRoute::Live(route) = &mut self.route.route else {
+            unreachable!("chosen by `save`")
+        };
         let mut work = Work {
             vm: &mut *vm,
             guard: &self.guard,
@@ -414,13 +419,15 @@ impl<'a> Save<'a> {
             }
         }
         let written = self.written.expect("the route has written it");
+        let route = self.route.route.used();
         let disks = saved_disks(&self.meta);
         self.warnings.extend(deep_disks(&disks));
         SaveReport {
             file: self.path,
-            route: self.route.route.used(),
+            route: written.live.as_ref().map_or(route, |live| live.method.route()),
             route_reason: self.route.reason,
             live: written.live.is_some(),
+            guest_waits: written.live.as_ref().and_then(|live| live.waits),
             live_method: written.live.map(|live| live.method),
             direct_io: self.direct_io,
             io: written.io,

@@ -15,20 +15,20 @@ use vmfile_pages::ram_writer::{self, write_ram};
 use vmfile_qemu::{RamBlockInfo, Vm};
 
 use super::space::refuse_without_space;
-use super::{SaveOptions, Work, Written};
+use super::{LiveDone, SaveOptions, Work, Written};
 use crate::error::SaveError;
 
 /// The RAM of a VM, found in the memory of its process.
 #[derive(Debug)]
 pub(super) struct DirectRoute {
     /// The blocks as QEMU reported them.
-    found: Vec<RamBlockInfo>,
-    ram: RamLayout,
-    process: ProcessRam,
+    pub(super) found: Vec<RamBlockInfo>,
+    pub(super) ram: RamLayout,
+    pub(super) process: ProcessRam,
     /// How many bytes are written at most, including the short gaps between runs of data.
-    data_bytes: u64,
+    pub(super) data_bytes: u64,
     /// Threads, rings and buffers, set up while the VM runs; `None` once they were used.
-    workers: Option<Workers>,
+    pub(super) workers: Option<Workers>,
 }
 
 impl DirectRoute {
@@ -61,30 +61,10 @@ impl DirectRoute {
     }
 
     fn write_found(&mut self, work: &mut Work<'_>) -> Result<Written, SaveError> {
-        let (state, sections) = device_state(work)?;
-        let machine = work.meta.machine.clone();
-        let source = Configuration { machine, ..Configuration::default() };
-        let mut description = Vec::new();
-        encoder::vm_description(&mut description);
-        let tail =
-            StreamTail { sections: &sections, description: &description, state: Some(&state) };
-        let tail_len = (sections.len() + description.len()) as u64;
-        let places = FileLayout::new(&source, self.ram.clone(), state.unused_id(), tail_len)?;
-        work.draft.reserve(places.tables())?;
-
+        let devices = Devices::save(work)?;
+        let places = devices.places(work, &self.ram)?;
         let written = self.ram(work, &places)?;
-        super::describe::record(work)?;
-        let facts = work.facts(RouteUsed::Direct, work.seconds_paused(), false);
-        work.draft.finish(&places, &written.bitmaps, tail, facts)?;
-        let pages_data = written.bitmaps.iter().map(|bitmap| bitmap.data_count().0).sum();
-        Ok(Written {
-            pages_total: places.pages_total(),
-            pages_data,
-            bytes_written: written.data_bytes,
-            bytes_rewritten: 0,
-            io: written.backend,
-            live: None,
-        })
+        devices.finish(work, &places, written, None)
     }
 
     fn ram(
@@ -95,6 +75,63 @@ impl DirectRoute {
         self.process.look_again()?;
         let workers = self.workers.take().expect("a route writes once");
         Ok(write_ram(workers, places, &self.process, self.data_bytes, work.control)?)
+    }
+}
+
+/// The state of the devices, for the end of the file's stream.
+pub(super) struct Devices {
+    state: DeviceState,
+    /// From the first section to EOF.
+    sections: Vec<u8>,
+    description: Vec<u8>,
+}
+
+impl Devices {
+    /// Has QEMU write the state of the devices of a stopped VM.
+    pub(super) fn save(work: &mut Work<'_>) -> Result<Devices, SaveError> {
+        let (state, sections) = device_state(work)?;
+        let mut description = Vec::new();
+        encoder::vm_description(&mut description);
+        Ok(Devices { state, sections, description })
+    }
+
+    /// Lays out the file.
+    pub(super) fn places(&self, work: &Work<'_>, ram: &RamLayout) -> Result<FileLayout, SaveError> {
+        let machine = work.meta.machine.clone();
+        let source = Configuration { machine, ..Configuration::default() };
+        let tail_len = (self.sections.len() + self.description.len()) as u64;
+        let places = FileLayout::new(&source, ram.clone(), self.state.unused_id(), tail_len)?;
+        work.draft.reserve(places.tables())?;
+        Ok(places)
+    }
+
+    /// Completes the file, once its RAM is written; `live` says how long a guest stood still that
+    /// ran meanwhile.
+    pub(super) fn finish(
+        self,
+        work: &mut Work<'_>,
+        places: &FileLayout,
+        written: ram_writer::Written,
+        live: Option<LiveDone>,
+    ) -> Result<Written, SaveError> {
+        let pause = live.as_ref().map_or(work.seconds_paused(), |live| live.pause_seconds);
+        super::describe::record(work)?;
+        let facts = work.facts(RouteUsed::Direct, pause, live.is_some());
+        let tail = StreamTail {
+            sections: &self.sections,
+            description: &self.description,
+            state: Some(&self.state),
+        };
+        work.draft.finish(places, &written.bitmaps, tail, facts)?;
+        let pages_data = written.bitmaps.iter().map(|bitmap| bitmap.data_count().0).sum();
+        Ok(Written {
+            pages_total: places.pages_total(),
+            pages_data,
+            bytes_written: written.data_bytes,
+            bytes_rewritten: 0,
+            io: written.backend,
+            live,
+        })
     }
 }
 

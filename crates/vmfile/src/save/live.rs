@@ -22,6 +22,7 @@ use vmfile_stream::receiver::{Received, StreamReceiver};
 
 use super::sending::{Peer, peer_process, wait_until_sent};
 use super::stream::written;
+use super::userfault::UserfaultRoute;
 use super::{Disks, Live, LiveDone, Work, Written};
 use crate::error::SaveError;
 use crate::receive::ReceiveError;
@@ -40,12 +41,18 @@ const CANCEL_TIMEOUT: Duration = Duration::from_secs(60);
 pub(super) struct LiveRoute {
     before: StreamSettings,
     live: Live,
+    /// `Err` says why the memory of QEMU's process is not used.
+    userfault: Result<UserfaultRoute, String>,
 }
 
 impl LiveRoute {
     /// Asks QEMU for its migration settings, which are put back later.
-    pub(super) fn prepare(vm: &mut Vm, live: Live) -> Result<LiveRoute, SaveError> {
-        Ok(LiveRoute { before: vm.stream_settings()?, live })
+    pub(super) fn prepare(
+        vm: &mut Vm,
+        live: Live,
+        userfault: Result<UserfaultRoute, String>,
+    ) -> Result<LiveRoute, SaveError> {
+        Ok(LiveRoute { before: vm.stream_settings()?, live, userfault })
     }
 
     /// Returns the migration settings that QEMU had before the save.
@@ -54,15 +61,18 @@ impl LiveRoute {
     }
 
     /// Has QEMU send the VM, writes it to the file, and completes the file.
-    pub(super) fn write(&self, work: &mut Work<'_>) -> Result<Written, SaveError> {
+    pub(super) fn write(&mut self, work: &mut Work<'_>) -> Result<Written, SaveError> {
         let (method, ours) = self.choose(work.vm, !work.disks.is_empty())?;
-        let received = self.receive(work, &method);
+        let copied = match &mut self.userfault {
+            Ok(route) if method == LiveMethod::Userfault => route.write(work).map(Copied::File),
+            _ => self.receive(work, &method).map(Box::new).map(Copied::Stream),
+        };
         let runs = work.vm.unstoppable(PUT_BACK_TIMEOUT, resume_unless_running);
         let put_back = work
             .vm
             .unstoppable(PUT_BACK_TIMEOUT, |vm| vm.change_stream_settings(&ours, &self.before));
-        let mut received = match (received, runs) {
-            (Ok(received), Ok(())) => received,
+        let copied = match (copied, runs) {
+            (Ok(copied), Ok(())) => copied,
             (Err(error), Ok(())) => return Err(error),
             (Ok(_), Err(source)) => return Err(source.into()),
             (Err(cause), Err(source)) if source.is_closed() => {
@@ -73,14 +83,10 @@ impl LiveRoute {
             }
         };
         put_back?;
-        if !received.set_run_state(&work.meta.run_state) {
-            return Err(SaveError::NoRunState);
+        match copied {
+            Copied::File(written) => Ok(written),
+            Copied::Stream(received) => finish(work, received, method),
         }
-        let pause_seconds = work.vm.pause_seen().unwrap_or_default().as_secs_f64();
-        super::describe::record(work)?;
-        let facts = work.facts(RouteUsed::Stream, pause_seconds, true);
-        work.draft.finish(&received.places, &received.bitmaps, received.tail(), facts)?;
-        Ok(Written { live: Some(LiveDone { method, pause_seconds }), ..written(&received) })
     }
 
     /// Chooses the method by trying: QEMU refuses the capability if the guest's memory does not
@@ -95,7 +101,7 @@ impl LiveRoute {
             }
             None => "this QEMU has no background-snapshot".to_owned(),
             Some(ours) => match vm.change_stream_settings(&self.before, &ours) {
-                Ok(()) => return Ok((LiveMethod::BackgroundSnapshot, ours)),
+                Ok(()) => return Ok((self.snapshot_method(), ours)),
                 Err(VmError::Qmp(error)) if error.is_refused() => error.to_string(),
                 Err(error) => return Err(error.into()),
             },
@@ -103,6 +109,13 @@ impl LiveRoute {
         let ours = self.before.pre_copy(self.live.pause_max, hold);
         vm.change_stream_settings(&self.before, &ours)?;
         Ok((LiveMethod::PreCopy { reason }, ours))
+    }
+
+    fn snapshot_method(&self) -> LiveMethod {
+        match &self.userfault {
+            Ok(_) => LiveMethod::Userfault,
+            Err(reason) => LiveMethod::BackgroundSnapshot { reason: reason.clone() },
+        }
     }
 
     fn receive(&self, work: &mut Work<'_>, method: &LiveMethod) -> Result<Received, SaveError> {
@@ -115,7 +128,7 @@ impl LiveRoute {
         work.guard.keep_open(ours.as_fd())?;
         // Discards the events of earlier pauses: `write` measures the pause of this save.
         let _ = work.vm.pause_seen();
-        let stands = *method == LiveMethod::BackgroundSnapshot && !work.disks.is_empty();
+        let stands = is_snapshot(method) && !work.disks.is_empty();
         if stands {
             work.vm.stop()?;
             work.disks.freeze(work.vm)?;
@@ -204,7 +217,7 @@ impl Watch<'_> {
     /// Resumes the guest if it is stopped: QEMU has sent everything, and the guest need not wait
     /// for the disk.
     fn completed(&mut self) -> Result<bool, SaveError> {
-        if self.stands || *self.method != LiveMethod::BackgroundSnapshot {
+        if self.stands || !is_snapshot(self.method) {
             self.vm.cont()?;
         }
         Ok(true)
@@ -215,4 +228,32 @@ impl Watch<'_> {
 /// time.
 fn resume_unless_running(vm: &mut Vm) -> Result<(), VmError> {
     if vm.run_state()? == RunState::Running { Ok(()) } else { vm.cont() }
+}
+
+/// What was copied while the guest ran.
+enum Copied {
+    /// The file, which is complete but for its name.
+    File(Written),
+    Stream(Box<Received>),
+}
+
+/// Completes the file of a guest that QEMU has sent.
+fn finish(
+    work: &mut Work<'_>,
+    mut received: Box<Received>,
+    method: LiveMethod,
+) -> Result<Written, SaveError> {
+    if !received.set_run_state(&work.meta.run_state) {
+        return Err(SaveError::NoRunState);
+    }
+    let pause_seconds = work.vm.pause_seen().unwrap_or_default().as_secs_f64();
+    super::describe::record(work)?;
+    let facts = work.facts(RouteUsed::Stream, pause_seconds, true);
+    work.draft.finish(&received.places, &received.bitmaps, received.tail(), facts)?;
+    let live = LiveDone { method, pause_seconds, waits: None };
+    Ok(Written { live: Some(live), ..written(&received) })
+}
+
+fn is_snapshot(method: &LiveMethod) -> bool {
+    matches!(method, LiveMethod::BackgroundSnapshot { .. })
 }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Serialize, Serializer};
 use vmfile_engine::{BackendInUse, DirectIoInUse};
+use vmfile_pages::protected_ram::Faults;
 use vmfile_pages::reading::as_text;
 
 use super::{Change, SavedDisk};
@@ -49,8 +50,13 @@ impl Serialize for RouteUsed {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum LiveMethod {
-    /// QEMU wrote each page once, before the guest changed it.
-    BackgroundSnapshot,
+    /// vmfile read each page from the memory of QEMU's process before the guest changed it.
+    Userfault,
+    /// QEMU sent each page once, before the guest changed it.
+    BackgroundSnapshot {
+        /// Why it was not by userfault.
+        reason: String,
+    },
     /// QEMU sent again what the guest had changed, and paused it for the rest.
     PreCopy {
         /// Why it was not a background snapshot.
@@ -58,10 +64,23 @@ pub enum LiveMethod {
     },
 }
 
+impl LiveMethod {
+    /// Returns the route by which this method saves.
+    pub(super) fn route(&self) -> RouteUsed {
+        match self {
+            LiveMethod::Userfault => RouteUsed::Direct,
+            LiveMethod::BackgroundSnapshot { .. } | LiveMethod::PreCopy { .. } => RouteUsed::Stream,
+        }
+    }
+}
+
 impl fmt::Display for LiveMethod {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            LiveMethod::BackgroundSnapshot => write!(f, "background-snapshot"),
+            LiveMethod::Userfault => write!(f, "userfault"),
+            LiveMethod::BackgroundSnapshot { reason } => {
+                write!(f, "background-snapshot ({reason})")
+            }
             LiveMethod::PreCopy { reason } => write!(f, "pre-copy ({reason})"),
         }
     }
@@ -70,6 +89,31 @@ impl fmt::Display for LiveMethod {
 impl Serialize for LiveMethod {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         as_text(self, serializer)
+    }
+}
+
+/// How the guest had to wait for a save by userfault, when it wrote to memory that was not read yet.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[non_exhaustive]
+pub struct GuestWaits {
+    /// How often.
+    pub count: u64,
+    /// How long in all, in seconds; the vCPUs may wait at the same time.
+    pub total_seconds: f64,
+    /// The longest one, in seconds.
+    pub longest_seconds: f64,
+    /// Bytes that were copied aside, so that the guest need not wait for the disk.
+    pub aside_bytes: u64,
+}
+
+impl From<Faults> for GuestWaits {
+    fn from(faults: Faults) -> GuestWaits {
+        GuestWaits {
+            count: faults.count,
+            total_seconds: faults.waited.as_secs_f64(),
+            longest_seconds: faults.longest.as_secs_f64(),
+            aside_bytes: faults.aside_bytes,
+        }
     }
 }
 
@@ -87,6 +131,8 @@ pub struct SaveReport {
     pub live: bool,
     /// How the running guest was saved; `None` if it stood still.
     pub live_method: Option<LiveMethod>,
+    /// How the running guest had to wait; `None` unless it was saved by userfault.
+    pub guest_waits: Option<GuestWaits>,
     /// Whether direct I/O was used; if not, why.
     #[serde(serialize_with = "as_text")]
     pub direct_io: DirectIoInUse,

@@ -11,6 +11,7 @@ use super::direct::DirectRoute;
 use super::live::LiveRoute;
 use super::native::NativeRoute;
 use super::stream::StreamRoute;
+use super::userfault::UserfaultRoute;
 use super::{Live, Route, SaveOptions};
 use crate::error::SaveError;
 
@@ -90,13 +91,28 @@ impl ReadyRoute {
 }
 
 /// Makes ready the only route that saves a running guest.
-pub(super) fn choose_live(vm: &mut Vm, route: Route, live: Live) -> Result<ChosenRoute, SaveError> {
-    let reason = match route {
+pub(super) fn choose_live(
+    vm: &mut Vm,
+    options: &SaveOptions,
+    live: Live,
+    draft: &Draft,
+) -> Result<ChosenRoute, SaveError> {
+    let reason = match options.route {
         Route::Auto => "the guest runs meanwhile",
-        // The others were refused by `SaveOptions::check`.
+        // `Native` was refused by `SaveOptions::check`.
         Route::Stream | Route::Direct | Route::Native => "asked for",
     };
-    let route = ReadyRoute::Live(LiveRoute::prepare(vm, live)?);
+    let userfault = match options.route {
+        Route::Stream => Err("the route stream was asked for".to_owned()),
+        _ => match UserfaultRoute::prepare(vm, draft, options) {
+            Ok(route) => Ok(route),
+            Err(error) if options.route == Route::Auto && is_memory_out_of_reach(&error) => {
+                Err(with_source(&error))
+            }
+            Err(error) => return Err(error),
+        },
+    };
+    let route = ReadyRoute::Live(LiveRoute::prepare(vm, live, userfault)?);
     Ok(ChosenRoute { route, reason: reason.to_owned() })
 }
 
@@ -130,12 +146,16 @@ pub(super) fn choose(
         }
         // QEMU can send its memory even if this process cannot read it.
         Err(error) if route == Route::Auto && is_memory_out_of_reach(&error) => {
-            let because = std::error::Error::source(&error);
-            let because = because.map(|source| format!(": {source}")).unwrap_or_default();
-            stream(vm, format!("not direct: {error}{because}"))
+            stream(vm, format!("not direct: {}", with_source(&error)))
         }
         Err(error) => Err(error),
     }
+}
+
+fn with_source(error: &SaveError) -> String {
+    let because = std::error::Error::source(error);
+    let because = because.map(|source| format!(": {source}")).unwrap_or_default();
+    format!("{error}{because}")
 }
 
 /// Whether an error of the route `direct` says that QEMU's memory cannot be reached.

@@ -56,6 +56,22 @@ pub(super) struct Peer {
 }
 
 impl Peer {
+    /// Takes the only end of a stream.
+    pub(super) fn of(end: OwnedFd) -> Peer {
+        Peer { listener: None, held: vec![end] }
+    }
+
+    /// Cancels a migration that is not to complete. Returns `done`, or the error to report.
+    pub(super) fn cancel<T>(self, vm: &mut Vm, done: Result<T, SaveError>) -> Result<T, SaveError> {
+        match done {
+            Err(error) => Err(self.give_up(vm, error)),
+            Ok(done) => match self.end(vm)? {
+                Outgoing::Active | Outgoing::Held => Err(does_not_stop()),
+                _ => Ok(done),
+            },
+        }
+    }
+
     /// Accepts all connections, and reads and discards their data, until `is_over` is set.
     fn drain(mut self, is_over: &AtomicBool) {
         let mut piece = vec![0; 1 << 20];
@@ -134,9 +150,7 @@ impl Peer {
         };
         // If QEMU fails by itself meanwhile, it has stopped sending as well.
         match self.end(vm) {
-            Ok(Outgoing::Active | Outgoing::Held) => {
-                SaveError::Migration { reason: "it does not stop".to_owned() }
-            }
+            Ok(Outgoing::Active | Outgoing::Held) => does_not_stop(),
             _ => gave_up.unwrap_or(error),
         }
     }
@@ -160,6 +174,10 @@ pub(super) fn wait_until_sent(vm: &mut Vm) -> Result<(), SaveError> {
         Outgoing::Completed => Ok(()),
         other => Err(migration_error(other)),
     }
+}
+
+fn does_not_stop() -> SaveError {
+    SaveError::Migration { reason: "it does not stop".to_owned() }
 }
 
 /// Returns the error for a migration that QEMU has not completed.

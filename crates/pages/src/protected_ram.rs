@@ -1,0 +1,350 @@
+//! The RAM of a process that runs on while it is saved: the file gets every page as it was when the
+//! RAM was write-protected.
+//!
+//! The RAM is cut into windows. A window is read before its protection is lifted, so what is read
+//! is what was there when the protection came. A thread of the process that writes to a protected
+//! window stands still: [`ProtectedRam::serve`] copies that window aside, lifts its protection at
+//! once, and asks the writer to take it next. If no buffer is free, the thread waits until the
+//! writer has read the window.
+//!
+//! A window is as long as a huge page: with shorter ones the kernel would split the huge pages of
+//! the process.
+
+use std::collections::VecDeque;
+use std::io;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use vmfile_engine::{BufferPool, PooledBuffer, Userfault};
+
+use crate::memory::PageSource;
+use crate::plan::{WINDOW_LEN, in_window, pieces};
+use crate::process_ram::ProcessRam;
+
+/// How many bytes of windows are kept aside at most: what the guest may write at once without
+/// waiting for the disk.
+pub const ASIDE_LEN_MAX: u64 = 64 << 20;
+
+/// How long [`ProtectedRam::serve`] waits for a fault before it looks whether it is to end.
+const LOOK: Duration = Duration::from_millis(5);
+
+/// How often the process had to wait, and for what.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Faults {
+    /// How many faults were served.
+    pub count: u64,
+    /// Windows that were copied aside, in bytes.
+    pub aside_bytes: u64,
+    /// How long the threads of the process stood still in all, as far as this process saw it.
+    pub waited: Duration,
+    /// The longest time that one of them stood still.
+    pub longest: Duration,
+}
+
+/// RAM that is write-protected by a userfaultfd, and read while its process runs.
+#[derive(Debug)]
+pub struct ProtectedRam<'a> {
+    ram: &'a ProcessRam,
+    userfault: &'a Userfault,
+    blocks: Vec<Block>,
+    buffers: BufferPool,
+    /// Windows that are to be written before all others: the block's number and the offset in it.
+    urgent: Mutex<VecDeque<(usize, u64)>>,
+    /// Faults that wait until the writer has read their window: the window, and since when.
+    waiting: Mutex<Vec<(usize, u64, Instant)>>,
+    faults: Mutex<Faults>,
+    is_over: AtomicBool,
+    aside_bytes: AtomicU64,
+}
+
+#[derive(Debug)]
+struct Block {
+    addresses: Range<u64>,
+    windows: Vec<Mutex<Window>>,
+    is_protected: bool,
+}
+
+/// What was done with a window.
+#[derive(Debug)]
+enum Window {
+    /// It is as it was when the protection came.
+    Untouched,
+    /// It was copied, and its protection lifted.
+    Aside(PooledBuffer),
+    /// The same, kept in memory of its own.
+    Kept(Vec<u8>),
+    /// It was all zero, and its protection was lifted.
+    Zero,
+    /// The writer has it.
+    Taken,
+}
+
+/// Takes the memory for the windows that are copied aside, [`ASIDE_LEN_MAX`] bytes: before the
+/// process is stopped.
+///
+/// # Errors
+///
+/// Returns [`io::ErrorKind::OutOfMemory`] if there is not so much.
+pub fn aside_buffers() -> io::Result<BufferPool> {
+    let count = usize::try_from(ASIDE_LEN_MAX / WINDOW_LEN).expect("a small number");
+    BufferPool::new(count, in_window(WINDOW_LEN), 4096)
+}
+
+impl<'a> ProtectedRam<'a> {
+    /// Takes the RAM of a process whose threads stand still, after the process has write-protected
+    /// it; finds out which blocks are protected.
+    ///
+    /// A block that is not protected, such as firmware, is copied here and now.
+    ///
+    /// # Errors
+    ///
+    /// Returns the kernel's error; or that the blocks that are not protected have more than
+    /// [`ASIDE_LEN_MAX`] bytes.
+    pub fn new(
+        ram: &'a ProcessRam,
+        userfault: &'a Userfault,
+        buffers: BufferPool,
+    ) -> io::Result<ProtectedRam<'a>> {
+        let blocks = ram.addresses().map(|addresses| block(addresses, userfault));
+        let protected = ProtectedRam {
+            ram,
+            userfault,
+            blocks: blocks.collect::<io::Result<_>>()?,
+            buffers,
+            urgent: Mutex::default(),
+            waiting: Mutex::default(),
+            faults: Mutex::default(),
+            is_over: AtomicBool::new(false),
+            aside_bytes: AtomicU64::new(0),
+        };
+        protected.keep_unprotected()?;
+        Ok(protected)
+    }
+
+    fn keep_unprotected(&self) -> io::Result<()> {
+        let unprotected = self.blocks.iter().enumerate().filter(|(_, block)| !block.is_protected);
+        let len = |(_, block): (usize, &Block)| block.len();
+        let bytes: u64 = unprotected.clone().map(len).sum();
+        if bytes > ASIDE_LEN_MAX {
+            let what = format!(
+                "{bytes} bytes of RAM are not write-protected, expected at most {ASIDE_LEN_MAX}"
+            );
+            return Err(io::Error::other(what));
+        }
+        for (number, block) in unprotected {
+            for range in pieces(0..block.len(), WINDOW_LEN) {
+                let mut bytes = vec![0; in_window(range.end - range.start)];
+                let has_data = self.ram.read(number, &range, &mut bytes)?;
+                let state = if has_data { Window::Kept(bytes) } else { Window::Zero };
+                *self.window(number, range.start) = state;
+            }
+        }
+        Ok(())
+    }
+
+    /// Protects the window with byte `offset` of a block once more, while the threads of the process
+    /// stand still: the process has lifted its protection.
+    ///
+    /// # Errors
+    ///
+    /// Returns the kernel's error.
+    pub fn protect_again(&self, block: usize, offset: u64) -> io::Result<()> {
+        self.userfault.protect(&self.blocks[block].range(offset))
+    }
+
+    /// Lets the threads of the process go on that write to protected pages, until
+    /// [`ProtectedRam::end`] is called. Run it in a thread of its own, from before the process
+    /// runs.
+    ///
+    /// # Errors
+    ///
+    /// Returns the kernel's error. The process then stands still at its next write, until its
+    /// protection is removed.
+    pub fn serve(&self) -> io::Result<()> {
+        while !self.is_over.load(Ordering::Acquire) {
+            for address in self.userfault.wait(LOOK)? {
+                self.serve_one(address)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends [`ProtectedRam::serve`].
+    pub fn end(&self) {
+        self.is_over.store(true, Ordering::Release);
+    }
+
+    /// Returns how the process had to wait so far.
+    #[must_use]
+    pub fn faults(&self) -> Faults {
+        let aside_bytes = self.aside_bytes.load(Ordering::Relaxed);
+        Faults { aside_bytes, ..*lock(&self.faults) }
+    }
+
+    /// Checks that every protected block is still registered with the userfaultfd. Call it once
+    /// everything was read: if the process removed the protection meanwhile, what was read is not
+    /// of one moment.
+    ///
+    /// # Errors
+    ///
+    /// Returns the kernel's error: [`io::ErrorKind::NotFound`] if it is not.
+    pub fn verify(&self) -> io::Result<()> {
+        let protected = self.blocks.iter().filter(|block| block.is_protected);
+        protected
+            .map(|block| block.range(block.len().saturating_sub(1)))
+            .try_for_each(|last| self.userfault.lift(&last))
+    }
+
+    /// Returns the window that the writer is to take next: the block's number, and the offset in
+    /// it.
+    pub(crate) fn urgent(&self) -> Option<(usize, u64)> {
+        lock(&self.urgent).pop_front()
+    }
+
+    fn serve_one(&self, address: u64) -> io::Result<()> {
+        let since = Instant::now();
+        let holds = |block: &Block| block.addresses.contains(&address);
+        let Some(number) = self.blocks.iter().position(holds) else {
+            // A block that came later: the process protects only what it had.
+            return self.userfault.lift(&page(address));
+        };
+        let offset = address - self.blocks[number].addresses.start;
+        let start = offset - offset % WINDOW_LEN;
+        match self.lift(number, start)? {
+            Lifted::Now => self.count(since.elapsed()),
+            Lifted::Later => {
+                lock(&self.waiting).push((number, start, since));
+                lock(&self.urgent).push_front((number, start));
+                // The writer may have read it before it was in the list.
+                if !matches!(*self.window(number, start), Window::Untouched) {
+                    self.woken(number, start);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Lifts the protection of a window, whose content is copied aside first if it is not yet.
+    fn lift(&self, number: usize, start: u64) -> io::Result<Lifted> {
+        let block = &self.blocks[number];
+        let mut window = self.window(number, start);
+        if matches!(*window, Window::Untouched) {
+            let Some(mut buffer) = self.buffers.try_take() else { return Ok(Lifted::Later) };
+            let range = start..(start + WINDOW_LEN).min(block.len());
+            let len = in_window(range.end - range.start);
+            let has_data = self.ram.read(number, &range, &mut buffer[..len])?;
+            *window = if has_data { Window::Aside(buffer) } else { Window::Zero };
+            if has_data {
+                self.aside_bytes.fetch_add(len as u64, Ordering::Relaxed);
+                lock(&self.urgent).push_back((number, start));
+            }
+        }
+        if block.is_protected {
+            // Also if it was lifted before: the thread may have seen the protection just then.
+            self.userfault.lift(&block.range(start))?;
+        }
+        Ok(Lifted::Now)
+    }
+
+    /// Counts the faults that waited for a window.
+    fn woken(&self, number: usize, start: u64) {
+        lock(&self.waiting).retain(|&(block, at, since)| {
+            let is_here = (block, at) == (number, start);
+            if is_here {
+                self.count(since.elapsed());
+            }
+            !is_here
+        });
+    }
+
+    fn count(&self, waited: Duration) {
+        let mut faults = lock(&self.faults);
+        faults.count += 1;
+        faults.waited += waited;
+        faults.longest = faults.longest.max(waited);
+    }
+
+    fn window(&self, number: usize, start: u64) -> MutexGuard<'_, Window> {
+        let index = usize::try_from(start / WINDOW_LEN).expect("a window of memory");
+        lock(&self.blocks[number].windows[index])
+    }
+}
+
+impl PageSource for ProtectedRam<'_> {
+    /// What is zero now and still protected was zero before. What was copied aside counts as data.
+    fn first_data(&self, number: usize, range: &Range<u64>) -> io::Result<Option<u64>> {
+        let block = &self.blocks[number];
+        if !block.is_protected {
+            return Ok((!range.is_empty()).then_some(range.start));
+        }
+        self.ram.first_data(number, range)
+    }
+
+    fn read(&self, number: usize, range: &Range<u64>, into: &mut [u8]) -> io::Result<bool> {
+        let block = &self.blocks[number];
+        let mut window = self.window(number, range.start);
+        match std::mem::replace(&mut *window, Window::Taken) {
+            Window::Untouched => {
+                let has_data = self.ram.read(number, range, into)?;
+                self.userfault.lift(&block.range(range.start))?;
+                drop(window);
+                self.woken(number, range.start);
+                Ok(has_data)
+            }
+            Window::Aside(buffer) => {
+                into.copy_from_slice(&buffer[..into.len()]);
+                Ok(true)
+            }
+            Window::Kept(bytes) => {
+                into.copy_from_slice(&bytes);
+                Ok(true)
+            }
+            Window::Zero => Ok(false),
+            Window::Taken => unreachable!("each window is a unit, and each unit is taken once"),
+        }
+    }
+}
+
+/// Whether the protection of a window was lifted.
+enum Lifted {
+    Now,
+    /// The writer will do it: no buffer is free.
+    Later,
+}
+
+impl Block {
+    fn len(&self) -> u64 {
+        self.addresses.end - self.addresses.start
+    }
+
+    /// Returns the addresses of the window that holds a byte of the block.
+    fn range(&self, offset: u64) -> Range<u64> {
+        let start = self.addresses.start + (offset - offset % WINDOW_LEN);
+        start..(start + WINDOW_LEN).min(self.addresses.end)
+    }
+}
+
+fn block(addresses: Range<u64>, userfault: &Userfault) -> io::Result<Block> {
+    let windows = (addresses.end - addresses.start).div_ceil(WINDOW_LEN);
+    let windows = (0..windows).map(|_| Mutex::new(Window::Untouched)).collect();
+    let mut block = Block { addresses, windows, is_protected: true };
+    // Protecting what is protected changes nothing, and tells whether the block is registered.
+    match userfault.protect(&block.range(0)) {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::NotFound => block.is_protected = false,
+        Err(error) => return Err(error),
+    }
+    Ok(block)
+}
+
+/// Returns the page that holds an address.
+fn page(address: u64) -> Range<u64> {
+    let start = address - address % 4096;
+    start..start + 4096
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,184 @@
+//! A stream that is read up to its first page, and no further: QEMU then waits for room, with every
+//! page but the first few still to be sent.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::{Errno, ioctl_fionread};
+use rustix::net::{RecvFlags, recv, sockopt};
+use vmfile_format::stream::decoder::{EVENT_LEN_MAX, Event, StreamDecoder};
+use vmfile_format::{PageIndex, RamLayout};
+use vmfile_pages::control::Control;
+
+use crate::error::HeldError;
+
+/// How much room the socket has: the kernel's smallest (Linux makes 4608 bytes of it).
+const ROOM: usize = 1;
+
+/// How long no byte must have come until QEMU is taken to wait for room.
+const STILL: Duration = Duration::from_micros(300);
+
+/// How often a wait looks again.
+const LOOK: Duration = Duration::from_micros(50);
+
+/// How often a wait for the sender checks whether it has to stop.
+const STOP_INTERVAL: Duration = Duration::from_millis(20);
+
+/// Our end of a connection over which QEMU sends a VM, and what has come so far.
+#[derive(Debug)]
+pub struct HeldStream {
+    socket: OwnedFd,
+    decoder: StreamDecoder,
+    ram: Option<RamLayout>,
+    /// How many of the bytes that lie in the socket have been decoded.
+    decoded: usize,
+    pages: BTreeSet<(usize, PageIndex)>,
+}
+
+impl HeldStream {
+    /// Makes a connection; returns our end and the sender's, which has as little room as possible.
+    ///
+    /// # Errors
+    ///
+    /// Returns the kernel's error.
+    pub fn pair() -> io::Result<(HeldStream, OwnedFd)> {
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
+        sockopt::set_socket_send_buffer_size(&theirs, ROOM)?;
+        let held = HeldStream {
+            socket: ours.into(),
+            decoder: StreamDecoder::new(),
+            ram: None,
+            decoded: 0,
+            pages: BTreeSet::new(),
+        };
+        Ok((held, theirs.into()))
+    }
+
+    /// Reads everything before the first page, waits until that page has come and the sender waits
+    /// for room. Returns the sender's RAM blocks.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`HeldError`] if the stream ends, is not understood, has no page, or if the time is
+    /// over.
+    pub fn wait_for_pages(
+        &mut self,
+        limit: Duration,
+        control: &Control<'_>,
+    ) -> Result<&RamLayout, HeldError> {
+        let deadline = Instant::now() + limit;
+        while self.pages.is_empty() {
+            if control.is_stopped() {
+                return Err(HeldError::Stopped);
+            }
+            if Instant::now() >= deadline {
+                return Err(HeldError::TimedOut(limit));
+            }
+            self.wait()?;
+            self.look()?;
+        }
+        let mut len = self.unread()?;
+        let mut since = Instant::now();
+        while since.elapsed() < STILL {
+            thread::sleep(LOOK);
+            let now = self.unread()?;
+            if now != len {
+                (len, since) = (now, Instant::now());
+            }
+        }
+        self.look()?;
+        self.ram.as_ref().ok_or(HeldError::NoPages)
+    }
+
+    /// Returns the pages that lie in the socket as a whole: the block's place in the block list,
+    /// and the page.
+    #[must_use]
+    pub fn pages(&self) -> &BTreeSet<(usize, PageIndex)> {
+        &self.pages
+    }
+
+    /// Looks whether further pages have come; returns whether there are any.
+    ///
+    /// # Errors
+    ///
+    /// As for [`HeldStream::wait_for_pages`].
+    pub fn has_more(&mut self) -> Result<bool, HeldError> {
+        let before = self.pages.len();
+        self.look()?;
+        Ok(self.pages.len() > before)
+    }
+
+    /// Waits for a byte that has not been decoded, if none lies in the socket.
+    fn wait(&self) -> Result<(), HeldError> {
+        let interval = Timespec::try_from(STOP_INTERVAL).expect("a short time");
+        match poll(&mut [PollFd::new(&self.socket, PollFlags::IN)], Some(&interval)) {
+            Ok(_) | Err(Errno::INTR) => Ok(()),
+            Err(errno) => Err(HeldError::Read(errno.into())),
+        }
+    }
+
+    fn unread(&self) -> Result<u64, HeldError> {
+        ioctl_fionread(&self.socket).map_err(|errno| HeldError::Read(errno.into()))
+    }
+
+    /// Decodes what lies in the socket. Removes from there what comes before the first page.
+    fn look(&mut self) -> Result<(), HeldError> {
+        let mut bytes = vec![0; EVENT_LEN_MAX];
+        let len = match recv(&self.socket, &mut bytes[..], RecvFlags::PEEK | RecvFlags::DONTWAIT) {
+            Ok((_, 0)) => return Err(HeldError::Ended),
+            Ok((_, len)) => len,
+            Err(Errno::AGAIN | Errno::INTR) => return Ok(()),
+            Err(errno) => return Err(HeldError::Read(errno.into())),
+        };
+        loop {
+            let step = self.decoder.next(&bytes[self.decoded..len])?;
+            match step.event {
+                Some(Event::RamBlocks { ram, .. }) => self.ram = Some(ram),
+                Some(Event::Page { block, page, .. } | Event::ZeroPage { block, page }) => {
+                    self.pages.insert((block, page));
+                }
+                Some(Event::DeviceState(_)) => return Err(HeldError::NoPages),
+                Some(_) => {}
+                None => {
+                    self.decoded += step.consumed;
+                    break;
+                }
+            }
+            self.decoded += step.consumed;
+        }
+        if self.pages.is_empty() {
+            self.discard()?;
+        }
+        Ok(())
+    }
+
+    /// Removes the decoded bytes from the socket.
+    fn discard(&mut self) -> Result<(), HeldError> {
+        let mut bytes = vec![0; self.decoded];
+        while self.decoded > 0 {
+            match recv(&self.socket, &mut bytes[..self.decoded], RecvFlags::DONTWAIT) {
+                Ok((_, 0)) => return Err(HeldError::Ended),
+                Ok((_, len)) => self.decoded -= len,
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(HeldError::Read(errno.into())),
+            }
+        }
+        Ok(())
+    }
+}
+
+impl AsFd for HeldStream {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl From<HeldStream> for OwnedFd {
+    fn from(held: HeldStream) -> OwnedFd {
+        held.socket
+    }
+}
