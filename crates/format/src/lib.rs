@@ -14,6 +14,7 @@
 //! let ram = RamBlock::new("pc.ram".to_owned(), 128 << 20, PageSize::KIB_4)?;
 //! let machine = "pc-q35-10.0".to_owned();
 //! let configuration = Configuration { machine, ..Configuration::default() };
+//! // QEMU gives each section of a stream a number: that of RAM.
 //! let section_id = 2;
 //! let layout = MappedRamLayout::new(&configuration, RamLayout::new(vec![ram])?, section_id)?;
 //! let block = &layout.blocks()[0];

@@ -34,7 +34,7 @@
 //! )?;
 //! assert_eq!(saved.pages_data, 1);
 //!
-//! // Every page is compared with its hash on its way back.
+//! // Every page is compared with its hash on its way back. The snapshot begins at byte 0 of its file.
 //! let snapshot = Snapshot::open(&path, 0)?;
 //! let mut restored = vec![0xff_u8; 4 << 20];
 //! load(&snapshot, &OwnMemoryMut::new(vec![&mut restored]), &options, &Control::none())?;

@@ -12,7 +12,8 @@ use vmfile_engine::{DataFile, DirectIo, DirectIoInUse, resident_bytes};
 use crate::snapshot::Snapshot;
 
 /// Opens the file for reading its pages, and says whether that uses direct I/O. If direct I/O is
-/// only preferred, it is not used while the page cache holds most of the file.
+/// only preferred, it is not used while the page cache holds more than half of the bytes that the file
+/// takes on the disk.
 ///
 /// # Errors
 ///

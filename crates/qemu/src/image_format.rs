@@ -1,4 +1,4 @@
-//! Formats of images by QEMU's names.
+//! Formats of disk images by QEMU's names, and by the first bytes of their files.
 
 use std::fs::File;
 use std::io::Read as _;

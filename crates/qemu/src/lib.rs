@@ -35,6 +35,7 @@
 //! | [`launch`] | a QEMU that this process starts, and kills unless the caller keeps it |
 //! | [`program`] | a QEMU on disk: its version |
 //! | [`identity`] | what a VM is made of, and how that differs from what its command line would make |
+//! | [`image_format`] | formats of disk images |
 //! | [`discover`] | the VMs that run on this host |
 //! | [`unix_socket`] | connecting without waiting in the kernel |
 //! | [`files`] | which QEMU of this host uses a file |

@@ -36,6 +36,7 @@
 //! let mut outlet = Outlet::new(ours.into(), &not_stopped)?;
 //! let file = DataFile::new(snapshot.file().try_clone()?, DirectIo::Off)?;
 //! let source = Source { file, io: Backend::Auto };
+//! // 64 KiB fit into the socket. More than that needs a reader that reads meanwhile.
 //! write_stream(&contents, &source, &mut outlet, &Control::none())?;
 //! drop(outlet);
 //!

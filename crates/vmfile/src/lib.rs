@@ -13,6 +13,7 @@
 //! println!("paused for {:.3} s, {} bytes", report.pause_seconds, report.bytes_written);
 //!
 //! // A new QEMU, started with the command line that was saved; its RAM is mapped from the file.
+//! // The snapshot begins at byte 0 of its file.
 //! let snapshot = Snapshot::open("/var/lib/vms/vm.vmf".as_ref(), 0)?;
 //! let options = RestoreOptions::default();
 //! let restored = restore(&snapshot, Destination::Saved, &options, &Control::none())?;

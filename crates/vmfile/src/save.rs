@@ -312,7 +312,7 @@ impl<'a> Save<'a> {
         self.written = Some(match &mut self.route.route {
             ReadyRoute::Direct(route) => route.write(&mut work)?,
             ReadyRoute::Stream(route) => route.write(&mut work)?,
-            ReadyRoute::Live(route) => route.write(&mut work)?,
+            ReadyRoute::Live(_) => unreachable!("`save` calls `Save::live` for it"),
             ReadyRoute::Native(route) => route.write(&mut work)?,
         });
         let proven = self.prove()?;
