@@ -1,8 +1,9 @@
 //! The RAM of a process that runs on while it is saved: the file gets every page as it was when the
 //! RAM was write-protected.
 //!
-//! The RAM is cut into windows. A window is read before its protection is lifted, so what is read
-//! is what was there when the protection came. A thread of the process that writes to a protected
+//! The RAM is cut into windows. The saved moment is one at which the process stands still and
+//! everything is protected ([`ProtectedRam::begin`]). From then on a window is read before its
+//! protection is lifted, so what is read is what was there at that moment. A thread of the process that writes to a protected
 //! window stands still: [`ProtectedRam::serve`] copies that window aside, lifts its protection at
 //! once, and asks the writer to take it next. If no buffer is free, the thread waits until the
 //! writer has read the window.
@@ -10,7 +11,7 @@
 //! A window is as long as a huge page: with shorter ones the kernel would split the huge pages of
 //! the process.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -55,6 +56,7 @@ pub struct ProtectedRam<'a> {
     /// Faults that wait until the writer has read their window: the window, and since when.
     waiting: Mutex<Vec<(usize, u64, Instant)>>,
     faults: Mutex<Faults>,
+    before: Mutex<Before>,
     is_over: AtomicBool,
     aside_bytes: AtomicU64,
 }
@@ -66,10 +68,18 @@ struct Block {
     is_protected: bool,
 }
 
+/// What happened before the saved moment.
+#[derive(Debug, Default)]
+struct Before {
+    is_over: bool,
+    /// Windows whose protection was lifted: the block's number and the offset in it.
+    lifted: BTreeSet<(usize, u64)>,
+}
+
 /// What was done with a window.
 #[derive(Debug)]
 enum Window {
-    /// It is as it was when the protection came.
+    /// It is as it was at the saved moment.
     Untouched,
     /// It was copied, and its protection lifted.
     Aside(PooledBuffer),
@@ -93,22 +103,19 @@ pub fn aside_buffers() -> io::Result<BufferPool> {
 }
 
 impl<'a> ProtectedRam<'a> {
-    /// Takes the RAM of a process whose threads stand still, after the process has write-protected
-    /// it; finds out which blocks are protected.
-    ///
-    /// A block that is not protected, such as firmware, is copied here and now.
+    /// Takes the RAM of a process that has write-protected it; finds out which blocks are
+    /// protected. Copies go into `buffers`, see [`aside_buffers`].
     ///
     /// # Errors
     ///
-    /// Returns the kernel's error; or that the blocks that are not protected have more than
-    /// [`ASIDE_LEN_MAX`] bytes.
+    /// Returns the kernel's error.
     pub fn new(
         ram: &'a ProcessRam,
         userfault: &'a Userfault,
         buffers: BufferPool,
     ) -> io::Result<ProtectedRam<'a>> {
         let blocks = ram.addresses().map(|addresses| block(addresses, userfault));
-        let protected = ProtectedRam {
+        Ok(ProtectedRam {
             ram,
             userfault,
             blocks: blocks.collect::<io::Result<_>>()?,
@@ -116,11 +123,34 @@ impl<'a> ProtectedRam<'a> {
             urgent: Mutex::default(),
             waiting: Mutex::default(),
             faults: Mutex::default(),
+            before: Mutex::default(),
             is_over: AtomicBool::new(false),
             aside_bytes: AtomicU64::new(0),
-        };
-        protected.keep_unprotected()?;
-        Ok(protected)
+        })
+    }
+
+    /// Begins the saved moment. Call it while the threads of the process stand still; from then on
+    /// [`PageSource::read`] may be called.
+    ///
+    /// Protects again what was lifted before, by [`ProtectedRam::serve`] or by the process itself:
+    /// `lifted` are blocks by number, and a byte of the block. A block that is not protected, such
+    /// as firmware, is copied here and now.
+    ///
+    /// # Errors
+    ///
+    /// Returns the kernel's error; or that the blocks that are not protected have more than
+    /// [`ASIDE_LEN_MAX`] bytes.
+    pub fn begin(&self, lifted: impl IntoIterator<Item = (usize, u64)>) -> io::Result<()> {
+        let mut before = lock(&self.before);
+        before.is_over = true;
+        let start = |(block, offset): (usize, u64)| (block, offset - offset % WINDOW_LEN);
+        before.lifted.extend(lifted.into_iter().map(start));
+        for &(block, offset) in &before.lifted {
+            if self.blocks[block].is_protected {
+                self.userfault.protect(&self.blocks[block].range(offset))?;
+            }
+        }
+        self.keep_unprotected()
     }
 
     fn keep_unprotected(&self) -> io::Result<()> {
@@ -144,19 +174,9 @@ impl<'a> ProtectedRam<'a> {
         Ok(())
     }
 
-    /// Protects the window with byte `offset` of a block once more, while the threads of the process
-    /// stand still: the process has lifted its protection.
-    ///
-    /// # Errors
-    ///
-    /// Returns the kernel's error.
-    pub fn protect_again(&self, block: usize, offset: u64) -> io::Result<()> {
-        self.userfault.protect(&self.blocks[block].range(offset))
-    }
-
     /// Lets the threads of the process go on that write to protected pages, until
-    /// [`ProtectedRam::end`] is called. Run it in a thread of its own, from before the process
-    /// runs.
+    /// [`ProtectedRam::end`] is called. Run it in a thread of its own, as soon as the memory is
+    /// protected.
     ///
     /// # Errors
     ///
@@ -212,6 +232,12 @@ impl<'a> ProtectedRam<'a> {
         };
         let offset = address - self.blocks[number].addresses.start;
         let start = offset - offset % WINDOW_LEN;
+        let mut before = lock(&self.before);
+        if !before.is_over {
+            before.lifted.insert((number, start));
+            return self.userfault.lift(&self.blocks[number].range(start));
+        }
+        drop(before);
         match self.lift(number, start)? {
             Lifted::Now => self.count(since.elapsed()),
             Lifted::Later => {

@@ -58,14 +58,14 @@ impl HeldStream {
         Ok((held, theirs.into()))
     }
 
-    /// Reads everything before the first page, waits until that page has come and the sender waits
-    /// for room. Returns the sender's RAM blocks.
+    /// Reads everything before the first page, and waits until that page has come. Returns the
+    /// sender's RAM blocks.
     ///
     /// # Errors
     ///
     /// Returns [`HeldError`] if the stream ends, is not understood, has no page, or if the time is
     /// over.
-    pub fn wait_for_pages(
+    pub fn wait_for_page(
         &mut self,
         limit: Duration,
         control: &Control<'_>,
@@ -81,6 +81,16 @@ impl HeldStream {
             self.wait()?;
             self.look()?;
         }
+        self.ram.as_ref().ok_or(HeldError::NoPages)
+    }
+
+    /// Waits until no further bytes come: the sender waits for room. Returns the pages that have
+    /// come as a whole: the block's place in the block list, and the page.
+    ///
+    /// # Errors
+    ///
+    /// As for [`HeldStream::wait_for_page`].
+    pub fn wait_until_still(&mut self) -> Result<&BTreeSet<(usize, PageIndex)>, HeldError> {
         let mut len = self.unread()?;
         let mut since = Instant::now();
         while since.elapsed() < STILL {
@@ -91,21 +101,14 @@ impl HeldStream {
             }
         }
         self.look()?;
-        self.ram.as_ref().ok_or(HeldError::NoPages)
-    }
-
-    /// Returns the pages that lie in the socket as a whole: the block's place in the block list,
-    /// and the page.
-    #[must_use]
-    pub fn pages(&self) -> &BTreeSet<(usize, PageIndex)> {
-        &self.pages
+        Ok(&self.pages)
     }
 
     /// Looks whether further pages have come; returns whether there are any.
     ///
     /// # Errors
     ///
-    /// As for [`HeldStream::wait_for_pages`].
+    /// As for [`HeldStream::wait_for_page`].
     pub fn has_more(&mut self) -> Result<bool, HeldError> {
         let before = self.pages.len();
         self.look()?;

@@ -5,11 +5,13 @@
 //! stream goes to a socket that is not read, so that QEMU waits there with the memory protected.
 //!
 //! ```text
-//! stop                            the guest stands still
+//! migrate fd:                     QEMU looks at every page, which fills holes; it stops the guest,
+//!                                 protects the memory, lets the guest run, and waits for room
+//! borrow the userfaultfd          a thread of ours serves the guest's faults
+//! stop                            the saved moment: the guest stands still once more
 //! the disks get their overlays, the devices are saved
-//! migrate fd:                     QEMU protects the memory, and waits for room in the socket
-//! borrow the userfaultfd, protect again what QEMU has let go
-//! cont                            the guest runs; a thread of ours serves its faults
+//! protect again what was lifted   a few windows, so that this pause is short
+//! cont
 //! every window: read it, lift its protection, write it
 //! migrate_cancel                  QEMU removes what is left of the protection
 //! ```
@@ -19,14 +21,15 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use vmfile_engine::{BufferPool, ProcessMemory, Userfault, beside};
 use vmfile_pages::draft::Draft;
 use vmfile_pages::protected_ram::{ProtectedRam, aside_buffers};
 use vmfile_pages::ram_writer::write_protected_ram;
-use vmfile_pages::{ProcessRamError, RamBlock};
+use vmfile_pages::{PageIndex, ProcessRamError, RamBlock, RamLayout};
 use vmfile_qemu::{RunState, Vm};
 use vmfile_stream::held::HeldStream;
 
@@ -37,6 +40,12 @@ use crate::error::SaveError;
 
 /// How long QEMU may take to protect the guest's memory: it looks at every page before.
 const PROTECT_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How long QEMU may take from the first page until it lets the guest run.
+const RESUME_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long to wait between two looks whether it has.
+const POLL_INTERVAL: Duration = Duration::from_micros(200);
 
 /// What is set up while the guest runs.
 #[derive(Debug)]
@@ -80,77 +89,95 @@ impl UserfaultRoute {
         (held, theirs): (&mut HeldStream, OwnedFd),
     ) -> Result<Written, SaveError> {
         let before = Userfault::all_of(&self.process).map_err(SaveError::Userfault)?;
-        work.vm.stop()?;
-        let found = work.vm.run_state()?;
-        if found != RunState::Paused {
-            return Err(SaveError::RunState { found: found.to_string() });
-        }
-        self.direct.process.look_again()?;
-        work.disks.freeze(work.vm)?;
-        let devices = Devices::save(work)?;
+        let resumes = work.vm.resumes();
         work.vm.send_stream(theirs)?;
-        let sent = held.wait_for_pages(PROTECT_TIMEOUT, work.control)?.clone();
-
+        let sent = held.wait_for_page(PROTECT_TIMEOUT, work.control)?.clone();
+        // From here to `serve` the guest may stand still.
         let after = Userfault::all_of(&self.process).map_err(SaveError::Userfault)?;
         let number = after.difference(&before).next().ok_or(SaveError::NoUserfault)?;
         let userfault = Userfault::borrow(&self.process, *number).map_err(SaveError::Userfault)?;
-        let ram = &self.direct.process;
-        let protected = ProtectedRam::new(ram, &userfault, self.buffers.clone());
-        let protected = protected.map_err(SaveError::Userfault)?;
-        for &(block, page) in held.pages() {
-            let block = &sent.blocks()[block];
-            let same = |known: &RamBlock| known.name() == block.name();
-            let known = self.direct.ram.blocks().iter().position(same);
-            let known = known.ok_or_else(|| not_known(block.name()))?;
-            let offset = page.0 * block.page_size().bytes();
-            protected.protect_again(known, offset).map_err(SaveError::Userfault)?;
-        }
-
+        self.direct.process.look_again()?;
         let workers = self.direct.workers.take().expect("a route writes once");
-        let (layout, data_bytes) = (&self.direct.ram, self.direct.data_bytes);
+        let DirectRoute { ram: layout, process, data_bytes, .. } = &self.direct;
+        let protected = ProtectedRam::new(process, &userfault, self.buffers.clone());
+        let protected = protected.map_err(SaveError::Userfault)?;
+
         let serve = || protected.serve();
         let both = beside(serve, |_| {
-            let written = run_on(work.vm).and_then(|()| {
+            let written = stop_once(work, resumes, || {
+                let pages = held.wait_until_still()?;
+                let lifted = pages.iter().map(|&page| place(page, &sent, layout));
+                let lifted = lifted.collect::<Result<Vec<_>, SaveError>>()?;
+                protected.begin(lifted).map_err(SaveError::Userfault)
+            })
+            .and_then(|devices| {
                 let places = devices.places(work, layout)?;
                 let control = work.control;
                 let written =
-                    write_protected_ram(workers, &places, &protected, data_bytes, control)?;
-                Ok((places, written))
+                    write_protected_ram(workers, &places, &protected, *data_bytes, control)?;
+                Ok((devices, places, written))
             });
             protected.end();
             written
         });
         let (served, written) = both.map_err(SaveError::Workers)?;
-        let (places, written) = written?;
+        let (devices, places, written) = written?;
         served.map_err(SaveError::Userfault)?;
         protected.verify().map_err(SaveError::Userfault)?;
         if held.has_more()? {
             return Err(SaveError::Overtaken);
         }
         let pause_seconds = work.vm.pause_seen().unwrap_or_default().as_secs_f64();
-        let live = LiveDone {
-            method: LiveMethod::Userfault,
-            pause_seconds,
-            waits: Some(protected.faults().into()),
-        };
+        let waits = Some(protected.faults().into());
+        let live = LiveDone { method: LiveMethod::Userfault, pause_seconds, waits };
         devices.finish(work, &places, written, Some(live))
     }
 }
 
-/// Lets the guest run on, with its memory protected.
-fn run_on(vm: &mut Vm) -> Result<(), SaveError> {
-    // QEMU sets the run state that the guest had when the migration began (10.0), which must not
-    // happen after `cont`. Its answer comes after that.
-    vm.run_state()?;
-    Ok(vm.cont()?)
+/// Stops the guest, saves its devices, runs `begin`, and lets the guest run on.
+fn stop_once(
+    work: &mut Work<'_>,
+    resumes: u64,
+    begin: impl FnOnce() -> Result<(), SaveError>,
+) -> Result<Devices, SaveError> {
+    // QEMU stopped the guest as well, and lets it run when its memory is protected: a `stop` before
+    // that would be undone.
+    let deadline = Instant::now() + RESUME_TIMEOUT;
+    while work.vm.resumes() == resumes {
+        let found = work.vm.run_state()?;
+        if Instant::now() >= deadline {
+            return Err(SaveError::RunState { found: found.to_string() });
+        }
+        thread::sleep(POLL_INTERVAL);
+    }
+    work.vm.stop()?;
+    let found = work.vm.run_state()?;
+    if found != RunState::Paused {
+        return Err(SaveError::RunState { found: found.to_string() });
+    }
+    work.disks.freeze(work.vm)?;
+    let devices = Devices::save(work)?;
+    begin()?;
+    work.vm.cont()?;
+    Ok(devices)
+}
+
+/// Returns where a page that QEMU has sent lies: our number of the block, and the offset in it.
+fn place(
+    (block, page): (usize, PageIndex),
+    sent: &RamLayout,
+    layout: &RamLayout,
+) -> Result<(usize, u64), SaveError> {
+    let block = &sent.blocks()[block];
+    let same = |known: &RamBlock| known.name() == block.name();
+    let Some(number) = layout.blocks().iter().position(same) else {
+        let reason = "QEMU sends it and does not list it".to_owned();
+        return Err(SaveError::Block { block: block.name().to_owned(), reason });
+    };
+    Ok((number, page.0 * block.page_size().bytes()))
 }
 
 /// The descriptor is closed: that is no matter of rights.
 fn unless_closed(error: io::Error) -> io::Result<()> {
     if error.raw_os_error() == Some(Errno::BADF.raw_os_error()) { Ok(()) } else { Err(error) }
-}
-
-fn not_known(block: &str) -> SaveError {
-    let reason = "QEMU sends it and does not list it".to_owned();
-    SaveError::Block { block: block.to_owned(), reason }
 }
