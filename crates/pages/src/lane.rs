@@ -208,7 +208,9 @@ impl Lane {
 
 #[cfg(test)]
 mod tests {
-    use vmfile_engine::DirectIo;
+    use std::iter;
+
+    use vmfile_engine::{DirectIo, Direction, Memory};
 
     use super::*;
 
@@ -220,5 +222,49 @@ mod tests {
         let work = |number: usize, _: Lane| assert_ne!(number, 1, "the test's own panic");
         let error = workers.run(work).unwrap_err();
         assert_eq!(error.to_string(), "a worker thread panicked, which is a bug in vmfile");
+    }
+
+    /// With more buffers, a save would take more memory than vmfile may use; with fewer, a disk
+    /// would stand still.
+    #[test]
+    fn all_lanes_share_the_length_of_the_buffers_and_each_has_one_more() {
+        let file = DataFile::new(tempfile::tempfile().unwrap(), DirectIo::Off).unwrap();
+        for (jobs, expected) in [(1, 17), (4, 5), (17, 2)] {
+            let workers = Workers::start(&file, (Backend::Threads, jobs)).unwrap();
+            assert_eq!(workers.count(), jobs);
+            let count = |_, lane: Lane| {
+                let buffers: Vec<_> = iter::from_fn(|| lane.free_buffer()).collect();
+                buffers.len()
+            };
+            assert_eq!(workers.run(count).unwrap(), vec![expected; jobs]);
+        }
+    }
+
+    #[test]
+    fn a_full_queue_has_no_room_until_a_transfer_was_reaped() {
+        let plain = tempfile::tempfile().unwrap();
+        let file = DataFile::new(plain.try_clone().unwrap(), DirectIo::Off).unwrap();
+        let work = |mut lane: Lane| {
+            let buffer = lane.buffer().unwrap().freeze();
+            let write = |number: u64| Transfer {
+                direction: Direction::Write,
+                file_offset: number * 4096,
+                memory: Memory::Shared(buffer.clone(), 0..4096),
+                tag: 0,
+            };
+            for number in 0..DEPTH as u64 {
+                assert!(lane.has_room(), "before transfer {number}");
+                lane.submit(write(number)).unwrap();
+            }
+            assert!(!lane.has_room());
+            // This one waits for another.
+            lane.submit(write(DEPTH as u64)).unwrap();
+            assert!(!lane.has_room());
+            lane.drain().unwrap();
+            assert!(lane.has_room());
+            assert!(lane.next_read().unwrap().is_none(), "everything was reaped");
+        };
+        on_lanes(&file, (Backend::Threads, 1), work).unwrap();
+        assert_eq!(plain.metadata().unwrap().len(), (DEPTH as u64 + 1) * 4096);
     }
 }
