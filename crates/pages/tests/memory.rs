@@ -188,6 +188,35 @@ fn memory_that_only_reads_and_writes_is_enough() {
     assert_eq!(*sink.0.lock().unwrap(), blocks[0]);
 }
 
+/// What a source and a sink say of their data without more than the trait asks for: all of it is.
+#[test]
+fn memory_that_does_not_report_its_data_may_have_it_everywhere() {
+    let bytes = Bytes(Mutex::new(vec![0; 8192]));
+    assert_eq!(bytes.first_data(0, &(5..8192)).unwrap(), Some(5));
+    assert_eq!(bytes.first_data(0, &(5..5)).unwrap(), None);
+    assert_eq!(bytes.data(0, &(5..8192)).unwrap(), vec![5..8192]);
+}
+
+#[test]
+fn memory_that_is_loaded_into_tells_where_it_holds_data() {
+    const WINDOW: u64 = 2 << 20;
+    let mut blocks = vec![vec![0; 4096], vec![0; (5 << 20) + 4096 * 3]];
+    let len = blocks[1].len() as u64;
+    for offset in [3 * 4096 + 4095, (2 << 20) - 1, (5 << 20) + 2 * 4096] {
+        blocks[1][offset] = 1;
+    }
+    let sink = OwnMemoryMut::new(blocks.iter_mut().map(Vec::as_mut_slice).collect());
+    let first = |start: u64| sink.first_data(1, &(start..len)).unwrap();
+    assert_eq!(first(0), Some(3 * 4096));
+    assert_eq!(first(3 * 4096), Some(3 * 4096));
+    assert_eq!(first(4 * 4096), Some(WINDOW - 4096));
+    assert_eq!(first(WINDOW), Some((5 << 20) + 2 * 4096));
+    assert_eq!(sink.first_data(1, &(WINDOW..2 * WINDOW)).unwrap(), None);
+    assert_eq!(sink.first_data(0, &(0..4096)).unwrap(), None);
+    assert_eq!(sink.data(1, &(0..WINDOW)).unwrap(), vec![3 * 4096..WINDOW]);
+    assert_eq!(sink.data(1, &(WINDOW..2 * WINDOW)).unwrap(), vec![]);
+}
+
 /// A draft is complete only after `finish` and all pages: `prove` finds what is missing, before the
 /// file has a name.
 #[test]
