@@ -230,3 +230,17 @@ fn a_gap_that_holds_a_page_is_not_written_over() {
     });
     receiver.holds(0, &[(2, 1), (4, 1), (6, 1), (7, 7), (8, 1), (10, 1)]);
 }
+
+/// A page that stays behind in an open window would hold a buffer and wait for another page.
+#[test]
+fn a_window_is_written_with_its_last_page() {
+    let receiver = Receiver::new(16384, [256, 4]);
+    receiver.write(|writer| {
+        writer.page(0, PageIndex(3), &receiver.page(1)).unwrap();
+        writer.page(0, PageIndex(126), &receiver.page(2)).unwrap();
+        assert_eq!(writer.counts().written_bytes, 0);
+        writer.page(0, PageIndex(127), &receiver.page(3)).unwrap();
+        assert_eq!(writer.counts().written_bytes, 3 * 16384);
+    });
+    receiver.holds(0, &[(3, 1), (126, 2), (127, 3)]);
+}
