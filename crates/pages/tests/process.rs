@@ -21,9 +21,13 @@ use std::ptr;
 use rustix::fs::MemfdFlags;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 use vmfile_pages::engine::ProcessMemory;
+use vmfile_pages::memory_file::{Contents, FileOptions, save};
 use vmfile_pages::plan::WINDOW_LEN;
 use vmfile_pages::process_ram::BlockAt;
-use vmfile_pages::{Access, PageSink as _, PageSource as _, ProcessRam, ProcessRamError};
+use vmfile_pages::{
+    Access, Control, PageSink as _, PageSize, PageSource as _, PagesError, ProcessRam,
+    ProcessRamError, RamBlock, RamLayout,
+};
 
 use crate::host::HugePages;
 
@@ -233,6 +237,26 @@ fn a_file_that_was_cut_since_is_an_error_and_no_zeros() {
         panic!("no error of the file")
     };
     assert_eq!((&*block, source.to_string()), ("ram", text(OFFSET + 4 * PAGE)));
+}
+
+#[test]
+fn a_save_names_the_bytes_that_could_not_be_read() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = file_with(&[0, 3, 600]);
+    let mapped = Mapped::new(LEN, MapFlags::SHARED, Some((&file, OFFSET)));
+    let ram = mapped.ram();
+    // The first two windows are whole.
+    file.set_len(OFFSET + 2 * WINDOW_LEN + PAGE).unwrap();
+    let block = RamBlock::new("pc.ram".to_owned(), LEN, PageSize::KIB_4).unwrap();
+    let state: [(&str, &[u8]); 1] = [("cpu", &[1])];
+    let contents = Contents::new("test-1.0", RamLayout::new(vec![block]).unwrap(), &state);
+    let path = directory.path().join("memory.vmf");
+    let saved = save(&path, contents, &ram, &FileOptions::default(), &Control::none());
+    let PagesError::ReadRam { block, block_offset, len, .. } = saved.unwrap_err() else {
+        panic!("another error")
+    };
+    assert_eq!((&*block, block_offset, len), ("pc.ram", 2 * WINDOW_LEN, 3 * PAGE));
+    assert_eq!(directory.path().read_dir().unwrap().count(), 0);
 }
 
 #[test]

@@ -11,14 +11,14 @@ use std::sync::{Arc, Mutex};
 use tempfile::TempDir;
 use vmfile_pages::check::{CheckOptions, check, verify_pages};
 use vmfile_pages::draft::{Draft, FileLayout};
-use vmfile_pages::engine::{Unpublished, drop_cached, resident_bytes};
+use vmfile_pages::engine::{Unpublished, data_ranges, drop_cached, resident_bytes};
 use vmfile_pages::format::stream::configuration::Configuration;
 use vmfile_pages::memory_file::{Contents, FileOptions, SavedMemory, load, save, state};
 use vmfile_pages::reading::open_for_reading;
 use vmfile_pages::{
-    Control, DirectIo, DirectIoInUse, Existing, FileFormat, OwnMemory, OwnMemoryMut, PageBitmap,
-    PageIndex, PageSize, PageSource as _, PagesError, Progress, RamBlock, RamLayout, Snapshot,
-    Verified,
+    Control, DirectIo, DirectIoInUse, Existing, FileFormat, Jobs, OwnMemory, OwnMemoryMut,
+    PageBitmap, PageIndex, PageSize, PageSource as _, PagesError, Progress, RamBlock, RamLayout,
+    Snapshot, Verified,
 };
 
 fn layout(lens: &[usize], size: PageSize) -> RamLayout {
@@ -191,6 +191,35 @@ fn progress_ends_when_all_is_done() {
         assert!(seen.iter().any(|progress| progress.done_bytes < total_bytes));
         assert!(seen.iter().all(|progress| progress.done_bytes > 0));
     }
+}
+
+#[test]
+fn progress_of_a_save_adds_up_the_data_of_its_units() {
+    let directory = tempfile::tempdir().unwrap();
+    let memory = memory(20 << 20);
+    let options = FileOptions::default().jobs(Jobs::new(1).unwrap());
+    let seen = progress(|control| {
+        let path = directory.path().join("memory.vmf");
+        save_in(&path, &memory, &[("cpu", &[1])], &options, control).unwrap();
+    });
+    let done: Vec<u64> = seen.iter().map(|progress| progress.done_bytes).collect();
+    // Every third of 4096 pages, every third of 5120, and at the end the zero pages too.
+    assert_eq!(done, [1366 * 4096, 1707 * 4096, 20 << 20]);
+}
+
+#[test]
+fn a_unit_without_data_takes_no_place_in_the_file() {
+    let mut memory = vec![0; 36 << 20];
+    memory[35 << 20] = 1;
+    let (_directory, path, saved) = saved(&memory, DirectIo::Off);
+    assert_eq!(saved.pages_data, 1);
+    let snapshot = Snapshot::open(&path, 0).unwrap();
+    let hashes = snapshot.manifest().unwrap().meta.blocks[0].hashes_offset;
+    let file = File::open(&path).unwrap();
+    // The hashes of two units of 16 MiB, and those of the third.
+    assert_eq!(data_ranges(file.as_fd(), hashes..hashes + 2 * 65536).unwrap(), []);
+    let third = data_ranges(file.as_fd(), hashes + 2 * 65536..hashes + 3 * 65536).unwrap();
+    assert!(!third.is_empty());
 }
 
 #[test]
