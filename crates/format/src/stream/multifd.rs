@@ -373,6 +373,13 @@ mod tests {
         }
     }
 
+    /// A reader that has room for less would wait for the rest of a packet for ever.
+    #[test]
+    fn the_longest_packet_is_that_of_the_smallest_pages() {
+        assert_eq!(packet_len(PageSize::new(512).unwrap()), PACKET_LEN_MAX);
+        assert_eq!(packet_len(PageSize::new(65536).unwrap()), HEADER_LEN + 8 * 8);
+    }
+
     #[test]
     fn a_sync_packet_without_pages_has_any_name_capacity_and_length() {
         let sync = Packet { sync: true, pages: None, data_len: 0, ..packet() };
