@@ -445,13 +445,15 @@ mod tests {
 
     #[test]
     fn compressed_data_have_a_limit() {
-        let of = |data_len| Packet { compression: Compression::Zstd, data_len, ..packet() };
-        let bytes = of(0x10_0000).encode(&ram());
-        assert_eq!(Packet::decode(&bytes, 0, &ram()), Ok(Some((of(0x10_0000), 1344))));
-        let bytes = of(0x10_0001).encode(&ram());
-        let error = Packet::decode(&bytes, 0, &ram()).unwrap_err();
-        let text = "length of the multifd data is 1048577, at most 1048576 is accepted";
-        assert_eq!(error.kind.to_string(), text);
+        for compression in [Compression::Zlib, Compression::Zstd] {
+            let of = |data_len| Packet { compression, data_len, ..packet() };
+            let bytes = of(0x10_0000).encode(&ram());
+            assert_eq!(Packet::decode(&bytes, 0, &ram()), Ok(Some((of(0x10_0000), 1344))));
+            let bytes = of(0x10_0001).encode(&ram());
+            let error = Packet::decode(&bytes, 0, &ram()).unwrap_err();
+            let text = "length of the multifd data is 1048577, at most 1048576 is accepted";
+            assert_eq!(error.kind.to_string(), text);
+        }
     }
 
     #[test]
