@@ -3,6 +3,7 @@
 
 use proptest::prelude::*;
 use vmfile_format::error::FormatErrorKind;
+use vmfile_format::limits::{BLOCK_LEN_MAX, BLOCKS_MAX, DEVICE_STATE_LEN_MAX};
 use vmfile_format::stream::configuration::Configuration;
 use vmfile_format::stream::decoder::{EVENT_LEN_MAX, Event, StreamDecoder};
 use vmfile_format::stream::encoder::{self, RamSection};
@@ -478,4 +479,78 @@ fn commands_that_ask_for_an_answer_are_refused_by_name() {
     for (code, text) in refusals {
         assert_eq!(refused_section(&[8, 0, code]), text);
     }
+}
+
+#[test]
+fn what_is_refused_is_refused_at_once() {
+    let mut decoder = StreamDecoder::new();
+    let error = decoder.next(b"\x7fELF").unwrap_err();
+    assert!(matches!(error.kind, FormatErrorKind::NotAStream { .. }), "{error}");
+    assert_eq!(decoder.next(&configuration().encode()), Err(error.clone()));
+    assert_eq!(decoder.finish(), Err(error));
+}
+
+/// What was missing of an earlier piece is no reason any more once that piece has come.
+#[test]
+fn the_end_of_a_stream_names_what_is_missing_there() {
+    let bytes = [configuration().encode(), vec![1]].concat();
+    let mut decoder = StreamDecoder::new();
+    assert_eq!(decoder.next(&bytes[..9]).unwrap().event, None);
+    let text = "at offset 0x9: length of the machine type needs 4 bytes, 0 are left";
+    assert_eq!(decoder.finish().unwrap_err().to_string(), text);
+    assert!(decoder.next(&bytes).unwrap().event.is_some());
+    let text = "at offset 0x1b: section \"ram\" needs 1 bytes, 0 are left";
+    assert_eq!(decoder.finish().unwrap_err().to_string(), text);
+}
+
+/// Returns a stream up to the word that announces a block list of `total` bytes.
+fn with_total(total: u64) -> Vec<u8> {
+    let mut bytes = configuration().encode();
+    bytes.extend_from_slice(b"\x01\0\0\0\x01\x03ram\0\0\0\0\0\0\0\x04");
+    encoder::word(&mut bytes, total | 4);
+    bytes
+}
+
+#[test]
+fn a_block_list_is_as_long_as_its_limits() {
+    let most = BLOCK_LEN_MAX * BLOCKS_MAX as u64;
+    let error = decode_whole(&with_total(most)).1.unwrap_err();
+    assert!(matches!(error.kind, FormatErrorKind::Ends { .. }), "{error}");
+    assert!(matches!(refusal(&with_total(most + 4096)).kind, FormatErrorKind::TooLarge { .. }));
+
+    let with_blocks = |count: usize| {
+        let mut bytes = with_total(count as u64 * 4096);
+        for number in 0..count {
+            let name = format!("block{number}");
+            encoder::block_record(&mut bytes, &RamBlock::new(name, 4096, PageSize::KIB_4).unwrap());
+        }
+        encoder::word(&mut bytes, 0x10);
+        decode_whole(&bytes)
+    };
+    let (events, _) = with_blocks(BLOCKS_MAX);
+    let Owned::RamBlocks(_, ram) = &events[1] else { panic!("{:?}", events[1]) };
+    assert_eq!(ram.blocks().len(), BLOCKS_MAX);
+    let text = "number of RAM blocks is 4097, at most 4096 is accepted";
+    assert_eq!(with_blocks(BLOCKS_MAX + 1).1.unwrap_err().kind.to_string(), text);
+}
+
+#[test]
+fn a_device_state_is_as_long_as_its_limit() {
+    let bytes = [between_sections(), DEVICES.to_vec()].concat();
+    let mut decoder = StreamDecoder::new();
+    let mut rest = bytes.as_slice();
+    while !rest.is_empty() {
+        rest = &rest[decoder.next(rest).unwrap().consumed..];
+    }
+    let piece = vec![0; 1 << 20];
+    let end = between_sections().len() as u64 + DEVICE_STATE_LEN_MAX;
+    while decoder.offset() < end {
+        let expected = (end - decoder.offset()).min(piece.len() as u64);
+        let step = decoder.next(&piece).unwrap();
+        assert_eq!(step.consumed as u64, expected);
+        assert_eq!(step.event, Some(Event::DeviceState(&piece[..step.consumed])));
+    }
+    assert_eq!(decoder.finish(), Ok(()));
+    let text = "length of the device state is 268435457, at most 268435456 is accepted";
+    assert_eq!(decoder.next(&piece).unwrap_err().kind.to_string(), text);
 }
