@@ -401,6 +401,16 @@ mod tests {
     }
 
     #[test]
+    fn an_unused_id_is_that_of_no_section() {
+        let mut bytes = Vec::new();
+        for id in [2, 1, 4] {
+            full(&mut bytes, id, "timer", &[]);
+        }
+        bytes.push(section::EOF);
+        assert_eq!(DeviceState::locate(&bytes, 0, 9).unwrap().unused_id(), 3);
+    }
+
+    #[test]
     fn a_footer_inside_a_payload_does_not_end_the_section() {
         let mut lure = Vec::new();
         // The payload holds a footer of its own id and a header that looks right but leads nowhere.
