@@ -319,4 +319,47 @@ mod tests {
         let (bytes, _) = written(&[5, PAGES - 1, 4, 6, PAGES - 1], true);
         assert_eq!(bytes[3..8], [0, 1, 1, 1, 0]);
     }
+
+    /// Writes pages of a block, each list at once and in a buffer of its own; returns how many of
+    /// the writes nobody has waited for.
+    fn not_awaited(lists: &[(usize, &[u64])]) -> usize {
+        let file = DataFile::new(tempfile::tempfile().unwrap(), DirectIo::Off).unwrap();
+        let block =
+            |name: &str| RamBlock::new(name.to_owned(), 2 * WINDOW_LEN, PageSize::KIB_4).unwrap();
+        let ram = RamLayout::new(vec![block("ram"), block("rom")]).unwrap();
+        let places = FileLayout::new(&Configuration::default(), ram, 1, 0).unwrap();
+        let ram = ReceivedRam::new(file.clone(), places.blocks(), places.hashes());
+        let work = |lane| {
+            let mut writer = PageWriter::new(&ram, lane, false);
+            for &(block, pages) in lists {
+                let mut buffer = writer.buffer().unwrap();
+                buffer.fill(1);
+                let pages = pages.iter().map(|&page| PageIndex(page));
+                let places: Vec<_> = (0..).zip(pages).collect();
+                writer.pages(block, &places, buffer).unwrap();
+            }
+            let reaped = std::iter::from_fn(|| writer.lane.next_read().unwrap());
+            reaped.count()
+        };
+        on_lanes(&file, (Backend::Threads, 1), work).unwrap().0[0]
+    }
+
+    /// The kernel may do two writes to one place in either order: the older page would stay.
+    #[test]
+    fn a_page_that_comes_again_waits_for_its_earlier_write() {
+        assert_eq!(not_awaited(&[(0, &[5]), (0, &[5])]), 1);
+        assert_eq!(not_awaited(&[(0, &[5]), (0, &[6]), (0, &[5])]), 1);
+        for page in [3, 4, 5] {
+            assert_eq!(not_awaited(&[(0, &[3, 4, 5]), (0, &[page])]), 1, "page {page}");
+        }
+        assert_eq!(not_awaited(&[(1, &[PAGES + 70]), (1, &[PAGES + 69, PAGES + 70])]), 1);
+    }
+
+    #[test]
+    fn other_pages_do_not_wait() {
+        for page in [2, 6, 64 + 3, PAGES + 3] {
+            assert_eq!(not_awaited(&[(0, &[3, 4, 5]), (0, &[page])]), 2, "page {page}");
+        }
+        assert_eq!(not_awaited(&[(0, &[3]), (1, &[3])]), 2);
+    }
 }
