@@ -515,6 +515,21 @@ mod tests {
         assert_eq!(bytes[payload + 36], 0x55);
     }
 
+    #[test]
+    fn a_run_state_takes_36_bytes() {
+        let of = |payload: &[u8]| {
+            let mut bytes = Vec::new();
+            full(&mut bytes, 9, "globalstate", payload);
+            bytes.push(section::EOF);
+            let state = DeviceState::locate(&bytes, 0x40, 1).unwrap();
+            let written = state.set_run_state(&mut bytes, "paused");
+            (written, state.run_state(&bytes).map(String::from))
+        };
+        assert_eq!(of(&[0x55; 36]), (true, Some("paused".into())));
+        // What follows the payload is the footer, and no part of a name.
+        assert_eq!(of(&[0x55; 35]), (false, None));
+    }
+
     /// One save in 256 of a guest lost all devices but the first: the low byte of a timer was 0x7e,
     /// and what followed looked like the footer of section 0, EOF and padding.
     #[test]
