@@ -471,6 +471,21 @@ mod tests {
     }
 
     #[test]
+    fn what_only_begins_like_a_description_is_not_tried() {
+        let mut payload = b"\x7e\0\0\0\x03\x04\0\0\0\x04\x02ab\0\0\0\0\0\0\0\0".to_vec();
+        for _ in 0..DESCRIPTIONS_TRIED_MAX {
+            payload.extend_from_slice(b"\0\x06\0\0\0\x02{\"");
+        }
+        let mut bytes = Vec::new();
+        full(&mut bytes, 3, "lured", &payload);
+        full(&mut bytes, 4, "after", &[7; 40]);
+        bytes.push(section::EOF);
+        describe_lure(&mut bytes, payload.len());
+        let state = DeviceState::locate(&bytes, 0, 1).unwrap();
+        assert_eq!(names(&state), ["lured", "after"]);
+    }
+
+    #[test]
     fn empty_ram_parts_and_commands_before_the_devices_are_skipped() {
         let mut bytes = Vec::new();
         bytes.extend_from_slice(&[2, 0, 0, 0, 1]);
