@@ -468,6 +468,15 @@ mod tests {
             assert_eq!(names(&state), ["lured", "ab"]);
             assert_eq!(state.stream_end, bytes.len() as u64);
         }
+        // The lengths are right; the name, the instance or the version is not.
+        for (right, wrong) in [("\"lured", "\"lurid"), ("id\":0", "id\":1"), ("n\":1", "n\":2")] {
+            let mut bytes = lure();
+            describe_lure(&mut bytes, 21);
+            let at = bytes.windows(right.len()).position(|part| part == right.as_bytes()).unwrap();
+            bytes[at..at + wrong.len()].copy_from_slice(wrong.as_bytes());
+            let state = DeviceState::locate(&bytes, 0, 1).unwrap();
+            assert_eq!(names(&state), ["lured", "ab"], "{wrong}");
+        }
     }
 
     #[test]
