@@ -16,6 +16,7 @@ use vmfile_format::manifest::{
 use vmfile_format::mapped_ram::{MappedRamFile, MappedRamLayout, PlacedBlock};
 use vmfile_format::qcow2::Qcow2Header;
 use vmfile_format::stream::configuration::Configuration;
+use vmfile_format::stream::device_state::DeviceState;
 use vmfile_format::stream::own_state::OwnState;
 use vmfile_format::{
     FormatError, PageBitmap, PageCount, PageIndex, PageRange, PageSize, RamBlock, RamLayout,
@@ -205,6 +206,17 @@ fn registers_lie_in_the_device_state() {
     assert_eq!((found.cpu, found.version, found.bytes), (0, 1, 8));
     let at = usize::try_from(found.offset).expect("short");
     assert_eq!(bytes[at - 1..=at + 8], [1, 1, 1, 1, 1, 1, 1, 1, 1, 0x7e]);
+}
+
+/// Without the last section a VM would be restored without its last device.
+#[test]
+fn a_description_that_leaves_out_a_section_is_not_believed() {
+    let both = OwnState::new(&[("cpu", &[1; 8]), ("timer", &[2; 4])]);
+    let first = OwnState::new(&[("cpu", &[1; 8])]);
+    let bytes = [both.sections, first.description].concat();
+    let state = DeviceState::locate(&bytes, 0, both.unused_id).expect("whole sections");
+    let names: Vec<&str> = state.sections.iter().map(|section| &*section.name).collect();
+    assert_eq!(names, ["cpu", "timer"]);
 }
 
 #[test]
