@@ -7,7 +7,8 @@ use std::convert::Infallible;
 
 use vmfile_format::error::FormatErrorKind;
 use vmfile_format::limits::{
-    BLOCK_LEN_MAX, BLOCKS_MAX, CAPABILITIES_MAX, MACHINE_NAME_LEN_MAX, MANIFEST_LEN_MAX,
+    BLOCK_LEN_MAX, BLOCKS_MAX, CAPABILITIES_MAX, DEVICE_SECTIONS_MAX, MACHINE_NAME_LEN_MAX,
+    MANIFEST_LEN_MAX,
 };
 use vmfile_format::manifest::{
     BlockMeta, CpuSectionMeta, ExtentMeta, FOOTER_LEN, Features, Footer, MemoryRangeMeta, Meta,
@@ -217,6 +218,18 @@ fn a_description_that_leaves_out_a_section_is_not_believed() {
     let state = DeviceState::locate(&bytes, 0, both.unused_id).expect("whole sections");
     let names: Vec<&str> = state.sections.iter().map(|section| &*section.name).collect();
     assert_eq!(names, ["cpu", "timer"]);
+}
+
+#[test]
+fn sections_without_a_description_are_as_many_as_their_limit() {
+    let located = |count: usize| {
+        let state = OwnState::new(&vec![("a", &[][..]); count]);
+        DeviceState::locate(&state.sections, 0, state.unused_id)
+    };
+    let found = located(DEVICE_SECTIONS_MAX).expect("whole sections");
+    assert_eq!(found.sections.len(), DEVICE_SECTIONS_MAX);
+    let error = located(DEVICE_SECTIONS_MAX + 1).expect_err("one too many");
+    assert_eq!(error.kind, FormatErrorKind::BrokenSections);
 }
 
 #[test]
