@@ -212,4 +212,14 @@ mod tests {
         assert_eq!(of(DEVICE_SECTIONS_MAX).unwrap().devices.len(), DEVICE_SECTIONS_MAX);
         assert!(of(DEVICE_SECTIONS_MAX + 1).is_err());
     }
+
+    #[test]
+    fn a_description_is_as_long_as_its_limit() {
+        let mut json = br#"{"devices":[]}"#.to_vec();
+        json.resize(usize::try_from(VM_DESCRIPTION_LEN_MAX).unwrap(), b' ');
+        assert_eq!(VmDescription::decode(&json), Ok(VmDescription { devices: Vec::new() }));
+        json.push(b' ');
+        let text = "length of the VM description is 16777217, at most 16777216 is accepted";
+        assert_eq!(VmDescription::decode(&json).unwrap_err().to_string(), text);
+    }
 }
