@@ -233,6 +233,19 @@ fn sections_without_a_description_are_as_many_as_their_limit() {
 }
 
 #[test]
+fn names_of_sections_are_printable_and_have_up_to_255_bytes() {
+    let located = |name: &str| {
+        let state = OwnState::new(&[(name, &[])]);
+        let found = DeviceState::locate(&state.sections, 0, state.unused_id);
+        found.map(|found| found.sections.len()).map_err(|error| error.kind)
+    };
+    assert_eq!(located(&"n".repeat(255)), Ok(1));
+    for name in ["", "a name", "caf\u{e9}", "tab\t"] {
+        assert_eq!(located(name), Err(FormatErrorKind::BrokenSections), "{name:?}");
+    }
+}
+
+#[test]
 fn a_footer_says_what_may_be() {
     let decode = |stream_end: u64, metadata_len: u64| {
         let metadata_offset = 0x1000;
