@@ -254,6 +254,7 @@ mod tests {
             gap(0, 3 * 2 * 170);
             gap(4, 2 * 170);
         }
+        assert_ne!(sample(&bitmaps, 2), sample(&bitmaps, 4), "each save compares other pages");
     }
 
     #[test]
