@@ -264,4 +264,10 @@ mod tests {
         assert_eq!(sample(&[bitmap(9, |_| false)], 5), []);
         assert_eq!(sample(&[], 5), []);
     }
+
+    #[test]
+    fn the_random_numbers_are_those_of_xorshift64() {
+        let numbers = [0, 1, 1_082_269_761].map(step);
+        assert_eq!(numbers, [1_082_269_761, 1_082_269_761, 1_152_992_998_833_853_505]);
+    }
 }
