@@ -200,7 +200,7 @@ fn memory_that_does_not_report_its_data_may_have_it_everywhere() {
 #[test]
 fn memory_that_is_loaded_into_tells_where_it_holds_data() {
     const WINDOW: u64 = 2 << 20;
-    let mut blocks = vec![vec![0; 4096], vec![0; (5 << 20) + 4096 * 3]];
+    let mut blocks = [vec![0; 4096], vec![0; (5 << 20) + 4096 * 3]];
     let len = blocks[1].len() as u64;
     for offset in [3 * 4096 + 4095, (2 << 20) - 1, (5 << 20) + 2 * 4096] {
         blocks[1][offset] = 1;
