@@ -222,4 +222,10 @@ mod tests {
         let text = "length of the VM description is 16777217, at most 16777216 is accepted";
         assert_eq!(VmDescription::decode(&json).unwrap_err().to_string(), text);
     }
+
+    #[test]
+    fn what_is_no_list_is_refused_as_such() {
+        let error = VmDescription::decode(br#"{"devices":1}"#).unwrap_err().to_string();
+        assert!(error.contains("expected a list"), "{error}");
+    }
 }
