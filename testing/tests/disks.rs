@@ -106,17 +106,26 @@ fn a_guest_and_its_disk_come_back_when_qemu_writes_the_pages() -> TestResult {
     round_trip(&qemu, &qemu, &config(Ram::private(256)), &with_disks(Route::Native)).map(drop)
 }
 
-fn by_background_snapshot(source: &Qemu, config: &GuestConfig) -> TestResult {
+fn by_userfault(source: &Qemu, config: &GuestConfig) -> TestResult {
     let destination = requires!(Qemu::of(Release::Distribution));
     let method = round_trip(source, &destination, config, &live())?;
-    assert_eq!(method, "background-snapshot");
+    assert_eq!(method, "userfault");
     Ok(())
+}
+
+#[test]
+fn disks_are_of_the_moment_of_a_save_by_userfault() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    by_userfault(&qemu, &config(Ram::private(256)).busy())
 }
 
 #[test]
 fn disks_are_of_the_moment_of_a_background_snapshot() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
-    by_background_snapshot(&qemu, &config(Ram::private(256)).busy())
+    let config = config(Ram::private(256)).busy();
+    let method = round_trip(&qemu, &qemu, &config, &live().route(Route::Stream))?;
+    assert!(method.starts_with("background-snapshot ("), "{method}");
+    Ok(())
 }
 
 /// The oldest QEMU has background-snapshot too, but leaves its guest paused if one fails; so vmfile
@@ -132,9 +141,9 @@ fn disks_are_of_the_last_moment_of_a_pre_copy_of_the_oldest() -> TestResult {
 }
 
 #[test]
-fn disks_are_of_the_moment_of_a_background_snapshot_of_the_newest() -> TestResult {
+fn disks_are_of_the_moment_of_a_save_by_userfault_of_the_newest() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Newest));
-    by_background_snapshot(&qemu, &config(Ram::private(256)).busy().machine_version("10.0"))
+    by_userfault(&qemu, &config(Ram::private(256)).busy().machine_version("10.0"))
 }
 
 #[test]

@@ -11,7 +11,9 @@ use vmfile::restore::Mode;
 use vmfile::save::{After, Live, LiveMethod, Route, RouteUsed, SaveOptions, SaveReport};
 use vmfile_qemu::{Outgoing, Vm};
 use vmfile_testing::migration::{set_capability, set_parameter};
-use vmfile_testing::{Guest, GuestConfig, Machine, Qemu, Ram, Release, TestResult, requires};
+use vmfile_testing::{
+    Guest, GuestConfig, HugePages, Machine, Missing, Qemu, Ram, Release, TestResult, requires,
+};
 
 fn live() -> SaveOptions {
     let live = Some(Live::default().pause_max(Duration::from_secs(2)));
@@ -58,14 +60,75 @@ fn round_trip_of(
 }
 
 #[test]
-fn a_busy_guest_with_private_ram_is_saved_by_background_snapshot() -> TestResult {
+fn a_busy_guest_with_private_ram_is_saved_by_userfault() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
     let config = Guest::boot_sector(Ram::private(64)).seed(111).busy();
     let report = round_trip(&qemu, &qemu, &config, &live())?;
     assert_eq!(report.live_method, Some(LiveMethod::Userfault));
+    assert_eq!(report.route, RouteUsed::Direct);
     assert_eq!(report.bytes_rewritten, 0, "each page comes once");
     assert!(report.pause_seconds > 0.0 && report.pause_seconds < report.total_seconds);
+    let waits = report.guest_waits.ok_or("a save by userfault says how the guest waited")?;
+    assert!(waits.longest_seconds <= waits.total_seconds, "{waits:?}");
     Ok(())
+}
+
+/// Each vCPU of these guests proves memory of its own.
+#[test]
+fn busy_guests_with_other_ram_and_vcpus_are_saved_by_userfault() -> TestResult {
+    let _pages = requires!(HugePages::reserve(192));
+    for (release, ram, vcpus) in [
+        (Release::Distribution, Ram::memfd(64), 2),
+        (Release::Newest, Ram::hugetlb_memfd(64), 1),
+        (Release::Newest, Ram::private(64), 2),
+    ] {
+        let qemu = requires!(Qemu::of(release));
+        let config = Guest::boot_sector(ram).seed(116).vcpus(vcpus).busy();
+        let options = live().route(Route::Direct);
+        let report = round_trip(&qemu, &qemu, &config, &options)?;
+        assert_eq!(report.live_method, Some(LiveMethod::Userfault), "{release:?} {vcpus}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_busy_guest_is_saved_by_background_snapshot_if_qemu_is_to_send_it() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let config = Guest::boot_sector(Ram::private(64)).seed(117).busy();
+    let report = round_trip(&qemu, &qemu, &config, &live().route(Route::Stream))?;
+    let Some(LiveMethod::BackgroundSnapshot { reason }) = &report.live_method else {
+        panic!("{report:?}")
+    };
+    assert!(reason.contains("asked for"), "{reason}");
+    assert_eq!((report.route, report.bytes_rewritten), (RouteUsed::Stream, 0));
+    Ok(())
+}
+
+/// QEMU protects the memory page by page and lifts the protection page by page: after a save by its
+/// stream the guest has no huge pages left.
+#[test]
+fn the_huge_pages_of_a_guest_survive_ten_saves() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let mut guest = Guest::boot_sector(Ram::private(256)).seed(118).boot_to(&qemu, 1)?;
+    let pid = guest.pid()?;
+    let before = huge_pages(pid)?;
+    let reason = format!("the kernel gave the guest {before} KiB in huge pages");
+    requires!((before >= 32 << 10).then_some(()).ok_or(Missing::beyond_setup(reason)));
+    for _ in 0..10 {
+        let report = guest.save(&live())?.report;
+        assert_eq!(report.live_method, Some(LiveMethod::Userfault));
+    }
+    let after = huge_pages(pid)?;
+    assert!(after * 100 >= before * 95, "{after} KiB of {before} KiB are left");
+    guest.runs_on(1)
+}
+
+/// How much private memory a process has in huge pages, in KiB.
+fn huge_pages(pid: u32) -> TestResult<u64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
+    let line = text.lines().find_map(|line| line.strip_prefix("AnonHugePages:"));
+    let number = line.and_then(|line| line.split_whitespace().next()).ok_or("no AnonHugePages")?;
+    Ok(number.parse()?)
 }
 
 #[test]
@@ -97,6 +160,21 @@ fn ram_in_a_file_on_a_disk_is_saved_by_pre_copy() -> TestResult {
 }
 
 #[test]
+fn a_guest_that_cannot_be_saved_by_userfault_is_not_saved_by_another_method_if_asked() -> TestResult
+{
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
+    let config = Guest::boot_sector(Ram::file(64, directory.path())).seed(119);
+    let mut guest = config.boot_to(&qemu, 1)?;
+    let settings = guest.qmp("query-migrate-capabilities", json!({}))?;
+    let error = guest.save_fails(&live().route(Route::Direct))?;
+    let SaveError::NotByUserfault { reason } = &error else { panic!("{error}") };
+    assert!(reason.contains("not compatible"), "{reason}");
+    assert_eq!(guest.qmp("query-migrate-capabilities", json!({}))?, settings);
+    guest.runs_on(1)
+}
+
+#[test]
 fn a_guest_that_is_too_busy_is_given_up_and_runs_on() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
     let ram_directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
@@ -110,11 +188,11 @@ fn a_guest_that_is_too_busy_is_given_up_and_runs_on() -> TestResult {
 }
 
 #[test]
-fn a_paused_guest_is_saved_as_it_is_and_the_direct_route_is_refused() -> TestResult {
+fn a_paused_guest_is_saved_as_it_is_and_the_route_native_is_refused() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
     let mut guest = Guest::boot_sector(Ram::private(64)).seed(115).boot_to(&qemu, 1)?;
-    let error = guest.save_fails(&live().route(Route::Direct))?;
-    assert!(matches!(error, SaveError::NotLive { .. }), "{error}");
+    let error = guest.save_fails(&live().route(Route::Native))?;
+    assert!(matches!(error, SaveError::NotLive), "{error}");
     assert_eq!(guest.status()?, "running");
     guest.stop()?;
     let report = guest.save(&live())?.report;

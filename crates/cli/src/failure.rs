@@ -168,7 +168,15 @@ impl From<&SaveError> for Failure {
             SaveError::NoAddress { .. } => Failure::new(Code::Vm, "no_address", error).hint(
                 "--route direct needs a QEMU that prints addresses, 8.0 or later; stream none",
             ),
-            SaveError::NotLive { .. } => Failure::new(Code::Usage, "usage", error).hint(LIVE),
+            SaveError::NotLive => Failure::new(Code::Usage, "usage", error).hint(LIVE),
+            SaveError::NotByUserfault { .. } => {
+                Failure::new(Code::Vm, "no_userfault", error).hint(NO_USERFAULT)
+            }
+            SaveError::Userfault(_) | SaveError::NoUserfault | SaveError::Held(_) => {
+                Failure::new(Code::Vm, "userfault", error).hint(NO_USERFAULT)
+            }
+            SaveError::Overtaken => Failure::new(Code::Vm, "userfault", error)
+                .hint("save again; if it happens often, --route stream lets QEMU send the memory"),
             SaveError::NoChannels => Failure::new(Code::Usage, "usage", error).hint(CHANNELS),
             SaveError::NotConverged { .. } => Failure::new(Code::Vm, "not_converged", error).hint(
                 "--live-timeout waits longer, --max-pause allows a longer pause; \
@@ -218,7 +226,8 @@ impl From<&SaveError> for Failure {
 }
 
 /// The hints for options that exclude one another.
-const LIVE: &str = "--live goes with --route stream or auto";
+const LIVE: &str = "--live goes with --route auto, direct or stream";
+const NO_USERFAULT: &str = "--live with --route stream has QEMU send the memory";
 const CHANNELS: &str = "--channels goes with --route stream or native";
 
 /// The hint for a command line that is not text.

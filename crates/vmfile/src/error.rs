@@ -176,11 +176,14 @@ pub enum SaveError {
         /// QEMU's message if it gave one.
         reason: String,
     },
-    /// The caller chose a live save, and a route that pauses the guest.
-    #[error("the route {route} cannot save a guest that runs")]
-    NotLive {
-        /// `direct` or `native`.
-        route: &'static str,
+    /// The caller chose a live save, and the route `native`, which pauses the guest.
+    #[error("the route native cannot save a guest that runs")]
+    NotLive,
+    /// The caller chose a live save by the route `direct`, which is not possible.
+    #[error("the route direct cannot save this guest while it runs: {reason}")]
+    NotByUserfault {
+        /// Why.
+        reason: String,
     },
     /// The caller chose channels, and the route `direct`, which has none.
     #[error("the route direct has no channels")]

@@ -35,6 +35,15 @@ pub(crate) fn save(report: &SaveReport) -> String {
         let again = size::bytes(report.bytes_rewritten);
         line(&mut text, "live", &format!("{method}, {again} written again"));
     }
+    if let Some(waits) = &report.guest_waits {
+        let waited = format!(
+            "{} times, the longest {}; {} were copied aside",
+            waits.count,
+            size::seconds(waits.longest_seconds),
+            size::bytes(waits.aside_bytes)
+        );
+        line(&mut text, "waits", &waited);
+    }
     for disk in &report.disks {
         line(&mut text, "disk", &format!("{} stays, {} goes on", disk.image, disk.overlay));
     }

@@ -57,7 +57,6 @@ fn a_socket_that_is_not_there_is_named() {
 fn options_that_exclude_one_another_are_refused_before_the_vm_is_asked() {
     for (options, said) in [
         (["--route", "direct", "--channels", "2"].as_slice(), "hint: --channels goes with"),
-        (["--route", "direct", "--live"].as_slice(), "hint: --live goes with"),
         (["--route", "native", "--live"].as_slice(), "hint: --live goes with"),
     ] {
         let words = ["save", "/nonexistent/vm.sock", "/tmp/never.vmf"];

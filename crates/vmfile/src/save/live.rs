@@ -1,6 +1,7 @@
-//! Saves a guest while it runs, by QEMU's stream.
+//! Saves a guest while it runs: chooses the method, and has QEMU's stream if it is not `userfault`.
 //!
-//! `background-snapshot`: QEMU stops the guest for some milliseconds, write-protects its memory and
+//! `userfault`: see `userfault.rs`. It needs what `background-snapshot` needs, and the memory of
+//! QEMU's process. `background-snapshot`: QEMU stops the guest for some milliseconds, write-protects its memory and
 //! sends every page once, as it was then. If QEMU cannot do that, `pre-copy`: QEMU sends the pages
 //! that the guest changes again, until few are left; it stops the guest while it sends those.
 //!
@@ -43,6 +44,8 @@ pub(super) struct LiveRoute {
     live: Live,
     /// `Err` says why the memory of QEMU's process is not used.
     userfault: Result<UserfaultRoute, String>,
+    /// Whether no other method may be used.
+    only_userfault: bool,
 }
 
 impl LiveRoute {
@@ -50,9 +53,9 @@ impl LiveRoute {
     pub(super) fn prepare(
         vm: &mut Vm,
         live: Live,
-        userfault: Result<UserfaultRoute, String>,
+        (userfault, only_userfault): (Result<UserfaultRoute, String>, bool),
     ) -> Result<LiveRoute, SaveError> {
-        Ok(LiveRoute { before: vm.stream_settings()?, live, userfault })
+        Ok(LiveRoute { before: vm.stream_settings()?, live, userfault, only_userfault })
     }
 
     /// Returns the migration settings that QEMU had before the save.
@@ -106,6 +109,9 @@ impl LiveRoute {
                 Err(error) => return Err(error.into()),
             },
         };
+        if self.only_userfault {
+            return Err(SaveError::NotByUserfault { reason });
+        }
         let ours = self.before.pre_copy(self.live.pause_max, hold);
         vm.change_stream_settings(&self.before, &ours)?;
         Ok((LiveMethod::PreCopy { reason }, ours))

@@ -112,7 +112,8 @@ pub(super) fn choose_live(
             Err(error) => return Err(error),
         },
     };
-    let route = ReadyRoute::Live(LiveRoute::prepare(vm, live, userfault)?);
+    let only = options.route == Route::Direct;
+    let route = ReadyRoute::Live(LiveRoute::prepare(vm, live, (userfault, only))?);
     Ok(ChosenRoute { route, reason: reason.to_owned() })
 }
 

@@ -1,0 +1,304 @@
+//! Memory that is written while it is saved, protected by a real userfaultfd: the file has the
+//! moment at which the save began.
+//!
+//! The process is that of the test. Where the kernel does not allow this, a test prints `skipped: `
+//! and the reason.
+
+#![expect(unsafe_code, reason = "maps memory, and protects it by ioctls of a userfaultfd")]
+#![expect(clippy::print_stdout, reason = "a skipped test says why")]
+#![expect(clippy::unwrap_used, reason = "a test that cannot be arranged has failed")]
+
+use std::ffi::c_void;
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt as _;
+use std::ptr;
+use std::thread;
+use std::time::Duration;
+
+use rustix::ioctl::{Opcode, Updater, ioctl, opcode};
+use rustix::mm::{MapFlags, ProtFlags, UserfaultfdFlags};
+use vmfile_pages::draft::FileLayout;
+use vmfile_pages::engine::{ProcessMemory, Userfault};
+use vmfile_pages::format::stream::configuration::Configuration;
+use vmfile_pages::lane::Workers;
+use vmfile_pages::plan::WINDOW_LEN;
+use vmfile_pages::process_ram::BlockAt;
+use vmfile_pages::protected_ram::{ASIDE_LEN_MAX, ProtectedRam, aside_buffers};
+use vmfile_pages::ram_writer::{Written, write_protected_ram};
+use vmfile_pages::{
+    Access, Backend, Control, DataFile, DirectIo, PageIndex, PageSize, PagesError, ProcessRam,
+    RamBlock, RamLayout,
+};
+
+const PAGE: usize = 4096;
+const WINDOW: usize = 2 << 20;
+const _: () = assert!(WINDOW as u64 == WINDOW_LEN);
+
+/// Memory of this process in whole windows, and how it is protected.
+struct Guarded {
+    start: *mut c_void,
+    len: usize,
+    fd: OwnedFd,
+}
+
+// SAFETY: the memory is only touched by system calls and by volatile writes, from any thread.
+unsafe impl Sync for Guarded {}
+
+/// `struct uffdio_api`, `struct uffdio_register` and `struct uffdio_range` of Linux's
+/// `include/uapi/linux/userfaultfd.h`.
+type Api = [u64; 3];
+type Register = [u64; 4];
+type Bounds = [u64; 2];
+const API: Opcode = opcode::read_write::<Api>(0xaa, 0x3f);
+const REGISTER: Opcode = opcode::read_write::<Register>(0xaa, 0x00);
+const UNREGISTER: Opcode = opcode::read::<Bounds>(0xaa, 0x01);
+const FEATURE_WP: u64 = 1;
+const MODE_WP: u64 = 2;
+
+impl Guarded {
+    /// Maps windows, fills two of three pages, and write-protects all of them; `None` if the kernel
+    /// does not allow it.
+    fn new(windows: usize) -> Option<Guarded> {
+        let flags = UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK;
+        // SAFETY: a descriptor of its own; what it does to memory comes later.
+        let fd = unsafe { rustix::mm::userfaultfd(flags) };
+        let Ok(fd) = fd else {
+            println!("skipped: no userfaultfd: {}", fd.unwrap_err());
+            return None;
+        };
+        let len = windows * WINDOW;
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let start = unsafe {
+            rustix::mm::mmap_anonymous(ptr::null_mut(), len, protection, MapFlags::PRIVATE)
+        };
+        let guarded = Guarded { start: start.unwrap(), len, fd };
+        for page in 0..len / PAGE {
+            // Reading the third page enters the zero page, as QEMU does before it protects.
+            if page % 3 == 2 {
+                guarded.touch(page);
+            } else {
+                guarded.put(page, 1);
+            }
+        }
+        guarded.ask::<API, Api>([0xaa, FEATURE_WP, 0]).unwrap();
+        let register: Register = [guarded.address(), len as u64, MODE_WP, 0];
+        if let Err(error) = guarded.ask::<REGISTER, Register>(register) {
+            println!("skipped: no write protection by userfaultfd: {error}");
+            return None;
+        }
+        guarded.userfault().protect(&(guarded.address()..guarded.address() + len as u64)).unwrap();
+        Some(guarded)
+    }
+
+    fn address(&self) -> u64 {
+        self.start.addr() as u64
+    }
+
+    fn userfault(&self) -> Userfault {
+        let process = ProcessMemory::open(std::process::id()).unwrap();
+        let number = std::os::fd::AsRawFd::as_raw_fd(&self.fd);
+        assert!(Userfault::all_of(&process).unwrap().contains(&number));
+        Userfault::borrow(&process, number).unwrap()
+    }
+
+    /// Writes to a page as a vCPU does: this thread stands still while the page is protected.
+    fn put(&self, page: usize, value: u64) {
+        let word = u64::try_from(page).unwrap() << 16 | value;
+        let at = self.start.cast::<u64>().wrapping_byte_add(page * PAGE);
+        // SAFETY: inside the mapping, aligned; nothing in this process refers to the bytes.
+        unsafe { at.write_volatile(word) };
+    }
+
+    fn touch(&self, page: usize) {
+        let at = self.start.cast::<u8>().wrapping_byte_add(page * PAGE);
+        // SAFETY: inside the mapping; nothing in this process refers to the bytes.
+        let _ = unsafe { at.read_volatile() };
+    }
+
+    /// Returns the first 8 bytes of each page, by the kernel: the rest of each page is zero.
+    fn words(&self) -> Vec<u64> {
+        let process = ProcessMemory::open(std::process::id()).unwrap();
+        let word = |page: usize| {
+            let mut word = [0; 8];
+            process.read(self.address() + (page * PAGE) as u64, &mut word).unwrap();
+            u64::from_ne_bytes(word)
+        };
+        (0..self.len / PAGE).map(word).collect()
+    }
+
+    fn ram(&self) -> ProcessRam {
+        let (address, len) = (self.address(), self.len as u64);
+        let block = BlockAt { name: "ram".to_owned(), address, len };
+        ProcessRam::open(std::process::id(), &[block], Access::Read).unwrap()
+    }
+
+    /// Removes the protection, as QEMU does at the end of its migration.
+    fn unregister(&self) {
+        self.ask::<UNREGISTER, Bounds>([self.address(), self.len as u64]).unwrap();
+    }
+
+    /// Calls an ioctl of the userfaultfd.
+    fn ask<const OPCODE: Opcode, T>(&self, mut value: T) -> io::Result<()> {
+        // SAFETY: each opcode above was made for its type.
+        let request = unsafe { Updater::<OPCODE, T>::new(&mut value) };
+        // SAFETY: the kernel changes no memory but the value, which outlives the call.
+        Ok(unsafe { ioctl(&self.fd, request) }?)
+    }
+}
+
+impl Drop for Guarded {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours, and nothing refers to it any more.
+        unsafe { rustix::mm::munmap(self.start, self.len) }.unwrap();
+    }
+}
+
+/// Lets every thread go on, also if the test fails: the test would wait for them for ever.
+struct LetGo<'a>(&'a ProtectedRam<'a>, &'a Guarded);
+
+impl Drop for LetGo<'_> {
+    fn drop(&mut self) {
+        self.0.end();
+        self.1.unregister();
+    }
+}
+
+/// A file for the memory.
+struct Target {
+    file: File,
+    places: FileLayout,
+}
+
+impl Target {
+    fn new(len: usize) -> Target {
+        let block = RamBlock::new("ram".to_owned(), len as u64, PageSize::KIB_4).unwrap();
+        let ram = RamLayout::new(vec![block]).unwrap();
+        let places = FileLayout::new(&Configuration::default(), ram, 1, 0).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(places.hashes()[0] + (len / PAGE) as u64 * 16).unwrap();
+        Target { file, places }
+    }
+
+    fn write(&self, protected: &ProtectedRam<'_>) -> Result<Written, PagesError> {
+        let file = DataFile::new(self.file.try_clone().unwrap(), DirectIo::Off).unwrap();
+        let workers = Workers::start(&file, (Backend::Threads, 2)).unwrap();
+        write_protected_ram(workers, &self.places, protected, 0, &Control::none())
+    }
+
+    /// Expects the pages of a moment, and data exactly where they were not zero.
+    fn assert_holds(&self, written: &Written, words: &[u64]) {
+        for (page, &word) in words.iter().enumerate() {
+            let offset = self.places.blocks()[0].pages_offset + (page * PAGE) as u64;
+            let mut found = [0; 8];
+            self.file.read_exact_at(&mut found, offset).unwrap();
+            assert_eq!(u64::from_ne_bytes(found), word, "page {page}");
+            let has_data = written.bitmaps[0].contains(PageIndex(page as u64));
+            assert_eq!(has_data, word != 0, "page {page}");
+        }
+    }
+}
+
+#[test]
+fn what_is_written_meanwhile_is_not_in_the_file() {
+    let Some(memory) = Guarded::new(24) else { return };
+    let (ram, userfault) = (memory.ram(), memory.userfault());
+    let protected = ProtectedRam::new(&ram, &userfault, aside_buffers().unwrap()).unwrap();
+    let target = Target::new(memory.len);
+    let pages = memory.len / PAGE;
+    thread::scope(|scope| {
+        let _let_go = LetGo(&protected, &memory);
+        let served = scope.spawn(|| protected.serve());
+        // Before the moment: this counts.
+        (0..pages).step_by(997).for_each(|page| memory.put(page, 2));
+        let words = memory.words();
+        assert!(words.iter().any(|word| word % 65536 == 2), "the writes were not lost");
+        protected.begin([]).unwrap();
+        // After it: this does not, whether the writer comes first or the save.
+        let writers: Vec<_> = (0..2)
+            .map(|first| {
+                let memory = &memory;
+                let pages = (first..pages).step_by(2);
+                scope.spawn(move || pages.rev().for_each(|page| memory.put(page, 3)))
+            })
+            .collect();
+        let written = target.write(&protected).unwrap();
+        writers.into_iter().for_each(|writer| writer.join().unwrap());
+        protected.verify().unwrap();
+        protected.end();
+        served.join().unwrap().unwrap();
+        target.assert_holds(&written, &words);
+    });
+    assert!(memory.words().iter().all(|word| word % 65536 == 3), "no write was lost");
+    assert!(protected.faults().count > 0);
+}
+
+/// A writer that is quicker than the disk waits for it, and the memory that is kept aside stays
+/// below its limit.
+#[test]
+fn a_writer_waits_when_no_more_can_be_kept_aside() {
+    let room = usize::try_from(ASIDE_LEN_MAX / WINDOW_LEN).unwrap();
+    let windows = room + 5;
+    let Some(memory) = Guarded::new(windows) else { return };
+    let (ram, userfault) = (memory.ram(), memory.userfault());
+    let protected = ProtectedRam::new(&ram, &userfault, aside_buffers().unwrap()).unwrap();
+    let target = Target::new(memory.len);
+    let words = memory.words();
+    protected.begin([]).unwrap();
+    thread::scope(|scope| {
+        let _let_go = LetGo(&protected, &memory);
+        let served = scope.spawn(|| protected.serve());
+        let writer = scope.spawn(|| {
+            (0..windows).for_each(|window| memory.put(window * WINDOW / PAGE, 3));
+        });
+        while protected.faults().count < room as u64 {
+            thread::sleep(Duration::from_millis(1));
+        }
+        assert_eq!(protected.faults().aside_bytes, ASIDE_LEN_MAX);
+        assert!(!writer.is_finished(), "nothing has been written: it waits");
+        let written = target.write(&protected).unwrap();
+        writer.join().unwrap();
+        protected.end();
+        served.join().unwrap().unwrap();
+        target.assert_holds(&written, &words);
+    });
+    assert_eq!(protected.faults().count, windows as u64);
+}
+
+/// Another client of QEMU cancels the migration: the file would not be of one moment.
+#[test]
+fn a_protection_that_is_removed_meanwhile_is_noticed() {
+    let Some(memory) = Guarded::new(3) else { return };
+    let (ram, userfault) = (memory.ram(), memory.userfault());
+    let protected = ProtectedRam::new(&ram, &userfault, aside_buffers().unwrap()).unwrap();
+    protected.begin([]).unwrap();
+    protected.verify().unwrap();
+    memory.unregister();
+    assert_eq!(protected.verify().unwrap_err().kind(), io::ErrorKind::NotFound);
+    let error = Target::new(memory.len).write(&protected).unwrap_err();
+    assert!(matches!(error, PagesError::ReadRam { .. }), "{error}");
+}
+
+/// What the process has lifted by itself before the moment is protected again.
+#[test]
+fn a_page_that_was_let_go_before_is_protected_again() {
+    let Some(memory) = Guarded::new(2) else { return };
+    let (ram, userfault) = (memory.ram(), memory.userfault());
+    let protected = ProtectedRam::new(&ram, &userfault, aside_buffers().unwrap()).unwrap();
+    userfault.lift(&(memory.address()..memory.address() + PAGE as u64)).unwrap();
+    memory.put(0, 2);
+    let words = memory.words();
+    protected.begin([(0, 0)]).unwrap();
+    let target = Target::new(memory.len);
+    thread::scope(|scope| {
+        let _let_go = LetGo(&protected, &memory);
+        let served = scope.spawn(|| protected.serve());
+        memory.put(0, 3);
+        let written = target.write(&protected).unwrap();
+        protected.end();
+        served.join().unwrap().unwrap();
+        target.assert_holds(&written, &words);
+    });
+}
