@@ -6,7 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
-use vmfile::error::SaveError;
+use vmfile::error::{SaveError, UserfaultError};
 use vmfile::restore::Mode;
 use vmfile::save::{After, Live, LiveMethod, Route, RouteUsed, SaveOptions, SaveReport};
 use vmfile_qemu::{Outgoing, Vm};
@@ -168,7 +168,9 @@ fn a_guest_that_cannot_be_saved_by_userfault_is_not_saved_by_another_method_if_a
     let mut guest = config.boot_to(&qemu, 1)?;
     let settings = guest.qmp("query-migrate-capabilities", json!({}))?;
     let error = guest.save_fails(&live().route(Route::Direct))?;
-    let SaveError::NotByUserfault { reason } = &error else { panic!("{error}") };
+    let SaveError::Userfault(UserfaultError::NotPossible { reason }) = &error else {
+        panic!("{error}")
+    };
     assert!(reason.contains("not compatible"), "{reason}");
     assert_eq!(guest.qmp("query-migrate-capabilities", json!({}))?, settings);
     guest.runs_on(1)

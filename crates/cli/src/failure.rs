@@ -159,9 +159,7 @@ impl From<&SaveError> for Failure {
                 Failure::new(Code::Vm, "blocked", error).hint(&error.remedies().join("; "))
             }
             SaveError::Changed { .. } => Failure::new(Code::Vm, "changed", error).hint(CHANGED_OK),
-            SaveError::Activities { .. } => {
-                Failure::new(Code::Vm, "activities", error).hint(ACTIVITIES)
-            }
+            SaveError::Activities { .. } => Failure::new(Code::Vm, "activities", error).hint(BUSY),
             SaveError::NotConfirmed { .. } => {
                 Failure::new(Code::Vm, "not_confirmed", error).hint(CHANGED_OK)
             }
@@ -169,14 +167,7 @@ impl From<&SaveError> for Failure {
                 "--route direct needs a QEMU that prints addresses, 8.0 or later; stream none",
             ),
             SaveError::NotLive => Failure::new(Code::Usage, "usage", error).hint(LIVE),
-            SaveError::NotByUserfault { .. } => {
-                Failure::new(Code::Vm, "no_userfault", error).hint(NO_USERFAULT)
-            }
-            SaveError::Userfault(_) | SaveError::NoUserfault | SaveError::Held(_) => {
-                Failure::new(Code::Vm, "userfault", error).hint(NO_USERFAULT)
-            }
-            SaveError::Overtaken => Failure::new(Code::Vm, "userfault", error)
-                .hint("save again; if it happens often, --route stream lets QEMU send the memory"),
+            SaveError::Userfault(_) => Failure::new(Code::Vm, "userfault", error).hint(BY_STREAM),
             SaveError::NoChannels => Failure::new(Code::Usage, "usage", error).hint(CHANNELS),
             SaveError::NotConverged { .. } => Failure::new(Code::Vm, "not_converged", error).hint(
                 "--live-timeout waits longer, --max-pause allows a longer pause; \
@@ -227,7 +218,7 @@ impl From<&SaveError> for Failure {
 
 /// The hints for options that exclude one another.
 const LIVE: &str = "--live goes with --route auto, direct or stream";
-const NO_USERFAULT: &str = "--live with --route stream has QEMU send the memory";
+const BY_STREAM: &str = "--live with --route stream has QEMU send the memory";
 const CHANNELS: &str = "--channels goes with --route stream or native";
 
 /// The hint for a command line that is not text.
@@ -246,7 +237,7 @@ const CHANGED_OK: &str =
     "--changed-ok saves and ends it all the same; --after resume lets it run on";
 
 /// The hint for jobs and exports that would end with the VM.
-const ACTIVITIES: &str = "wait until it is done, or end it; --changed-ok saves and ends the VM all \
+const BUSY: &str = "wait until it is done, or end it; --changed-ok saves and ends the VM all \
                           the same; --after resume lets it run on";
 
 /// The hint for a VM that was left paused.

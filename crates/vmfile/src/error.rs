@@ -150,18 +150,9 @@ pub enum SaveError {
     /// A pair of sockets could not be made.
     #[error("make a pair of sockets")]
     Socket(#[source] io::Error),
-    /// The userfaultfd by which QEMU protects the guest's memory could not be used.
-    #[error("use the userfaultfd by which QEMU protects the guest's memory")]
-    Userfault(#[source] io::Error),
-    /// QEMU began a background snapshot and has no userfaultfd.
-    #[error("QEMU has no userfaultfd in a background snapshot")]
-    NoUserfault,
-    /// QEMU's stream could not be held at its first page.
-    #[error("hold QEMU's stream at its first page")]
-    Held(#[source] HeldError),
-    /// QEMU sent a page, and let the guest change it, after vmfile took QEMU to wait.
-    #[error("QEMU sent pages while it was taken to wait")]
-    Overtaken,
+    /// The guest could not be saved by userfault while it ran.
+    #[error(transparent)]
+    Userfault(#[from] UserfaultError),
     /// QEMU did not make the connections over which it should send the VM.
     #[error("QEMU did not connect to {socket}: {reason}", socket = socket.display())]
     NotConnected {
@@ -179,12 +170,6 @@ pub enum SaveError {
     /// The caller chose a live save, and the route `native`, which pauses the guest.
     #[error("the route native cannot save a guest that runs")]
     NotLive,
-    /// The caller chose a live save by the route `direct`, which is not possible.
-    #[error("the route direct cannot save this guest while it runs: {reason}")]
-    NotByUserfault {
-        /// Why.
-        reason: String,
-    },
     /// The caller chose channels, and the route `direct`, which has none.
     #[error("the route direct has no channels")]
     NoChannels,
@@ -269,6 +254,30 @@ pub enum SaveError {
     },
 }
 
+/// Why a running guest could not be saved by userfault.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum UserfaultError {
+    /// The caller chose the route `direct`, and this guest cannot be saved so.
+    #[error("the route direct cannot save this guest while it runs: {reason}")]
+    NotPossible {
+        /// Why.
+        reason: String,
+    },
+    /// The userfaultfd by which QEMU protects the guest's memory could not be used.
+    #[error("use the userfaultfd by which QEMU protects the guest's memory")]
+    Kernel(#[source] io::Error),
+    /// QEMU began a background snapshot and has no userfaultfd.
+    #[error("QEMU has no userfaultfd in a background snapshot")]
+    Missing,
+    /// QEMU's stream could not be held at its first page.
+    #[error("hold QEMU's stream at its first page")]
+    Held(#[source] HeldError),
+    /// QEMU sent a page, and let the guest change it, after vmfile took QEMU to wait.
+    #[error("QEMU sent pages while it was taken to wait")]
+    Overtaken,
+}
+
 fn joined<T: fmt::Display>(items: &[T]) -> String {
     let texts: Vec<String> = items.iter().map(ToString::to_string).collect();
     texts.join("; ")
@@ -338,7 +347,7 @@ impl From<HeldError> for SaveError {
     fn from(error: HeldError) -> SaveError {
         match error {
             HeldError::Stopped => SaveError::Pages(PagesError::Stopped),
-            error => SaveError::Held(error),
+            error => SaveError::Userfault(UserfaultError::Held(error)),
         }
     }
 }

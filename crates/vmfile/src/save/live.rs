@@ -25,7 +25,7 @@ use super::sending::{Peer, peer_process, wait_until_sent};
 use super::stream::written;
 use super::userfault::UserfaultRoute;
 use super::{Disks, Live, LiveDone, Work, Written};
-use crate::error::SaveError;
+use crate::error::{SaveError, UserfaultError};
 use crate::receive::ReceiveError;
 
 /// How long QEMU may send nothing: scanning all memory of a large guest takes less.
@@ -110,7 +110,7 @@ impl LiveRoute {
             },
         };
         if self.only_userfault {
-            return Err(SaveError::NotByUserfault { reason });
+            return Err(UserfaultError::NotPossible { reason }.into());
         }
         let ours = self.before.pre_copy(self.live.pause_max, hold);
         vm.change_stream_settings(&self.before, &ours)?;

@@ -36,7 +36,7 @@ use vmfile_stream::held::HeldStream;
 use super::direct::{Devices, DirectRoute};
 use super::sending::Peer;
 use super::{LiveDone, LiveMethod, SaveOptions, Work, Written};
-use crate::error::SaveError;
+use crate::error::{SaveError, UserfaultError};
 
 /// How long QEMU may take to protect the guest's memory: it looks at every page before.
 const PROTECT_TIMEOUT: Duration = Duration::from_secs(60);
@@ -88,19 +88,20 @@ impl UserfaultRoute {
         work: &mut Work<'_>,
         (held, theirs): (&mut HeldStream, OwnedFd),
     ) -> Result<Written, SaveError> {
-        let before = Userfault::all_of(&self.process).map_err(SaveError::Userfault)?;
+        let before = Userfault::all_of(&self.process).map_err(UserfaultError::Kernel)?;
         let resumes = work.vm.resumes();
         work.vm.send_stream(theirs)?;
         let sent = held.wait_for_page(PROTECT_TIMEOUT, work.control)?.clone();
         // From here to `serve` the guest may stand still.
-        let after = Userfault::all_of(&self.process).map_err(SaveError::Userfault)?;
-        let number = after.difference(&before).next().ok_or(SaveError::NoUserfault)?;
-        let userfault = Userfault::borrow(&self.process, *number).map_err(SaveError::Userfault)?;
+        let after = Userfault::all_of(&self.process).map_err(UserfaultError::Kernel)?;
+        let number = after.difference(&before).next().ok_or(UserfaultError::Missing)?;
+        let userfault =
+            Userfault::borrow(&self.process, *number).map_err(UserfaultError::Kernel)?;
         self.direct.process.look_again()?;
         let workers = self.direct.workers.take().expect("a route writes once");
         let DirectRoute { ram: layout, process, data_bytes, .. } = &self.direct;
         let protected = ProtectedRam::new(process, &userfault, self.buffers.clone());
-        let protected = protected.map_err(SaveError::Userfault)?;
+        let protected = protected.map_err(UserfaultError::Kernel)?;
 
         let serve = || protected.serve();
         let both = beside(serve, |_| {
@@ -108,7 +109,7 @@ impl UserfaultRoute {
                 let pages = held.wait_until_still()?;
                 let lifted = pages.iter().map(|&page| place(page, &sent, layout));
                 let lifted = lifted.collect::<Result<Vec<_>, SaveError>>()?;
-                protected.begin(lifted).map_err(SaveError::Userfault)
+                Ok(protected.begin(lifted).map_err(UserfaultError::Kernel)?)
             })
             .and_then(|devices| {
                 let places = devices.places(work, layout)?;
@@ -122,10 +123,10 @@ impl UserfaultRoute {
         });
         let (served, written) = both.map_err(SaveError::Workers)?;
         let (devices, places, written) = written?;
-        served.map_err(SaveError::Userfault)?;
-        protected.verify().map_err(SaveError::Userfault)?;
+        served.map_err(UserfaultError::Kernel)?;
+        protected.verify().map_err(UserfaultError::Kernel)?;
         if held.has_more()? {
-            return Err(SaveError::Overtaken);
+            return Err(UserfaultError::Overtaken.into());
         }
         let pause_seconds = work.vm.pause_seen().unwrap_or_default().as_secs_f64();
         let waits = Some(protected.faults().into());
