@@ -3,16 +3,18 @@
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
+use serde_json::json;
 use vmfile::PagesError;
 use vmfile::check::CheckOptions;
-use vmfile::error::SaveError;
-use vmfile::save::{After, SaveOptions};
+use vmfile::error::{SaveError, UserfaultError};
+use vmfile::save::{After, Live, Route, SaveOptions};
 use vmfile::{Backend, Control, DirectIo, Jobs, Progress, Snapshot, SnapshotError, Vm};
 use vmfile_testing::verbs::check_is_clean;
-use vmfile_testing::{Guest, Mount, Qemu, Ram, TestResult, requires};
+use vmfile_testing::{Guest, Monitor, Mount, Qemu, Ram, Release, TestResult, requires};
 
 fn boot(qemu: &Qemu) -> TestResult<Guest> {
     let guest = Guest::boot_sector(Ram::private(128)).seed(41).boot_to(qemu, 1)?;
@@ -30,6 +32,12 @@ fn nothing_happened(guest: &mut Guest, directory: &Path) -> TestResult {
 fn slow_options() -> SaveOptions {
     let jobs = Jobs::new(1).expect("1 is a number of jobs");
     SaveOptions::default().jobs(jobs).io(Backend::Threads)
+}
+
+/// The same while the guest stands still, and while it runs.
+fn slow_and_live_options() -> [SaveOptions; 2] {
+    let live = slow_options().live(Some(Live::default())).route(Route::Direct);
+    [slow_options(), live.after(After::Resume)]
 }
 
 /// Saves, and calls `meddle` once the first pages are written; returns the error of the save.
@@ -59,9 +67,44 @@ fn a_save_that_is_stopped_in_the_middle_harms_nobody() -> TestResult {
     let directory = tempfile::tempdir()?;
     let file = directory.path().join("vm.vmf");
     let stop = |stop: &AtomicBool| stop.store(true, Ordering::Relaxed);
-    let error = save_with_meddling(&guest, &file, &slow_options(), stop)?;
-    assert!(error.is_stopped(), "{error}");
-    nothing_happened(&mut guest, directory.path())
+    for options in slow_and_live_options() {
+        let error = save_with_meddling(&guest, &file, &options, stop)?;
+        assert!(error.is_stopped(), "{error}");
+        nothing_happened(&mut guest, directory.path())?;
+    }
+    Ok(())
+}
+
+/// QEMU then removes the write protection: what is read after that is not of the moment.
+#[test]
+fn a_live_save_whose_migration_another_client_cancels_leaves_no_file() -> TestResult {
+    for released in [Release::Distribution, Release::Newest] {
+        let qemu = requires!(Qemu::of(released));
+        let sockets = tempfile::tempdir()?;
+        let second = sockets.path().join("second");
+        let socket = format!("unix:{},server=on,wait=off", second.display());
+        let config = Guest::boot_sector(Ram::private(128)).seed(42).busy();
+        let mut guest = config.arguments(["-qmp", &socket]).boot_to(&qemu, 1)?;
+        let directory = tempfile::tempdir()?;
+        let file = directory.path().join("vm.vmf");
+        let other = Mutex::new(Monitor::connect(&second, Duration::from_secs(10))?);
+        let cancel = |_: &AtomicBool| {
+            let mut other = other.lock().expect("no other thread panicked");
+            other.execute("migrate_cancel", json!({})).expect("QEMU cancels its migration");
+        };
+        let [_, live] = slow_and_live_options();
+        let error = save_with_meddling(&guest, &file, &live, cancel)?;
+        assert!(
+            matches!(
+                error,
+                SaveError::Userfault(UserfaultError::Kernel(_))
+                    | SaveError::Pages(PagesError::ReadRam { .. })
+            ),
+            "{error}"
+        );
+        nothing_happened(&mut guest, directory.path())?;
+    }
+    Ok(())
 }
 
 #[test]
@@ -71,8 +114,10 @@ fn a_disk_that_fills_up_in_the_middle_harms_nobody() -> TestResult {
     let mount = requires!(Mount::ext4(600));
     let (inside, other) = (mount.path().join("dir"), mount.path().join("other"));
     fs::create_dir(&inside)?;
-    for direct_io in [DirectIo::Required, DirectIo::Off] {
-        let options = slow_options().direct_io(direct_io);
+    let [still, live] = slow_and_live_options();
+    for options in
+        [still.clone(), live.direct_io(DirectIo::Required), still.direct_io(DirectIo::Off)]
+    {
         let fill_the_disk = |_: &AtomicBool| {
             let filler = File::options().create_new(true).write(true).open(&other);
             let filler = filler.expect("a file on the mount");
@@ -106,7 +151,7 @@ fn a_disk_that_is_too_small_is_refused_before_the_vm_is_paused() -> TestResult {
     let error = vmfile::save::save(&mut vm, &file, &SaveOptions::default(), &Control::none());
     let error = error.expect_err("no room");
     assert!(matches!(error, SaveError::NoSpace { .. }), "{error}");
-    let stopped = guest.qmp("query-status", serde_json::json!({}))?;
+    let stopped = guest.qmp("query-status", json!({}))?;
     assert_eq!(stopped["status"], "running");
     nothing_happened(&mut guest, mount.path())
 }
@@ -128,15 +173,20 @@ fn a_file_that_appears_meanwhile_is_not_replaced() -> TestResult {
 #[test]
 fn a_qemu_that_dies_in_the_middle_leaves_no_file() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
-    let guest = boot(&qemu)?;
+    for options in slow_and_live_options() {
+        a_qemu_that_dies(&boot(&qemu)?, options.after(After::Resume))?;
+    }
+    Ok(())
+}
+
+fn a_qemu_that_dies(guest: &Guest, options: SaveOptions) -> TestResult {
     let directory = tempfile::tempdir()?;
     let pid = i32::try_from(guest.pid()?)?;
     let pid = rustix::process::Pid::from_raw(pid).ok_or("a process")?;
     let kill = |_: &AtomicBool| {
         rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("our own child");
     };
-    let options = slow_options().after(After::Resume);
-    let error = save_with_meddling(&guest, &directory.path().join("vm.vmf"), &options, kill);
+    let error = save_with_meddling(guest, &directory.path().join("vm.vmf"), &options, kill);
     // If all pages were written before the kill, the file is complete and only the VM is lost.
     let error = error?;
     if !matches!(error, SaveError::Release { .. }) {

@@ -114,6 +114,7 @@ fn ways(bench: &mut Bench<'_>, version: QemuVersion, with_libvirt: bool) -> Vec<
     };
     since(SaveWay::VmfileNative, Feature::MigrationDirectIo);
     since(SaveWay::VmfileLive, Feature::BackgroundSnapshot);
+    since(SaveWay::VmfileLiveStream, Feature::BackgroundSnapshot);
     since(SaveWay::Qemu(QemuWay::Stream), Feature::FileUri);
     since(SaveWay::Qemu(QemuWay::MappedRam), Feature::MappedRam);
     ways.extend([SaveWay::VmfileReceive, SaveWay::Qemu(QemuWay::Exec)]);

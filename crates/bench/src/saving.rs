@@ -28,6 +28,8 @@ pub(crate) enum SaveWay {
     VmfileNative,
     /// `vmfile save --live`, while the guest runs.
     VmfileLive,
+    /// The same, with QEMU sending the memory.
+    VmfileLiveStream,
     /// `migrate "exec:vmfile receive"`.
     VmfileReceive,
     Qemu(QemuWay),
@@ -42,6 +44,7 @@ impl Measured for SaveWay {
             SaveWay::VmfileStream => "vmfile save --route stream".to_owned(),
             SaveWay::VmfileNative => "vmfile save --route native".to_owned(),
             SaveWay::VmfileLive => "vmfile save --live".to_owned(),
+            SaveWay::VmfileLiveStream => "vmfile save --live --route stream".to_owned(),
             SaveWay::VmfileReceive => "QEMU exec:vmfile receive".to_owned(),
             SaveWay::Qemu(way) => way.name(),
             SaveWay::Virsh(way) => way.name(),
@@ -55,6 +58,7 @@ impl Measured for SaveWay {
             SaveWay::VmfileStream => "stream".to_owned(),
             SaveWay::VmfileNative => "native".to_owned(),
             SaveWay::VmfileLive => "live".to_owned(),
+            SaveWay::VmfileLiveStream => "live, stream".to_owned(),
             SaveWay::VmfileReceive => "receive".to_owned(),
             SaveWay::Qemu(way) => way.short(),
             SaveWay::Virsh(way) => way.short(),
@@ -88,7 +92,8 @@ pub(crate) fn save(
         SaveWay::Vmfile => route("auto")?,
         SaveWay::VmfileStream => route("stream")?,
         SaveWay::VmfileNative => route("native")?,
-        SaveWay::VmfileLive => live(bench, subject, file)?,
+        SaveWay::VmfileLive => live(bench, subject, file, &["--live"])?,
+        SaveWay::VmfileLiveStream => live(bench, subject, file, &["--live", "--route", "stream"])?,
         SaveWay::VmfileReceive => stands_still(receive(bench, subject, file)?),
         SaveWay::Qemu(way) => stands_still(way.save(subject, file, bench.stop)?),
         SaveWay::Virsh(way) => {
@@ -154,9 +159,14 @@ fn vmfile(
 }
 
 /// Lets the guest run during the save, and pauses it again afterwards.
-fn live(bench: &Bench<'_>, subject: &Subject, file: &Path) -> Result<Run, BenchError> {
+fn live(
+    bench: &Bench<'_>,
+    subject: &Subject,
+    file: &Path,
+    words: &[&str],
+) -> Result<Run, BenchError> {
     subject.connect()?.cont()?;
-    let run = vmfile(bench, subject, file, &["--live"]);
+    let run = vmfile(bench, subject, file, words);
     subject.connect()?.stop()?;
     run
 }

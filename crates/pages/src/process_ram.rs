@@ -154,6 +154,17 @@ impl ProcessRam {
         })
     }
 
+    /// Returns the length of the largest pages that the RAM is made of for certain, in bytes: those
+    /// of hugetlbfs.
+    #[must_use]
+    pub fn page_len_max(&self) -> u64 {
+        let page_len = |block: &BlockMemory| match block.kind {
+            Kind::HugePages { page_size, .. } => page_size,
+            Kind::Private { .. } | Kind::File(_) => PAGE_LEN,
+        };
+        self.blocks.iter().map(page_len).max().unwrap_or(PAGE_LEN)
+    }
+
     /// Returns where each block lies in the process.
     pub(crate) fn addresses(&self) -> impl Iterator<Item = Range<u64>> {
         self.blocks.iter().map(|block| block.addresses(&(0..block.at.len)))

@@ -257,12 +257,15 @@ impl<'a> ProtectedRam<'a> {
         let block = &self.blocks[number];
         let mut window = self.window(number, start);
         if matches!(*window, Window::Untouched) {
-            let Some(mut buffer) = self.buffers.try_take() else { return Ok(Lifted::Later) };
             let range = start..(start + WINDOW_LEN).min(block.len());
-            let len = in_window(range.end - range.start);
-            let has_data = self.ram.read(number, &range, &mut buffer[..len])?;
-            *window = if has_data { Window::Aside(buffer) } else { Window::Zero };
-            if has_data {
+            if self.ram.first_data(number, &range)?.is_none() {
+                // No buffer is needed, and the writer does not come to windows without data.
+                *window = Window::Zero;
+            } else {
+                let Some(mut buffer) = self.buffers.try_take() else { return Ok(Lifted::Later) };
+                let len = in_window(range.end - range.start);
+                self.ram.read(number, &range, &mut buffer[..len])?;
+                *window = Window::Aside(buffer);
                 self.aside_bytes.fetch_add(len as u64, Ordering::Relaxed);
                 lock(&self.urgent).push_back((number, start));
             }

@@ -10,6 +10,7 @@ mod flush;
 mod io_limits;
 mod memory_backends;
 mod memory_map;
+mod other_writers;
 mod overlays;
 mod paused;
 mod process;

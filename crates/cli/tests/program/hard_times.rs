@@ -1,12 +1,14 @@
 //! If a save fails or is interrupted, the VM runs on and no file is left.
 
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use rustix::process::{Signal, kill_process};
 use serde_json::{Value, json};
-use vmfile_testing::{Guest, Monitor, Mount, Qemu, Ram, TestResult, requires};
+use vmfile::restore::Mode;
+use vmfile_testing::verbs::restore;
+use vmfile_testing::{Guest, Monitor, Mount, Qemu, Ram, SlowDisk, TestResult, requires};
 
 use crate::guests::{begin_to_save, directory, large, prepare, save};
 use crate::run::{
@@ -269,6 +271,31 @@ fn a_disk_that_fills_up_meanwhile_leaves_the_vm_running_and_no_file() -> TestRes
     assert_eq!(stops, 1, "{said:?}");
     said.assert(5, &["the length of the file", "No space left on device"]);
     Ok(())
+}
+
+/// The guest writes faster than the disk takes it: it waits for the disk, goes on after every
+/// window, and the file has one moment all the same.
+#[test]
+fn a_busy_guest_that_is_saved_live_to_a_slow_disk_waits_and_goes_on() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    let disk = requires!(SlowDisk::ext4(700, 40));
+    let config = Guest::boot_sector(Ram::private(256)).seed(58).busy();
+    let mut guest = config.boot_to(&qemu, 1)?;
+    let file = disk.path().join("vm.vmf");
+    let words = words!["save", guest.qmp_path(), file, "--live", "--route", "direct", "--json"];
+    let said: Said = disk.command(program()).args(words).stdin(Stdio::null()).output()?.into();
+    said.assert(0, &[]);
+    let report = said.json()?;
+    let waits = &report["guest_waits"];
+    let number = |key: &str| waits[key].as_f64().ok_or(format!("no {key}: {waits}"));
+    let (longest, all) = (number("longest_seconds")?, number("total_seconds")?);
+    assert!(number("count")? > 32.0 && number("aside_bytes")? > 0.0, "{waits}");
+    let took = report["total_seconds"].as_f64().ok_or("no total_seconds")?;
+    assert!(longest < took && all > longest, "it went on in between: {report}");
+    guest.runs_on(1)?;
+    vmfile(words!["check", file]).assert(0, &["ok: "]);
+    let restored = restore(&qemu, &config, &file, Mode::Load)?;
+    restored.wait_for_passes(1).map(drop)
 }
 
 #[test]

@@ -80,6 +80,9 @@ impl fmt::Display for Blocker {
 /// iterable sections of their own, and a save of the device state leaves those out.
 const MACHINES_WITH_MORE: [&str; 2] = ["pseries", "s390-ccw-virtio"];
 
+/// Where QEMU's object tree has the devices that options and `device_add` made.
+pub(super) const DEVICE_CONTAINERS: [&str; 2] = ["/machine/peripheral", "/machine/peripheral-anon"];
+
 impl Vm {
     /// Returns everything that forbids a save of this VM by any route, not just the first.
     ///
@@ -95,7 +98,7 @@ impl Vm {
         blockers.extend(migration_under_way(&migration, &self.run_state()?));
         let memory = self.query_if_known("query-memory-devices")?.unwrap_or_default();
         blockers.extend(virtio_mem(&memory));
-        for container in ["/machine/peripheral", "/machine/peripheral-anon"] {
+        for container in DEVICE_CONTAINERS {
             let devices = self.execute("qom-list", json!({"path": container}))?;
             blockers.extend(vfio(&devices));
         }
@@ -171,15 +174,21 @@ fn virtio_mem(memory_devices: &Value) -> Vec<Blocker> {
 /// A device that cannot migrate is in `blocked-reasons` too. One that can has sections that only a
 /// migration writes.
 fn vfio(devices: &Value) -> Vec<Blocker> {
-    let devices = devices.as_array().into_iter().flatten();
-    devices
-        .filter_map(|device| {
-            let kind = device.get("type")?.as_str()?.strip_prefix("child<")?.strip_suffix('>')?;
-            let name = device.get("name")?.as_str()?;
+    let passed_through = typed_children(devices).filter(|(_, kind)| kind.starts_with("vfio-"));
+    passed_through
+        .map(|(name, kind)| {
             let reason = format!("passed-through device {name} ({kind})");
-            kind.starts_with("vfio-").then(|| Blocker::new(BlockerKind::Vfio, reason))
+            Blocker::new(BlockerKind::Vfio, reason)
         })
         .collect()
+}
+
+/// Returns name and type of the objects in an answer to `qom-list`.
+pub(super) fn typed_children(answer: &Value) -> impl Iterator<Item = (&str, &str)> {
+    answer.as_array().into_iter().flatten().filter_map(|child| {
+        let kind = child.get("type")?.as_str()?.strip_prefix("child<")?.strip_suffix('>')?;
+        Some((child.get("name")?.as_str()?, kind))
+    })
 }
 
 fn replayed(replay: &Value) -> Option<Blocker> {

@@ -46,6 +46,8 @@ pub(super) struct LiveRoute {
     userfault: Result<UserfaultRoute, String>,
     /// Whether no other method may be used.
     only_userfault: bool,
+    /// Who writes to the guest's RAM and is not stopped by a write protection.
+    other_writer: Option<String>,
 }
 
 impl LiveRoute {
@@ -55,7 +57,13 @@ impl LiveRoute {
         live: Live,
         (userfault, only_userfault): (Result<UserfaultRoute, String>, bool),
     ) -> Result<LiveRoute, SaveError> {
-        Ok(LiveRoute { before: vm.stream_settings()?, live, userfault, only_userfault })
+        Ok(LiveRoute {
+            before: vm.stream_settings()?,
+            live,
+            userfault,
+            only_userfault,
+            other_writer: vm.other_writer()?,
+        })
     }
 
     /// Returns the migration settings that QEMU had before the save.
@@ -96,14 +104,15 @@ impl LiveRoute {
     /// allow it.
     fn choose(&self, vm: &mut Vm, hold: bool) -> Result<(LiveMethod, StreamSettings), SaveError> {
         let version = vm.version()?;
-        let reason = match self.before.background_snapshot() {
+        let reason = match (&self.other_writer, self.before.background_snapshot()) {
+            (Some(other), _) => format!("{other} writes to the guest's RAM from outside of QEMU"),
             _ if !version.has(Feature::StoppableSnapshot) => {
                 format!(
                     "QEMU {version} leaves the guest stopped if a background-snapshot ends early"
                 )
             }
-            None => "this QEMU has no background-snapshot".to_owned(),
-            Some(ours) => match vm.change_stream_settings(&self.before, &ours) {
+            (None, None) => "this QEMU has no background-snapshot".to_owned(),
+            (None, Some(ours)) => match vm.change_stream_settings(&self.before, &ours) {
                 Ok(()) => return Ok((self.snapshot_method(), ours)),
                 Err(VmError::Qmp(error)) if error.is_refused() => error.to_string(),
                 Err(error) => return Err(error.into()),

@@ -13,7 +13,7 @@ use super::native::NativeRoute;
 use super::stream::StreamRoute;
 use super::userfault::UserfaultRoute;
 use super::{Live, Route, SaveOptions};
-use crate::error::SaveError;
+use crate::error::{SaveError, UserfaultError};
 
 /// The route by which a VM is saved, and why.
 pub(super) struct ChosenRoute {
@@ -106,6 +106,11 @@ pub(super) fn choose_live(
         Route::Stream => Err("the route stream was asked for".to_owned()),
         _ => match UserfaultRoute::prepare(vm, draft, options) {
             Ok(route) => Ok(route),
+            Err(SaveError::Userfault(UserfaultError::NotPossible { reason }))
+                if options.route == Route::Auto =>
+            {
+                Err(reason)
+            }
             Err(error) if options.route == Route::Auto && is_memory_out_of_reach(&error) => {
                 Err(with_source(&error))
             }

@@ -27,6 +27,7 @@ use std::time::{Duration, Instant};
 use rustix::io::Errno;
 use vmfile_engine::{BufferPool, ProcessMemory, Userfault, beside};
 use vmfile_pages::draft::Draft;
+use vmfile_pages::plan::WINDOW_LEN;
 use vmfile_pages::protected_ram::{ProtectedRam, aside_buffers};
 use vmfile_pages::ram_writer::write_protected_ram;
 use vmfile_pages::{PageIndex, ProcessRamError, RamBlock, RamLayout};
@@ -37,9 +38,6 @@ use super::direct::{Devices, DirectRoute};
 use super::sending::Peer;
 use super::{LiveDone, LiveMethod, SaveOptions, Work, Written};
 use crate::error::{SaveError, UserfaultError};
-
-/// How long QEMU may take to protect the guest's memory: it looks at every page before.
-const PROTECT_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How long QEMU may take from the first page until it lets the guest run.
 const RESUME_TIMEOUT: Duration = Duration::from_secs(10);
@@ -66,6 +64,13 @@ impl UserfaultRoute {
         let pid = vm.pid()?;
         let out_of_reach = |source| ProcessRamError::Process { pid, source };
         let process = ProcessMemory::open(pid).map_err(out_of_reach)?;
+        let page_len = direct.process.page_len_max();
+        if page_len > WINDOW_LEN {
+            let reason = format!(
+                "its RAM has pages of {page_len} bytes, {WINDOW_LEN} at most can be copied aside"
+            );
+            return Err(UserfaultError::NotPossible { reason }.into());
+        }
         // The same right as for reading the memory, and a call that Linux has since 5.6.
         process.descriptor(0).map(drop).or_else(unless_closed).map_err(out_of_reach)?;
         let buffers = aside_buffers().map_err(SaveError::Workers)?;
@@ -79,55 +84,86 @@ impl UserfaultRoute {
         work.guard.keep_open(held.as_fd())?;
         // Discards the events of earlier pauses: the pause of this save is measured.
         let _ = work.vm.pause_seen();
-        let written = self.write_held(work, (&mut held, theirs));
-        Peer::of(held.into()).cancel(work.vm, written)
+        let resumes = work.vm.resumes();
+        match self.protect(work, (&mut held, theirs)) {
+            Ok((userfault, sent)) => self.copy(work, (held, &sent, resumes), &userfault),
+            Err(error) => Peer::of(held.into()).cancel(work.vm, Err(error)),
+        }
     }
 
-    fn write_held(
+    /// Has QEMU write-protect the guest's memory. Returns the userfaultfd, and QEMU's RAM blocks in
+    /// the order of its stream.
+    fn protect(
         &mut self,
         work: &mut Work<'_>,
         (held, theirs): (&mut HeldStream, OwnedFd),
-    ) -> Result<Written, SaveError> {
+    ) -> Result<(Userfault, RamLayout), SaveError> {
+        let timeout = work.options.live.unwrap_or_default().timeout;
         let before = Userfault::all_of(&self.process).map_err(UserfaultError::Kernel)?;
-        let resumes = work.vm.resumes();
         work.vm.send_stream(theirs)?;
-        let sent = held.wait_for_page(PROTECT_TIMEOUT, work.control)?.clone();
-        // From here to `serve` the guest may stand still.
+        let sent = held.wait_for_page(timeout, work.control)?.clone();
+        // QEMU plugs no memory while it migrates, but may have before.
+        if let Some(what) = differing_block(&sent, &self.direct.ram) {
+            return Err(SaveError::ChangedMeanwhile { what });
+        }
         let after = Userfault::all_of(&self.process).map_err(UserfaultError::Kernel)?;
         let number = after.difference(&before).next().ok_or(UserfaultError::Missing)?;
         let userfault =
             Userfault::borrow(&self.process, *number).map_err(UserfaultError::Kernel)?;
         self.direct.process.look_again()?;
+        Ok((userfault, sent))
+    }
+
+    /// Copies the memory, and cancels QEMU's migration.
+    fn copy(
+        &mut self,
+        work: &mut Work<'_>,
+        (mut held, sent, resumes): (HeldStream, &RamLayout, u64),
+        userfault: &Userfault,
+    ) -> Result<Written, SaveError> {
         let workers = self.direct.workers.take().expect("a route writes once");
         let DirectRoute { ram: layout, process, data_bytes, .. } = &self.direct;
-        let protected = ProtectedRam::new(process, &userfault, self.buffers.clone());
-        let protected = protected.map_err(UserfaultError::Kernel)?;
-
+        let protected = match ProtectedRam::new(process, userfault, self.buffers.clone()) {
+            Ok(protected) => protected,
+            Err(error) => {
+                let error = UserfaultError::Kernel(error).into();
+                return Peer::of(held.into()).cancel(work.vm, Err(error));
+            }
+        };
         let serve = || protected.serve();
         let both = beside(serve, |_| {
-            let written = stop_once(work, resumes, || {
+            let begun = stop_once(work, resumes, || {
                 let pages = held.wait_until_still()?;
-                let lifted = pages.iter().map(|&page| place(page, &sent, layout));
-                let lifted = lifted.collect::<Result<Vec<_>, SaveError>>()?;
+                let lifted = pages.iter().map(|&page| place(page, sent, layout));
                 Ok(protected.begin(lifted).map_err(UserfaultError::Kernel)?)
-            })
-            .and_then(|devices| {
+            });
+            let written = begun.and_then(|devices| {
                 let places = devices.places(work, layout)?;
                 let control = work.control;
                 let written =
                     write_protected_ram(workers, &places, &protected, *data_bytes, control)?;
+                protected.verify().map_err(UserfaultError::Kernel)?;
+                if held.has_more()? {
+                    return Err(UserfaultError::Overtaken.into());
+                }
                 Ok((devices, places, written))
             });
+            // The guest's faults are served up to here: what is zero is still protected, and QEMU
+            // itself may wait for it.
+            let written = Peer::of(held.into()).cancel(work.vm, written);
             protected.end();
             written
         });
-        let (served, written) = both.map_err(SaveError::Workers)?;
+        let (served, written) = match both {
+            Ok(both) => both,
+            // The thread could not start, or panicked. Our end of the stream is closed, but QEMU
+            // may not have noticed.
+            Err(source) => {
+                return Err(Peer::default().give_up(work.vm, SaveError::Workers(source)));
+            }
+        };
         let (devices, places, written) = written?;
         served.map_err(UserfaultError::Kernel)?;
-        protected.verify().map_err(UserfaultError::Kernel)?;
-        if held.has_more()? {
-            return Err(UserfaultError::Overtaken.into());
-        }
         let pause_seconds = work.vm.pause_seen().unwrap_or_default().as_secs_f64();
         let waits = Some(protected.faults().into());
         let live = LiveDone { method: LiveMethod::Userfault, pause_seconds, waits };
@@ -163,19 +199,25 @@ fn stop_once(
     Ok(devices)
 }
 
-/// Returns where a page that QEMU has sent lies: our number of the block, and the offset in it.
-fn place(
-    (block, page): (usize, PageIndex),
-    sent: &RamLayout,
-    layout: &RamLayout,
-) -> Result<(usize, u64), SaveError> {
-    let block = &sent.blocks()[block];
-    let same = |known: &RamBlock| known.name() == block.name();
-    let Some(number) = layout.blocks().iter().position(same) else {
-        let reason = "QEMU sends it and does not list it".to_owned();
-        return Err(SaveError::Block { block: block.name().to_owned(), reason });
+/// Names a block that only one of the lists has, or that has another length there.
+fn differing_block(sent: &RamLayout, found: &RamLayout) -> Option<String> {
+    let differs = |one: &RamLayout, other: &RamLayout| {
+        let is_there = |block: &RamBlock| {
+            let same = |known: &RamBlock| {
+                (known.name(), known.used_length()) == (block.name(), block.used_length())
+            };
+            other.blocks().iter().any(same)
+        };
+        one.blocks().iter().find(|block| !is_there(block)).map(|block| block.name().to_owned())
     };
-    Ok((number, page.0 * block.page_size().bytes()))
+    differs(sent, found).or_else(|| differs(found, sent)).map(|name| format!("RAM block {name:?}"))
+}
+
+/// Returns where a page that QEMU has sent lies: our number of the block, and the offset in it.
+fn place((block, page): (usize, PageIndex), sent: &RamLayout, layout: &RamLayout) -> (usize, u64) {
+    let block = &sent.blocks()[block];
+    let number = layout.blocks().iter().position(|known| known.name() == block.name());
+    (number.expect("both have the same blocks"), page.0 * block.page_size().bytes())
 }
 
 /// The descriptor is closed: that is no matter of rights.
