@@ -101,6 +101,23 @@ impl Userfault {
         self.change(addresses, WRITEPROTECT_MODE_WP)
     }
 
+    /// Wakes the threads that wait in `addresses`, whole pages. One whose page is still protected
+    /// comes back at once, and [`Userfault::wait`] returns its address once more: also if another
+    /// reader of the userfaultfd had taken the first message.
+    ///
+    /// # Errors
+    ///
+    /// Returns the kernel's error.
+    pub fn wake(&self, addresses: &Range<u64>) -> io::Result<()> {
+        let mut arguments = [addresses.start, addresses.end - addresses.start];
+        // The request's type is `c_int` with some C libraries and `c_ulong` with others.
+        let request = UFFDIO_WAKE as libc::Ioctl;
+        // SAFETY: `arguments` has the layout of `struct uffdio_range`, two words; the kernel keeps
+        // no pointer to it.
+        let result = unsafe { libc::ioctl(self.fd.as_raw_fd(), request, arguments.as_mut_ptr()) };
+        if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+
     fn change(&self, addresses: &Range<u64>, mode: u64) -> io::Result<()> {
         let (start, len) = (addresses.start, addresses.end - addresses.start);
         let mut arguments = WriteProtect { start, len, mode };
@@ -139,6 +156,9 @@ const _: () = assert!(size_of::<WriteProtect>() == 24);
 const UFFDIO_WRITEPROTECT: u64 = (3 << 30) | (24 << 16) | (0xaa << 8) | 0x06;
 
 const WRITEPROTECT_MODE_WP: u64 = 1;
+
+/// `_IOR(0xAA, 0x02, struct uffdio_range)`.
+const UFFDIO_WAKE: u64 = (2 << 30) | (16 << 16) | (0xaa << 8) | 0x02;
 
 /// The length of `struct uffd_msg`, in the same file.
 const MESSAGE_LEN: usize = 32;

@@ -29,7 +29,7 @@ use crate::process_ram::ProcessRam;
 pub const ASIDE_LEN_MAX: u64 = 64 << 20;
 
 /// How long [`ProtectedRam::serve`] waits for a fault before it looks whether it is to end.
-const LOOK: Duration = Duration::from_millis(5);
+const LOOK: Duration = Duration::from_millis(2);
 
 /// How often the process had to wait, and for what.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -184,11 +184,25 @@ impl<'a> ProtectedRam<'a> {
     /// protection is removed.
     pub fn serve(&self) -> io::Result<()> {
         while !self.is_over.load(Ordering::Acquire) {
-            for address in self.userfault.wait(LOOK)? {
+            let addresses = self.userfault.wait(LOOK)?;
+            if addresses.is_empty() && !lock(&self.before).is_over {
+                self.wake_all()?;
+            }
+            for address in addresses {
                 self.serve_one(address)?;
             }
         }
         Ok(())
+    }
+
+    /// Has every thread that waits tell once more for which page. Up to the saved moment the
+    /// process reads its userfaultfd as well, and may have taken a fault that it does not serve:
+    /// QEMU (8.2 to 11.1) sends the page first, and waits for room in the socket.
+    fn wake_all(&self) -> io::Result<()> {
+        let protected = self.blocks.iter().filter(|block| block.is_protected);
+        protected
+            .map(|block| &block.addresses)
+            .try_for_each(|addresses| self.userfault.wake(addresses))
     }
 
     /// Ends [`ProtectedRam::serve`].

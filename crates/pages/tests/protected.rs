@@ -281,6 +281,25 @@ fn a_protection_that_is_removed_meanwhile_is_noticed() {
     assert!(matches!(error, PagesError::ReadRam { .. }), "{error}");
 }
 
+/// QEMU reads its userfaultfd until it has to wait for room: a fault that it took was not seen, and
+/// the vCPU waited for ever, and with it QEMU's main loop.
+#[test]
+fn a_fault_that_another_reader_took_is_served() {
+    let Some(memory) = Guarded::new(2) else { return };
+    let (ram, userfault) = (memory.ram(), memory.userfault());
+    let protected = ProtectedRam::new(&ram, &userfault, aside_buffers().unwrap()).unwrap();
+    thread::scope(|scope| {
+        let _let_go = LetGo(&protected, &memory);
+        let writer = scope.spawn(|| memory.put(1, 2));
+        while userfault.wait(Duration::from_millis(1)).unwrap().is_empty() {}
+        let served = scope.spawn(|| protected.serve());
+        writer.join().unwrap();
+        protected.end();
+        served.join().unwrap().unwrap();
+    });
+    assert_eq!(memory.words()[1] % 65536, 2);
+}
+
 /// What the process has lifted by itself before the moment is protected again.
 #[test]
 fn a_page_that_was_let_go_before_is_protected_again() {
