@@ -44,6 +44,7 @@ pub mod backend;
 pub mod beside;
 pub mod buffer;
 pub mod crew;
+mod descriptors;
 pub mod direct_io;
 pub mod extents;
 pub mod guardian;

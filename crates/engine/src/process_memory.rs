@@ -2,7 +2,6 @@
 
 #![expect(unsafe_code, reason = "process_vm_readv and process_vm_writev have no safe wrapper")]
 
-use std::collections::BTreeSet;
 use std::error::Error;
 use std::fmt;
 use std::fs::File;
@@ -14,7 +13,7 @@ use std::ptr;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::{CWD, Dir, Mode, OFlags};
 use rustix::io::Errno;
-use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags};
+use rustix::process::{Pid, PidfdFlags};
 
 use crate::extents::{FileSystem, file_system};
 use crate::maps::{self, Mapping};
@@ -302,30 +301,9 @@ impl ProcessMemory {
         pagemap::first_touched(&self.pagemap, range)
     }
 
-    /// Returns a duplicate of descriptor `number` of the process.
-    ///
-    /// # Errors
-    ///
-    /// Returns the kernel's error: `ENOSYS` before Linux 5.6.
-    pub fn descriptor(&self, number: i32) -> io::Result<OwnedFd> {
-        let flags = PidfdGetfdFlags::empty();
-        Ok(rustix::process::pidfd_getfd(&self.pidfd, number, flags)?)
-    }
-
-    /// Returns the numbers of the descriptors whose link in `/proc/PID/fd` is `link`.
-    pub(crate) fn descriptors(&self, link: &[u8]) -> io::Result<BTreeSet<i32>> {
-        let directory = open_in(&self.directory, "fd", OFlags::RDONLY | OFlags::DIRECTORY)?;
-        let mut found = BTreeSet::new();
-        for entry in Dir::read_from(&directory)? {
-            let entry = entry?;
-            let name = entry.file_name();
-            // `.` and `..` are no links, and a descriptor may be closed meanwhile.
-            let Ok(target) = rustix::fs::readlinkat(&directory, name, Vec::new()) else { continue };
-            if target.as_bytes() == link {
-                found.extend(name.to_str().ok().and_then(|name| name.parse::<i32>().ok()));
-            }
-        }
-        Ok(found)
+    /// Returns `/proc/PID`.
+    pub(crate) fn directory(&self) -> BorrowedFd<'_> {
+        self.directory.as_fd()
     }
 
     fn pid_raw(&self) -> libc::pid_t {

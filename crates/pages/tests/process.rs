@@ -3,22 +3,22 @@
 //! The process is that of the test. A test that this machine does not allow prints `skipped: ` and
 //! the reason.
 
-#![expect(unsafe_code, reason = "maps memory to look at")]
 #![expect(clippy::single_range_in_vec_init, reason = "the answers are lists of ranges")]
 #![expect(clippy::unwrap_used, reason = "a test that cannot be arranged has failed")]
+
+#[path = "../../engine/tests/memory/mapped.rs"]
+mod mapped;
 
 #[path = "../../engine/tests/kernel/host.rs"]
 #[expect(dead_code, reason = "the tests of the engine need more of it")]
 mod host;
 
-use std::ffi::c_void;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt as _;
-use std::ptr;
 
 use rustix::fs::MemfdFlags;
-use rustix::mm::{Advice, MapFlags, ProtFlags};
+use rustix::mm::MapFlags;
 use vmfile_pages::engine::ProcessMemory;
 use vmfile_pages::memory_file::{Contents, FileOptions, save};
 use vmfile_pages::plan::WINDOW_LEN;
@@ -29,6 +29,7 @@ use vmfile_pages::{
 };
 
 use crate::host::HugePages;
+use crate::mapped::Mapped;
 
 const PAGE: u64 = 4096;
 /// The length of each block: two windows and three pages.
@@ -36,66 +37,37 @@ const LEN: u64 = 2 * WINDOW_LEN + 3 * PAGE;
 /// Where in its file a block begins.
 const OFFSET: u64 = 64 << 10;
 
-/// A mapping in this process, which is only looked at by system calls.
-struct Mapped {
-    start: *mut c_void,
-    len: usize,
+/// What these tests do with a mapping.
+trait InRam {
+    fn at(&self, name: &str) -> BlockAt;
+    fn ram(&self) -> ProcessRam;
+    /// Writes bytes as the process does.
+    fn put(&self, offset: u64, bytes: &[u8]);
+    /// Returns the byte at each of `offsets`, as the process sees it.
+    fn bytes<const N: usize>(&self, offsets: [u64; N]) -> [u8; N];
 }
 
-impl Mapped {
-    fn new(len: u64, flags: MapFlags, file: Option<(&File, u64)>) -> Mapped {
-        let len = usize::try_from(len).unwrap();
-        let protection = ProtFlags::READ | ProtFlags::WRITE;
-        let start = match file {
-            Some((file, offset)) => {
-                // SAFETY: a new mapping at an address of the kernel's choice.
-                unsafe { rustix::mm::mmap(ptr::null_mut(), len, protection, flags, file, offset) }
-            }
-            // SAFETY: as above.
-            None => unsafe { rustix::mm::mmap_anonymous(ptr::null_mut(), len, protection, flags) },
-        }
-        .unwrap();
-        Mapped { start, len }
-    }
-
-    /// Maps private memory of this process, of which a write touches no more than its page.
-    fn private(file: Option<(&File, u64)>) -> Mapped {
-        let mapped = Mapped::new(LEN, MapFlags::PRIVATE, file);
-        // SAFETY: advice about a mapping of ours, which changes no byte.
-        unsafe { rustix::mm::madvise(mapped.start, mapped.len, Advice::LinuxNoHugepage) }.unwrap();
-        mapped
-    }
-
+impl InRam for Mapped {
     fn at(&self, name: &str) -> BlockAt {
-        let (address, len) = (self.start.addr() as u64, self.len as u64);
-        BlockAt { name: name.to_owned(), address, len }
+        BlockAt { name: name.to_owned(), address: self.address(), len: self.len() }
     }
 
     fn ram(&self) -> ProcessRam {
         ProcessRam::open(std::process::id(), &[self.at("ram")], Access::ReadWrite).unwrap()
     }
 
-    /// Writes bytes as the process does.
     fn put(&self, offset: u64, bytes: &[u8]) {
         let memory = ProcessMemory::open(std::process::id()).unwrap();
-        memory.write(self.start.addr() as u64 + offset, bytes).unwrap();
+        memory.write(self.address() + offset, bytes).unwrap();
     }
 
-    /// Returns the byte at each of `offsets`, as the process sees it.
     fn bytes<const N: usize>(&self, offsets: [u64; N]) -> [u8; N] {
         let memory = ProcessMemory::open(std::process::id()).unwrap();
         offsets.map(|offset| {
             let mut byte = [0xff];
-            memory.read(self.start.addr() as u64 + offset, &mut byte).unwrap();
+            memory.read(self.address() + offset, &mut byte).unwrap();
             byte[0]
         })
-    }
-}
-
-impl Drop for Mapped {
-    fn drop(&mut self) {
-        // SAFETY: a mapping of ours, which no reference points into.
-        let _ = unsafe { rustix::mm::munmap(self.start, self.len) };
     }
 }
 
@@ -145,7 +117,7 @@ fn reads(ram: &ProcessRam, window: u64, pages: &[u64]) -> bool {
 
 #[test]
 fn untouched_private_memory_is_not_read_and_gaps_count_up_to_their_limit() {
-    let mapped = Mapped::private(None);
+    let mapped = Mapped::private(LEN, None);
     let pages = [3, 4, 10, 510, 1026];
     for page in pages {
         mapped.put(page * PAGE + 9, &[number(page)]);
@@ -169,7 +141,7 @@ fn untouched_private_memory_is_not_read_and_gaps_count_up_to_their_limit() {
 #[test]
 fn private_memory_over_a_file_is_the_file_where_the_process_has_not_written() {
     let file = file_with(&[0, 1, 5, 600]);
-    let mapped = Mapped::private(Some((&file, OFFSET)));
+    let mapped = Mapped::private(LEN, Some((&file, OFFSET)));
     for page in [3, 600, 700] {
         mapped.put(page * PAGE + 9, &[number(page)]);
     }
@@ -262,7 +234,7 @@ fn a_save_names_the_bytes_that_could_not_be_read() {
 
 #[test]
 fn memory_that_cannot_be_read_and_a_block_that_is_not_mapped_are_told_apart() {
-    let mapped = Mapped::private(None);
+    let mapped = Mapped::private(LEN, None);
     // No process has memory in its first page.
     let missing = |len| BlockAt { name: "missing".to_owned(), address: 0, len };
     let open = |blocks: &[BlockAt]| ProcessRam::open(std::process::id(), blocks, Access::Read);

@@ -4,23 +4,19 @@
 //! The process is that of the test. Where the kernel does not allow this, a test prints `skipped: `
 //! and the reason.
 
-#![expect(unsafe_code, reason = "maps memory, and protects it by ioctls of a userfaultfd")]
 #![expect(clippy::print_stdout, reason = "a skipped test says why")]
 #![expect(clippy::unwrap_used, reason = "a test that cannot be arranged has failed")]
 
-use std::ffi::c_void;
+#[path = "../../engine/tests/memory/guarded.rs"]
+mod guarded;
+
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt as _;
-use std::ptr;
 use std::thread;
 use std::time::Duration;
 
-use rustix::ioctl::{Opcode, Updater, ioctl, opcode};
-use rustix::mm::{MapFlags, ProtFlags, UserfaultfdFlags};
 use vmfile_pages::draft::FileLayout;
-use vmfile_pages::engine::{ProcessMemory, Userfault};
 use vmfile_pages::format::stream::configuration::Configuration;
 use vmfile_pages::lane::Workers;
 use vmfile_pages::plan::WINDOW_LEN;
@@ -32,128 +28,15 @@ use vmfile_pages::{
     RamBlock, RamLayout,
 };
 
-const PAGE: usize = 4096;
+use crate::guarded::{Guarded, PAGE};
+
 const WINDOW: usize = 2 << 20;
 const _: () = assert!(WINDOW as u64 == WINDOW_LEN);
 
-/// Memory of this process in whole windows, and how it is protected.
-struct Guarded {
-    start: *mut c_void,
-    len: usize,
-    fd: OwnedFd,
-}
-
-// SAFETY: the memory is only touched by system calls and by volatile writes, from any thread.
-unsafe impl Sync for Guarded {}
-
-/// `struct uffdio_api`, `struct uffdio_register` and `struct uffdio_range` of Linux's
-/// `include/uapi/linux/userfaultfd.h`.
-type Api = [u64; 3];
-type Register = [u64; 4];
-type Bounds = [u64; 2];
-const API: Opcode = opcode::read_write::<Api>(0xaa, 0x3f);
-const REGISTER: Opcode = opcode::read_write::<Register>(0xaa, 0x00);
-const UNREGISTER: Opcode = opcode::read::<Bounds>(0xaa, 0x01);
-const FEATURE_WP: u64 = 1;
-const MODE_WP: u64 = 2;
-
-impl Guarded {
-    /// Maps windows, fills two of three pages, and write-protects all of them; `None` if the kernel
-    /// does not allow it.
-    fn new(windows: usize) -> Option<Guarded> {
-        let flags = UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK;
-        // SAFETY: a descriptor of its own; what it does to memory comes later.
-        let fd = unsafe { rustix::mm::userfaultfd(flags) };
-        let Ok(fd) = fd else {
-            println!("skipped: no userfaultfd: {}", fd.unwrap_err());
-            return None;
-        };
-        let len = windows * WINDOW;
-        let protection = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: a new mapping at an address of the kernel's choice.
-        let start = unsafe {
-            rustix::mm::mmap_anonymous(ptr::null_mut(), len, protection, MapFlags::PRIVATE)
-        };
-        let guarded = Guarded { start: start.unwrap(), len, fd };
-        for page in 0..len / PAGE {
-            // Reading the third page enters the zero page, as QEMU does before it protects.
-            if page % 3 == 2 {
-                guarded.touch(page);
-            } else {
-                guarded.put(page, 1);
-            }
-        }
-        guarded.ask::<API, Api>([0xaa, FEATURE_WP, 0]).unwrap();
-        let register: Register = [guarded.address(), len as u64, MODE_WP, 0];
-        if let Err(error) = guarded.ask::<REGISTER, Register>(register) {
-            println!("skipped: no write protection by userfaultfd: {error}");
-            return None;
-        }
-        guarded.userfault().protect(&(guarded.address()..guarded.address() + len as u64)).unwrap();
-        Some(guarded)
-    }
-
-    fn address(&self) -> u64 {
-        self.start.addr() as u64
-    }
-
-    fn userfault(&self) -> Userfault {
-        let process = ProcessMemory::open(std::process::id()).unwrap();
-        let number = std::os::fd::AsRawFd::as_raw_fd(&self.fd);
-        assert!(Userfault::all_of(&process).unwrap().contains(&number));
-        Userfault::borrow(&process, number).unwrap()
-    }
-
-    /// Writes to a page as a vCPU does: this thread stands still while the page is protected.
-    fn put(&self, page: usize, value: u64) {
-        let word = u64::try_from(page).unwrap() << 16 | value;
-        let at = self.start.cast::<u64>().wrapping_byte_add(page * PAGE);
-        // SAFETY: inside the mapping, aligned; nothing in this process refers to the bytes.
-        unsafe { at.write_volatile(word) };
-    }
-
-    fn touch(&self, page: usize) {
-        let at = self.start.cast::<u8>().wrapping_byte_add(page * PAGE);
-        // SAFETY: inside the mapping; nothing in this process refers to the bytes.
-        let _ = unsafe { at.read_volatile() };
-    }
-
-    /// Returns the first 8 bytes of each page, by the kernel: the rest of each page is zero.
-    fn words(&self) -> Vec<u64> {
-        let process = ProcessMemory::open(std::process::id()).unwrap();
-        let word = |page: usize| {
-            let mut word = [0; 8];
-            process.read(self.address() + (page * PAGE) as u64, &mut word).unwrap();
-            u64::from_ne_bytes(word)
-        };
-        (0..self.len / PAGE).map(word).collect()
-    }
-
-    fn ram(&self) -> ProcessRam {
-        let (address, len) = (self.address(), self.len as u64);
-        let block = BlockAt { name: "ram".to_owned(), address, len };
-        ProcessRam::open(std::process::id(), &[block], Access::Read).unwrap()
-    }
-
-    /// Removes the protection, as QEMU does at the end of its migration.
-    fn unregister(&self) {
-        self.ask::<UNREGISTER, Bounds>([self.address(), self.len as u64]).unwrap();
-    }
-
-    /// Calls an ioctl of the userfaultfd.
-    fn ask<const OPCODE: Opcode, T>(&self, mut value: T) -> io::Result<()> {
-        // SAFETY: each opcode above was made for its type.
-        let request = unsafe { Updater::<OPCODE, T>::new(&mut value) };
-        // SAFETY: the kernel changes no memory but the value, which outlives the call.
-        Ok(unsafe { ioctl(&self.fd, request) }?)
-    }
-}
-
-impl Drop for Guarded {
-    fn drop(&mut self) {
-        // SAFETY: the mapping is ours, and nothing refers to it any more.
-        unsafe { rustix::mm::munmap(self.start, self.len) }.unwrap();
-    }
+fn ram_of(memory: &Guarded) -> ProcessRam {
+    let (address, len) = (memory.address(), memory.len as u64);
+    let block = BlockAt { name: "ram".to_owned(), address, len };
+    ProcessRam::open(std::process::id(), &[block], Access::Read).unwrap()
 }
 
 /// Lets every thread go on, also if the test fails: the test would wait for them for ever.
@@ -204,7 +87,7 @@ impl Target {
 #[test]
 fn what_is_written_meanwhile_is_not_in_the_file() {
     let Some(memory) = Guarded::new(24) else { return };
-    let (ram, userfault) = (memory.ram(), memory.userfault());
+    let (ram, userfault) = (ram_of(&memory), memory.userfault());
     let protected = ProtectedRam::new(&ram, &userfault, aside_buffers().unwrap()).unwrap();
     let target = Target::new(memory.len);
     let pages = memory.len / PAGE;
@@ -242,7 +125,7 @@ fn a_writer_waits_when_no_more_can_be_kept_aside() {
     let room = usize::try_from(ASIDE_LEN_MAX / WINDOW_LEN).unwrap();
     let windows = room + 5;
     let Some(memory) = Guarded::new(windows) else { return };
-    let (ram, userfault) = (memory.ram(), memory.userfault());
+    let (ram, userfault) = (ram_of(&memory), memory.userfault());
     let protected = ProtectedRam::new(&ram, &userfault, aside_buffers().unwrap()).unwrap();
     let target = Target::new(memory.len);
     let words = memory.words();
@@ -271,7 +154,7 @@ fn a_writer_waits_when_no_more_can_be_kept_aside() {
 #[test]
 fn a_protection_that_is_removed_meanwhile_is_noticed() {
     let Some(memory) = Guarded::new(3) else { return };
-    let (ram, userfault) = (memory.ram(), memory.userfault());
+    let (ram, userfault) = (ram_of(&memory), memory.userfault());
     let protected = ProtectedRam::new(&ram, &userfault, aside_buffers().unwrap()).unwrap();
     protected.begin([]).unwrap();
     protected.verify().unwrap();
@@ -286,7 +169,7 @@ fn a_protection_that_is_removed_meanwhile_is_noticed() {
 #[test]
 fn a_fault_that_another_reader_took_is_served() {
     let Some(memory) = Guarded::new(2) else { return };
-    let (ram, userfault) = (memory.ram(), memory.userfault());
+    let (ram, userfault) = (ram_of(&memory), memory.userfault());
     let protected = ProtectedRam::new(&ram, &userfault, aside_buffers().unwrap()).unwrap();
     thread::scope(|scope| {
         let _let_go = LetGo(&protected, &memory);
@@ -304,7 +187,7 @@ fn a_fault_that_another_reader_took_is_served() {
 #[test]
 fn a_page_that_was_let_go_before_is_protected_again() {
     let Some(memory) = Guarded::new(2) else { return };
-    let (ram, userfault) = (memory.ram(), memory.userfault());
+    let (ram, userfault) = (ram_of(&memory), memory.userfault());
     let protected = ProtectedRam::new(&ram, &userfault, aside_buffers().unwrap()).unwrap();
     userfault.lift(&(memory.address()..memory.address() + PAGE as u64)).unwrap();
     memory.put(0, 2);

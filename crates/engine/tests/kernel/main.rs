@@ -12,8 +12,11 @@
 mod child;
 mod direct_io;
 mod extents;
+#[path = "../memory/guarded.rs"]
+mod guarded;
 mod guardian;
 mod host;
 mod process_memory;
 mod publish;
 mod storage;
+mod userfault;
