@@ -153,25 +153,61 @@ fn ram_in_a_file_on_a_disk_is_saved_by_pre_copy() -> TestResult {
     let config = Guest::boot_sector(Ram::file(64, directory.path())).seed(113).busy();
     // The guest writes only a tenth of the time, so a save may see no write.
     let is_rewritten = |report: &SaveReport| report.bytes_rewritten > 0;
-    let report = round_trip_of(&qemu, &qemu, &config, &live(), is_rewritten)?;
+    let options = live().route(Route::Stream);
+    let report = round_trip_of(&qemu, &qemu, &config, &options, is_rewritten)?;
     let Some(LiveMethod::PreCopy { reason }) = &report.live_method else { panic!("{report:?}") };
     assert!(reason.contains("not compatible"), "{reason}");
     Ok(())
 }
 
 #[test]
-fn a_guest_that_cannot_be_saved_by_userfault_is_not_saved_by_another_method_if_asked() -> TestResult
-{
+fn ram_in_a_file_on_a_disk_is_saved_from_a_copy() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
+    let config = Guest::boot_sector(Ram::file(64, directory.path())).seed(120).busy();
+    let report = round_trip(&qemu, &qemu, &config, &live().route(Route::Direct))?;
+    let Some(LiveMethod::Aside { reason }) = &report.live_method else { panic!("{report:?}") };
+    assert!(reason.contains("not compatible"), "{reason}");
+    Ok(())
+}
+
+/// Of a guest that was restored by `map`, only what it has written since is copied.
+#[test]
+fn a_guest_that_was_restored_by_map_is_saved_from_a_copy_of_what_it_wrote() -> TestResult {
+    for release in [Release::Distribution, Release::Newest] {
+        let qemu = requires!(Qemu::of(release));
+        let config = Guest::boot_sector(Ram::private(128)).seed(121).fill_mib(96).busy();
+        let mut guest = config.boot_to(&qemu, 1)?;
+        let saved = guest.save(&SaveOptions::default().after(After::Resume))?;
+        drop(guest);
+        let mut clone = saved.restore(&qemu, Mode::Map)?;
+        clone.wait_for_passes(1)?;
+        let again = clone.save(&live())?;
+        let Some(LiveMethod::Aside { .. }) = &again.report.live_method else {
+            panic!("{:?}", again.report)
+        };
+        let waits = again.report.guest_waits.ok_or("it says how much was copied")?;
+        assert!(waits.aside_bytes < 120 << 20 && waits.count == 0, "{waits:?}");
+        clone.runs_on(1)?;
+        drop(clone);
+        again.comes_back(&qemu, [Mode::Map, Mode::Load])?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_guest_whose_memory_cannot_be_read_in_time_is_not_saved_by_a_stream_if_asked() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
     let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
     let config = Guest::boot_sector(Ram::file(64, directory.path())).seed(119);
     let mut guest = config.boot_to(&qemu, 1)?;
     let settings = guest.qmp("query-migrate-capabilities", json!({}))?;
-    let error = guest.save_fails(&live().route(Route::Direct))?;
+    let short = Live::default().pause_max(Duration::from_millis(1));
+    let error = guest.save_fails(&live().live(Some(short)).route(Route::Direct))?;
     let SaveError::Userfault(UserfaultError::NotPossible { reason }) = &error else {
         panic!("{error}")
     };
-    assert!(reason.contains("not compatible"), "{reason}");
+    assert!(reason.contains("not compatible") && reason.contains("within 1ms"), "{reason}");
     assert_eq!(guest.qmp("query-migrate-capabilities", json!({}))?, settings);
     guest.runs_on(1)
 }

@@ -175,7 +175,7 @@ pub(crate) struct SaveArguments {
     /// With --live: give up after so long, if the guest writes faster than it is saved
     #[arg(long, value_name = "SECONDS", default_value_t = 600, requires = "live")]
     pub(crate) live_timeout: u64,
-    /// With --live: how long the guest may stand still at the end, if changed memory is sent again
+    /// With --live: how long the guest may stand still while memory is copied, or for the last part
     #[arg(long, value_name = "MILLISECONDS", default_value_t = 300, requires = "live")]
     pub(crate) max_pause: u64,
     /// Keep the disks of the saved moment: the guest then writes to overlays on top of them

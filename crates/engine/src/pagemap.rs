@@ -12,29 +12,88 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::ptr;
 
-/// Returns the parts of `range` with a page that is present or swapped out; see
-/// [`ProcessMemory::touched`](crate::ProcessMemory::touched).
-pub(crate) fn touched(pagemap: &File, range: &Range<u64>) -> io::Result<Vec<Range<u64>>> {
+use crate::process_memory::ProcessMemory;
+
+impl ProcessMemory {
+    /// Returns the parts of `range` of which the process has a page, present or swapped out, in
+    /// order, merged, clipped to `range`, and else page-aligned.
+    ///
+    /// Everything else in private anonymous memory reads as zeros. It does *not* in a shared file,
+    /// whose pages other processes may have mapped, or none: use [`DataSeeker`](crate::DataSeeker)
+    /// there. Pages that are the kernel's shared zero page are left out where the kernel can tell.
+    ///
+    /// Uses the `PAGEMAP_SCAN` ioctl (Linux 6.7), which skips what has no page tables, else reads 8
+    /// bytes a page from `/proc/PID/pagemap`. The list has as many ranges as the guest likes: ask
+    /// for bounded ranges.
+    ///
+    /// # Errors
+    ///
+    /// Returns the kernel's error.
+    pub fn touched(&self, range: Range<u64>) -> io::Result<Vec<Range<u64>>> {
+        find(self.pagemap(), Pages::Touched, &range)
+    }
+
+    /// As [`ProcessMemory::touched`], without the pages of a file that are mapped: in a private
+    /// mapping of a file, what the process has written.
+    ///
+    /// # Errors
+    ///
+    /// Returns the kernel's error.
+    pub fn own(&self, range: Range<u64>) -> io::Result<Vec<Range<u64>>> {
+        find(self.pagemap(), Pages::Own, &range)
+    }
+
+    /// Returns the first byte of `range` that [`ProcessMemory::own`] would report.
+    ///
+    /// # Errors
+    ///
+    /// Returns the kernel's error.
+    pub fn first_own(&self, range: &Range<u64>) -> io::Result<Option<u64>> {
+        first(self.pagemap(), Pages::Own, range)
+    }
+
+    /// Returns the first byte of `range` that [`ProcessMemory::touched`] would report, by one ioctl
+    /// that skips memory without page tables, however long that is (Linux 6.7).
+    ///
+    /// # Errors
+    ///
+    /// Returns the kernel's error.
+    pub fn first_touched(&self, range: &Range<u64>) -> io::Result<Option<u64>> {
+        first(self.pagemap(), Pages::Touched, range)
+    }
+}
+
+/// Which pages are looked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Pages {
+    /// Present or swapped out, but not the kernel's zero page.
+    Touched,
+    /// The same, without those of a file.
+    Own,
+}
+
+/// Returns the parts of `range` with such pages.
+fn find(pagemap: &File, pages: Pages, range: &Range<u64>) -> io::Result<Vec<Range<u64>>> {
     if range.is_empty() {
         return Ok(Vec::new());
     }
-    match touched_by_scan(pagemap, range) {
+    match find_by_scan(pagemap, pages, range) {
         // The kernel is older than the ioctl.
         Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => {
-            touched_by_entries(pagemap, range)
+            find_by_entries(pagemap, pages, range)
         }
         result => result,
     }
 }
 
-/// Returns the first byte of `range` whose page is present or swapped out.
-pub(crate) fn first_touched(pagemap: &File, range: &Range<u64>) -> io::Result<Option<u64>> {
+/// Returns the first byte of `range` with such a page.
+fn first(pagemap: &File, pages: Pages, range: &Range<u64>) -> io::Result<Option<u64>> {
     if range.is_empty() {
         return Ok(None);
     }
-    let found = match first_by_scan(pagemap, range) {
+    let found = match first_by_scan(pagemap, pages, range) {
         Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => {
-            first_by_entries(pagemap, range)
+            first_by_entries(pagemap, pages, range)
         }
         result => result,
     };
@@ -74,6 +133,7 @@ const _: () = assert!(size_of::<PageRegion>() == 24);
 /// `_IOWR('f', 16, struct pm_scan_arg)`, with the bits as all but four architectures lay them out.
 const PAGEMAP_SCAN: u64 = (3 << 30) | (96 << 16) | (0x66 << 8) | 16;
 
+const PAGE_IS_FILE: u64 = 1 << 2;
 const PAGE_IS_PRESENT: u64 = 1 << 3;
 const PAGE_IS_SWAPPED: u64 = 1 << 4;
 const PAGE_IS_PFNZERO: u64 = 1 << 5;
@@ -81,14 +141,14 @@ const PAGE_IS_PFNZERO: u64 = 1 << 5;
 /// Regions that the kernel fills in per call: 96 KiB of answers.
 const REGIONS_PER_SCAN: usize = 4096;
 
-fn touched_by_scan(pagemap: &File, range: &Range<u64>) -> io::Result<Vec<Range<u64>>> {
+fn find_by_scan(pagemap: &File, pages: Pages, range: &Range<u64>) -> io::Result<Vec<Range<u64>>> {
     let (mut at, end) = whole_pages(range);
     // No two regions touch, so this is enough for a small range.
     let regions_max = usize::try_from((end - at) / page_size() / 2 + 1).unwrap_or(usize::MAX);
     let mut regions = vec![PageRegion::default(); REGIONS_PER_SCAN.min(regions_max)];
     let mut found = Vec::new();
     while at < end {
-        let (count, walk_end) = scan(pagemap, at..end, &mut regions, 0)?;
+        let (count, walk_end) = scan(pagemap, (pages, 0), at..end, &mut regions)?;
         for region in &regions[..count] {
             push_merged(&mut found, clip(region.start..region.end, range));
         }
@@ -100,10 +160,10 @@ fn touched_by_scan(pagemap: &File, range: &Range<u64>) -> io::Result<Vec<Range<u
     Ok(found)
 }
 
-fn first_by_scan(pagemap: &File, range: &Range<u64>) -> io::Result<Option<u64>> {
+fn first_by_scan(pagemap: &File, pages: Pages, range: &Range<u64>) -> io::Result<Option<u64>> {
     let (start, end) = whole_pages(range);
     let mut region = [PageRegion::default()];
-    let (count, _) = scan(pagemap, start..end, &mut region, 1)?;
+    let (count, _) = scan(pagemap, (pages, 1), start..end, &mut region)?;
     Ok((count > 0).then_some(region[0].start))
 }
 
@@ -111,10 +171,14 @@ fn first_by_scan(pagemap: &File, range: &Range<u64>) -> io::Result<Option<u64>> 
 /// `regions` were filled in and how far the kernel came.
 fn scan(
     pagemap: &File,
+    (pages, pages_max): (Pages, u64),
     range: Range<u64>,
     regions: &mut [PageRegion],
-    pages_max: u64,
 ) -> io::Result<(usize, u64)> {
+    let excluded = match pages {
+        Pages::Touched => PAGE_IS_PFNZERO,
+        Pages::Own => PAGE_IS_PFNZERO | PAGE_IS_FILE,
+    };
     let mut arguments = ScanArguments {
         size: size_of::<ScanArguments>() as u64,
         start: range.start,
@@ -122,9 +186,9 @@ fn scan(
         vec: regions.as_mut_ptr().expose_provenance() as u64,
         vec_len: regions.len() as u64,
         max_pages: pages_max,
-        // Not the zero page, and present or swapped.
-        category_inverted: PAGE_IS_PFNZERO,
-        category_mask: PAGE_IS_PFNZERO,
+        // None of the excluded ones, and present or swapped.
+        category_inverted: excluded,
+        category_mask: excluded,
         category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
         return_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
         ..ScanArguments::default()
@@ -148,39 +212,44 @@ const ENTRIES_PER_READ: usize = 1 << 13;
 
 /// Bits of an entry, from Linux's `Documentation/admin-guide/mm/pagemap.rst`.
 const ENTRY_PRESENT_OR_SWAPPED: u64 = 0b11 << 62;
+const ENTRY_FILE: u64 = 1 << 61;
 
-fn touched_by_entries(pagemap: &File, range: &Range<u64>) -> io::Result<Vec<Range<u64>>> {
+fn find_by_entries(
+    pagemap: &File,
+    pages: Pages,
+    range: &Range<u64>,
+) -> io::Result<Vec<Range<u64>>> {
     let mut found = Vec::new();
-    each_entry(pagemap, range, |page| {
+    each_entry(pagemap, pages, range, |page| {
         push_merged(&mut found, clip(page..page + page_size(), range));
         true
     })?;
     Ok(found)
 }
 
-fn first_by_entries(pagemap: &File, range: &Range<u64>) -> io::Result<Option<u64>> {
+fn first_by_entries(pagemap: &File, pages: Pages, range: &Range<u64>) -> io::Result<Option<u64>> {
     let mut first = None;
-    each_entry(pagemap, range, |page| {
+    each_entry(pagemap, pages, range, |page| {
         first = Some(page);
         false
     })?;
     Ok(first)
 }
 
-/// Calls `found` with the address of each page that is present or swapped out, until it returns
-/// `false`.
+/// Calls `found` with the address of each such page, until it returns `false`.
 fn each_entry(
     pagemap: &File,
+    pages: Pages,
     range: &Range<u64>,
     mut found: impl FnMut(u64) -> bool,
 ) -> io::Result<()> {
     const ENTRY: usize = size_of::<u64>();
     let page_size = page_size();
     let (mut at, end) = whole_pages(range);
-    let pages = |at: u64| usize::try_from((end - at) / page_size).unwrap_or(usize::MAX);
-    let mut bytes = vec![0; pages(at).min(ENTRIES_PER_READ) * ENTRY];
+    let count = |at: u64| usize::try_from((end - at) / page_size).unwrap_or(usize::MAX);
+    let mut bytes = vec![0; count(at).min(ENTRIES_PER_READ) * ENTRY];
     while at < end {
-        let len = pages(at).min(ENTRIES_PER_READ) * ENTRY;
+        let len = count(at).min(ENTRIES_PER_READ) * ENTRY;
         let len = pagemap.read_at(&mut bytes[..len], at / page_size * ENTRY as u64)?;
         if len < ENTRY {
             // Past the last address a process can have.
@@ -188,7 +257,8 @@ fn each_entry(
         }
         for entry in bytes[..len].chunks_exact(ENTRY) {
             let entry = u64::from_ne_bytes(entry.try_into().expect("eight bytes"));
-            if entry & ENTRY_PRESENT_OR_SWAPPED != 0 && !found(at) {
+            let is_excluded = pages == Pages::Own && entry & ENTRY_FILE != 0;
+            if entry & ENTRY_PRESENT_OR_SWAPPED != 0 && !is_excluded && !found(at) {
                 return Ok(());
             }
             at += page_size;
@@ -201,7 +271,7 @@ fn each_entry(
 pub(crate) fn probe() -> io::Result<()> {
     let pagemap = File::open(Path::new("/proc/self/pagemap"))?;
     let mut regions = [PageRegion::default()];
-    scan(&pagemap, 0..page_size(), &mut regions, 0).map(|_| ())
+    scan(&pagemap, (Pages::Touched, 0), 0..page_size(), &mut regions).map(|_| ())
 }
 
 fn push_merged(found: &mut Vec<Range<u64>>, next: Range<u64>) {
@@ -258,18 +328,18 @@ mod tests {
         let pagemap = File::open("/proc/self/pagemap").unwrap();
         let start = bytes.as_ptr().addr() as u64;
         let range = start..start + memory as u64;
-        let by_entries = touched_by_entries(&pagemap, &range).unwrap();
-        match touched_by_scan(&pagemap, &range) {
+        let by_entries = find_by_entries(&pagemap, Pages::Touched, &range).unwrap();
+        match find_by_scan(&pagemap, Pages::Touched, &range) {
             Ok(by_scan) => assert_eq!(by_scan, by_entries),
             Err(error) => println!("skipped: PAGEMAP_SCAN: {error}"),
         }
         for start in (range.start..range.end).step_by(4096) {
             let rest = start..range.end;
-            let first = first_by_entries(&pagemap, &rest).unwrap();
-            let expected = touched_by_entries(&pagemap, &rest).unwrap();
+            let first = first_by_entries(&pagemap, Pages::Touched, &rest).unwrap();
+            let expected = find_by_entries(&pagemap, Pages::Touched, &rest).unwrap();
             let expected = expected.first().map(|found| whole_pages(found).0);
             assert_eq!(first, expected);
-            if let Ok(by_scan) = first_by_scan(&pagemap, &rest) {
+            if let Ok(by_scan) = first_by_scan(&pagemap, Pages::Touched, &rest) {
                 assert_eq!(by_scan, first);
             }
         }

@@ -17,7 +17,6 @@ use rustix::process::{Pid, PidfdFlags};
 
 use crate::extents::{FileSystem, file_system};
 use crate::maps::{self, Mapping};
-use crate::pagemap;
 
 /// What the file behind a process's memory is opened for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -123,8 +122,37 @@ impl ProcessMemory {
         pieces: &[Range<usize>],
         into: &mut [u8],
     ) -> io::Result<()> {
+        let at =
+            |piece: &Range<usize>| Some((piece.clone(), address.checked_add(piece.start as u64)?));
+        self.read_to(
+            &pieces.iter().map(at).collect::<Option<Vec<_>>>().ok_or_else(past_the_end)?,
+            into,
+        )
+    }
+
+    /// Copies the bytes of `ranges`, one after another, into the first bytes of `into`.
+    ///
+    /// # Errors
+    ///
+    /// As [`ProcessMemory::read_pieces`].
+    ///
+    /// # Panics
+    ///
+    /// Panics if they do not fit into `into`.
+    pub fn gather(&self, ranges: &[Range<u64>], into: &mut [u8]) -> io::Result<()> {
+        let mut end = 0;
+        let at = |range: &Range<u64>| {
+            let start = end;
+            end += usize::try_from(range.end - range.start).unwrap_or(usize::MAX);
+            (start..end, range.start)
+        };
+        self.read_to(&ranges.iter().map(at).collect::<Vec<_>>(), into)
+    }
+
+    /// Copies bytes from an address of the process to a place in `into`, for each of `pieces`.
+    fn read_to(&self, pieces: &[(Range<usize>, u64)], into: &mut [u8]) -> io::Result<()> {
         let (start, len) = (into.as_mut_ptr(), into.len());
-        self.move_pieces(address, pieces, (start, len), |local, remote| {
+        self.move_pieces(pieces, (start, len), |local, remote| {
             // SAFETY:
             // - `move_pieces` made `local` of pieces inside `into`, which is borrowed for writing
             //   until this returns; the kernel checks `remote` itself.
@@ -178,7 +206,10 @@ impl ProcessMemory {
             return Err(no_such_process());
         }
         let (start, len) = (from.as_ptr().cast_mut(), from.len());
-        self.move_pieces(address, pieces, (start, len), |local, remote| {
+        let at =
+            |piece: &Range<usize>| Some((piece.clone(), address.checked_add(piece.start as u64)?));
+        let pieces = pieces.iter().map(at).collect::<Option<Vec<_>>>().ok_or_else(past_the_end)?;
+        self.move_pieces(&pieces, (start, len), |local, remote| {
             // SAFETY:
             // - `move_pieces` made `local` of pieces inside `from`, which is borrowed until this
             //   returns, and the kernel only reads there; it checks `remote` itself.
@@ -196,19 +227,18 @@ impl ProcessMemory {
         })
     }
 
-    /// Moves all bytes of `pieces` by `call`, which is given the two lists of one system call.
+    /// Moves all bytes of `pieces`, each with its address in the process, by `call`, which is given
+    /// the two lists of one system call.
     fn move_pieces(
         &self,
-        address: u64,
-        pieces: &[Range<usize>],
+        pieces: &[(Range<usize>, u64)],
         (start, len): (*mut u8, usize),
         call: impl Fn(&[libc::iovec], &[libc::iovec]) -> isize,
     ) -> io::Result<()> {
-        let at = |offset: usize| address.checked_add(offset as u64).ok_or_else(|| fault(u64::MAX));
         for pieces in pieces.chunks(PIECES_PER_CALL) {
             let mut local = Vec::with_capacity(pieces.len());
             let mut remote = Vec::with_capacity(pieces.len());
-            for piece in pieces {
+            for (piece, address) in pieces {
                 assert!(
                     piece.start <= piece.end && piece.end <= len,
                     "bytes {piece:?} of a buffer of {len} bytes"
@@ -216,7 +246,7 @@ impl ProcessMemory {
                 let base = start.wrapping_add(piece.start).cast();
                 local.push(libc::iovec { iov_base: base, iov_len: piece.len() });
                 remote.push(libc::iovec {
-                    iov_base: remote_pointer(at(piece.start)?)?,
+                    iov_base: remote_pointer(*address)?,
                     iov_len: piece.len(),
                 });
             }
@@ -273,32 +303,9 @@ impl ProcessMemory {
         })
     }
 
-    /// Returns the parts of `range` of which the process has a page, present or swapped out, in
-    /// order, merged, clipped to `range`, and else page-aligned.
-    ///
-    /// Everything else in private anonymous memory reads as zeros. It does *not* in a shared file,
-    /// whose pages other processes may have mapped, or none: use [`DataSeeker`](crate::DataSeeker)
-    /// there. Pages that are the kernel's shared zero page are left out where the kernel can tell.
-    ///
-    /// Uses the `PAGEMAP_SCAN` ioctl (Linux 6.7), which skips what has no page tables, else reads 8
-    /// bytes a page from `/proc/PID/pagemap`. The list has as many ranges as the guest likes: ask
-    /// for bounded ranges.
-    ///
-    /// # Errors
-    ///
-    /// Returns the kernel's error.
-    pub fn touched(&self, range: Range<u64>) -> io::Result<Vec<Range<u64>>> {
-        pagemap::touched(&self.pagemap, &range)
-    }
-
-    /// Returns the first byte of `range` that [`ProcessMemory::touched`] would report, by one ioctl
-    /// that skips memory without page tables, however long that is (Linux 6.7).
-    ///
-    /// # Errors
-    ///
-    /// Returns the kernel's error.
-    pub fn first_touched(&self, range: &Range<u64>) -> io::Result<Option<u64>> {
-        pagemap::first_touched(&self.pagemap, range)
+    /// Returns `/proc/PID/pagemap`.
+    pub(crate) fn pagemap(&self) -> &File {
+        &self.pagemap
     }
 
     /// Returns `/proc/PID`.
@@ -507,6 +514,10 @@ fn moved_bytes(result: isize, address: u64) -> io::Result<usize> {
             }
         }
     }
+}
+
+fn past_the_end() -> io::Error {
+    fault(u64::MAX)
 }
 
 fn fault(address: u64) -> io::Error {

@@ -60,6 +60,7 @@ pub use vmfile_format as format;
 
 pub mod check;
 pub mod control;
+pub mod copied_ram;
 pub mod draft;
 pub mod error;
 pub mod jobs;

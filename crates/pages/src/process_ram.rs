@@ -170,6 +170,51 @@ impl ProcessRam {
         self.blocks.iter().map(|block| block.addresses(&(0..block.at.len)))
     }
 
+    /// Returns the parts of `range`, no longer than a unit, that are not in a file beneath: what has
+    /// to be copied to keep a moment. A page of a private mapping of a file that the process has
+    /// not written is the file's.
+    pub(crate) fn own(&self, block: usize, range: &Range<u64>) -> io::Result<Vec<Range<u64>>> {
+        self.blocks[block].own(range)
+    }
+
+    /// Returns the first byte of `range` that [`ProcessRam::own`] would report.
+    pub(crate) fn first_own(&self, block: usize, range: &Range<u64>) -> io::Result<Option<u64>> {
+        self.blocks[block].first_own(range)
+    }
+
+    /// Copies `ranges` of a block, one after another, into `into`, which has their length.
+    pub(crate) fn gather(
+        &self,
+        block: usize,
+        ranges: &[Range<u64>],
+        into: &mut [u8],
+    ) -> io::Result<()> {
+        self.blocks[block].gather(ranges, into)
+    }
+
+    /// Returns the first byte of `range` that may be data in the file beneath the block.
+    pub(crate) fn first_beneath(
+        &self,
+        block: usize,
+        range: &Range<u64>,
+    ) -> io::Result<Option<u64>> {
+        match &self.blocks[block].kind {
+            Kind::Private { beneath: Some(file) } => file.first_data(range),
+            _ => Ok(None),
+        }
+    }
+
+    /// Reads a range from the file beneath the block; zeros if there is none.
+    pub(crate) fn read_beneath(&self, block: usize, start: u64, into: &mut [u8]) -> io::Result<()> {
+        match &self.blocks[block].kind {
+            Kind::Private { beneath: Some(file) } => file.read(start, into),
+            _ => {
+                into.fill(0);
+                Ok(())
+            }
+        }
+    }
+
     /// Returns how many bytes may be data; gaps of up to `gap_max` bytes between them count too.
     ///
     /// # Errors
@@ -249,6 +294,42 @@ impl BlockMemory {
             file.add_data(range, &mut found)?;
         }
         Ok(ranges::merge(found, PAGE_LEN, range.end))
+    }
+
+    fn own(&self, range: &Range<u64>) -> io::Result<Vec<Range<u64>>> {
+        if !matches!(self.kind, Kind::Private { .. }) {
+            return self.data(range);
+        }
+        let found = self.process.own(self.addresses(range))?;
+        let in_block =
+            |found: Range<u64>| found.start - self.at.address..found.end - self.at.address;
+        Ok(found.into_iter().map(in_block).collect())
+    }
+
+    fn first_own(&self, range: &Range<u64>) -> io::Result<Option<u64>> {
+        if !matches!(self.kind, Kind::Private { .. }) {
+            return self.first_data(range);
+        }
+        let found = self.process.first_own(&self.addresses(range))?;
+        Ok(found.map(|address| address - self.at.address))
+    }
+
+    fn gather(&self, ranges: &[Range<u64>], into: &mut [u8]) -> io::Result<()> {
+        match &self.kind {
+            Kind::Private { .. } => {
+                let at = |range: &Range<u64>| self.addresses(range);
+                self.process.gather(&ranges.iter().map(at).collect::<Vec<_>>(), into)
+            }
+            Kind::File(file) | Kind::HugePages { file, .. } => {
+                let mut rest = into;
+                for range in ranges {
+                    let (part, after) = rest.split_at_mut(in_window(range.end - range.start));
+                    file.read(range.start, part)?;
+                    rest = after;
+                }
+                Ok(())
+            }
+        }
     }
 
     /// Copies `range`, a window of the block, into `into`; returns `false` if none of it can be

@@ -9,6 +9,7 @@
 //! guardian does the same; if the guardian is killed as well, a record inside QEMU tells the next
 //! vmfile what to undo.
 
+mod aside;
 mod changed;
 mod config_files;
 mod describe;
@@ -17,6 +18,7 @@ mod disks;
 mod ending;
 mod images;
 mod live;
+mod live_memory;
 mod native;
 mod native_file;
 mod options;
@@ -178,7 +180,7 @@ struct Written {
 struct LiveDone {
     method: LiveMethod,
     pause_seconds: f64,
-    /// By userfault only.
+    /// Only if vmfile read the memory.
     waits: Option<GuestWaits>,
 }
 

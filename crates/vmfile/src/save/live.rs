@@ -1,7 +1,6 @@
-//! Saves a guest while it runs: chooses the method, and has QEMU's stream if it is not `userfault`.
+//! Saves a guest while it runs: chooses the method, and carries out those that need QEMU's stream.
 //!
-//! `userfault`: see `userfault.rs`. It needs what `background-snapshot` needs, and the memory of
-//! QEMU's process. `background-snapshot`: QEMU stops the guest for some milliseconds, write-protects its memory and
+//! `userfault` and `aside`: see `userfault.rs` and `aside.rs`. `background-snapshot`: QEMU stops the guest for some milliseconds, write-protects its memory and
 //! sends every page once, as it was then. If QEMU cannot do that, `pre-copy`: QEMU sends the pages
 //! that the guest changes again, until few are left; it stops the guest while it sends those.
 //!
@@ -21,9 +20,9 @@ use vmfile_qemu::{Feature, Outgoing, PUT_BACK_TIMEOUT, RunState, StreamSettings,
 use vmfile_stream::incoming::WaitLimits;
 use vmfile_stream::receiver::{Received, StreamReceiver};
 
+use super::live_memory::LiveMemory;
 use super::sending::{Peer, peer_process, wait_until_sent};
 use super::stream::written;
-use super::userfault::UserfaultRoute;
 use super::{Disks, Live, LiveDone, Work, Written};
 use crate::error::{SaveError, UserfaultError};
 use crate::receive::ReceiveError;
@@ -43,11 +42,20 @@ pub(super) struct LiveRoute {
     before: StreamSettings,
     live: Live,
     /// `Err` says why the memory of QEMU's process is not used.
-    userfault: Result<UserfaultRoute, String>,
-    /// Whether no other method may be used.
-    only_userfault: bool,
+    memory: Result<LiveMemory, String>,
+    /// Whether no other method may be used than those that read this memory.
+    only_memory: bool,
     /// Who writes to the guest's RAM and is not stopped by a write protection.
     other_writer: Option<String>,
+}
+
+/// A method, and what it needs.
+struct Chosen {
+    method: LiveMethod,
+    /// QEMU's settings for it.
+    settings: StreamSettings,
+    /// How many bytes are to be copied aside.
+    copied_bytes: u64,
 }
 
 impl LiveRoute {
@@ -55,15 +63,10 @@ impl LiveRoute {
     pub(super) fn prepare(
         vm: &mut Vm,
         live: Live,
-        (userfault, only_userfault): (Result<UserfaultRoute, String>, bool),
+        (memory, only_memory): (Result<LiveMemory, String>, bool),
     ) -> Result<LiveRoute, SaveError> {
-        Ok(LiveRoute {
-            before: vm.stream_settings()?,
-            live,
-            userfault,
-            only_userfault,
-            other_writer: vm.other_writer()?,
-        })
+        let (before, other_writer) = (vm.stream_settings()?, vm.other_writer()?);
+        Ok(LiveRoute { before, live, memory, only_memory, other_writer })
     }
 
     /// Returns the migration settings that QEMU had before the save.
@@ -71,17 +74,37 @@ impl LiveRoute {
         &self.before
     }
 
-    /// Has QEMU send the VM, writes it to the file, and completes the file.
+    /// Saves the VM by the best method that is possible, and completes the file.
     pub(super) fn write(&mut self, work: &mut Work<'_>) -> Result<Written, SaveError> {
-        let (method, ours) = self.choose(work.vm, !work.disks.is_empty())?;
-        let copied = match &mut self.userfault {
-            Ok(route) if method == LiveMethod::Userfault => route.write(work).map(Copied::File),
-            _ => self.receive(work, &method).map(Box::new).map(Copied::Stream),
+        let hold = !work.disks.is_empty();
+        let chosen = self.choose(work.vm, hold)?;
+        if let Some(written) = self.by(work, &chosen)? {
+            return Ok(written);
+        }
+        let pause_max = self.live.pause_max;
+        let reason = format!("the guest's memory could not be copied aside within {pause_max:?}");
+        let chosen = self.pre_copy(work.vm, hold, reason)?;
+        let written = self.by(work, &chosen)?;
+        Ok(written.expect("only a copy aside can be too much"))
+    }
+
+    /// Saves the VM by one method; returns `None` if the copy aside took too long. The guest runs
+    /// afterwards, with QEMU's settings as they were.
+    fn by(&mut self, work: &mut Work<'_>, chosen: &Chosen) -> Result<Option<Written>, SaveError> {
+        let pause_max = self.live.pause_max;
+        let Chosen { method, settings, copied_bytes } = chosen;
+        let copied = match (&mut self.memory, method) {
+            (Ok(memory), LiveMethod::Userfault) => memory.by_userfault(work).map(Copied::File),
+            (Ok(memory), LiveMethod::Aside { .. }) => {
+                let copied = memory.by_copy(work, (method, *copied_bytes, pause_max));
+                copied.map(|written| written.map_or(Copied::TooLong, Copied::File))
+            }
+            _ => self.receive(work, method).map(Box::new).map(Copied::Stream),
         };
         let runs = work.vm.unstoppable(PUT_BACK_TIMEOUT, resume_unless_running);
         let put_back = work
             .vm
-            .unstoppable(PUT_BACK_TIMEOUT, |vm| vm.change_stream_settings(&ours, &self.before));
+            .unstoppable(PUT_BACK_TIMEOUT, |vm| vm.change_stream_settings(settings, &self.before));
         let copied = match (copied, runs) {
             (Ok(copied), Ok(())) => copied,
             (Err(error), Ok(())) => return Err(error),
@@ -95,16 +118,59 @@ impl LiveRoute {
         };
         put_back?;
         match copied {
-            Copied::File(written) => Ok(written),
-            Copied::Stream(received) => finish(work, received, method),
+            Copied::File(written) => Ok(Some(written)),
+            Copied::Stream(received) => finish(work, received, method.clone()).map(Some),
+            Copied::TooLong => Ok(None),
         }
     }
 
     /// Chooses the method by trying: QEMU refuses the capability if the guest's memory does not
     /// allow it.
-    fn choose(&self, vm: &mut Vm, hold: bool) -> Result<(LiveMethod, StreamSettings), SaveError> {
+    fn choose(&self, vm: &mut Vm, hold: bool) -> Result<Chosen, SaveError> {
+        let protected = self.protection(vm)?;
+        let memory = self.memory.as_ref();
+        let mut reasons = Vec::new();
+        match (&protected, memory.map(|memory| &memory.not_by_userfault)) {
+            (Ok(settings), Ok(None)) => {
+                let (method, settings) = (LiveMethod::Userfault, settings.clone());
+                return Ok(Chosen { method, settings, copied_bytes: 0 });
+            }
+            (Ok(_), Ok(Some(reason))) | (Ok(_), Err(reason)) | (Err(reason), _) => {
+                reasons.push(reason.clone());
+            }
+        }
+        match memory.map(|memory| memory.to_copy(self.live.pause_max)) {
+            Ok(Ok(copied_bytes)) => {
+                if let Ok(settings) = &protected {
+                    vm.change_stream_settings(settings, &self.before)?;
+                }
+                let method = LiveMethod::Aside { reason: reasons.remove(0) };
+                return Ok(Chosen { method, settings: self.before.clone(), copied_bytes });
+            }
+            Ok(Err(reason)) => reasons.push(reason),
+            Err(_) => {}
+        }
+        let reason = reasons.join("; ");
+        match protected {
+            _ if self.only_memory => {
+                if let Ok(settings) = &protected {
+                    vm.change_stream_settings(settings, &self.before)?;
+                }
+                Err(UserfaultError::NotPossible { reason }.into())
+            }
+            Ok(settings) => {
+                let method = LiveMethod::BackgroundSnapshot { reason };
+                Ok(Chosen { method, settings, copied_bytes: 0 })
+            }
+            Err(_) => self.pre_copy(vm, hold, reason),
+        }
+    }
+
+    /// Has QEMU switch on `background-snapshot`; returns its settings then, or why it cannot be
+    /// used.
+    fn protection(&self, vm: &mut Vm) -> Result<Result<StreamSettings, String>, SaveError> {
         let version = vm.version()?;
-        let reason = match (&self.other_writer, self.before.background_snapshot()) {
+        Ok(Err(match (&self.other_writer, self.before.background_snapshot()) {
             (Some(other), _) => format!("{other} writes to the guest's RAM from outside of QEMU"),
             _ if !version.has(Feature::StoppableSnapshot) => {
                 format!(
@@ -113,24 +179,20 @@ impl LiveRoute {
             }
             (None, None) => "this QEMU has no background-snapshot".to_owned(),
             (None, Some(ours)) => match vm.change_stream_settings(&self.before, &ours) {
-                Ok(()) => return Ok((self.snapshot_method(), ours)),
+                Ok(()) => return Ok(Ok(ours)),
                 Err(VmError::Qmp(error)) if error.is_refused() => error.to_string(),
                 Err(error) => return Err(error.into()),
             },
-        };
-        if self.only_userfault {
-            return Err(UserfaultError::NotPossible { reason }.into());
-        }
-        let ours = self.before.pre_copy(self.live.pause_max, hold);
-        vm.change_stream_settings(&self.before, &ours)?;
-        Ok((LiveMethod::PreCopy { reason }, ours))
+        }))
     }
 
-    fn snapshot_method(&self) -> LiveMethod {
-        match &self.userfault {
-            Ok(_) => LiveMethod::Userfault,
-            Err(reason) => LiveMethod::BackgroundSnapshot { reason: reason.clone() },
+    fn pre_copy(&self, vm: &mut Vm, hold: bool, reason: String) -> Result<Chosen, SaveError> {
+        if self.only_memory {
+            return Err(UserfaultError::NotPossible { reason }.into());
         }
+        let settings = self.before.pre_copy(self.live.pause_max, hold);
+        vm.change_stream_settings(&self.before, &settings)?;
+        Ok(Chosen { method: LiveMethod::PreCopy { reason }, settings, copied_bytes: 0 })
     }
 
     fn receive(&self, work: &mut Work<'_>, method: &LiveMethod) -> Result<Received, SaveError> {
@@ -250,6 +312,8 @@ enum Copied {
     /// The file, which is complete but for its name.
     File(Written),
     Stream(Box<Received>),
+    /// Nothing: the copy aside took too long.
+    TooLong,
 }
 
 /// Completes the file of a guest that QEMU has sent.

@@ -41,8 +41,8 @@ pub enum Route {
 pub struct Live {
     /// How long the save may take until it fails: a guest may write faster than it is saved.
     pub timeout: Duration,
-    /// How long the guest may stand still at the end of a pre-copy save, which sends changed pages
-    /// again.
+    /// How long the guest may stand still while its memory is copied aside, or at the end of a
+    /// pre-copy save, which sends changed pages again.
     pub pause_max: Duration,
 }
 

@@ -52,6 +52,11 @@ impl Serialize for RouteUsed {
 pub enum LiveMethod {
     /// vmfile read each page from the memory of QEMU's process before the guest changed it.
     Userfault,
+    /// vmfile copied the memory aside while the guest stood still.
+    Aside {
+        /// Why it was not by userfault.
+        reason: String,
+    },
     /// QEMU sent each page once, before the guest changed it.
     BackgroundSnapshot {
         /// Why it was not by userfault.
@@ -68,7 +73,7 @@ impl LiveMethod {
     /// Returns the route by which this method saves.
     pub(super) fn route(&self) -> RouteUsed {
         match self {
-            LiveMethod::Userfault => RouteUsed::Direct,
+            LiveMethod::Userfault | LiveMethod::Aside { .. } => RouteUsed::Direct,
             LiveMethod::BackgroundSnapshot { .. } | LiveMethod::PreCopy { .. } => RouteUsed::Stream,
         }
     }
@@ -78,6 +83,7 @@ impl fmt::Display for LiveMethod {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             LiveMethod::Userfault => write!(f, "userfault"),
+            LiveMethod::Aside { reason } => write!(f, "aside ({reason})"),
             LiveMethod::BackgroundSnapshot { reason } => {
                 write!(f, "background-snapshot ({reason})")
             }
@@ -92,7 +98,8 @@ impl Serialize for LiveMethod {
     }
 }
 
-/// How the guest had to wait for a save by userfault, when it wrote to memory that was not read yet.
+/// How the guest had to wait for a save from its memory: by userfault, when it wrote to what was not
+/// read yet.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 #[non_exhaustive]
 pub struct GuestWaits {
@@ -104,6 +111,13 @@ pub struct GuestWaits {
     pub longest_seconds: f64,
     /// Bytes that were copied aside, so that the guest need not wait for the disk.
     pub aside_bytes: u64,
+}
+
+impl GuestWaits {
+    /// The guest did not wait, and this much was copied while it stood still.
+    pub(super) fn none(aside_bytes: u64) -> GuestWaits {
+        GuestWaits { count: 0, total_seconds: 0.0, longest_seconds: 0.0, aside_bytes }
+    }
 }
 
 impl From<Faults> for GuestWaits {
@@ -131,7 +145,7 @@ pub struct SaveReport {
     pub live: bool,
     /// How the running guest was saved; `None` if it stood still.
     pub live_method: Option<LiveMethod>,
-    /// How the running guest had to wait; `None` unless it was saved by userfault.
+    /// How the running guest had to wait; `None` unless vmfile read its memory.
     pub guest_waits: Option<GuestWaits>,
     /// Whether direct I/O was used; if not, why.
     #[serde(serialize_with = "as_text")]

@@ -9,11 +9,11 @@ use vmfile_qemu::{StreamSettings, Vm};
 
 use super::direct::DirectRoute;
 use super::live::LiveRoute;
+use super::live_memory::LiveMemory;
 use super::native::NativeRoute;
 use super::stream::StreamRoute;
-use super::userfault::UserfaultRoute;
 use super::{Live, Route, SaveOptions};
-use crate::error::{SaveError, UserfaultError};
+use crate::error::SaveError;
 
 /// The route by which a VM is saved, and why.
 pub(super) struct ChosenRoute {
@@ -102,15 +102,10 @@ pub(super) fn choose_live(
         // `Native` was refused by `SaveOptions::check`.
         Route::Stream | Route::Direct | Route::Native => "asked for",
     };
-    let userfault = match options.route {
+    let memory = match options.route {
         Route::Stream => Err("the route stream was asked for".to_owned()),
-        _ => match UserfaultRoute::prepare(vm, draft, options) {
-            Ok(route) => Ok(route),
-            Err(SaveError::Userfault(UserfaultError::NotPossible { reason }))
-                if options.route == Route::Auto =>
-            {
-                Err(reason)
-            }
+        _ => match LiveMemory::prepare(vm, draft, options) {
+            Ok(memory) => Ok(memory),
             Err(error) if options.route == Route::Auto && is_memory_out_of_reach(&error) => {
                 Err(with_source(&error))
             }
@@ -118,7 +113,7 @@ pub(super) fn choose_live(
         },
     };
     let only = options.route == Route::Direct;
-    let route = ReadyRoute::Live(LiveRoute::prepare(vm, live, (userfault, only))?);
+    let route = ReadyRoute::Live(LiveRoute::prepare(vm, live, (memory, only))?);
     Ok(ChosenRoute { route, reason: reason.to_owned() })
 }
 

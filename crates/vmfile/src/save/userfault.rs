@@ -19,24 +19,21 @@
 //! If this process dies, its end of the socket closes or the guardian cancels the migration: QEMU
 //! then removes the protection, and the guest runs.
 
-use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::io::Errno;
-use vmfile_engine::{BufferPool, ProcessMemory, Userfault, beside};
-use vmfile_pages::draft::Draft;
-use vmfile_pages::plan::WINDOW_LEN;
+use vmfile_engine::{BufferPool, Userfault, beside};
 use vmfile_pages::protected_ram::{ProtectedRam, aside_buffers};
 use vmfile_pages::ram_writer::write_protected_ram;
-use vmfile_pages::{PageIndex, ProcessRamError, RamBlock, RamLayout};
-use vmfile_qemu::{RunState, Vm};
+use vmfile_pages::{PageIndex, RamBlock, RamLayout};
+use vmfile_qemu::RunState;
 use vmfile_stream::held::HeldStream;
 
 use super::direct::{Devices, DirectRoute};
+use super::live_memory::LiveMemory;
 use super::sending::Peer;
-use super::{LiveDone, LiveMethod, SaveOptions, Work, Written};
+use super::{LiveDone, LiveMethod, Work, Written};
 use crate::error::{SaveError, UserfaultError};
 
 /// How long QEMU may take from the first page until it lets the guest run.
@@ -45,48 +42,18 @@ const RESUME_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long to wait between two looks whether it has.
 const POLL_INTERVAL: Duration = Duration::from_micros(200);
 
-/// What is set up while the guest runs.
-#[derive(Debug)]
-pub(super) struct UserfaultRoute {
-    direct: DirectRoute,
-    process: ProcessMemory,
-    buffers: BufferPool,
-}
-
-impl UserfaultRoute {
-    /// Finds the RAM, and refuses what can be refused while the guest runs.
-    pub(super) fn prepare(
-        vm: &mut Vm,
-        draft: &Draft,
-        options: &SaveOptions,
-    ) -> Result<UserfaultRoute, SaveError> {
-        let direct = DirectRoute::prepare(vm, draft, options)?;
-        let pid = vm.pid()?;
-        let out_of_reach = |source| ProcessRamError::Process { pid, source };
-        let process = ProcessMemory::open(pid).map_err(out_of_reach)?;
-        let page_len = direct.process.page_len_max();
-        if page_len > WINDOW_LEN {
-            let reason = format!(
-                "its RAM has pages of {page_len} bytes, {WINDOW_LEN} at most can be copied aside"
-            );
-            return Err(UserfaultError::NotPossible { reason }.into());
-        }
-        // The same right as for reading the memory, and a call that Linux has since 5.6.
-        process.descriptor(0).map(drop).or_else(unless_closed).map_err(out_of_reach)?;
-        let buffers = aside_buffers().map_err(SaveError::Workers)?;
-        Ok(UserfaultRoute { direct, process, buffers })
-    }
-
+impl LiveMemory {
     /// Saves the guest, with the capability `background-snapshot` on. Whatever this returns, QEMU
     /// sends no more, and the guest may be stopped.
-    pub(super) fn write(&mut self, work: &mut Work<'_>) -> Result<Written, SaveError> {
+    pub(super) fn by_userfault(&mut self, work: &mut Work<'_>) -> Result<Written, SaveError> {
+        let buffers = aside_buffers().map_err(SaveError::Workers)?;
         let (mut held, theirs) = HeldStream::pair().map_err(SaveError::Socket)?;
         work.guard.keep_open(held.as_fd())?;
         // Discards the events of earlier pauses: the pause of this save is measured.
         let _ = work.vm.pause_seen();
         let resumes = work.vm.resumes();
         match self.protect(work, (&mut held, theirs)) {
-            Ok((userfault, sent)) => self.copy(work, (held, &sent, resumes), &userfault),
+            Ok((userfault, sent)) => self.copy(work, (held, &sent, resumes), (&userfault, buffers)),
             Err(error) => Peer::of(held.into()).cancel(work.vm, Err(error)),
         }
     }
@@ -119,11 +86,11 @@ impl UserfaultRoute {
         &mut self,
         work: &mut Work<'_>,
         (mut held, sent, resumes): (HeldStream, &RamLayout, u64),
-        userfault: &Userfault,
+        (userfault, buffers): (&Userfault, BufferPool),
     ) -> Result<Written, SaveError> {
         let workers = self.direct.workers.take().expect("a route writes once");
         let DirectRoute { ram: layout, process, data_bytes, .. } = &self.direct;
-        let protected = match ProtectedRam::new(process, userfault, self.buffers.clone()) {
+        let protected = match ProtectedRam::new(process, userfault, buffers) {
             Ok(protected) => protected,
             Err(error) => {
                 let error = UserfaultError::Kernel(error).into();
@@ -218,9 +185,4 @@ fn place((block, page): (usize, PageIndex), sent: &RamLayout, layout: &RamLayout
     let block = &sent.blocks()[block];
     let number = layout.blocks().iter().position(|known| known.name() == block.name());
     (number.expect("both have the same blocks"), page.0 * block.page_size().bytes())
-}
-
-/// The descriptor is closed: that is no matter of rights.
-fn unless_closed(error: io::Error) -> io::Result<()> {
-    if error.raw_os_error() == Some(Errno::BADF.raw_os_error()) { Ok(()) } else { Err(error) }
 }

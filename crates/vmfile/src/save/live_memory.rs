@@ -1,0 +1,51 @@
+//! The memory of QEMU's process, for a save while the guest runs.
+
+use std::io;
+
+use rustix::io::Errno;
+use vmfile_engine::ProcessMemory;
+use vmfile_pages::ProcessRamError;
+use vmfile_pages::draft::Draft;
+use vmfile_pages::plan::WINDOW_LEN;
+use vmfile_qemu::Vm;
+
+use super::SaveOptions;
+use super::direct::DirectRoute;
+use crate::error::SaveError;
+
+/// What is set up while the guest runs, before the method is chosen.
+#[derive(Debug)]
+pub(super) struct LiveMemory {
+    pub(super) direct: DirectRoute,
+    pub(super) process: ProcessMemory,
+    /// Why windows of this memory cannot be copied aside as the guest writes to them.
+    pub(super) not_by_userfault: Option<String>,
+}
+
+impl LiveMemory {
+    /// Finds the RAM, and refuses what can be refused while the guest runs.
+    pub(super) fn prepare(
+        vm: &mut Vm,
+        draft: &Draft,
+        options: &SaveOptions,
+    ) -> Result<LiveMemory, SaveError> {
+        let direct = DirectRoute::prepare(vm, draft, options)?;
+        let pid = vm.pid()?;
+        let out_of_reach = |source| ProcessRamError::Process { pid, source };
+        let process = ProcessMemory::open(pid).map_err(out_of_reach)?;
+        let page_len = direct.process.page_len_max();
+        let not_by_userfault = if page_len > WINDOW_LEN {
+            Some(format!("its RAM has pages of {page_len} bytes, {WINDOW_LEN} at most can be used"))
+        } else {
+            // The same right as for reading the memory, and a call that Linux has since 5.6.
+            let borrowed = process.descriptor(0).map(drop).or_else(unless_closed);
+            borrowed.err().map(|error| format!("borrow a descriptor of QEMU's: {error}"))
+        };
+        Ok(LiveMemory { direct, process, not_by_userfault })
+    }
+}
+
+/// The descriptor is closed: that is no matter of rights.
+fn unless_closed(error: io::Error) -> io::Result<()> {
+    if error.raw_os_error() == Some(Errno::BADF.raw_os_error()) { Ok(()) } else { Err(error) }
+}
