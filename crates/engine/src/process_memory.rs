@@ -122,12 +122,7 @@ impl ProcessMemory {
         pieces: &[Range<usize>],
         into: &mut [u8],
     ) -> io::Result<()> {
-        let at =
-            |piece: &Range<usize>| Some((piece.clone(), address.checked_add(piece.start as u64)?));
-        self.read_to(
-            &pieces.iter().map(at).collect::<Option<Vec<_>>>().ok_or_else(past_the_end)?,
-            into,
-        )
+        self.read_to(&placed(address, pieces)?, into)
     }
 
     /// Copies the bytes of `ranges`, one after another, into the first bytes of `into`.
@@ -206,10 +201,7 @@ impl ProcessMemory {
             return Err(no_such_process());
         }
         let (start, len) = (from.as_ptr().cast_mut(), from.len());
-        let at =
-            |piece: &Range<usize>| Some((piece.clone(), address.checked_add(piece.start as u64)?));
-        let pieces = pieces.iter().map(at).collect::<Option<Vec<_>>>().ok_or_else(past_the_end)?;
-        self.move_pieces(&pieces, (start, len), |local, remote| {
+        self.move_pieces(&placed(address, pieces)?, (start, len), |local, remote| {
             // SAFETY:
             // - `move_pieces` made `local` of pieces inside `from`, which is borrowed until this
             //   returns, and the kernel only reads there; it checks `remote` itself.
@@ -516,8 +508,10 @@ fn moved_bytes(result: isize, address: u64) -> io::Result<usize> {
     }
 }
 
-fn past_the_end() -> io::Error {
-    fault(u64::MAX)
+/// Returns the address of each piece of a buffer whose first byte belongs to `address`.
+fn placed(address: u64, pieces: &[Range<usize>]) -> io::Result<Vec<(Range<usize>, u64)>> {
+    let at = |piece: &Range<usize>| Some((piece.clone(), address.checked_add(piece.start as u64)?));
+    pieces.iter().map(at).collect::<Option<_>>().ok_or_else(|| fault(u64::MAX))
 }
 
 fn fault(address: u64) -> io::Error {
