@@ -235,8 +235,8 @@ fn by_untouched(bench: &Bench<'_>, progress: &Progress<'_>) -> Result<Sweep, Ben
     Ok(sweep("untouched RAM", ("GiB", "s"), &lines, points))
 }
 
-/// Measures guests that run while they are saved, and saves each one twice: QEMU splits huge pages
-/// to write-protect them, and the second save finds them split.
+/// Measures guests that run while they are saved, and saves each one twice: after a save that splits
+/// the guest's huge pages, the next one pauses longer.
 fn live(bench: &mut Bench<'_>, progress: &Progress<'_>) -> Result<Sweep, BenchError> {
     let mut points = Vec::new();
     for mebibytes in LIVE_MIB {

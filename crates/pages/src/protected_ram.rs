@@ -132,9 +132,9 @@ impl<'a> ProtectedRam<'a> {
     /// Begins the saved moment. Call it while the threads of the process stand still; from then on
     /// [`PageSource::read`] may be called.
     ///
-    /// Protects again what was lifted before, by [`ProtectedRam::serve`] or by the process itself:
-    /// `lifted` are blocks by number, and a byte of the block. A block that is not protected, such
-    /// as firmware, is copied here and now.
+    /// Protects again what [`ProtectedRam::serve`] has lifted. Copies here and now what the process
+    /// itself has lifted or may still lift, `lifted`: blocks by number, and a byte of the block. A
+    /// block that is not protected, such as firmware, is copied as well.
     ///
     /// # Errors
     ///
@@ -143,14 +143,25 @@ impl<'a> ProtectedRam<'a> {
     pub fn begin(&self, lifted: impl IntoIterator<Item = (usize, u64)>) -> io::Result<()> {
         let mut before = lock(&self.before);
         before.is_over = true;
-        let start = |(block, offset): (usize, u64)| (block, offset - offset % WINDOW_LEN);
-        before.lifted.extend(lifted.into_iter().map(start));
         for &(block, offset) in &before.lifted {
-            if self.blocks[block].is_protected {
-                self.userfault.protect(&self.blocks[block].range(offset))?;
-            }
+            self.userfault.protect(&self.blocks[block].range(offset))?;
+        }
+        for (block, offset) in lifted {
+            self.keep(block, offset - offset % WINDOW_LEN)?;
         }
         self.keep_unprotected()
+    }
+
+    /// Copies a window into memory of its own, unless that was done.
+    fn keep(&self, number: usize, start: u64) -> io::Result<()> {
+        let mut window = self.window(number, start);
+        if matches!(*window, Window::Untouched) {
+            let range = start..(start + WINDOW_LEN).min(self.blocks[number].len());
+            let mut bytes = vec![0; in_window(range.end - range.start)];
+            let has_data = self.ram.read(number, &range, &mut bytes)?;
+            *window = if has_data { Window::Kept(bytes) } else { Window::Zero };
+        }
+        Ok(())
     }
 
     fn keep_unprotected(&self) -> io::Result<()> {
@@ -165,10 +176,7 @@ impl<'a> ProtectedRam<'a> {
         }
         for (number, block) in unprotected {
             for range in pieces(0..block.len(), WINDOW_LEN) {
-                let mut bytes = vec![0; in_window(range.end - range.start)];
-                let has_data = self.ram.read(number, &range, &mut bytes)?;
-                let state = if has_data { Window::Kept(bytes) } else { Window::Zero };
-                *self.window(number, range.start) = state;
+                self.keep(number, range.start)?;
             }
         }
         Ok(())

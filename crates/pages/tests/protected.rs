@@ -183,21 +183,27 @@ fn a_fault_that_another_reader_took_is_served() {
     assert_eq!(memory.words()[1] % 65536, 2);
 }
 
-/// What the process has lifted by itself before the moment is protected again.
+/// What the process has lifted by itself before the moment, or lifts right after it, is in the file
+/// as it was.
 #[test]
-fn a_page_that_was_let_go_before_is_protected_again() {
+fn a_page_that_the_process_lets_go_is_copied_at_the_moment() {
     let Some(memory) = Guarded::new(2) else { return };
     let (ram, userfault) = (ram_of(&memory), memory.userfault());
     let protected = ProtectedRam::new(&ram, &userfault, aside_buffers().unwrap()).unwrap();
-    userfault.lift(&(memory.address()..memory.address() + PAGE as u64)).unwrap();
+    let page = |page: u64| {
+        let start = memory.address() + page * PAGE as u64;
+        start..start + PAGE as u64
+    };
+    userfault.lift(&page(0)).unwrap();
     memory.put(0, 2);
     let words = memory.words();
-    protected.begin([(0, 0)]).unwrap();
+    protected.begin([(0, 0), (0, PAGE as u64)]).unwrap();
+    userfault.lift(&page(1)).unwrap();
     let target = Target::new(memory.len);
     thread::scope(|scope| {
         let _let_go = LetGo(&protected, &memory);
         let served = scope.spawn(|| protected.serve());
-        memory.put(0, 3);
+        (0..2).for_each(|page| memory.put(page, 3));
         let written = target.write(&protected).unwrap();
         protected.end();
         served.join().unwrap().unwrap();

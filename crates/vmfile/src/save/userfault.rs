@@ -10,7 +10,7 @@
 //! borrow the userfaultfd          a thread of ours serves the guest's faults
 //! stop                            the saved moment: the guest stands still once more
 //! the disks get their overlays, the devices are saved
-//! protect again what was lifted   a few windows, so that this pause is short
+//! protect again what was lifted   a few windows; copy what QEMU let go: this pause is short
 //! cont
 //! every window: read it, lift its protection, write it
 //! migrate_cancel                  QEMU removes what is left of the protection
