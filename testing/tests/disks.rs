@@ -151,8 +151,18 @@ fn disks_are_of_the_last_moment_of_a_pre_copy() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
     let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
     let config = config(Ram::file(256, directory.path())).busy();
-    let method = round_trip(&qemu, &qemu, &config, &live())?;
+    let method = round_trip(&qemu, &qemu, &config, &live().route(Route::Stream))?;
     assert!(method.starts_with("pre-copy"), "{method}");
+    Ok(())
+}
+
+#[test]
+fn disks_are_of_the_moment_of_a_copy_aside() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
+    let config = config(Ram::file(256, directory.path())).busy();
+    let method = round_trip(&qemu, &qemu, &config, &live())?;
+    assert!(method.starts_with("aside ("), "{method}");
     Ok(())
 }
 
