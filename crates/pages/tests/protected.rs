@@ -107,6 +107,9 @@ fn what_is_written_meanwhile_is_not_in_the_file() {
                 scope.spawn(move || pages.rev().for_each(|page| memory.put(page, 3)))
             })
             .collect();
+        while protected.faults().count == 0 {
+            thread::yield_now();
+        }
         let written = target.write(&protected).unwrap();
         writers.into_iter().for_each(|writer| writer.join().unwrap());
         protected.verify().unwrap();
