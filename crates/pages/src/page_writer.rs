@@ -321,7 +321,7 @@ mod tests {
     }
 
     /// Writes pages of a block, each list at once and in a buffer of its own; returns how many of
-    /// the writes nobody has waited for.
+    /// the writes the writer has not waited for.
     fn not_awaited(lists: &[(usize, &[u64])]) -> usize {
         let file = DataFile::new(tempfile::tempfile().unwrap(), DirectIo::Off).unwrap();
         let block =

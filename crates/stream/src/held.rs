@@ -85,7 +85,8 @@ impl HeldStream {
     }
 
     /// Waits until no further bytes come: the sender waits for room. Returns the pages that have
-    /// come as a whole: the block's place in the block list, and the page.
+    /// come as a whole: the block's place in the block list, and the page. The socket has room for a
+    /// few of them only, so the wait ends.
     ///
     /// # Errors
     ///

@@ -8,13 +8,12 @@ use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Stdio};
-use std::ptr;
 
 use rustix::fs::MemfdFlags;
-use rustix::mm::{MapFlags, ProtFlags};
+use rustix::mm::MapFlags;
 use vmfile_engine::{Access, Backing, Existing, ProcessMemory, Unpublished};
 
-use crate::guardian;
+use crate::{guardian, mapped};
 
 const ROLE: &str = "ENGINE_TEST_ROLE";
 const ARGUMENT: &str = "ENGINE_TEST_ARGUMENT";
@@ -87,17 +86,8 @@ pub(crate) fn map(
     flags: MapFlags,
     file: Option<(std::os::fd::BorrowedFd<'_>, u64)>,
 ) -> *mut c_void {
+    let start = mapped::map(len, flags, file);
     let len = usize::try_from(len).unwrap();
-    let protection = ProtFlags::READ | ProtFlags::WRITE;
-    let start = match file {
-        Some((file, offset)) => {
-            // SAFETY: a new mapping at an address of the kernel's choice.
-            unsafe { rustix::mm::mmap(ptr::null_mut(), len, protection, flags, file, offset) }
-        }
-        // SAFETY: as above.
-        None => unsafe { rustix::mm::mmap_anonymous(ptr::null_mut(), len, protection, flags) },
-    }
-    .unwrap();
     // With transparent huge pages, a write would touch more pages than the tests expect.
     // SAFETY: advice about a mapping that was just made.
     unsafe { rustix::mm::madvise(start, len, rustix::mm::Advice::LinuxNoHugepage) }.unwrap();

@@ -16,6 +16,9 @@ mod extents;
 mod guarded;
 mod guardian;
 mod host;
+#[path = "../memory/mapped.rs"]
+#[expect(dead_code, reason = "the tests of pages need more of it")]
+mod mapped;
 mod process_memory;
 mod publish;
 mod storage;

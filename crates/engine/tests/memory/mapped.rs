@@ -5,9 +5,25 @@
 
 use std::ffi::c_void;
 use std::fs::File;
+use std::os::fd::{AsFd as _, BorrowedFd};
 use std::ptr;
 
 use rustix::mm::{Advice, MapFlags, ProtFlags};
+
+/// Maps memory in this process: a file from an offset on, or anonymous memory.
+pub(crate) fn map(len: u64, flags: MapFlags, file: Option<(BorrowedFd<'_>, u64)>) -> *mut c_void {
+    let len = usize::try_from(len).unwrap();
+    let protection = ProtFlags::READ | ProtFlags::WRITE;
+    match file {
+        Some((file, offset)) => {
+            // SAFETY: a new mapping at an address of the kernel's choice.
+            unsafe { rustix::mm::mmap(ptr::null_mut(), len, protection, flags, file, offset) }
+        }
+        // SAFETY: as above.
+        None => unsafe { rustix::mm::mmap_anonymous(ptr::null_mut(), len, protection, flags) },
+    }
+    .unwrap()
+}
 
 /// A mapping in this process, which is only looked at by system calls.
 pub(crate) struct Mapped {
@@ -18,18 +34,8 @@ pub(crate) struct Mapped {
 impl Mapped {
     /// Maps `len` bytes of a file from an offset on, or of no file.
     pub(crate) fn new(len: u64, flags: MapFlags, file: Option<(&File, u64)>) -> Mapped {
-        let len = usize::try_from(len).unwrap();
-        let protection = ProtFlags::READ | ProtFlags::WRITE;
-        let start = match file {
-            Some((file, offset)) => {
-                // SAFETY: a new mapping at an address of the kernel's choice.
-                unsafe { rustix::mm::mmap(ptr::null_mut(), len, protection, flags, file, offset) }
-            }
-            // SAFETY: as above.
-            None => unsafe { rustix::mm::mmap_anonymous(ptr::null_mut(), len, protection, flags) },
-        }
-        .unwrap();
-        Mapped { start, len }
+        let start = map(len, flags, file.map(|(file, offset)| (file.as_fd(), offset)));
+        Mapped { start, len: usize::try_from(len).unwrap() }
     }
 
     /// Maps private memory of this process, of which a write touches no more than its page.

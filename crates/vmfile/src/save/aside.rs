@@ -9,10 +9,9 @@ use std::time::Duration;
 
 use vmfile_pages::copied_ram::{CopiedRam, Room, own_len};
 use vmfile_pages::ram_writer::write_ram;
-use vmfile_qemu::RunState;
 
 use super::direct::{Devices, DirectRoute};
-use super::live_memory::LiveMemory;
+use super::live_memory::{LiveMemory, stop};
 use super::{GuestWaits, LiveDone, LiveMethod, Work, Written};
 use crate::error::{SaveError, UserfaultError};
 
@@ -50,11 +49,7 @@ impl LiveMemory {
         let DirectRoute { ram: layout, process, data_bytes, found, workers } = &mut self.direct;
         // Discards the events of earlier pauses: the pause of this save is measured.
         let _ = work.vm.pause_seen();
-        work.vm.stop()?;
-        let state = work.vm.run_state()?;
-        if state != RunState::Paused {
-            return Err(SaveError::RunState { found: state.to_string() });
-        }
+        stop(work.vm)?;
         let started = std::time::Instant::now();
         let is_too_long = || started.elapsed() > pause_max || work.control.is_stopped();
         let copied = CopiedRam::copy(process, room, is_too_long).map_err(UserfaultError::Kernel)?;

@@ -1,8 +1,9 @@
 //! Saves a guest while it runs: chooses the method, and carries out those that need QEMU's stream.
 //!
-//! `userfault` and `aside`: see `userfault.rs` and `aside.rs`. `background-snapshot`: QEMU stops the guest for some milliseconds, write-protects its memory and
-//! sends every page once, as it was then. If QEMU cannot do that, `pre-copy`: QEMU sends the pages
-//! that the guest changes again, until few are left; it stops the guest while it sends those.
+//! `userfault` and `aside`: see `userfault.rs` and `aside.rs`. `background-snapshot`: QEMU stops the
+//! guest for some milliseconds, write-protects its memory and sends every page once, as it was then.
+//! If QEMU cannot do that, `pre-copy`: QEMU sends the pages that the guest changes again, until few
+//! are left; it stops the guest while it sends those.
 //!
 //! The disks are frozen while the guest stands still: for `background-snapshot`, vmfile stops the
 //! guest before QEMU sends; for `pre-copy`, QEMU stops it at the end and waits
@@ -141,9 +142,7 @@ impl LiveRoute {
         }
         match memory.map(|memory| memory.to_copy(self.live.pause_max)) {
             Ok(Ok(copied_bytes)) => {
-                if let Ok(settings) = &protected {
-                    vm.change_stream_settings(settings, &self.before)?;
-                }
+                self.unprotect(vm, &protected)?;
                 let method = LiveMethod::Aside { reason: reasons.remove(0) };
                 return Ok(Chosen { method, settings: self.before.clone(), copied_bytes });
             }
@@ -153,9 +152,7 @@ impl LiveRoute {
         let reason = reasons.join("; ");
         match protected {
             _ if self.only_memory => {
-                if let Ok(settings) = &protected {
-                    vm.change_stream_settings(settings, &self.before)?;
-                }
+                self.unprotect(vm, &protected)?;
                 Err(UserfaultError::NotPossible { reason }.into())
             }
             Ok(settings) => {
@@ -184,6 +181,16 @@ impl LiveRoute {
                 Err(error) => return Err(error.into()),
             },
         }))
+    }
+
+    /// Puts back the settings that [`LiveRoute::protection`] has changed.
+    fn unprotect(
+        &self,
+        vm: &mut Vm,
+        protected: &Result<StreamSettings, String>,
+    ) -> Result<(), VmError> {
+        let changed = protected.as_ref().ok();
+        changed.map_or(Ok(()), |ours| vm.change_stream_settings(ours, &self.before))
     }
 
     fn pre_copy(&self, vm: &mut Vm, hold: bool, reason: String) -> Result<Chosen, SaveError> {

@@ -7,7 +7,7 @@ use vmfile_engine::ProcessMemory;
 use vmfile_pages::ProcessRamError;
 use vmfile_pages::draft::Draft;
 use vmfile_pages::plan::WINDOW_LEN;
-use vmfile_qemu::Vm;
+use vmfile_qemu::{RunState, Vm};
 
 use super::SaveOptions;
 use super::direct::DirectRoute;
@@ -42,6 +42,15 @@ impl LiveMemory {
             borrowed.err().map(|error| format!("borrow a descriptor of QEMU's: {error}"))
         };
         Ok(LiveMemory { direct, process, not_by_userfault })
+    }
+}
+
+/// Stops the guest, and expects that nothing else has stopped it.
+pub(super) fn stop(vm: &mut Vm) -> Result<(), SaveError> {
+    vm.stop()?;
+    match vm.run_state()? {
+        RunState::Paused => Ok(()),
+        found => Err(SaveError::RunState { found: found.to_string() }),
     }
 }
 

@@ -27,11 +27,10 @@ use vmfile_engine::{BufferPool, Userfault, beside};
 use vmfile_pages::protected_ram::{ProtectedRam, aside_buffers};
 use vmfile_pages::ram_writer::write_protected_ram;
 use vmfile_pages::{PageIndex, RamBlock, RamLayout};
-use vmfile_qemu::RunState;
 use vmfile_stream::held::HeldStream;
 
 use super::direct::{Devices, DirectRoute};
-use super::live_memory::LiveMemory;
+use super::live_memory::{LiveMemory, stop};
 use super::sending::Peer;
 use super::{LiveDone, LiveMethod, Work, Written};
 use crate::error::{SaveError, UserfaultError};
@@ -154,11 +153,7 @@ fn stop_once(
         }
         thread::sleep(POLL_INTERVAL);
     }
-    work.vm.stop()?;
-    let found = work.vm.run_state()?;
-    if found != RunState::Paused {
-        return Err(SaveError::RunState { found: found.to_string() });
-    }
+    stop(work.vm)?;
     work.disks.freeze(work.vm)?;
     let devices = Devices::save(work)?;
     begin()?;
