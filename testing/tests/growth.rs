@@ -5,7 +5,8 @@ use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
 use serde_json::json;
-use vmfile::save::{After, Route, SaveOptions};
+use vmfile::restore::Mode;
+use vmfile::save::{After, BaseFile, Route, SaveOptions};
 use vmfile::{Snapshot, SnapshotError};
 use vmfile_format::manifest::{CpuSectionMeta, MemoryRangeMeta};
 use vmfile_format::mapped_ram::PlacedBlock;
@@ -139,6 +140,25 @@ fn qemu_takes(qemu: &Qemu, path: &Path, config: &GuestConfig) -> TestResult<bool
     }
 }
 
+/// QEMU would take the pages that the base has for zero pages.
+#[test]
+fn qemu_refuses_a_thin_file_whatever_its_version() -> TestResult {
+    let (qemu, newest) = (requires!(qemu >= "9.0"), requires!(Qemu::of(Release::Newest)));
+    let oldest = requires!(Qemu::of(Release::Oldest));
+    let config = Guest::boot_sector(Ram::private(64)).machine_version("7.2");
+    let mut guest = config.boot_to(&qemu, 1)?;
+    let resumed = SaveOptions::default().after(After::Resume);
+    let base = guest.save(&resumed)?;
+    let thin = resumed.base(Some(BaseFile::File(base.file.clone()))).thin(true);
+    let thin = guest.save(&thin)?;
+    drop(guest);
+    for qemu in [&oldest, &qemu, &newest] {
+        let version = qemu.version();
+        assert!(!qemu_takes(qemu, &thin.file, &config)?, "QEMU {version} refuses a thin file");
+    }
+    thin.comes_back(&qemu, [Mode::Load])
+}
+
 #[test]
 fn qemu_refuses_a_feature_in_the_head_whatever_its_version() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
@@ -150,7 +170,7 @@ fn qemu_refuses_a_feature_in_the_head_whatever_its_version() -> TestResult {
         let version = qemu.version();
         assert!(qemu_takes(qemu, file, &config)?, "QEMU {version} takes what is whole");
     }
-    add_feature_to_head(file, "thin")?;
+    add_feature_to_head(file, "woven")?;
     for qemu in [&oldest, &qemu, &newest] {
         let version = qemu.version();
         assert!(!qemu_takes(qemu, file, &config)?, "QEMU {version} refuses the feature");

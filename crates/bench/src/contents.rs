@@ -44,6 +44,40 @@ pub(crate) fn fill(
     write(&memory, (address, len.min(len_max)), contents, stop)
 }
 
+/// Changes as many pages of the largest block as `len` bytes have, spread over all of it; what they hold
+/// differs from `round` to round.
+pub(crate) fn change(
+    (pid, blocks): (u32, &[RamBlockInfo]),
+    len: u64,
+    round: u64,
+    stop: &AtomicBool,
+) -> Result<(), BenchError> {
+    let largest = blocks.iter().max_by_key(|block| block.used_length);
+    let place = largest.and_then(|block| Some((block.host_address?, block.used_length)));
+    let (address, block_len) = place.ok_or_else(|| {
+        BenchError::program("QEMU", "it prints no address of its RAM; 8.0 and later do")
+    })?;
+    let memory = ProcessMemory::open(pid).map_err(BenchError::system("look into QEMU"))?;
+    let mut words = Words(0x9e37_79b9_7f4a_7c15 ^ (round + 1));
+    let mut page = [0; PAGE_LEN];
+    let pages = len / PAGE_LEN as u64;
+    let all: u64 = parts(block_len).iter().map(|part| part.end - part.start).sum();
+    let step = (all / pages.max(1)).next_multiple_of(PAGE_LEN as u64);
+    for offset in parts(block_len).into_iter().flat_map(|part| part.step_by(in_memory(step))) {
+        if stop.load(Ordering::Relaxed) {
+            return Err(BenchError::Stopped);
+        }
+        page.chunks_exact_mut(8).for_each(|word| words.write(word));
+        let written = memory.write(address + offset, &page);
+        written.map_err(BenchError::system("write into the guest's RAM"))?;
+    }
+    Ok(())
+}
+
+fn in_memory(bytes: u64) -> usize {
+    usize::try_from(bytes).expect("a length in memory")
+}
+
 /// Fills `len` bytes of RAM at `address`.
 pub(crate) fn write(
     memory: &ProcessMemory,

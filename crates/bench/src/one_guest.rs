@@ -1,10 +1,12 @@
 //! Measures one guest in all ways, round by round.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use vmfile_qemu::{Feature, QemuVersion};
 
 use crate::bench::Bench;
+use crate::checkpoints::CheckpointWay;
 use crate::error::BenchError;
 use crate::guest::Subject;
 use crate::host::{available_memory, said};
@@ -44,8 +46,15 @@ pub(crate) fn measure(
         Ok(run)
     });
     let reads = reads(bench, data_bytes, progress);
+    let checkpoints = checkpoints(bench, subject, progress);
     let restores = restores(bench, subject, libvirt.as_ref(), (version, data_bytes), progress)?;
-    Ok(GuestResults { guest: GuestShape { data_bytes, ..shape }, saves, restores, reads })
+    Ok(GuestResults {
+        guest: GuestShape { data_bytes, ..shape },
+        saves,
+        restores,
+        reads,
+        checkpoints,
+    })
 }
 
 /// Saves once to find out how many bytes of data the guest has.
@@ -207,6 +216,28 @@ fn reads(bench: &mut Bench<'_>, data_bytes: u64, progress: &Progress<'_>) -> Vec
     rounds::measure(bench, entries.into(), progress, |bench, entry: &Entry<ReadWay>| {
         entry.way.read(bench, &entry.file, data_bytes)
     })
+}
+
+/// Measures saves with what vmfile saved as the base.
+fn checkpoints(bench: &mut Bench<'_>, subject: &Subject, progress: &Progress<'_>) -> Vec<Way> {
+    let base = bench.file("saved.vmf");
+    if !bench.options.restores || !base.exists() {
+        return Vec::new();
+    }
+    let Some(machine) = subject.machine().cloned() else {
+        bench.note("save --base", "the VM runs, and its memory is not ours to change");
+        return Vec::new();
+    };
+    let entries = CheckpointWay::ALL.map(|way| Entry::new(way, base.clone()));
+    let round = AtomicU64::new(0);
+    let once = |bench: &Bench<'_>, entry: &Entry<CheckpointWay>| {
+        let round = round.fetch_add(1, Ordering::Relaxed);
+        entry.way.once(bench, (subject, &machine), &entry.file, round)
+    };
+    let ways = rounds::measure(bench, entries.into(), progress, once);
+    // If this fails, the file is removed with its directory.
+    let _ = bench.remove_and_sync(&bench.file("thin.vmf"));
+    ways
 }
 
 fn restore_ways(bench: &Bench<'_>, version: QemuVersion, with_libvirt: bool) -> Vec<RestoreWay> {

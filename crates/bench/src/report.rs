@@ -77,12 +77,19 @@ pub struct GuestResults {
     pub restores: Vec<Way>,
     /// The verbs that read the file that was saved.
     pub reads: Vec<Way>,
+    /// Saves of what changed since another file, and a restore of such a file.
+    pub checkpoints: Vec<Way>,
 }
 
 impl GuestResults {
     /// Returns the tables that it has, with their names.
-    pub(crate) fn tables(&self) -> [(&'static str, &[Way]); 3] {
-        [("saves", &self.saves), ("restores", &self.restores), ("reads", &self.reads)]
+    pub(crate) fn tables(&self) -> [(&'static str, &[Way]); 4] {
+        [
+            ("saves", &self.saves),
+            ("restores", &self.restores),
+            ("reads", &self.reads),
+            ("checkpoints", &self.checkpoints),
+        ]
     }
 }
 

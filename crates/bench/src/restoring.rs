@@ -7,6 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use tempfile::TempDir;
 use vmfile_qemu::Vm;
 
 use crate::bench::Bench;
@@ -122,6 +123,17 @@ pub(crate) fn by_vmfile(
     file: &Path,
     mode: &str,
 ) -> Result<(Run, u32), BenchError> {
+    let (run, pid, _) = by_vmfile_in(bench, machine, file, mode)?;
+    Ok((run, pid))
+}
+
+/// Does the same, and keeps the directory of QEMU's sockets.
+pub(crate) fn by_vmfile_in(
+    bench: &Bench<'_>,
+    machine: &Machine,
+    file: &Path,
+    mode: &str,
+) -> Result<(Run, u32, TempDir), BenchError> {
     let directory = sockets()?;
     let mut words: Vec<OsString> =
         ["restore".into(), file.into(), "--mode".into(), mode.into(), "--".into()].into();
@@ -140,7 +152,7 @@ pub(crate) fn by_vmfile(
         resume_seconds: report["resume_seconds"].as_f64(),
         ..Run::default()
     };
-    Ok((run, pid))
+    Ok((run, pid, directory))
 }
 
 /// Restores with QEMU alone; measures from QEMU's start until the VM has all its memory.

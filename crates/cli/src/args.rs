@@ -181,6 +181,13 @@ pub(crate) struct SaveArguments {
     /// Keep the disks of the saved moment: the guest then writes to overlays on top of them
     #[arg(long)]
     pub(crate) with_disks: bool,
+    /// Keep the pages of this file that have not changed; auto: the file that the VM was last saved to or
+    /// restored from. The new file is whole on XFS and btrfs; elsewhere it is thin, and needs this one
+    #[arg(long, value_name = "FILE")]
+    pub(crate) base: Option<PathBuf>,
+    /// With --base: a thin file, even if the file system shares pages
+    #[arg(long, requires = "base")]
+    pub(crate) thin: bool,
     /// End the VM even if it is not what its command line makes, or a block job ends with it
     #[arg(long)]
     pub(crate) changed_ok: bool,

@@ -3,7 +3,7 @@
 use std::error::Error;
 
 use vmfile::convert::ConvertError;
-use vmfile::error::SaveError;
+use vmfile::error::{BaseError, SaveError};
 use vmfile::receive::ReceiveError;
 use vmfile::send::SendError;
 use vmfile::{
@@ -106,7 +106,24 @@ impl From<&SnapshotError> for Failure {
             SnapshotError::LostEnd { .. } => Failure::new(Code::File, "truncated", error)
                 .hint("the file was cut, or is still being copied"),
             SnapshotError::NotAFile { .. } => Failure::new(Code::File, "not_a_file", error),
+            SnapshotError::BaseMissing { .. } => Failure::new(Code::File, "base_missing", error)
+                .hint("put the base where it was, or beside the thin file under its name there"),
+            SnapshotError::ChainTooLong { .. } | SnapshotError::BaseLacksPages { .. } => {
+                Failure::new(Code::File, "base", error)
+            }
             _ => Failure::new(Code::System, "io", error),
+        }
+    }
+}
+
+impl From<&BaseError> for Failure {
+    fn from(error: &BaseError) -> Failure {
+        match error {
+            BaseError::Snapshot(error) => Failure::from(error),
+            BaseError::ChainTooLong { .. } => Failure::new(Code::Incompatible, "base", error)
+                .hint("`vmfile convert FILE NEW --to mapped-ram` makes a whole file of it"),
+            _ => Failure::new(Code::Incompatible, "base", error)
+                .hint("without --base the whole VM is saved"),
         }
     }
 }
@@ -168,6 +185,16 @@ impl From<&SaveError> for Failure {
             ),
             SaveError::NotLive => Failure::new(Code::Usage, "usage", error).hint(LIVE),
             SaveError::Userfault(_) => Failure::new(Code::Vm, "userfault", error).hint(BY_STREAM),
+            SaveError::Base(error) => Failure::from(error),
+            SaveError::BaseIsDestination { .. } => Failure::new(Code::Usage, "base", error)
+                .hint("save to another name: the new file is made beside its base"),
+            SaveError::BaseOfAnotherVm { .. } => Failure::new(Code::Incompatible, "base", error)
+                .hint("--base auto takes the file that this VM was last saved to or restored from"),
+            SaveError::BaseNeedsMemory { .. } => Failure::new(Code::Vm, "base", error)
+                .hint("without --base any route saves the whole VM"),
+            SaveError::ThinWithoutBase => {
+                Failure::new(Code::Usage, "usage", error).hint("--thin goes with --base")
+            }
             SaveError::NoChannels => Failure::new(Code::Usage, "usage", error).hint(CHANNELS),
             SaveError::NotConverged { .. } => Failure::new(Code::Vm, "not_converged", error).hint(
                 "--live-timeout waits longer, --max-pause allows a longer pause; \

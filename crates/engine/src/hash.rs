@@ -1,15 +1,59 @@
 //! XXH3-128, of a page and of something longer.
 //!
-//! A checksum against damage, not against an attacker.
+//! A checksum against damage, not against an attacker. Page hashes have a key, because a save with a
+//! base takes pages with one hash for the same page: a guest that knew the key could make two
+//! pages that have it.
 
-use std::fmt;
+use std::{fmt, io};
 
+use rustix::rand::GetRandomFlags;
 use twox_hash::XxHash3_128;
 
-/// Returns the XXH3-128 hash of `page`, with the seed 0.
+/// The key of page hashes: XXH3's seed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct HashKey(u64);
+
+impl HashKey {
+    /// The key of files of older versions: the seed 0, which everybody knows.
+    pub const NONE: HashKey = HashKey(0);
+
+    /// Returns the key with this seed.
+    #[must_use]
+    pub fn new(seed: u64) -> HashKey {
+        HashKey(seed)
+    }
+
+    /// Returns a key that nobody knows, and that is not [`HashKey::NONE`].
+    ///
+    /// # Errors
+    ///
+    /// Returns the kernel's error.
+    pub fn random() -> io::Result<HashKey> {
+        let mut seed = [0; 8];
+        while seed == [0; 8] {
+            rustix::rand::getrandom(&mut seed, GetRandomFlags::empty())?;
+        }
+        Ok(HashKey(u64::from_ne_bytes(seed)))
+    }
+
+    /// Returns the seed.
+    #[must_use]
+    pub fn seed(self) -> u64 {
+        self.0
+    }
+}
+
+/// Shows no seed: it stays out of logs.
+impl fmt::Debug for HashKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("HashKey").finish_non_exhaustive()
+    }
+}
+
+/// Returns the XXH3-128 hash of `page` with this key.
 #[must_use]
-pub fn page_hash(page: &[u8]) -> u128 {
-    XxHash3_128::oneshot(page)
+pub fn page_hash(page: &[u8], key: HashKey) -> u128 {
+    XxHash3_128::oneshot_with_seed(key.0, page)
 }
 
 /// An XXH3-128 hash of bytes that arrive in pieces.
@@ -30,7 +74,7 @@ impl RunningHash {
         self.hasher.write(bytes);
     }
 
-    /// Returns the hash of all bytes so far, equal to [`page_hash`] of them in one piece.
+    /// Returns the hash of all bytes so far, equal to [`page_hash`] of them in one piece with [`HashKey::NONE`].
     #[must_use]
     pub fn finish(&self) -> u128 {
         self.hasher.finish_128()
@@ -56,7 +100,7 @@ mod tests {
     #[test]
     fn the_hash_of_nothing_is_the_published_one() {
         // XXH3-128 with seed 0 of the empty string, from the xxHash specification's test vectors.
-        assert_eq!(page_hash(&[]), 0x99aa_06d3_0147_98d8_6001_c324_468d_497f);
+        assert_eq!(page_hash(&[], HashKey::NONE), 0x99aa_06d3_0147_98d8_6001_c324_468d_497f);
     }
 
     #[test]
@@ -66,6 +110,6 @@ mod tests {
         for piece in bytes.chunks(777) {
             hasher.write(piece);
         }
-        assert_eq!(hasher.finish(), page_hash(&bytes));
+        assert_eq!(hasher.finish(), page_hash(&bytes, HashKey::NONE));
     }
 }

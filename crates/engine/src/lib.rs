@@ -58,7 +58,8 @@ pub mod process_memory;
 pub mod publish;
 pub mod residency;
 mod ring;
-pub mod storage;
+pub mod share;
+mod storage;
 mod threads;
 pub mod transfer;
 pub mod userfault;
@@ -73,7 +74,7 @@ pub use extents::{
     DataSeeker, FileSystem, data_ranges, file_system, hugetlb_allocated_bytes, punch_hole,
 };
 pub use guardian::{Guardian, Step, Will};
-pub use hash::{RunningHash, page_hash};
+pub use hash::{HashKey, RunningHash, page_hash};
 pub use inherited::inherited;
 pub use locks::is_locked;
 pub use maps::{Device, Mapping, Permissions};
@@ -81,6 +82,7 @@ pub use probe::{KernelProbe, Support};
 pub use process_memory::{Access, Backing, BackingError, BackingFile, Fault, ProcessMemory};
 pub use publish::{Durable, Existing, FindUser, PublishError, Unpublished, available_space};
 pub use residency::{begin_reading, drop_cached, resident_bytes};
+pub use share::share_extents;
 pub use storage::Storage;
 pub use transfer::{Completion, Direction, Memory, Transfer};
 pub use userfault::Userfault;

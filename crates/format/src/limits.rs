@@ -51,3 +51,7 @@ pub const MANIFEST_LEN_MAX: u64 = 16 << 20;
 
 /// Largest length of a file, in bytes: the kernel's `loff_t` is signed.
 pub const FILE_LEN_MAX: u64 = i64::MAX as u64;
+
+/// Most files below a thin one. Each is opened and has its tables read by whatever reads pages, and all
+/// of them must be kept.
+pub const CHAIN_LEN_MAX: usize = 32;

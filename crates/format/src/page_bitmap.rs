@@ -97,6 +97,24 @@ impl PageBitmap {
         self.words.get(word).is_some_and(|word| word & bit != 0)
     }
 
+    /// Returns the pages that are set here and in `other`, which has as many.
+    #[must_use]
+    pub fn and(&self, other: &PageBitmap) -> PageBitmap {
+        self.combined(other, |ours, theirs| ours & theirs)
+    }
+
+    /// Returns the pages that are set here and not in `other`, which has as many.
+    #[must_use]
+    pub fn without(&self, other: &PageBitmap) -> PageBitmap {
+        self.combined(other, |ours, theirs| ours & !theirs)
+    }
+
+    fn combined(&self, other: &PageBitmap, both: impl Fn(u64, u64) -> u64) -> PageBitmap {
+        assert_eq!(self.page_count, other.page_count, "bitmaps of one block");
+        let words = self.words.iter().zip(&other.words).map(|(&ours, &theirs)| both(ours, theirs));
+        PageBitmap { words: words.collect(), page_count: self.page_count }
+    }
+
     /// Returns how many pages the block has.
     #[must_use]
     pub fn page_count(&self) -> PageCount {

@@ -87,6 +87,8 @@ fn meta() -> Meta {
         tables: Vec::new(),
         cpu_sections: Vec::new(),
         working_set_known: false,
+        page_hash_seed: 0,
+        base: None,
     }
 }
 
@@ -265,7 +267,7 @@ fn a_footer_says_what_may_be() {
 fn a_newer_version_is_told_from_damage() {
     let newer = [
         FormatErrorKind::NewerFooter { found: 3, max: 2 },
-        FormatErrorKind::UnknownFeature { name: "thin".to_owned() },
+        FormatErrorKind::UnknownFeature { name: "woven".to_owned() },
     ];
     for kind in newer {
         assert!(FormatError { offset: 0, kind }.is_of_newer_version());

@@ -11,6 +11,8 @@ use std::os::unix::fs::FileExt;
 
 use crate::PagesError;
 use crate::control::Control;
+use crate::findings::Findings;
+pub use crate::findings::{Finding, FindingKind};
 use crate::jobs::Jobs;
 use crate::lane::Workers;
 use crate::page_hashes::{Hash, PageHashes, is_page};
@@ -24,11 +26,7 @@ use vmfile_engine::{
     Backend, BackendInUse, DataFile, DataSeeker, DirectIo, DirectIoInUse, is_zero,
 };
 use vmfile_format::manifest::{FOOTER_LEN, HASH_LEN};
-use vmfile_format::mapped_ram::PlacedBlock;
 use vmfile_format::{PageBitmap, PageIndex};
-
-/// How many findings are listed; all are counted.
-const FINDINGS_MAX: usize = 1000;
 
 /// How a file is checked.
 #[derive(Clone, Debug, Setters)]
@@ -78,49 +76,7 @@ fn as_text_or_none<S: Serializer>(io: &Option<BackendInUse>, to: S) -> Result<S:
     }
 }
 
-/// One thing that is wrong.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-#[non_exhaustive]
-pub struct Finding {
-    /// What it is.
-    pub kind: FindingKind,
-    /// The RAM block, where it concerns one.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub block: Option<String>,
-    /// The page's number in its block, where it concerns one.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub page: Option<u64>,
-    /// The part of the file, where it concerns one that is no page.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub section: Option<String>,
-    /// File offset of the first byte concerned.
-    pub offset: u64,
-}
-
-/// What kind of thing is wrong.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[serde(rename_all = "snake_case")]
-#[non_exhaustive]
-pub enum FindingKind {
-    /// A page, or its recorded hash, is not what was written.
-    PageHash,
-    /// A zero page's place holds other bytes.
-    StalePage,
-    /// A zero page has a hash.
-    StrayHash,
-    /// A part with a checksum is not what was written.
-    Checksum,
-    /// Bytes that belong to nothing are not zero.
-    Padding,
-    /// Bytes follow the last byte of the stream that QEMU wrote.
-    TrailingBytes,
-    /// The manifest and the bitmap disagree on how many pages of a block have data.
-    PageCount,
-    /// The bytes cannot be read.
-    Unreadable,
-}
-
-/// Checks every byte of `snapshot`.
+/// Checks every byte of `snapshot`, and of the files below it.
 ///
 /// # Errors
 ///
@@ -153,14 +109,19 @@ pub fn check(
         }
     }
     findings.list.sort_by_key(|finding| finding.offset);
+    if let Some(base) = snapshot.base() {
+        let below = check(base, options, control)?;
+        report.pages_checked += below.pages_checked;
+        findings.append_below(base.path(), below.findings, below.findings_total);
+    }
     report.findings_total = findings.total;
     report.findings = findings.list;
     report.total_seconds = start.elapsed().as_secs_f64();
     Ok(report)
 }
 
-/// Compares every page of `snapshot`, and every place that must be zero, with its hash; a file that
-/// QEMU wrote has none.
+/// Compares every page of `snapshot` and of the files below it, and every place that must be zero, with
+/// its hash; a file that QEMU wrote has none.
 ///
 /// # Errors
 ///
@@ -179,7 +140,7 @@ pub fn verify_pages(
         pages.verify(window, read.map_err(PagesError::reading("the pages"))?, checked)?;
         checked.found.list.first().map_or(Ok(()), |found| Err(damaged(snapshot, found)))
     })?;
-    Ok(())
+    snapshot.base().map_or(Ok(()), |base| verify_pages(base, options, control))
 }
 
 /// Makes an error of the finding that a page is wrong.
@@ -188,39 +149,6 @@ fn damaged(snapshot: &Snapshot, found: &Finding) -> PagesError {
     let block = found.block.clone().unwrap_or_default();
     let (page, offset) = (found.page.unwrap_or_default(), found.offset);
     SnapshotError::DamagedPage { path, block, page, offset }.into()
-}
-
-/// Findings, of which only the first are kept.
-#[derive(Debug, Default)]
-struct Findings {
-    list: Vec<Finding>,
-    total: u64,
-}
-
-impl Findings {
-    fn push(&mut self, finding: Finding) {
-        self.total += 1;
-        if self.list.len() < FINDINGS_MAX {
-            self.list.push(finding);
-        }
-    }
-
-    fn section(&mut self, kind: FindingKind, section: &str, offset: u64) {
-        let section = Some(section.to_owned());
-        self.push(Finding { kind, block: None, page: None, section, offset });
-    }
-
-    fn page(&mut self, kind: FindingKind, block: &PlacedBlock, page: u64) {
-        let offset = block.page_offset(PageIndex(page)).unwrap_or(u64::MAX);
-        let block = Some(block.block.name().to_owned());
-        self.push(Finding { kind, block, page: Some(page), section: None, offset });
-    }
-
-    fn append(&mut self, other: Findings) {
-        self.total += other.total;
-        let room = FINDINGS_MAX.saturating_sub(self.list.len());
-        self.list.extend(other.list.into_iter().take(room));
-    }
 }
 
 fn trailing_bytes(snapshot: &Snapshot, findings: &mut Findings) {
@@ -298,7 +226,10 @@ fn check_zeros(
 struct PageCheck<'a> {
     snapshot: &'a Snapshot,
     manifest: &'a Manifest,
+    /// The pages that the file itself has.
     bitmaps: Vec<PageBitmap>,
+    /// The pages that the base has; `None` if the file is not thin.
+    of_base: Option<Vec<PageBitmap>>,
     /// Finds data in the file where no page has any.
     seeker: DataSeeker,
     file: DataFile,
@@ -314,6 +245,8 @@ struct Checked<'a> {
     found: Findings,
     /// `None` before the first page.
     hashes: Option<PageHashes<'a>>,
+    /// Those of the base.
+    base_hashes: Option<PageHashes<'a>>,
 }
 
 impl<'a> PageCheck<'a> {
@@ -332,11 +265,25 @@ impl<'a> PageCheck<'a> {
             }
             bitmaps.push(bitmap);
         }
+        let of_base = snapshot.base_pages()?;
+        for (bitmap, of_base) in bitmaps.iter_mut().zip(of_base.iter().flatten()) {
+            *bitmap = bitmap.without(of_base);
+        }
         let seeker = DataSeeker::open(snapshot.file().as_fd())
             .map_err(PagesError::reading("the file once more"))?;
         let opened = open_for_reading(snapshot, options.direct_io);
         let (file, direct_io) = opened.map_err(PagesError::reading("the file once more"))?;
-        Ok(PageCheck { snapshot, manifest, bitmaps, seeker, file, direct_io, options, control })
+        Ok(PageCheck {
+            snapshot,
+            manifest,
+            bitmaps,
+            of_base,
+            seeker,
+            file,
+            direct_io,
+            options,
+            control,
+        })
     }
 
     fn place(&self, block: usize) -> Place {
@@ -374,7 +321,7 @@ impl<'a> PageCheck<'a> {
         let workers = workers
             .map_err(PagesError::reading("the file, with the back end that was asked for"))?;
         let (bitmaps, control) = (&self.bitmaps[..], self.control);
-        WindowReader { blocks, bitmaps, more: Some(self), control }.read(workers, take)
+        WindowReader { blocks, bitmaps, more: Some(self), fill: None, control }.read(workers, take)
     }
 
     /// Compares the pages of a window with their hashes.
@@ -384,7 +331,7 @@ impl<'a> PageCheck<'a> {
         bytes: &[u8],
         checked: &mut Checked<'a>,
     ) -> Result<(), PagesError> {
-        let Checked { pages, found, hashes } = checked;
+        let Checked { pages, found, hashes, base_hashes } = checked;
         let hashes = hashes.get_or_insert_with(|| PageHashes::new(self.snapshot));
         let placed = &self.snapshot.structure().blocks[window.block];
         let bitmap = &self.bitmaps[window.block];
@@ -394,19 +341,32 @@ impl<'a> PageCheck<'a> {
             let recorded = hashes.recorded(window.block, PageIndex(page))?.unwrap_or_default();
             if bitmap.contains(PageIndex(page)) {
                 *pages += 1;
-                if !is_page(bytes, recorded) {
+                if !is_page(bytes, recorded, self.snapshot.key()) {
                     found.page(FindingKind::PageHash, placed, page);
                 }
             } else {
                 if !is_zero(bytes) {
                     found.page(FindingKind::StalePage, placed, page);
                 }
-                if recorded != Hash::default() {
+                let base = self.snapshot.base().filter(|_| self.is_of_base(window.block, page));
+                if let Some(base) = base {
+                    let hashes = base_hashes.get_or_insert_with(|| PageHashes::new(base));
+                    let blocks = &base.structure().blocks;
+                    let number = blocks.iter().position(|found| found.block == placed.block);
+                    let known = number.map(|number| hashes.recorded(number, PageIndex(page)));
+                    if known.transpose()?.flatten() != Some(recorded) {
+                        found.page(FindingKind::BasePage, placed, page);
+                    }
+                } else if recorded != Hash::default() {
                     found.page(FindingKind::StrayHash, placed, page);
                 }
             }
         }
         Ok(())
+    }
+
+    fn is_of_base(&self, block: usize, page: u64) -> bool {
+        self.of_base.as_ref().is_some_and(|of_base| of_base[block].contains(PageIndex(page)))
     }
 
     /// Reads a window again page by page, after a read error, to find the pages that cannot be

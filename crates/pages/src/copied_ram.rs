@@ -10,7 +10,7 @@ use std::ops::Range;
 
 use vmfile_engine::AlignedBuffer;
 
-use crate::memory::PageSource;
+use crate::memory::{Beneath, PageSource};
 use crate::plan::{UNIT_LEN, Units, in_window};
 use crate::process_ram::ProcessRam;
 
@@ -116,6 +116,20 @@ impl<'a> CopiedRam<'a> {
         Ok(true)
     }
 
+    /// Copies what was copied of `range` to its place in `into`; returns which ranges that is.
+    fn paste(&self, block: usize, range: &Range<u64>, into: &mut [u8]) -> Vec<Range<u64>> {
+        let paste = |copied: &Copied| {
+            let part = copied.range.start.max(range.start)..copied.range.end.min(range.end);
+            let at = copied.at + in_window(part.start - copied.range.start);
+            let bytes =
+                &self.room.buffers[copied.buffer][at..at + in_window(part.end - part.start)];
+            into[in_window(part.start - range.start)..in_window(part.end - range.start)]
+                .copy_from_slice(bytes);
+            part
+        };
+        self.copies(block, range).iter().map(paste).collect()
+    }
+
     /// Returns the copies that have a byte of `range`.
     fn copies(&self, block: usize, range: &Range<u64>) -> &[Copied] {
         let copies = &self.blocks[block];
@@ -174,15 +188,21 @@ impl PageSource for CopiedRam<'_> {
             return Ok(false);
         }
         self.ram.read_beneath(block, range.start, into)?;
-        for copied in self.copies(block, range) {
-            let part = copied.range.start.max(range.start)..copied.range.end.min(range.end);
-            let at = copied.at + in_window(part.start - copied.range.start);
-            let bytes =
-                &self.room.buffers[copied.buffer][at..at + in_window(part.end - part.start)];
-            into[in_window(part.start - range.start)..in_window(part.end - range.start)]
-                .copy_from_slice(bytes);
-        }
+        self.paste(block, range, into);
         Ok(true)
+    }
+
+    fn beneath(&self, block: usize) -> io::Result<Option<Beneath>> {
+        self.ram.beneath(block)
+    }
+
+    fn read_written(
+        &self,
+        block: usize,
+        range: &Range<u64>,
+        into: &mut [u8],
+    ) -> io::Result<Vec<Range<u64>>> {
+        Ok(self.paste(block, range, into))
     }
 }
 

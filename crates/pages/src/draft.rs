@@ -5,21 +5,28 @@
 
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use vmfile_engine::{
-    DataFile, DirectIo, DirectIoInUse, Durable, PublishError, Unpublished, drop_cached,
+    DataFile, DirectIo, DirectIoInUse, Durable, HashKey, PublishError, Unpublished, drop_cached,
 };
+use vmfile_format::limits::FILE_LEN_MAX;
+use vmfile_format::manifest::features::{PAGE_HASH_SEED, THIN};
 use vmfile_format::manifest::{
-    BlockMeta, CpuSectionMeta, ExtentMeta, Features, Meta, VmMeta, place_tables,
+    BASE_PAGES, BaseMeta, BlockMeta, CpuSectionMeta, ExtentMeta, Features, Meta, SnapshotId,
+    VmMeta, encode_base_pages, place_tables,
 };
 use vmfile_format::mapped_ram::{MARK, MappedRamLayout, PlacedBlock};
+use vmfile_format::page_bitmap::encoded_len;
 use vmfile_format::stream::configuration::Configuration;
 use vmfile_format::stream::device_state::DeviceState;
 use vmfile_format::{PageBitmap, RamBlock, RamLayout};
 
+use crate::base::{Base, KeptPages};
 use crate::error::PagesError;
 use crate::proof::prove;
+use crate::received_ram::empty;
 use crate::snapshot::{Snapshot, SnapshotError};
 
 /// A file that has no name yet. If it is dropped, nothing is left of it.
@@ -35,6 +42,7 @@ pub struct Draft {
 pub struct Proven {
     durable: Durable,
     file: DataFile,
+    id: SnapshotId,
 }
 
 /// The places of everything in a draft.
@@ -42,6 +50,9 @@ pub struct Proven {
 pub struct FileLayout {
     layout: MappedRamLayout,
     tables: HashTables,
+    base: Option<Arc<Base>>,
+    /// The number that each block has in the base, if it is the same there.
+    in_base: Vec<Option<usize>>,
 }
 
 /// The places of what vmfile appends: tables of page hashes, one for each block, and metadata.
@@ -50,6 +61,12 @@ pub struct HashTables {
     ram: RamLayout,
     /// File offsets of the tables.
     hashes: Vec<u64>,
+    /// The key of the hashes.
+    key: HashKey,
+    /// The file that has the pages that a thin one lacks.
+    base: Option<BaseMeta>,
+    /// File offset of the table of these pages.
+    base_pages: Option<u64>,
     end: u64,
 }
 
@@ -69,6 +86,8 @@ pub struct StreamTail<'a> {
 pub struct StreamParts {
     /// Those that a checksum covers.
     pub extents: Vec<ExtentMeta>,
+    /// Tables behind those of the page hashes.
+    pub tables: Vec<ExtentMeta>,
     /// The CPUs' registers.
     pub cpu_sections: Vec<CpuSectionMeta>,
 }
@@ -77,11 +96,13 @@ pub struct StreamParts {
 #[derive(Debug)]
 pub struct SaveFacts {
     /// The route by which RAM was taken.
-    pub route: &'static str,
+    pub route: String,
     /// Whether the guest ran while it was saved; `None` if that is not known.
     pub live: Option<bool>,
     /// How long the guest was paused; `None` if that is not known.
     pub pause_seconds: Option<f64>,
+    /// When the VM was saved, in seconds since 1970-01-01 UTC; `None`: now.
+    pub saved_at_unix_seconds: Option<u64>,
     /// The VM.
     pub vm: VmMeta,
 }
@@ -116,7 +137,46 @@ impl Draft {
         set.map_err(PagesError::writing("the length of the file"))
     }
 
+    /// Shares the pages of the base of `places`, if it has one that can be shared: those that have
+    /// changed are then written over.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`PagesError`] if the file system refuses.
+    pub fn share_base(&self, places: &FileLayout) -> Result<(), PagesError> {
+        let Some(base) = places.base().filter(|base| *base.kept() == KeptPages::Shared) else {
+            return Ok(());
+        };
+        for (number, placed) in places.blocks().iter().enumerate() {
+            if let Some(theirs) = places.in_base(number) {
+                let shared = base.share(theirs, &self.file, placed);
+                shared.map_err(PagesError::writing("the pages of the base"))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Empties the places of pages that are zero and were shared with the base.
+    fn empty_shared(&self, places: &FileLayout, bitmaps: &[PageBitmap]) -> Result<(), PagesError> {
+        let Some(base) = places.base().filter(|base| *base.kept() == KeptPages::Shared) else {
+            return Ok(());
+        };
+        for (number, (placed, bitmap)) in places.blocks().iter().zip(bitmaps).enumerate() {
+            let Some(theirs) = places.in_base(number) else { continue };
+            let page_len = placed.block.page_size().bytes();
+            for run in base.bitmap(theirs).without(bitmap).data_runs() {
+                let at = |page: u64| placed.pages_offset + page * page_len;
+                let emptied = empty(&self.file, at(run.start.0)..at(run.end.0));
+                emptied.map_err(PagesError::writing("the places of zero pages"))?;
+            }
+        }
+        Ok(())
+    }
+
     /// Writes everything but RAM and its hashes.
+    ///
+    /// `bitmaps` says which pages of each block have data. `of_base` says which of them are those of the
+    /// base; it is empty if there is none.
     ///
     /// # Errors
     ///
@@ -124,10 +184,11 @@ impl Draft {
     pub fn finish(
         &self,
         places: &FileLayout,
-        bitmaps: &[PageBitmap],
+        (bitmaps, of_base): (&[PageBitmap], &[PageBitmap]),
         tail: StreamTail<'_>,
         facts: SaveFacts,
     ) -> Result<(), PagesError> {
+        self.empty_shared(places, bitmaps)?;
         let mut extents = Vec::new();
         let mut put = |what: &'static str, offset: u64, bytes: &[u8]| {
             extents.push(ExtentMeta::of(what, offset, bytes));
@@ -152,7 +213,13 @@ impl Draft {
             put("vm_description", stream_end, tail.description)?;
             stream_end += tail.description.len() as u64;
         }
-        let parts = StreamParts { extents, cpu_sections };
+        let mut tables = Vec::new();
+        if let Some(offset) = places.tables.base_pages {
+            let bytes = encode_base_pages(of_base);
+            tables.push(ExtentMeta::of(BASE_PAGES, offset, &bytes));
+            self.put(BASE_PAGES, offset, &bytes)?;
+        }
+        let parts = StreamParts { extents, tables, cpu_sections };
         self.put_manifest(&places.tables, stream_end, bitmaps, parts, facts)
     }
 
@@ -169,7 +236,7 @@ impl Draft {
         parts: StreamParts,
         facts: SaveFacts,
     ) -> Result<(), PagesError> {
-        let meta = meta(facts, tables.block_metas(bitmaps), parts);
+        let meta = tables.meta(facts, bitmaps, parts);
         self.put("manifest", tables.end, &meta.encode(stream_end, tables.end))
     }
 
@@ -203,14 +270,14 @@ impl Draft {
     /// Returns [`PagesError`] if the file is not what was written; nothing is left of it then.
     pub fn prove(self) -> Result<Proven, PagesError> {
         let durable = self.unpublished.make_durable()?;
-        let proven = Proven { durable, file: self.file };
-        proven.forget_cached();
-        let (path, file) = (proven.durable.path(), proven.durable.file().try_clone());
+        forget_cached(&self.file);
+        let (path, file) = (durable.path(), durable.file().try_clone());
         let open = |source| SnapshotError::Open { path: path.to_path_buf(), source };
         let file = file.map_err(open).map_err(PagesError::NotAsWritten)?;
         let snapshot = Snapshot::from_file(path, file, 0).map_err(PagesError::NotAsWritten)?;
         prove(&snapshot)?;
-        Ok(proven)
+        let id = snapshot.id().ok_or(PagesError::NoManifest)?;
+        Ok(Proven { durable, file: self.file, id })
     }
 }
 
@@ -221,16 +288,22 @@ impl Proven {
     ///
     /// As [`Durable::publish`].
     pub fn publish(self) -> Result<(), PublishError> {
-        self.forget_cached();
+        forget_cached(&self.file);
         self.durable.publish().map(drop)
     }
 
-    /// Drops the file from the page cache, if it was written by direct I/O.
-    fn forget_cached(&self) {
-        if matches!(self.file.direct(), DirectIoInUse::Yes { .. }) {
-            // Only advice: if the kernel refuses, nothing is lost.
-            let _ = drop_cached(self.file.as_fd(), 0..u64::MAX);
-        }
+    /// Returns the file's identity.
+    #[must_use]
+    pub fn id(&self) -> SnapshotId {
+        self.id
+    }
+}
+
+/// Drops the file from the page cache, if it was written by direct I/O.
+fn forget_cached(file: &DataFile) {
+    if matches!(file.direct(), DirectIoInUse::Yes { .. }) {
+        // Only advice: if the kernel refuses, nothing is lost.
+        let _ = drop_cached(file.as_fd(), 0..u64::MAX);
     }
 }
 
@@ -248,10 +321,53 @@ impl FileLayout {
         section_id: u32,
         tail_len: u64,
     ) -> Result<FileLayout, PagesError> {
-        let layout = MappedRamLayout::new(source, ram.clone(), section_id);
+        FileLayout::on_base(source, ram, (section_id, tail_len), None)
+    }
+
+    /// Does the same for a file that keeps pages of `base`; `section_id` and `tail_len` are given as a
+    /// pair.
+    ///
+    /// # Errors
+    ///
+    /// As [`FileLayout::new`].
+    pub fn on_base(
+        source: &Configuration,
+        ram: RamLayout,
+        (section_id, tail_len): (u32, u64),
+        base: Option<Arc<Base>>,
+    ) -> Result<FileLayout, PagesError> {
+        let is_thin = base.as_ref().is_some_and(|base| *base.kept() != KeptPages::Shared);
+        let features: &[&str] = if is_thin { &[THIN] } else { &[] };
+        let layout = MappedRamLayout::with_features(source, ram.clone(), section_id, features);
         let layout = layout.map_err(PagesError::Layout)?;
         let stream_end = layout.device_state_offset().saturating_add(tail_len);
-        Ok(FileLayout { layout, tables: HashTables::new(ram, stream_end)? })
+        let in_base = |block: &RamBlock| base.as_ref()?.block(block);
+        let in_base = ram.blocks().iter().map(in_base).collect();
+        let mut tables = HashTables::new(ram, stream_end)?;
+        if let Some(base) = &base {
+            tables.key = base.snapshot().key();
+        }
+        if let Some(base) = base.as_ref().filter(|_| is_thin) {
+            tables.add_base(base.snapshot())?;
+        }
+        Ok(FileLayout { layout, tables, base, in_base })
+    }
+
+    /// Returns the file whose pages are kept.
+    #[must_use]
+    pub fn base(&self) -> Option<&Base> {
+        self.base.as_deref()
+    }
+
+    /// Returns the number that block `number` has in the base, if it is the same there.
+    pub(crate) fn in_base(&self, number: usize) -> Option<usize> {
+        self.in_base[number]
+    }
+
+    /// Returns the key of the page hashes.
+    #[must_use]
+    pub fn key(&self) -> HashKey {
+        self.tables.key
     }
 
     /// Returns the blocks and their places, in the order of the file.
@@ -295,7 +411,27 @@ impl HashTables {
     pub fn new(ram: RamLayout, stream_end: u64) -> Result<HashTables, PagesError> {
         let pages: Vec<_> = ram.blocks().iter().map(RamBlock::page_count).collect();
         let (hashes, end) = place_tables(stream_end, &pages).ok_or(PagesError::TooLong)?;
-        Ok(HashTables { ram, hashes, end })
+        let key = HashKey::random().map_err(PagesError::reading("the kernel's random numbers"))?;
+        Ok(HashTables { ram, hashes, key, base: None, base_pages: None, end })
+    }
+
+    /// Adds the table of the pages that `base` has.
+    fn add_base(&mut self, base: &Snapshot) -> Result<(), PagesError> {
+        let id = base.id().expect("a base has a manifest");
+        let path = std::path::absolute(base.path()).unwrap_or(base.path().to_path_buf());
+        self.base = Some(BaseMeta { id, path: path.to_string_lossy().into_owned() });
+        self.base_pages = Some(self.end);
+        let len = |block: &RamBlock| encoded_len(block.page_count());
+        let len = self.ram.blocks().iter().map(len).sum();
+        let end = self.end.checked_add(len).filter(|&end| end <= FILE_LEN_MAX);
+        self.end = end.ok_or(PagesError::TooLong)?;
+        Ok(())
+    }
+
+    /// Returns the key of the page hashes.
+    #[must_use]
+    pub fn key(&self) -> HashKey {
+        self.key
     }
 
     /// Returns the file offsets of the tables, one for each block.
@@ -318,22 +454,26 @@ impl HashTables {
         };
         blocks.map(block).collect()
     }
-}
 
-fn meta(facts: SaveFacts, blocks: Vec<BlockMeta>, parts: StreamParts) -> Meta {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    Meta {
-        vmfile_version: env!("CARGO_PKG_VERSION").to_owned(),
-        saved_at_unix_seconds: now.as_secs(),
-        route: facts.route.to_owned(),
-        live: facts.live,
-        pause_seconds: facts.pause_seconds,
-        vm: facts.vm,
-        blocks,
-        extents: parts.extents,
-        features: Features::default(),
-        tables: Vec::new(),
-        cpu_sections: parts.cpu_sections,
-        working_set_known: false,
+    fn meta(&self, facts: SaveFacts, bitmaps: &[PageBitmap], parts: StreamParts) -> Meta {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let mut incompatible = vec![PAGE_HASH_SEED.to_owned()];
+        incompatible.extend(self.base.as_ref().map(|_| THIN.to_owned()));
+        Meta {
+            vmfile_version: env!("CARGO_PKG_VERSION").to_owned(),
+            saved_at_unix_seconds: facts.saved_at_unix_seconds.unwrap_or(now.as_secs()),
+            route: facts.route,
+            live: facts.live,
+            pause_seconds: facts.pause_seconds,
+            vm: facts.vm,
+            blocks: self.block_metas(bitmaps),
+            extents: parts.extents,
+            features: Features { incompatible, ..Features::default() },
+            tables: parts.tables,
+            cpu_sections: parts.cpu_sections,
+            working_set_known: false,
+            page_hash_seed: self.key.seed(),
+            base: self.base.clone(),
+        }
     }
 }

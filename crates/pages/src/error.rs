@@ -5,6 +5,7 @@ use std::io;
 use vmfile_engine::PublishError;
 use vmfile_format::FormatError;
 
+use crate::base::BaseError;
 use crate::snapshot::SnapshotError;
 
 /// Why pages could not be moved between RAM and a file.
@@ -20,6 +21,9 @@ pub enum PagesError {
     /// The new file cannot be made, put on the disk, or given its name.
     #[error(transparent)]
     Publish(#[from] PublishError),
+    /// A file cannot be the base of the new one.
+    #[error(transparent)]
+    Base(#[from] BaseError),
     /// The new file does not read back as it was written: the kernel or the disk lost something.
     #[error("the new file does not read back as it was written")]
     NotAsWritten(#[source] SnapshotError),

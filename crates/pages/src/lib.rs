@@ -58,13 +58,16 @@
 pub use vmfile_engine as engine;
 pub use vmfile_format as format;
 
+pub mod base;
 pub mod check;
 pub mod control;
 pub mod copied_ram;
 pub mod draft;
 pub mod error;
+mod findings;
 pub mod jobs;
 pub mod lane;
+pub mod layers;
 pub mod memory;
 pub mod memory_file;
 pub mod page_hashes;

@@ -36,6 +36,47 @@ pub trait PageSource: Sync {
     ///
     /// Returns an error if the memory cannot be read; the save ends with it.
     fn read(&self, block: usize, range: &Range<u64>, into: &mut [u8]) -> io::Result<bool>;
+
+    /// Returns the file of which a block is a private mapping, if it is one. A save with that file as
+    /// the base then calls [`PageSource::read_written`], and takes all other pages for those of the file.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the memory cannot be asked; the save ends with it.
+    fn beneath(&self, _block: usize) -> io::Result<Option<Beneath>> {
+        Ok(None)
+    }
+
+    /// As [`PageSource::read`], but copies only the pages that were written since the file beneath was
+    /// mapped, each to its place in `into`. Returns their ranges, whole pages of 4096 bytes in ascending
+    /// order.
+    ///
+    /// # Errors
+    ///
+    /// As [`PageSource::read`].
+    fn read_written(
+        &self,
+        block: usize,
+        range: &Range<u64>,
+        into: &mut [u8],
+    ) -> io::Result<Vec<Range<u64>>> {
+        let has_data = self.read(block, range, into)?;
+        if !has_data {
+            into.fill(0);
+        }
+        Ok(vec![range.clone()])
+    }
+}
+
+/// The file of which a block of RAM is a private mapping.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Beneath {
+    /// The number of its file system.
+    pub device: u64,
+    /// Its inode.
+    pub inode: u64,
+    /// Where in it the block begins, in bytes.
+    pub offset: u64,
 }
 
 /// RAM that pages are loaded into. The loader first asks where it already holds bytes, and

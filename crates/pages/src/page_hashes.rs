@@ -1,11 +1,8 @@
-//! The recorded hashes of a file's pages, and the one place where a page is compared with its own.
-//!
-//! `check`, a restore by `load` or `stream`, `send` and `convert` use it to verify every page that they read,
-//! before they pass it on. A file that QEMU wrote has no hashes, so nothing is compared.
+//! The recorded hashes of a file's pages. A file that QEMU wrote has none.
 
-use vmfile_engine::page_hash;
+use vmfile_engine::{HashKey, page_hash};
+use vmfile_format::PageIndex;
 use vmfile_format::manifest::{HASH_LEN, encode_hash};
-use vmfile_format::{PageBitmap, PageIndex};
 
 use crate::plan::UNIT_LEN;
 use crate::snapshot::{Snapshot, SnapshotError};
@@ -33,52 +30,6 @@ impl<'a> PageHashes<'a> {
     /// Returns the hashes of `snapshot`, of which none has been read yet.
     pub fn new(snapshot: &'a Snapshot) -> PageHashes<'a> {
         PageHashes { snapshot, unit: None, bytes: Vec::new() }
-    }
-
-    /// Compares the pages with data among `bytes`, which begin with the page `first` of the block
-    /// number `block`, with their hashes. Pages whose bit in `bitmap` is clear are passed over.
-    ///
-    /// # Errors
-    ///
-    /// Returns [`SnapshotError::DamagedPage`] for the first page that is not what was written, and
-    /// [`SnapshotError::Read`] if the kernel refuses to read the hashes.
-    pub fn verify(
-        &mut self,
-        block: usize,
-        bitmap: &PageBitmap,
-        first: PageIndex,
-        bytes: &[u8],
-    ) -> Result<(), SnapshotError> {
-        if self.snapshot.manifest().is_none() {
-            return Ok(());
-        }
-        let page_size = self.snapshot.structure().blocks[block].block.page_size().bytes();
-        let page_len = usize::try_from(page_size).expect("64 KiB at most");
-        for (page, bytes) in (first.0..).map(PageIndex).zip(bytes.chunks(page_len)) {
-            if bitmap.contains(page) {
-                self.verify_page(block, page, bytes)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Compares one page with data with its hash.
-    ///
-    /// # Errors
-    ///
-    /// As [`PageHashes::verify`].
-    pub fn verify_page(
-        &mut self,
-        block: usize,
-        page: PageIndex,
-        bytes: &[u8],
-    ) -> Result<(), SnapshotError> {
-        match self.recorded(block, page)? {
-            Some(recorded) if !is_page(bytes, recorded) => {
-                Err(damaged_page(self.snapshot, block, page))
-            }
-            _ => Ok(()),
-        }
     }
 
     /// Returns the hash that the file records of a page; `None` in a file that QEMU wrote.
@@ -119,6 +70,6 @@ pub fn damaged_page(snapshot: &Snapshot, block: usize, page: PageIndex) -> Snaps
 }
 
 /// Whether `bytes` are the page whose hash was recorded.
-pub fn is_page(bytes: &[u8], recorded: Hash) -> bool {
-    encode_hash(page_hash(bytes)) == recorded
+pub fn is_page(bytes: &[u8], recorded: Hash, key: HashKey) -> bool {
+    encode_hash(page_hash(bytes, key)) == recorded
 }

@@ -17,7 +17,7 @@ use vmfile_format::PageIndex;
 use crate::lane::Lane;
 use crate::plan::WINDOW_LEN;
 use crate::received_ram::ReceivedRam;
-use crate::runs::{PageRuns, Run};
+use crate::runs::{Looked, PageRuns, Run};
 
 /// The smallest page: two transfers in flight must not touch one 4096-byte page of the file.
 pub const PAGE_LEN_MIN: u64 = 4096;
@@ -189,13 +189,13 @@ impl<'a> PageWriter<'a> {
     ) -> io::Result<()> {
         let page_len = self.ram.page_len(block);
         let page_size = usize::try_from(page_len).expect("64 KiB at most");
-        let mut runs = PageRuns::new(page_size, buffer.len() / page_size);
+        let mut runs = PageRuns::new(page_size, buffer.len() / page_size, self.ram.key());
         let ram = self.ram;
         let may_bridge =
             |gap: Range<u64>| bridges && !gap.map(PageIndex).any(|page| ram.has_data(block, page));
         for &(slot, page) in places {
             let bytes = &buffer[slot * page_size..(slot + 1) * page_size];
-            if runs.look((slot, page.0), bytes, may_bridge) {
+            if runs.look((slot, page.0), bytes, |_| false, may_bridge) == Looked::Data {
                 self.remember(block, page, page_len);
             } else {
                 self.ram.forget(block, page)?;
@@ -283,7 +283,8 @@ mod tests {
         let block = RamBlock::new("ram".to_owned(), WINDOW_LEN, PageSize::KIB_4).unwrap();
         let ram = RamLayout::new(vec![block]).unwrap();
         let places = FileLayout::new(&Configuration::default(), ram, 1, 0).unwrap();
-        let ram = ReceivedRam::new(data_file.clone(), places.blocks(), places.hashes());
+        let ram =
+            ReceivedRam::new(data_file.clone(), places.blocks(), (places.hashes(), places.key()));
         let offset = places.blocks()[0].pages_offset;
         // The tables of hashes, which follow, are no part of what is counted.
         file.set_len(offset + 2 * WINDOW_LEN).unwrap();
@@ -328,7 +329,7 @@ mod tests {
             |name: &str| RamBlock::new(name.to_owned(), 2 * WINDOW_LEN, PageSize::KIB_4).unwrap();
         let ram = RamLayout::new(vec![block("ram"), block("rom")]).unwrap();
         let places = FileLayout::new(&Configuration::default(), ram, 1, 0).unwrap();
-        let ram = ReceivedRam::new(file.clone(), places.blocks(), places.hashes());
+        let ram = ReceivedRam::new(file.clone(), places.blocks(), (places.hashes(), places.key()));
         let work = |lane| {
             let mut writer = PageWriter::new(&ram, lane, false);
             for &(block, pages) in lists {

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::Arc;
 
 use vmfile_engine::{
@@ -12,7 +12,7 @@ use vmfile_engine::{
     hugetlb_allocated_bytes,
 };
 
-use crate::memory::{PageSink, PageSource};
+use crate::memory::{Beneath, PageSink, PageSource};
 use crate::plan::{UNIT_LEN, Units, in_window, pieces};
 use crate::ranges;
 
@@ -236,6 +236,30 @@ impl PageSource for ProcessRam {
 
     fn read(&self, block: usize, range: &Range<u64>, into: &mut [u8]) -> io::Result<bool> {
         self.blocks[block].read(range, into)
+    }
+
+    fn beneath(&self, block: usize) -> io::Result<Option<Beneath>> {
+        let Kind::Private { beneath: Some(part) } = &self.blocks[block].kind else {
+            return Ok(None);
+        };
+        let metadata = part.file.metadata()?;
+        let (device, inode) = (metadata.dev(), metadata.ino());
+        Ok(Some(Beneath { device, inode, offset: part.offset }))
+    }
+
+    fn read_written(
+        &self,
+        block: usize,
+        range: &Range<u64>,
+        into: &mut [u8],
+    ) -> io::Result<Vec<Range<u64>>> {
+        let block = &self.blocks[block];
+        let own = block.own(range)?;
+        let in_window =
+            |own: &Range<u64>| in_window(own.start - range.start)..in_window(own.end - range.start);
+        let pieces: Vec<_> = own.iter().map(in_window).collect();
+        block.process.read_pieces(block.at.address + range.start, &pieces, into)?;
+        Ok(own)
     }
 }
 

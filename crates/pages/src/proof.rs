@@ -33,13 +33,7 @@ const SAMPLE_PAGES: u64 = 256;
 pub(crate) fn prove(snapshot: &Snapshot) -> Result<(), PagesError> {
     let manifest = snapshot.manifest().ok_or(PagesError::NoManifest)?;
     snapshot.verify_parts().map_err(PagesError::NotAsWritten)?;
-    let bitmaps: Vec<PageBitmap> = snapshot
-        .structure()
-        .blocks
-        .iter()
-        .map(|placed| snapshot.bitmap(placed))
-        .collect::<Result<_, _>>()
-        .map_err(PagesError::NotAsWritten)?;
+    let bitmaps = own_pages(snapshot).map_err(PagesError::NotAsWritten)?;
     let sample: Vec<Sample> = sample(&bitmaps, RandomState::new().build_hasher().finish())
         .into_iter()
         .map(|(block, page)| Sample::place(snapshot, manifest, block, page))
@@ -51,6 +45,15 @@ pub(crate) fn prove(snapshot: &Snapshot) -> Result<(), PagesError> {
     hashes.dedup();
     ask_for(snapshot, hashes.into_iter().map(|start| start..start + 4096))?;
     sample.iter().try_for_each(|sample| sample.verify(snapshot)).map_err(PagesError::NotAsWritten)
+}
+
+/// Returns the pages of each block whose data are in the file itself.
+fn own_pages(snapshot: &Snapshot) -> Result<Vec<PageBitmap>, SnapshotError> {
+    let blocks = &snapshot.structure().blocks;
+    let bitmaps = blocks.iter().map(|placed| snapshot.bitmap(placed));
+    let bitmaps = bitmaps.collect::<Result<Vec<_>, _>>()?;
+    let Some(of_base) = snapshot.base_pages()? else { return Ok(bitmaps) };
+    Ok(bitmaps.iter().zip(&of_base).map(|(bitmap, of_base)| bitmap.without(of_base)).collect())
 }
 
 /// Makes the kernel read many ranges at once: one after the other, they would take longer than the
@@ -92,7 +95,7 @@ impl Sample {
     fn verify(&self, snapshot: &Snapshot) -> Result<(), SnapshotError> {
         let read = |range: &Range<u64>| snapshot.read(range.start, range.end - range.start);
         let recorded = Hash::try_from(read(&self.hash)?.as_slice()).expect("HASH_LEN bytes");
-        if is_page(&read(&self.bytes)?, recorded) {
+        if is_page(&read(&self.bytes)?, recorded, snapshot.key()) {
             Ok(())
         } else {
             Err(damaged_page(snapshot, self.block, self.page))
@@ -183,17 +186,23 @@ mod tests {
         for page in bitmap.data_runs().map(|run| run.start) {
             let bytes = [page.0.to_le_bytes()[0] | 1; 4096];
             draft.put("page", placed.page_offset(page).unwrap(), &bytes).unwrap();
-            let hash = encode_hash(page_hash(&bytes));
+            let hash = encode_hash(page_hash(&bytes, places.key()));
             draft.put("hash", places.hashes()[0] + 16 * page.0, &hash).unwrap();
         }
         let tail = StreamTail { sections: &sections, description: &description, state: None };
-        draft.finish(&places, &[bitmap], tail, facts()).unwrap();
+        draft.finish(&places, (&[bitmap], &[]), tail, facts()).unwrap();
         draft
     }
 
     fn facts() -> SaveFacts {
         let vm = VmMeta { run_state: "running".to_owned(), ..VmMeta::of_machine("pc-i440fx-10.0") };
-        SaveFacts { route: "direct", live: Some(false), pause_seconds: None, vm }
+        SaveFacts {
+            route: "direct".to_owned(),
+            live: Some(false),
+            pause_seconds: None,
+            saved_at_unix_seconds: None,
+            vm,
+        }
     }
 
     /// Without the proof, a write that the disk loses or does wrong is noticed at the restore, long

@@ -15,43 +15,115 @@ use vmfile_format::{PageBitmap, PageIndex, PageRange};
 use crate::control::Control;
 use crate::error::PagesError;
 use crate::lane::Workers;
+use crate::layers::Layers;
 use crate::memory::PageSink;
 use crate::page_hashes::PageHashes;
 use crate::plan::{in_window, pieces};
-use crate::snapshot::Snapshot;
+use crate::snapshot::SnapshotError;
 use crate::window_reader::{MorePlaces, Window, WindowReader};
 
-/// Loads all pages with data of `blocks` of the file into `sink`, and writes zeros where `sink` has
-/// bytes and the file has none; returns how many bytes of data were read, and the back end.
+/// Loads all pages with data of `blocks` of the file of `layers` into `sink`, and writes zeros where
+/// `sink` has bytes and the file has none; returns how many bytes of data were read, and the back end.
+/// The lanes of `workers` lead to [`Layers::main`].
 ///
 /// # Errors
 ///
 /// Returns the first [`PagesError`] that any worker met.
 pub fn load_ram<'a>(
-    (snapshot, workers): (&'a Snapshot, Workers),
+    (layers, workers): (&'a Layers<'a>, Workers),
     blocks: &[usize],
     sink: &dyn PageSink,
     control: &Control<'_>,
 ) -> Result<(u64, BackendInUse), PagesError> {
-    let placed: Vec<PlacedBlock> =
-        blocks.iter().map(|&block| snapshot.structure().blocks[block].clone()).collect();
     let bitmaps: Vec<PageBitmap> =
-        placed.iter().map(|placed| snapshot.bitmap(placed)).collect::<Result<_, _>>()?;
+        blocks.iter().map(|&block| layers.bitmap(block).clone()).collect();
     let non_zero = NonZeroWindows { sink };
-    let reader =
-        WindowReader { blocks: &placed, bitmaps: &bitmaps, more: Some(&non_zero), control };
-    let take = |hashes: &mut Option<PageHashes<'a>>, window: &Window, read: io::Result<&[u8]>| {
-        let bytes = read.map_err(PagesError::reading("guest RAM from the file"))?;
-        let (number, bitmap) = (window.block, &bitmaps[window.block]);
-        let block = LoadedBlock { number, placed: &placed[number], bitmap, sink };
-        let hashes = hashes.get_or_insert_with(|| PageHashes::new(snapshot));
-        let first = PageIndex(window.range.start / block.page_len());
-        hashes.verify(blocks[number], bitmap, first, bytes)?;
+    let load = Load { layers, blocks, bitmaps: &bitmaps, sink, control };
+    load.read(workers, Some(&non_zero), |block, window, bytes| {
         block.clear_stale(window)?;
         block.copy(window, bytes)
-    };
-    let (_, backend) = reader.read(workers, take)?;
-    Ok((reader.data_bytes(), backend))
+    })
+}
+
+/// Brings the pages of `blocks` that newer files of `layers` changed into `sink`, which has the pages of
+/// the lowest file: it was mapped. Returns how many bytes of data were read.
+///
+/// # Errors
+///
+/// As [`load_ram`].
+pub fn load_changed<'a>(
+    (layers, workers): (&'a Layers<'a>, Workers),
+    blocks: &[usize],
+    sink: &dyn PageSink,
+    control: &Control<'_>,
+) -> Result<u64, PagesError> {
+    let changed = blocks.iter().map(|&block| layers.changed(block));
+    let changed = changed.collect::<Result<Vec<_>, _>>()?;
+    let bitmaps: Vec<PageBitmap> = changed.iter().map(|changed| changed.data.clone()).collect();
+    let load = Load { layers, blocks, bitmaps: &bitmaps, sink, control };
+    for (number, changed) in changed.iter().enumerate() {
+        let block = load.block(number);
+        let page_len = block.page_len();
+        for run in changed.zero.data_runs() {
+            block.clear(run.start.0 * page_len..run.end.0 * page_len)?;
+        }
+    }
+    Ok(load.read(workers, None, |block, window, bytes| block.copy(window, bytes))?.0)
+}
+
+/// A load at work.
+struct Load<'a, 'l> {
+    layers: &'a Layers<'a>,
+    /// The number in the file of each block in the memory.
+    blocks: &'l [usize],
+    /// The pages that are brought.
+    bitmaps: &'l [PageBitmap],
+    sink: &'l dyn PageSink,
+    control: &'l Control<'l>,
+}
+
+impl<'a> Load<'a, '_> {
+    fn block(&self, number: usize) -> LoadedBlock<'_> {
+        let placed = self.layers.placed(self.blocks[number]);
+        LoadedBlock { number, placed, bitmap: &self.bitmaps[number], sink: self.sink }
+    }
+
+    /// Reads and verifies all windows with pages of the bitmaps or of `more`, and calls `take` with each.
+    fn read(
+        &self,
+        workers: Workers,
+        more: Option<&dyn MorePlaces>,
+        take: impl Fn(&LoadedBlock<'_>, &Window, &[u8]) -> Result<(), PagesError> + Sync,
+    ) -> Result<(u64, BackendInUse), PagesError> {
+        let (layers, blocks) = (self.layers, self.blocks);
+        let placed: Vec<PlacedBlock> =
+            blocks.iter().map(|&block| layers.placed(block).clone()).collect();
+        let fill = |number: usize, start: u64, bytes: &mut [u8]| {
+            layers.fill(blocks[number], start, bytes).map_err(io::Error::other)
+        };
+        let reader = WindowReader {
+            blocks: &placed,
+            bitmaps: self.bitmaps,
+            more,
+            fill: Some(&fill),
+            control: self.control,
+        };
+        let take =
+            |hashes: &mut Option<PageHashes<'a>>, window: &Window, read: io::Result<&[u8]>| {
+                let bytes = read.map_err(|source| match source.downcast::<SnapshotError>() {
+                    // Of another file of the chain.
+                    Ok(error) => error.into(),
+                    Err(source) => PagesError::reading("guest RAM from the file")(source),
+                })?;
+                let block = self.block(window.block);
+                let hashes = hashes.get_or_insert_with(|| PageHashes::new(layers.snapshot()));
+                let first = PageIndex(window.range.start / block.page_len());
+                layers.verify(hashes, blocks[window.block], first, bytes)?;
+                take(&block, window, bytes)
+            };
+        let (_, backend) = reader.read(workers, take)?;
+        Ok((reader.data_bytes(), backend))
+    }
 }
 
 /// Adds the windows in which the memory already has bytes: zeros are written where the file has
@@ -90,7 +162,6 @@ impl LoadedBlock<'_> {
 
     /// Writes zeros where the memory has bytes and the file has a zero page.
     fn clear_stale(&self, window: &Window) -> Result<(), PagesError> {
-        static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
         let page_len = self.page_len();
         for gap in self.bitmap.gaps_within(self.pages(&window.whole)) {
             let gap = gap.start.0 * page_len..gap.end.0 * page_len;
@@ -99,11 +170,18 @@ impl LoadedBlock<'_> {
                 .data(self.number, &gap)
                 .map_err(PagesError::reading("which parts hold bytes"))?
             {
-                for piece in pieces(stale, ZEROS.len() as u64) {
-                    let zeros = 0..in_window(piece.end - piece.start);
-                    self.write(piece.start, &[zeros], &ZEROS)?;
-                }
+                self.clear(stale)?;
             }
+        }
+        Ok(())
+    }
+
+    /// Writes zeros to a range of the block.
+    fn clear(&self, range: Range<u64>) -> Result<(), PagesError> {
+        static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+        for piece in pieces(range, ZEROS.len() as u64) {
+            let zeros = 0..in_window(piece.end - piece.start);
+            self.write(piece.start, &[zeros], &ZEROS)?;
         }
         Ok(())
     }

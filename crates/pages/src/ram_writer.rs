@@ -9,29 +9,41 @@
 
 use std::io;
 use std::ops::Range;
+use std::os::unix::fs::MetadataExt as _;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use vmfile_engine::{BackendInUse, Direction, Memory, SharedBuffer, Transfer};
+use vmfile_engine::{BackendInUse, Direction, HashKey, Memory, SharedBuffer, Transfer};
 use vmfile_format::manifest::HASH_LEN;
 use vmfile_format::mapped_ram::PlacedBlock;
 use vmfile_format::{PageBitmap, PageIndex};
 
+use crate::base::Base;
 use crate::control::{Control, Meter};
 use crate::draft::FileLayout;
 use crate::error::PagesError;
 use crate::lane::{Lane, Workers};
-use crate::memory::PageSource;
+use crate::memory::{Beneath, PageSource};
+use crate::page_hashes::{Hash, NO_HASH, PageHashes};
 use crate::plan::{UNIT_LEN, Unit, Units, WINDOW_LEN, in_window, pieces};
 use crate::protected_ram::ProtectedRam;
-use crate::runs::PageRuns;
+use crate::runs::{Looked, PageRuns};
+use crate::snapshot::{Snapshot, SnapshotError};
+
+/// The pages in which the kernel reports what a process has written: those of x86.
+const PAGE_LEN: u64 = 4096;
 
 /// What was written.
 #[derive(Debug)]
 pub struct Written {
     /// The pages of each block that have data.
     pub bitmaps: Vec<PageBitmap>,
-    /// How many bytes the pages with data have.
+    /// Those of them that are the pages of the base; nothing if there is none.
+    pub of_base: Vec<PageBitmap>,
+    /// How many bytes the pages that were written have.
     pub data_bytes: u64,
+    /// How many bytes of RAM were read.
+    pub read_bytes: u64,
     /// The back end that wrote them.
     pub backend: BackendInUse,
 }
@@ -94,17 +106,25 @@ fn write(
         order,
         units: &units,
         bitmaps: blocks.iter().map(bitmap).collect(),
+        of_base: places.base().map_or(Vec::new(), |_| blocks.iter().map(bitmap).collect()),
+        mapped: mapped(places, source)?,
+        read_bytes: AtomicU64::new(0),
         meter: Meter::new(control, total_bytes),
         control,
     };
-    let part = |lane| Worker { shared: &shared, lane }.units();
+    let part = |lane| {
+        let base = places.base().map(|base| (base, PageHashes::new(base.snapshot())));
+        Worker { shared: &shared, lane, base }.units()
+    };
     let (_, backend) = workers.drive(&units, part, failed)?;
     // `total_bytes` may count pages that turned out to be zero.
     shared.meter.finish();
     let bitmap = |bitmap: Mutex<_>| bitmap.into_inner().unwrap_or_else(PoisonError::into_inner);
     let bitmaps: Vec<PageBitmap> = shared.bitmaps.into_iter().map(bitmap).collect();
-    let data_bytes = places.data_bytes(&bitmaps);
-    Ok(Written { bitmaps, data_bytes, backend })
+    let of_base: Vec<PageBitmap> = shared.of_base.into_iter().map(bitmap).collect();
+    let data_bytes = places.data_bytes(&bitmaps) - places.data_bytes(&of_base);
+    let read_bytes = shared.read_bytes.into_inner();
+    Ok(Written { bitmaps, of_base, data_bytes, read_bytes, backend })
 }
 
 fn failed(source: io::Error) -> PagesError {
@@ -118,13 +138,64 @@ struct Shared<'a> {
     order: &'a Order<'a>,
     units: &'a Units,
     bitmaps: Vec<Mutex<PageBitmap>>,
+    /// The pages that are those of the base; nothing if there is none.
+    of_base: Vec<Mutex<PageBitmap>>,
+    /// For each block, the file of the base's chain of which it is a private mapping.
+    mapped: Vec<Option<Mapped<'a>>>,
+    read_bytes: AtomicU64,
     meter: Meter<'a>,
     control: &'a Control<'a>,
+}
+
+/// A file of which a block of the source is a private mapping.
+struct Mapped<'a> {
+    file: &'a Snapshot,
+    /// The block's number in the file.
+    number: usize,
+    /// Its pages with data there.
+    bitmap: PageBitmap,
+}
+
+/// Finds the blocks of `source` that are private mappings of the base of `places`, or of a file below it.
+fn mapped<'a>(
+    places: &'a FileLayout,
+    source: &dyn PageSource,
+) -> Result<Vec<Option<Mapped<'a>>>, PagesError> {
+    let asked = PagesError::reading("which file a RAM block is mapped from");
+    let mut all = Vec::new();
+    for (number, placed) in places.blocks().iter().enumerate() {
+        let is_of_base = places.in_base(number).is_some();
+        let is_small = placed.block.page_size().bytes() == PAGE_LEN;
+        let beneath = match is_of_base && is_small {
+            true => source.beneath(number).map_err(&asked)?,
+            false => None,
+        };
+        let mut found = None;
+        let mut next = places.base().map(Base::snapshot).filter(|_| beneath.is_some());
+        while let Some(file) = next {
+            let metadata = file.file().metadata().map_err(&asked)?;
+            let (device, inode) = (metadata.dev(), metadata.ino());
+            let blocks = &file.structure().blocks;
+            let at = |known: &PlacedBlock| {
+                let offset = known.pages_offset;
+                known.block == placed.block && Some(Beneath { device, inode, offset }) == beneath
+            };
+            if let Some(number) = blocks.iter().position(at) {
+                let bitmap = file.bitmap(&blocks[number])?;
+                found = Some(Mapped { file, number, bitmap });
+                break;
+            }
+            next = file.base();
+        }
+        all.push(found);
+    }
+    Ok(all)
 }
 
 struct Worker<'a> {
     shared: &'a Shared<'a>,
     lane: Lane,
+    base: Option<(&'a Base, PageHashes<'a>)>,
 }
 
 impl Worker<'_> {
@@ -149,9 +220,14 @@ impl Worker<'_> {
         if pages.data > 0 {
             self.hashes(unit.block, &pages)?;
         }
-        let bitmap = &self.shared.bitmaps[unit.block];
-        let mut bitmap = bitmap.lock().unwrap_or_else(PoisonError::into_inner);
-        bitmap.replace_words(PageIndex(pages.first), &pages.words);
+        let first = PageIndex(pages.first);
+        let note = |bitmap: &Mutex<PageBitmap>, words: &[u64]| {
+            bitmap.lock().unwrap_or_else(PoisonError::into_inner).replace_words(first, words);
+        };
+        note(&self.shared.bitmaps[unit.block], &pages.words);
+        if let Some(of_base) = self.shared.of_base.get(unit.block) {
+            note(of_base, &pages.of_base);
+        }
         Ok(pages.data * pages.page_len)
     }
 
@@ -165,11 +241,20 @@ impl Worker<'_> {
         let shared = self.shared;
         let mut buffer = self.lane.buffer().map_err(failed)?;
         let len = in_window(window.end - window.start);
-        let read = shared.source.read(block, window, &mut buffer[..len]);
-        if !read.map_err(|source| shared.read_error(block, window, source))? {
+        let in_base = self.in_base(block, window)?;
+        let failed = |source| shared.read_error(block, window, source);
+        let read = if self.is_mapped_from_base(block, window, &in_base)? {
+            shared.source.read_written(block, window, &mut buffer[..len]).map_err(failed)?
+        } else if shared.source.read(block, window, &mut buffer[..len]).map_err(failed)? {
+            vec![window.clone()]
+        } else {
             return Ok(());
-        }
-        let runs = pages.look(window.start, &buffer[..len]);
+        };
+        let read_bytes = read.iter().map(|read| read.end - read.start).sum();
+        shared.read_bytes.fetch_add(read_bytes, Ordering::Relaxed);
+        let bytes = &buffer[..len];
+        let copy = Copied { start: window.start, bytes, read: &read, in_base: &in_base };
+        let runs = pages.look(&copy, shared.places.key());
         let buffer: SharedBuffer = buffer.freeze();
         let pages_offset = shared.places.blocks()[block].pages_offset;
         for run in runs.runs() {
@@ -177,6 +262,46 @@ impl Worker<'_> {
             self.submit(file_offset, Memory::Shared(buffer.clone(), runs.bytes(&run.slots)))?;
         }
         Ok(())
+    }
+
+    /// Returns the hashes that the base has of the pages of a window: zeros for a zero page. Nothing if
+    /// there is no base, or no such block in it.
+    fn in_base(&mut self, block: usize, window: &Range<u64>) -> Result<Vec<Hash>, PagesError> {
+        let Some((base, hashes)) = &mut self.base else { return Ok(Vec::new()) };
+        let places = self.shared.places;
+        let Some(number) = places.in_base(block) else { return Ok(Vec::new()) };
+        let page_len = places.blocks()[block].block.page_size().bytes();
+        let bitmap = base.bitmap(number);
+        let pages = (window.start / page_len..window.end / page_len).map(PageIndex);
+        let hash = |page| match bitmap.contains(page) {
+            true => Ok(hashes.recorded(number, page)?.unwrap_or_default()),
+            false => Ok(NO_HASH),
+        };
+        pages.map(hash).collect()
+    }
+
+    /// Whether the block is a private mapping of a file, and those pages of a window that the process has
+    /// not written since are the pages of the base, whose hashes are `in_base`.
+    fn is_mapped_from_base(
+        &self,
+        block: usize,
+        window: &Range<u64>,
+        in_base: &[Hash],
+    ) -> Result<bool, PagesError> {
+        let Some(mapped) = &self.shared.mapped[block] else { return Ok(false) };
+        let Mapped { file, number, bitmap } = mapped;
+        let mut hashes = PageHashes::new(file);
+        let first = window.start / PAGE_LEN;
+        for (page, in_base) in (first..).map(PageIndex).zip(in_base) {
+            let in_file = match bitmap.contains(page) {
+                true => hashes.recorded(*number, page)?.unwrap_or_default(),
+                false => NO_HASH,
+            };
+            if in_file != *in_base {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     fn hashes(&mut self, block: usize, pages: &UnitPages) -> Result<(), PagesError> {
@@ -211,6 +336,11 @@ impl Shared<'_> {
     }
 
     fn read_error(&self, block: usize, range: &Range<u64>, source: io::Error) -> PagesError {
+        let source = match source.downcast::<SnapshotError>() {
+            // The pages come from files.
+            Ok(error) => return error.into(),
+            Err(source) => source,
+        };
         PagesError::ReadRam {
             block: self.places.blocks()[block].block.name().to_owned(),
             block_offset: range.start,
@@ -227,6 +357,8 @@ struct UnitPages {
     /// The index in the block of the unit's first page.
     first: u64,
     words: Vec<u64>,
+    /// The pages that are those of the base.
+    of_base: Vec<u64>,
     hashes: Vec<u8>,
     /// How many pages have data.
     data: u64,
@@ -240,28 +372,68 @@ impl UnitPages {
             page_len,
             first: unit.range.start / page_len,
             words: vec![0; in_window(pages.div_ceil(64))],
+            of_base: vec![0; in_window(pages.div_ceil(64))],
             hashes: vec![0; in_window(pages * HASH_LEN)],
             data: 0,
         }
     }
 
-    /// Tests and hashes the pages of a window that begins at `start` in the block.
-    fn look(&mut self, start: u64, bytes: &[u8]) -> PageRuns {
+    /// Tests the pages that were copied, and hashes them with `key`. Those that were not copied are the
+    /// pages of the base.
+    fn look(&mut self, copy: &Copied<'_>, key: HashKey) -> PageRuns {
         let page_len = in_window(self.page_len);
-        let first = start / self.page_len;
-        let mut runs = PageRuns::new(page_len, bytes.len() / page_len);
-        for ((slot, page), bytes) in (first..).enumerate().zip(bytes.chunks(page_len)) {
-            // What lies between two pages with data was copied as well, and is zero.
-            if runs.look((slot, page), bytes, |_| true) {
-                let index = page - self.first;
-                self.words[in_window(index / 64)] |= 1 << (index % 64);
+        let first = copy.start / self.page_len;
+        let mut runs = PageRuns::new(page_len, copy.bytes.len() / page_len, key);
+        for ((slot, page), bytes) in (first..).enumerate().zip(copy.bytes.chunks(page_len)) {
+            let in_base = copy.in_base.get(slot).copied();
+            let looked = if copy.has(page * self.page_len) {
+                let is_same = |hash| in_base == Some(hash);
+                runs.look((slot, page), bytes, is_same, |gap| self.is_zero(copy, gap))
+            } else {
+                runs.keep(slot, in_base.unwrap_or(NO_HASH))
+            };
+            let index = page - self.first;
+            let (word, bit) = (in_window(index / 64), 1 << (index % 64));
+            if looked != Looked::Zero {
+                self.words[word] |= bit;
                 self.data += 1;
             }
+            if looked == Looked::Same {
+                self.of_base[word] |= bit;
+            }
         }
-        let hashes = runs.hashes(0..bytes.len() / page_len);
+        let hashes = runs.hashes(0..copy.bytes.len() / page_len);
         let at = in_window((first - self.first) * HASH_LEN);
         self.hashes[at..at + hashes.len()].copy_from_slice(hashes);
         runs
+    }
+
+    /// Whether all pages of a gap were copied and are zero: pages of the base stay where they are.
+    fn is_zero(&self, copy: &Copied<'_>, gap: Range<u64>) -> bool {
+        gap.into_iter().all(|page| {
+            let index = page - self.first;
+            let is_data = self.words[in_window(index / 64)] & (1 << (index % 64)) != 0;
+            copy.has(page * self.page_len) && !is_data
+        })
+    }
+}
+
+/// A window that was copied, or parts of it.
+struct Copied<'a> {
+    /// The offset of the window in the block.
+    start: u64,
+    bytes: &'a [u8],
+    /// The ranges of the block that were copied, in order.
+    read: &'a [Range<u64>],
+    /// The hashes that the base has of the pages; zeros for a zero page. Nothing if there is no base.
+    in_base: &'a [Hash],
+}
+
+impl Copied<'_> {
+    /// Whether the page at `offset` in the block was copied.
+    fn has(&self, offset: u64) -> bool {
+        let first = self.read.partition_point(|read| read.end <= offset);
+        self.read.get(first).is_some_and(|read| read.start <= offset)
     }
 }
 
@@ -282,7 +454,10 @@ mod tests {
             let mut pages = UnitPages::new(&unit, &placed);
             let mut bytes = vec![0; in_window(WINDOW_LEN)];
             bytes[in_window(2 * page_size) + 9] = 1;
-            let runs = pages.look(UNIT_LEN + WINDOW_LEN, &bytes);
+            let start = UNIT_LEN + WINDOW_LEN;
+            let copy =
+                Copied { start, bytes: &bytes, read: &[start..start + WINDOW_LEN], in_base: &[] };
+            let runs = pages.look(&copy, HashKey::NONE);
             let first = (UNIT_LEN + WINDOW_LEN) / page_size;
             assert_eq!(runs.runs()[0].first, first + 2);
             assert_eq!(pages.data, 1);

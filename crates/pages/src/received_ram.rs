@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 
-use vmfile_engine::{DataFile, punch_hole};
+use vmfile_engine::{DataFile, HashKey, punch_hole};
 use vmfile_format::manifest::HASH_LEN;
 use vmfile_format::mapped_ram::PlacedBlock;
 use vmfile_format::{PageBitmap, PageIndex};
@@ -18,6 +18,7 @@ use crate::shared_bitmap::SharedBitmap;
 #[derive(Debug)]
 pub struct ReceivedRam {
     file: DataFile,
+    key: HashKey,
     blocks: Vec<ReceivedBlock>,
 }
 
@@ -32,15 +33,20 @@ struct ReceivedBlock {
 }
 
 impl ReceivedRam {
-    /// Prepares to write `blocks`, whose tables of hashes are at the file offsets `hashes`.
-    pub fn new(file: DataFile, blocks: &[PlacedBlock], hashes: &[u64]) -> ReceivedRam {
+    /// Prepares to write `blocks`, whose tables of hashes are at the file offsets `hashes`; the hashes
+    /// have `key`.
+    pub fn new(
+        file: DataFile,
+        blocks: &[PlacedBlock],
+        (hashes, key): (&[u64], HashKey),
+    ) -> ReceivedRam {
         let blocks = blocks.iter().zip(hashes).map(|(placed, &hashes_offset)| ReceivedBlock {
             data: SharedBitmap::new(placed.block.page_count()),
             written: SharedBitmap::new(placed.block.page_count()),
             placed: placed.clone(),
             hashes_offset,
         });
-        ReceivedRam { file, blocks: blocks.collect() }
+        ReceivedRam { file, key, blocks: blocks.collect() }
     }
 
     /// Makes holes of the places of pages that were written and are zero now.
@@ -54,6 +60,11 @@ impl ReceivedRam {
             }
         }
         Ok(())
+    }
+
+    /// Returns the key of the page hashes.
+    pub fn key(&self) -> HashKey {
+        self.key
     }
 
     /// Returns where a block's pages go.

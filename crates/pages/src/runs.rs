@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use vmfile_engine::{is_zero, page_hash};
+use vmfile_engine::{HashKey, is_zero, page_hash};
 use vmfile_format::manifest::encode_hash;
 
 use crate::page_hashes::{Hash, NO_HASH};
@@ -18,10 +18,22 @@ use crate::plan::BRIDGE_LEN;
 #[derive(Debug)]
 pub(crate) struct PageRuns {
     page_len: usize,
+    key: HashKey,
     runs: Vec<Run>,
     /// The hash of every slot; zeros for a zero page and for a slot that no page is in.
     hashes: Vec<Hash>,
     gaps: Vec<Range<usize>>,
+}
+
+/// What a page was found to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Looked {
+    /// All its bytes are zero.
+    Zero,
+    /// It is the page of the base: it has a hash, and is in no run.
+    Same,
+    /// It has data, and is in a run.
+    Data,
 }
 
 /// Pages that are written at once, from one with data to one with data.
@@ -34,26 +46,30 @@ pub(crate) struct Run {
 }
 
 impl PageRuns {
-    /// Prepares for a buffer of `slots` pages of `page_len` bytes.
-    pub(crate) fn new(page_len: usize, slots: usize) -> PageRuns {
-        PageRuns { page_len, runs: Vec::new(), hashes: vec![NO_HASH; slots], gaps: Vec::new() }
+    /// Prepares for a buffer of `slots` pages of `page_len` bytes, whose hashes have `key`.
+    pub(crate) fn new(page_len: usize, slots: usize, key: HashKey) -> PageRuns {
+        let (hashes, gaps) = (vec![NO_HASH; slots], Vec::new());
+        PageRuns { page_len, key, runs: Vec::new(), hashes, gaps }
     }
 
-    /// Tests and hashes page `page` of a block, which is `bytes` in `slot`; returns whether it has
-    /// data.
+    /// Tests and hashes page `page` of a block, which is `bytes` in `slot`.
     ///
-    /// `bridges` says whether a gap, which is given as pages of the block, may be written: all of
-    /// them are zero, and stay zero.
+    /// `is_same` says whether the base has a page with this hash there. `bridges` says whether a gap,
+    /// which is given as pages of the block, may be written: all of them are zero, and stay zero.
     pub(crate) fn look(
         &mut self,
         (slot, page): (usize, u64),
         bytes: &[u8],
+        is_same: impl FnOnce(Hash) -> bool,
         bridges: impl FnOnce(Range<u64>) -> bool,
-    ) -> bool {
+    ) -> Looked {
         if is_zero(bytes) {
-            return false;
+            return Looked::Zero;
         }
-        self.hashes[slot] = encode_hash(page_hash(bytes));
+        self.hashes[slot] = encode_hash(page_hash(bytes, self.key));
+        if is_same(self.hashes[slot]) {
+            return Looked::Same;
+        }
         if let Some(run) = self.runs.last_mut() {
             let end = run.first + run.slots.len() as u64;
             let gap = run.slots.end..slot;
@@ -61,11 +77,17 @@ impl PageRuns {
             if is_same && gap.len() * self.page_len <= BRIDGE && bridges(end..page) {
                 run.slots.end = slot + 1;
                 self.gaps.extend((!gap.is_empty()).then_some(gap));
-                return true;
+                return Looked::Data;
             }
         }
         self.runs.push(Run { slots: slot..slot + 1, first: page });
-        true
+        Looked::Data
+    }
+
+    /// Notes that the page in `slot` is the page of the base that has this hash: zeros for a zero page.
+    pub(crate) fn keep(&mut self, slot: usize, hash: Hash) -> Looked {
+        self.hashes[slot] = hash;
+        if hash == NO_HASH { Looked::Zero } else { Looked::Same }
     }
 
     /// Returns the runs.
@@ -100,9 +122,9 @@ mod tests {
     const SLOTS: usize = 64;
 
     fn runs_of(pages: &[(usize, u64)], bridges: bool) -> PageRuns {
-        let mut runs = PageRuns::new(4096, SLOTS);
+        let mut runs = PageRuns::new(4096, SLOTS, HashKey::NONE);
         for &(slot, page) in pages {
-            assert!(runs.look((slot, page), &[7; 4096], |_| bridges));
+            assert_eq!(runs.look((slot, page), &[7; 4096], |_| false, |_| bridges), Looked::Data);
         }
         runs
     }
@@ -137,8 +159,19 @@ mod tests {
 
     #[test]
     fn a_page_of_zeros_is_in_no_run() {
-        let mut runs = PageRuns::new(4096, SLOTS);
-        assert!(!runs.look((0, 0), &[0; 4096], |_| true));
+        let mut runs = PageRuns::new(4096, SLOTS, HashKey::NONE);
+        let looked = runs.look((0, 0), &[0; 4096], |_| true, |_| true);
+        assert_eq!(looked, Looked::Zero);
         assert!(runs.runs().is_empty() && runs.hashes(0..SLOTS).iter().all(|&byte| byte == 0));
+    }
+
+    #[test]
+    fn a_page_of_the_base_is_hashed_and_in_no_run() {
+        let mut runs = PageRuns::new(4096, SLOTS, HashKey::new(5));
+        let hash = encode_hash(page_hash(&[7; 4096], HashKey::new(5)));
+        let looked = runs.look((3, 3), &[7; 4096], |found| found == hash, |_| true);
+        assert_eq!(looked, Looked::Same);
+        assert!(runs.runs().is_empty());
+        assert_eq!(runs.hashes(3..4), hash);
     }
 }

@@ -3,14 +3,18 @@
 use std::fmt;
 use std::fs::File;
 use std::io;
+use std::iter;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
-use vmfile_engine::{RunningHash, begin_reading};
-use vmfile_format::limits::FILE_LEN_MAX;
-use vmfile_format::manifest::{ExtentMeta, FOOTER_LEN, Footer, Meta};
+use vmfile_engine::{HashKey, RunningHash, begin_reading};
+use vmfile_format::limits::{CHAIN_LEN_MAX, FILE_LEN_MAX};
+use vmfile_format::manifest::features::THIN;
+use vmfile_format::manifest::{
+    BaseMeta, ExtentMeta, FOOTER_LEN, Footer, Meta, SnapshotId, decode_base_pages,
+};
 use vmfile_format::mapped_ram::{MARK, MappedRamFile, PlacedBlock};
 use vmfile_format::{FormatError, PageBitmap, ReadError};
 
@@ -26,6 +30,9 @@ pub struct Snapshot {
     len: u64,
     structure: MappedRamFile,
     manifest: Option<Manifest>,
+    /// The file that has the pages that this one lacks. `None` if this one is not thin, or was opened
+    /// alone.
+    base: Option<Box<Snapshot>>,
 }
 
 /// Which program wrote a file.
@@ -148,18 +155,69 @@ pub enum SnapshotError {
         /// Where the footer should begin.
         offset: u64,
     },
+    /// The file is thin, and the file that has the pages that it lacks is not where it was, nor beside
+    /// the thin one.
+    #[error(
+        "{path} is thin: it needs its base, a file with the id {id}, which was not found ({found})",
+        path = path.display()
+    )]
+    BaseMissing {
+        /// The thin file.
+        path: PathBuf,
+        /// The identity of its base.
+        id: SnapshotId,
+        /// Where it was looked for, and what was there.
+        found: String,
+    },
+    /// There are more files below a thin one than there may be.
+    #[error("{path} is the base of {CHAIN_LEN_MAX} files that are one another's, as many as there may be, \
+             and is thin itself", path = path.display())]
+    ChainTooLong {
+        /// The last one that was opened.
+        path: PathBuf,
+    },
+    /// The file is thin and was opened alone, without its base.
+    #[error("{path} is thin, and was opened without its base", path = path.display())]
+    NoBase {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The lowest file of a chain does not have a block of which a thin file says that it has pages.
+    #[error("{path} has no pages of RAM block {block:?}, which files above it need", path = path.display())]
+    BaseLacksPages {
+        /// The lowest file.
+        path: PathBuf,
+        /// The RAM block.
+        block: String,
+    },
 }
 
 impl Snapshot {
-    /// Opens the file at `path`, whose stream begins at `start`: QEMU's `offset=`, 0 for a vmfile.
+    /// Opens the file at `path`, whose stream begins at `start`: QEMU's `offset=`, 0 for a vmfile. If it
+    /// is thin, opens the files below it as well.
     ///
     /// Reads the structure and the manifest's metadata, no page and no page hash.
+    ///
+    /// A base is found by its id: where it was when the thin file was made, or else under the same name
+    /// beside the thin file.
     ///
     /// # Errors
     ///
     /// Returns [`SnapshotError`] if the file cannot be read, is no saved VM, or is cut or damaged
-    /// in any part that says where something lies.
+    /// in any part that says where something lies, or if a file below it is missing.
     pub fn open(path: &Path, start: u64) -> Result<Snapshot, SnapshotError> {
+        let mut snapshot = Snapshot::open_alone(path, start)?;
+        snapshot.open_below(CHAIN_LEN_MAX)?;
+        Ok(snapshot)
+    }
+
+    /// Opens the file at `path` as [`Snapshot::open`] does, and no other file. Pages that a base has
+    /// cannot be read from it.
+    ///
+    /// # Errors
+    ///
+    /// As [`Snapshot::open`].
+    pub fn open_alone(path: &Path, start: u64) -> Result<Snapshot, SnapshotError> {
         let open = |source| SnapshotError::Open { path: path.to_path_buf(), source };
         // Checked before the file is opened: opening a pipe would wait for its other end.
         if !path.metadata().map_err(open)?.is_file() {
@@ -185,7 +243,83 @@ impl Snapshot {
         }
         let structure = read_structure(path, &file, len, start)?;
         check_manifest(path, &file, len, &structure, manifest.as_ref())?;
-        Ok(Snapshot { path: path.to_path_buf(), file, len, structure, manifest })
+        Ok(Snapshot { path: path.to_path_buf(), file, len, structure, manifest, base: None })
+    }
+
+    /// Opens the files below this one, at most `files_max`.
+    fn open_below(&mut self, files_max: usize) -> Result<(), SnapshotError> {
+        let Some(base) = self.manifest.as_ref().and_then(|manifest| manifest.meta.base.clone())
+        else {
+            return Ok(());
+        };
+        let Some(files_max) = files_max.checked_sub(1) else {
+            return Err(SnapshotError::ChainTooLong { path: self.path.clone() });
+        };
+        let mut found = self.find_base(&base)?;
+        found.open_below(files_max)?;
+        self.base = Some(Box::new(found));
+        Ok(())
+    }
+
+    fn find_base(&self, base: &BaseMeta) -> Result<Snapshot, SnapshotError> {
+        let recorded = PathBuf::from(&base.path);
+        let beside = recorded.file_name().map(|name| self.path.with_file_name(name));
+        let mut found = Vec::new();
+        for path in iter::once(recorded).chain(beside) {
+            match Snapshot::open_alone(&path, 0) {
+                Ok(snapshot) if snapshot.id() == Some(base.id) => return Ok(snapshot),
+                Ok(snapshot) => found.push(match snapshot.id() {
+                    Some(id) => format!("{} has the id {id}", path.display()),
+                    None => format!("{} has none: QEMU wrote it", path.display()),
+                }),
+                Err(SnapshotError::Open { source, .. }) => {
+                    found.push(format!("{}: {source}", path.display()));
+                }
+                Err(error) => found.push(error.to_string()),
+            }
+        }
+        let (path, id, found) = (self.path.clone(), base.id, found.join("; "));
+        Err(SnapshotError::BaseMissing { path, id, found })
+    }
+
+    /// Returns the file that has the pages that this one lacks; `None` if this one is not thin, or was
+    /// opened alone.
+    #[must_use]
+    pub fn base(&self) -> Option<&Snapshot> {
+        self.base.as_deref()
+    }
+
+    /// Returns how many files are below this one.
+    #[must_use]
+    pub fn files_below(&self) -> usize {
+        iter::successors(self.base(), |file| file.base()).count()
+    }
+
+    /// Returns the file's identity; `None` if QEMU wrote it.
+    #[must_use]
+    pub fn id(&self) -> Option<SnapshotId> {
+        self.manifest.as_ref().map(|manifest| manifest.footer.id())
+    }
+
+    /// Returns the key of the page hashes.
+    #[must_use]
+    pub fn key(&self) -> HashKey {
+        let seed = self.manifest.as_ref().map(|manifest| manifest.meta.page_hash_seed);
+        seed.map_or(HashKey::NONE, HashKey::new)
+    }
+
+    /// Reads which pages of each block the base has; `None` if the file is not thin.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`SnapshotError::Read`] if the kernel refuses.
+    pub fn base_pages(&self) -> Result<Option<Vec<PageBitmap>>, SnapshotError> {
+        let table = self.manifest.as_ref().and_then(|manifest| manifest.meta.base_pages());
+        let Some(table) = table else { return Ok(None) };
+        let bytes = self.read(table.offset, table.bytes)?;
+        let blocks: Vec<_> =
+            self.structure.blocks.iter().map(|placed| placed.block.page_count()).collect();
+        Ok(Some(decode_base_pages(&bytes, &blocks).expect("`Meta::check` compared the length")))
     }
 
     /// Reads which pages of `block` are in the file.
@@ -209,16 +343,20 @@ impl Snapshot {
         self.read(state.start, state.end - state.start)
     }
 
-    /// Compares every part of the file that has a checksum, which is everything but pages, their
-    /// hashes and zeros, with that checksum. A file that QEMU wrote has none.
+    /// Compares every part of the file and of those below it that has a checksum, which is everything
+    /// but pages, their hashes and zeros, with that checksum. A file that QEMU wrote has none.
     ///
     /// # Errors
     ///
     /// Returns [`SnapshotError::DamagedPart`] for the first part that is not what was written, and
     /// [`SnapshotError::Read`] if the kernel refuses.
     pub fn verify_parts(&self) -> Result<(), SnapshotError> {
-        for extent in self.manifest.iter().flat_map(|manifest| &manifest.meta.extents) {
-            let found = self.checksum(extent)?;
+        let parts = |manifest: &'_ Manifest| {
+            let meta = &manifest.meta;
+            meta.extents.iter().chain(meta.base_pages()).cloned().collect::<Vec<_>>()
+        };
+        for extent in self.manifest.iter().flat_map(parts) {
+            let found = self.checksum(&extent)?;
             if !extent.has_hash(found) {
                 return Err(SnapshotError::DamagedPart {
                     path: self.path.clone(),
@@ -229,7 +367,7 @@ impl Snapshot {
                 });
             }
         }
-        Ok(())
+        self.base().map_or(Ok(()), Snapshot::verify_parts)
     }
 
     /// Returns the checksum of the bytes that lie in `extent`, which are read in pieces: the bitmap
@@ -294,6 +432,15 @@ impl Snapshot {
     /// Returns [`SnapshotError::Read`] if the kernel refuses.
     pub fn read(&self, offset: u64, len: u64) -> Result<Vec<u8>, SnapshotError> {
         read_at(&self.path, &self.file, offset, in_memory(len))
+    }
+
+    /// Reads `bytes` at `offset`, which comes from a structure that was checked.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`SnapshotError::Read`] if the kernel refuses.
+    pub fn read_into(&self, offset: u64, bytes: &mut [u8]) -> Result<(), SnapshotError> {
+        read_into(&self.path, &self.file, offset, bytes)
     }
 }
 
@@ -372,7 +519,8 @@ fn check_manifest(
         Some(Manifest { footer, meta }) => {
             meta.check(structure, footer).map_err(|source| SnapshotError::format(path, source))
         }
-        None if is_ours(path, file, structure)? => {
+        // Without its end, a thin file would be a file of zeros.
+        None if structure.has_feature(THIN) || is_ours(path, file, structure)? => {
             let offset = len.saturating_sub(FOOTER_LEN);
             Err(SnapshotError::LostEnd { path: path.to_path_buf(), offset })
         }

@@ -33,6 +33,10 @@ pub trait MorePlaces: Sync {
     fn to_read(&self, block: usize, window: &Range<u64>) -> io::Result<Option<Range<u64>>>;
 }
 
+/// Adds to bytes that were read the pages that are in other files: the block's number, the offset of the
+/// first byte in the block, and the bytes.
+pub type Fill<'a> = dyn Fn(usize, u64, &mut [u8]) -> io::Result<()> + Sync + 'a;
+
 /// Reads windows with data, each from its first such page to its last, and those that `more` adds.
 #[expect(
     missing_debug_implementations,
@@ -45,6 +49,8 @@ pub struct WindowReader<'a> {
     pub bitmaps: &'a [PageBitmap],
     /// Places that are of interest besides pages with data.
     pub more: Option<&'a dyn MorePlaces>,
+    /// Adds to the bytes of a block, from an offset on, the pages that are in other files.
+    pub fill: Option<&'a Fill<'a>>,
     /// How the caller stops the work and hears of its progress.
     pub control: &'a Control<'a>,
 }
@@ -104,13 +110,18 @@ impl WindowReader<'_> {
                 break;
             };
             let Transfer { file_offset, memory, tag, .. } = completion.transfer;
-            let Memory::Owned(buffer, range) = memory else {
+            let Memory::Owned(mut buffer, range) = memory else {
                 unreachable!("windows are read into buffers");
             };
             let block = usize::try_from(tag).expect("a block's number");
             let start = file_offset - self.blocks[block].pages_offset;
             let window = self.window(block, start..start + range.len() as u64);
-            take(&mut remembered, &window, completion.result.map(|()| &buffer[range]))?;
+            let bytes = &mut buffer[range];
+            let read = completion.result.and_then(|()| match self.fill {
+                Some(fill) => fill(block, start, bytes),
+                None => Ok(()),
+            });
+            take(&mut remembered, &window, read.map(|()| &*bytes))?;
             shared.meter.add(self.data_bytes_of(&window));
         }
         Ok(remembered)
@@ -230,8 +241,13 @@ mod tests {
         }
         let placed =
             PlacedBlock { block, record_offset: 0, bitmap_offset: 64, pages_offset: 1 << 20 };
-        let reader =
-            WindowReader { blocks: &[placed], bitmaps: &[bitmap], more, control: &Control::none() };
+        let reader = WindowReader {
+            blocks: &[placed],
+            bitmaps: &[bitmap],
+            more,
+            fill: None,
+            control: &Control::none(),
+        };
         let found = Mutex::new(Vec::new());
         let take = |(): &mut (), window: &Window, read: io::Result<&[u8]>| {
             assert_eq!(read.unwrap().len() as u64, window.range.end - window.range.start);

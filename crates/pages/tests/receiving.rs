@@ -38,7 +38,7 @@ impl Receiver {
         file.set_len(places.hashes()[1] + pages[1] * 16).unwrap();
         let data_file = DataFile::new(file.try_clone().unwrap(), DirectIo::Off).unwrap();
         let hashes = places.hashes().to_vec();
-        let ram = ReceivedRam::new(data_file.clone(), places.blocks(), &hashes);
+        let ram = ReceivedRam::new(data_file.clone(), places.blocks(), (&hashes, places.key()));
         Receiver { file, data_file, ram, page_len: usize::try_from(page_size).unwrap(), hashes }
     }
 
@@ -87,7 +87,7 @@ impl Receiver {
             assert_eq!(self.ram.has_data(block, PageIndex(page)), byte != 0);
             match byte {
                 0 => assert_eq!(self.hash(block, page), [0; 16], "page {page} of block {block}"),
-                byte => assert!(is_page(&self.page(byte), self.hash(block, page))),
+                byte => assert!(is_page(&self.page(byte), self.hash(block, page), self.ram.key())),
             }
         }
     }

@@ -8,6 +8,7 @@ mod error;
 mod files;
 mod flush;
 mod io_limits;
+mod last_file;
 mod memory_backends;
 mod memory_map;
 mod other_writers;

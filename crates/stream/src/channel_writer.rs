@@ -97,7 +97,7 @@ pub fn write_channels(
 
 /// Returns the VM's uuid, by which QEMU knows its channels; zeros if it has none.
 fn uuid(contents: &StreamContents<'_>) -> [u8; 16] {
-    let manifest = contents.snapshot.manifest();
+    let manifest = contents.snapshot().manifest();
     let text = manifest.and_then(|manifest| manifest.meta.vm.uuid.as_deref());
     let known = text.and_then(parse_uuid).or(contents.configuration().uuid);
     known.unwrap_or_default()
@@ -138,7 +138,7 @@ impl<'a> Senders<'a, ()> {
     ) -> Senders<'a, impl Iterator<Item = Window> + Send + use<'a>> {
         Senders {
             contents,
-            ram: contents.snapshot.structure().ram(),
+            ram: contents.snapshot().structure().ram(),
             outlets: Mutex::new(outlets),
             windows: Mutex::new(contents.windows()),
             packets: AtomicU64::new(0),

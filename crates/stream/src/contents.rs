@@ -9,6 +9,7 @@ use vmfile_format::ram_block::RamBlock;
 use vmfile_format::stream::configuration::Configuration;
 use vmfile_format::stream::encoder;
 use vmfile_format::{PageBitmap, PageIndex};
+use vmfile_pages::layers::Layers;
 use vmfile_pages::page_hashes::PageHashes;
 use vmfile_pages::plan::{WINDOW_LEN, pieces};
 use vmfile_pages::snapshot::{Snapshot, SnapshotError};
@@ -34,8 +35,8 @@ pub enum Pages {
 /// What a stream contains.
 #[derive(Debug)]
 pub struct StreamContents<'a> {
-    /// The file.
-    pub snapshot: &'a Snapshot,
+    /// The file, and those below it.
+    pub layers: Layers<'a>,
     /// The blocks of which pages are sent, in the order of the file.
     pub blocks: Vec<BlockContents<'a>>,
     /// The device sections and EOF.
@@ -49,7 +50,7 @@ pub struct StreamContents<'a> {
 pub struct BlockContents<'a> {
     /// Its place in the block list.
     pub index: usize,
-    /// The block, and its place in the file.
+    /// The block, and its place in [`Layers::main`].
     pub placed: &'a PlacedBlock,
     /// Its pages that have data.
     pub bitmap: PageBitmap,
@@ -87,11 +88,13 @@ impl<'a> StreamContents<'a> {
         pages: impl Fn(&RamBlock) -> Pages,
     ) -> Result<StreamContents<'a>, SnapshotError> {
         let structure = snapshot.structure();
+        let layers = Layers::new(snapshot)?;
         let mut blocks = Vec::new();
-        for (index, placed) in structure.blocks.iter().enumerate() {
+        for index in 0..structure.blocks.len() {
+            let placed = layers.placed(index);
             let pages = pages(&placed.block);
             if pages != Pages::None {
-                let bitmap = snapshot.bitmap(placed)?;
+                let bitmap = layers.bitmap(index).clone();
                 let zero_pages = pages == Pages::All;
                 blocks.push(BlockContents { index, placed, bitmap, zero_pages });
             }
@@ -105,12 +108,17 @@ impl<'a> StreamContents<'a> {
             }
             None => encoder::vm_description(&mut description),
         }
-        Ok(StreamContents { snapshot, blocks, devices, description })
+        Ok(StreamContents { layers, blocks, devices, description })
+    }
+
+    /// Returns the file.
+    pub fn snapshot(&self) -> &'a Snapshot {
+        self.layers.snapshot()
     }
 
     /// Returns the configuration of a plain stream: no capability.
     pub fn configuration(&self) -> Configuration {
-        let found = &self.snapshot.structure().configuration;
+        let found = &self.snapshot().structure().configuration;
         Configuration { capabilities: Vec::new(), ..found.clone() }
     }
 
@@ -135,20 +143,23 @@ impl<'a> StreamContents<'a> {
         blocks.map(|block| block.bitmap.page_count().0 - block.bitmap.data_count().0).sum()
     }
 
-    /// Compares the pages with data of `window`, whose bytes are `bytes`, with their hashes.
+    /// Adds to `bytes`, those of `window` that were read from [`Layers::main`], the pages that are in
+    /// other files, and compares all pages with data with their hashes.
     ///
     /// # Errors
     ///
     /// Returns [`SnapshotError::DamagedPage`] for the first page that differs from its hash.
-    pub fn verify(
+    pub fn complete(
         &self,
         window: &Window,
-        bytes: &[u8],
+        bytes: &mut [u8],
         hashes: &mut PageHashes<'_>,
     ) -> Result<(), SnapshotError> {
         let block = &self.blocks[window.block];
-        let first = PageIndex(window.bytes.start / block.placed.block.page_size().bytes());
-        hashes.verify(block.index, &block.bitmap, first, bytes)
+        let start = window.bytes.start;
+        let first = PageIndex(start / block.placed.block.page_size().bytes());
+        self.layers.fill(block.index, start, bytes)?;
+        self.layers.verify(hashes, block.index, first, bytes)
     }
 
     /// Returns the windows in the order of the file; each page that is sent is in one of them.

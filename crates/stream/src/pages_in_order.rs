@@ -33,6 +33,12 @@ pub(crate) struct Read {
     range: Range<usize>,
 }
 
+impl Read {
+    fn bytes(&mut self) -> &mut [u8] {
+        &mut self.buffer[self.range.clone()]
+    }
+}
+
 impl AsRef<[u8]> for Read {
     fn as_ref(&self) -> &[u8] {
         &self.buffer[self.range.clone()]
@@ -47,7 +53,7 @@ impl<'a, I: Iterator<Item = Window>> PagesInOrder<'a, I> {
         windows: I,
     ) -> PagesInOrder<'a, I> {
         let (underway, early) = (VecDeque::new(), BTreeMap::new());
-        let hashes = PageHashes::new(contents.snapshot);
+        let hashes = PageHashes::new(contents.snapshot());
         PagesInOrder { contents, hashes, lane, ahead: windows, underway, taken: 0, early }
     }
 
@@ -62,9 +68,9 @@ impl<'a, I: Iterator<Item = Window>> PagesInOrder<'a, I> {
         self.read_ahead()?;
         let Some(window) = self.underway.pop_front() else { return Ok(None) };
         loop {
-            if let Some(read) = self.early.remove(&self.taken) {
+            if let Some(mut read) = self.early.remove(&self.taken) {
                 self.taken += 1;
-                self.contents.verify(&window, read.as_ref(), &mut self.hashes)?;
+                self.contents.complete(&window, read.bytes(), &mut self.hashes)?;
                 return Ok(Some((window, read)));
             }
             let completion = self.lane.next_read().map_err(reading)?;
@@ -96,7 +102,7 @@ impl<'a, I: Iterator<Item = Window>> PagesInOrder<'a, I> {
 
     fn whole(&self, completion: Completion) -> Result<Read, SendError> {
         let (offset, len) = (completion.transfer.file_offset, completion.transfer.memory.len());
-        let path = || self.contents.snapshot.path().to_path_buf();
+        let path = || self.contents.layers.main().path().to_path_buf();
         completion.result.map_err(|source| SnapshotError::Read {
             path: path(),
             offset,

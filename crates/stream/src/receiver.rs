@@ -101,7 +101,7 @@ impl StreamReceiver<'_> {
                 .map_err(ReceiveError::from)?;
         self.draft.reserve(places.tables()).map_err(ReceiveError::from)?;
         let file = self.draft.file().clone();
-        let ram = ReceivedRam::new(file, places.blocks(), places.hashes());
+        let ram = ReceivedRam::new(file, places.blocks(), (places.hashes(), places.key()));
         let backend = self.workers.backend().clone();
         let meter = Meter::new(self.limits.control, head.ram.total_length());
         let channel = |channel| Channel::new(channel, &head.ram, &rounds);

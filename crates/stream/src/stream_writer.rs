@@ -74,11 +74,12 @@ pub fn write_short_stream(
     outlet: &mut Outlet<'_>,
     control: &Control<'_>,
 ) -> Result<(), SendError> {
-    let mut hashes = PageHashes::new(contents.snapshot);
+    let mut hashes = PageHashes::new(contents.snapshot());
     let next = |window: &Window| {
         let offset = contents.blocks[window.block].placed.pages_offset + window.bytes.start;
-        let read = contents.snapshot.read(offset, window.bytes.end - window.bytes.start)?;
-        contents.verify(window, &read, &mut hashes)?;
+        let main = contents.layers.main();
+        let mut read = main.read(offset, window.bytes.end - window.bytes.start)?;
+        contents.complete(window, &mut read, &mut hashes)?;
         Ok(read)
     };
     write_windows(contents, next, outlet, control)
@@ -141,7 +142,7 @@ impl<'w, 'o> StreamWriter<'w, 'o> {
         outlet: &'w mut Outlet<'o>,
         parts: Parts,
     ) -> Result<StreamWriter<'w, 'o>, SendError> {
-        let structure = contents.snapshot.structure();
+        let structure = contents.snapshot().structure();
         let mut words = contents.configuration().encode();
         let begin = match parts {
             Parts::Flushing => RamSection::begin_flushing,

@@ -21,12 +21,14 @@ use vmfile_engine::{Backend, DirectIo, Existing, PublishError};
 use vmfile_format::stream::decoder::{EVENT_LEN_MAX, Event, StreamDecoder};
 use vmfile_pages::PagesError;
 use vmfile_pages::control::Control;
+use vmfile_pages::draft::Draft;
 use vmfile_pages::reading::Verified;
 use vmfile_pages::snapshot::{Snapshot, SnapshotError};
 
 use crate::new_file::new_file;
 use crate::receive::{ReceiveError, ReceiveOptions, StreamFrom, receive};
 use crate::send::{SendError, SendOptions, SendReport, SendTo, send};
+use crate::whole::{Whole, write_whole};
 
 /// The format of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -156,7 +158,8 @@ fn io(what: &'static str) -> impl Fn(std::io::Error) -> ConvertError {
 /// `to`.
 ///
 /// A mapped-ram file that QEMU wrote can be converted to mapped-ram: it becomes a vmfile, with its
-/// pages checked and without stale bytes. A vmfile is one already.
+/// pages checked and without stale bytes. So can a thin file, which becomes one that needs no other, and
+/// one of an older version, whose page hashes get a key. Any other vmfile is one already.
 ///
 /// # Errors
 ///
@@ -172,6 +175,9 @@ pub fn convert(
     let (from, converted) = match (Snapshot::open(source, start), to) {
         (Ok(snapshot), Format::Stream) => {
             (Format::MappedRam, to_stream(&snapshot, destination, options, control)?)
+        }
+        (Ok(snapshot), Format::MappedRam) if snapshot.base().is_some() || is_old(&snapshot) => {
+            (Format::MappedRam, to_whole(&snapshot, destination, options, control)?)
         }
         (Ok(snapshot), Format::MappedRam) if snapshot.manifest().is_some() => {
             return Err(already(source, "vmfile"));
@@ -202,6 +208,11 @@ pub fn convert(
         verified: converted.verified,
         total_seconds: started.elapsed().as_secs_f64(),
     })
+}
+
+/// Whether an older version of vmfile wrote the file: its page hashes have no key.
+fn is_old(snapshot: &Snapshot) -> bool {
+    snapshot.manifest().is_some_and(|manifest| manifest.meta.page_hash_seed == 0)
 }
 
 fn already(source: &Path, what: &'static str) -> ConvertError {
@@ -240,6 +251,21 @@ fn to_stream(
     unpublished.publish()?;
     let SendReport { pages_total, pages_data, verified, .. } = sent;
     Ok(Converted { pages_total, pages_data, verified })
+}
+
+/// Writes a vmfile anew, with all pages of the files below it.
+fn to_whole(
+    snapshot: &Snapshot,
+    destination: &Path,
+    options: &ConvertOptions,
+    control: &Control<'_>,
+) -> Result<Converted, ConvertError> {
+    let unpublished = new_file(destination, options.existing, None)?;
+    let draft = Draft::new(unpublished, options.direct_io)?;
+    let whole = write_whole(&draft, snapshot, options.io, control)?;
+    draft.prove()?.publish()?;
+    let Whole { pages_total, pages_data } = whole;
+    Ok(Converted { pages_total, pages_data, verified: Verified::of(snapshot) })
 }
 
 /// Writes a stream at fixed places.

@@ -8,6 +8,7 @@ use std::time::Duration;
 use vmfile_engine::PublishError;
 use vmfile_format::FormatError;
 use vmfile_pages::PagesError;
+pub use vmfile_pages::base::BaseError;
 use vmfile_pages::process_ram::ProcessRamError;
 use vmfile_pages::snapshot::SnapshotError;
 use vmfile_qemu::{Blocker, CommandLineError, VmError};
@@ -153,6 +154,32 @@ pub enum SaveError {
     /// The guest could not be saved by userfault while it ran.
     #[error(transparent)]
     Userfault(#[from] UserfaultError),
+    /// The file that was named as the base cannot be one.
+    #[error("the base cannot be used")]
+    Base(#[source] BaseError),
+    /// The base would be replaced by the file that needs it.
+    #[error("{path} is the base, or below it, and would be replaced", path = path.display())]
+    BaseIsDestination {
+        /// The destination.
+        path: PathBuf,
+    },
+    /// The base is a file of another VM.
+    #[error("{path} is a file of another VM: {what}", path = path.display())]
+    BaseOfAnotherVm {
+        /// The base.
+        path: PathBuf,
+        /// What differs.
+        what: String,
+    },
+    /// Only a save that reads the memory of QEMU's process can keep pages of a base.
+    #[error("a save with a base reads the memory of QEMU's process, and cannot here: {reason}")]
+    BaseNeedsMemory {
+        /// Why it cannot.
+        reason: String,
+    },
+    /// The caller chose a thin file, and no base.
+    #[error("a thin file needs a base")]
+    ThinWithoutBase,
     /// QEMU did not make the connections over which it should send the VM.
     #[error("QEMU did not connect to {socket}: {reason}", socket = socket.display())]
     NotConnected {
@@ -258,8 +285,9 @@ pub enum SaveError {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum UserfaultError {
-    /// The caller chose the route `direct`, and this guest cannot be saved so.
-    #[error("the route direct cannot save this guest while it runs: {reason}")]
+    /// The caller chose the route `direct`, or a base, and this guest's memory cannot be read while it
+    /// runs.
+    #[error("the memory of this guest cannot be read while it runs: {reason}")]
     NotPossible {
         /// Why.
         reason: String,

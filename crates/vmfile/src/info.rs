@@ -1,7 +1,9 @@
 //! `vmfile info`: what is in a file, without reading a page.
 
 use serde::Serialize;
-use vmfile_format::manifest::{CpuSectionMeta, DiskMeta, Features, MemoryRangeMeta};
+use vmfile_format::manifest::{
+    BaseMeta, CpuSectionMeta, DiskMeta, Features, MemoryRangeMeta, SnapshotId,
+};
 use vmfile_pages::snapshot::FileFormat;
 use vmfile_pages::snapshot::{Snapshot, SnapshotError};
 
@@ -37,8 +39,24 @@ pub struct Info {
     pub memory_map: Option<Vec<MemoryRangeMeta>>,
     /// The device sections that hold the CPUs' registers; empty where the file does not say it.
     pub cpu_sections: Vec<CpuSectionMeta>,
+    /// The file's identity; `None` if QEMU wrote it.
+    pub id: Option<SnapshotId>,
+    /// The file that has the pages that this one lacks, if it is thin.
+    pub base: Option<BaseInfo>,
     /// The features of the format that this file uses.
     pub features: Features,
+}
+
+/// The base of a thin file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct BaseInfo {
+    /// Its identity.
+    pub id: SnapshotId,
+    /// Where it was.
+    pub path: String,
+    /// How many pages are in it, or below it.
+    pub pages: u64,
 }
 
 /// The VM that was saved.
@@ -128,8 +146,19 @@ pub fn info(snapshot: &Snapshot) -> Result<Info, SnapshotError> {
         disks: meta.map(|meta| meta.vm.disks.clone()).unwrap_or_default(),
         memory_map: meta.and_then(|meta| meta.vm.memory_map.clone()),
         cpu_sections: meta.map(|meta| meta.cpu_sections.clone()).unwrap_or_default(),
+        id: snapshot.id(),
+        base: base(snapshot)?,
         features: meta.map(|meta| meta.features.clone()).unwrap_or_default(),
     })
+}
+
+fn base(snapshot: &Snapshot) -> Result<Option<BaseInfo>, SnapshotError> {
+    let meta = snapshot.manifest().and_then(|manifest| manifest.meta.base.clone());
+    let (Some(BaseMeta { id, path }), Some(of_base)) = (meta, snapshot.base_pages()?) else {
+        return Ok(None);
+    };
+    let pages = of_base.iter().map(|bitmap| bitmap.data_count().0).sum();
+    Ok(Some(BaseInfo { id, path, pages }))
 }
 
 fn blocks(snapshot: &Snapshot) -> Result<Vec<BlockInfo>, SnapshotError> {

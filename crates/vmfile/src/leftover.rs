@@ -52,7 +52,7 @@ fn what_happened(record: &SaveRecord) -> String {
 
 /// Whether the save gave its file the name, and the file's manifest lists `overlay`.
 fn belongs_to_a_file(record: &SaveRecord, overlay: &Path) -> bool {
-    let Ok(snapshot) = Snapshot::open(&record.destination, 0) else { return false };
+    let Ok(snapshot) = Snapshot::open_alone(&record.destination, 0) else { return false };
     let Some(manifest) = snapshot.manifest() else { return false };
     let overlays = manifest.meta.vm.disks.iter().filter_map(|disk| disk.overlay.as_deref());
     overlays.map(Path::new).any(|found| found == overlay)

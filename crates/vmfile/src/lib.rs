@@ -82,6 +82,7 @@ pub mod restore;
 mod restore_error;
 pub mod save;
 pub mod send;
+mod whole;
 
 pub use guard::GuardError;
 pub use new_file::new_file;

@@ -32,5 +32,5 @@ pub fn new_file(
 }
 
 fn is_saved_vm(path: &Path) -> bool {
-    Snapshot::open(path, 0).is_ok_and(|snapshot| snapshot.manifest().is_some())
+    Snapshot::open_alone(path, 0).is_ok_and(|snapshot| snapshot.manifest().is_some())
 }

@@ -131,8 +131,14 @@ pub fn receive(
     let receiver = StreamReceiver { draft: &draft, workers, limits };
     let received = receiver.run(connections, || Ok::<_, ReceiveError>(()))?;
     let vm = describe_vm(&received, sender);
-    let facts = SaveFacts { route: "stream", live: None, pause_seconds: None, vm };
-    draft.finish(&received.places, &received.bitmaps, received.tail(), facts)?;
+    let facts = SaveFacts {
+        route: "stream".to_owned(),
+        live: None,
+        pause_seconds: None,
+        saved_at_unix_seconds: None,
+        vm,
+    };
+    draft.finish(&received.places, (&received.bitmaps, &[]), received.tail(), facts)?;
     if control.is_stopped() {
         return Err(PagesError::Stopped.into());
     }

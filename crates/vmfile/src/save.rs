@@ -10,6 +10,7 @@
 //! vmfile what to undo.
 
 mod aside;
+mod base;
 mod changed;
 mod config_files;
 mod describe;
@@ -34,7 +35,7 @@ use std::time::{Duration, Instant};
 
 use vmfile_engine::PublishError;
 use vmfile_engine::{BackendInUse, DirectIoInUse};
-use vmfile_format::manifest::VmMeta;
+use vmfile_format::manifest::{SnapshotId, VmMeta};
 use vmfile_pages::PagesError;
 use vmfile_pages::control::Control;
 use vmfile_pages::draft::{Draft, Proven, SaveFacts};
@@ -42,12 +43,14 @@ use vmfile_qemu::{
     FileId, Footprint, Holder, PUT_BACK_TIMEOUT, Paused, RamBlockInfo, RunState, SaveRecord, Vm,
 };
 
+pub use self::base::BaseUsed;
+use self::base::ChosenBase;
 use self::changed::Known;
 use self::describe::describe_vm;
 pub use self::disks::SavedDisk;
 pub(crate) use self::disks::overlay_names;
 use self::disks::{Disks, deep_disks, saved_disks};
-pub use self::options::{After, Live, Route, SaveOptions};
+pub use self::options::{After, BaseFile, Live, Route, SaveOptions};
 pub use self::report::{GuestWaits, LiveMethod, RouteUsed, SaveReport};
 use self::route::{ChosenRoute, ReadyRoute, choose, choose_live};
 pub use crate::change::Change;
@@ -97,10 +100,13 @@ struct Save<'a> {
     guard: Guard,
     record: SaveRecord,
     route: ChosenRoute,
+    base: ChosenBase,
     /// `None` once the file was published or dropped.
     draft: Option<Draft>,
     /// The file, whatever its name.
     file: FileId,
+    /// The file's identity, once it is complete.
+    id: Option<SnapshotId>,
     /// Whether the file has its name: then the overlays belong to it.
     is_named: bool,
     known: Known,
@@ -122,6 +128,7 @@ struct Work<'a> {
     draft: &'a Draft,
     disks: &'a mut Disks,
     options: &'a SaveOptions,
+    base: &'a mut ChosenBase,
     control: &'a Control<'a>,
     meta: &'a mut VmMeta,
     warnings: &'a mut Vec<String>,
@@ -134,7 +141,13 @@ impl Work<'_> {
     fn facts(&self, route: RouteUsed, pause_seconds: f64, live: bool) -> SaveFacts {
         let vm = self.meta.clone();
         let route = route.name();
-        SaveFacts { route, live: Some(live), pause_seconds: Some(pause_seconds), vm }
+        SaveFacts {
+            route: route.to_owned(),
+            live: Some(live),
+            pause_seconds: Some(pause_seconds),
+            saved_at_unix_seconds: None,
+            vm,
+        }
     }
 
     fn seconds_paused(&self) -> f64 {
@@ -169,6 +182,10 @@ impl Work<'_> {
 struct Written {
     pages_total: u64,
     pages_data: u64,
+    /// Those of them that are the pages of the base.
+    pages_of_base: u64,
+    /// Bytes of RAM that this process read; 0 if QEMU sent or wrote them.
+    bytes_read: u64,
     bytes_written: u64,
     bytes_rewritten: u64,
     io: BackendInUse,
@@ -218,10 +235,14 @@ impl<'a> Save<'a> {
         let disks =
             if options.with_disks { Disks::plan(&found, &mut meta)? } else { Disks::default() };
         let draft = Draft::new(unpublished, options.direct_io)?;
+        let mut base = ChosenBase::choose(vm, options, (&draft, destination))?;
         let route = match options.live.filter(|_| was_running) {
             Some(live) => choose_live(vm, options, live, &draft)?,
             None => choose(vm, options, &draft)?,
         };
+        if let ReadyRoute::Stream(_) | ReadyRoute::Native(_) = route.route {
+            base.without_memory(options, &route.reason)?;
+        }
         warnings.extend(route.unused(options));
         guard.add_files(route.route.sockets())?;
         let record = SaveRecord {
@@ -243,7 +264,9 @@ impl<'a> Save<'a> {
             record,
             direct_io: route.route.direct_io(&draft),
             route,
+            base,
             file: FileId::of(&file),
+            id: None,
             draft: Some(draft),
             is_named: false,
             known,
@@ -306,6 +329,7 @@ impl<'a> Save<'a> {
             draft: self.draft.as_ref().expect("proven once"),
             disks: &mut self.disks,
             options: self.options,
+            base: &mut self.base,
             control: self.control,
             meta: &mut self.meta,
             warnings: &mut self.warnings,
@@ -343,6 +367,7 @@ impl<'a> Save<'a> {
             draft: self.draft.as_ref().expect("proven once"),
             disks: &mut self.disks,
             options: self.options,
+            base: &mut self.base,
             control: self.control,
             meta: &mut self.meta,
             warnings: &mut self.warnings,
@@ -366,7 +391,9 @@ impl<'a> Save<'a> {
 
     /// Makes the file durable and reads it back.
     fn prove(&mut self) -> Result<Proven, SaveError> {
-        Ok(self.draft.take().expect("proven once").prove()?)
+        let proven = self.draft.take().expect("proven once").prove()?;
+        self.id = Some(proven.id());
+        Ok(proven)
     }
 
     /// Gives the file its name.
@@ -409,10 +436,18 @@ impl<'a> Save<'a> {
 
     /// Removes the record from QEMU, ends the guardian and returns the report.
     fn finish(mut self, vm: &mut Vm) -> SaveReport {
-        let freed = match self.options.after {
+        let id = self.id.expect("the file is complete").to_string();
+        let (path, after) = (&self.path, self.options.after);
+        if after != After::Quit {
+            let note = |vm: &mut Vm| vm.note_last_file(&id, path);
+            let noted = vm.unstoppable(PUT_BACK_TIMEOUT, note);
+            let warning = |error| format!("`save --base auto` will not find this file: {error}");
+            self.warnings.extend(noted.err().map(warning));
+        }
+        let freed = vm.unstoppable(PUT_BACK_TIMEOUT, |vm| match after {
             After::Quit => Ok(()),
-            _ => vm.unstoppable(PUT_BACK_TIMEOUT, Vm::remove_record),
-        };
+            After::Resume | After::Pause => vm.remove_record(),
+        });
         match freed {
             Ok(()) => self.guard.dismiss(),
             Err(error) => {
@@ -426,6 +461,8 @@ impl<'a> Save<'a> {
         self.warnings.extend(deep_disks(&disks));
         SaveReport {
             file: self.path,
+            id,
+            base: self.base.used(written.pages_of_base, written.bytes_read),
             route: written.live.as_ref().map_or(route, |live| live.method.route()),
             route_reason: self.route.reason,
             live: written.live.is_some(),

@@ -112,7 +112,7 @@ pub fn send(
     }
     snapshot.verify_parts()?;
     let contents = StreamContents::new(snapshot, |block| pages(block, options))?;
-    let opened = open_for_reading(snapshot, options.direct_io);
+    let opened = open_for_reading(contents.layers.main(), options.direct_io);
     let (file, direct_io) = opened.map_err(PagesError::reading("guest RAM from the file"))?;
     let source = Source { file, io: options.io };
     let (io, bytes_sent) = match (to, options.channels) {

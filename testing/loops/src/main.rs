@@ -11,7 +11,7 @@ use std::env;
 use std::hint::black_box;
 use std::process::ExitCode;
 
-use vmfile_engine::{is_zero, page_hash};
+use vmfile_engine::{HashKey, is_zero, page_hash};
 use vmfile_format::stream::decoder::{Event, StreamDecoder};
 use vmfile_format::stream::encoder::{RamSection, counted_text};
 use vmfile_format::stream::{MAGIC, VERSION, section};
@@ -135,7 +135,7 @@ fn test_zero_pages(pages: &[u8]) -> usize {
 
 #[inline(never)]
 fn hash_pages(pages: &[u8]) -> u128 {
-    pages.chunks_exact(PAGE_LEN).fold(0, |all, page| all ^ page_hash(page))
+    pages.chunks_exact(PAGE_LEN).fold(0, |all, page| all ^ page_hash(page, HashKey::new(7)))
 }
 
 /// Decodes a stream up to its end; returns how many pages it has.

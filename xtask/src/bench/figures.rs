@@ -16,7 +16,7 @@ pub(super) fn list<'a>(value: &'a Value, name: &str) -> &'a [Value] {
 }
 
 impl<'a> Figures<'a> {
-    /// Returns a way of `what` ("saves", "restores", "reads") of the guest whose RAM is `backing`.
+    /// Returns a way of `what` ("saves", "restores", "reads", "checkpoints") of the guest whose RAM is `backing`.
     pub(super) fn way(self, backing: &str, what: &str, name: &str) -> Option<Way<'a>> {
         let ways = list(self.guest(backing)?, what);
         ways.iter().find(|way| way["name"] == name).map(Way)
@@ -66,6 +66,11 @@ impl<'a> Way<'a> {
     /// Returns the median of the seconds of a restore after QEMU's start.
     pub(super) fn resume_seconds(self) -> f64 {
         median(self.each("resume_seconds"))
+    }
+
+    /// Returns the median of the guest's pauses, in seconds.
+    pub(super) fn pause_seconds(self) -> f64 {
+        median(self.each("pause_seconds"))
     }
 
     /// Returns the largest value of a run, in MiB.

@@ -11,7 +11,13 @@ use super::targets::{Target, Verdict};
 pub(super) fn page(report: &Value, targets: &[Target], commit: &str) -> String {
     let mut page = HEAD.to_owned();
     machine(&mut page, report, commit);
-    for (title, what) in [("Saves", "saves"), ("Restores", "restores"), ("Reads", "reads")] {
+    let tables = [
+        ("Saves", "saves"),
+        ("Restores", "restores"),
+        ("Reads", "reads"),
+        ("Checkpoints", "checkpoints"),
+    ];
+    for (title, what) in tables {
         let _ = write!(page, "\n## {title}\n");
         for scene in list(report, "scenes") {
             ways(&mut page, scene, what);

@@ -79,6 +79,7 @@ pub(super) fn judge(figures: &Figures<'_>) -> Vec<Target> {
     let mut judged = Judged::default();
     saves(*figures, &mut judged);
     reads(*figures, &mut judged);
+    checkpoints(*figures, &mut judged);
     growth(*figures, &mut judged);
     judged.0
 }
@@ -139,6 +140,24 @@ fn reads(figures: Figures<'_>, judged: &mut Judged) {
     judged.at_least("check: speed, cached", rate, 6.0, "GB/s");
     let info = read("vmfile info, cold").map(|info| info.median() * 1e3);
     judged.at_most("info: cold", info, 10.0, "ms");
+}
+
+fn checkpoints(figures: Figures<'_>, judged: &mut Judged) {
+    for backing in ["shared", "private"] {
+        let way = |name: &str| figures.way(backing, "checkpoints", name);
+        let what = |what: &str| format!("base, {backing} RAM: {what}");
+        let all = way("vmfile save");
+        let based = way("vmfile save --base, 1 % changed").zip(all);
+        let ratio = based.map(|(based, all)| based.ratio(all));
+        judged.at_most(&what("1 % changed / all"), ratio, 0.15, "x");
+        let restore = way("vmfile restore --mode map, with a base, warm");
+        let resumed = restore.map(|restore| restore.resume_seconds() * 1e3);
+        judged.at_most(&what("restore by map, guest runs"), resumed, 40.0, "ms");
+        let clone = way("vmfile save --live --base auto, a clone that wrote 64 MiB");
+        judged.at_most(&what("a clone's checkpoint"), clone.map(|clone| clone.median()), 0.25, "s");
+        let pause = clone.map(|clone| clone.pause_seconds() * 1e3);
+        judged.at_most(&what("a clone's checkpoint, pause"), pause, 15.0, "ms");
+    }
 }
 
 fn growth(figures: Figures<'_>, judged: &mut Judged) {

@@ -110,6 +110,7 @@ fn results(gib: u32, backing: &'static str, noise: &mut Noise) -> GuestResults {
         saves: ways(&SAVES, data_gib, noise),
         restores: ways(&RESTORES, data_gib, noise),
         reads: Vec::new(),
+        checkpoints: Vec::new(),
     }
 }
 

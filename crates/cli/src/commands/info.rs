@@ -17,7 +17,8 @@ struct Answer {
 }
 
 pub(crate) fn run(arguments: &InfoArguments, printer: &Printer) -> Result<ExitCode, Failure> {
-    let snapshot = super::open(&arguments.file)?;
+    // A thin file is described without its base.
+    let snapshot = super::open_alone(&arguments.file)?;
     let info = vmfile::info::info(&snapshot).map_err(|error| Failure::from(&error))?;
     let answer = Answer { saved_at: info.saved_at_unix_seconds.map(human::time), info };
     printer.answer(&answer, |answer| human::info(&answer.info, printer.verbose))?;

@@ -23,6 +23,12 @@ fn open(name: &str) -> Result<Snapshot, Failure> {
     Snapshot::open(&name.path, name.offset).map_err(|error| Failure::from(&error))
 }
 
+/// Opens the file that the user named, and no file below it.
+fn open_alone(name: &str) -> Result<Snapshot, Failure> {
+    let name = FileName::parse(name).map_err(Failure::usage)?;
+    Snapshot::open_alone(&name.path, name.offset).map_err(|error| Failure::from(&error))
+}
+
 /// Reads `unix:PATH`, or a path.
 pub(crate) fn socket_path(address: &str) -> Result<PathBuf, Failure> {
     let path = address.strip_prefix("unix:").unwrap_or(address);

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use vmfile::save::{After, Live, Route, SaveOptions};
+use vmfile::save::{After, BaseFile, Live, Route, SaveOptions};
 use vmfile::{Channels, Control, Existing, Vm, VmAddress};
 
 use crate::args::{AfterMode, RouteMode, SaveArguments};
@@ -56,6 +56,11 @@ fn options(arguments: &SaveArguments) -> SaveOptions {
                 .pause_max(Duration::from_millis(arguments.max_pause))
         }))
         .with_disks(arguments.with_disks)
+        .base(arguments.base.clone().map(|base| match base.to_str() {
+            Some("auto") => BaseFile::Auto,
+            _ => BaseFile::File(base),
+        }))
+        .thin(arguments.thin)
         .direct_io(arguments.engine.direct_io())
         .io(arguments.engine.io())
         .jobs(arguments.engine.jobs())

@@ -7,7 +7,7 @@ use vmfile::convert::ConvertReport;
 use vmfile::info::Info;
 use vmfile::receive::ReceiveReport;
 use vmfile::restore::RestoreReport;
-use vmfile::save::SaveReport;
+use vmfile::save::{BaseUsed, SaveReport};
 use vmfile::send::SendReport;
 use vmfile::{FileFormat, MemoryRangeMeta};
 
@@ -43,6 +43,20 @@ pub(crate) fn save(report: &SaveReport) -> String {
             size::bytes(waits.aside_bytes)
         );
         line(&mut text, "waits", &waited);
+    }
+    match &report.base {
+        Some(BaseUsed::Yes { file, thin_reason, pages, bytes_read, .. }) => {
+            let whole = match thin_reason {
+                Some(reason) => format!("the new file is thin and needs it ({reason})"),
+                None => "the new file is whole".to_owned(),
+            };
+            let read = size::bytes(*bytes_read);
+            let kept =
+                format!("{pages} pages are those of {}, {read} compared; {whole}", file.display());
+            line(&mut text, "base", &kept);
+        }
+        Some(BaseUsed::No { reason }) => line(&mut text, "base", &format!("none ({reason})")),
+        _ => {}
     }
     for disk in &report.disks {
         line(&mut text, "disk", &format!("{} stays, {} goes on", disk.image, disk.overlay));
@@ -180,6 +194,9 @@ fn describe(finding: &Finding) -> String {
     if let Some(section) = &finding.section {
         let _ = write!(text, ": {section}");
     }
+    if let Some(file) = &finding.file {
+        let _ = write!(text, ", in {}", file.display());
+    }
     let _ = write!(text, ", file offset {:#x}", finding.offset);
     text
 }
@@ -205,6 +222,13 @@ pub(crate) fn info(info: &Info, verbose: bool) -> String {
         line(&mut text, "route", &format!("{route}, guest paused {}", size::seconds(pause)));
     }
     line(&mut text, "file", &size::bytes(info.file_bytes));
+    if let Some(id) = info.id {
+        line(&mut text, "id", &id);
+    }
+    if let Some(base) = &info.base {
+        let needed = format!("{} has {} pages, id {}", one_line(&base.path), base.pages, base.id);
+        line(&mut text, "base", &needed);
+    }
     let devices = format!(
         "{} sections, {}",
         info.device_sections.len(),

@@ -7,6 +7,7 @@ mod containers;
 mod damage;
 mod endings;
 mod guests;
+mod guide;
 mod hard_times;
 mod help;
 mod hints;

@@ -13,8 +13,19 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::FormatErrorKind;
 
+/// The page hashes have a key, [`Meta::page_hash_seed`](super::Meta::page_hash_seed).
+pub const PAGE_HASH_SEED: &str = "page-hash-seed";
+
+/// Some pages are in another file, [`Meta::base`](super::Meta::base).
+pub const THIN: &str = "thin";
+
 /// The incompatible features that this crate reads.
-const KNOWN: &[&str] = &[];
+const KNOWN: &[&str] = &[PAGE_HASH_SEED, THIN];
+
+/// Returns whether this crate reads files with the incompatible feature `name`.
+pub(crate) fn is_known(name: &str) -> bool {
+    KNOWN.contains(&name)
+}
 
 /// The features of a file, by name.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -28,9 +39,15 @@ pub struct Features {
 }
 
 impl Features {
+    /// Returns whether the file has the incompatible feature `name`.
+    #[must_use]
+    pub fn has(&self, name: &str) -> bool {
+        self.incompatible.iter().any(|known| known == name)
+    }
+
     /// Refuses an incompatible feature that this crate does not know.
     pub(super) fn check(&self) -> Result<(), FormatErrorKind> {
-        let unknown = self.incompatible.iter().find(|name| !KNOWN.contains(&name.as_str()));
+        let unknown = self.incompatible.iter().find(|name| !is_known(name));
         unknown.map_or(Ok(()), |name| Err(FormatErrorKind::UnknownFeature { name: name.clone() }))
     }
 }

@@ -16,6 +16,7 @@
 
 use alloc::vec::Vec;
 
+use super::base::SnapshotId;
 use crate::checksum;
 use crate::cursor::Cursor;
 use crate::error::{FormatError, FormatErrorKind};
@@ -49,6 +50,12 @@ pub struct Footer {
 }
 
 impl Footer {
+    /// Returns the identity of the file.
+    #[must_use]
+    pub fn id(&self) -> SnapshotId {
+        SnapshotId::new(self.metadata_hash)
+    }
+
     /// Decodes the last bytes of a file of `file_len` bytes, or `None` if they are no footer at
     /// all: the file is not a vmfile, or has lost its end.
     ///

@@ -8,15 +8,16 @@ use alloc::vec::Vec;
 
 use serde::{Deserialize, Serialize};
 
+use super::base::{BASE_PAGES, BaseMeta, hex_seed};
 use super::disks::{DiskMeta, EmptyDriveMeta};
-use super::features::Features;
+use super::features::{Features, PAGE_HASH_SEED, THIN};
 use super::footer::Footer;
 use super::machine::{ChangeMeta, CpuSectionMeta, MemoryRangeMeta, PartsMeta};
 use super::page_hashes::{TABLE_ALIGNMENT, table_len};
 use crate::checksum;
 use crate::error::{FormatError, FormatErrorKind};
 use crate::limits::{BLOCKS_MAX, FILE_LEN_MAX};
-use crate::mapped_ram::MappedRamFile;
+use crate::mapped_ram::{MappedRamFile, PlacedBlock};
 
 /// The metadata of a vmfile.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -52,6 +53,12 @@ pub struct Meta {
     /// Whether a table says which pages the guest used first after a restore.
     #[serde(default)]
     pub working_set_known: bool,
+    /// The seed of the page hashes: secret from the guest. 0 in files of older versions.
+    #[serde(default, with = "hex_seed")]
+    pub page_hash_seed: u64,
+    /// The file that has the pages that this one lacks, if it is thin.
+    #[serde(default)]
+    pub base: Option<BaseMeta>,
 }
 
 /// The VM as it was.
@@ -249,6 +256,7 @@ impl Meta {
         }
         self.check_tables(free, footer.metadata_offset).or_else(error)?;
         self.check_guest(file).or_else(error)?;
+        self.check_features(file).or_else(error)?;
         let mut extents_len = 0_u64;
         for extent in &self.extents {
             extents_len = extents_len.saturating_add(extent.bytes);
@@ -284,6 +292,31 @@ impl Meta {
             free = end;
         }
         Ok(())
+    }
+
+    /// Checks that everything that goes with a feature is there, and nothing of it without the
+    /// feature.
+    fn check_features(&self, file: &MappedRamFile) -> Result<(), FormatErrorKind> {
+        let differs = |name| {
+            let message = alloc::format!("not all parts of the feature {name:?} are there");
+            Err(FormatErrorKind::BadManifest { message })
+        };
+        if self.features.has(PAGE_HASH_SEED) != (self.page_hash_seed != 0) {
+            return differs(PAGE_HASH_SEED);
+        }
+        let bitmap_len = |placed: &PlacedBlock| placed.bitmap_len();
+        let expected = file.blocks.iter().map(bitmap_len).fold(0, u64::saturating_add);
+        let tables = self.tables.iter().filter(|table| table.what == BASE_PAGES);
+        let is_thin = self.base.is_some();
+        let is_whole_table = tables.clone().all(|table| table.bytes == expected);
+        let parts = [self.features.has(THIN), file.has_feature(THIN), tables.count() == 1];
+        if parts != [is_thin; 3] || !is_whole_table { differs(THIN) } else { Ok(()) }
+    }
+
+    /// Returns the table of the pages that the base has; `None` if the file is not thin.
+    #[must_use]
+    pub fn base_pages(&self) -> Option<&ExtentMeta> {
+        self.tables.iter().find(|table| table.what == BASE_PAGES)
     }
 
     /// Checks that the guest-physical map lies in the RAM blocks of `file`, and the CPUs' registers
@@ -351,6 +384,8 @@ mod tests {
             tables: Vec::new(),
             cpu_sections: Vec::new(),
             working_set_known: false,
+            page_hash_seed: 0,
+            base: None,
         }
     }
 

@@ -14,13 +14,15 @@
 //! writers need no order among them, and one page can be checked without reading the hashes of the
 //! others.
 
+mod base;
 mod disks;
-mod features;
+pub mod features;
 mod footer;
 mod machine;
 mod meta;
 mod page_hashes;
 
+pub use base::{BASE_PAGES, BaseMeta, SnapshotId, decode_base_pages, encode_base_pages};
 pub use disks::{DiskMeta, EmptyDriveMeta, FileMeta, ImageMeta, IoLimitsMeta};
 pub use features::Features;
 pub use footer::{FOOTER_LEN, Footer};

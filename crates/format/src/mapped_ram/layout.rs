@@ -8,7 +8,7 @@ use crate::limits::FILE_LEN_MAX;
 use crate::page::PageIndex;
 use crate::page_bitmap;
 use crate::ram_block::{RamBlock, RamLayout};
-use crate::stream::configuration::{Configuration, MAPPED_RAM};
+use crate::stream::configuration::{Configuration, FEATURE_PREFIX, MAPPED_RAM};
 use crate::stream::encoder;
 
 /// vmfile begins each block's pages at a multiple of 2 MiB, so that huge mappings of the file stay
@@ -103,7 +103,22 @@ impl MappedRamLayout {
         ram: RamLayout,
         section_id: u32,
     ) -> Result<MappedRamLayout, FormatError> {
-        let capabilities = Vec::from([MAPPED_RAM.into()]);
+        MappedRamLayout::with_features(source, ram, section_id, &[])
+    }
+
+    /// Does the same for a file with `features` for which QEMU must refuse it.
+    ///
+    /// # Errors
+    ///
+    /// As [`MappedRamLayout::new`].
+    pub fn with_features(
+        source: &Configuration,
+        ram: RamLayout,
+        section_id: u32,
+        features: &[&str],
+    ) -> Result<MappedRamLayout, FormatError> {
+        let features = features.iter().map(|name| alloc::format!("{FEATURE_PREFIX}{name}"));
+        let capabilities = core::iter::once(MAPPED_RAM.into()).chain(features).collect();
         let configuration = Configuration { capabilities, ..source.clone() };
         let mut head = configuration.encode();
         encoder::start_ram(&mut head, section_id, &ram);

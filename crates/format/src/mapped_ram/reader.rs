@@ -9,6 +9,7 @@ use crate::error::{FormatError, FormatErrorKind, ReadError};
 use crate::limits::{
     BLOCK_LEN_MAX, BLOCK_NAME_LEN_MAX, BLOCKS_MAX, DEVICE_STATE_LEN_MAX, FILE_LEN_MAX,
 };
+use crate::manifest::features;
 use crate::ram_block::{RamBlock, RamLayout, at};
 use crate::stream::configuration::{Configuration, FEATURE_PREFIX, MAPPED_RAM};
 use crate::stream::device_state::DeviceState;
@@ -125,6 +126,13 @@ impl MappedRamFile {
         RamLayout::new(blocks).expect("checked when the file was read")
     }
 
+    /// Returns whether the head names the feature `name`, so that QEMU refuses the file.
+    #[must_use]
+    pub fn has_feature(&self, name: &str) -> bool {
+        let mut names = self.configuration.capabilities.iter();
+        names.any(|found| found.strip_prefix(FEATURE_PREFIX) == Some(name))
+    }
+
     /// Returns the block `name` with its places.
     #[must_use]
     pub fn block(&self, name: &str) -> Option<&PlacedBlock> {
@@ -142,7 +150,10 @@ fn locate(tail: &[u8], offset: u64, section_id: u32) -> Result<DeviceState, Form
 }
 
 fn require_mapped_ram(configuration: &Configuration, start: u64) -> Result<(), FormatError> {
-    let unknown = configuration.capabilities.iter().find(|name| *name != MAPPED_RAM);
+    let is_known = |name: &str| {
+        name == MAPPED_RAM || name.strip_prefix(FEATURE_PREFIX).is_some_and(features::is_known)
+    };
+    let unknown = configuration.capabilities.iter().find(|name| !is_known(name));
     if let Some(name) = unknown {
         let kind = match name.strip_prefix(FEATURE_PREFIX) {
             Some(name) => FormatErrorKind::UnknownFeature { name: name.into() },
@@ -150,7 +161,7 @@ fn require_mapped_ram(configuration: &Configuration, start: u64) -> Result<(), F
         };
         return Err(FormatError::new(start, kind));
     }
-    if configuration.capabilities.is_empty() {
+    if !configuration.capabilities.iter().any(|name| name == MAPPED_RAM) {
         let what = "a stream without the capability";
         let kind = FormatErrorKind::Unsupported { what, name: MAPPED_RAM.into() };
         return Err(FormatError::new(start, kind));
@@ -319,12 +330,12 @@ mod tests {
     fn a_feature_in_the_head_that_is_not_known_is_refused_by_name() {
         let configuration = Configuration {
             machine: "pc".into(),
-            capabilities: Vec::from([MAPPED_RAM.into(), "vmfile-thin".into()]),
+            capabilities: Vec::from([MAPPED_RAM.into(), "vmfile-woven".into()]),
             ..Configuration::default()
         };
         let error = read(&configuration.encode()).unwrap_err();
         assert!(error.is_of_newer_version());
-        let text = "at offset 0x0: the file has the feature \"thin\", which is not known";
+        let text = "at offset 0x0: the file has the feature \"woven\", which is not known";
         assert_eq!(error.to_string(), text);
     }
 

@@ -220,6 +220,12 @@ pub fn restore(
         told => told.map_err(|error| prepared.explain(error))?,
     }
     prepared.guard.take().map(Guard::dismiss).unwrap_or_default();
+    if let Some(id) = snapshot.id() {
+        let path = snapshot.path();
+        let noted = prepared.vm().note_last_file(&id.to_string(), path);
+        let warning = |error| format!("`save --base auto` will not find this file: {error}");
+        prepared.warnings.extend(noted.err().map(warning));
+    }
     let report = RestoreReport {
         pid: prepared.vm().pid()?,
         qmp,

@@ -2,6 +2,7 @@
 
 use super::ModeUsed;
 use std::fs;
+use std::iter;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -139,14 +140,15 @@ pub(super) fn prepare(
     }
     let version = program_version(&executable)?;
     compare_memory_size(snapshot, &command_line)?;
-    let (mapped, mode, reason) = choose(snapshot, &command_line, version, options.mode)?;
+    let lowest = lowest(snapshot);
+    let (mapped, mode, reason) = choose(snapshot, lowest, (&command_line, version), options.mode)?;
     let start = Start { snapshot, executable: &executable, directory: here, options };
     let Images { overlays, warnings } = if is_saved {
         place_saved(start, &mut command_line)?
     } else {
         place_given(start, &mut command_line)?
     };
-    let file = snapshot.file().try_clone().map_err(RestoreError::File)?;
+    let file = lowest.file().try_clone().map_err(RestoreError::File)?;
     let inherited = OwnedFd::from(file);
     // Uses the descriptor of the file that was checked: its path may lead to another file by now.
     let path = PathBuf::from(format!("/proc/self/fd/{}", inherited.as_raw_fd()));
@@ -283,11 +285,16 @@ fn in_file(placed: &PlacedBlock, path: &Path) -> MappedBlock {
     }
 }
 
-/// Chooses the blocks to map and the mode; returns also why.
+/// Returns the file whose pages are mapped: of a chain, the lowest one.
+fn lowest(snapshot: &Snapshot) -> &Snapshot {
+    iter::successors(Some(snapshot), |file| file.base()).last().expect("the file itself")
+}
+
+/// Chooses the blocks to map, by their places in the file `lowest`, and the mode; returns also why.
 fn choose<'a>(
-    snapshot: &'a Snapshot,
-    command_line: &CommandLine,
-    version: QemuVersion,
+    snapshot: &Snapshot,
+    lowest: &'a Snapshot,
+    (command_line, version): (&CommandLine, QemuVersion),
     mode: Mode,
 ) -> Result<(Vec<&'a PlacedBlock>, ModeUsed, String), RestoreError> {
     match mode {
@@ -295,9 +302,13 @@ fn choose<'a>(
         Mode::Stream => return Ok((Vec::new(), ModeUsed::Stream, "asked for".to_owned())),
         Mode::Auto | Mode::Map => {}
     }
-    let blocks = &snapshot.structure().blocks;
+    let is_saved = |placed: &PlacedBlock| {
+        snapshot.structure().blocks.iter().any(|saved| saved.block == placed.block)
+    };
+    let blocks = &lowest.structure().blocks;
     let mappable: Vec<&PlacedBlock> = blocks
         .iter()
+        .filter(|placed| is_saved(placed))
         .filter(|placed| command_line.check_mappable(placed.block.name()).is_ok())
         .collect();
     let obstacle = if snapshot.manifest().is_none() {
@@ -305,6 +316,11 @@ fn choose<'a>(
     } else if !version.has(Feature::BackendRom) {
         let first = Feature::BackendRom.since();
         Some(format!("QEMU {version} cannot map a read-only file as RAM, {first} can"))
+    } else if snapshot.base().is_some() && !version.has(Feature::RamBlockAddresses) {
+        let first = Feature::RamBlockAddresses.since();
+        Some(format!(
+            "the file is thin, and QEMU {version} does not say where RAM lies, {first} does"
+        ))
     } else if command_line.needs_shared_ram() {
         Some("another process shares the guest's RAM, as vhost-user does".to_owned())
     } else if mappable.is_empty() {

@@ -9,8 +9,9 @@ use vmfile_format::mapped_ram::PlacedBlock;
 use vmfile_pages::check::{CheckOptions, verify_pages};
 use vmfile_pages::control::Control;
 use vmfile_pages::lane::Workers;
+use vmfile_pages::layers::Layers;
 use vmfile_pages::process_ram::{BlockAt, ProcessRam};
-use vmfile_pages::ram_loader::load_ram;
+use vmfile_pages::ram_loader::{load_changed, load_ram};
 use vmfile_pages::reading::{Verified, open_for_reading};
 use vmfile_pages::snapshot::Snapshot;
 use vmfile_qemu::{Feature, RamBlockInfo, Vm};
@@ -50,13 +51,19 @@ pub(super) fn bring(
             let mapped = prepared.mapped.clone();
             let is_there = |name: &str| mapped.iter().any(|mapped| mapped == name);
             let verified = verify_mapped(snapshot, options, control)?;
+            let (bytes_read, direct_io) = match snapshot.base() {
+                None => (0, None),
+                Some(_) => {
+                    let loadable = Loadable::find(snapshot, prepared.vm(), found, &is_there)??;
+                    loadable.load(snapshot, (options, true), control)?
+                }
+            };
             short_stream(snapshot, prepared.vm(), is_there, control)?;
-            let (mode, direct_io) = (ModeUsed::Map, None);
-            Ok(Brought { mode, reason, bytes_read: 0, direct_io, verified })
+            Ok(Brought { mode: ModeUsed::Map, reason, bytes_read, direct_io, verified })
         }
-        ModeUsed::Load => match Loadable::find(snapshot, prepared.vm(), found)? {
+        ModeUsed::Load => match Loadable::find(snapshot, prepared.vm(), found, &|_| true)? {
             Ok(loadable) => {
-                let (bytes_read, direct_io) = loadable.load(snapshot, options, control)?;
+                let (bytes_read, direct_io) = loadable.load(snapshot, (options, false), control)?;
                 let is_there = |name: &str| loadable.has(name);
                 short_stream(snapshot, prepared.vm(), is_there, control)?;
                 let (mode, verified) = (ModeUsed::Load, Verified::of(snapshot));
@@ -125,19 +132,21 @@ impl From<Obstacle> for RestoreError {
 }
 
 impl<'a> Loadable<'a> {
-    /// Finds where the large blocks lie in QEMU's process; an [`Obstacle`] says why that is not
-    /// possible. It changes nothing.
+    /// Finds where the large blocks that are `wanted` lie in QEMU's process; an [`Obstacle`] says why
+    /// that is not possible. It changes nothing.
     fn find(
         snapshot: &'a Snapshot,
         vm: &mut Vm,
         found: &[RamBlockInfo],
+        wanted: &dyn Fn(&str) -> bool,
     ) -> Result<Result<Loadable<'a>, Obstacle>, RestoreError> {
         let (mut blocks, mut places) = (Vec::new(), Vec::new());
         for (number, placed) in snapshot.structure().blocks.iter().enumerate() {
             let (name, len) = (placed.block.name(), placed.block.used_length());
             let info = found.iter().find(|info| info.name == name);
             // A block that is small, or that QEMU must resize, goes through the stream.
-            let Some(info) = info.filter(|i| len >= LARGE_BLOCK_LEN && i.used_length == len) else {
+            let is_large = len >= LARGE_BLOCK_LEN && wanted(name);
+            let Some(info) = info.filter(|info| is_large && info.used_length == len) else {
                 continue;
             };
             let Some(address) = info.host_address else {
@@ -161,21 +170,28 @@ impl<'a> Loadable<'a> {
         self.blocks.iter().any(|(_, placed)| placed.block.name() == name)
     }
 
-    /// Reads the pages of the blocks and copies them into the process; returns how many bytes it
-    /// read, and whether by direct I/O.
+    /// Reads the pages of the blocks and copies them into the process: if it has mapped the lowest file
+    /// of the chain, those that have changed since. Returns how many bytes it read, and whether by
+    /// direct I/O.
     fn load(
         &self,
         snapshot: &Snapshot,
-        options: &RestoreOptions,
+        (options, is_mapped): (&RestoreOptions, bool),
         control: &Control<'_>,
     ) -> Result<(u64, Option<DirectIoInUse>), RestoreError> {
         let Some(process) = &self.process else { return Ok((0, None)) };
         let blocks: Vec<usize> = self.blocks.iter().map(|&(block, _)| block).collect();
-        let opened = open_for_reading(snapshot, options.direct_io);
+        let layers = Layers::new(snapshot)?;
+        let opened = open_for_reading(layers.main(), options.direct_io);
         let (file, direct_io) = opened.map_err(RestoreError::File)?;
         let width = (options.io, options.jobs.count());
         let workers = Workers::start(&file, width).map_err(RestoreError::File)?;
-        let (bytes_read, _) = load_ram((snapshot, workers), &blocks, process, control)?;
+        let from = (&layers, workers);
+        let bytes_read = if is_mapped {
+            load_changed(from, &blocks, process, control)?
+        } else {
+            load_ram(from, &blocks, process, control)?.0
+        };
         Ok((bytes_read, Some(direct_io)))
     }
 }
@@ -209,7 +225,7 @@ fn whole_stream(
         if is_large && is_fresh(block) { Pages::Data } else { Pages::All }
     };
     let contents = paused(snapshot, StreamContents::new(snapshot, pages)?)?;
-    let opened = open_for_reading(snapshot, options.direct_io);
+    let opened = open_for_reading(contents.layers.main(), options.direct_io);
     let (file, direct_io) = opened.map_err(RestoreError::File)?;
     let source = Source { file, io: options.io };
     let report = |progress| control.report(progress);

@@ -6,7 +6,7 @@ use vmfile_format::error::FormatErrorKind;
 use vmfile_format::stream::configuration::Configuration;
 use vmfile_format::stream::device_state::DeviceState;
 use vmfile_format::stream::encoder;
-use vmfile_format::{FormatError, PageSize, RamBlock, RamLayout};
+use vmfile_format::{FormatError, PageBitmap, PageSize, RamBlock, RamLayout};
 use vmfile_pages::draft::{Draft, FileLayout, StreamTail};
 use vmfile_pages::lane::Workers;
 use vmfile_pages::plan::BRIDGE_LEN;
@@ -44,7 +44,10 @@ impl DirectRoute {
         // refuses too much only if the guest has filled much of its RAM with zeros and the disk is
         // nearly full.
         let data_bytes = process.data_len(BRIDGE_LEN)?;
-        refuse_without_space(data_bytes, draft.file())?;
+        // With a base it is not known how much is written. A full disk ends the save later.
+        if options.base.is_none() {
+            refuse_without_space(data_bytes, draft.file())?;
+        }
         let width = (options.io, options.jobs.count());
         let workers = Some(Workers::start(draft.file(), width).map_err(SaveError::Workers)?);
         Ok(DirectRoute { found, ram, process, data_bytes, workers })
@@ -100,8 +103,10 @@ impl Devices {
         let machine = work.meta.machine.clone();
         let source = Configuration { machine, ..Configuration::default() };
         let tail_len = (self.sections.len() + self.description.len()) as u64;
-        let places = FileLayout::new(&source, ram.clone(), self.state.unused_id(), tail_len)?;
+        let (section_id, base) = (self.state.unused_id(), work.base.file().cloned());
+        let places = FileLayout::on_base(&source, ram.clone(), (section_id, tail_len), base)?;
         work.draft.reserve(places.tables())?;
+        work.draft.share_base(&places)?;
         Ok(places)
     }
 
@@ -122,11 +127,13 @@ impl Devices {
             description: &self.description,
             state: Some(&self.state),
         };
-        work.draft.finish(places, &written.bitmaps, tail, facts)?;
-        let pages_data = written.bitmaps.iter().map(|bitmap| bitmap.data_count().0).sum();
+        work.draft.finish(places, (&written.bitmaps, &written.of_base), tail, facts)?;
+        let pages = |bitmaps: &[PageBitmap]| bitmaps.iter().map(|one| one.data_count().0).sum();
         Ok(Written {
             pages_total: places.pages_total(),
-            pages_data,
+            pages_data: pages(&written.bitmaps),
+            pages_of_base: pages(&written.of_base),
+            bytes_read: written.read_bytes,
             bytes_written: written.data_bytes,
             bytes_rewritten: 0,
             io: written.backend,

@@ -100,7 +100,11 @@ impl LiveRoute {
                 let copied = memory.by_copy(work, (method, *copied_bytes, pause_max));
                 copied.map(|written| written.map_or(Copied::TooLong, Copied::File))
             }
-            _ => self.receive(work, method).map(Box::new).map(Copied::Stream),
+            _ => {
+                let given_up = work.base.without_memory(work.options, "QEMU sends the memory");
+                let received = given_up.and_then(|()| self.receive(work, method));
+                received.map(Box::new).map(Copied::Stream)
+            }
         };
         let runs = work.vm.unstoppable(PUT_BACK_TIMEOUT, resume_unless_running);
         let put_back = work
@@ -335,7 +339,7 @@ fn finish(
     let pause_seconds = work.vm.pause_seen().unwrap_or_default().as_secs_f64();
     super::describe::record(work)?;
     let facts = work.facts(RouteUsed::Stream, pause_seconds, true);
-    work.draft.finish(&received.places, &received.bitmaps, received.tail(), facts)?;
+    work.draft.finish(&received.places, (&received.bitmaps, &[]), received.tail(), facts)?;
     let live = LiveDone { method, pause_seconds, waits: None };
     Ok(Written { live: Some(live), ..written(&received) })
 }

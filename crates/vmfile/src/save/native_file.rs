@@ -56,7 +56,7 @@ pub(super) fn complete(
     let extents = file.extents(&tail)?;
     let state = &structure.device_state;
     let cpu_sections = CpuSectionMeta::find(state, state.start);
-    let parts = StreamParts { extents, cpu_sections };
+    let parts = StreamParts { extents, tables: Vec::new(), cpu_sections };
     let facts = work.facts(RouteUsed::Native, work.seconds_paused(), false);
     work.draft.put_manifest(&tables, stream_end, &bitmaps, parts, facts)?;
     let pages_data = |bitmap: &PageBitmap| bitmap.data_count().0;
@@ -67,6 +67,8 @@ pub(super) fn complete(
         pages_total: tables.pages_total(),
         pages_data: bitmaps.iter().map(pages_data).sum(),
         bytes_written: structure.blocks.iter().zip(&bitmaps).map(bytes_data).sum(),
+        pages_of_base: 0,
+        bytes_read: 0,
         bytes_rewritten: 0,
         io,
         live: None,
@@ -143,6 +145,7 @@ impl NativeFile<'_> {
             blocks: self.blocks(),
             bitmaps: self.bitmaps,
             more: None,
+            fill: None,
             control: &self.work.control.with_progress(&second_half),
         };
         let take = |(): &mut (), window: &Window, read: io::Result<&[u8]>| {
@@ -157,12 +160,12 @@ impl NativeFile<'_> {
     fn put_hashes(&self, window: &Window, bytes: &[u8]) -> Result<(), PagesError> {
         let (bitmap, page_size) = (&self.bitmaps[window.block], self.page_size(window.block));
         let page_len = usize::try_from(page_size).expect("64 KiB at most");
-        let first = window.range.start / page_size;
+        let (first, key) = (window.range.start / page_size, self.tables.key());
         let hashes: Vec<u8> = (first..)
             .zip(bytes.chunks(page_len))
             .flat_map(|(page, bytes)| {
                 let has_data = bitmap.contains(PageIndex(page));
-                if has_data { encode_hash(page_hash(bytes)) } else { [0; 16] }
+                if has_data { encode_hash(page_hash(bytes, key)) } else { [0; 16] }
             })
             .collect();
         let offset = self.tables.hashes()[window.block] + first * HASH_LEN;

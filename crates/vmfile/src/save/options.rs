@@ -1,5 +1,6 @@
 //! How a VM is saved: what the caller chooses.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use derive_setters::Setters;
@@ -35,6 +36,16 @@ pub enum Route {
     Native,
 }
 
+/// The file of which a new one keeps the pages that have not changed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum BaseFile {
+    /// This file.
+    File(PathBuf),
+    /// The file to which this VM was last saved, or from which it was restored. If there is none, or if
+    /// it cannot be used, the whole VM is saved; the report says why.
+    Auto,
+}
+
 /// How a guest is saved while it runs.
 #[derive(Clone, Copy, Debug, Setters)]
 #[non_exhaustive]
@@ -62,6 +73,12 @@ pub struct SaveOptions {
     /// Put an overlay on top of every disk that the guest can write, at the saved moment: the
     /// images below stay as they were then, and belong to the file.
     pub with_disks: bool,
+    /// Keep the pages of another file that have not changed: they are neither read from it nor written.
+    /// Where the file system shares extents (XFS, btrfs), the new file is whole all the same; elsewhere
+    /// it is thin, and needs the other one.
+    pub base: Option<BaseFile>,
+    /// Make the file thin even if the file system shares extents.
+    pub thin: bool,
     /// How RAM gets from the VM into the file.
     pub route: Route,
     /// What becomes of the VM.
@@ -87,9 +104,17 @@ impl SaveOptions {
     ///
     /// # Errors
     ///
-    /// [`SaveError::NotLive`] or [`SaveError::NoChannels`]: two of them exclude one another.
+    /// [`SaveError::NotLive`], [`SaveError::NoChannels`], [`SaveError::BaseNeedsMemory`] or
+    /// [`SaveError::ThinWithoutBase`]: two of them exclude one another.
     pub fn check(&self) -> Result<(), SaveError> {
+        if self.thin && self.base.is_none() {
+            return Err(SaveError::ThinWithoutBase);
+        }
         match self.route {
+            Route::Stream | Route::Native if matches!(self.base, Some(BaseFile::File(_))) => {
+                let reason = "another route was asked for".to_owned();
+                Err(SaveError::BaseNeedsMemory { reason })
+            }
             Route::Native if self.live.is_some() => Err(SaveError::NotLive),
             Route::Direct if self.channels.is_some() => Err(SaveError::NoChannels),
             _ => Ok(()),
@@ -102,6 +127,8 @@ impl Default for SaveOptions {
         SaveOptions {
             live: None,
             with_disks: false,
+            base: None,
+            thin: false,
             route: Route::default(),
             after: After::default(),
             direct_io: DirectIo::Preferred,

@@ -8,7 +8,7 @@ use vmfile_engine::{BackendInUse, DirectIoInUse};
 use vmfile_pages::protected_ram::Faults;
 use vmfile_pages::reading::as_text;
 
-use super::{Change, SavedDisk};
+use super::{BaseUsed, Change, SavedDisk};
 
 /// How RAM got from the VM into the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -137,6 +137,10 @@ impl From<Faults> for GuestWaits {
 pub struct SaveReport {
     /// The file.
     pub file: PathBuf,
+    /// The file's identity, by which a file that needs it finds it.
+    pub id: String,
+    /// The base that was asked for, and whether it was used.
+    pub base: Option<BaseUsed>,
     /// How RAM got from the VM into the file.
     pub route: RouteUsed,
     /// Why it was that route.

@@ -12,7 +12,7 @@ use super::live::LiveRoute;
 use super::live_memory::LiveMemory;
 use super::native::NativeRoute;
 use super::stream::StreamRoute;
-use super::{Live, Route, SaveOptions};
+use super::{BaseFile, Live, Route, SaveOptions};
 use crate::error::SaveError;
 
 /// The route by which a VM is saved, and why.
@@ -112,7 +112,8 @@ pub(super) fn choose_live(
             Err(error) => return Err(error),
         },
     };
-    let only = options.route == Route::Direct;
+    // QEMU's stream has all pages, and a base that was named is used.
+    let only = options.route == Route::Direct || matches!(options.base, Some(BaseFile::File(_)));
     let route = ReadyRoute::Live(LiveRoute::prepare(vm, live, (memory, only))?);
     Ok(ChosenRoute { route, reason: reason.to_owned() })
 }

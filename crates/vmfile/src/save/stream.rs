@@ -89,7 +89,7 @@ impl StreamRoute {
         }
         super::describe::record(work)?;
         let facts = work.facts(RouteUsed::Stream, work.seconds_paused(), false);
-        work.draft.finish(&received.places, &received.bitmaps, received.tail(), facts)?;
+        work.draft.finish(&received.places, (&received.bitmaps, &[]), received.tail(), facts)?;
         Ok(written(&received))
     }
 }
@@ -163,6 +163,8 @@ pub(super) fn written(received: &Received) -> Written {
     Written {
         pages_total: received.places.pages_total(),
         pages_data: received.bitmaps.iter().map(|bitmap| bitmap.data_count().0).sum(),
+        pages_of_base: 0,
+        bytes_read: 0,
         bytes_written: received.counts.written_bytes,
         bytes_rewritten: received.counts.rewritten_bytes,
         io: received.backend.clone(),

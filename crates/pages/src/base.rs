@@ -1,0 +1,144 @@
+//! The base of a new file: a file whose pages the new one keeps where they have not changed.
+
+use std::io;
+use std::os::fd::AsFd as _;
+
+use vmfile_engine::{DataFile, share_extents};
+use vmfile_format::limits::CHAIN_LEN_MAX;
+use vmfile_format::mapped_ram::PlacedBlock;
+use vmfile_format::{PageBitmap, RamBlock};
+
+use crate::snapshot::{Snapshot, SnapshotError};
+
+/// A file of which a new one keeps the pages that have not changed.
+#[derive(Debug)]
+pub struct Base {
+    snapshot: Snapshot,
+    kept: KeptPages,
+    /// The pages with data of each block of the base.
+    bitmaps: Vec<PageBitmap>,
+}
+
+/// How a new file has the pages of its base.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum KeptPages {
+    /// The file system shares them: the new file is whole and needs no other.
+    Shared,
+    /// They are only in the base: the new file is thin.
+    Thin {
+        /// Why they are not shared.
+        reason: String,
+    },
+}
+
+/// Why a file cannot be a base.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum BaseError {
+    /// QEMU wrote it, or an older version of vmfile.
+    #[error("{path} cannot be a base: {reason}", path = path.display())]
+    NotPossible {
+        /// The file.
+        path: std::path::PathBuf,
+        /// Why not.
+        reason: &'static str,
+    },
+    /// There are as many files below it as there may be.
+    #[error(
+        "{path} cannot be a base of a thin file: there are {CHAIN_LEN_MAX} files below, as many as \
+         there may be",
+        path = path.display()
+    )]
+    ChainTooLong {
+        /// The file.
+        path: std::path::PathBuf,
+    },
+    /// It cannot be read.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+}
+
+impl Base {
+    /// Takes `snapshot` as the base of `file`, a new file that is still empty. Its pages are shared
+    /// where the file system does that, unless `is_thin` asks for a thin file.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`BaseError`] if it cannot be a base.
+    pub fn new(snapshot: Snapshot, file: &DataFile, is_thin: bool) -> Result<Base, BaseError> {
+        let no = |reason| BaseError::NotPossible { path: snapshot.path().to_path_buf(), reason };
+        let Some(manifest) = snapshot.manifest() else {
+            return Err(no("QEMU wrote it, and its pages have no hashes"));
+        };
+        if manifest.meta.page_hash_seed == 0 {
+            return Err(no(
+                "its page hashes have no key, so that a guest could make two pages with one \
+                           hash; `vmfile convert` makes a file that has one",
+            ));
+        }
+        let kept = match sharing(&snapshot, file, is_thin) {
+            Ok(()) => KeptPages::Shared,
+            Err(reason) => KeptPages::Thin { reason },
+        };
+        if kept != KeptPages::Shared && snapshot.files_below() >= CHAIN_LEN_MAX {
+            return Err(BaseError::ChainTooLong { path: snapshot.path().to_path_buf() });
+        }
+        let bitmap = |placed: &PlacedBlock| snapshot.bitmap(placed);
+        let bitmaps = snapshot.structure().blocks.iter().map(bitmap).collect::<Result<_, _>>()?;
+        Ok(Base { snapshot, kept, bitmaps })
+    }
+
+    /// Returns the file.
+    #[must_use]
+    pub fn snapshot(&self) -> &Snapshot {
+        &self.snapshot
+    }
+
+    /// Returns how the new file has its pages.
+    #[must_use]
+    pub fn kept(&self) -> &KeptPages {
+        &self.kept
+    }
+
+    /// Returns the number of the block that is `block` in the base, if it has the same name, length and
+    /// pages there.
+    pub(crate) fn block(&self, block: &RamBlock) -> Option<usize> {
+        self.snapshot.structure().blocks.iter().position(|placed| placed.block == *block)
+    }
+
+    /// Returns which pages of block `number` of the base have data.
+    pub(crate) fn bitmap(&self, number: usize) -> &PageBitmap {
+        &self.bitmaps[number]
+    }
+
+    /// Shares the pages of block `number` with `file`, where the block is `placed`.
+    pub(crate) fn share(
+        &self,
+        number: usize,
+        file: &DataFile,
+        placed: &PlacedBlock,
+    ) -> io::Result<()> {
+        let ours = &self.snapshot.structure().blocks[number];
+        let range = ours.pages_offset..ours.pages_end();
+        share_extents(self.snapshot.file().as_fd(), range, file.as_fd(), placed.pages_offset)
+    }
+}
+
+/// Tries whether pages of `base` can be shared with `file`; `Err` says why not.
+fn sharing(base: &Snapshot, file: &DataFile, is_thin: bool) -> Result<(), String> {
+    if is_thin {
+        return Err("a thin file was asked for".to_owned());
+    }
+    if base.base().is_some() {
+        return Err("the base is thin".to_owned());
+    }
+    let Some(placed) = base.structure().blocks.first() else {
+        return Err("the base has no RAM".to_owned());
+    };
+    // As long as the blocks of any file system on a host with 4 KiB pages.
+    let range = placed.pages_offset..placed.pages_offset + 4096.min(placed.block.used_length());
+    let shared = share_extents(base.file().as_fd(), range, file.as_fd(), 0);
+    let emptied = file.buffered().set_len(0);
+    shared.and(emptied).map_err(|error| format!("the file system does not share pages: {error}"))
+}

@@ -1,0 +1,245 @@
+//! Which file of a chain has each page of a VM.
+//!
+//! A thin file lacks pages, which are in its base, or in the base's own. The readers of RAM read the
+//! file with the most pages by their lanes ([`Layers::main`]), and [`Layers::fill`] adds the pages that
+//! are elsewhere. A file that is not thin is a chain of one.
+
+use std::io;
+use std::ops::Range;
+
+use vmfile_format::mapped_ram::PlacedBlock;
+use vmfile_format::{PageBitmap, PageIndex, PageRange};
+
+use crate::memory::PageSource;
+use crate::page_hashes::{PageHashes, is_page};
+use crate::snapshot::{Snapshot, SnapshotError};
+
+/// The files that have the pages of a VM.
+#[derive(Debug)]
+pub struct Layers<'a> {
+    /// From the file itself downwards.
+    files: Vec<Layer<'a>>,
+    /// The number of the file that lanes read.
+    main: usize,
+    /// The pages of each block that are not zero.
+    bitmaps: Vec<PageBitmap>,
+}
+
+#[derive(Debug)]
+struct Layer<'a> {
+    snapshot: &'a Snapshot,
+    /// For each block of the file itself, where it is in this file, and the pages that are taken from
+    /// here.
+    blocks: Vec<Option<(&'a PlacedBlock, PageBitmap)>>,
+}
+
+impl<'a> Layers<'a> {
+    /// Finds out where the pages of `snapshot` are.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`SnapshotError::NoBase`] if the file is thin and was opened without its base, and
+    /// [`SnapshotError::Read`] if the kernel refuses to read a table.
+    pub fn new(snapshot: &'a Snapshot) -> Result<Layers<'a>, SnapshotError> {
+        let own = &snapshot.structure().blocks;
+        let bitmaps: Vec<PageBitmap> =
+            own.iter().map(|placed| snapshot.bitmap(placed)).collect::<Result<_, _>>()?;
+        let mut missing = bitmaps.clone();
+        let mut files = Vec::new();
+        let mut next = Some(snapshot);
+        while let Some(file) = next {
+            let of_base = file.base_pages()?;
+            let mut blocks = Vec::new();
+            for (placed, missing) in own.iter().zip(&mut missing) {
+                let mut found = file.structure().blocks.iter();
+                blocks.push(found.position(|found| found.block == placed.block).map(|number| {
+                    let none = PageBitmap::new(missing.page_count());
+                    let of_base = of_base.as_ref().map_or(&none, |of_base| &of_base[number]);
+                    let here = missing.without(of_base);
+                    *missing = missing.and(of_base);
+                    (&file.structure().blocks[number], here)
+                }));
+            }
+            files.push(Layer { snapshot: file, blocks });
+            next = file.base();
+            if of_base.is_some() && next.is_none() {
+                return Err(SnapshotError::NoBase { path: file.path().to_path_buf() });
+            }
+        }
+        let lacks = missing.iter().position(|missing| missing.data_count().0 > 0);
+        if let Some(number) = lacks {
+            let lowest = files.last().expect("the file itself").snapshot;
+            return Err(SnapshotError::BaseLacksPages {
+                path: lowest.path().to_path_buf(),
+                block: own[number].block.name().to_owned(),
+            });
+        }
+        let main = main(&files);
+        Ok(Layers { files, main, bitmaps })
+    }
+
+    /// Returns the file itself.
+    #[must_use]
+    pub fn snapshot(&self) -> &'a Snapshot {
+        self.files[0].snapshot
+    }
+
+    /// Returns the file that is read by lanes: it has all blocks, and most of the pages.
+    #[must_use]
+    pub fn main(&self) -> &'a Snapshot {
+        self.files[self.main].snapshot
+    }
+
+    /// Returns where block `number` is in [`Layers::main`].
+    #[must_use]
+    pub fn placed(&self, number: usize) -> &'a PlacedBlock {
+        self.files[self.main].blocks[number].as_ref().expect("the main file has all blocks").0
+    }
+
+    /// Returns the pages of block `number` that are not zero.
+    #[must_use]
+    pub fn bitmap(&self, number: usize) -> &PageBitmap {
+        &self.bitmaps[number]
+    }
+
+    /// Returns the pages of block `number` that are not those at its places in the lowest file: those
+    /// that a newer file has, or that are zero now.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`SnapshotError::Read`] if the kernel refuses to read a bitmap.
+    pub fn changed(&self, number: usize) -> Result<Changed, SnapshotError> {
+        let lowest = self.files.last().expect("the file itself");
+        let bitmap = self.bitmap(number);
+        let Some((placed, here)) = &lowest.blocks[number] else {
+            return Ok(Changed {
+                data: bitmap.clone(),
+                zero: PageBitmap::new(bitmap.page_count()),
+            });
+        };
+        let below = lowest.snapshot.bitmap(placed)?;
+        Ok(Changed { data: bitmap.without(here), zero: below.without(bitmap) })
+    }
+
+    /// Returns the lowest file: one that is whole.
+    #[must_use]
+    pub fn lowest(&self) -> &'a Snapshot {
+        self.files.last().expect("the file itself").snapshot
+    }
+
+    /// Replaces, in `bytes` of block `number` that begin at `start` and were read from
+    /// [`Layers::main`], the pages that other files have.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`SnapshotError::Read`] if the kernel refuses.
+    pub fn fill(&self, number: usize, start: u64, bytes: &mut [u8]) -> Result<(), SnapshotError> {
+        let others = self.files.iter().enumerate().filter(|(file, _)| *file != self.main);
+        for (_, file) in others {
+            let Some((placed, pages)) = &file.blocks[number] else { continue };
+            let page_len = placed.block.page_size().bytes();
+            let end = start + bytes.len() as u64;
+            let range = PageRange::new(start / page_len, end.div_ceil(page_len));
+            for run in pages.runs_within(range) {
+                let (from, to) = (run.start.0 * page_len, (run.end.0 * page_len).min(end));
+                let in_bytes = |at: u64| usize::try_from(at - start).expect("a window");
+                let bytes = &mut bytes[in_bytes(from)..in_bytes(to)];
+                file.snapshot.read_into(placed.pages_offset + from, bytes)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Compares the pages with data among `bytes`, which begin with page `first` of block `number`, with
+    /// the hashes of the file itself.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`SnapshotError::DamagedPage`] for the first one that is not what was written; it names
+    /// the file of the chain that has the page.
+    pub fn verify(
+        &self,
+        hashes: &mut PageHashes<'_>,
+        number: usize,
+        first: PageIndex,
+        bytes: &[u8],
+    ) -> Result<(), SnapshotError> {
+        let Some(key) = self.snapshot().manifest().map(|_| self.snapshot().key()) else {
+            return Ok(());
+        };
+        let page_len = self.placed(number).block.page_size().bytes();
+        let page_len = usize::try_from(page_len).expect("64 KiB at most");
+        let bitmap = self.bitmap(number);
+        for (page, bytes) in (first.0..).map(PageIndex).zip(bytes.chunks(page_len)) {
+            if !bitmap.contains(page) {
+                continue;
+            }
+            let recorded = hashes.recorded(number, page)?.unwrap_or_default();
+            if !is_page(bytes, recorded, key) {
+                return Err(self.damaged(number, page));
+            }
+        }
+        Ok(())
+    }
+
+    /// Says that a page, or its hash, is not what was written.
+    fn damaged(&self, number: usize, page: PageIndex) -> SnapshotError {
+        let has = |layer: &&Layer<'_>| {
+            layer.blocks[number].as_ref().is_some_and(|(_, pages)| pages.contains(page))
+        };
+        let layer = self.files.iter().find(has).unwrap_or(&self.files[0]);
+        let placed = layer.blocks[number].as_ref().map(|(placed, _)| *placed);
+        SnapshotError::DamagedPage {
+            path: layer.snapshot.path().to_path_buf(),
+            block: self.placed(number).block.name().to_owned(),
+            page: page.0,
+            offset: placed.and_then(|placed| placed.page_offset(page)).unwrap_or(u64::MAX),
+        }
+    }
+}
+
+/// Every page that is read is compared with its hash.
+impl PageSource for Layers<'_> {
+    fn first_data(&self, block: usize, range: &Range<u64>) -> io::Result<Option<u64>> {
+        let page_len = self.placed(block).block.page_size().bytes();
+        let pages = PageRange::new(range.start / page_len, range.end.div_ceil(page_len));
+        let first = self.bitmap(block).first_within(pages);
+        Ok(first.map(|page| (page.0 * page_len).max(range.start)))
+    }
+
+    fn read(&self, block: usize, range: &Range<u64>, into: &mut [u8]) -> io::Result<bool> {
+        if self.first_data(block, range)?.is_none() {
+            return Ok(false);
+        }
+        let placed = self.placed(block);
+        let first = PageIndex(range.start / placed.block.page_size().bytes());
+        let mut hashes = PageHashes::new(self.snapshot());
+        self.main()
+            .read_into(placed.pages_offset + range.start, into)
+            .and_then(|()| self.fill(block, range.start, into))
+            .and_then(|()| self.verify(&mut hashes, block, first, into))
+            .map_err(io::Error::other)?;
+        Ok(true)
+    }
+}
+
+/// What a chain changes in a block of its lowest file.
+#[derive(Debug)]
+pub struct Changed {
+    /// Pages that a newer file has.
+    pub data: PageBitmap,
+    /// Pages that are zero, and have bytes in the lowest file.
+    pub zero: PageBitmap,
+}
+
+/// Returns the number of the file that has all blocks, and of these the most pages.
+fn main(files: &[Layer<'_>]) -> usize {
+    let pages = |layer: &Layer<'_>| {
+        let counts = layer.blocks.iter().map(|block| Some(block.as_ref()?.1.data_count().0));
+        counts.sum::<Option<u64>>()
+    };
+    let counted =
+        files.iter().enumerate().filter_map(|(number, layer)| Some((pages(layer)?, number)));
+    // The file itself has all blocks.
+    counted.max().map_or(0, |(_, number)| number)
+}
