@@ -148,14 +148,16 @@ fn find_by_scan(pagemap: &File, pages: Pages, range: &Range<u64>) -> io::Result<
     let mut regions = vec![PageRegion::default(); REGIONS_PER_SCAN.min(regions_max)];
     let mut found = Vec::new();
     while at < end {
-        let (count, walk_end) = scan(pagemap, (pages, 0), at..end, &mut regions)?;
+        let count = scan(pagemap, (pages, 0), at..end, &mut regions)?;
         for region in &regions[..count] {
             push_merged(&mut found, clip(region.start..region.end, range));
         }
-        if walk_end <= at {
-            return Err(io::Error::other("PAGEMAP_SCAN did not advance"));
-        }
-        at = walk_end;
+        // Not at the `walk_end` that the kernel (6.18) returns: if it filled its own buffer of 512
+        // regions on the way, that is where it did so, and the regions after it would come again.
+        at = match regions[..count].last() {
+            Some(last) if count == regions.len() => last.end,
+            _ => end,
+        };
     }
     Ok(found)
 }
@@ -163,18 +165,18 @@ fn find_by_scan(pagemap: &File, pages: Pages, range: &Range<u64>) -> io::Result<
 fn first_by_scan(pagemap: &File, pages: Pages, range: &Range<u64>) -> io::Result<Option<u64>> {
     let (start, end) = whole_pages(range);
     let mut region = [PageRegion::default()];
-    let (count, _) = scan(pagemap, (pages, 1), start..end, &mut region)?;
+    let count = scan(pagemap, (pages, 1), start..end, &mut region)?;
     Ok((count > 0).then_some(region[0].start))
 }
 
 /// Scans once, up to `pages_max` pages that are found, 0 for any number; returns how many of
-/// `regions` were filled in and how far the kernel came.
+/// `regions` were filled in. The scan ends early only if all were.
 fn scan(
     pagemap: &File,
     (pages, pages_max): (Pages, u64),
     range: Range<u64>,
     regions: &mut [PageRegion],
-) -> io::Result<(usize, u64)> {
+) -> io::Result<usize> {
     let excluded = match pages {
         Pages::Touched => PAGE_IS_PFNZERO,
         Pages::Own => PAGE_IS_PFNZERO | PAGE_IS_FILE,
@@ -202,7 +204,7 @@ fn scan(
     let result =
         unsafe { libc::ioctl(pagemap.as_raw_fd(), request, ptr::from_mut(&mut arguments)) };
     match usize::try_from(result) {
-        Ok(count) => Ok((count.min(regions.len()), arguments.walk_end)),
+        Ok(count) => Ok(count.min(regions.len())),
         Err(_) => Err(io::Error::last_os_error()),
     }
 }

@@ -80,6 +80,22 @@ fn only_what_was_written_over_a_file_is_copied() {
     assert_eq!([before[0], before[1], before[2], before[700], before[8194]], [9, 5, 0, 5, 5]);
 }
 
+/// The kernel's list of many places came with its tail twice, and the copy was not what the process had.
+#[test]
+fn what_was_written_to_many_places_is_copied() {
+    let file = memfd(&[]);
+    let mapped = Mapped::private(LEN, Some((&file, 0)));
+    for page in (0..LEN / PAGE).step_by(2) {
+        put(&mapped, page, u8::try_from(page % 251 + 1).unwrap());
+    }
+    let ram = ram(&mapped);
+    let before = bytes(&ram);
+    assert_eq!(own_len(&ram).unwrap(), LEN / PAGE / 2 * PAGE + PAGE);
+    let copied = CopiedRam::copy(&ram, Room::new(LEN).unwrap(), || false).unwrap().unwrap();
+    (0..LEN / PAGE).for_each(|page| put(&mapped, page, 252));
+    assert!(bytes(&copied) == before);
+}
+
 #[test]
 fn all_data_of_other_memory_is_copied() {
     let file = memfd(&[3, 8194]);
