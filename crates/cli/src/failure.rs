@@ -185,16 +185,11 @@ impl From<&SaveError> for Failure {
             ),
             SaveError::NotLive => Failure::new(Code::Usage, "usage", error).hint(LIVE),
             SaveError::Userfault(_) => Failure::new(Code::Vm, "userfault", error).hint(BY_STREAM),
-            SaveError::Base(error) => Failure::from(error),
-            SaveError::BaseIsDestination { .. } => Failure::new(Code::Usage, "base", error)
-                .hint("save to another name: the new file is made beside its base"),
-            SaveError::BaseOfAnotherVm { .. } => Failure::new(Code::Incompatible, "base", error)
-                .hint("--base auto takes the file that this VM was last saved to or restored from"),
-            SaveError::BaseNeedsMemory { .. } => Failure::new(Code::Vm, "base", error)
-                .hint("without --base any route saves the whole VM"),
-            SaveError::ThinWithoutBase => {
-                Failure::new(Code::Usage, "usage", error).hint("--thin goes with --base")
-            }
+            SaveError::Base(_)
+            | SaveError::BaseIsDestination { .. }
+            | SaveError::BaseOfAnotherVm { .. }
+            | SaveError::BaseNeedsMemory { .. }
+            | SaveError::ThinWithoutBase => of_base(error),
             SaveError::NoChannels => Failure::new(Code::Usage, "usage", error).hint(CHANNELS),
             SaveError::NotConverged { .. } => Failure::new(Code::Vm, "not_converged", error).hint(
                 "--live-timeout waits longer, --max-pause allows a longer pause; \
@@ -240,6 +235,23 @@ impl From<&SaveError> for Failure {
             }
             _ => Failure::new(Code::System, "io", error),
         }
+    }
+}
+
+/// Returns the failure of a save with a base.
+fn of_base(error: &SaveError) -> Failure {
+    match error {
+        SaveError::Base(error) => Failure::from(error),
+        SaveError::BaseIsDestination { .. } => Failure::new(Code::Usage, "base", error)
+            .hint("save to another name: the new file is made beside its base"),
+        SaveError::BaseOfAnotherVm { .. } => Failure::new(Code::Incompatible, "base", error)
+            .hint("--base auto takes the file that this VM was last saved to or restored from"),
+        SaveError::BaseNeedsMemory { .. } => Failure::new(Code::Vm, "base", error)
+            .hint("without --base any route saves the whole VM"),
+        SaveError::ThinWithoutBase => {
+            Failure::new(Code::Usage, "usage", error).hint("--thin goes with --base")
+        }
+        _ => Failure::new(Code::System, "base", error),
     }
 }
 

@@ -8,7 +8,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr;
 
 /// `FICLONERANGE` in Linux's `include/uapi/linux/fs.h` (Linux 4.5): `_IOW(0x94, 13, struct file_clone_range)`.
-const FICLONERANGE: u32 = 0x4020_940d;
+const FICLONERANGE: u64 = 0x4020_940d;
 
 /// `struct file_clone_range`.
 #[repr(C)]

@@ -455,8 +455,9 @@ mod tests {
             let mut bytes = vec![0; in_window(WINDOW_LEN)];
             bytes[in_window(2 * page_size) + 9] = 1;
             let start = UNIT_LEN + WINDOW_LEN;
-            let copy =
-                Copied { start, bytes: &bytes, read: &[start..start + WINDOW_LEN], in_base: &[] };
+            let read = Range { start, end: start + WINDOW_LEN };
+            let read = std::slice::from_ref(&read);
+            let copy = Copied { start, bytes: &bytes, read, in_base: &[] };
             let runs = pages.look(&copy, HashKey::NONE);
             let first = (UNIT_LEN + WINDOW_LEN) / page_size;
             assert_eq!(runs.runs()[0].first, first + 2);

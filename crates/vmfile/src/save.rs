@@ -52,7 +52,7 @@ pub(crate) use self::disks::overlay_names;
 use self::disks::{Disks, deep_disks, saved_disks};
 pub use self::options::{After, BaseFile, Live, Route, SaveOptions};
 pub use self::report::{GuestWaits, LiveMethod, RouteUsed, SaveReport};
-use self::route::{ChosenRoute, ReadyRoute, choose, choose_live};
+use self::route::{ChosenRoute, ReadyRoute, choose_live, choose_paused};
 pub use crate::change::Change;
 use crate::error::SaveError;
 use crate::guard::Guard;
@@ -235,14 +235,7 @@ impl<'a> Save<'a> {
         let disks =
             if options.with_disks { Disks::plan(&found, &mut meta)? } else { Disks::default() };
         let draft = Draft::new(unpublished, options.direct_io)?;
-        let mut base = ChosenBase::choose(vm, options, (&draft, destination))?;
-        let route = match options.live.filter(|_| was_running) {
-            Some(live) => choose_live(vm, options, live, &draft)?,
-            None => choose(vm, options, &draft)?,
-        };
-        if let ReadyRoute::Stream(_) | ReadyRoute::Native(_) = route.route {
-            base.without_memory(options, &route.reason)?;
-        }
+        let (route, base) = choose(vm, options, was_running, (&draft, destination))?;
         warnings.extend(route.unused(options));
         guard.add_files(route.route.sockets())?;
         let record = SaveRecord {
@@ -520,6 +513,24 @@ impl<'a> Save<'a> {
             Err(source) => SaveError::LeftPaused { cause: Box::new(error), source },
         }
     }
+}
+
+/// Chooses the route and the base, and makes both ready; nothing has been stopped yet.
+fn choose(
+    vm: &mut Vm,
+    options: &SaveOptions,
+    was_running: bool,
+    (draft, destination): (&Draft, &Path),
+) -> Result<(ChosenRoute, ChosenBase), SaveError> {
+    let mut base = ChosenBase::choose(vm, options, (draft, destination))?;
+    let route = match options.live.filter(|_| was_running) {
+        Some(live) => choose_live(vm, options, live, draft)?,
+        None => choose_paused(vm, options, draft)?,
+    };
+    if let ReadyRoute::Stream(_) | ReadyRoute::Native(_) = route.route {
+        base.without_memory(options, &route.reason)?;
+    }
+    Ok((route, base))
 }
 
 /// Asks QEMU whether it still runs, before `error` is reported. When QEMU ends, the kernel frees

@@ -201,6 +201,17 @@ fn describe(finding: &Finding) -> String {
     text
 }
 
+/// Adds the file's id, and what a thin file needs.
+fn identity(text: &mut String, info: &Info) {
+    if let Some(id) = info.id {
+        line(text, "id", &id);
+    }
+    if let Some(base) = &info.base {
+        let needed = format!("{} has {} pages, id {}", one_line(&base.path), base.pages, base.id);
+        line(text, "base", &needed);
+    }
+}
+
 pub(crate) fn info(info: &Info, verbose: bool) -> String {
     let mut text = String::new();
     line(&mut text, "format", &info.format);
@@ -222,13 +233,7 @@ pub(crate) fn info(info: &Info, verbose: bool) -> String {
         line(&mut text, "route", &format!("{route}, guest paused {}", size::seconds(pause)));
     }
     line(&mut text, "file", &size::bytes(info.file_bytes));
-    if let Some(id) = info.id {
-        line(&mut text, "id", &id);
-    }
-    if let Some(base) = &info.base {
-        let needed = format!("{} has {} pages, id {}", one_line(&base.path), base.pages, base.id);
-        line(&mut text, "base", &needed);
-    }
+    identity(&mut text, info);
     let devices = format!(
         "{} sections, {}",
         info.device_sections.len(),

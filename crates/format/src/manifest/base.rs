@@ -23,25 +23,25 @@ pub const BASE_PAGES: &str = "base-pages";
 /// The metadata have the checksums of everything but pages, a time, and a random seed. A copy
 /// with another name has the same identity; no two saves have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct SnapshotId(u128);
+pub struct SnapshotId([u8; 16]);
 
 impl SnapshotId {
     /// Takes the hash of the metadata.
     pub(super) fn new(metadata_hash: u128) -> SnapshotId {
-        SnapshotId(metadata_hash)
+        SnapshotId(metadata_hash.to_be_bytes())
     }
 
     /// Reads the form that [`fmt::Display`] writes: 32 hexadecimal digits.
     #[must_use]
     pub fn parse(text: &str) -> Option<SnapshotId> {
         let is_hex = text.len() == 32 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
-        if is_hex { u128::from_str_radix(text, 16).ok().map(SnapshotId) } else { None }
+        if is_hex { u128::from_str_radix(text, 16).ok().map(SnapshotId::new) } else { None }
     }
 }
 
 impl fmt::Display for SnapshotId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:032x}", self.0)
+        write!(f, "{:032x}", u128::from_be_bytes(self.0))
     }
 }
 

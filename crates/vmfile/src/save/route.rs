@@ -119,7 +119,7 @@ pub(super) fn choose_live(
 }
 
 /// Chooses the route and makes it ready; nothing has been stopped yet.
-pub(super) fn choose(
+pub(super) fn choose_paused(
     vm: &mut Vm,
     options: &SaveOptions,
     draft: &Draft,
