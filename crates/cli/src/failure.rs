@@ -161,6 +161,9 @@ impl From<&PublishError> for Failure {
 
 impl From<&SaveError> for Failure {
     fn from(error: &SaveError) -> Failure {
+        if let Some(failure) = of_base(error) {
+            return failure;
+        }
         match error {
             SaveError::Vm(VmError::LeftPaused { .. }) => {
                 Failure::new(Code::LeftPaused, "left_paused", error).hint(CONT)
@@ -185,11 +188,6 @@ impl From<&SaveError> for Failure {
             ),
             SaveError::NotLive => Failure::new(Code::Usage, "usage", error).hint(LIVE),
             SaveError::Userfault(_) => Failure::new(Code::Vm, "userfault", error).hint(BY_STREAM),
-            SaveError::Base(_)
-            | SaveError::BaseIsDestination { .. }
-            | SaveError::BaseOfAnotherVm { .. }
-            | SaveError::BaseNeedsMemory { .. }
-            | SaveError::ThinWithoutBase => of_base(error),
             SaveError::NoChannels => Failure::new(Code::Usage, "usage", error).hint(CHANNELS),
             SaveError::NotConverged { .. } => Failure::new(Code::Vm, "not_converged", error).hint(
                 "--live-timeout waits longer, --max-pause allows a longer pause; \
@@ -238,9 +236,9 @@ impl From<&SaveError> for Failure {
     }
 }
 
-/// Returns the failure of a save with a base.
-fn of_base(error: &SaveError) -> Failure {
-    match error {
+/// Returns the failure if it concerns the base.
+fn of_base(error: &SaveError) -> Option<Failure> {
+    Some(match error {
         SaveError::Base(error) => Failure::from(error),
         SaveError::BaseIsDestination { .. } => Failure::new(Code::Usage, "base", error)
             .hint("save to another name: the new file is made beside its base"),
@@ -251,8 +249,8 @@ fn of_base(error: &SaveError) -> Failure {
         SaveError::ThinWithoutBase => {
             Failure::new(Code::Usage, "usage", error).hint("--thin goes with --base")
         }
-        _ => Failure::new(Code::System, "base", error),
-    }
+        _ => return None,
+    })
 }
 
 /// The hints for options that exclude one another.
