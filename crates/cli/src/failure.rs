@@ -161,7 +161,7 @@ impl From<&PublishError> for Failure {
 
 impl From<&SaveError> for Failure {
     fn from(error: &SaveError) -> Failure {
-        if let Some(failure) = of_base(error) {
+        if let Some(failure) = of_options(error) {
             return failure;
         }
         match error {
@@ -186,9 +186,7 @@ impl From<&SaveError> for Failure {
             SaveError::NoAddress { .. } => Failure::new(Code::Vm, "no_address", error).hint(
                 "--route direct needs a QEMU that prints addresses, 8.0 or later; stream none",
             ),
-            SaveError::NotLive => Failure::new(Code::Usage, "usage", error).hint(LIVE),
             SaveError::Userfault(_) => Failure::new(Code::Vm, "userfault", error).hint(BY_STREAM),
-            SaveError::NoChannels => Failure::new(Code::Usage, "usage", error).hint(CHANNELS),
             SaveError::NotConverged { .. } => Failure::new(Code::Vm, "not_converged", error).hint(
                 "--live-timeout waits longer, --max-pause allows a longer pause; \
                  without --live the guest is paused",
@@ -236,8 +234,8 @@ impl From<&SaveError> for Failure {
     }
 }
 
-/// Returns the failure if it concerns the base.
-fn of_base(error: &SaveError) -> Option<Failure> {
+/// Returns the failure if it concerns the base, or options that exclude one another.
+fn of_options(error: &SaveError) -> Option<Failure> {
     Some(match error {
         SaveError::Base(error) => Failure::from(error),
         SaveError::BaseIsDestination { .. } => Failure::new(Code::Usage, "base", error)
@@ -246,6 +244,8 @@ fn of_base(error: &SaveError) -> Option<Failure> {
             .hint("--base auto takes the file that this VM was last saved to or restored from"),
         SaveError::BaseNeedsMemory { .. } => Failure::new(Code::Vm, "base", error)
             .hint("without --base any route saves the whole VM"),
+        SaveError::NoChannels => Failure::new(Code::Usage, "usage", error).hint(CHANNELS),
+        SaveError::NotLive => Failure::new(Code::Usage, "usage", error).hint(LIVE),
         SaveError::ThinWithoutBase => {
             Failure::new(Code::Usage, "usage", error).hint("--thin goes with --base")
         }
