@@ -321,7 +321,15 @@ impl<'a> PageCheck<'a> {
         let workers = workers
             .map_err(PagesError::reading("the file, with the back end that was asked for"))?;
         let (bitmaps, control) = (&self.bitmaps[..], self.control);
-        WindowReader { blocks, bitmaps, more: Some(self), fill: None, control }.read(workers, take)
+        WindowReader {
+            blocks,
+            bitmaps,
+            window_len: WINDOW_LEN,
+            more: Some(self),
+            fill: None,
+            control,
+        }
+        .read(workers, take)
     }
 
     /// Compares the pages of a window with their hashes.

@@ -21,11 +21,11 @@ pub struct Layers<'a> {
     files: Vec<Layer<'a>>,
     /// The number of the file that lanes read.
     main: usize,
-    /// The pages of each block that are not zero.
+    /// The pages of each block that are read.
     bitmaps: Vec<PageBitmap>,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Layer<'a> {
     snapshot: &'a Snapshot,
     /// For each block of the file itself, where it is in this file, and the pages that are taken from
@@ -96,29 +96,39 @@ impl<'a> Layers<'a> {
         self.files[self.main].blocks[number].as_ref().expect("the main file has all blocks").0
     }
 
-    /// Returns the pages of block `number` that are not zero.
+    /// Returns the pages of block `number` that are read: those that are not zero.
     #[must_use]
     pub fn bitmap(&self, number: usize) -> &PageBitmap {
         &self.bitmaps[number]
     }
 
-    /// Returns the pages of block `number` that are not those at its places in the lowest file: those
-    /// that a newer file has, or that are zero now.
+    /// Returns what the newer files of a chain change in the lowest one: the pages that they have, and the
+    /// pages of each block that are zero and have bytes in the lowest file. `None` if there is no newer
+    /// one.
     ///
     /// # Errors
     ///
     /// Returns [`SnapshotError::Read`] if the kernel refuses to read a bitmap.
-    pub fn changed(&self, number: usize) -> Result<Changed, SnapshotError> {
-        let lowest = self.files.last().expect("the file itself");
-        let bitmap = self.bitmap(number);
-        let Some((placed, here)) = &lowest.blocks[number] else {
-            return Ok(Changed {
-                data: bitmap.clone(),
-                zero: PageBitmap::new(bitmap.page_count()),
-            });
+    pub fn changes(&self) -> Result<Option<(Layers<'a>, Vec<PageBitmap>)>, SnapshotError> {
+        let Some((lowest, newer)) = self.files.split_last().filter(|(_, newer)| !newer.is_empty())
+        else {
+            return Ok(None);
         };
-        let below = lowest.snapshot.bitmap(placed)?;
-        Ok(Changed { data: bitmap.without(here), zero: below.without(bitmap) })
+        let (mut bitmaps, mut zero) = (Vec::new(), Vec::new());
+        for (bitmap, block) in self.bitmaps.iter().zip(&lowest.blocks) {
+            match block {
+                Some((placed, here)) => {
+                    bitmaps.push(bitmap.without(here));
+                    zero.push(lowest.snapshot.bitmap(placed)?.without(bitmap));
+                }
+                None => {
+                    bitmaps.push(bitmap.clone());
+                    zero.push(PageBitmap::new(bitmap.page_count()));
+                }
+            }
+        }
+        let (files, main) = (newer.to_vec(), main(newer));
+        Ok(Some((Layers { files, main, bitmaps }, zero)))
     }
 
     /// Returns the lowest file: one that is whole.
@@ -221,15 +231,6 @@ impl PageSource for Layers<'_> {
             .map_err(io::Error::other)?;
         Ok(true)
     }
-}
-
-/// What a chain changes in a block of its lowest file.
-#[derive(Debug)]
-pub struct Changed {
-    /// Pages that a newer file has.
-    pub data: PageBitmap,
-    /// Pages that are zero, and have bytes in the lowest file.
-    pub zero: PageBitmap,
 }
 
 /// Returns the number of the file that has all blocks, and of these the most pages.

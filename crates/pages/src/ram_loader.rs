@@ -18,7 +18,7 @@ use crate::lane::Workers;
 use crate::layers::Layers;
 use crate::memory::PageSink;
 use crate::page_hashes::PageHashes;
-use crate::plan::{in_window, pieces};
+use crate::plan::{WINDOW_LEN, in_window, pieces};
 use crate::snapshot::SnapshotError;
 use crate::window_reader::{MorePlaces, Window, WindowReader};
 
@@ -39,37 +39,43 @@ pub fn load_ram<'a>(
         blocks.iter().map(|&block| layers.bitmap(block).clone()).collect();
     let non_zero = NonZeroWindows { sink };
     let load = Load { layers, blocks, bitmaps: &bitmaps, sink, control };
-    load.read(workers, Some(&non_zero), |block, window, bytes| {
+    load.read((workers, WINDOW_LEN), Some(&non_zero), |block, window, bytes| {
         block.clear_stale(window)?;
         block.copy(window, bytes)
     })
 }
 
-/// Brings the pages of `blocks` that newer files of `layers` changed into `sink`, which has the pages of
-/// the lowest file: it was mapped. Returns how many bytes of data were read.
+/// Brings the pages of `blocks` that newer files of a chain changed into `sink`, which has the pages of
+/// the lowest file: it was mapped. `changes` is what [`Layers::changes`] returns; the lanes of `workers`
+/// lead to its [`Layers::main`]. Returns how many bytes of data were read.
 ///
 /// # Errors
 ///
 /// As [`load_ram`].
-pub fn load_changed<'a>(
-    (layers, workers): (&'a Layers<'a>, Workers),
+pub fn load_changes<'a>(
+    (changes, workers): (&'a (Layers<'a>, Vec<PageBitmap>), Workers),
     blocks: &[usize],
     sink: &dyn PageSink,
     control: &Control<'_>,
 ) -> Result<u64, PagesError> {
-    let changed = blocks.iter().map(|&block| layers.changed(block));
-    let changed = changed.collect::<Result<Vec<_>, _>>()?;
-    let bitmaps: Vec<PageBitmap> = changed.iter().map(|changed| changed.data.clone()).collect();
+    let (layers, zero) = changes;
+    let bitmaps: Vec<PageBitmap> =
+        blocks.iter().map(|&block| layers.bitmap(block).clone()).collect();
     let load = Load { layers, blocks, bitmaps: &bitmaps, sink, control };
-    for (number, changed) in changed.iter().enumerate() {
-        let block = load.block(number);
-        let page_len = block.page_len();
-        for run in changed.zero.data_runs() {
-            block.clear(run.start.0 * page_len..run.end.0 * page_len)?;
+    for (number, &block) in blocks.iter().enumerate() {
+        let loaded = load.block(number);
+        let page_len = loaded.page_len();
+        for run in zero[block].data_runs() {
+            loaded.clear(run.start.0 * page_len..run.end.0 * page_len)?;
         }
     }
-    Ok(load.read(workers, None, |block, window, bytes| block.copy(window, bytes))?.0)
+    // Between the changes lies what is there already.
+    let take = |block: &LoadedBlock<'_>, window: &Window, bytes: &[u8]| block.copy(window, bytes);
+    Ok(load.read((workers, CELL_LEN), None, take)?.0)
 }
+
+/// Of a chain's changes, at most so many bytes are read at once.
+const CELL_LEN: u64 = 64 << 10;
 
 /// A load at work.
 struct Load<'a, 'l> {
@@ -88,10 +94,11 @@ impl<'a> Load<'a, '_> {
         LoadedBlock { number, placed, bitmap: &self.bitmaps[number], sink: self.sink }
     }
 
-    /// Reads and verifies all windows with pages of the bitmaps or of `more`, and calls `take` with each.
+    /// Reads and verifies all windows of `window_len` bytes with pages of the bitmaps or of `more`, and
+    /// calls `take` with each.
     fn read(
         &self,
-        workers: Workers,
+        (workers, window_len): (Workers, u64),
         more: Option<&dyn MorePlaces>,
         take: impl Fn(&LoadedBlock<'_>, &Window, &[u8]) -> Result<(), PagesError> + Sync,
     ) -> Result<(u64, BackendInUse), PagesError> {
@@ -104,6 +111,7 @@ impl<'a> Load<'a, '_> {
         let reader = WindowReader {
             blocks: &placed,
             bitmaps: self.bitmaps,
+            window_len,
             more,
             fill: Some(&fill),
             control: self.control,

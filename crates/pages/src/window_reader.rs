@@ -10,14 +10,14 @@ use vmfile_format::{PageBitmap, PageRange};
 use crate::control::{Control, Meter};
 use crate::error::PagesError;
 use crate::lane::{Lane, Workers};
-use crate::plan::{Unit, Units, WINDOW_LEN};
+use crate::plan::{Unit, Units};
 
 /// A window of one block, and the part of it that is read at once.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Window {
     /// The block's number.
     pub block: usize,
-    /// The window's bytes of the block: up to the next multiple of [`WINDOW_LEN`].
+    /// The window's bytes of the block: up to the next multiple of a window's length.
     pub whole: Range<u64>,
     /// The bytes that are read, from the first place to the last: a hole between them costs nothing
     /// to read. Empty if the window is of interest although no byte of it is to be read.
@@ -47,6 +47,9 @@ pub struct WindowReader<'a> {
     pub blocks: &'a [PlacedBlock],
     /// Which pages of each block have data.
     pub bitmaps: &'a [PageBitmap],
+    /// How long a window is, in bytes: [`WINDOW_LEN`] at most. Each is read at once, also what lies between
+    /// its data.
+    pub window_len: u64,
     /// Places that are of interest besides pages with data.
     pub more: Option<&'a dyn MorePlaces>,
     /// Adds to the bytes of a block, from an offset on, the pages that are in other files.
@@ -81,7 +84,7 @@ impl WindowReader<'_> {
         take: impl Fn(&mut T, &Window, io::Result<&[u8]>) -> Result<(), PagesError> + Sync,
     ) -> Result<(Vec<T>, BackendInUse), PagesError> {
         let lens = self.blocks.iter().map(|placed| placed.block.used_length());
-        let units = Units::new(lens, WINDOW_LEN);
+        let units = Units::new(lens, self.window_len);
         let shared = Shared { units, meter: Meter::new(self.control, self.data_bytes()) };
         let part = |lane| self.work(&shared, lane, &take);
         workers.drive(&shared.units, part, PagesError::reading(PAGES))
@@ -188,8 +191,8 @@ impl WindowReader<'_> {
 
     /// Returns the window in which `range`, which was read, lies.
     fn window(&self, block: usize, range: Range<u64>) -> Window {
-        let start = range.start - range.start % WINDOW_LEN;
-        let end = (start + WINDOW_LEN).min(self.blocks[block].block.used_length());
+        let start = range.start - range.start % self.window_len;
+        let end = (start + self.window_len).min(self.blocks[block].block.used_length());
         Window { block, whole: start..end, range }
     }
 
@@ -244,6 +247,7 @@ mod tests {
         let reader = WindowReader {
             blocks: &[placed],
             bitmaps: &[bitmap],
+            window_len: WINDOW_LEN,
             more,
             fill: None,
             control: &Control::none(),

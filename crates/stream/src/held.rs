@@ -34,7 +34,9 @@ pub struct HeldStream {
     socket: OwnedFd,
     decoder: StreamDecoder,
     ram: Option<RamLayout>,
-    /// How many of the bytes that lie in the socket have been decoded.
+    /// Bytes that were taken from the socket with the first page, and not decoded then.
+    taken: Vec<u8>,
+    /// How many of these, and of the bytes that lie in the socket after them, have been decoded.
     decoded: usize,
     pages: BTreeSet<(usize, PageIndex)>,
 }
@@ -52,6 +54,7 @@ impl HeldStream {
             socket: ours.into(),
             decoder: StreamDecoder::new(),
             ram: None,
+            taken: Vec::new(),
             decoded: 0,
             pages: BTreeSet::new(),
         };
@@ -129,17 +132,24 @@ impl HeldStream {
         ioctl_fionread(&self.socket).map_err(|errno| HeldError::Read(errno.into()))
     }
 
-    /// Decodes what lies in the socket. Removes from there what comes before the first page.
+    /// Decodes what lies in the socket. Takes it from there up to the first page: the socket has no room
+    /// for that page if other bytes stand before it in one piece.
     fn look(&mut self) -> Result<(), HeldError> {
-        let mut bytes = vec![0; EVENT_LEN_MAX];
-        let len = match recv(&self.socket, &mut bytes[..], RecvFlags::PEEK | RecvFlags::DONTWAIT) {
+        let is_first = self.pages.is_empty();
+        let flags =
+            if is_first { RecvFlags::DONTWAIT } else { RecvFlags::PEEK | RecvFlags::DONTWAIT };
+        let mut bytes = self.taken.clone();
+        let start = bytes.len();
+        bytes.resize(start + EVENT_LEN_MAX, 0);
+        match recv(&self.socket, &mut bytes[start..], flags) {
             Ok((_, 0)) => return Err(HeldError::Ended),
-            Ok((_, len)) => len,
+            Ok((_, len)) => bytes.truncate(start + len),
             Err(Errno::AGAIN | Errno::INTR) => return Ok(()),
             Err(errno) => return Err(HeldError::Read(errno.into())),
-        };
+        }
         loop {
-            let step = self.decoder.next(&bytes[self.decoded..len])?;
+            let step = self.decoder.next(&bytes[self.decoded..])?;
+            self.decoded += step.consumed;
             match step.event {
                 Some(Event::RamBlocks { ram, .. }) => self.ram = Some(ram),
                 Some(Event::Page { block, page, .. } | Event::ZeroPage { block, page }) => {
@@ -147,29 +157,12 @@ impl HeldStream {
                 }
                 Some(Event::DeviceState(_)) => return Err(HeldError::NoPages),
                 Some(_) => {}
-                None => {
-                    self.decoded += step.consumed;
-                    break;
-                }
+                None => break,
             }
-            self.decoded += step.consumed;
         }
-        if self.pages.is_empty() {
-            self.discard()?;
-        }
-        Ok(())
-    }
-
-    /// Removes the decoded bytes from the socket.
-    fn discard(&mut self) -> Result<(), HeldError> {
-        let mut bytes = vec![0; self.decoded];
-        while self.decoded > 0 {
-            match recv(&self.socket, &mut bytes[..self.decoded], RecvFlags::DONTWAIT) {
-                Ok((_, 0)) => return Err(HeldError::Ended),
-                Ok((_, len)) => self.decoded -= len,
-                Err(Errno::INTR) => {}
-                Err(errno) => return Err(HeldError::Read(errno.into())),
-            }
+        if is_first {
+            bytes.drain(..self.decoded);
+            (self.taken, self.decoded) = (bytes, 0);
         }
         Ok(())
     }
@@ -184,5 +177,43 @@ impl AsFd for HeldStream {
 impl From<HeldStream> for OwnedFd {
     fn from(held: HeldStream) -> OwnedFd {
         held.socket
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::Write as _;
+
+    use vmfile_format::stream::configuration::Configuration;
+    use vmfile_format::stream::encoder::RamSection;
+    use vmfile_format::{PageSize, RamBlock};
+
+    use super::*;
+
+    /// The head and the first page in one piece had no room in the socket, and both sides waited while a
+    /// vCPU stood still.
+    #[test]
+    fn a_first_page_that_comes_with_the_head_is_found_whatever_the_head_is_long() {
+        for padding in (0..256).step_by(15) {
+            let machine = "m".repeat(padding);
+            let block = RamBlock::new("ram".to_owned(), 64 << 12, PageSize::KIB_4).unwrap();
+            let ram = RamLayout::new(vec![block.clone()]).unwrap();
+            let mut bytes = Configuration { machine, ..Configuration::default() }.encode();
+            let mut section = RamSection::begin(&mut bytes, 1, &ram);
+            for page in 0..64 {
+                section.page_header(&mut bytes, (0, &block), PageIndex(page));
+                bytes.extend([7; 4096]);
+            }
+            let (mut held, theirs) = HeldStream::pair().unwrap();
+            let sender = thread::spawn(move || File::from(theirs).write_all(&bytes));
+            let limit = Duration::from_secs(20);
+            assert_eq!(*held.wait_for_page(limit, &Control::none()).unwrap(), ram);
+            let pages = held.wait_until_still().unwrap().len();
+            assert!((1..8).contains(&pages), "{pages} pages, {padding}");
+            assert!(!held.has_more().unwrap());
+            drop(held);
+            assert!(sender.join().unwrap().is_err(), "the sender waited for room");
+        }
     }
 }

@@ -11,7 +11,7 @@ use vmfile_pages::control::Control;
 use vmfile_pages::lane::Workers;
 use vmfile_pages::layers::Layers;
 use vmfile_pages::process_ram::{BlockAt, ProcessRam};
-use vmfile_pages::ram_loader::{load_changed, load_ram};
+use vmfile_pages::ram_loader::{load_changes, load_ram};
 use vmfile_pages::reading::{Verified, open_for_reading};
 use vmfile_pages::snapshot::Snapshot;
 use vmfile_qemu::{Feature, RamBlockInfo, Vm};
@@ -182,15 +182,15 @@ impl<'a> Loadable<'a> {
         let Some(process) = &self.process else { return Ok((0, None)) };
         let blocks: Vec<usize> = self.blocks.iter().map(|&(block, _)| block).collect();
         let layers = Layers::new(snapshot)?;
-        let opened = open_for_reading(layers.main(), options.direct_io);
+        let changes = if is_mapped { layers.changes()? } else { None };
+        let file = changes.as_ref().map_or(layers.main(), |(newer, _)| newer.main());
+        let opened = open_for_reading(file, options.direct_io);
         let (file, direct_io) = opened.map_err(RestoreError::File)?;
         let width = (options.io, options.jobs.count());
         let workers = Workers::start(&file, width).map_err(RestoreError::File)?;
-        let from = (&layers, workers);
-        let bytes_read = if is_mapped {
-            load_changed(from, &blocks, process, control)?
-        } else {
-            load_ram(from, &blocks, process, control)?.0
+        let bytes_read = match &changes {
+            Some(changes) => load_changes((changes, workers), &blocks, process, control)?,
+            None => load_ram((&layers, workers), &blocks, process, control)?.0,
         };
         Ok((bytes_read, Some(direct_io)))
     }

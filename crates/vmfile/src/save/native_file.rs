@@ -20,6 +20,7 @@ use vmfile_pages::PagesError;
 use vmfile_pages::control::Progress;
 use vmfile_pages::draft::{HashTables, StreamParts};
 use vmfile_pages::lane::Workers;
+use vmfile_pages::plan::WINDOW_LEN;
 use vmfile_pages::received_ram::empty;
 use vmfile_pages::snapshot::Snapshot;
 use vmfile_pages::window_reader::{Window, WindowReader};
@@ -144,6 +145,7 @@ impl NativeFile<'_> {
         let reader = WindowReader {
             blocks: self.blocks(),
             bitmaps: self.bitmaps,
+            window_len: WINDOW_LEN,
             more: None,
             fill: None,
             control: &self.work.control.with_progress(&second_half),
