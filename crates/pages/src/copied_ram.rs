@@ -7,29 +7,34 @@
 
 use std::io;
 use std::ops::Range;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use vmfile_engine::AlignedBuffer;
+use vmfile_engine::{AlignedBuffer, Crew};
 
 use crate::memory::{Beneath, PageSource};
 use crate::plan::{UNIT_LEN, Units, in_window};
 use crate::process_ram::ProcessRam;
 
-/// Memory for a copy, taken and touched before the process is stopped.
+/// Threads, and memory for a copy, taken and touched before the process is stopped.
 #[derive(Debug)]
 pub struct Room {
+    crew: Crew,
     /// Each as long as a unit.
     buffers: Vec<AlignedBuffer>,
 }
 
 impl Room {
-    /// Takes memory for `bytes` bytes.
+    /// Takes memory for `bytes` bytes, and starts `jobs` threads.
     ///
     /// # Errors
     ///
-    /// Returns [`io::ErrorKind::OutOfMemory`] if there is not so much.
-    pub fn new(bytes: u64) -> io::Result<Room> {
+    /// Returns [`io::ErrorKind::OutOfMemory`] if there is not so much, or the kernel's error.
+    pub fn new(bytes: u64, jobs: usize) -> io::Result<Room> {
+        // Each thread may leave a buffer half empty.
+        let count = bytes.div_ceil(UNIT_LEN) + jobs as u64 - 1;
         let buffer = |_| AlignedBuffer::zeroed(in_window(UNIT_LEN), 4096);
-        Ok(Room { buffers: (0..bytes.div_ceil(UNIT_LEN)).map(buffer).collect::<io::Result<_>>()? })
+        let buffers = (0..count).map(buffer).collect::<io::Result<_>>()?;
+        Ok(Room { crew: Crew::start(jobs)?, buffers })
     }
 }
 
@@ -37,7 +42,7 @@ impl Room {
 #[derive(Debug)]
 pub struct CopiedRam<'a> {
     ram: &'a ProcessRam,
-    room: Room,
+    buffers: Vec<AlignedBuffer>,
     /// What was copied of each block, in order.
     blocks: Vec<Vec<Copied>>,
     bytes: u64,
@@ -58,11 +63,16 @@ struct Copied {
 /// Returns the kernel's error.
 pub fn own_len(ram: &ProcessRam) -> io::Result<u64> {
     let mut bytes = 0;
-    each_unit(ram, |block, range| {
-        bytes += ram.own(block, &range)?.iter().map(|own| own.end - own.start).sum::<u64>();
-        Ok(true)
-    })?;
+    let units = units(ram);
+    while let Some(unit) = units.take(|block, range| ram.first_own(block, &range))? {
+        let own = ram.own(unit.block, &unit.range)?;
+        bytes += own.iter().map(|own| own.end - own.start).sum::<u64>();
+    }
     Ok(bytes)
+}
+
+fn units(ram: &ProcessRam) -> Units {
+    Units::new(ram.addresses().map(|addresses| addresses.end - addresses.start), UNIT_LEN)
 }
 
 impl<'a> CopiedRam<'a> {
@@ -75,16 +85,33 @@ impl<'a> CopiedRam<'a> {
     pub fn copy(
         ram: &'a ProcessRam,
         room: Room,
-        is_too_long: impl Fn() -> bool,
+        is_too_long: impl Fn() -> bool + Sync,
     ) -> io::Result<Option<CopiedRam<'a>>> {
-        let blocks = ram.addresses().map(|_| Vec::new()).collect();
-        let mut copied = CopiedRam { ram, room, blocks, bytes: 0 };
-        let mut place = Place::default();
-        let is_whole = each_unit(ram, |block, range| {
-            let own = ram.own(block, &range)?;
-            Ok(!is_too_long() && copied.take(block, &own, &mut place)?)
+        let Room { mut crew, buffers } = room;
+        let free = Mutex::new(buffers);
+        let units = units(ram);
+        let parts: Vec<_> = (0..crew.count()).map(|_| Mutex::new(Ok(None))).collect();
+        crew.run(&|number| {
+            let mut copier = Copier { ram, free: &free, copy: Part::default(), at: 0 };
+            let copied = units.work(|| copier.units(&units, &is_too_long));
+            *lock(&parts[number]) = copied.map(|is_whole| is_whole.then_some(copier.copy));
         })?;
-        Ok(is_whole.then_some(copied))
+        let mut copied = CopiedRam { ram, buffers: Vec::new(), blocks: Vec::new(), bytes: 0 };
+        copied.blocks.extend(ram.addresses().map(|_| Vec::new()));
+        for part in parts {
+            let part = part.into_inner().unwrap_or_else(PoisonError::into_inner)?;
+            let Some(part) = part else { return Ok(None) };
+            let first = copied.buffers.len();
+            copied.buffers.extend(part.buffers);
+            for (block, found) in part.copies {
+                copied.bytes += found.range.end - found.range.start;
+                copied.blocks[block].push(Copied { buffer: first + found.buffer, ..found });
+            }
+        }
+        for block in &mut copied.blocks {
+            block.sort_unstable_by_key(|copied| copied.range.start);
+        }
+        Ok(Some(copied))
     }
 
     /// Returns how many bytes were copied.
@@ -93,36 +120,12 @@ impl<'a> CopiedRam<'a> {
         self.bytes
     }
 
-    /// Copies ranges of a block; returns whether there was room.
-    fn take(&mut self, block: usize, ranges: &[Range<u64>], place: &mut Place) -> io::Result<bool> {
-        let mut rest = ranges.to_vec();
-        while !rest.is_empty() {
-            let Some(buffer) = self.room.buffers.get_mut(place.buffer) else { return Ok(false) };
-            let (now, later) = split(rest, (buffer.len() - place.at) as u64);
-            rest = later;
-            let len: u64 = now.iter().map(|range| range.end - range.start).sum();
-            let len = in_window(len);
-            self.ram.gather(block, &now, &mut buffer[place.at..place.at + len])?;
-            for range in now {
-                let len = in_window(range.end - range.start);
-                self.blocks[block].push(Copied { range, buffer: place.buffer, at: place.at });
-                place.at += len;
-            }
-            self.bytes += len as u64;
-            if !rest.is_empty() {
-                *place = Place { buffer: place.buffer + 1, at: 0 };
-            }
-        }
-        Ok(true)
-    }
-
     /// Copies what was copied of `range` to its place in `into`; returns which ranges that is.
     fn paste(&self, block: usize, range: &Range<u64>, into: &mut [u8]) -> Vec<Range<u64>> {
         let paste = |copied: &Copied| {
             let part = copied.range.start.max(range.start)..copied.range.end.min(range.end);
             let at = copied.at + in_window(part.start - copied.range.start);
-            let bytes =
-                &self.room.buffers[copied.buffer][at..at + in_window(part.end - part.start)];
+            let bytes = &self.buffers[copied.buffer][at..at + in_window(part.end - part.start)];
             into[in_window(part.start - range.start)..in_window(part.end - range.start)]
                 .copy_from_slice(bytes);
             part
@@ -139,27 +142,64 @@ impl<'a> CopiedRam<'a> {
     }
 }
 
-/// Where the next byte goes.
+/// What one thread has copied.
 #[derive(Debug, Default)]
-struct Place {
-    buffer: usize,
+struct Part {
+    buffers: Vec<AlignedBuffer>,
+    /// Each with its block.
+    copies: Vec<(usize, Copied)>,
+}
+
+/// A thread that copies.
+struct Copier<'c> {
+    ram: &'c ProcessRam,
+    free: &'c Mutex<Vec<AlignedBuffer>>,
+    copy: Part,
+    /// Where the next byte goes in the last buffer.
     at: usize,
 }
 
-/// Calls `work` for every unit with something to copy, until it returns `false`; returns whether it
-/// never did.
-fn each_unit(
-    ram: &ProcessRam,
-    mut work: impl FnMut(usize, Range<u64>) -> io::Result<bool>,
-) -> io::Result<bool> {
-    let lens = ram.addresses().map(|addresses| addresses.end - addresses.start);
-    let units = Units::new(lens, UNIT_LEN);
-    while let Some(unit) = units.take(|block, range| ram.first_own(block, &range))? {
-        if !work(unit.block, unit.range)? {
-            return Ok(false);
+impl Copier<'_> {
+    /// Copies units until none are left; returns `false` if there was no time or no room for one.
+    fn units(&mut self, units: &Units, is_too_long: impl Fn() -> bool) -> io::Result<bool> {
+        while let Some(unit) = units.take(|block, range| self.ram.first_own(block, &range))? {
+            let own = self.ram.own(unit.block, &unit.range)?;
+            if is_too_long() || !self.take(unit.block, own)? {
+                return Ok(false);
+            }
         }
+        Ok(true)
     }
-    Ok(true)
+
+    /// Copies ranges of a block; returns whether there was room.
+    fn take(&mut self, block: usize, ranges: Vec<Range<u64>>) -> io::Result<bool> {
+        let mut rest = ranges;
+        while !rest.is_empty() {
+            let free = self.copy.buffers.last().map_or(0, |buffer| buffer.len() - self.at);
+            if free == 0 {
+                let Some(buffer) = lock(self.free).pop() else { return Ok(false) };
+                self.copy.buffers.push(buffer);
+                self.at = 0;
+                continue;
+            }
+            let number = self.copy.buffers.len() - 1;
+            let buffer = &mut self.copy.buffers[number];
+            let (now, later) = split(rest, free as u64);
+            rest = later;
+            let len = in_window(now.iter().map(|range| range.end - range.start).sum());
+            self.ram.gather(block, &now, &mut buffer[self.at..self.at + len])?;
+            for range in now {
+                let len = in_window(range.end - range.start);
+                self.copy.copies.push((block, Copied { range, buffer: number, at: self.at }));
+                self.at += len;
+            }
+        }
+        Ok(true)
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Cuts ranges behind their first `len` bytes.

@@ -97,7 +97,7 @@ fn only_what_a_clone_wrote_is_read() {
     put(&clone, 300, 4);
     expected[300 * PAGE] = 4;
     let ram = ram(&clone);
-    let room = Room::new(own_len(&ram).unwrap()).unwrap();
+    let room = Room::new(own_len(&ram).unwrap(), 2).unwrap();
     let copied = CopiedRam::copy(&ram, room, || false).unwrap().unwrap();
     put(&clone, 301, 4);
     let saved = save_on(&path("two"), Some(&path("one")), &copied);

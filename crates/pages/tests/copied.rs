@@ -70,7 +70,7 @@ fn only_what_was_written_over_a_file_is_copied() {
     let ram = ram(&mapped);
     let before = bytes(&ram);
     assert_eq!(own_len(&ram).unwrap(), 4 * PAGE);
-    let room = Room::new(4 * PAGE).unwrap();
+    let room = Room::new(4 * PAGE, 3).unwrap();
     let copied = CopiedRam::copy(&ram, room, || false).unwrap().unwrap();
     assert_eq!(copied.bytes(), 4 * PAGE);
     for page in [0, 1, 2, 5000, 5001] {
@@ -91,7 +91,7 @@ fn what_was_written_to_many_places_is_copied() {
     let ram = ram(&mapped);
     let before = bytes(&ram);
     assert_eq!(own_len(&ram).unwrap(), LEN / PAGE / 2 * PAGE + PAGE);
-    let copied = CopiedRam::copy(&ram, Room::new(LEN).unwrap(), || false).unwrap().unwrap();
+    let copied = CopiedRam::copy(&ram, Room::new(LEN, 2).unwrap(), || false).unwrap().unwrap();
     (0..LEN / PAGE).for_each(|page| put(&mapped, page, 252));
     assert!(bytes(&copied) == before);
 }
@@ -107,7 +107,7 @@ fn all_data_of_other_memory_is_copied() {
         }
         let ram = ram(mapped);
         let before = bytes(&ram);
-        let room = Room::new(own_len(&ram).unwrap()).unwrap();
+        let room = Room::new(own_len(&ram).unwrap(), 2).unwrap();
         let copied = CopiedRam::copy(&ram, room, || false).unwrap().unwrap();
         (0..LEN / PAGE).step_by(3).for_each(|page| put(mapped, page, 6));
         assert_eq!(bytes(&copied), before);
@@ -121,11 +121,11 @@ fn a_copy_that_takes_too_long_or_too_much_is_given_up() {
     (0..LEN / PAGE).for_each(|page| put(&mapped, page, 5));
     let ram = ram(&mapped);
     // There is room for whole units.
-    let small = Room::new(UNIT_LEN).unwrap();
+    let small = Room::new(UNIT_LEN, 1).unwrap();
     assert!(CopiedRam::copy(&ram, small, || false).unwrap().is_none());
-    let room = Room::new(LEN).unwrap();
+    let room = Room::new(LEN, 2).unwrap();
     assert!(CopiedRam::copy(&ram, room, || true).unwrap().is_none());
-    let room = Room::new(LEN).unwrap();
+    let room = Room::new(LEN, 2).unwrap();
     let copied = CopiedRam::copy(&ram, room, || false).unwrap().unwrap();
     assert_eq!((copied.bytes(), bytes(&copied)), (LEN, bytes(&ram)));
 }

@@ -45,7 +45,8 @@ impl LiveMemory {
         work: &mut Work<'_>,
         (method, bytes, pause_max): (&LiveMethod, u64, Duration),
     ) -> Result<Option<Written>, SaveError> {
-        let room = Room::new(bytes + SLACK).map_err(SaveError::Workers)?;
+        let jobs = work.options.jobs.count();
+        let room = Room::new(bytes + SLACK, jobs).map_err(SaveError::Workers)?;
         let DirectRoute { ram: layout, process, data_bytes, found, workers } = &mut self.direct;
         // Discards the events of earlier pauses: the pause of this save is measured.
         let _ = work.vm.pause_seen();
