@@ -58,6 +58,7 @@ impl CheckpointWay {
             let blocks = vm.ram_blocks()?;
             let len = machine.ram_bytes / 100 * CHANGED_PERCENT;
             change((subject.pid(), &blocks), len, round, bench.stop)?;
+            bench.remove_and_sync(&thin)?;
             let mut words = vec![OsStr::new("--base"), base.as_os_str()];
             words.extend(more.iter().map(OsStr::new));
             save(bench, subject.socket(), &thin, &words)

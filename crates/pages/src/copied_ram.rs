@@ -32,9 +32,17 @@ impl Room {
     pub fn new(bytes: u64, jobs: usize) -> io::Result<Room> {
         // Each thread may leave a buffer half empty.
         let count = bytes.div_ceil(UNIT_LEN) + jobs as u64 - 1;
-        let buffer = |_| AlignedBuffer::zeroed(in_window(UNIT_LEN), 4096);
-        let buffers = (0..count).map(buffer).collect::<io::Result<_>>()?;
-        Ok(Room { crew: Crew::start(jobs)?, buffers })
+        let mut crew = Crew::start(jobs)?;
+        let buffers = Mutex::new(Vec::new());
+        // Touching memory takes longer than filling it later.
+        crew.run(&|number| {
+            for _ in (number as u64..count).step_by(jobs) {
+                let buffer = AlignedBuffer::zeroed(in_window(UNIT_LEN), 4096);
+                lock(&buffers).push(buffer);
+            }
+        })?;
+        let buffers = buffers.into_inner().unwrap_or_else(PoisonError::into_inner);
+        Ok(Room { crew, buffers: buffers.into_iter().collect::<io::Result<_>>()? })
     }
 }
 

@@ -524,8 +524,8 @@ fn choose(
 ) -> Result<(ChosenRoute, ChosenBase), SaveError> {
     let mut base = ChosenBase::choose(vm, options, (draft, destination))?;
     let route = match options.live.filter(|_| was_running) {
-        Some(live) => choose_live(vm, options, live, draft)?,
-        None => choose_paused(vm, options, draft)?,
+        Some(live) => choose_live(vm, options, live, (draft, &base))?,
+        None => choose_paused(vm, options, (draft, &base))?,
     };
     if let ReadyRoute::Stream(_) | ReadyRoute::Native(_) = route.route {
         base.without_memory(options, &route.reason)?;

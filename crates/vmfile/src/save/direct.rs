@@ -14,6 +14,7 @@ use vmfile_pages::process_ram::{BlockAt, ProcessRam};
 use vmfile_pages::ram_writer::{self, write_ram};
 use vmfile_qemu::{RamBlockInfo, Vm};
 
+use super::base::ChosenBase;
 use super::space::refuse_without_space;
 use super::{LiveDone, SaveOptions, Work, Written};
 use crate::error::SaveError;
@@ -25,7 +26,8 @@ pub(super) struct DirectRoute {
     pub(super) found: Vec<RamBlockInfo>,
     pub(super) ram: RamLayout,
     pub(super) process: ProcessRam,
-    /// How many bytes are written at most, including the short gaps between runs of data.
+    /// How many bytes are written at most, including the short gaps between runs of data; with a base, how
+    /// many there are.
     pub(super) data_bytes: u64,
     /// Threads, rings and buffers, set up while the VM runs; `None` once they were used.
     pub(super) workers: Option<Workers>,
@@ -35,19 +37,23 @@ impl DirectRoute {
     /// Finds the RAM, and refuses what can be refused while the VM runs.
     pub(super) fn prepare(
         vm: &mut Vm,
-        draft: &Draft,
+        (draft, base): (&Draft, &ChosenBase),
         options: &SaveOptions,
     ) -> Result<DirectRoute, SaveError> {
         let found = vm.ram_blocks()?;
         let (ram, process) = find(vm, &found)?;
-        // This also counts pages that are zero again and that the save will not write. So the check
-        // refuses too much only if the guest has filled much of its RAM with zeros and the disk is
-        // nearly full.
-        let data_bytes = process.data_len(BRIDGE_LEN)?;
-        // With a base it is not known how much is written. A full disk ends the save later.
-        if options.base.is_none() {
+        let data_bytes = if base.file().is_some() {
+            // It is not known how much is written, and looking at all pages would take longer than
+            // writing those that changed. A full disk ends the save later.
+            ram.blocks().iter().map(RamBlock::used_length).sum()
+        } else {
+            // This also counts pages that are zero again and that the save will not write. So the check
+            // refuses too much only if the guest has filled much of its RAM with zeros and the disk is
+            // nearly full.
+            let data_bytes = process.data_len(BRIDGE_LEN)?;
             refuse_without_space(data_bytes, draft.file())?;
-        }
+            data_bytes
+        };
         let width = (options.io, options.jobs.count());
         let workers = Some(Workers::start(draft.file(), width).map_err(SaveError::Workers)?);
         Ok(DirectRoute { found, ram, process, data_bytes, workers })

@@ -10,6 +10,7 @@ use vmfile_pages::plan::WINDOW_LEN;
 use vmfile_qemu::{RunState, Vm};
 
 use super::SaveOptions;
+use super::base::ChosenBase;
 use super::direct::DirectRoute;
 use crate::error::SaveError;
 
@@ -26,10 +27,10 @@ impl LiveMemory {
     /// Finds the RAM, and refuses what can be refused while the guest runs.
     pub(super) fn prepare(
         vm: &mut Vm,
-        draft: &Draft,
+        from: (&Draft, &ChosenBase),
         options: &SaveOptions,
     ) -> Result<LiveMemory, SaveError> {
-        let direct = DirectRoute::prepare(vm, draft, options)?;
+        let direct = DirectRoute::prepare(vm, from, options)?;
         let pid = vm.pid()?;
         let out_of_reach = |source| ProcessRamError::Process { pid, source };
         let process = ProcessMemory::open(pid).map_err(out_of_reach)?;

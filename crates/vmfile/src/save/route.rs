@@ -7,6 +7,7 @@ use vmfile_engine::DirectIoInUse;
 use vmfile_pages::draft::Draft;
 use vmfile_qemu::{StreamSettings, Vm};
 
+use super::base::ChosenBase;
 use super::direct::DirectRoute;
 use super::live::LiveRoute;
 use super::live_memory::LiveMemory;
@@ -95,7 +96,7 @@ pub(super) fn choose_live(
     vm: &mut Vm,
     options: &SaveOptions,
     live: Live,
-    draft: &Draft,
+    from: (&Draft, &ChosenBase),
 ) -> Result<ChosenRoute, SaveError> {
     let reason = match options.route {
         Route::Auto => "the guest runs meanwhile",
@@ -104,7 +105,7 @@ pub(super) fn choose_live(
     };
     let memory = match options.route {
         Route::Stream => Err("the route stream was asked for".to_owned()),
-        _ => match LiveMemory::prepare(vm, draft, options) {
+        _ => match LiveMemory::prepare(vm, from, options) {
             Ok(memory) => Ok(memory),
             Err(error) if options.route == Route::Auto && is_memory_out_of_reach(&error) => {
                 Err(with_source(&error))
@@ -122,7 +123,7 @@ pub(super) fn choose_live(
 pub(super) fn choose_paused(
     vm: &mut Vm,
     options: &SaveOptions,
-    draft: &Draft,
+    (draft, base): (&Draft, &ChosenBase),
 ) -> Result<ChosenRoute, SaveError> {
     let route = options.route;
     let stream = |vm: &mut Vm, reason: String| {
@@ -138,7 +139,7 @@ pub(super) fn choose_paused(
         let route = ReadyRoute::Native(NativeRoute::prepare(vm, options, draft)?);
         return Ok(ChosenRoute { route, reason: "asked for".to_owned() });
     }
-    match DirectRoute::prepare(vm, draft, options) {
+    match DirectRoute::prepare(vm, (draft, base), options) {
         Ok(direct) => {
             let reason = match route {
                 Route::Direct => "asked for",
