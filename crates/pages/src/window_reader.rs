@@ -221,6 +221,7 @@ mod tests {
     use vmfile_format::{PageIndex, PageSize, RamBlock};
 
     use super::*;
+    use crate::plan::WINDOW_LEN;
 
     struct Page(u64);
 
