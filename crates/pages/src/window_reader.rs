@@ -47,7 +47,7 @@ pub struct WindowReader<'a> {
     pub blocks: &'a [PlacedBlock],
     /// Which pages of each block have data.
     pub bitmaps: &'a [PageBitmap],
-    /// How long a window is, in bytes: [`WINDOW_LEN`] at most. Each is read at once, also what lies between
+    /// How long a window is, in bytes: [`WINDOW_LEN`](crate::plan::WINDOW_LEN) at most. Each is read at once, also what lies between
     /// its data.
     pub window_len: u64,
     /// Places that are of interest besides pages with data.
