@@ -21,15 +21,25 @@ pub(super) enum Verdict {
 }
 
 /// Why a target may be missed, by the beginning of its name.
-const WHY_MISSED: [(&str, &str); 6] = [
+const WHY_MISSED: [(&str, &str); 12] = [
     ("save, shared RAM: / fio", SPREAD),
     ("save, private RAM: / fio", SPREAD),
     ("restore, load: / fio", SPREAD),
     ("check: speed / fio", SPREAD),
+    ("save, shared RAM: --live / paused", LIVE),
+    ("save, private RAM: --live / paused", LIVE),
+    ("save, shared RAM: --live by", LIVE),
+    ("save, private RAM: --live by", LIVE),
+    ("save, stream: QEMU's best", ONE_THREAD),
+    ("RAM size: restore", BITMAP),
     ("save, shared RAM: ", DISK_DECIDES),
     ("save, private RAM: ", DISK_DECIDES),
 ];
 const SPREAD: &str = "fio itself differs by more between rounds: see its min and max";
+const LIVE: &str =
+    "QEMU looks at all memory and protects it first: on a quick disk that is much of it";
+const ONE_THREAD: &str = "one thread of QEMU sends the stream, and this disk is quicker than it";
+const BITMAP: &str = "the bitmap of 256 GiB, 8 MiB, is read and compared, and QEMU makes its own";
 const DISK_DECIDES: &str =
     "both wait for the disk, and it leaves no such distance above fio's time";
 
