@@ -31,8 +31,11 @@ const KILLS: u64 = 30;
 const SOON: Duration = Duration::from_secs(1);
 const ALLOWANCE: u32 = 5;
 
-/// Every route, also live and with disks.
-const WAYS: [&[&str]; 10] = [
+/// Stands for the path of a file that was saved before.
+const BASE: &str = "BASE";
+
+/// Every route, also live, with disks, and with a base.
+const WAYS: [&[&str]; 12] = [
     &["--route", "direct"],
     &["--route", "direct", "--with-disks"],
     &["--route", "stream"],
@@ -42,6 +45,8 @@ const WAYS: [&[&str]; 10] = [
     &["--route", "native", "--with-disks"],
     &["--live"],
     &["--live", "--with-disks"],
+    &["--live", "--base", BASE],
+    &["--base", BASE],
     &["--route", "direct", "--after", "pause"],
 ];
 
@@ -61,12 +66,20 @@ impl State {
     fn of(guest: &mut Guest) -> TestResult<State> {
         let objects = guest.qmp("qom-list", json!({ "path": "/objects" }))?;
         let name = |object: &Value| object["name"].as_str().map(str::to_owned);
+        // The note of the file that was saved last stays.
+        let is_note = |name: &String| name == "vmfile-last";
         Ok(State {
             settings: guest.qmp("query-migrate-capabilities", json!({}))?,
             parameters: guest.qmp("query-migrate-parameters", json!({}))?,
             sets: guest.qmp("query-fdsets", json!({}))?,
             stdin: fs::read_link(format!("/proc/{}/fd/0", guest.pid()?))?,
-            objects: objects.as_array().into_iter().flatten().filter_map(name).collect(),
+            objects: objects
+                .as_array()
+                .into_iter()
+                .flatten()
+                .filter_map(name)
+                .filter(|name| !is_note(name))
+                .collect(),
         })
     }
 }
@@ -75,6 +88,8 @@ impl State {
 struct Trial {
     guest: Guest,
     directory: TempDir,
+    /// Where the base is.
+    base: TempDir,
     before: State,
     random: Random,
     /// How long each way takes if it is not killed.
@@ -90,13 +105,18 @@ impl Trial {
         let mut guest = config.busy().boot_to(qemu, 1)?;
         let before = State::of(&mut guest)?;
         let (seconds, slowest) = (BTreeMap::new(), Duration::ZERO);
-        let directory = directory()?;
-        Ok(Trial { guest, directory, before, random, seconds, slowest, finished: 0 })
+        let (directory, base) = (directory()?, directory()?);
+        let words = words!["save", guest.qmp_path(), base.path().join(BASE), "--after", "resume"];
+        vmfile(words).assert(0, &["saved"]);
+        Ok(Trial { guest, directory, base, before, random, seconds, slowest, finished: 0 })
     }
 
     fn words(&self, way: usize, file: &Path) -> Vec<OsString> {
         let mut words = words!["save", self.guest.qmp_path(), file].to_vec();
-        words.extend(WAYS[way].iter().map(OsString::from));
+        words.extend(WAYS[way].iter().map(|&word| match word {
+            BASE => self.base.path().join(BASE).into(),
+            word => OsString::from(word),
+        }));
         if !WAYS[way].contains(&"--after") {
             words.extend(["--after", "resume"].map(OsString::from));
         }
