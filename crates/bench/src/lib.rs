@@ -5,6 +5,7 @@
 //! rounds' ratios. Every program makes its file durable within the measured time.
 
 mod bench;
+mod changing;
 mod checkpoints;
 mod compare;
 mod contents;

@@ -7,6 +7,7 @@ use std::time::Instant;
 use vmfile_qemu::{QemuVersion, Vm, program_version};
 
 use crate::bench::Bench;
+use crate::changing;
 use crate::compare::compare;
 use crate::error::{BenchError, in_words};
 use crate::guest::{Machine, Subject};
@@ -85,7 +86,9 @@ pub fn run(
         bench.note("what was still to be measured", "stopped by a signal");
     }
     let sweeps = if options.sweep && !is_stopped {
-        sweep::measure(&mut bench, &progress)?
+        let mut sweeps = sweep::measure(&mut bench, &progress)?;
+        sweeps.extend(changing::measure(&bench, &progress)?);
+        sweeps
     } else {
         Vec::new()
     };

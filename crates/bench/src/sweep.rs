@@ -270,7 +270,7 @@ fn save(bench: &Bench<'_>, subject: &Subject, more: &[&str]) -> Result<f64, Benc
 }
 
 /// Saves to `sweep.vmf`; returns the report, and what the program used.
-fn save_reported(
+pub(crate) fn save_reported(
     bench: &Bench<'_>,
     subject: &Subject,
     more: &[&str],
@@ -283,7 +283,7 @@ fn save_reported(
     bench.vmfile(&words)
 }
 
-fn rounds(
+pub(crate) fn rounds(
     bench: &Bench<'_>,
     measure: impl Fn(&Bench<'_>) -> Result<Vec<f64>, BenchError>,
 ) -> Result<Values, BenchError> {
@@ -303,11 +303,11 @@ fn keep(values: &mut Values, times: &[f64], round: usize) {
     }
 }
 
-fn point(x: f64, values: &[Vec<f64>]) -> SweepPoint {
+pub(crate) fn point(x: f64, values: &[Vec<f64>]) -> SweepPoint {
     SweepPoint { x, values: values.iter().map(|values| Summary::of(values)).collect() }
 }
 
-fn sweep(
+pub(crate) fn sweep(
     name: &str,
     (unit, value_unit): (&'static str, &'static str),
     lines: &[&str],

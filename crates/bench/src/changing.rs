@@ -1,0 +1,128 @@
+//! Sweeps over guests that change: how much since the base, and how quickly while they are saved.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::bench::Bench;
+use crate::contents::change;
+use crate::error::BenchError;
+use crate::guest::{Machine, Subject};
+use crate::progress::Progress;
+use crate::report::Sweep;
+use crate::sweep::{point, rounds, save_reported, sweep};
+
+/// RAM of the guest, in MiB.
+const SIZE_MIB: u64 = 1024;
+
+/// How much of it has changed since the base, in percent.
+const CHANGED_PERCENT: [u64; 6] = [0, 1, 5, 20, 50, 100];
+
+/// How quickly it is written to while it is saved, in MiB/s.
+const WRITTEN_MIB: [u64; 4] = [0, 64, 256, 1024];
+
+/// How often in a second the writer writes.
+const WRITES_PER_SECOND: u32 = 100;
+
+/// Measures both.
+pub(crate) fn measure(
+    bench: &Bench<'_>,
+    progress: &Progress<'_>,
+) -> Result<[Sweep; 2], BenchError> {
+    Ok([by_changed(bench, progress)?, by_written(bench, progress)?])
+}
+
+fn by_changed(bench: &Bench<'_>, progress: &Progress<'_>) -> Result<Sweep, BenchError> {
+    let machine = Machine::new(&bench.options.qemu, SIZE_MIB << 20);
+    let subject = Subject::start(&machine, bench.options.contents, bench.stop)?;
+    let base = bench.file("base.vmf");
+    std::fs::remove_file(&base).or_else(unless_missing)?;
+    save_reported(bench, &subject, &["--after", "pause"])?;
+    std::fs::rename(bench.file("sweep.vmf"), &base).map_err(BenchError::system("rename a file"))?;
+    let base_word = base.display().to_string();
+    let round = AtomicU64::new(0);
+    let mut points = Vec::new();
+    for percent in CHANGED_PERCENT {
+        progress.say(&format!("sweep of changed pages: {percent} %"));
+        let values = rounds(bench, |bench| {
+            let blocks = subject.connect()?.ram_blocks()?;
+            let number = round.fetch_add(1, Ordering::Relaxed);
+            let len = (machine.ram_bytes / 100) * percent;
+            if len > 0 {
+                change((subject.pid(), &blocks), len, number, bench.stop)?;
+            }
+            let seconds = |more: &[&str]| -> Result<f64, BenchError> {
+                Ok(save_reported(bench, &subject, more)?.1.seconds)
+            };
+            let all = seconds(&["--after", "pause"])?;
+            let based = seconds(&["--after", "pause", "--base", &base_word])?;
+            subject.connect()?.cont()?;
+            let live = seconds(&["--live", "--base", &base_word]);
+            subject.connect()?.stop()?;
+            Ok(vec![all, based, live?])
+        })?;
+        points.push(point(percent as f64, &values));
+    }
+    bench.remove_and_sync(&base)?;
+    bench.remove_and_sync(&bench.file("sweep.vmf"))?;
+    let lines = ["vmfile save", "vmfile save --base", "vmfile save --live --base"];
+    Ok(sweep("pages changed since the base, 1 GiB of RAM", ("%", "s"), &lines, points))
+}
+
+fn unless_missing(error: std::io::Error) -> Result<(), BenchError> {
+    if error.kind() == std::io::ErrorKind::NotFound {
+        return Ok(());
+    }
+    Err(BenchError::system("remove a file")(error))
+}
+
+fn by_written(bench: &Bench<'_>, progress: &Progress<'_>) -> Result<Sweep, BenchError> {
+    let machine = Machine::new(&bench.options.qemu, SIZE_MIB << 20);
+    let subject = Subject::start(&machine, bench.options.contents, bench.stop)?;
+    let mut points = Vec::new();
+    for mebibytes in WRITTEN_MIB {
+        progress.say(&format!("sweep of writing, live: {mebibytes} MiB/s"));
+        let values = rounds(bench, |bench| {
+            subject.connect()?.cont()?;
+            let measured = while_written(bench, &subject, mebibytes);
+            subject.connect()?.stop()?;
+            measured
+        })?;
+        points.push(point(mebibytes as f64, &values));
+    }
+    bench.remove_and_sync(&bench.file("sweep.vmf"))?;
+    let lines = ["all of it", "pause", "longest wait for a page"];
+    Ok(sweep("writes while it is saved, 1 GiB of RAM, save --live", ("MiB/s", "s"), &lines, points))
+}
+
+/// Saves the guest while its memory is written to from here, as quickly as it may be: a write to a
+/// page that is protected waits as one of the guest's does.
+fn while_written(
+    bench: &Bench<'_>,
+    subject: &Subject,
+    mebibytes: u64,
+) -> Result<Vec<f64>, BenchError> {
+    let blocks = subject.connect()?.ram_blocks()?;
+    let is_over = AtomicBool::new(false);
+    let len = (mebibytes << 20) / u64::from(WRITES_PER_SECOND);
+    let interval = Duration::from_secs(1) / WRITES_PER_SECOND;
+    thread::scope(|scope| {
+        let writer = scope.spawn(|| -> Result<(), BenchError> {
+            let mut round = 0;
+            while len > 0 && !is_over.load(Ordering::Relaxed) {
+                let began = Instant::now();
+                change((subject.pid(), &blocks), len, round, bench.stop)?;
+                round += 1;
+                thread::sleep(interval.saturating_sub(began.elapsed()));
+            }
+            Ok(())
+        });
+        let saved = save_reported(bench, subject, &["--live"]);
+        is_over.store(true, Ordering::Relaxed);
+        writer.join().map_err(|_| BenchError::program("the writer", "it panicked"))??;
+        let (report, usage) = saved?;
+        let seconds = |value: &serde_json::Value| value.as_f64().unwrap_or(0.0);
+        let wait = seconds(&report["guest_waits"]["longest_seconds"]);
+        Ok(vec![usage.seconds, seconds(&report["pause_seconds"]), wait])
+    })
+}
