@@ -5,10 +5,12 @@ use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::Path;
 use std::time::Duration;
 
+use vmfile::convert::{ConvertOptions, Format, convert};
 use vmfile::error::SaveError;
 use vmfile::restore::Mode;
 use vmfile::save::{After, BaseFile, BaseUsed, Live, LiveMethod, Route, SaveOptions, SaveReport};
-use vmfile::{Existing, Snapshot};
+use vmfile::{Control, Existing, Snapshot};
+use vmfile_testing::verbs::restore;
 use vmfile_testing::{Guest, Machine, Mount, Qemu, Ram, Release, Saved, TestResult, requires};
 
 fn resumed() -> SaveOptions {
@@ -35,7 +37,8 @@ fn base_used(report: &SaveReport) -> (bool, u64, u64) {
 #[test]
 fn a_chain_of_thin_files_comes_back_in_every_mode() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Newest));
-    let mut guest = Guest::boot_sector(Ram::private(128)).seed(301).busy().boot_to(&qemu, 2)?;
+    let config = Guest::boot_sector(Ram::private(128)).seed(301).busy();
+    let mut guest = config.boot_to(&qemu, 2)?;
     let first = guest.save(&resumed())?;
     guest.runs_on(1)?;
     let second = guest.save(&resumed().base(on(&first.file)))?;
@@ -49,6 +52,16 @@ fn a_chain_of_thin_files_comes_back_in_every_mode() -> TestResult {
     guest.runs_on(1)?;
     drop(guest);
     third.comes_back(&qemu, [Mode::Map, Mode::Load, Mode::Stream])?;
+    let whole = third.directory.path().join("whole.vmf");
+    let (from, options) = ((third.file.as_path(), 0), ConvertOptions::default());
+    convert(from, &whole, Format::MappedRam, &options, &Control::none())?;
+    let converted = restore(&qemu, &config, &whole, Mode::Map)?;
+    third.goes_on_in(&converted)?;
+    drop(converted);
+    // It has what the thin file says of the VM, and needs no other.
+    let (one, other) = (Snapshot::open(&whole, 0)?, Snapshot::open(&third.file, 0)?);
+    let vm = |snapshot: &Snapshot| snapshot.manifest().map(|manifest| manifest.meta.vm.clone());
+    assert!(one.base().is_none() && vm(&one) == vm(&other));
     second.comes_back(&qemu, [Mode::Map])?;
     first.comes_back(&qemu, [Mode::Map])
 }

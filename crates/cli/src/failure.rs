@@ -1,6 +1,7 @@
 //! What the program says when it fails: code, kind, message, hint.
 
 use std::error::Error;
+use std::io::ErrorKind;
 
 use vmfile::convert::ConvertError;
 use vmfile::error::{BaseError, SaveError};
@@ -206,8 +207,9 @@ impl From<&SaveError> for Failure {
             SaveError::Pages(error) => Failure::from(error),
             SaveError::Options(_) => Failure::new(Code::Vm, "command_line", error)
                 .hint("a restore needs what QEMU was started with: run as the VM's user, or root"),
-            SaveError::NoSpace { .. } => Failure::new(Code::System, "no_space", error)
-                .hint("free some space, or save to another file system"),
+            SaveError::NoSpace { .. } => {
+                Failure::new(Code::System, "no_space", error).hint(NO_SPACE)
+            }
             SaveError::LeftOverlays { cause, .. } => with_cause(error, cause, "left_overlays")
                 .hint("the VM is sound; `block-commit` on its monitor merges the overlay"),
             SaveError::Disk { .. } => Failure::new(Code::Vm, "disk", error)
@@ -246,12 +248,17 @@ fn of_options(error: &SaveError) -> Option<Failure> {
             .hint("without --base any route saves the whole VM"),
         SaveError::NoChannels => Failure::new(Code::Usage, "usage", error).hint(CHANNELS),
         SaveError::NotLive => Failure::new(Code::Usage, "usage", error).hint(LIVE),
+        SaveError::PathNotText { .. } => Failure::new(Code::Usage, "path", error)
+            .hint("save under another name, in another directory"),
         SaveError::ThinWithoutBase => {
             Failure::new(Code::Usage, "usage", error).hint("--thin goes with --base")
         }
         _ => return None,
     })
 }
+
+/// The hint for a disk that is full.
+const NO_SPACE: &str = "free some space, or save to another file system";
 
 /// The hints for options that exclude one another.
 const LIVE: &str = "--live goes with --route auto, direct or stream";
@@ -339,6 +346,9 @@ impl From<&ConvertError> for Failure {
             ConvertError::Pages(error) => Failure::from(error),
             ConvertError::Send(error) => Failure::from(error),
             ConvertError::Receive(error) => Failure::from(error),
+            ConvertError::IsSource { .. } => {
+                Failure::new(Code::Usage, "is_source", error).hint("convert to another name")
+            }
             ConvertError::Already { .. } => Failure::new(Code::Usage, "already", error)
                 .hint("there is nothing to convert; `cp --sparse=always` makes a copy"),
             _ => Failure::new(Code::System, "io", error),
@@ -487,6 +497,10 @@ impl From<&PagesError> for Failure {
                 )
             }
             PagesError::ReadRam { .. } => Failure::new(Code::System, "process", error).hint(TRACE),
+            PagesError::Base(error) => Failure::from(error),
+            PagesError::WriteFile { source, .. } if source.kind() == ErrorKind::StorageFull => {
+                Failure::new(Code::System, "no_space", error).hint(NO_SPACE)
+            }
             _ => Failure::new(Code::System, "io", error),
         }
     }

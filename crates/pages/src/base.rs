@@ -17,6 +17,8 @@ pub struct Base {
     kept: KeptPages,
     /// The pages with data of each block of the base.
     bitmaps: Vec<PageBitmap>,
+    /// Those of them that a new file may keep.
+    usable: Vec<PageBitmap>,
 }
 
 /// How a new file has the pages of its base.
@@ -77,6 +79,10 @@ impl Base {
                            hash; `vmfile convert` makes a file that has one",
             ));
         }
+        let path = std::path::absolute(snapshot.path()).unwrap_or(snapshot.path().to_path_buf());
+        if path.to_str().is_none() {
+            return Err(no("its path is not UTF-8, and a thin file keeps it as text"));
+        }
         let kept = match sharing(&snapshot, file, is_thin) {
             Ok(()) => KeptPages::Shared,
             Err(reason) => KeptPages::Thin { reason },
@@ -85,8 +91,23 @@ impl Base {
             return Err(BaseError::ChainTooLong { path: snapshot.path().to_path_buf() });
         }
         let bitmap = |placed: &PlacedBlock| snapshot.bitmap(placed);
-        let bitmaps = snapshot.structure().blocks.iter().map(bitmap).collect::<Result<_, _>>()?;
-        Ok(Base { snapshot, kept, bitmaps })
+        let bitmaps = snapshot.structure().blocks.iter().map(bitmap);
+        let bitmaps = bitmaps.collect::<Result<Vec<_>, _>>()?;
+        let usable = bitmaps.clone();
+        Ok(Base { snapshot, kept, bitmaps, usable })
+    }
+
+    /// Lets a new file keep only `pages`, a bitmap for each of some blocks, and none of other blocks.
+    #[must_use]
+    pub fn with_only(mut self, pages: &[(&PlacedBlock, &PageBitmap)]) -> Base {
+        for (placed, usable) in self.snapshot.structure().blocks.iter().zip(&mut self.usable) {
+            let found = pages.iter().find(|(found, _)| found.block == placed.block);
+            *usable = match found {
+                Some((_, pages)) => (*pages).clone(),
+                None => PageBitmap::new(placed.block.page_count()),
+            };
+        }
+        self
     }
 
     /// Returns the file.
@@ -110,6 +131,11 @@ impl Base {
     /// Returns which pages of block `number` of the base have data.
     pub(crate) fn bitmap(&self, number: usize) -> &PageBitmap {
         &self.bitmaps[number]
+    }
+
+    /// Returns which pages of block `number` a new file may keep.
+    pub(crate) fn usable(&self, number: usize) -> &PageBitmap {
+        &self.usable[number]
     }
 
     /// Shares the pages of block `number` with `file`, where the block is `placed`.

@@ -5,7 +5,7 @@
 
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use vmfile_engine::{
@@ -25,7 +25,7 @@ use vmfile_format::{PageBitmap, RamBlock, RamLayout};
 
 use crate::base::{Base, KeptPages};
 use crate::error::PagesError;
-use crate::proof::prove;
+use crate::proof::{prove, prove_base};
 use crate::received_ram::empty;
 use crate::snapshot::{Snapshot, SnapshotError};
 
@@ -34,6 +34,8 @@ use crate::snapshot::{Snapshot, SnapshotError};
 pub struct Draft {
     unpublished: Unpublished,
     file: DataFile,
+    /// Set once pages of a base are kept.
+    base: OnceLock<Arc<Base>>,
 }
 
 /// A complete file that is on the disk, was read back, and has no name yet. If it is dropped,
@@ -118,7 +120,7 @@ impl Draft {
         let open = PagesError::writing("the new file");
         let file = unpublished.file().try_clone().map_err(&open)?;
         let file = DataFile::new(file, direct_io).map_err(open)?;
-        Ok(Draft { unpublished, file })
+        Ok(Draft { unpublished, file, base: OnceLock::new() })
     }
 
     /// Returns the file.
@@ -137,16 +139,18 @@ impl Draft {
         set.map_err(PagesError::writing("the length of the file"))
     }
 
-    /// Shares the pages of the base of `places`, if it has one that can be shared: those that have
-    /// changed are then written over.
+    /// Takes the base of `places`, if it has one, and shares its pages where they can be shared: those
+    /// that have changed are then written over.
     ///
     /// # Errors
     ///
     /// Returns [`PagesError`] if the file system refuses.
-    pub fn share_base(&self, places: &FileLayout) -> Result<(), PagesError> {
-        let Some(base) = places.base().filter(|base| *base.kept() == KeptPages::Shared) else {
+    pub fn take_base(&self, places: &FileLayout) -> Result<(), PagesError> {
+        let Some(base) = &places.base else { return Ok(()) };
+        let base = self.base.get_or_init(|| Arc::clone(base));
+        if *base.kept() != KeptPages::Shared {
             return Ok(());
-        };
+        }
         for (number, placed) in places.blocks().iter().enumerate() {
             if let Some(theirs) = places.in_base(number) {
                 let shared = base.share(theirs, &self.file, placed);
@@ -275,6 +279,8 @@ impl Draft {
         let open = |source| SnapshotError::Open { path: path.to_path_buf(), source };
         let file = file.map_err(open).map_err(PagesError::NotAsWritten)?;
         let snapshot = Snapshot::from_file(path, file, 0).map_err(PagesError::NotAsWritten)?;
+        // First, because a page that is shared and damaged was damaged in the base.
+        self.base.get().map_or(Ok(()), |base| prove_base(&snapshot, base))?;
         prove(&snapshot)?;
         let id = snapshot.id().ok_or(PagesError::NoManifest)?;
         Ok(Proven { durable, file: self.file, id })

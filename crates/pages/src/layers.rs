@@ -12,6 +12,7 @@ use vmfile_format::{PageBitmap, PageIndex, PageRange};
 
 use crate::memory::PageSource;
 use crate::page_hashes::{PageHashes, is_page};
+use crate::plan::in_window;
 use crate::snapshot::{Snapshot, SnapshotError};
 
 /// The files that have the pages of a VM.
@@ -131,6 +132,13 @@ impl<'a> Layers<'a> {
         Ok(Some((Layers { files, main, bitmaps }, zero)))
     }
 
+    /// Returns the pages of each block of the lowest file that no newer file has.
+    #[must_use]
+    pub fn of_lowest(&self) -> Vec<(&'a PlacedBlock, &PageBitmap)> {
+        let lowest = self.files.last().expect("the file itself");
+        lowest.blocks.iter().flatten().map(|(placed, pages)| (*placed, pages)).collect()
+    }
+
     /// Returns the lowest file: one that is whole.
     #[must_use]
     pub fn lowest(&self) -> &'a Snapshot {
@@ -156,6 +164,33 @@ impl<'a> Layers<'a> {
                 let bytes = &mut bytes[in_bytes(from)..in_bytes(to)];
                 file.snapshot.read_into(placed.pages_offset + from, bytes)?;
             }
+        }
+        Ok(())
+    }
+
+    /// Reads `range` of block `number`, whole pages and a window at most, into `into`, and compares them
+    /// with their hashes.
+    ///
+    /// # Errors
+    ///
+    /// As [`Layers::fill`] and [`Layers::verify`].
+    pub fn page(
+        &self,
+        number: usize,
+        range: &Range<u64>,
+        into: &mut [u8],
+    ) -> Result<(), SnapshotError> {
+        let placed = self.placed(number);
+        let page_len = placed.block.page_size().bytes();
+        let mut hashes = PageHashes::new(self.snapshot());
+        self.main().read_into(placed.pages_offset + range.start, into)?;
+        self.fill(number, range.start, into)?;
+        self.verify(&mut hashes, number, PageIndex(range.start / page_len), into)?;
+        // The main file may have bytes of a page that is zero now.
+        let pages = PageRange::new(range.start / page_len, range.end.div_ceil(page_len));
+        for gap in self.bitmap(number).gaps_within(pages) {
+            let in_window = |page: PageIndex| in_window(page.0 * page_len - range.start);
+            into[in_window(gap.start)..in_window(gap.end)].fill(0);
         }
         Ok(())
     }
@@ -221,14 +256,7 @@ impl PageSource for Layers<'_> {
         if self.first_data(block, range)?.is_none() {
             return Ok(false);
         }
-        let placed = self.placed(block);
-        let first = PageIndex(range.start / placed.block.page_size().bytes());
-        let mut hashes = PageHashes::new(self.snapshot());
-        self.main()
-            .read_into(placed.pages_offset + range.start, into)
-            .and_then(|()| self.fill(block, range.start, into))
-            .and_then(|()| self.verify(&mut hashes, block, first, into))
-            .map_err(io::Error::other)?;
+        self.page(block, range, into).map_err(io::Error::other)?;
         Ok(true)
     }
 }

@@ -124,7 +124,7 @@ pub fn save(
     let end = (state.unused_id, tail_len);
     let places = FileLayout::on_base(&configuration, ram, end, base.map(Arc::new))?;
     draft.reserve(places.tables())?;
-    draft.share_base(&places)?;
+    draft.take_base(&places)?;
     let workers = Workers::start(draft.file(), (options.io, options.jobs.count()));
     let workers = workers.map_err(PagesError::writing("the file, by threads of its own"))?;
     let written = write_ram(workers, &places, source, total_bytes, control)?;

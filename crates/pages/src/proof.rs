@@ -18,8 +18,10 @@ use vmfile_engine::begin_reading;
 use vmfile_format::manifest::HASH_LEN;
 use vmfile_format::{PageBitmap, PageIndex};
 
+use crate::base::{Base, BaseError};
 use crate::error::PagesError;
-use crate::page_hashes::{Hash, damaged_page, is_page};
+use crate::layers::Layers;
+use crate::page_hashes::{Hash, PageHashes, damaged_page, is_page};
 use crate::snapshot::{Manifest, Snapshot, SnapshotError};
 
 /// How many pages are compared with their hashes, besides the first and the last of every block.
@@ -45,6 +47,43 @@ pub(crate) fn prove(snapshot: &Snapshot) -> Result<(), PagesError> {
     hashes.dedup();
     ask_for(snapshot, hashes.into_iter().map(|start| start..start + 4096))?;
     sample.iter().try_for_each(|sample| sample.verify(snapshot)).map_err(PagesError::NotAsWritten)
+}
+
+/// Compares a sample of the pages that the new file has from `base` with their hashes: of these the file
+/// itself says nothing, or has the same bytes.
+///
+/// # Errors
+///
+/// Returns [`PagesError::Base`] for the first difference, which names the file that has the page.
+pub(crate) fn prove_base(snapshot: &Snapshot, base: &Base) -> Result<(), PagesError> {
+    let layers = Layers::new(base.snapshot())?;
+    let mut numbers = Vec::new();
+    let mut bitmaps = Vec::new();
+    for (number, placed) in snapshot.structure().blocks.iter().enumerate() {
+        if let Some(theirs) = base.block(&placed.block) {
+            numbers.push((number, theirs));
+            bitmaps.push(snapshot.bitmap(placed)?.and(base.bitmap(theirs)));
+        }
+    }
+    let (mut ours, mut theirs) = (PageHashes::new(snapshot), PageHashes::new(base.snapshot()));
+    let mut kept = Vec::new();
+    for (index, page) in sample(&bitmaps, RandomState::new().build_hasher().finish()) {
+        let (our_number, number) = numbers[index];
+        if ours.recorded(our_number, page)? == theirs.recorded(number, page)? {
+            let page_len = layers.placed(number).block.page_size().bytes();
+            kept.push((number, page.0 * page_len..(page.0 + 1) * page_len));
+        }
+    }
+    let place = |(number, range): &(usize, Range<u64>)| {
+        let start = layers.placed(*number).pages_offset;
+        start + range.start..start + range.end
+    };
+    ask_for(layers.main(), kept.iter().map(place))?;
+    for (number, range) in kept {
+        let mut bytes = vec![0; usize::try_from(range.end - range.start).expect("a page")];
+        layers.page(number, &range, &mut bytes).map_err(BaseError::from)?;
+    }
+    Ok(())
 }
 
 /// Returns the pages of each block whose data are in the file itself.

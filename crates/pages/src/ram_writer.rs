@@ -271,7 +271,7 @@ impl Worker<'_> {
         let places = self.shared.places;
         let Some(number) = places.in_base(block) else { return Ok(Vec::new()) };
         let page_len = places.blocks()[block].block.page_size().bytes();
-        let bitmap = base.bitmap(number);
+        let bitmap = base.usable(number);
         let pages = (window.start / page_len..window.end / page_len).map(PageIndex);
         let hash = |page| match bitmap.contains(page) {
             true => Ok(hashes.recorded(number, page)?.unwrap_or_default()),

@@ -1,11 +1,11 @@
 //! A saved VM as a file: opened once, its structure checked, its pages not yet read.
 
 use std::fmt;
-use std::fs::File;
+use std::fs::{self, File, Metadata};
 use std::io;
 use std::iter;
 use std::os::fd::AsFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -287,6 +287,14 @@ impl Snapshot {
     #[must_use]
     pub fn base(&self) -> Option<&Snapshot> {
         self.base.as_deref()
+    }
+
+    /// Whether this is the file at `path`, by whatever name.
+    #[must_use]
+    pub fn is_at(&self, path: &Path) -> bool {
+        let identity = |metadata: Metadata| (metadata.dev(), metadata.ino());
+        let ours = self.file.metadata().map(identity).ok();
+        ours.is_some() && ours == fs::metadata(path).map(identity).ok()
     }
 
     /// Returns how many files are below this one.

@@ -10,10 +10,12 @@ use proptest::prelude::*;
 use vmfile_pages::base::BaseError;
 use vmfile_pages::check::{CheckOptions, FindingKind, check};
 use vmfile_pages::format::limits::CHAIN_LEN_MAX;
+use vmfile_pages::layers::Layers;
 use vmfile_pages::memory_file::{Contents, FileOptions, SavedMemory, load, save};
+use vmfile_pages::plan::{WINDOW_LEN, pieces};
 use vmfile_pages::{
-    Control, OwnMemory, OwnMemoryMut, PageSize, PagesError, RamBlock, RamLayout, Snapshot,
-    SnapshotError,
+    Control, OwnMemory, OwnMemoryMut, PageSize, PageSource as _, PagesError, RamBlock, RamLayout,
+    Snapshot, SnapshotError,
 };
 
 /// Blocks by name.
@@ -40,6 +42,25 @@ fn loaded(path: &Path, memory: &Memory) -> Result<Memory, PagesError> {
     load(&snapshot, &sink, &FileOptions::default(), &Control::none())?;
     drop(sink);
     Ok(found)
+}
+
+/// Reads the memory as a conversion does.
+fn read(path: &Path, memory: &Memory) -> Memory {
+    let snapshot = Snapshot::open(path, 0).unwrap();
+    let layers = Layers::new(&snapshot).unwrap();
+    let block = |(number, (name, bytes)): (usize, &(&'static str, Vec<u8>))| {
+        let mut found = vec![0; bytes.len()];
+        for range in pieces(0..bytes.len() as u64, WINDOW_LEN) {
+            let at = |offset: u64| usize::try_from(offset).unwrap();
+            let window = &mut found[at(range.start)..at(range.end)];
+            window.fill(0xa5);
+            if !layers.read(number, &range, window).unwrap() {
+                window.fill(0);
+            }
+        }
+        (*name, found)
+    };
+    memory.iter().enumerate().map(block).collect()
 }
 
 fn findings(path: &Path) -> Vec<FindingKind> {
@@ -107,6 +128,7 @@ proptest! {
         for (number, memory) in saved.iter().enumerate() {
             prop_assert!(&loaded(&path(number), memory).unwrap() == memory, "file {}", number);
             prop_assert_eq!(findings(&path(number)), vec![]);
+            prop_assert!(&read(&path(number), memory) == memory, "file {} by layers", number);
         }
     }
 }
@@ -208,4 +230,23 @@ fn a_thin_file_without_its_end_is_refused() {
     file.set_len(fs::metadata(&thin).unwrap().len() - 64).unwrap();
     let error = Snapshot::open(&thin, 0).unwrap_err();
     assert!(matches!(error, SnapshotError::LostEnd { .. }), "{error}");
+}
+
+/// A save on top of a damaged base would end the VM, and only the damaged pages would be left.
+#[test]
+fn a_base_that_is_damaged_is_named_before_the_file_has_its_name() {
+    let directory = tempfile::tempdir().unwrap();
+    let (base, thin) = (directory.path().join("base.vmf"), directory.path().join("thin.vmf"));
+    let memory: Memory = vec![("ram", vec![3; 4 << 20])];
+    save_on(&base, None, &memory).unwrap();
+    let offset = Snapshot::open(&base, 0).unwrap().structure().blocks[0].pages_offset;
+    let file = fs::OpenOptions::new().write(true).open(&base).unwrap();
+    (0..1024).for_each(|page| file.write_all_at(&[1], offset + page * 4096).unwrap());
+    let error = save_on(&thin, Some(&base), &memory).unwrap_err();
+    let PagesError::Base(BaseError::Snapshot(SnapshotError::DamagedPage { path, .. })) = error
+    else {
+        panic!("{error}")
+    };
+    assert_eq!(path, base);
+    assert!(!thin.exists());
 }

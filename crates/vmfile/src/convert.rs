@@ -104,6 +104,12 @@ pub enum ConvertError {
         /// What it is.
         what: &'static str,
     },
+    /// The destination is the source, or a file below it.
+    #[error("{path} is the source, or below it, and would be replaced", path = path.display())]
+    IsSource {
+        /// The destination.
+        path: PathBuf,
+    },
     /// A file or a pair of sockets could not be used.
     #[error("{what}")]
     Io {
@@ -210,6 +216,15 @@ pub fn convert(
     })
 }
 
+/// Refuses a destination that is the source, or a file below it: those are needed.
+fn refuse_own(snapshot: &Snapshot, destination: &Path) -> Result<(), ConvertError> {
+    let mut chain = std::iter::successors(Some(snapshot), |file| file.base());
+    if chain.any(|file| file.is_at(destination)) {
+        return Err(ConvertError::IsSource { path: destination.to_path_buf() });
+    }
+    Ok(())
+}
+
 /// Whether an older version of vmfile wrote the file: its page hashes have no key.
 fn is_old(snapshot: &Snapshot) -> bool {
     snapshot.manifest().is_some_and(|manifest| manifest.meta.page_hash_seed == 0)
@@ -245,6 +260,7 @@ fn to_stream(
     options: &ConvertOptions,
     control: &Control<'_>,
 ) -> Result<Converted, ConvertError> {
+    refuse_own(snapshot, destination)?;
     let unpublished = new_file(destination, options.existing, None)?;
     let file = unpublished.file().try_clone().map_err(io("open the new file once more"))?;
     let sent = send(snapshot, SendTo::Descriptor(file.into()), &send_options(options), control)?;
@@ -260,6 +276,7 @@ fn to_whole(
     options: &ConvertOptions,
     control: &Control<'_>,
 ) -> Result<Converted, ConvertError> {
+    refuse_own(snapshot, destination)?;
     let unpublished = new_file(destination, options.existing, None)?;
     let draft = Draft::new(unpublished, options.direct_io)?;
     let whole = write_whole(&draft, snapshot, options.io, control)?;

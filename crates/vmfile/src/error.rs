@@ -177,6 +177,12 @@ pub enum SaveError {
         /// Why it cannot.
         reason: String,
     },
+    /// The path of the new file is not UTF-8: QEMU and thin files keep it as text.
+    #[error("{path} is not UTF-8", path = path.display())]
+    PathNotText {
+        /// The path.
+        path: PathBuf,
+    },
     /// The caller chose a thin file, and no base.
     #[error("a thin file needs a base")]
     ThinWithoutBase,

@@ -41,6 +41,7 @@ use vmfile_pages::control::Control;
 use vmfile_pages::draft::{Draft, Proven, SaveFacts};
 use vmfile_qemu::{
     FileId, Footprint, Holder, PUT_BACK_TIMEOUT, Paused, RamBlockInfo, RunState, SaveRecord, Vm,
+    VmError,
 };
 
 pub use self::base::BaseUsed;
@@ -210,6 +211,10 @@ impl<'a> Save<'a> {
         control: &'a Control<'a>,
     ) -> Result<Save<'a>, SaveError> {
         let started = Instant::now();
+        let path = std::path::absolute(destination).unwrap_or(destination.to_path_buf());
+        if path.to_str().is_none() {
+            return Err(SaveError::PathNotText { path });
+        }
         let unpublished = new_file(destination, options.existing, vm.pid().ok())?;
         // Forked before there is much memory to copy.
         let mut guard = Guard::of_vm(vm)?;
@@ -241,7 +246,7 @@ impl<'a> Save<'a> {
         let record = SaveRecord {
             holder: Holder::this_process()?,
             guardian: guard.pid(),
-            destination: std::path::absolute(destination).unwrap_or(destination.to_path_buf()),
+            destination: path,
             was_running,
             settings: route.route.settings().cloned(),
             overlays: disks.overlays().to_vec(),
@@ -484,7 +489,8 @@ impl<'a> Save<'a> {
         }
         let thawed = if self.is_named { Ok(()) } else { self.disks.thaw(vm) };
         // The record stays while something is left to undo: the guardian acts only if it is there.
-        let is_as_it_was = thawed.is_ok() && !error.leaves_paused();
+        let settings = self.put_settings_back(vm);
+        let is_as_it_was = thawed.is_ok() && settings.is_ok() && !error.leaves_paused();
         if is_as_it_was && vm.unstoppable(PUT_BACK_TIMEOUT, Vm::remove_record).is_ok() {
             self.guard.dismiss();
         } else {
@@ -497,6 +503,16 @@ impl<'a> Save<'a> {
             }
             _ => error,
         }
+    }
+
+    /// Puts QEMU's migration settings back, wherever the save was stopped: in the middle of changing them
+    /// too.
+    fn put_settings_back(&self, vm: &mut Vm) -> Result<(), VmError> {
+        let Some(before) = &self.record.settings else { return Ok(()) };
+        vm.unstoppable(PUT_BACK_TIMEOUT, |vm| {
+            let current = vm.stream_settings()?;
+            vm.change_stream_settings(&current, before)
+        })
     }
 
     /// As [`Save::give_up`], by a new connection to QEMU: it is not known which commands QEMU

@@ -44,7 +44,7 @@ pub(crate) fn write_whole(
     let end = (state.unused_id(), tail_len);
     let places = FileLayout::on_base(&structure.configuration, ram, end, base)?;
     draft.reserve(places.tables())?;
-    draft.share_base(&places)?;
+    draft.take_base(&places)?;
     let workers = Workers::start(draft.file(), (io, Jobs::default().count()));
     let workers = workers.map_err(PagesError::writing("the file, by threads of its own"))?;
     let written = write_ram(workers, &places, &layers, total_bytes, control)?;
@@ -62,7 +62,9 @@ fn lowest(layers: &Layers<'_>, draft: &Draft) -> Result<Option<Base>, PagesError
     let lowest = Snapshot::from_file(lowest.path(), file, 0)?;
     // A file that cannot be a base, of an older version, is copied.
     let base = Base::new(lowest, draft.file(), false).ok();
-    Ok(base.filter(|base| *base.kept() == KeptPages::Shared))
+    let base = base.filter(|base| *base.kept() == KeptPages::Shared);
+    // Of a page that a newer file has, only the bytes there are verified.
+    Ok(base.map(|base| base.with_only(&layers.of_lowest())))
 }
 
 /// Returns what the manifest of the file says of its save.

@@ -161,18 +161,29 @@ impl Trial {
     /// Kills a save at call `number` of the system call `name`, before the kernel executes it. The
     /// guardian is not killed. Returns whether the save made that many calls.
     fn kill_at_call(&mut self, way: usize, name: &str, number: u32) -> TestResult<bool> {
-        let what = format!("{:?} at {name} number {number}", WAYS[way]);
+        self.signal_at_call(way, ("KILL", "killed by SIGKILL"), name, number)
+    }
+
+    /// Sends a signal to a save at call `number` of the system call `name`; strace writes `told` then.
+    fn signal_at_call(
+        &mut self,
+        way: usize,
+        (signal, told_by): (&str, &str),
+        name: &str,
+        number: u32,
+    ) -> TestResult<bool> {
+        let what = format!("{:?} at {name} number {number}, SIG{signal}", WAYS[way]);
         let file = self.directory.path().join("call.vmf");
         let mut is_killed = false;
         self.end_a_save((&what, way, &file), |trial| {
             let trace = trial.directory.path().join("trace");
             let mut strace = Command::new("strace");
             strace.args(words!["-qq", "-o", trace, "-e", &format!("trace={name},getpid")]);
-            strace.args(["-e", &format!("inject={name}:signal=KILL:when={number}")]);
+            strace.args(["-e", &format!("inject={name}:signal={signal}:when={number}")]);
             let said = strace.arg(program()).args(trial.words(way, &file)).output()?;
             let told = fs::read_to_string(&trace)?;
             fs::remove_file(&trace)?;
-            is_killed = told.contains("killed by SIGKILL");
+            is_killed = told.contains(told_by);
             let own = told.lines().filter_map(|line| line.strip_prefix("getpid()"));
             let pid = own.filter_map(|line| line.split_once("= ")?.1.trim().parse().ok()).next();
             Ok((said.into(), pid.unwrap_or_default()))
@@ -323,6 +334,21 @@ fn a_vm_whose_save_is_killed_before_any_of_its_words_is_as_it_was() -> TestResul
         assert!(number > 3, "{:?} uses {call}", WAYS[way]);
         println!("{:?}: killed before each of {} {call}", WAYS[way], number - 1);
     }
+    trial.next_save_is_right()
+}
+
+/// A live save that was stopped right after it had changed QEMU's capabilities left them changed.
+#[test]
+fn a_vm_whose_live_save_is_stopped_before_any_of_its_words_is_as_it_was() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    requires!(strace());
+    let mut trial = Trial::begin(&qemu, Random::new(0))?;
+    let way = WAYS.iter().position(|words| *words == ["--live"]).ok_or("a way")?;
+    let mut number = 1;
+    while trial.signal_at_call(way, ("INT", "--- SIGINT"), "sendmsg", number)? {
+        number += 1;
+    }
+    assert!(number > 10, "{number} messages");
     trial.next_save_is_right()
 }
 

@@ -212,3 +212,16 @@ fn a_full_standard_output_is_an_error() -> TestResult {
     assert!(stderr.contains("stdout: No space left on device"), "{stderr}");
     Ok(())
 }
+
+/// The record of a save is text; a path that is none was a panic.
+#[test]
+fn a_destination_that_is_no_text_is_refused() -> TestResult {
+    use std::os::unix::ffi::OsStrExt as _;
+    let (_directory, socket) = listen(monitor)?;
+    let directory = tempdir()?;
+    let file = directory.path().join(std::ffi::OsStr::from_bytes(b"bad\xff.vmf"));
+    let said = vmfile(words!["save", socket, file, "--after", "resume"]);
+    said.assert(2, &["is not UTF-8"]);
+    assert_eq!(names_in(directory.path()), [""; 0]);
+    Ok(())
+}

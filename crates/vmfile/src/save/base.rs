@@ -1,8 +1,6 @@
 //! The base of a save: which file it is, and whether it can be one.
 
-use std::fs;
 use std::iter;
-use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -87,6 +85,8 @@ impl ChosenBase {
                 Ok(match found {
                     Ok(Ok(base)) => ChosenBase::File(Arc::new(base)),
                     Ok(Err(reason)) => ChosenBase::Unusable(reason),
+                    // Without the base the file would be replaced that others may need.
+                    Err(error @ SaveError::BaseIsDestination { .. }) => return Err(error),
                     Err(error) => ChosenBase::Unusable(with_sources(&error)),
                 })
             }
@@ -163,9 +163,6 @@ fn usable(
     (draft, destination): (&Draft, &Path),
 ) -> Result<Base, SaveError> {
     let path = || snapshot.path().to_path_buf();
-    if iter::successors(Some(&snapshot), |file| file.base()).any(|file| is_at(file, destination)) {
-        return Err(SaveError::BaseIsDestination { path: destination.to_path_buf() });
-    }
     let (found, expected) = (&snapshot.structure().configuration.machine, vm.machine_type()?);
     if *found != expected {
         let what = format!("its machine type is {found}, expected {expected}");
@@ -182,14 +179,13 @@ fn usable(
         let what = format!("it has no RAM block {name:?} of {bytes} bytes");
         return Err(SaveError::BaseOfAnotherVm { path: path(), what });
     }
-    Base::new(snapshot, draft.file(), options.thin).map_err(SaveError::Base)
-}
-
-/// Whether `file` is the file at `path`.
-fn is_at(file: &Snapshot, path: &Path) -> bool {
-    let identity = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
-    let ours = file.file().metadata().map(identity).ok();
-    ours.is_some() && ours == fs::metadata(path).map(identity).ok()
+    let base = Base::new(snapshot, draft.file(), options.thin)?;
+    let mut chain = iter::successors(Some(base.snapshot()), |file| file.base());
+    // A file that shares its pages needs the base no more once it is complete.
+    if *base.kept() != KeptPages::Shared && chain.any(|file| file.is_at(destination)) {
+        return Err(SaveError::BaseIsDestination { path: destination.to_path_buf() });
+    }
+    Ok(base)
 }
 
 fn with_sources(error: &SaveError) -> String {

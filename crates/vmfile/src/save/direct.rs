@@ -112,7 +112,7 @@ impl Devices {
         let (section_id, base) = (self.state.unused_id(), work.base.file().cloned());
         let places = FileLayout::on_base(&source, ram.clone(), (section_id, tail_len), base)?;
         work.draft.reserve(places.tables())?;
-        work.draft.share_base(&places)?;
+        work.draft.take_base(&places)?;
         Ok(places)
     }
 
