@@ -211,10 +211,7 @@ impl<'a> Save<'a> {
         control: &'a Control<'a>,
     ) -> Result<Save<'a>, SaveError> {
         let started = Instant::now();
-        let path = std::path::absolute(destination).unwrap_or(destination.to_path_buf());
-        if path.to_str().is_none() {
-            return Err(SaveError::PathNotText { path });
-        }
+        let path = as_text(destination)?;
         let unpublished = new_file(destination, options.existing, vm.pid().ok())?;
         // Forked before there is much memory to copy.
         let mut guard = Guard::of_vm(vm)?;
@@ -529,6 +526,12 @@ impl<'a> Save<'a> {
             Err(source) => SaveError::LeftPaused { cause: Box::new(error), source },
         }
     }
+}
+
+/// Returns a path as it goes into the record of the save: absolute, and text.
+fn as_text(path: &Path) -> Result<PathBuf, SaveError> {
+    let path = std::path::absolute(path).unwrap_or(path.to_path_buf());
+    if path.to_str().is_none() { Err(SaveError::PathNotText { path }) } else { Ok(path) }
 }
 
 /// Chooses the route and the base, and makes both ready; nothing has been stopped yet.
