@@ -42,12 +42,6 @@ pub(crate) fn describe(options: &BenchOptions, command: Vec<String>) -> Host {
     }
 }
 
-/// Returns how much memory is free for guests, in bytes.
-pub(crate) fn available_memory() -> u64 {
-    let list = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    number_of(&list, "MemAvailable").unwrap_or(0)
-}
-
 /// Returns the kind of the file system and its device; where it is mounted is not reported.
 fn file_system(directory: &Path) -> String {
     let find =

@@ -3,13 +3,14 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use vmfile_engine::available_memory;
 use vmfile_qemu::{Feature, QemuVersion};
 
 use crate::bench::Bench;
 use crate::checkpoints::CheckpointWay;
 use crate::error::BenchError;
 use crate::guest::Subject;
-use crate::host::{available_memory, said};
+use crate::host::said;
 use crate::libvirt::{Libvirt, VirshWay};
 use crate::options::BenchOptions;
 use crate::progress::Progress;

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
+use vmfile_engine::available_memory;
 use vmfile_qemu::{QemuVersion, Vm, program_version};
 
 use crate::bench::Bench;
@@ -11,7 +12,7 @@ use crate::changing;
 use crate::compare::compare;
 use crate::error::{BenchError, in_words};
 use crate::guest::{Machine, Subject};
-use crate::host::{available_memory, describe};
+use crate::host::describe;
 use crate::one_guest;
 use crate::options::{Backing, BenchOptions};
 use crate::progress::Progress;

@@ -3,11 +3,11 @@
 use std::ffi::OsStr;
 
 use serde_json::Value;
+use vmfile_engine::available_memory;
 
 use crate::bench::Bench;
 use crate::error::BenchError;
 use crate::guest::{Machine, Subject};
-use crate::host::available_memory;
 use crate::options::{Backing, Contents};
 use crate::page_cache;
 use crate::process;

@@ -49,7 +49,8 @@ pub mod direct_io;
 pub mod extents;
 pub mod guardian;
 pub mod hash;
-pub mod inherited;
+pub mod host;
+mod inherited;
 pub mod locks;
 mod maps;
 mod pagemap;
@@ -75,6 +76,7 @@ pub use extents::{
 };
 pub use guardian::{Guardian, Step, Will};
 pub use hash::{HashKey, RunningHash, page_hash};
+pub use host::available_memory;
 pub use inherited::inherited;
 pub use locks::is_locked;
 pub use maps::{Device, Mapping, Permissions};

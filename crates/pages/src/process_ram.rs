@@ -33,6 +33,7 @@ pub struct BlockAt {
 /// The RAM of a process, looked up and not yet read.
 #[derive(Debug)]
 pub struct ProcessRam {
+    process: Arc<ProcessMemory>,
     blocks: Vec<BlockMemory>,
 }
 
@@ -139,7 +140,13 @@ impl ProcessRam {
             Ok(block)
         };
         let blocks = blocks.iter().map(open).collect::<Result<Vec<_>, ProcessRamError>>()?;
-        Ok(ProcessRam { blocks })
+        Ok(ProcessRam { process: memory, blocks })
+    }
+
+    /// Returns the memory of the process.
+    #[must_use]
+    pub fn process(&self) -> &ProcessMemory {
+        &self.process
     }
 
     /// Looks once more where the pages of blocks on hugetlbfs are. Call it when the process stands

@@ -20,6 +20,7 @@ mod ending;
 mod images;
 mod live;
 mod live_memory;
+mod live_stream;
 mod native;
 mod native_file;
 mod options;
@@ -200,6 +201,14 @@ struct LiveDone {
     pause_seconds: f64,
     /// Only if vmfile read the memory.
     waits: Option<GuestWaits>,
+}
+
+impl LiveDone {
+    /// Takes the pause that has just ended.
+    fn now(vm: &mut Vm, method: LiveMethod, waits: Option<GuestWaits>) -> LiveDone {
+        let pause_seconds = vm.pause_seen().unwrap_or_default().as_secs_f64();
+        LiveDone { method, pause_seconds, waits }
+    }
 }
 
 impl<'a> Save<'a> {

@@ -4,9 +4,9 @@
 //! that the guest has not written is the file's. Where memory cannot be write-protected, it is the way
 //! to save a guest without a stream.
 
-use std::fs;
 use std::time::Duration;
 
+use vmfile_engine::available_memory;
 use vmfile_pages::copied_ram::{CopiedRam, Room, own_len};
 use vmfile_pages::ram_writer::write_ram;
 
@@ -64,17 +64,8 @@ impl LiveMemory {
         let places = devices.places(work, layout)?;
         let workers = workers.take().expect("a copy is written once");
         let written = write_ram(workers, &places, &copied, *data_bytes, work.control)?;
-        let pause_seconds = work.vm.pause_seen().unwrap_or_default().as_secs_f64();
         let waits = Some(GuestWaits::none(copied.bytes()));
-        let live = LiveDone { method: method.clone(), pause_seconds, waits };
+        let live = LiveDone::now(work.vm, method.clone(), waits);
         devices.finish(work, &places, written, Some(live)).map(Some)
     }
-}
-
-/// Returns how many bytes of memory the host has left, by its own estimate; 0 if it does not say.
-fn available_memory() -> u64 {
-    let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
-    let number = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
-    number.unwrap_or(0) << 10
 }

@@ -3,8 +3,6 @@
 use std::io;
 
 use rustix::io::Errno;
-use vmfile_engine::ProcessMemory;
-use vmfile_pages::ProcessRamError;
 use vmfile_pages::draft::Draft;
 use vmfile_pages::plan::WINDOW_LEN;
 use vmfile_qemu::{RunState, Vm};
@@ -18,7 +16,6 @@ use crate::error::SaveError;
 #[derive(Debug)]
 pub(super) struct LiveMemory {
     pub(super) direct: DirectRoute,
-    pub(super) process: ProcessMemory,
     /// Why windows of this memory cannot be copied aside as the guest writes to them.
     pub(super) not_by_userfault: Option<String>,
 }
@@ -31,18 +28,15 @@ impl LiveMemory {
         options: &SaveOptions,
     ) -> Result<LiveMemory, SaveError> {
         let direct = DirectRoute::prepare(vm, from, options)?;
-        let pid = vm.pid()?;
-        let out_of_reach = |source| ProcessRamError::Process { pid, source };
-        let process = ProcessMemory::open(pid).map_err(out_of_reach)?;
         let page_len = direct.process.page_len_max();
         let not_by_userfault = if page_len > WINDOW_LEN {
             Some(format!("its RAM has pages of {page_len} bytes, {WINDOW_LEN} at most can be used"))
         } else {
             // The same right as for reading the memory, and a call that Linux has since 5.6.
-            let borrowed = process.descriptor(0).map(drop).or_else(unless_closed);
+            let borrowed = direct.process.process().descriptor(0).map(drop).or_else(unless_closed);
             borrowed.err().map(|error| format!("borrow a descriptor of QEMU's: {error}"))
         };
-        Ok(LiveMemory { direct, process, not_by_userfault })
+        Ok(LiveMemory { direct, not_by_userfault })
     }
 }
 

@@ -65,17 +65,18 @@ impl LiveMemory {
         (held, theirs): (&mut HeldStream, OwnedFd),
     ) -> Result<(Userfault, RamLayout), SaveError> {
         let timeout = work.options.live.unwrap_or_default().timeout;
-        let before = Userfault::all_of(&self.process).map_err(UserfaultError::Kernel)?;
+        let process = self.direct.process.process();
+        let before = Userfault::all_of(process).map_err(UserfaultError::Kernel)?;
         work.vm.send_stream(theirs)?;
         let sent = held.wait_for_page(timeout, work.control)?.clone();
         // QEMU plugs no memory while it migrates, but may have before.
         if let Some(what) = differing_block(&sent, &self.direct.ram) {
             return Err(SaveError::ChangedMeanwhile { what });
         }
-        let after = Userfault::all_of(&self.process).map_err(UserfaultError::Kernel)?;
+        let process = self.direct.process.process();
+        let after = Userfault::all_of(process).map_err(UserfaultError::Kernel)?;
         let number = after.difference(&before).next().ok_or(UserfaultError::Missing)?;
-        let userfault =
-            Userfault::borrow(&self.process, *number).map_err(UserfaultError::Kernel)?;
+        let userfault = Userfault::borrow(process, *number).map_err(UserfaultError::Kernel)?;
         self.direct.process.look_again()?;
         Ok((userfault, sent))
     }
@@ -130,9 +131,8 @@ impl LiveMemory {
         };
         let (devices, places, written) = written?;
         served.map_err(UserfaultError::Kernel)?;
-        let pause_seconds = work.vm.pause_seen().unwrap_or_default().as_secs_f64();
         let waits = Some(protected.faults().into());
-        let live = LiveDone { method: LiveMethod::Userfault, pause_seconds, waits };
+        let live = LiveDone::now(work.vm, LiveMethod::Userfault, waits);
         devices.finish(work, &places, written, Some(live))
     }
 }

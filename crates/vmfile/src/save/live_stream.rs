@@ -1,0 +1,164 @@
+//! Saves a guest while it runs, from QEMU's stream.
+//!
+//! `background-snapshot`: QEMU stops the guest for some milliseconds, write-protects its memory and
+//! sends every page once, as it was then. If QEMU cannot do that, `pre-copy`: QEMU sends the pages that
+//! the guest changes again, until few are left; it stops the guest while it sends those.
+//!
+//! The disks are frozen while the guest stands still: for `background-snapshot`, vmfile stops the
+//! guest before QEMU sends; for `pre-copy`, QEMU stops it at the end and waits
+//! (`pause-before-switchover`).
+
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use vmfile_engine::beside;
+use vmfile_pages::lane::Workers;
+use vmfile_qemu::{Outgoing, Vm};
+use vmfile_stream::incoming::WaitLimits;
+use vmfile_stream::receiver::{Received, StreamReceiver};
+
+use super::sending::{Peer, peer_process, wait_until_sent};
+use super::stream::written;
+use super::{Disks, LiveDone, LiveMethod, RouteUsed, Work, Written};
+use crate::error::SaveError;
+use crate::receive::ReceiveError;
+
+/// How long QEMU may send nothing: scanning all memory of a large guest takes less.
+const STALL_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// How long to wait between two queries of QEMU's progress: a stopped guest waits for it.
+const POLL_INTERVAL: Duration = Duration::from_millis(2);
+
+/// How long QEMU may take to stop sending.
+const CANCEL_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Has QEMU send the guest, by settings that are in place already, and receives it within `timeout`.
+pub(super) fn receive(
+    work: &mut Work<'_>,
+    method: &LiveMethod,
+    timeout: Duration,
+) -> Result<Received, SaveError> {
+    let (ours, theirs) = UnixStream::pair().map_err(SaveError::Socket)?;
+    let workers = Workers::start(work.draft.file(), (work.options.io, 1));
+    let workers = workers.map_err(SaveError::Workers)?;
+    // The stream must not end while QEMU (10.0.2) sets up a background snapshot: QEMU would
+    // close its descriptor 0, which may be a monitor or a disk. If this process ends, the
+    // guardian's copy keeps the stream open until QEMU was told to stop.
+    work.guard.keep_open(ours.as_fd())?;
+    // Discards the events of earlier pauses: `write` measures the pause of this save.
+    let _ = work.vm.pause_seen();
+    let stands = is_snapshot(method) && !work.disks.is_empty();
+    if stands {
+        work.vm.stop()?;
+        work.disks.freeze(work.vm)?;
+    }
+    work.vm.send_stream(theirs.into())?;
+    let limits = WaitLimits {
+        control: work.control,
+        process: peer_process(work.vm),
+        stall: Some(STALL_TIMEOUT),
+        deadline: Some(Instant::now() + timeout),
+    };
+    let receiver = StreamReceiver { draft: work.draft, workers, limits };
+    let mut watch = Watch { vm: &mut *work.vm, disks: &mut *work.disks, method, stands };
+    let receive = move || receiver.run(ours.into(), || Ok::<_, SaveError>(()));
+    let both = beside(receive, |is_through| {
+        let watched = watch.until(is_through);
+        if watched.is_err() {
+            // This ends the stream, and with it the receiver.
+            let _ = watch.vm.end_sending(CANCEL_TIMEOUT);
+        }
+        watched
+    });
+    let (received, watched) = match both {
+        Ok(both) => both,
+        // The receiver could not start or panicked. Our end of the stream is closed, but QEMU
+        // may not have noticed.
+        Err(source) => {
+            return Err(Peer::default().give_up(work.vm, SaveError::Workers(source)));
+        }
+    };
+    if !watched? && received.is_ok() {
+        // The receiver has everything, but QEMU has not reported completion.
+        wait_until_sent(work.vm)?;
+    }
+    received.map_err(|error| match error {
+        SaveError::Receive(ReceiveError::TimedOut { .. }) => {
+            Peer::default().give_up(work.vm, SaveError::NotConverged { timeout })
+        }
+        error => Peer::default().give_up(work.vm, error),
+    })
+}
+
+/// Controls QEMU while it sends.
+struct Watch<'a> {
+    vm: &'a mut Vm,
+    disks: &'a mut Disks,
+    method: &'a LiveMethod,
+    /// Whether the guest is stopped, until QEMU has write-protected its memory.
+    stands: bool,
+}
+
+impl Watch<'_> {
+    /// Runs until QEMU has sent everything or `is_finished` says that the receiver has ended;
+    /// returns whether QEMU has sent everything.
+    fn until(&mut self, is_finished: impl Fn() -> bool) -> Result<bool, SaveError> {
+        loop {
+            // Look at the receiver first, then ask QEMU: once all has arrived, QEMU is about to
+            // complete.
+            let finished = is_finished();
+            let (outgoing, ram) = self.vm.outgoing_ram()?;
+            match outgoing {
+                Outgoing::Active if self.stands && ram.is_some_and(|ram| ram.pages > 0) => {
+                    // QEMU sends pages once they are protected. It then sets the run state that the
+                    // guest had before (10.0), which must not happen after `cont`.
+                    self.vm.run_state()?;
+                    self.vm.cont()?;
+                    self.stands = false;
+                }
+                Outgoing::Held if !finished => {
+                    self.disks.freeze(self.vm)?;
+                    self.vm.switch_over()?;
+                }
+                Outgoing::Active if !finished => {}
+                Outgoing::Completed => return self.completed(),
+                // All pages have arrived, but QEMU may not have reported completion yet: ask it
+                // once more.
+                Outgoing::Active if wait_until_sent(self.vm).is_ok() => return self.completed(),
+                _ => return Ok(false),
+            }
+            thread::sleep(POLL_INTERVAL);
+        }
+    }
+
+    /// Resumes the guest if it is stopped: QEMU has sent everything, and the guest need not wait
+    /// for the disk.
+    fn completed(&mut self) -> Result<bool, SaveError> {
+        if self.stands || !is_snapshot(self.method) {
+            self.vm.cont()?;
+        }
+        Ok(true)
+    }
+}
+
+/// Completes the file of a guest that QEMU has sent.
+pub(super) fn finish(
+    work: &mut Work<'_>,
+    mut received: Box<Received>,
+    method: LiveMethod,
+) -> Result<Written, SaveError> {
+    if !received.set_run_state(&work.meta.run_state) {
+        return Err(SaveError::NoRunState);
+    }
+    let live = LiveDone::now(work.vm, method, None);
+    super::describe::record(work)?;
+    let facts = work.facts(RouteUsed::Stream, live.pause_seconds, true);
+    work.draft.finish(&received.places, (&received.bitmaps, &[]), received.tail(), facts)?;
+    Ok(Written { live: Some(live), ..written(&received) })
+}
+
+fn is_snapshot(method: &LiveMethod) -> bool {
+    matches!(method, LiveMethod::BackgroundSnapshot { .. })
+}
