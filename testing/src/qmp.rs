@@ -42,7 +42,9 @@ impl Monitor {
         };
         stream.set_read_timeout(Some(ANSWER_TIMEOUT))?;
         let mut monitor = Monitor { stream: BufReader::new(stream), events: Vec::new() };
-        monitor.read_message()?; // the greeting
+        // An event may come before the greeting. If it was taken for the greeting, every answer was that
+        // of the command before.
+        while monitor.read_message()?.get("QMP").is_none() {}
         monitor.execute("qmp_capabilities", json!({}))?;
         Ok(monitor)
     }
