@@ -54,8 +54,8 @@ impl CheckpointWay {
     ) -> Result<Run, BenchError> {
         let thin = bench.file("thin.vmf");
         let on_base = |more: &[&str]| -> Result<Run, BenchError> {
-            let mut vm = subject.connect()?;
-            let blocks = vm.ram_blocks()?;
+            // The monitor takes one client at a time.
+            let blocks = subject.connect()?.ram_blocks()?;
             let len = machine.ram_bytes / 100 * CHANGED_PERCENT;
             change((subject.pid(), &blocks), len, round, bench.stop)?;
             bench.remove_and_sync(&thin)?;

@@ -84,7 +84,8 @@ impl<'a> Way<'a> {
     }
 }
 
-fn median(values: impl Iterator<Item = f64>) -> f64 {
+/// Returns the middle one of the values.
+pub(super) fn median(values: impl Iterator<Item = f64>) -> f64 {
     let mut sorted: Vec<f64> = values.collect();
     sorted.sort_by(f64::total_cmp);
     let middle = sorted.len() / 2;

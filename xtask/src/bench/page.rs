@@ -20,7 +20,11 @@ pub(super) fn page(report: &Value, targets: &[Target], commit: &str) -> String {
     for (title, what) in tables {
         let _ = write!(page, "\n## {title}\n");
         for scene in list(report, "scenes") {
-            ways(&mut page, scene, what);
+            if what == "checkpoints" {
+                checkpoints(&mut page, scene);
+            } else {
+                ways(&mut page, scene, what);
+            }
         }
     }
     page += "\n## How cost grows\n\nMedians of 5 rounds, of 3 where the guest runs.\n";
@@ -93,6 +97,26 @@ fn ways(page: &mut String, scene: &Value, what: &str) {
         let name = text(way, "name");
         let _ =
             writeln!(page, "| {name} | {median:.3} | {min:.3} | {max:.3} | {rate:.0} | {ratio} |");
+    }
+}
+
+/// Writes the table of saves with a base: of most of them a rate says nothing, but a pause does.
+fn checkpoints(page: &mut String, scene: &Value) {
+    let name = text(&scene["guest"], "name");
+    let head = "| way | median s | min | max | pause ms |\n|---|---|---|---|---|\n";
+    let _ = write!(page, "\n### {name}\n\n{head}");
+    for way in list(scene, "checkpoints") {
+        let number = |name: &str| way["seconds"][name].as_f64().unwrap_or(f64::NAN);
+        let (median, min, max) = (number("median"), number("min"), number("max"));
+        let pauses = list(way, "runs").iter().filter_map(|run| run["pause_seconds"].as_f64());
+        let pauses: Vec<f64> = pauses.collect();
+        let pause = if pauses.is_empty() {
+            "-".to_owned()
+        } else {
+            format!("{:.1}", super::figures::median(pauses.into_iter()) * 1e3)
+        };
+        let name = text(way, "name");
+        let _ = writeln!(page, "| {name} | {median:.3} | {min:.3} | {max:.3} | {pause} |");
     }
 }
 
