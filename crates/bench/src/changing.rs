@@ -36,7 +36,6 @@ fn by_changed(bench: &Bench<'_>, progress: &Progress<'_>) -> Result<Sweep, Bench
     let machine = Machine::new(&bench.options.qemu, SIZE_MIB << 20);
     let subject = Subject::start(&machine, bench.options.contents, bench.stop)?;
     let base = bench.file("base.vmf");
-    std::fs::remove_file(&base).or_else(unless_missing)?;
     save_reported(bench, &subject, &["--after", "pause"])?;
     std::fs::rename(bench.file("sweep.vmf"), &base).map_err(BenchError::system("rename a file"))?;
     let base_word = base.display().to_string();
@@ -67,13 +66,6 @@ fn by_changed(bench: &Bench<'_>, progress: &Progress<'_>) -> Result<Sweep, Bench
     bench.remove_and_sync(&bench.file("sweep.vmf"))?;
     let lines = ["vmfile save", "vmfile save --base", "vmfile save --live --base"];
     Ok(sweep("pages changed since the base, 1 GiB of RAM", ("%", "s"), &lines, points))
-}
-
-fn unless_missing(error: std::io::Error) -> Result<(), BenchError> {
-    if error.kind() == std::io::ErrorKind::NotFound {
-        return Ok(());
-    }
-    Err(BenchError::system("remove a file")(error))
 }
 
 fn by_written(bench: &Bench<'_>, progress: &Progress<'_>) -> Result<Sweep, BenchError> {

@@ -35,13 +35,19 @@ pub(crate) fn fill(
     len_max: u64,
     stop: &AtomicBool,
 ) -> Result<(), BenchError> {
+    let (memory, address, len) = largest((pid, blocks))?;
+    write(&memory, (address, len.min(len_max)), contents, stop)
+}
+
+/// Returns the memory of process `pid`, and the address and the length of the largest of `blocks` there.
+fn largest((pid, blocks): (u32, &[RamBlockInfo])) -> Result<(ProcessMemory, u64, u64), BenchError> {
     let largest = blocks.iter().max_by_key(|block| block.used_length);
     let place = largest.and_then(|block| Some((block.host_address?, block.used_length)));
     let (address, len) = place.ok_or_else(|| {
         BenchError::program("QEMU", "it prints no address of its RAM; 8.0 and later do")
     })?;
     let memory = ProcessMemory::open(pid).map_err(BenchError::system("look into QEMU"))?;
-    write(&memory, (address, len.min(len_max)), contents, stop)
+    Ok((memory, address, len))
 }
 
 /// Changes as many pages of the largest block as `len` bytes have, spread over all of it; what they hold
@@ -52,12 +58,7 @@ pub(crate) fn change(
     round: u64,
     stop: &AtomicBool,
 ) -> Result<(), BenchError> {
-    let largest = blocks.iter().max_by_key(|block| block.used_length);
-    let place = largest.and_then(|block| Some((block.host_address?, block.used_length)));
-    let (address, block_len) = place.ok_or_else(|| {
-        BenchError::program("QEMU", "it prints no address of its RAM; 8.0 and later do")
-    })?;
-    let memory = ProcessMemory::open(pid).map_err(BenchError::system("look into QEMU"))?;
+    let (memory, address, block_len) = largest((pid, blocks))?;
     let mut words = Words(0x9e37_79b9_7f4a_7c15 ^ (round + 1));
     let mut page = [0; PAGE_LEN];
     let pages = len / PAGE_LEN as u64;

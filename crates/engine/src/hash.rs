@@ -14,7 +14,7 @@ use twox_hash::XxHash3_128;
 pub struct HashKey(u64);
 
 impl HashKey {
-    /// The key of files of older versions: the seed 0, which everybody knows.
+    /// The key of files of older versions, whose page hashes have the seed 0.
     pub const NONE: HashKey = HashKey(0);
 
     /// Returns the key with this seed.
@@ -23,7 +23,7 @@ impl HashKey {
         HashKey(seed)
     }
 
-    /// Returns a key that nobody knows, and that is not [`HashKey::NONE`].
+    /// Returns a random key, never [`HashKey::NONE`].
     ///
     /// # Errors
     ///

@@ -220,6 +220,7 @@ pub fn restore(
         told => told.map_err(|error| prepared.explain(error))?,
     }
     prepared.guard.take().map(Guard::dismiss).unwrap_or_default();
+    let resume_seconds = answered.elapsed().as_secs_f64();
     if let Some(id) = snapshot.id() {
         let path = snapshot.path();
         let noted = prepared.vm().note_last_file(&id.to_string(), path);
@@ -238,7 +239,7 @@ pub fn restore(
         bytes_read: brought.bytes_read,
         verified: brought.verified,
         qemu_start_seconds: prepared.start_seconds,
-        resume_seconds: answered.elapsed().as_secs_f64(),
+        resume_seconds,
         total_seconds: started.elapsed().as_secs_f64(),
     };
     Ok(Restored { report, qemu: prepared.qemu.into_launched() })

@@ -73,7 +73,6 @@ impl LiveMemory {
         if let Some(what) = differing_block(&sent, &self.direct.ram) {
             return Err(SaveError::ChangedMeanwhile { what });
         }
-        let process = self.direct.process.process();
         let after = Userfault::all_of(process).map_err(UserfaultError::Kernel)?;
         let number = after.difference(&before).next().ok_or(UserfaultError::Missing)?;
         let userfault = Userfault::borrow(process, *number).map_err(UserfaultError::Kernel)?;
