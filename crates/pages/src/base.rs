@@ -4,9 +4,9 @@ use std::io;
 use std::os::fd::AsFd as _;
 
 use vmfile_engine::{DataFile, share_extents};
+use vmfile_format::PageBitmap;
 use vmfile_format::limits::CHAIN_LEN_MAX;
 use vmfile_format::mapped_ram::PlacedBlock;
-use vmfile_format::{PageBitmap, RamBlock};
 
 use crate::snapshot::{Snapshot, SnapshotError};
 
@@ -120,12 +120,6 @@ impl Base {
     #[must_use]
     pub fn kept(&self) -> &KeptPages {
         &self.kept
-    }
-
-    /// Returns the number of the block that is `block` in the base, if it has the same name, length and
-    /// pages there.
-    pub(crate) fn block(&self, block: &RamBlock) -> Option<usize> {
-        self.snapshot.structure().blocks.iter().position(|placed| placed.block == *block)
     }
 
     /// Returns which pages of block `number` of the base have data.

@@ -359,8 +359,7 @@ impl<'a> PageCheck<'a> {
                 let base = self.snapshot.base().filter(|_| self.is_of_base(window.block, page));
                 if let Some(base) = base {
                     let hashes = base_hashes.get_or_insert_with(|| PageHashes::new(base));
-                    let blocks = &base.structure().blocks;
-                    let number = blocks.iter().position(|found| found.block == placed.block);
+                    let number = base.block_number(&placed.block);
                     let known = number.map(|number| hashes.recorded(number, PageIndex(page)));
                     if known.transpose()?.flatten() != Some(recorded) {
                         found.page(FindingKind::BasePage, placed, page);

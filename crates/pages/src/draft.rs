@@ -347,7 +347,7 @@ impl FileLayout {
         let layout = MappedRamLayout::with_features(source, ram.clone(), section_id, features);
         let layout = layout.map_err(PagesError::Layout)?;
         let stream_end = layout.device_state_offset().saturating_add(tail_len);
-        let in_base = |block: &RamBlock| base.as_ref()?.block(block);
+        let in_base = |block: &RamBlock| base.as_ref()?.snapshot().block_number(block);
         let in_base = ram.blocks().iter().map(in_base).collect();
         let mut tables = HashTables::new(ram, stream_end)?;
         if let Some(base) = &base {

@@ -52,8 +52,7 @@ impl<'a> Layers<'a> {
             let of_base = file.base_pages()?;
             let mut blocks = Vec::new();
             for (placed, missing) in own.iter().zip(&mut missing) {
-                let mut found = file.structure().blocks.iter();
-                blocks.push(found.position(|found| found.block == placed.block).map(|number| {
+                blocks.push(file.block_number(&placed.block).map(|number| {
                     let none = PageBitmap::new(missing.page_count());
                     let of_base = of_base.as_ref().map_or(&none, |of_base| &of_base[number]);
                     let here = missing.without(of_base);

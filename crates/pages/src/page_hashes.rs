@@ -1,8 +1,8 @@
 //! The recorded hashes of a file's pages. A file that QEMU wrote has none.
 
 use vmfile_engine::{HashKey, page_hash};
-use vmfile_format::PageIndex;
 use vmfile_format::manifest::{HASH_LEN, encode_hash};
+use vmfile_format::{PageBitmap, PageIndex};
 
 use crate::plan::UNIT_LEN;
 use crate::snapshot::{Snapshot, SnapshotError};
@@ -30,6 +30,25 @@ impl<'a> PageHashes<'a> {
     /// Returns the hashes of `snapshot`, of which none has been read yet.
     pub fn new(snapshot: &'a Snapshot) -> PageHashes<'a> {
         PageHashes { snapshot, unit: None, bytes: Vec::new() }
+    }
+
+    /// Returns the hash of a page of a block whose pages with data are those of `bitmap`; zeros for a zero
+    /// page.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`SnapshotError::Read`] if the kernel refuses.
+    pub(crate) fn in_file(
+        &mut self,
+        block: usize,
+        bitmap: &PageBitmap,
+        page: PageIndex,
+    ) -> Result<Hash, SnapshotError> {
+        if bitmap.contains(page) {
+            Ok(self.recorded(block, page)?.unwrap_or_default())
+        } else {
+            Ok(NO_HASH)
+        }
     }
 
     /// Returns the hash that the file records of a page; `None` in a file that QEMU wrote.

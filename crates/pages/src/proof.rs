@@ -60,7 +60,7 @@ pub(crate) fn prove_base(snapshot: &Snapshot, base: &Base) -> Result<(), PagesEr
     let mut numbers = Vec::new();
     let mut bitmaps = Vec::new();
     for (number, placed) in snapshot.structure().blocks.iter().enumerate() {
-        if let Some(theirs) = base.block(&placed.block) {
+        if let Some(theirs) = base.snapshot().block_number(&placed.block) {
             numbers.push((number, theirs));
             bitmaps.push(snapshot.bitmap(placed)?.and(base.bitmap(theirs)));
         }

@@ -114,7 +114,8 @@ fn write(
     };
     let part = |lane| {
         let base = places.base().map(|base| (base, PageHashes::new(base.snapshot())));
-        Worker { shared: &shared, lane, base }.units()
+        let mapped = blocks.iter().map(|_| None).collect();
+        Worker { shared: &shared, lane, base, mapped }.units()
     };
     let (_, backend) = workers.drive(&units, part, failed)?;
     // `total_bytes` may count pages that turned out to be zero.
@@ -170,22 +171,18 @@ fn mapped<'a>(
             true => source.beneath(number).map_err(&asked)?,
             false => None,
         };
+        let chain = places.base().map(|base| base.snapshot().chain());
         let mut found = None;
-        let mut next = places.base().map(Base::snapshot).filter(|_| beneath.is_some());
-        while let Some(file) = next {
+        for file in chain.into_iter().flatten().filter(|_| beneath.is_some()) {
             let metadata = file.file().metadata().map_err(&asked)?;
             let (device, inode) = (metadata.dev(), metadata.ino());
-            let blocks = &file.structure().blocks;
-            let at = |known: &PlacedBlock| {
-                let offset = known.pages_offset;
-                known.block == placed.block && Some(Beneath { device, inode, offset }) == beneath
-            };
-            if let Some(number) = blocks.iter().position(at) {
-                let bitmap = file.bitmap(&blocks[number])?;
-                found = Some(Mapped { file, number, bitmap });
+            let Some(number) = file.block_number(&placed.block) else { continue };
+            let known = &file.structure().blocks[number];
+            let offset = known.pages_offset;
+            if Some(Beneath { device, inode, offset }) == beneath {
+                found = Some(Mapped { file, number, bitmap: file.bitmap(known)? });
                 break;
             }
-            next = file.base();
         }
         all.push(found);
     }
@@ -196,6 +193,8 @@ struct Worker<'a> {
     shared: &'a Shared<'a>,
     lane: Lane,
     base: Option<(&'a Base, PageHashes<'a>)>,
+    /// The hashes of the file of which each block is a private mapping, once they were needed.
+    mapped: Vec<Option<PageHashes<'a>>>,
 }
 
 impl Worker<'_> {
@@ -273,31 +272,23 @@ impl Worker<'_> {
         let page_len = places.blocks()[block].block.page_size().bytes();
         let bitmap = base.usable(number);
         let pages = (window.start / page_len..window.end / page_len).map(PageIndex);
-        let hash = |page| match bitmap.contains(page) {
-            true => Ok(hashes.recorded(number, page)?.unwrap_or_default()),
-            false => Ok(NO_HASH),
-        };
-        pages.map(hash).collect()
+        Ok(pages.map(|page| hashes.in_file(number, bitmap, page)).collect::<Result<_, _>>()?)
     }
 
     /// Whether the block is a private mapping of a file, and those pages of a window that the process has
     /// not written since are the pages of the base, whose hashes are `in_base`.
     fn is_mapped_from_base(
-        &self,
+        &mut self,
         block: usize,
         window: &Range<u64>,
         in_base: &[Hash],
     ) -> Result<bool, PagesError> {
         let Some(mapped) = &self.shared.mapped[block] else { return Ok(false) };
         let Mapped { file, number, bitmap } = mapped;
-        let mut hashes = PageHashes::new(file);
+        let hashes = self.mapped[block].get_or_insert_with(|| PageHashes::new(file));
         let first = window.start / PAGE_LEN;
         for (page, in_base) in (first..).map(PageIndex).zip(in_base) {
-            let in_file = match bitmap.contains(page) {
-                true => hashes.recorded(*number, page)?.unwrap_or_default(),
-                false => NO_HASH,
-            };
-            if in_file != *in_base {
+            if hashes.in_file(*number, bitmap, page)? != *in_base {
                 return Ok(false);
             }
         }

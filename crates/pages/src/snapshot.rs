@@ -16,7 +16,7 @@ use vmfile_format::manifest::{
     BaseMeta, ExtentMeta, FOOTER_LEN, Footer, Meta, SnapshotId, decode_base_pages,
 };
 use vmfile_format::mapped_ram::{MARK, MappedRamFile, PlacedBlock};
-use vmfile_format::{FormatError, PageBitmap, ReadError};
+use vmfile_format::{FormatError, PageBitmap, RamBlock, ReadError};
 
 use crate::plan::{WINDOW_LEN, pieces};
 
@@ -300,7 +300,19 @@ impl Snapshot {
     /// Returns how many files are below this one.
     #[must_use]
     pub fn files_below(&self) -> usize {
-        iter::successors(self.base(), |file| file.base()).count()
+        self.chain().count() - 1
+    }
+
+    /// Returns this file and those below it, downwards.
+    pub fn chain(&self) -> impl Iterator<Item = &Snapshot> {
+        iter::successors(Some(self), |file| file.base())
+    }
+
+    /// Returns the number of the block that is `block` in this file, if it has the same name, length and
+    /// page size there.
+    #[must_use]
+    pub fn block_number(&self, block: &RamBlock) -> Option<usize> {
+        self.structure.blocks.iter().position(|placed| placed.block == *block)
     }
 
     /// Returns the file's identity; `None` if QEMU wrote it.

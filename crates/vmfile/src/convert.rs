@@ -218,8 +218,7 @@ pub fn convert(
 
 /// Refuses a destination that is the source, or a file below it: those are needed.
 fn refuse_own(snapshot: &Snapshot, destination: &Path) -> Result<(), ConvertError> {
-    let mut chain = std::iter::successors(Some(snapshot), |file| file.base());
-    if chain.any(|file| file.is_at(destination)) {
+    if snapshot.chain().any(|file| file.is_at(destination)) {
         return Err(ConvertError::IsSource { path: destination.to_path_buf() });
     }
     Ok(())

@@ -2,7 +2,6 @@
 
 use super::ModeUsed;
 use std::fs;
-use std::iter;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -287,7 +286,7 @@ fn in_file(placed: &PlacedBlock, path: &Path) -> MappedBlock {
 
 /// Returns the file whose pages are mapped: of a chain, the lowest one.
 fn lowest(snapshot: &Snapshot) -> &Snapshot {
-    iter::successors(Some(snapshot), |file| file.base()).last().expect("the file itself")
+    snapshot.chain().last().expect("the file itself")
 }
 
 /// Chooses the blocks to map, by their places in the file `lowest`, and the mode; returns also why.

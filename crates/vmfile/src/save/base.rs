@@ -180,9 +180,9 @@ fn usable(
         return Err(SaveError::BaseOfAnotherVm { path: path(), what });
     }
     let base = Base::new(snapshot, draft.file(), options.thin)?;
-    let mut chain = iter::successors(Some(base.snapshot()), |file| file.base());
     // A file that shares its pages needs the base no more once it is complete.
-    if *base.kept() != KeptPages::Shared && chain.any(|file| file.is_at(destination)) {
+    let is_needed = *base.kept() != KeptPages::Shared;
+    if is_needed && base.snapshot().chain().any(|file| file.is_at(destination)) {
         return Err(SaveError::BaseIsDestination { path: destination.to_path_buf() });
     }
     Ok(base)
