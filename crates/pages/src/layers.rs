@@ -5,10 +5,11 @@
 //! are elsewhere. A file that is not thin is a chain of one.
 
 use std::io;
+use std::mem;
 use std::ops::Range;
 
 use vmfile_format::mapped_ram::PlacedBlock;
-use vmfile_format::{PageBitmap, PageIndex, PageRange};
+use vmfile_format::{PageBitmap, PageCount, PageIndex, PageRange, RamBlock};
 
 use crate::memory::PageSource;
 use crate::page_hashes::{PageHashes, is_page};
@@ -42,9 +43,26 @@ impl<'a> Layers<'a> {
     /// Returns [`SnapshotError::NoBase`] if the file is thin and was opened without its base, and
     /// [`SnapshotError::Read`] if the kernel refuses to read a table.
     pub fn new(snapshot: &'a Snapshot) -> Result<Layers<'a>, SnapshotError> {
+        Layers::of_blocks(snapshot, |_| true)
+    }
+
+    /// Does the same for the blocks that are `wanted`. Of other blocks no bitmap is read, and no page is
+    /// there: that of a large one takes longer than all the rest of a restore by mapping.
+    ///
+    /// # Errors
+    ///
+    /// As [`Layers::new`].
+    pub fn of_blocks(
+        snapshot: &'a Snapshot,
+        wanted: impl Fn(&RamBlock) -> bool,
+    ) -> Result<Layers<'a>, SnapshotError> {
         let own = &snapshot.structure().blocks;
-        let bitmaps: Vec<PageBitmap> =
-            own.iter().map(|placed| snapshot.bitmap(placed)).collect::<Result<_, _>>()?;
+        let none = || PageBitmap::new(PageCount(0));
+        let bitmap = |placed: &PlacedBlock| match wanted(&placed.block) {
+            true => snapshot.bitmap(placed),
+            false => Ok(none()),
+        };
+        let bitmaps: Vec<PageBitmap> = own.iter().map(bitmap).collect::<Result<_, _>>()?;
         let mut missing = bitmaps.clone();
         let mut files = Vec::new();
         let mut next = Some(snapshot);
@@ -53,10 +71,15 @@ impl<'a> Layers<'a> {
             let mut blocks = Vec::new();
             for (placed, missing) in own.iter().zip(&mut missing) {
                 blocks.push(file.block_number(&placed.block).map(|number| {
-                    let none = PageBitmap::new(missing.page_count());
-                    let of_base = of_base.as_ref().map_or(&none, |of_base| &of_base[number]);
-                    let here = missing.without(of_base);
-                    *missing = missing.and(of_base);
+                    let here = match &of_base {
+                        Some(of_base) if wanted(&placed.block) => {
+                            let here = missing.without(&of_base[number]);
+                            *missing = missing.and(&of_base[number]);
+                            here
+                        }
+                        // All that is missing is here.
+                        _ => mem::replace(missing, none()),
+                    };
                     (&file.structure().blocks[number], here)
                 }));
             }

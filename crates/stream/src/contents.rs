@@ -88,7 +88,7 @@ impl<'a> StreamContents<'a> {
         pages: impl Fn(&RamBlock) -> Pages,
     ) -> Result<StreamContents<'a>, SnapshotError> {
         let structure = snapshot.structure();
-        let layers = Layers::new(snapshot)?;
+        let layers = Layers::of_blocks(snapshot, |block| pages(block) != Pages::None)?;
         let mut blocks = Vec::new();
         for index in 0..structure.blocks.len() {
             let placed = layers.placed(index);
