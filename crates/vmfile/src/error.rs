@@ -156,7 +156,7 @@ pub enum SaveError {
     Userfault(#[from] UserfaultError),
     /// The file that was named as the base cannot be one.
     #[error("the base cannot be used")]
-    Base(#[source] BaseError),
+    Base(#[from] BaseError),
     /// The base would be replaced by the file that needs it.
     #[error("{path} is the base, or below it, and would be replaced", path = path.display())]
     BaseIsDestination {

@@ -66,8 +66,7 @@ impl ChosenBase {
         match &options.base {
             None => Ok(ChosenBase::None),
             Some(BaseFile::File(path)) => {
-                let snapshot = Snapshot::open(path, 0);
-                let snapshot = snapshot.map_err(|error| SaveError::Base(error.into()))?;
+                let snapshot = Snapshot::open(path, 0).map_err(BaseError::from)?;
                 let base = usable(vm, options, snapshot, (draft, destination))?;
                 Ok(ChosenBase::File(Arc::new(base)))
             }
@@ -194,10 +193,4 @@ fn with_sources(error: &SaveError) -> String {
     let mut words: Vec<String> = all.map(ToString::to_string).collect();
     words.dedup();
     words.join(": ")
-}
-
-impl From<BaseError> for SaveError {
-    fn from(error: BaseError) -> SaveError {
-        SaveError::Base(error)
-    }
 }
