@@ -23,6 +23,10 @@ pub const WINDOW_LEN: u64 = 2 << 20;
 /// go out in one write: see decision 14.
 pub const BRIDGE_LEN: u64 = 32 << 10;
 
+/// As [`BRIDGE_LEN`], for a gap that has pages of the base. They take room that they would not take
+/// otherwise, so the gap is shorter: see decision 23.
+pub(crate) const BASE_BRIDGE_LEN: u64 = 16 << 10;
+
 /// A part of one RAM block, between two multiples of the units' length or up to the block's end.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Unit {

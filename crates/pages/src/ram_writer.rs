@@ -25,7 +25,7 @@ use crate::error::PagesError;
 use crate::lane::{Lane, Workers};
 use crate::memory::{Beneath, PageSource};
 use crate::page_hashes::{Hash, NO_HASH, PageHashes};
-use crate::plan::{UNIT_LEN, Unit, Units, WINDOW_LEN, in_window, pieces};
+use crate::plan::{BASE_BRIDGE_LEN, UNIT_LEN, Unit, Units, WINDOW_LEN, in_window, pieces};
 use crate::protected_ram::ProtectedRam;
 use crate::runs::{Looked, PageRuns};
 use crate::snapshot::{Snapshot, SnapshotError};
@@ -379,7 +379,7 @@ impl UnitPages {
             let in_base = copy.in_base.get(slot).copied();
             let looked = if copy.has(page * self.page_len) {
                 let is_same = |hash| in_base == Some(hash);
-                runs.look((slot, page), bytes, is_same, |gap| self.is_zero(copy, gap))
+                runs.look((slot, page), bytes, is_same, |gap| self.bridge(copy, gap))
             } else {
                 runs.keep(slot, in_base.unwrap_or(NO_HASH))
             };
@@ -399,13 +399,20 @@ impl UnitPages {
         runs
     }
 
-    /// Whether all pages of a gap were copied and are zero: pages of the base stay where they are.
-    fn is_zero(&self, copy: &Copied<'_>, gap: Range<u64>) -> bool {
-        gap.into_iter().all(|page| {
-            let index = page - self.first;
-            let is_data = self.words[in_window(index / 64)] & (1 << (index % 64)) != 0;
-            copy.has(page * self.page_len) && !is_data
-        })
+    /// Whether a gap between two pages that are written may be written as well: all of it was copied.
+    /// If so, its pages are in the new file, also those that the base has.
+    fn bridge(&mut self, copy: &Copied<'_>, gap: Range<u64>) -> bool {
+        let index = |page: u64| page - self.first;
+        let bit = |page: u64| (in_window(index(page) / 64), 1 << (index(page) % 64));
+        let mut bits = gap.clone().map(bit);
+        let has_base = bits.any(|(word, bit)| self.of_base[word] & bit != 0);
+        let is_short = (gap.end - gap.start) * self.page_len <= BASE_BRIDGE_LEN;
+        let is_copied = gap.clone().all(|page| copy.has(page * self.page_len));
+        let is_bridged = is_copied && (is_short || !has_base);
+        if is_bridged && has_base {
+            gap.map(bit).for_each(|(word, bit)| self.of_base[word] &= !bit);
+        }
+        is_bridged
     }
 }
 
