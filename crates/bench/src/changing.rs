@@ -4,6 +4,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use vmfile_qemu::RamBlockInfo;
+
 use crate::bench::Bench;
 use crate::contents::change;
 use crate::error::BenchError;
@@ -24,12 +26,55 @@ const WRITTEN_MIB: [u64; 4] = [0, 64, 256, 1024];
 /// How often in a second the writer writes.
 const WRITES_PER_SECOND: u32 = 100;
 
+/// How long the writer writes before the save.
+const ALONE: Duration = Duration::from_millis(500);
+
+/// Writes to the memory of a guest at a steady rate.
+struct Writer<'a> {
+    guest: (u32, &'a [RamBlockInfo]),
+    mebibytes: u64,
+    stop: &'a AtomicBool,
+}
+
+impl Writer<'_> {
+    /// Writes while `task` runs; returns at which rate, in MiB/s, and what the task returned.
+    fn write_during<T>(
+        &self,
+        task: impl FnOnce() -> Result<T, BenchError>,
+    ) -> Result<(f64, T), BenchError> {
+        let is_over = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let written = scope.spawn(|| self.write_until(&is_over));
+            let done = task();
+            is_over.store(true, Ordering::Relaxed);
+            let panicked = |_| BenchError::program("the writer", "it panicked");
+            Ok((written.join().map_err(panicked)??, done?))
+        })
+    }
+
+    /// Writes until `is_over` is set; returns at which rate.
+    fn write_until(&self, is_over: &AtomicBool) -> Result<f64, BenchError> {
+        let len = (self.mebibytes << 20) / u64::from(WRITES_PER_SECOND);
+        let interval = Duration::from_secs(1) / WRITES_PER_SECOND;
+        let (started, mut round) = (Instant::now(), 0);
+        while len > 0 && !is_over.load(Ordering::Relaxed) {
+            let began = Instant::now();
+            change(self.guest, len, round, self.stop)?;
+            round += 1;
+            thread::sleep(interval.saturating_sub(began.elapsed()));
+        }
+        Ok((len * round) as f64 / f64::from(1 << 20) / started.elapsed().as_secs_f64())
+    }
+}
+
 /// Measures both.
 pub(crate) fn measure(
     bench: &Bench<'_>,
     progress: &Progress<'_>,
-) -> Result<[Sweep; 2], BenchError> {
-    Ok([by_changed(bench, progress)?, by_written(bench, progress)?])
+) -> Result<Vec<Sweep>, BenchError> {
+    let mut sweeps = vec![by_changed(bench, progress)?];
+    sweeps.extend(by_written(bench, progress)?);
+    Ok(sweeps)
 }
 
 fn by_changed(bench: &Bench<'_>, progress: &Progress<'_>) -> Result<Sweep, BenchError> {
@@ -68,10 +113,11 @@ fn by_changed(bench: &Bench<'_>, progress: &Progress<'_>) -> Result<Sweep, Bench
     Ok(sweep("pages changed since the base, 1 GiB of RAM", ("%", "s"), &lines, points))
 }
 
-fn by_written(bench: &Bench<'_>, progress: &Progress<'_>) -> Result<Sweep, BenchError> {
+/// Measures how long the save takes, and how quickly the writer can write meanwhile.
+fn by_written(bench: &Bench<'_>, progress: &Progress<'_>) -> Result<[Sweep; 2], BenchError> {
     let machine = Machine::new(&bench.options.qemu, SIZE_MIB << 20);
     let subject = Subject::start(&machine, bench.options.contents, bench.stop)?;
-    let mut points = Vec::new();
+    let (mut times, mut rates) = (Vec::new(), Vec::new());
     for mebibytes in WRITTEN_MIB {
         progress.say(&format!("sweep of writing, live: {mebibytes} MiB/s"));
         let values = rounds(bench, |bench| {
@@ -80,41 +126,37 @@ fn by_written(bench: &Bench<'_>, progress: &Progress<'_>) -> Result<Sweep, Bench
             subject.connect()?.stop()?;
             measured
         })?;
-        points.push(point(mebibytes as f64, &values));
+        let (of_save, of_writer) = values.split_at(3);
+        times.push(point(mebibytes as f64, of_save));
+        rates.push(point(mebibytes as f64, of_writer));
     }
     bench.remove_and_sync(&bench.file("sweep.vmf"))?;
+    let name = "writes while it is saved, 1 GiB of RAM, save --live";
     let lines = ["all of it", "pause", "longest wait for a page"];
-    Ok(sweep("writes while it is saved, 1 GiB of RAM, save --live", ("MiB/s", "s"), &lines, points))
+    let rate_lines = ["before the save", "while it is saved"];
+    Ok([
+        sweep(name, ("MiB/s", "s"), &lines, times),
+        sweep(&format!("{name}: how quick they are"), ("MiB/s", "MiB/s"), &rate_lines, rates),
+    ])
 }
 
 /// Saves the guest while its memory is written to from here, as quickly as it may be: a write to a
-/// page that is protected waits as one of the guest's does.
+/// page that is protected waits as one of the guest's does. Returns the times, and the rates of the
+/// writes before the save and during it.
 fn while_written(
     bench: &Bench<'_>,
     subject: &Subject,
     mebibytes: u64,
 ) -> Result<Vec<f64>, BenchError> {
     let blocks = subject.connect()?.ram_blocks()?;
-    let is_over = AtomicBool::new(false);
-    let len = (mebibytes << 20) / u64::from(WRITES_PER_SECOND);
-    let interval = Duration::from_secs(1) / WRITES_PER_SECOND;
-    thread::scope(|scope| {
-        let writer = scope.spawn(|| -> Result<(), BenchError> {
-            let mut round = 0;
-            while len > 0 && !is_over.load(Ordering::Relaxed) {
-                let began = Instant::now();
-                change((subject.pid(), &blocks), len, round, bench.stop)?;
-                round += 1;
-                thread::sleep(interval.saturating_sub(began.elapsed()));
-            }
-            Ok(())
-        });
-        let saved = save_reported(bench, subject, &["--live"]);
-        is_over.store(true, Ordering::Relaxed);
-        writer.join().map_err(|_| BenchError::program("the writer", "it panicked"))??;
-        let (report, usage) = saved?;
-        let seconds = |value: &serde_json::Value| value.as_f64().unwrap_or(0.0);
-        let wait = seconds(&report["guest_waits"]["longest_seconds"]);
-        Ok(vec![usage.seconds, seconds(&report["pause_seconds"]), wait])
-    })
+    let writer = Writer { guest: (subject.pid(), &blocks), mebibytes, stop: bench.stop };
+    let (before, ()) = writer.write_during(|| {
+        thread::sleep(ALONE);
+        Ok(())
+    })?;
+    let (meanwhile, saved) = writer.write_during(|| save_reported(bench, subject, &["--live"]))?;
+    let (report, usage) = saved;
+    let seconds = |value: &serde_json::Value| value.as_f64().unwrap_or(0.0);
+    let wait = seconds(&report["guest_waits"]["longest_seconds"]);
+    Ok(vec![usage.seconds, seconds(&report["pause_seconds"]), wait, before, meanwhile])
 }

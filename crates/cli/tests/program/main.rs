@@ -14,6 +14,7 @@ mod hints;
 mod in_use;
 mod kills;
 mod matrix;
+mod one_moment;
 mod paused;
 mod qemu_ends;
 mod run;
