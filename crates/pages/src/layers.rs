@@ -196,7 +196,7 @@ impl<'a> Layers<'a> {
     /// # Errors
     ///
     /// As [`Layers::fill`] and [`Layers::verify`].
-    pub fn page(
+    pub fn read_verified(
         &self,
         number: usize,
         range: &Range<u64>,
@@ -278,7 +278,7 @@ impl PageSource for Layers<'_> {
         if self.first_data(block, range)?.is_none() {
             return Ok(false);
         }
-        self.page(block, range, into).map_err(io::Error::other)?;
+        self.read_verified(block, range, into).map_err(io::Error::other)?;
         Ok(true)
     }
 }

@@ -81,7 +81,7 @@ pub(crate) fn prove_base(snapshot: &Snapshot, base: &Base) -> Result<(), PagesEr
     ask_for(layers.main(), kept.iter().map(place))?;
     for (number, range) in kept {
         let mut bytes = vec![0; usize::try_from(range.end - range.start).expect("a page")];
-        layers.page(number, &range, &mut bytes).map_err(BaseError::from)?;
+        layers.read_verified(number, &range, &mut bytes).map_err(BaseError::from)?;
     }
     Ok(())
 }

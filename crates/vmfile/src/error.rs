@@ -1,7 +1,9 @@
 //! Why a VM was not saved.
 
+use std::error::Error;
 use std::fmt;
 use std::io;
+use std::iter;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -393,4 +395,12 @@ impl From<ReceiveError> for SaveError {
             error => SaveError::Receive(error),
         }
     }
+}
+
+/// Returns the texts of an error and of what caused it, in one line.
+pub(crate) fn with_sources(error: &(dyn Error + 'static)) -> String {
+    let all = iter::successors(Some(error), |&error| error.source());
+    let mut words: Vec<String> = all.map(ToString::to_string).collect();
+    words.dedup();
+    words.join(": ")
 }

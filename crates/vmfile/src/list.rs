@@ -1,14 +1,15 @@
 //! `vmfile list`: the VMs that run on this host.
 
-use std::error::Error;
 use std::io;
 use std::path::PathBuf;
 use std::thread::{self, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 
-use crate::leftover::put_right_at_once;
 use serde::Serialize;
 use vmfile_qemu::{DiscoverError, Feature, Found, RunState, Vm, VmError};
+
+use crate::error::with_sources;
+use crate::leftover::put_right_at_once;
 
 /// A VM that runs on this host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -98,28 +99,16 @@ fn look_at(found: Found) -> ListedVm {
                 listed.reason = vm.unstoppable(left, |vm| ask(vm, &mut listed)).err();
                 return listed;
             }
-            Err(error) => reasons.push(whole(&error)),
+            Err(error) => reasons.push(with_sources(&error)),
         }
     }
     listed.reason = Some(reasons.join("; "));
     listed
 }
 
-/// Returns the text of an error, with its sources.
-fn whole(error: &VmError) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        source = error.source();
-    }
-    text
-}
-
 /// Asks a VM for what is listed; an error says why it cannot be saved.
 fn ask(vm: &mut Vm, listed: &mut ListedVm) -> Result<(), String> {
-    let text = |error: VmError| whole(&error);
+    let text = |error: VmError| with_sources(&error);
     listed.note = put_right_at_once(vm).map_err(text)?;
     if listed.name.is_none() {
         listed.name = vm.name().map_err(text)?;

@@ -1,6 +1,5 @@
 //! The base of a save: which file it is, and whether it can be one.
 
-use std::iter;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -8,11 +7,11 @@ use serde::Serialize;
 use vmfile_format::manifest::SnapshotId;
 use vmfile_pages::base::{Base, BaseError, KeptPages};
 use vmfile_pages::draft::Draft;
-use vmfile_pages::snapshot::{Snapshot, SnapshotError};
+use vmfile_pages::snapshot::Snapshot;
 use vmfile_qemu::{RamBlockInfo, Vm};
 
 use super::{BaseFile, SaveOptions};
-use crate::error::SaveError;
+use crate::error::{SaveError, with_sources};
 
 /// The base that was used, or why none was.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -76,18 +75,16 @@ impl ChosenBase {
                         "vmfile has neither saved nor restored this VM since its QEMU started";
                     return Ok(ChosenBase::Unusable(reason.to_owned()));
                 };
-                let found = last(&id, &path).map_err(|error| SaveError::Base(error.into()));
-                let found = found.and_then(|found| match found {
-                    Ok(snapshot) => usable(vm, options, snapshot, (draft, destination)).map(Ok),
-                    Err(reason) => Ok(Err(reason)),
-                });
-                Ok(match found {
-                    Ok(Ok(base)) => ChosenBase::File(Arc::new(base)),
-                    Ok(Err(reason)) => ChosenBase::Unusable(reason),
+                let snapshot = match last(&id, &path) {
+                    Ok(snapshot) => snapshot,
+                    Err(reason) => return Ok(ChosenBase::Unusable(reason)),
+                };
+                match usable(vm, options, snapshot, (draft, destination)) {
+                    Ok(base) => Ok(ChosenBase::File(Arc::new(base))),
                     // Without the base the file would be replaced that others may need.
-                    Err(error @ SaveError::BaseIsDestination { .. }) => return Err(error),
-                    Err(error) => ChosenBase::Unusable(with_sources(&error)),
-                })
+                    Err(error @ SaveError::BaseIsDestination { .. }) => Err(error),
+                    Err(error) => Ok(ChosenBase::Unusable(with_sources(&error))),
+                }
             }
         }
     }
@@ -143,15 +140,15 @@ impl ChosenBase {
     }
 }
 
-/// Opens the file at `path`, if it is still the one with this id; otherwise says what is there.
-fn last(id: &str, path: &Path) -> Result<Result<Snapshot, String>, SnapshotError> {
-    let snapshot = Snapshot::open(path, 0)?;
+/// Opens the file at `path` if it is still the one with this id; otherwise says why not.
+fn last(id: &str, path: &Path) -> Result<Snapshot, String> {
+    let snapshot = Snapshot::open(path, 0).map_err(|error| with_sources(&error))?;
     let found = snapshot.id().map(|id| id.to_string());
     if found.as_deref() == Some(id) {
-        return Ok(Ok(snapshot));
+        return Ok(snapshot);
     }
     let found = found.unwrap_or_else(|| "none".to_owned());
-    Ok(Err(format!("{} has the id {found}, expected {id}", path.display())))
+    Err(format!("{} has the id {found}, expected {id}", path.display()))
 }
 
 /// Compares the file with the VM, and takes it as the base.
@@ -185,12 +182,4 @@ fn usable(
         return Err(SaveError::BaseIsDestination { path: destination.to_path_buf() });
     }
     Ok(base)
-}
-
-fn with_sources(error: &SaveError) -> String {
-    let error: &dyn std::error::Error = error;
-    let all = iter::successors(Some(error), |error| error.source());
-    let mut words: Vec<String> = all.map(ToString::to_string).collect();
-    words.dedup();
-    words.join(": ")
 }

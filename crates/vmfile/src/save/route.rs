@@ -14,7 +14,7 @@ use super::live_memory::LiveMemory;
 use super::native::NativeRoute;
 use super::stream::StreamRoute;
 use super::{BaseFile, Live, Route, SaveOptions};
-use crate::error::SaveError;
+use crate::error::{SaveError, with_sources};
 
 /// The route by which a VM is saved, and why.
 pub(super) struct ChosenRoute {
@@ -108,7 +108,7 @@ pub(super) fn choose_live(
         _ => match LiveMemory::prepare(vm, from, options) {
             Ok(memory) => Ok(memory),
             Err(error) if options.route == Route::Auto && is_memory_out_of_reach(&error) => {
-                Err(with_source(&error))
+                Err(with_sources(&error))
             }
             Err(error) => return Err(error),
         },
@@ -149,16 +149,10 @@ pub(super) fn choose_paused(
         }
         // QEMU can send its memory even if this process cannot read it.
         Err(error) if route == Route::Auto && is_memory_out_of_reach(&error) => {
-            stream(vm, format!("not direct: {}", with_source(&error)))
+            stream(vm, format!("not direct: {}", with_sources(&error)))
         }
         Err(error) => Err(error),
     }
-}
-
-fn with_source(error: &SaveError) -> String {
-    let because = std::error::Error::source(error);
-    let because = because.map(|source| format!(": {source}")).unwrap_or_default();
-    format!("{error}{because}")
 }
 
 /// Whether an error of the route `direct` says that QEMU's memory cannot be reached.
