@@ -229,8 +229,8 @@ fn many_checkpoints_in_a_row_do_not_grow() -> TestResult {
         let (thin, _, _) = base_used(&saved.report);
         assert!(!thin, "{checkpoint}: {:?}", saved.report.base);
         let now = fs::metadata(&saved.file)?.blocks();
-        // XFS (6.18) copies at least 128 KiB for a page, and frees the rest minutes later.
-        assert!(now < room * 2, "{checkpoint}: {now} blocks, {room} at first");
+        // XFS (6.18) would reserve 128 KiB for each page that is written, and free the rest minutes later.
+        assert!(now < room * 5 / 4, "{checkpoint}: {now} blocks, {room} at first");
         // The one before is removed only now: the base of the next is this one.
         last = saved;
         if checkpoint % 10 == 0 {

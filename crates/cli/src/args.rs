@@ -175,14 +175,16 @@ pub(crate) struct SaveArguments {
     /// With --live: give up after so long, if the guest writes faster than it is saved
     #[arg(long, value_name = "SECONDS", default_value_t = 600, requires = "live")]
     pub(crate) live_timeout: u64,
-    /// With --live: how long the guest may stand still while memory is copied, or for the last part
+    /// With --live: how long the guest should stand still at most while memory is copied, or for the last
+    /// part. A lower number makes vmfile take pre-copy sooner, which cannot have a --base
     #[arg(long, value_name = "MILLISECONDS", default_value_t = 300, requires = "live")]
     pub(crate) max_pause: u64,
     /// Keep the disks of the saved moment: the guest then writes to overlays on top of them
     #[arg(long)]
     pub(crate) with_disks: bool,
     /// Keep the pages of this file that have not changed; auto: the file that the VM was last saved to or
-    /// restored from. The new file is whole on XFS and btrfs; elsewhere it is thin, and needs this one
+    /// restored from. The new file is whole on XFS and btrfs; elsewhere it is thin, and needs this one and all
+    /// files below it, unchanged
     #[arg(long, value_name = "FILE")]
     pub(crate) base: Option<PathBuf>,
     /// With --base: a thin file, even if the file system shares pages

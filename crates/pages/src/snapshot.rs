@@ -261,9 +261,33 @@ impl Snapshot {
         Ok(())
     }
 
+    /// Returns the files below this one as far as they are found, from the base downwards, and why the
+    /// next one was not. It opens them one at a time, also if this file was opened alone.
+    #[must_use]
+    pub fn look_below(&self) -> (Vec<PathBuf>, Option<SnapshotError>) {
+        let mut found = Vec::new();
+        let mut next = self.manifest.as_ref().and_then(|manifest| manifest.meta.base.clone());
+        let mut last = None;
+        while let Some(base) = next {
+            if found.len() == CHAIN_LEN_MAX {
+                return (found, Some(SnapshotError::ChainTooLong { path: self.path.clone() }));
+            }
+            match last.as_ref().unwrap_or(self).find_base(&base) {
+                Ok(snapshot) => {
+                    found.push(snapshot.path.clone());
+                    next = snapshot.manifest.as_ref().and_then(|found| found.meta.base.clone());
+                    last = Some(snapshot);
+                }
+                Err(error) => return (found, Some(error)),
+            }
+        }
+        (found, None)
+    }
+
     fn find_base(&self, base: &BaseMeta) -> Result<Snapshot, SnapshotError> {
         let recorded = PathBuf::from(&base.path);
         let beside = recorded.file_name().map(|name| self.path.with_file_name(name));
+        let beside = beside.filter(|path| *path != recorded);
         let mut found = Vec::new();
         for path in iter::once(recorded).chain(beside) {
             match Snapshot::open_alone(&path, 0) {

@@ -26,6 +26,9 @@ pub enum HeldError {
     /// No page came.
     #[error("no page came within {0:?}")]
     TimedOut(Duration),
+    /// Pages came, but the sender does not wait for room.
+    #[error("the sender did not fill the socket within {0:?}")]
+    NotFull(Duration),
     /// The kernel returned an error.
     #[error("read the stream")]
     Read(#[source] io::Error),

@@ -8,8 +8,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::{Errno, ioctl_fionread};
+use rustix::io::Errno;
 use rustix::net::{RecvFlags, recv, sockopt};
+use vmfile_engine::queued_len;
 use vmfile_format::stream::decoder::{EVENT_LEN_MAX, Event, StreamDecoder};
 use vmfile_format::{PageIndex, RamLayout};
 use vmfile_pages::control::Control;
@@ -19,8 +20,8 @@ use crate::error::HeldError;
 /// How much room the socket has: the kernel's smallest (Linux makes 4608 bytes of it).
 const ROOM: usize = 1;
 
-/// How long no byte must have come until QEMU is taken to wait for room.
-const STILL: Duration = Duration::from_micros(300);
+/// How long QEMU may take until it waits for room. It has a few pages to send, and needs a processor.
+const FILL_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How often a wait looks again.
 const LOOK: Duration = Duration::from_micros(50);
@@ -32,6 +33,8 @@ const STOP_INTERVAL: Duration = Duration::from_millis(20);
 #[derive(Debug)]
 pub struct HeldStream {
     socket: OwnedFd,
+    /// The sender's end. It shows whether there is room for the sender.
+    theirs: OwnedFd,
     decoder: StreamDecoder,
     ram: Option<RamLayout>,
     /// Bytes that were taken from the socket with the first page, and not decoded then.
@@ -52,6 +55,7 @@ impl HeldStream {
         sockopt::set_socket_send_buffer_size(&theirs, ROOM)?;
         let held = HeldStream {
             socket: ours.into(),
+            theirs: theirs.try_clone()?.into(),
             decoder: StreamDecoder::new(),
             ram: None,
             taken: Vec::new(),
@@ -87,25 +91,30 @@ impl HeldStream {
         self.ram.as_ref().ok_or(HeldError::NoPages)
     }
 
-    /// Waits until no further bytes come: the sender waits for room. Returns the pages that have
+    /// Waits until the socket is full, so that the sender waits for room. Returns the pages that have
     /// come as a whole: the block's place in the block list, and the page. The socket has room for a
-    /// few of them only, so the wait ends.
+    /// few of them only.
     ///
     /// # Errors
     ///
-    /// As for [`HeldStream::wait_for_page`].
-    pub fn wait_until_still(&mut self) -> Result<&BTreeSet<(usize, PageIndex)>, HeldError> {
-        let mut len = self.unread()?;
-        let mut since = Instant::now();
-        while since.elapsed() < STILL {
-            thread::sleep(LOOK);
-            let now = self.unread()?;
-            if now != len {
-                (len, since) = (now, Instant::now());
+    /// [`HeldError::NotFull`] if the sender does not fill the socket within five seconds; otherwise as
+    /// for [`HeldStream::wait_for_page`].
+    pub fn wait_until_full(&mut self) -> Result<&BTreeSet<(usize, PageIndex)>, HeldError> {
+        let deadline = Instant::now() + FILL_TIMEOUT;
+        while !self.is_full().map_err(HeldError::Read)? {
+            if Instant::now() >= deadline {
+                return Err(HeldError::NotFull(FILL_TIMEOUT));
             }
+            thread::sleep(LOOK);
         }
         self.look()?;
         Ok(&self.pages)
+    }
+
+    /// Whether a sender has to wait before it can add a byte.
+    fn is_full(&self) -> io::Result<bool> {
+        let room = sockopt::socket_send_buffer_size(&self.theirs)?;
+        Ok(queued_len(self.theirs.as_fd())? >= room as u64)
     }
 
     /// Looks whether further pages have come; returns whether there are any.
@@ -126,10 +135,6 @@ impl HeldStream {
             Ok(_) | Err(Errno::INTR) => Ok(()),
             Err(errno) => Err(HeldError::Read(errno.into())),
         }
-    }
-
-    fn unread(&self) -> Result<u64, HeldError> {
-        ioctl_fionread(&self.socket).map_err(|errno| HeldError::Read(errno.into()))
     }
 
     /// Decodes what lies in the socket. Takes it from there up to the first page: the socket has no room
@@ -214,11 +219,40 @@ mod tests {
             let sender = thread::spawn(move || File::from(theirs).write_all(&bytes));
             let limit = Duration::from_secs(20);
             assert_eq!(*held.wait_for_page(limit, &Control::none()).unwrap(), ram);
-            let pages = held.wait_until_still().unwrap().len();
+            let pages = held.wait_until_full().unwrap().len();
             assert!((1..8).contains(&pages), "{pages} pages, {roms} ROMs");
             assert!(!held.has_more().unwrap());
             drop(held);
             assert!(sender.join().unwrap().is_err(), "the sender waited for room");
         }
+    }
+
+    /// A sender that did not get a processor for 300 us was taken to wait, and a live save failed when it
+    /// sent the next page.
+    #[test]
+    fn a_sender_that_is_slow_is_not_taken_to_wait() {
+        let block = RamBlock::new("ram".to_owned(), 64 << 12, PageSize::KIB_4).unwrap();
+        let ram = RamLayout::new(vec![block.clone()]).unwrap();
+        let machine = "pc".to_owned();
+        let mut head = Configuration { machine, ..Configuration::default() }.encode();
+        let mut section = RamSection::begin(&mut head, 1, &ram);
+        let (mut held, theirs) = HeldStream::pair().unwrap();
+        let sender = thread::spawn(move || {
+            let mut socket = File::from(theirs);
+            socket.write_all(&head)?;
+            for page in 0..64 {
+                let mut bytes = Vec::new();
+                section.zero_page(&mut bytes, (0, &block), PageIndex(page));
+                thread::sleep(Duration::from_millis(5));
+                socket.write_all(&bytes)?;
+            }
+            io::Result::Ok(())
+        });
+        held.wait_for_page(Duration::from_secs(20), &Control::none()).unwrap();
+        held.wait_until_full().unwrap();
+        thread::sleep(Duration::from_millis(30));
+        assert!(!held.has_more().unwrap());
+        drop(held);
+        assert!(sender.join().unwrap().is_err(), "the sender waited for room");
     }
 }

@@ -1,5 +1,8 @@
 //! `vmfile info`: what is in a file, without reading a page.
 
+use std::os::unix::fs::MetadataExt as _;
+use std::path::PathBuf;
+
 use serde::Serialize;
 use vmfile_format::manifest::{
     BaseMeta, CpuSectionMeta, DiskMeta, Features, MemoryRangeMeta, SnapshotId,
@@ -27,6 +30,8 @@ pub struct Info {
     pub pause_seconds: Option<f64>,
     /// The file's length, in bytes; holes count.
     pub file_bytes: u64,
+    /// How many bytes it takes on the disk; bytes that it shares with other files count.
+    pub allocated_bytes: u64,
     /// The RAM blocks, in the order of the file.
     pub blocks: Vec<BlockInfo>,
     /// The devices' sections, in the order of the file.
@@ -57,6 +62,10 @@ pub struct BaseInfo {
     pub path: String,
     /// How many pages are in it, or below it.
     pub pages: u64,
+    /// The files below, from the base to the lowest one, as they were found.
+    pub files: Vec<PathBuf>,
+    /// Why the next one was not found; `None` if all are there.
+    pub missing: Option<String>,
 }
 
 /// The VM that was saved.
@@ -140,6 +149,7 @@ pub fn info(snapshot: &Snapshot) -> Result<Info, SnapshotError> {
         route: meta.map(|meta| meta.route.clone()),
         pause_seconds: meta.and_then(|meta| meta.pause_seconds),
         file_bytes: snapshot.file_len(),
+        allocated_bytes: allocated(snapshot)?,
         blocks: blocks(snapshot)?,
         device_sections: device_sections.collect(),
         device_state_bytes: state.end - state.start,
@@ -158,7 +168,17 @@ fn base(snapshot: &Snapshot) -> Result<Option<BaseInfo>, SnapshotError> {
         return Ok(None);
     };
     let pages = of_base.iter().map(|bitmap| bitmap.data_count().0).sum();
-    Ok(Some(BaseInfo { id, path, pages }))
+    let (files, missing) = snapshot.look_below();
+    let missing = missing.map(|error| error.to_string());
+    Ok(Some(BaseInfo { id, path, pages, files, missing }))
+}
+
+fn allocated(snapshot: &Snapshot) -> Result<u64, SnapshotError> {
+    let path = || snapshot.path().to_path_buf();
+    let metadata = snapshot.file().metadata();
+    let metadata = metadata.map_err(|source| SnapshotError::Open { path: path(), source })?;
+    // `stat` counts in units of 512 bytes, whatever the file system.
+    Ok(metadata.blocks() * 512)
 }
 
 fn blocks(snapshot: &Snapshot) -> Result<Vec<BlockInfo>, SnapshotError> {

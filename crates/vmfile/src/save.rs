@@ -463,6 +463,7 @@ impl<'a> Save<'a> {
         let route = self.route.route.used();
         let disks = saved_disks(&self.meta);
         self.warnings.extend(deep_disks(&disks));
+        self.warnings.extend(self.base.warning());
         SaveReport {
             file: self.path,
             id,

@@ -23,26 +23,28 @@ pub(crate) fn save(report: &SaveReport) -> String {
         report.pages_total
     );
     line(&mut text, "memory", &written);
-    let took = format!(
-        "{} at {}, guest paused {}",
-        size::seconds(report.total_seconds),
-        size::rate(report.bytes_written, report.total_seconds),
-        size::seconds(report.pause_seconds)
-    );
-    line(&mut text, "took", &took);
+    // A rate says little about a save that mostly compares.
+    let rate = match report.base {
+        None => format!(" at {}", size::rate(report.bytes_written, report.total_seconds)),
+        Some(_) => String::new(),
+    };
+    let (total, pause) = (size::seconds(report.total_seconds), size::seconds(report.pause_seconds));
+    line(&mut text, "took", &format!("{total}{rate}, guest paused {pause}"));
     line(&mut text, "route", &format!("{} ({})", report.route, report.route_reason));
     if let Some(method) = &report.live_method {
-        let again = size::bytes(report.bytes_rewritten);
-        line(&mut text, "live", &format!("{method}, {again} written again"));
+        let again = match report.bytes_rewritten {
+            0 => String::new(),
+            bytes => format!(", {} written again", size::bytes(bytes)),
+        };
+        line(&mut text, "live", &format!("{method}{again}"));
     }
     if let Some(waits) = &report.guest_waits {
-        let waited = format!(
-            "{} times, the longest {}; {} were copied aside",
-            waits.count,
-            size::seconds(waits.longest_seconds),
-            size::bytes(waits.aside_bytes)
-        );
-        line(&mut text, "waits", &waited);
+        let longest = size::seconds(waits.longest_seconds);
+        let waited = match waits.count {
+            0 => "none".to_owned(),
+            count => format!("{count} times, the longest {longest}"),
+        };
+        line(&mut text, "waits", &format!("{waited}; {}", copied(waits.aside_bytes)));
     }
     match &report.base {
         Some(BaseUsed::Yes { file, thin_reason, pages, bytes_read, .. }) => {
@@ -66,6 +68,14 @@ pub(crate) fn save(report: &SaveReport) -> String {
     }
     line(&mut text, "engine", &format!("{}, direct I/O: {}", report.io, report.direct_io));
     text
+}
+
+/// Says how much a live save copied into memory.
+fn copied(bytes: u64) -> String {
+    match bytes {
+        0 => "nothing was copied aside".to_owned(),
+        bytes => format!("{} were copied aside", size::bytes(bytes)),
+    }
 }
 
 pub(crate) fn receive(report: &ReceiveReport) -> String {
@@ -167,9 +177,10 @@ pub(crate) fn check(report: &CheckReport) -> String {
     if report.format == FileFormat::Vmfile {
         let result = if report.findings_total == 0 { "ok" } else { "damaged" };
         let checked = format!(
-            "{result}: {} pages, {} findings, {}",
+            "{result}: {} pages, {} {}, {}",
             report.pages_checked,
             report.findings_total,
+            if report.findings_total == 1 { "finding" } else { "findings" },
             size::seconds(report.total_seconds)
         );
         line(&mut text, "checked", &checked);
@@ -206,9 +217,14 @@ fn identity(text: &mut String, info: &Info) {
     if let Some(id) = info.id {
         line(text, "id", &id);
     }
-    if let Some(base) = &info.base {
-        let needed = format!("{} has {} pages, id {}", one_line(&base.path), base.pages, base.id);
-        line(text, "base", &needed);
+    let Some(base) = &info.base else { return };
+    let (pages, path) = (base.pages, one_line(&base.path));
+    line(text, "base", &format!("thin: {pages} pages are in {path}, id {}", base.id));
+    for file in &base.files {
+        line(text, "", &one_line(&file.display().to_string()));
+    }
+    if let Some(missing) = &base.missing {
+        line(text, "", &format!("MISSING: {}", one_line(missing)));
     }
 }
 
@@ -230,9 +246,11 @@ pub(crate) fn info(info: &Info, verbose: bool) -> String {
         line(&mut text, "saved at", &time(seconds));
     }
     if let (Some(route), Some(pause)) = (&info.route, info.pause_seconds) {
-        line(&mut text, "route", &format!("{route}, guest paused {}", size::seconds(pause)));
+        let pause = size::seconds(pause);
+        line(&mut text, "route", &format!("{route}, guest paused {pause} when this was written"));
     }
-    line(&mut text, "file", &size::bytes(info.file_bytes));
+    let (len, room) = (size::bytes(info.file_bytes), size::bytes(info.allocated_bytes));
+    line(&mut text, "file", &format!("{len}, {room} on the disk"));
     identity(&mut text, info);
     let devices = format!(
         "{} sections, {}",

@@ -48,8 +48,6 @@ impl LiveMemory {
         let jobs = work.options.jobs.count();
         let room = Room::new(bytes + SLACK, jobs).map_err(SaveError::Workers)?;
         let DirectRoute { ram: layout, process, data_bytes, found, workers } = &mut self.direct;
-        // Discards the events of earlier pauses: the pause of this save is measured.
-        let _ = work.vm.pause_seen();
         stop(work.vm)?;
         let started = std::time::Instant::now();
         let is_too_long = || started.elapsed() > pause_max || work.control.is_stopped();

@@ -116,6 +116,12 @@ impl ChosenBase {
         }
     }
 
+    /// Says that no base was found, if one was asked for.
+    pub(super) fn warning(&self) -> Option<String> {
+        let ChosenBase::Unusable(reason) = self else { return None };
+        Some(format!("--base auto found no base, and the whole VM was saved: {reason}"))
+    }
+
     /// Returns what the report says, when `pages` were those of the base, and so much was read.
     pub(super) fn used(&self, pages: u64, bytes_read: u64) -> Option<BaseUsed> {
         match self {

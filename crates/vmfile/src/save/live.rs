@@ -52,6 +52,8 @@ impl LiveRoute {
     /// Saves the VM by the best method that is possible, and completes the file.
     pub(super) fn write(&mut self, work: &mut Work<'_>) -> Result<Written, SaveError> {
         let hold = !work.disks.is_empty();
+        // Discards the events of earlier pauses: all pauses of this save are measured.
+        let _ = work.vm.pause_seen();
         let chosen = self.choose(work.vm, hold)?;
         if let Some(written) = self.by(work, &chosen)? {
             return Ok(written);

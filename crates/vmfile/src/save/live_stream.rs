@@ -47,8 +47,6 @@ pub(super) fn receive(
     // close its descriptor 0, which may be a monitor or a disk. If this process ends, the
     // guardian's copy keeps the stream open until QEMU was told to stop.
     work.guard.keep_open(ours.as_fd())?;
-    // Discards the events of earlier pauses: `write` measures the pause of this save.
-    let _ = work.vm.pause_seen();
     let stands = is_snapshot(method) && !work.disks.is_empty();
     if stands {
         work.vm.stop()?;

@@ -48,8 +48,6 @@ impl LiveMemory {
         let buffers = aside_buffers().map_err(SaveError::Workers)?;
         let (mut held, theirs) = HeldStream::pair().map_err(SaveError::Socket)?;
         work.guard.keep_open(held.as_fd())?;
-        // Discards the events of earlier pauses: the pause of this save is measured.
-        let _ = work.vm.pause_seen();
         let resumes = work.vm.resumes();
         match self.protect(work, (&mut held, theirs)) {
             Ok((userfault, sent)) => self.copy(work, (held, &sent, resumes), (&userfault, buffers)),
@@ -99,7 +97,7 @@ impl LiveMemory {
         let serve = || protected.serve();
         let both = beside(serve, |_| {
             let begun = stop_once(work, resumes, || {
-                let pages = held.wait_until_still()?;
+                let pages = held.wait_until_full()?;
                 let lifted = pages.iter().map(|&page| place(page, sent, layout));
                 Ok(protected.begin(lifted).map_err(UserfaultError::Kernel)?)
             });
