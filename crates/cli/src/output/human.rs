@@ -212,6 +212,16 @@ fn describe(finding: &Finding) -> String {
     text
 }
 
+/// Adds how the file was made, and its size.
+fn origin(text: &mut String, info: &Info) {
+    if let (Some(route), Some(pause)) = (&info.route, info.pause_seconds) {
+        let pause = size::seconds(pause);
+        line(text, "route", &format!("{route}, guest paused {pause} when this was written"));
+    }
+    let (len, room) = (size::bytes(info.file_bytes), size::bytes(info.allocated_bytes));
+    line(text, "file", &format!("{len}, {room} on the disk"));
+}
+
 /// Adds the file's id, and what a thin file needs.
 fn identity(text: &mut String, info: &Info) {
     if let Some(id) = info.id {
@@ -245,12 +255,7 @@ pub(crate) fn info(info: &Info, verbose: bool) -> String {
     if let Some(seconds) = info.saved_at_unix_seconds {
         line(&mut text, "saved at", &time(seconds));
     }
-    if let (Some(route), Some(pause)) = (&info.route, info.pause_seconds) {
-        let pause = size::seconds(pause);
-        line(&mut text, "route", &format!("{route}, guest paused {pause} when this was written"));
-    }
-    let (len, room) = (size::bytes(info.file_bytes), size::bytes(info.allocated_bytes));
-    line(&mut text, "file", &format!("{len}, {room} on the disk"));
+    origin(&mut text, info);
     identity(&mut text, info);
     let devices = format!(
         "{} sections, {}",
