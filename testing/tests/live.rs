@@ -6,13 +6,16 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
+use vmfile::Control;
 use vmfile::error::{SaveError, UserfaultError};
 use vmfile::restore::Mode;
 use vmfile::save::{After, Live, LiveMethod, Route, RouteUsed, SaveOptions, SaveReport};
 use vmfile_qemu::{Outgoing, Vm};
 use vmfile_testing::migration::{set_capability, set_parameter};
+use vmfile_testing::verbs::save_with;
 use vmfile_testing::{
-    Guest, GuestConfig, HugePages, Machine, Missing, Qemu, Ram, Release, TestResult, requires,
+    Guest, GuestConfig, HugePages, Machine, Missing, Mount, Qemu, Ram, Release, TestResult,
+    requires,
 };
 
 fn live() -> SaveOptions {
@@ -267,4 +270,64 @@ fn a_migration_that_waits_before_its_switchover_is_cancelled() -> TestResult {
         guest.counts_on(2)?;
     }
     Ok(())
+}
+
+/// A `device_add` of another client that fails waits for QEMU's migration thread, and vmfile kept that
+/// waiting: QEMU's main loop stood still, and with it the save, for minutes.
+#[test]
+fn a_client_that_adds_devices_meanwhile_ends_a_live_save_at_most() -> TestResult {
+    for release in [Release::Distribution, Release::Newest] {
+        let qemu = requires!(Qemu::of(release));
+        let config = Guest::boot_sector(Ram::machine(128)).seed(122).vcpus(2).busy();
+        let mut guest = config.arguments(["-m", "128M,slots=4,maxmem=1G"]).boot_to(&qemu, 1)?;
+        let settings = guest.qmp("query-migrate-capabilities", json!({}))?;
+        // Too small for a DIMM: every attempt fails.
+        let memory = json!({ "qom-type": "memory-backend-ram", "id": "m", "size": 1 << 20 });
+        guest.qmp("object-add", memory)?;
+        let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
+        let (file, socket) = (directory.path().join("vm.vmf"), guest.qmp_path());
+        let began = Instant::now();
+        let saved = thread::scope(|scope| -> TestResult<_> {
+            let save = scope.spawn(|| -> TestResult<SaveReport> {
+                let mut vm = Vm::connect(&socket)?;
+                Ok(vmfile::save::save(&mut vm, &file, &live(), &Control::none())?)
+            });
+            while !save.is_finished() {
+                let device = json!({ "driver": "pc-dimm", "memdev": "m", "id": "d" });
+                assert!(guest.qmp("device_add", device).is_err(), "it is too small");
+            }
+            Ok(save.join().expect("no panic"))
+        })?;
+        assert!(began.elapsed() < Duration::from_secs(40), "{:?}: {saved:?}", began.elapsed());
+        let stuck =
+            |error: &SaveError| matches!(error, SaveError::Userfault(UserfaultError::Stuck { .. }));
+        match saved {
+            Ok(report) => assert_eq!(report.live_method, Some(LiveMethod::Userfault)),
+            Err(error) => {
+                assert!(error.downcast_ref().is_some_and(stuck), "{error}");
+                assert!(!file.exists(), "{error}");
+            }
+        }
+        assert_eq!(guest.qmp("query-migrate-capabilities", json!({}))?, settings);
+        guest.runs_on(1)?;
+    }
+    Ok(())
+}
+
+/// vmfile waited a minute for a migration that could not go on, because it did not read the stream any
+/// more; the guest stood still at its next write.
+#[test]
+fn a_disk_that_fills_up_while_qemu_sends_a_running_guest_does_not_stop_it() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let disk = requires!(Mount::ext4(60));
+    let mut guest = Guest::boot_sector(Ram::private(128)).seed(123).busy().boot_to(&qemu, 1)?;
+    let settings = guest.qmp("query-migrate-capabilities", json!({}))?;
+    let file = disk.path().join("vm.vmf");
+    let began = Instant::now();
+    let error = save_with(&guest, &file, &live().route(Route::Stream)).expect_err("no room");
+    assert!(began.elapsed() < Duration::from_secs(30), "{:?}: {error}", began.elapsed());
+    assert!(format!("{error}: {:?}", error.source()).contains("No space left"), "{error}");
+    assert!(!file.exists());
+    assert_eq!(guest.qmp("query-migrate-capabilities", json!({}))?, settings);
+    guest.runs_on(1)
 }

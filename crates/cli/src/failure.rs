@@ -108,7 +108,7 @@ impl From<&SnapshotError> for Failure {
                 .hint("the file was cut, or is still being copied"),
             SnapshotError::NotAFile { .. } => Failure::new(Code::File, "not_a_file", error),
             SnapshotError::BaseMissing { .. } => Failure::new(Code::File, "base_missing", error)
-                .hint("put the base where it was, or beside the thin file under its name there"),
+                .hint("put the base where it was, or into the directory of the thin file under its name there"),
             SnapshotError::ChainTooLong { .. } | SnapshotError::BaseLacksPages { .. } => {
                 Failure::new(Code::File, "base", error)
             }
@@ -262,7 +262,8 @@ const NO_SPACE: &str = "free some space, or save to another file system";
 
 /// The hints for options that exclude one another.
 const LIVE: &str = "--live goes with --route auto, direct or stream";
-const BY_STREAM: &str = "--live with --route stream has QEMU send the memory";
+const BY_STREAM: &str = "--live without --base and with --route stream has QEMU send the memory; where memory is \
+                         copied aside, a higher --max-pause helps";
 const CHANNELS: &str = "--channels goes with --route stream or native";
 
 /// The hint for a command line that is not text.

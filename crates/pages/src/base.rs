@@ -6,6 +6,7 @@ use std::os::fd::AsFd as _;
 use vmfile_engine::{DataFile, limit_cow_extents, share_extents};
 use vmfile_format::PageBitmap;
 use vmfile_format::limits::CHAIN_LEN_MAX;
+use vmfile_format::manifest::BaseMeta;
 use vmfile_format::mapped_ram::PlacedBlock;
 
 use crate::snapshot::{Snapshot, SnapshotError};
@@ -14,6 +15,8 @@ use crate::snapshot::{Snapshot, SnapshotError};
 #[derive(Debug)]
 pub struct Base {
     snapshot: Snapshot,
+    /// Where a thin file looks for it.
+    path: String,
     kept: KeptPages,
     /// The pages with data of each block of the base.
     bitmaps: Vec<PageBitmap>,
@@ -79,10 +82,13 @@ impl Base {
                            hash; `vmfile convert` makes a file that has one",
             ));
         }
-        let path = std::path::absolute(snapshot.path()).unwrap_or(snapshot.path().to_path_buf());
-        if path.to_str().is_none() {
+        // Without symbolic links, which may lead to another file later.
+        let path = snapshot.path();
+        let path = path.canonicalize().or_else(|_| std::path::absolute(path));
+        let path = path.ok().and_then(|path| path.into_os_string().into_string().ok());
+        let Some(path) = path else {
             return Err(no("its path is not UTF-8, and a thin file keeps it as text"));
-        }
+        };
         let kept = match sharing(&snapshot, file, is_thin) {
             Ok(()) => KeptPages::Shared,
             Err(reason) => KeptPages::Thin { reason },
@@ -94,7 +100,7 @@ impl Base {
         let bitmaps = snapshot.structure().blocks.iter().map(bitmap);
         let bitmaps = bitmaps.collect::<Result<Vec<_>, _>>()?;
         let usable = bitmaps.clone();
-        Ok(Base { snapshot, kept, bitmaps, usable })
+        Ok(Base { snapshot, path, kept, bitmaps, usable })
     }
 
     /// Lets a new file keep only `pages`, a bitmap for each of some blocks, and none of other blocks.
@@ -114,6 +120,12 @@ impl Base {
     #[must_use]
     pub fn snapshot(&self) -> &Snapshot {
         &self.snapshot
+    }
+
+    /// Returns what a thin file keeps of it: its identity, and where to look for it.
+    pub(crate) fn meta(&self) -> BaseMeta {
+        let id = self.snapshot.id().expect("a base has a manifest");
+        BaseMeta { id, path: self.path.clone() }
     }
 
     /// Returns how the new file has its pages.

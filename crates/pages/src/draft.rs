@@ -354,7 +354,7 @@ impl FileLayout {
             tables.key = base.snapshot().key();
         }
         if let Some(base) = base.as_ref().filter(|_| is_thin) {
-            tables.add_base(base.snapshot())?;
+            tables.add_base(base)?;
         }
         Ok(FileLayout { layout, tables, base, in_base })
     }
@@ -422,10 +422,8 @@ impl HashTables {
     }
 
     /// Adds the table of the pages that `base` has.
-    fn add_base(&mut self, base: &Snapshot) -> Result<(), PagesError> {
-        let id = base.id().expect("a base has a manifest");
-        let path = std::path::absolute(base.path()).unwrap_or(base.path().to_path_buf());
-        self.base = Some(BaseMeta { id, path: path.to_string_lossy().into_owned() });
+    fn add_base(&mut self, base: &Base) -> Result<(), PagesError> {
+        self.base = Some(base.meta());
         self.base_pages = Some(self.end);
         let len = |block: &RamBlock| encoded_len(block.page_count());
         let len = self.ram.blocks().iter().map(len).sum();

@@ -239,6 +239,32 @@ impl Vm {
         }
     }
 
+    /// Puts back what was changed from `before` to `ours`. What another client has changed since stays
+    /// as that client wants it.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Vm::change_stream_settings`].
+    pub fn put_back_stream_settings(
+        &mut self,
+        ours: &StreamSettings,
+        before: &StreamSettings,
+    ) -> Result<(), VmError> {
+        let current = self.stream_settings()?;
+        let mut wanted = current.clone();
+        for (name, state) in &mut wanted.capabilities {
+            if ours.capabilities.get(name) == Some(state) {
+                *state = *before.capabilities.get(name).unwrap_or(state);
+            }
+        }
+        for (name, value) in &mut wanted.parameters {
+            if ours.parameters.get(name) == Some(value) {
+                *value = before.parameters.get(name).unwrap_or(value).clone();
+            }
+        }
+        self.change_stream_settings(&current, &wanted)
+    }
+
     fn change_capabilities(
         &mut self,
         current: &StreamSettings,

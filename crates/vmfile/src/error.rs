@@ -309,6 +309,15 @@ pub enum UserfaultError {
     /// QEMU's stream could not be held at its first page.
     #[error("hold QEMU's stream at its first page")]
     Held(#[source] HeldError),
+    /// QEMU did not carry out vmfile's commands while vmfile kept its stream waiting.
+    #[error(
+        "QEMU did not answer within {limit:?} in a background snapshot: its main loop may wait for a \
+         command of another client"
+    )]
+    Stuck {
+        /// How long it may take.
+        limit: Duration,
+    },
     /// QEMU sent a page, and let the guest change it, after vmfile took QEMU to wait.
     #[error("QEMU sent pages while it was taken to wait")]
     Overtaken,

@@ -17,6 +17,7 @@ mod describe;
 mod direct;
 mod disks;
 mod ending;
+mod hang_up;
 mod images;
 mod live;
 mod live_memory;

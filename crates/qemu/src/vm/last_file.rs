@@ -40,7 +40,9 @@ impl Vm {
     ///
     /// See [`Qmp::execute`](crate::Qmp::execute).
     pub fn note_last_file(&mut self, id: &str, path: &Path) -> Result<(), VmError> {
-        let path = std::path::absolute(path).unwrap_or(path.to_path_buf());
+        // Without symbolic links, which may lead to another file later.
+        let real = path.canonicalize().or_else(|_| std::path::absolute(path));
+        let path = real.unwrap_or(path.to_path_buf());
         let last = LastFile { id: id.to_owned(), path };
         let data = serde_json::to_string(&last)
             .map_err(|source| VmError::system("note the file", std::io::Error::other(source)))?;

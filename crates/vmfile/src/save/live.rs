@@ -84,9 +84,9 @@ impl LiveRoute {
             }
         };
         let runs = work.vm.unstoppable(PUT_BACK_TIMEOUT, resume_unless_running);
-        let put_back = work
-            .vm
-            .unstoppable(PUT_BACK_TIMEOUT, |vm| vm.change_stream_settings(settings, &self.before));
+        let put_back = work.vm.unstoppable(PUT_BACK_TIMEOUT, |vm| {
+            vm.put_back_stream_settings(settings, &self.before)
+        });
         let copied = match (copied, runs) {
             (Ok(copied), Ok(())) => copied,
             (Err(error), Ok(())) => return Err(error),

@@ -10,6 +10,7 @@
 
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -59,9 +60,17 @@ pub(super) fn receive(
         stall: Some(STALL_TIMEOUT),
         deadline: Some(Instant::now() + timeout),
     };
+    // If the receiver fails, QEMU waits for room until this is read or closed.
+    let end = ours.try_clone().map_err(SaveError::Socket)?;
     let receiver = StreamReceiver { draft: work.draft, workers, limits };
-    let mut watch = Watch { vm: &mut *work.vm, disks: &mut *work.disks, method, stands };
-    let receive = move || receiver.run(ours.into(), || Ok::<_, SaveError>(()));
+    let has_failed = AtomicBool::new(false);
+    let (vm, disks) = (&mut *work.vm, &mut *work.disks);
+    let mut watch = Watch { vm, disks, method, stands, has_failed: &has_failed };
+    let receive = || {
+        let received = receiver.run(ours.into(), || Ok::<_, SaveError>(()));
+        has_failed.store(received.is_err(), Ordering::Relaxed);
+        received
+    };
     let both = beside(receive, |is_through| {
         let watched = watch.until(is_through);
         if watched.is_err() {
@@ -72,10 +81,9 @@ pub(super) fn receive(
     });
     let (received, watched) = match both {
         Ok(both) => both,
-        // The receiver could not start or panicked. Our end of the stream is closed, but QEMU
-        // may not have noticed.
+        // The receiver could not start or panicked.
         Err(source) => {
-            return Err(Peer::default().give_up(work.vm, SaveError::Workers(source)));
+            return Err(Peer::of(end.into()).give_up(work.vm, SaveError::Workers(source)));
         }
     };
     if !watched? && received.is_ok() {
@@ -84,9 +92,9 @@ pub(super) fn receive(
     }
     received.map_err(|error| match error {
         SaveError::Receive(ReceiveError::TimedOut { .. }) => {
-            Peer::default().give_up(work.vm, SaveError::NotConverged { timeout })
+            Peer::of(end.into()).give_up(work.vm, SaveError::NotConverged { timeout })
         }
-        error => Peer::default().give_up(work.vm, error),
+        error => Peer::of(end.into()).give_up(work.vm, error),
     })
 }
 
@@ -97,6 +105,8 @@ struct Watch<'a> {
     method: &'a LiveMethod,
     /// Whether the guest is stopped, until QEMU has write-protected its memory.
     stands: bool,
+    /// Whether the receiver has ended with an error.
+    has_failed: &'a AtomicBool,
 }
 
 impl Watch<'_> {
@@ -107,6 +117,9 @@ impl Watch<'_> {
             // Look at the receiver first, then ask QEMU: once all has arrived, QEMU is about to
             // complete.
             let finished = is_finished();
+            if finished && self.has_failed.load(Ordering::Relaxed) {
+                return Ok(false);
+            }
             let (outgoing, ram) = self.vm.outgoing_ram()?;
             match outgoing {
                 Outgoing::Active if self.stands && ram.is_some_and(|ram| ram.pages > 0) => {

@@ -96,7 +96,7 @@ impl NativeRoute {
         let sent = changed.map_err(SaveError::from).and_then(|()| self.send(work));
         // Also after an error: some settings may have been changed.
         let put_back = work.vm.unstoppable(PUT_BACK_TIMEOUT, |vm| {
-            vm.change_stream_settings(&self.ours, &self.before)
+            vm.put_back_stream_settings(&self.ours, &self.before)
         });
         let ram_bytes = sent?;
         put_back?;

@@ -80,7 +80,7 @@ impl StreamRoute {
         // Also after an error: some settings may have been changed.
         let put_back = work
             .vm
-            .unstoppable(PUT_BACK_TIMEOUT, |vm| vm.change_stream_settings(&ours, &self.before));
+            .unstoppable(PUT_BACK_TIMEOUT, |vm| vm.put_back_stream_settings(&ours, &self.before));
         let mut received = received?;
         put_back?;
         // QEMU writes "paused": the VM was paused for the save.

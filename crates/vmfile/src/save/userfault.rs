@@ -30,6 +30,7 @@ use vmfile_pages::{PageIndex, RamBlock, RamLayout};
 use vmfile_stream::held::HeldStream;
 
 use super::direct::{Devices, DirectRoute};
+use super::hang_up::within_time;
 use super::live_memory::{LiveMemory, stop};
 use super::sending::Peer;
 use super::{LiveDone, LiveMethod, Work, Written};
@@ -85,6 +86,12 @@ impl LiveMemory {
         (mut held, sent, resumes): (HeldStream, &RamLayout, u64),
         (userfault, buffers): (&Userfault, BufferPool),
     ) -> Result<Written, SaveError> {
+        let ours = match held.as_fd().try_clone_to_owned() {
+            Ok(ours) => ours,
+            Err(error) => {
+                return Peer::of(held.into()).cancel(work.vm, Err(SaveError::Socket(error)));
+            }
+        };
         let workers = self.direct.workers.take().expect("a route writes once");
         let DirectRoute { ram: layout, process, data_bytes, .. } = &self.direct;
         let protected = match ProtectedRam::new(process, userfault, buffers) {
@@ -96,10 +103,12 @@ impl LiveMemory {
         };
         let serve = || protected.serve();
         let both = beside(serve, |_| {
-            let begun = stop_once(work, resumes, || {
-                let pages = held.wait_until_full()?;
-                let lifted = pages.iter().map(|&page| place(page, sent, layout));
-                Ok(protected.begin(lifted).map_err(UserfaultError::Kernel)?)
+            let begun = within_time(ours.as_fd(), || {
+                stop_once(work, resumes, || {
+                    let pages = held.wait_until_full()?;
+                    let lifted = pages.iter().map(|&page| place(page, sent, layout));
+                    Ok(protected.begin(lifted).map_err(UserfaultError::Kernel)?)
+                })
             });
             let written = begun.and_then(|devices| {
                 let places = devices.places(work, layout)?;
