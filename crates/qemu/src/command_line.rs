@@ -193,18 +193,20 @@ impl CommandLine {
         Some(Keys::parse(value, "guest").get("guest")?.to_owned()).filter(|name| !name.is_empty())
     }
 
-    /// Returns the length of the machine's RAM from `-m`, in bytes, where it says one.
+    /// Returns the length of the machine's RAM from `-m`, in bytes, where it says one: rounded up to
+    /// 8 KiB, as QEMU does (7.2 to 11.1).
     #[must_use]
     pub fn memory_size(&self) -> Option<u64> {
         let value = self.values_of(&["m"]).last()?;
         let size = Keys::parse(value, "size").get("size")?.to_owned();
         // A bare number counts in MiB.
-        match size.parse::<u64>() {
+        let size = match size.parse::<u64>() {
             Ok(mebibytes) => mebibytes.checked_mul(1 << 20),
             // QEMU appends the M to a hexadecimal number too.
             Err(_) if size.ends_with(|last: char| last.is_ascii_hexdigit()) => None,
             Err(_) => parse_size(&size),
-        }
+        };
+        size?.checked_next_multiple_of(8192)
     }
 
     /// Returns the paths of the Unix sockets on which this QEMU serves QMP, as written.
@@ -237,6 +239,19 @@ impl CommandLine {
     /// [`CommandLineError::Sockets`] when `/proc` cannot be read.
     pub fn sockets_in_use(&self, directory: &Path) -> Result<Vec<PathBuf>, CommandLineError> {
         sockets::in_use(self, directory)
+    }
+
+    /// Keeps QEMU from waiting, at its start, until somebody connects to its sockets; returns the
+    /// options that say so. The clients of the VM that ran are not those of the one to come.
+    pub fn stop_waiting(&mut self) -> Vec<String> {
+        sockets::stop_waiting(self)
+    }
+
+    /// Returns the properties of the machine's memory that are lost where the blocks `ram` are mapped
+    /// from a file, by option and key.
+    #[must_use]
+    pub fn lost_by_mapping(&self, ram: &[MappedBlock]) -> Vec<String> {
+        incoming::lost_by_mapping(self, ram)
     }
 
     /// Returns the command line for a QEMU that waits for a stream, with the RAM blocks `ram`

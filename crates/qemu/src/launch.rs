@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::io::{FdFlags, fcntl_getfd, fcntl_setfd};
+use rustix::io::{Errno, FdFlags, fcntl_dupfd_cloexec, fcntl_getfd, fcntl_setfd};
 use rustix::pipe::{PipeFlags, pipe_with};
 
 use self::stderr::StderrTail;
@@ -108,8 +108,27 @@ impl MonitorPair {
     /// [`LaunchError::System`] when the kernel has no sockets left.
     pub fn new() -> Result<MonitorPair, LaunchError> {
         let what = "make the monitor's pair of sockets";
-        let made = UnixStream::pair().map_err(|source| LaunchError::System { what, source });
-        made.map(|(ours, theirs)| MonitorPair { ours, theirs })
+        let system = |source| LaunchError::System { what, source };
+        let (ours, theirs) = UnixStream::pair().map_err(system)?;
+        let theirs = high_descriptor(&theirs).map_err(system)?;
+        Ok(MonitorPair { ours, theirs: theirs.into() })
+    }
+}
+
+/// The lowest number of a descriptor that a QEMU gets from this process.
+const HIGH: i32 = 1000;
+
+/// Duplicates `file` to a number that no option of a user's names: `-netdev socket,fd=5` without an
+/// open descriptor 5 must fail, and not find the monitor or a file of this process's.
+///
+/// # Errors
+///
+/// The kernel's error.
+pub fn high_descriptor(file: impl AsFd) -> io::Result<OwnedFd> {
+    match fcntl_dupfd_cloexec(&file, HIGH) {
+        // The process may not have as many.
+        Err(Errno::INVAL | Errno::MFILE) => Ok(fcntl_dupfd_cloexec(&file, 3)?),
+        made => Ok(made?),
     }
 }
 
@@ -238,7 +257,7 @@ fn spawn_with(
     program: &Path,
 ) -> Result<Child, LaunchError> {
     let _one_at_a_time = SPAWNING.lock().unwrap_or_else(PoisonError::into_inner);
-    let system = |source: rustix::io::Errno| LaunchError::System {
+    let system = |source: Errno| LaunchError::System {
         what: "share a descriptor with QEMU",
         source: source.into(),
     };

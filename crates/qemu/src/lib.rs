@@ -71,7 +71,7 @@ pub use command_line::{
 pub use discover::{DiscoverError, Found, VmAddress, list, resolve};
 pub use files::{FileUse, FileUser, user_of_file};
 pub use identity::{Compared, Cpu, Device, Difference, MemoryDevice, Parts, Remedy};
-pub use launch::{Launch, LaunchError, LaunchedQemu, MonitorPair, find_program};
+pub use launch::{Launch, LaunchError, LaunchedQemu, MonitorPair, find_program, high_descriptor};
 pub use migration::LoadError;
 pub use outgoing::{KeptFile, Outgoing, SentRam, StreamSettings};
 pub use proc::is_process_stopped;

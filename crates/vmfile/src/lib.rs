@@ -17,7 +17,7 @@
 //! let snapshot = Snapshot::open("/var/lib/vms/vm.vmf".as_ref(), 0)?;
 //! let options = RestoreOptions::default();
 //! let restored = restore(&snapshot, Destination::Saved, &options, &Control::none())?;
-//! println!("{} runs: {}", restored.report.pid, restored.report.running);
+//! println!("{:?} runs: {}", restored.report.pid, restored.report.running);
 //! # Ok(())
 //! # }
 //! ```

@@ -119,7 +119,10 @@ pub(crate) fn convert(report: &ConvertReport) -> String {
 pub(crate) fn restore(report: &RestoreReport) -> String {
     let mut text = String::new();
     let state = if report.running { "running" } else { "paused" };
-    line(&mut text, "restored", &format!("{state}, pid {}", report.pid));
+    let pid = report
+        .pid
+        .map_or_else(|| "in a process not seen here".to_owned(), |pid| format!("pid {pid}"));
+    line(&mut text, "restored", &format!("{state}, {pid}"));
     if let Some(qmp) = &report.qmp {
         line(&mut text, "qmp", &qmp.display());
     }

@@ -90,6 +90,24 @@ fn a_qemu_of_another_pid_namespace_is_saved_by_its_stream() -> TestResult {
     Ok(())
 }
 
+/// The guest ran, and then the restore failed, because it could not say which process QEMU is. `auto`
+/// did not take the one mode that is possible.
+#[test]
+fn a_qemu_of_another_pid_namespace_that_waits_gets_the_vm_by_its_stream() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    requires!(vmfile_testing::root());
+    let config = Guest::boot_sector(Ram::private(64)).seed(83);
+    let saved = crate::guests::saved(&qemu, &config)?;
+    let mut waiting = config.incoming(&qemu, "defer")?;
+    let arguments = words!["--pid", "--fork", "--mount-proc", program(), "restore", saved.file];
+    let rest = words!["--qmp", waiting.qmp_path(), "--disks-changed-ok", "--json"];
+    let said = Said::from(Command::new("unshare").args(arguments).args(rest).output()?);
+    said.assert(0, &["a PID namespace that this process does not see"]);
+    let report = said.json()?;
+    assert!(report["pid"].is_null() && report["mode"] == "stream", "{report}");
+    waiting.runs_on(2)
+}
+
 /// A QEMU in its own mount namespace, where its monitor lies on a private file system.
 struct Contained(Child);
 

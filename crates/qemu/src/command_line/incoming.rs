@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::keys::{Keys, write};
+use super::keys::{Keys, is_on, write};
 use super::{Argument, CONTROL_ID, CommandLine, CommandLineError, MappedBlock, parse_json};
 use crate::size::parse_size;
 
@@ -20,6 +20,13 @@ const KEPT_PROPERTIES: [&str; 5] = ["merge", "dump", "policy", "host-nodes", WHO
 ///
 /// Machine types before 4.0 switch it on for files and memfds, and for no other backend.
 const WHOLE_PATH: &str = "x-use-canonical-path-for-ramblock-id";
+
+/// The smallest page of a host that QEMU runs on.
+const HOST_PAGE_LEN: u64 = 4096;
+
+/// Properties of a memory backend that say where its bytes are; a mapping has its own.
+const PLACE_PROPERTIES: [&str; 9] =
+    ["qom-type", "id", "size", "mem-path", "offset", "readonly", "rom", "reserve", "share"];
 
 /// Devices whose memory is more than the bytes in it: it persists, is shared, or is partly absent.
 const DEVICES_NOT_MAPPED: [&str; 4] = ["nvdimm", "virtio-pmem", "virtio-mem", "ivshmem"];
@@ -48,6 +55,44 @@ pub(super) fn what_cannot_be_recreated(line: &CommandLine) -> Vec<String> {
     line.arguments.iter().filter(|argument| is_kept(argument)).filter_map(lost_thing).collect()
 }
 
+pub(super) fn lost_by_mapping(line: &CommandLine, ram: &[MappedBlock]) -> Vec<String> {
+    let mut lost = Vec::new();
+    for block in ram {
+        match find_backend(&line.arguments, &block.block_name) {
+            Ok(Some((index, id))) => {
+                let value = line.arguments[index].value.as_deref().unwrap_or_default();
+                lost.extend(lost_properties(&id, value));
+            }
+            Ok(None) => lost.extend(
+                line.arguments
+                    .iter()
+                    .filter_map(Argument::name)
+                    .filter(|name| MACHINE_RAM_OPTIONS.contains(name))
+                    .map(|name| format!("-{name}")),
+            ),
+            // The line is refused for it elsewhere.
+            Err(_) => {}
+        }
+    }
+    lost
+}
+
+/// Returns what a backend says of its memory that a mapping does not have.
+fn lost_properties(id: &str, value: &str) -> Vec<String> {
+    let keys = Keys::parse(value, "qom-type");
+    if is_mapped(&keys) {
+        return Vec::new();
+    }
+    let is_lost = |key: &str, value: &str| match key {
+        "mem-path" => true,
+        // A file's and an anonymous backend's memory is private unless they say otherwise.
+        "share" => is_on(value),
+        _ => !PLACE_PROPERTIES.contains(&key) && !is_kept_property(key),
+    };
+    let lost = keys.iter().filter(|(key, value)| is_lost(key, value));
+    lost.map(|(key, _)| format!("-object {id}: {key}")).collect()
+}
+
 fn lost_thing(argument: &Argument) -> Option<String> {
     let name = argument.name()?;
     let value = argument.value.as_deref().unwrap_or_default();
@@ -63,16 +108,18 @@ fn lost_thing(argument: &Argument) -> Option<String> {
     if name == "tpmdev" && keys.iter().any(|(_, value)| value == "emulator") {
         return lost("the TPM's state is in a process of its own");
     }
-    // A backend that an earlier restore mapped gets memory of its own or is mapped again.
-    if name == "object" {
-        return None;
-    }
-    let inherited = |key: &str| {
-        let key = key.rsplit('.').next().unwrap_or(key);
-        matches!(key, "fd" | "fds" | "vhostfd" | "vhostfds" | "sockfd")
+    let inherited = |(key, value): (&str, &str)| match key.rsplit('.').next().unwrap_or(key) {
+        "fd" | "fds" | "vhostfd" | "vhostfds" | "sockfd" => Some(key.to_owned()),
+        // The address of a socket: `addr.type=fd,addr.str=N`.
+        "type" if value == "fd" => Some(format!("{key}=fd")),
+        _ => None,
     };
-    if let Some((key, _)) = keys.iter().find(|(key, _)| inherited(key)) {
+    if let Some(key) = keys.iter().find_map(inherited) {
         return lost(&format!("{key} is a descriptor that QEMU was started with"));
+    }
+    // A backend that an earlier restore mapped gets memory of its own or is mapped again.
+    if name == "object" && is_mapped(&keys) {
+        return None;
     }
     let opened = ["/dev/fdset/", "/proc/self/fd/", "/dev/fd/"];
     if opened.iter().any(|prefix| value.contains(prefix)) {
@@ -116,8 +163,8 @@ fn map_block(arguments: &mut Vec<Argument>, block: &MappedBlock) -> Result<(), C
         let argument = arguments.get_mut(index);
         let argument = argument.expect("the index was found in these arguments");
         let written = argument.value.clone().unwrap_or_default();
-        check_size(&written, block)?;
-        argument.value = Some(file_backend(&argument.written, &written, &id, block)?);
+        let block = MappedBlock { size: check_size(&written, block)?, ..block.clone() };
+        argument.value = Some(file_backend(&argument.written, &written, &id, &block)?);
         return Ok(());
     }
     // The machine's own RAM, made by QEMU for a plain -m.
@@ -181,16 +228,19 @@ fn machine_backend(arguments: &[Argument]) -> Option<String> {
         .next_back()
 }
 
-fn check_size(written: &str, block: &MappedBlock) -> Result<(), CommandLineError> {
+/// Compares the size that is `written` with the block's, and returns it. QEMU rounds a block's up to
+/// whole pages of the host.
+fn check_size(written: &str, block: &MappedBlock) -> Result<u64, CommandLineError> {
     let keys = Keys::parse(written, "qom-type");
-    match keys.get("size").and_then(parse_size) {
-        Some(expected) if expected != block.size => Err(CommandLineError::SizeDiffers {
-            block: block.block_name.clone(),
-            found: block.size,
-            expected,
-        }),
-        _ => Ok(()),
+    let Some(expected) = keys.get("size").and_then(parse_size) else { return Ok(block.size) };
+    if expected.checked_next_multiple_of(HOST_PAGE_LEN) == Some(block.size) {
+        return Ok(expected);
     }
+    Err(CommandLineError::SizeDiffers {
+        block: block.block_name.clone(),
+        found: block.size,
+        expected,
+    })
 }
 
 /// Returns the value of an `-object` that maps the block's file, in the form of the one `written`.
@@ -234,13 +284,17 @@ fn file_backend(
     Ok(words.join(","))
 }
 
+/// Tells whether an earlier restore mapped this memory backend from an inherited descriptor.
+fn is_mapped(keys: &Keys) -> bool {
+    keys.get("mem-path").is_some_and(|path| path.starts_with("/proc/self/fd/"))
+}
+
 /// Gives a memory backend that an earlier restore mapped from an inherited descriptor memory of its
 /// own: that descriptor is gone. Blocks that this restore maps are mapped after this.
 fn replace_lost_file(argument: &mut Argument) -> Result<(), CommandLineError> {
     let value = argument.value.clone().unwrap_or_default();
     let keys = Keys::parse(&value, "qom-type");
-    let lost = keys.get("mem-path").is_some_and(|path| path.starts_with("/proc/self/fd/"));
-    if !lost {
+    if !is_mapped(&keys) {
         return Ok(());
     }
     let id = keys.get("id").unwrap_or_default();
@@ -446,6 +500,38 @@ mod tests {
     }
 
     #[test]
+    fn a_size_that_qemu_rounds_up_stays_as_it_is_written() {
+        let words = ["-object", "memory-backend-ram,id=m1,size=65534K"];
+        let rounded = MappedBlock { size: 64 << 20, ..block("m1") };
+        let arguments = incoming(&words, &[rounded]).unwrap();
+        assert!(arguments.get(1).unwrap().contains(",size=67106816,"), "{arguments:?}");
+        assert!(
+            incoming(&["-object", "memory-backend-ram,id=m1,size=65532K"], &[block("m1")]).is_err()
+        );
+    }
+
+    #[test]
+    fn what_a_mapping_does_not_have_is_named() {
+        let lost = |words: &[&str], name: &str| {
+            CommandLine::new(words.iter().copied()).unwrap().lost_by_mapping(&[block(name)])
+        };
+        let words = [
+            "-object",
+            "memory-backend-memfd,id=m1,size=64M,hugetlb=on,prealloc=on,share=on,host-nodes=0",
+        ];
+        let named = ["-object m1: hugetlb", "-object m1: prealloc", "-object m1: share"];
+        assert_eq!(lost(&words, "m1"), named);
+        assert!(
+            lost(&["-object", "memory-backend-ram,id=m1,size=64M,policy=bind"], "m1").is_empty()
+        );
+        let words = ["-m", "64M", "-mem-path", "/dev/hugepages", "-mem-prealloc"];
+        assert_eq!(lost(&words, "pc.ram"), ["-mem-path", "-mem-prealloc"]);
+        let once = incoming(&["-m", "64M"], &[block("pc.ram")]).unwrap();
+        let once: Vec<&str> = once.iter().map(String::as_str).collect();
+        assert!(lost(&once, "pc.ram").is_empty());
+    }
+
+    #[test]
     fn a_restored_vm_can_be_restored_again_mapped_or_not() {
         let once = incoming(&["-m", "64M"], &[block("pc.ram")]).unwrap();
         let once: Vec<&str> = once.iter().map(String::as_str).collect();
@@ -481,6 +567,12 @@ mod tests {
             r#"{"driver":"file","node-name":"f0","filename":"/dev/fdset/2"}"#,
             "-chardev",
             "socket,id=charmonitor,fd=24,server=on",
+            "-netdev",
+            "stream,id=net2,addr.type=fd,addr.str=31",
+            "-object",
+            "iommufd,id=i0,fd=32",
+            "-object",
+            "memory-backend-file,id=m0,size=64M,mem-path=/dev/fdset/3",
             "-snapshot",
             "-drive",
             "file=a,snapshot=on,id=d0",
@@ -498,6 +590,9 @@ mod tests {
                 "-add-fd: fd is a descriptor that QEMU was started with",
                 "-blockdev: it names a descriptor that QEMU was started with",
                 "-chardev charmonitor: fd is a descriptor that QEMU was started with",
+                "-netdev net2: addr.type=fd is a descriptor that QEMU was started with",
+                "-object i0: fd is a descriptor that QEMU was started with",
+                "-object m0: it names a descriptor that QEMU was started with",
                 "-snapshot: the guest's disk changes were in a temporary file",
                 "-drive d0: the guest's disk changes were in a temporary file",
             ]

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
-use super::keys::Keys;
+use super::keys::{Keys, is_on};
 use super::{CommandLine, CommandLineError};
 use crate::{proc, unix_socket};
 
@@ -48,6 +48,35 @@ pub(super) fn in_use(
     paths.sort();
     paths.dedup();
     Ok(paths)
+}
+
+pub(super) fn stop_waiting(line: &mut CommandLine) -> Vec<String> {
+    let mut waiting = Vec::new();
+    for argument in &mut line.arguments {
+        let (Some(name), Some(value)) = (argument.name(), argument.value.as_deref()) else {
+            continue;
+        };
+        let keys = match name {
+            "chardev" => Keys::parse(value, "backend"),
+            _ if SHORT_FORM_OPTIONS.contains(&name) && has_address(value) => {
+                Keys::parse(value, "address")
+            }
+            _ => continue,
+        };
+        // QEMU waits unless it is told not to, up to 11.1.
+        if keys.is_on("server") && keys.get("wait").is_none_or(is_on) {
+            waiting.push(format!("-{name}"));
+            // The last of several values counts.
+            argument.value = Some(format!("{value},wait=off"));
+        }
+    }
+    waiting
+}
+
+/// Tells whether the short form of a character device has the address of a socket.
+fn has_address(value: &str) -> bool {
+    let value = value.strip_prefix("mon:").unwrap_or(value);
+    ["unix:", "tcp:", "telnet:", "tn3270:", "websocket:"].iter().any(|kind| value.starts_with(kind))
 }
 
 /// Tells whether a process listens at `path`.
@@ -172,6 +201,35 @@ mod tests {
         assert!(line.has_libvirt_monitor());
         assert!(line.qmp_descriptors().is_empty());
         assert_eq!(line.qmp_sockets(), [PathBuf::from("/run/mine")]);
+    }
+
+    /// QEMU waits for a client by default; a restore waited for its first answer until its timeout.
+    #[test]
+    fn no_socket_waits_for_a_client() {
+        let words = [
+            "-qmp",
+            "unix:/run/q,server",
+            "-serial",
+            "mon:telnet:localhost:4444,server=on,wait=on",
+            "-chardev",
+            "socket,id=c,path=/run/c,server=on",
+            "-chardev",
+            "socket,id=d,path=/run/d,server=on,wait=off",
+            "-monitor",
+            "unix:/run/m,server,nowait",
+            "-serial",
+            "unix:/run/client",
+            "-serial",
+            "file:/run/log,server",
+        ];
+        let mut line = CommandLine::new(words).unwrap();
+        assert_eq!(line.stop_waiting(), ["-qmp", "-serial", "-chardev"]);
+        let mut expected = words.map(str::to_owned);
+        for value in [1, 3, 5] {
+            expected[value].push_str(",wait=off");
+        }
+        assert_eq!(line.to_arguments(), expected);
+        assert!(line.stop_waiting().is_empty());
     }
 
     #[test]

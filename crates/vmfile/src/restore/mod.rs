@@ -132,8 +132,9 @@ impl Default for RestoreOptions {
 #[derive(Clone, Debug, Serialize)]
 #[non_exhaustive]
 pub struct RestoreReport {
-    /// QEMU's process.
-    pub pid: u32,
+    /// QEMU's process; `None` if it cannot be seen from here, as that of a QEMU that waited in another
+    /// PID namespace.
+    pub pid: Option<u32>,
     /// The first QMP socket that its command line names.
     pub qmp: Option<PathBuf>,
     /// How RAM got from the file into QEMU: `map`, `load` or `stream`.
@@ -228,7 +229,7 @@ pub fn restore(
         prepared.warnings.extend(noted.err().map(warning));
     }
     let report = RestoreReport {
-        pid: prepared.vm().pid()?,
+        pid: prepared.vm().pid().ok(),
         qmp,
         mode: brought.mode,
         mode_reason: brought.reason,

@@ -2,7 +2,7 @@
 
 use super::ModeUsed;
 use std::fs;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -12,7 +12,7 @@ use vmfile_pages::control::Control;
 use vmfile_pages::snapshot::Snapshot;
 use vmfile_qemu::{
     CommandLine, Feature, Launch, LaunchedQemu, MappedBlock, MonitorPair, PUT_BACK_TIMEOUT,
-    QemuVersion, RunState, Vm, VmError, program_version,
+    QemuVersion, RunState, Vm, VmError, high_descriptor, program_version,
 };
 
 use super::changed_images;
@@ -142,17 +142,22 @@ pub(super) fn prepare(
     let lowest = lowest(snapshot);
     let (mapped, mode, reason) = choose(snapshot, lowest, (&command_line, version), options.mode)?;
     let start = Start { snapshot, executable: &executable, directory: here, options };
-    let Images { overlays, warnings } = if is_saved {
+    let Images { overlays, mut warnings } = if is_saved {
         place_saved(start, &mut command_line)?
     } else {
         place_given(start, &mut command_line)?
     };
-    let file = lowest.file().try_clone().map_err(RestoreError::File)?;
-    let inherited = OwnedFd::from(file);
+    let inherited = high_descriptor(lowest.file()).map_err(RestoreError::File)?;
     // Uses the descriptor of the file that was checked: its path may lead to another file by now.
     let path = PathBuf::from(format!("/proc/self/fd/{}", inherited.as_raw_fd()));
     let blocks: Vec<MappedBlock> = mapped.iter().map(|placed| in_file(placed, &path)).collect();
     let names = blocks.iter().map(|block| block.block_name.clone()).collect();
+    warnings.extend(said(
+        &command_line.lost_by_mapping(&blocks),
+        "is not kept: RAM is mapped from the file",
+    ));
+    let waiting = command_line.stop_waiting();
+    warnings.extend(said(&waiting, "waits for no client: QEMU would not start until one connects"));
     let qmp = command_line.qmp_sockets().into_iter().next();
     let monitor = MonitorPair::new()?;
     let mut guard = Guard::of_monitor(monitor.as_fd())?;
@@ -184,6 +189,11 @@ pub(super) fn prepare(
     })
 }
 
+/// Returns one warning for options of the command line; none if there are none.
+fn said(options: &[String], what: &str) -> Option<String> {
+    (!options.is_empty()).then(|| format!("{} {what}", options.join(", ")))
+}
+
 /// Returns the program, command line and directory of the saved VM. The command line makes what the
 /// VM had when it was saved.
 fn saved_command(
@@ -199,6 +209,10 @@ fn saved_command(
         return Err(RestoreError::CannotRecreate { what: lost });
     }
     remake(meta, &mut command_line)?;
+    // `-machine q35` is another machine in another version of QEMU. Only an explicit `type=` replaces
+    // the machine of an earlier option (QEMU 7.2 to 11.1).
+    let machine = &snapshot.structure().configuration.machine;
+    command_line.push("-machine", Some(&format!("type={machine}")));
     let directory = meta.working_directory.as_ref().map(PathBuf::from);
     Ok((PathBuf::from(executable), command_line, directory))
 }

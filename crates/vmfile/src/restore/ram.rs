@@ -1,7 +1,5 @@
 //! Loads RAM and device state into the QEMU that waits, in the mode that was chosen.
 
-use std::error::Error;
-
 use vmfile_engine::Access;
 use vmfile_engine::DirectIoInUse;
 use vmfile_format::RamBlock;
@@ -14,7 +12,7 @@ use vmfile_pages::process_ram::{BlockAt, ProcessRam};
 use vmfile_pages::ram_loader::{load_changes, load_ram};
 use vmfile_pages::reading::{Verified, open_for_reading};
 use vmfile_pages::snapshot::Snapshot;
-use vmfile_qemu::{Feature, RamBlockInfo, Vm};
+use vmfile_qemu::{Feature, RamBlockInfo, Vm, VmError};
 use vmfile_stream::contents::{LARGE_BLOCK_LEN, Pages, StreamContents};
 use vmfile_stream::stream_writer::Source;
 
@@ -22,6 +20,7 @@ use super::ModeUsed;
 use super::RestoreOptions;
 use super::prepare::Prepared;
 use super::stream::send_to;
+use crate::error::with_sources;
 use crate::restore_error::RestoreError;
 use crate::send::SendError;
 
@@ -107,6 +106,7 @@ struct Loadable<'a> {
 /// Why the pages cannot be read into QEMU's memory.
 enum Obstacle {
     NoAddresses(String),
+    Vm(VmError),
     Process(vmfile_pages::process_ram::ProcessRamError),
 }
 
@@ -114,10 +114,8 @@ impl Obstacle {
     fn words(&self) -> String {
         match self {
             Obstacle::NoAddresses(words) => words.clone(),
-            Obstacle::Process(error) => match error.source() {
-                Some(source) => format!("{error}: {source}"),
-                None => error.to_string(),
-            },
+            Obstacle::Vm(error) => with_sources(error),
+            Obstacle::Process(error) => with_sources(error),
         }
     }
 }
@@ -126,6 +124,7 @@ impl From<Obstacle> for RestoreError {
     fn from(obstacle: Obstacle) -> RestoreError {
         match obstacle {
             Obstacle::NoAddresses(reason) => RestoreError::CannotLoad { reason },
+            Obstacle::Vm(error) => RestoreError::Vm(error),
             Obstacle::Process(error) => RestoreError::Process(error),
         }
     }
@@ -160,7 +159,11 @@ impl<'a> Loadable<'a> {
         if blocks.is_empty() {
             return Ok(Ok(Loadable { blocks, process: None }));
         }
-        Ok(match ProcessRam::open(vm.pid()?, &places, Access::ReadWrite) {
+        let pid = match vm.pid() {
+            Err(error) if error.is_out_of_reach() => return Ok(Err(Obstacle::Vm(error))),
+            found => found?,
+        };
+        Ok(match ProcessRam::open(pid, &places, Access::ReadWrite) {
             Ok(process) => Ok(Loadable { blocks, process: Some(process) }),
             Err(error) => Err(Obstacle::Process(error)),
         })
