@@ -304,10 +304,12 @@ fn refuse_if_taken(
         Err(errno) => return Err(PublishError::io(path, "look for", errno.into())),
     };
     match (existing, FileType::from_raw_mode(stat.st_mode)) {
-        (Existing::Refuse, _) => Err(PublishError::Exists { path: path.into() }),
         (Existing::Replace, FileType::RegularFile | FileType::Symlink) => Ok(()),
+        (Existing::Refuse, FileType::RegularFile | FileType::Symlink | FileType::Directory) => {
+            Err(PublishError::Exists { path: path.into() })
+        }
         // A rename would put a file in the place of, say, /dev/null.
-        (Existing::Replace, _) => Err(PublishError::NotAFile { path: path.into() }),
+        _ => Err(PublishError::NotAFile { path: path.into() }),
     }
 }
 

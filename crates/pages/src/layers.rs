@@ -56,6 +56,8 @@ impl<'a> Layers<'a> {
         snapshot: &'a Snapshot,
         wanted: impl Fn(&RamBlock) -> bool,
     ) -> Result<Layers<'a>, SnapshotError> {
+        // Those of the file, what is missing, and what each file of the chain has.
+        snapshot.check_bitmaps_fit(4)?;
         let own = &snapshot.structure().blocks;
         let none = || PageBitmap::new(PageCount(0));
         let bitmap = |placed: &PlacedBlock| match wanted(&placed.block) {

@@ -84,6 +84,7 @@ pub mod received_ram;
 mod runs;
 mod shared_bitmap;
 pub mod snapshot;
+mod snapshot_error;
 pub mod window_reader;
 
 pub use control::{Control, Progress};

@@ -2,23 +2,33 @@
 
 use std::fmt;
 use std::fs::{self, File, Metadata};
-use std::io;
 use std::iter;
 use std::os::fd::AsFd;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::OFlags;
 use serde::Serialize;
-use vmfile_engine::{HashKey, RunningHash, begin_reading};
-use vmfile_format::limits::{CHAIN_LEN_MAX, FILE_LEN_MAX};
+use vmfile_engine::{DataSeeker, HashKey, RunningHash, available_memory, begin_reading, is_zero};
+use vmfile_format::limits::{CHAIN_LEN_MAX, FILE_LEN_MAX, MANIFEST_LEN_MAX};
 use vmfile_format::manifest::features::THIN;
 use vmfile_format::manifest::{
-    BaseMeta, ExtentMeta, FOOTER_LEN, Footer, Meta, SnapshotId, decode_base_pages,
+    BaseMeta, ExtentMeta, FOOTER_LEN, FOOTER_MAGIC, Footer, Meta, SnapshotId, decode_base_pages,
+    place_tables,
 };
 use vmfile_format::mapped_ram::{MARK, MappedRamFile, PlacedBlock};
-use vmfile_format::{FormatError, PageBitmap, RamBlock, ReadError};
+use vmfile_format::page_bitmap::encoded_len;
+use vmfile_format::{PageBitmap, PageCount, RamBlock, ReadError};
 
-use crate::plan::{WINDOW_LEN, pieces};
+use crate::plan::{WINDOW_LEN, in_window, pieces};
+pub use crate::snapshot_error::SnapshotError;
+
+/// Bitmaps that fit into memory whatever the host says of it: those of 256 GiB of RAM.
+const SMALL_BITMAPS_LEN: u64 = 32 << 20;
+
+/// How far behind the page hashes the end of a padded file is looked for: the metadata, and the table of a
+/// thin file with 1 TiB of RAM.
+const PADDED_SEARCH_LEN: u64 = MANIFEST_LEN_MAX + (32 << 20);
 
 /// A file that holds a saved VM: a vmfile, or a mapped-ram file that QEMU wrote.
 ///
@@ -28,6 +38,8 @@ pub struct Snapshot {
     path: PathBuf,
     file: File,
     len: u64,
+    /// Its length with the zeros that a copy has added.
+    padded_len: u64,
     structure: MappedRamFile,
     manifest: Option<Manifest>,
     /// The file that has the pages that this one lacks. `None` if this one is not thin, or was opened
@@ -64,134 +76,6 @@ pub struct Manifest {
     pub meta: Meta,
 }
 
-/// Why a file could not be opened as a saved VM.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum SnapshotError {
-    /// The operating system refused to open it.
-    #[error("open {path}", path = path.display())]
-    Open {
-        /// The file.
-        path: PathBuf,
-        /// What the kernel said.
-        source: io::Error,
-    },
-    /// It is a directory, a pipe or a device.
-    #[error("{path} is not a regular file", path = path.display())]
-    NotAFile {
-        /// The path.
-        path: PathBuf,
-    },
-    /// The operating system refused to read it.
-    #[error("read {len} bytes at {offset:#x} of {path}", path = path.display())]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// File offset, in bytes.
-        offset: u64,
-        /// How many bytes were to be read.
-        len: usize,
-        /// What the kernel said.
-        source: io::Error,
-    },
-    /// Its bytes are damaged, or not those of a saved VM.
-    #[error("{path} is damaged, or no saved VM", path = path.display())]
-    Format {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong, and where.
-        source: FormatError,
-    },
-    /// A newer version of vmfile wrote it, in a form that this one would misread.
-    #[error("{path} needs a newer version of vmfile", path = path.display())]
-    Newer {
-        /// The file.
-        path: PathBuf,
-        /// What is newer.
-        source: FormatError,
-    },
-    /// A page, or its recorded hash, is not what was written.
-    #[error(
-        "{path} is damaged: page {page} of RAM block {block:?}, at file offset {offset:#x}, \
-         and its recorded hash do not agree",
-        path = path.display()
-    )]
-    DamagedPage {
-        /// The file.
-        path: PathBuf,
-        /// The RAM block.
-        block: String,
-        /// The page's number in its block.
-        page: u64,
-        /// File offset of the page.
-        offset: u64,
-    },
-    /// A part of the file with a checksum is not what was written.
-    #[error(
-        "{path} is damaged: its {what} at file offset {offset:#x} has the checksum {found}, \
-         expected {expected}",
-        path = path.display()
-    )]
-    DamagedPart {
-        /// The file.
-        path: PathBuf,
-        /// What it is: `head`, `record`, `bitmap`, `device_state`, ...
-        what: String,
-        /// File offset of the part.
-        offset: u64,
-        /// The checksum of the bytes that are there: XXH3-128, 32 hexadecimal digits.
-        found: String,
-        /// The checksum that was recorded.
-        expected: String,
-    },
-    /// vmfile wrote it, and its last bytes are missing or damaged.
-    #[error(
-        "{path} has lost its end: its last {FOOTER_LEN} bytes, from offset {offset:#x}, are no footer",
-        path = path.display()
-    )]
-    LostEnd {
-        /// The file.
-        path: PathBuf,
-        /// Where the footer should begin.
-        offset: u64,
-    },
-    /// The file is thin, and the file that has the pages that it lacks is not where it was, nor beside
-    /// the thin one.
-    #[error(
-        "{path} is thin: it needs its base, a file with the id {id}, which was not found ({found})",
-        path = path.display()
-    )]
-    BaseMissing {
-        /// The thin file.
-        path: PathBuf,
-        /// The identity of its base.
-        id: SnapshotId,
-        /// Where it was looked for, and what was there.
-        found: String,
-    },
-    /// There are more files below a thin one than there may be.
-    #[error("{path} is the base of {CHAIN_LEN_MAX} files that are one another's, as many as there may be, \
-             and is thin itself", path = path.display())]
-    ChainTooLong {
-        /// The last one that was opened.
-        path: PathBuf,
-    },
-    /// The file is thin and was opened alone, without its base.
-    #[error("{path} is thin, and was opened without its base", path = path.display())]
-    NoBase {
-        /// The file.
-        path: PathBuf,
-    },
-    /// The lowest file of a chain does not have a block of which a thin file says that it has pages.
-    #[error("{path} has no pages of RAM block {block:?}, which files above it need", path = path.display())]
-    BaseLacksPages {
-        /// The lowest file.
-        path: PathBuf,
-        /// The RAM block.
-        block: String,
-    },
-}
-
 impl Snapshot {
     /// Opens the file at `path`, whose stream begins at `start`: QEMU's `offset=`, 0 for a vmfile. If it
     /// is thin, opens the files below it as well.
@@ -219,11 +103,16 @@ impl Snapshot {
     /// As [`Snapshot::open`].
     pub fn open_alone(path: &Path, start: u64) -> Result<Snapshot, SnapshotError> {
         let open = |source| SnapshotError::Open { path: path.to_path_buf(), source };
-        // Checked before the file is opened: opening a pipe would wait for its other end.
-        if !path.metadata().map_err(open)?.is_file() {
-            return Err(SnapshotError::NotAFile { path: path.to_path_buf() });
-        }
-        let file = File::open(path).map_err(open)?;
+        let is_file = |metadata: Metadata| match metadata.is_file() {
+            true => Ok(()),
+            false => Err(SnapshotError::NotAFile { path: path.to_path_buf() }),
+        };
+        // To open a device may have effects. A pipe that takes the file's place before it is opened must
+        // not wait for its other end.
+        is_file(path.metadata().map_err(open)?)?;
+        let flags = i32::try_from(OFlags::NONBLOCK.bits()).expect("a flag");
+        let file = File::options().read(true).custom_flags(flags).open(path).map_err(open)?;
+        is_file(file.metadata().map_err(open)?)?;
         Snapshot::from_file(path, file, start)
     }
 
@@ -234,16 +123,21 @@ impl Snapshot {
     /// As [`Snapshot::open`].
     pub fn from_file(path: &Path, file: File, start: u64) -> Result<Snapshot, SnapshotError> {
         let open = |source| SnapshotError::Open { path: path.to_path_buf(), source };
-        let len = file.metadata().map_err(open)?.len().min(FILE_LEN_MAX);
+        let padded_len = file.metadata().map_err(open)?.len().min(FILE_LEN_MAX);
+        let mut len = padded_len;
         // The manifest comes first: a file of a newer version of vmfile may look damaged, and only
         // its manifest names the reason.
-        let manifest = read_manifest(path, &file, len)?;
+        let mut manifest = read_manifest(path, &file, len)?;
         if let Some(manifest) = &manifest {
             ask_for_parts(&file, &manifest.meta.extents);
         }
         let structure = read_structure(path, &file, len, start)?;
+        if manifest.is_none() {
+            (manifest, len) = read_padded(path, &file, len, &structure)?;
+        }
         check_manifest(path, &file, len, &structure, manifest.as_ref())?;
-        Ok(Snapshot { path: path.to_path_buf(), file, len, structure, manifest, base: None })
+        let path = path.to_path_buf();
+        Ok(Snapshot { path, file, len, padded_len, structure, manifest, base: None })
     }
 
     /// Opens the files below this one, at most `files_max`.
@@ -377,6 +271,74 @@ impl Snapshot {
         Ok(bitmap.expect("as many bytes as the bitmap has"))
     }
 
+    /// Counts the pages of `block` that are in the file, or in a base of it. It reads no hole of the
+    /// bitmap, and holds a small part of it at a time.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`SnapshotError::Read`] if the kernel refuses.
+    pub fn count_data(&self, block: &PlacedBlock) -> Result<u64, SnapshotError> {
+        self.count_bits(block.bitmap_offset, block.block.page_count())
+    }
+
+    /// Counts the pages that the base has, as [`Snapshot::count_data`] does; `None` if the file is not
+    /// thin.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`SnapshotError::Read`] if the kernel refuses.
+    pub fn count_in_base(&self) -> Result<Option<u64>, SnapshotError> {
+        let table = self.manifest.as_ref().and_then(|manifest| manifest.meta.base_pages());
+        let Some(table) = table else { return Ok(None) };
+        let (mut offset, mut count) = (table.offset, 0);
+        for placed in &self.structure.blocks {
+            count += self.count_bits(offset, placed.block.page_count())?;
+            offset += placed.bitmap_len();
+        }
+        Ok(Some(count))
+    }
+
+    fn count_bits(&self, offset: u64, pages: PageCount) -> Result<u64, SnapshotError> {
+        /// A length in bytes, of whole words.
+        const PIECE_LEN: usize = 1 << 20;
+        let failed =
+            |source| SnapshotError::Read { path: self.path.clone(), offset, len: 0, source };
+        let seeker = DataSeeker::open(self.file.as_fd()).map_err(failed)?;
+        let len = encoded_len(pages);
+        let mut count = 0;
+        let mut rest = offset..offset + len;
+        while let Some(data) = seeker.next(&rest).map_err(failed)? {
+            // Whole words of the bitmap.
+            let first = (data.start - offset) / 8 * 8;
+            let end = (data.end - offset).next_multiple_of(8).min(len);
+            rest.start = offset + end;
+            for start in (first..end).step_by(PIECE_LEN) {
+                let bytes = self.read(offset + start, (end - start).min(PIECE_LEN as u64))?;
+                let pages = PageCount((pages.0 - start * 8).min(bytes.len() as u64 * 8));
+                let bitmap = PageBitmap::decode(&bytes, pages).expect("whole words");
+                count += bitmap.data_count().0;
+            }
+        }
+        Ok(count)
+    }
+
+    /// Makes sure that the bitmaps of all blocks fit into memory, `copies` times: a file of a few KiB
+    /// may say that it has any number of blocks of 64 TiB.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`SnapshotError::TooMuchRam`] if they would take more than half of what the host has left.
+    pub(crate) fn check_bitmaps_fit(&self, copies: u64) -> Result<(), SnapshotError> {
+        let blocks = &self.structure.blocks;
+        let bitmaps = blocks.iter().fold(0_u64, |sum, one| sum.saturating_add(one.bitmap_len()));
+        let (needed, available) = (bitmaps.saturating_mul(copies), available_memory());
+        if needed <= available / 2 || needed <= SMALL_BITMAPS_LEN {
+            return Ok(());
+        }
+        let ram = blocks.iter().fold(0_u64, |sum, one| sum.saturating_add(one.block.used_length()));
+        Err(SnapshotError::TooMuchRam { path: self.path.clone(), ram, needed, available })
+    }
+
     /// Reads the device sections from the first to EOF.
     ///
     /// # Errors
@@ -451,7 +413,13 @@ impl Snapshot {
         &self.file
     }
 
-    /// Returns the file's length when it was opened, in bytes.
+    /// Returns the file's length with the zeros that a copy has added behind its end.
+    pub(crate) fn padded_len(&self) -> u64 {
+        self.padded_len
+    }
+
+    /// Returns the file's length when it was opened, in bytes; zeros that a copy has added behind its end
+    /// do not count.
     #[must_use]
     pub fn file_len(&self) -> u64 {
         self.len
@@ -485,18 +453,6 @@ impl Snapshot {
     /// Returns [`SnapshotError::Read`] if the kernel refuses.
     pub fn read_into(&self, offset: u64, bytes: &mut [u8]) -> Result<(), SnapshotError> {
         read_into(&self.path, &self.file, offset, bytes)
-    }
-}
-
-impl SnapshotError {
-    /// Converts an error in the bytes of the file at `path`.
-    fn format(path: &Path, source: FormatError) -> SnapshotError {
-        let path = path.to_path_buf();
-        if source.is_of_newer_version() {
-            SnapshotError::Newer { path, source }
-        } else {
-            SnapshotError::Format { path, source }
-        }
     }
 }
 
@@ -539,6 +495,50 @@ fn read_manifest(path: &Path, file: &File, len: u64) -> Result<Option<Manifest>,
     let bytes = read_at(path, file, footer.metadata_offset, metadata_len)?;
     let meta = Meta::decode(&bytes, &footer).map_err(format)?;
     Ok(Some(Manifest { footer, meta }))
+}
+
+/// Finds the manifest of a file that a copy has padded with zeros, to whole blocks or to the length of a
+/// disk: `qemu-img convert` does so, and a copy to a block device and back. Returns it with the length
+/// that the file had; otherwise nothing, and `len`.
+fn read_padded(
+    path: &Path,
+    file: &File,
+    len: u64,
+    structure: &MappedRamFile,
+) -> Result<(Option<Manifest>, u64), SnapshotError> {
+    let is_zero_from = |start: u64| {
+        let start = start.max(len.saturating_sub(4096));
+        read_at(path, file, start, in_window(len - start)).map(|bytes| is_zero(&bytes))
+    };
+    let pages: Vec<PageCount> = structure.blocks.iter().map(|one| one.block.page_count()).collect();
+    let tables = place_tables(structure.device_state.stream_end, &pages);
+    let Some((_, tables_end)) = tables.filter(|(_, end)| *end < len.saturating_sub(FOOTER_LEN))
+    else {
+        return Ok((None, len));
+    };
+    if !is_zero_from(len - 1)? {
+        return Ok((None, len));
+    }
+    // The table of the base's pages, and the metadata.
+    let end = len.min(tables_end.saturating_add(PADDED_SEARCH_LEN));
+    for piece in pieces(tables_end..end, WINDOW_LEN) {
+        // A footer may begin in one piece and end in the next.
+        let piece_end = piece.end.saturating_add(FOOTER_LEN).min(len);
+        let bytes = read_at(path, file, piece.start, in_window(piece_end - piece.start))?;
+        let starts = bytes.windows(FOOTER_MAGIC.len()).enumerate();
+        for (start, _) in starts.filter(|(_, found)| *found == FOOTER_MAGIC) {
+            let own_len = piece.start + start as u64 + FOOTER_LEN;
+            match read_manifest(path, file, own_len) {
+                Ok(Some(manifest)) if is_zero_from(own_len)? => {
+                    return Ok((Some(manifest), own_len));
+                }
+                // Bytes of a table that look like a footer.
+                Ok(_) | Err(SnapshotError::Format { .. } | SnapshotError::Newer { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+    Ok((None, len))
 }
 
 /// Makes the kernel read all small parts at once: they lie all over the file, and one after the

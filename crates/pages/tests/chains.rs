@@ -167,6 +167,33 @@ fn a_short_gap_between_changed_pages_is_written() {
     assert_eq!(findings(&thin), vec![]);
 }
 
+/// `info` held every bitmap of a file in memory; a file of a few KiB can say that it has terabytes of RAM.
+#[test]
+fn pages_are_counted_without_their_bitmaps() {
+    let directory = tempfile::tempdir().unwrap();
+    let (base, thin) = (directory.path().join("base.vmf"), directory.path().join("thin.vmf"));
+    // Blocks whose last words are not full.
+    let mut memory: Memory = vec![
+        ("ram", vec![0; (40 << 20) + 4096]),
+        ("rom", vec![0; 3 * 4096]),
+        ("dimm", vec![7; 4096]),
+    ];
+    for page in [0, 1, 63, 64, 4096, 10_240] {
+        memory[0].1[page * 4096] = 9;
+    }
+    save_on(&base, None, &memory).unwrap();
+    memory[0].1[4096 * 4096] = 8;
+    save_on(&thin, Some(&base), &memory).unwrap();
+    for (path, in_base) in [(&base, None), (&thin, Some(6))] {
+        let snapshot = Snapshot::open(path, 0).unwrap();
+        for placed in &snapshot.structure().blocks {
+            let expected = snapshot.bitmap(placed).unwrap().data_count().0;
+            assert_eq!(snapshot.count_data(placed).unwrap(), expected, "{placed:?}");
+        }
+        assert_eq!(snapshot.count_in_base().unwrap(), in_base);
+    }
+}
+
 #[test]
 fn a_thin_file_takes_room_for_what_changed() {
     use std::os::unix::fs::MetadataExt as _;

@@ -365,9 +365,12 @@ fn a_file_without_a_manifest_ends_with_its_stream() {
     assert!(report.io.is_none());
     for extra in [1, 3] {
         saved.file().set_len(end + extra).unwrap();
+        assert_eq!(sections_of(&saved.check()), [], "zeros are those of a copy");
+        saved.file().write_all_at(&[1], end + extra - 1).unwrap();
         let report = saved.check();
         let expected = [(FindingKind::TrailingBytes, "after the stream", end)];
         assert_eq!(sections_of(&report), expected);
+        saved.file().set_len(end).unwrap();
     }
     // The pages have no hashes, so nothing is compared.
     saved.flip(saved.block(0).pages_offset + 9);
@@ -386,4 +389,32 @@ fn a_file_of_ours_that_was_cut_has_lost_its_end() {
     saved.file().set_len(len - 1).unwrap();
     let SnapshotError::LostEnd { offset, .. } = open_error(&saved.path) else { panic!("not cut") };
     assert_eq!(offset, len - 1 - 64);
+}
+
+/// `qemu-img convert` and a copy to a block device add zeros. QEMU loads such a file, and vmfile said that it
+/// had lost its end.
+#[test]
+fn zeros_behind_the_end_do_not_matter_and_other_bytes_do() {
+    let saved = saved();
+    let len = saved.open().file_len();
+    let findings = || {
+        let report = check(&saved.open(), &CheckOptions::default(), &Control::none()).unwrap();
+        report.findings.iter().map(|one| (one.kind, one.offset)).collect::<Vec<_>>()
+    };
+    let padded_len = len + (64 << 20);
+    for padded in [len + 1, len.next_multiple_of(512), padded_len] {
+        saved.file().set_len(padded).unwrap();
+        assert_eq!(saved.open().file_len(), len);
+        assert_eq!(findings(), []);
+    }
+    saved.file().write_all_at(&[1], len + 70_000).unwrap();
+    assert_eq!(findings(), [(FindingKind::Padding, len + 70_000)]);
+    saved.file().write_all_at(&[1], padded_len - 1).unwrap();
+    let error = Snapshot::open(&saved.path, 0).unwrap_err();
+    assert!(matches!(error, SnapshotError::LostEnd { .. }), "{error}");
+    saved.file().set_len(padded_len - 1).unwrap();
+    // The end that is behind the zeros is not that of this file.
+    saved.file().write_all_at(&[0; 64], len - 64).unwrap();
+    let error = Snapshot::open(&saved.path, 0).unwrap_err();
+    assert!(matches!(error, SnapshotError::LostEnd { .. }), "{error}");
 }

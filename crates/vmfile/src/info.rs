@@ -164,10 +164,9 @@ pub fn info(snapshot: &Snapshot) -> Result<Info, SnapshotError> {
 
 fn base(snapshot: &Snapshot) -> Result<Option<BaseInfo>, SnapshotError> {
     let meta = snapshot.manifest().and_then(|manifest| manifest.meta.base.clone());
-    let (Some(BaseMeta { id, path }), Some(of_base)) = (meta, snapshot.base_pages()?) else {
+    let (Some(BaseMeta { id, path }), Some(pages)) = (meta, snapshot.count_in_base()?) else {
         return Ok(None);
     };
-    let pages = of_base.iter().map(|bitmap| bitmap.data_count().0).sum();
     let (files, missing) = snapshot.look_below();
     let missing = missing.map(|error| error.to_string());
     Ok(Some(BaseInfo { id, path, pages, files, missing }))
@@ -187,7 +186,7 @@ fn blocks(snapshot: &Snapshot) -> Result<Vec<BlockInfo>, SnapshotError> {
         let counted = snapshot.manifest().map(|manifest| manifest.meta.blocks[index].pages_data);
         let pages_data = match counted {
             Some(pages) => pages,
-            None => snapshot.bitmap(placed)?.data_count().0,
+            None => snapshot.count_data(placed)?,
         };
         blocks.push(BlockInfo {
             name: placed.block.name().to_owned(),

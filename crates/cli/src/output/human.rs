@@ -118,7 +118,7 @@ pub(crate) fn convert(report: &ConvertReport) -> String {
 
 pub(crate) fn restore(report: &RestoreReport) -> String {
     let mut text = String::new();
-    let state = if report.running { "running" } else { "paused" };
+    let state = &report.run_state;
     let pid = report
         .pid
         .map_or_else(|| "in a process not seen here".to_owned(), |pid| format!("pid {pid}"));

@@ -4,10 +4,11 @@ pub(crate) mod human;
 pub(crate) mod progress;
 pub(crate) mod size;
 
+use std::fmt::Write as _;
 use std::io::{self, IsTerminal, Write};
 
 use serde::Serialize;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::args::{Arguments, ProgressMode};
 use crate::failure::Failure;
@@ -76,7 +77,7 @@ impl Printer {
             let mut text = serde_json::to_string_pretty(value)
                 .map_err(|error| Failure::system("stdout", &error.into()))?;
             text.push('\n');
-            return Ok(Some(text));
+            return Ok(Some(plain_json(&text)));
         }
         Ok((!self.quiet).then(|| printable(&text(value))))
     }
@@ -85,9 +86,7 @@ impl Printer {
     pub(crate) fn step(&self, verb: &str, line: &str) {
         let text = match self.progress {
             ProgressMode::Off => return,
-            ProgressMode::Json => {
-                format!("{}\n", json!({ "type": "step", "verb": verb, "step": line }))
-            }
+            ProgressMode::Json => json_line(&json!({ "type": "step", "verb": verb, "step": line })),
             ProgressMode::Auto if !io::stderr().is_terminal() => return,
             ProgressMode::Auto | ProgressMode::Bar => printable(&format!("{line}\n")),
         };
@@ -109,7 +108,7 @@ impl Printer {
 
     fn warn(&self, message: &str) {
         let text = if self.stderr_is_json() {
-            format!("{}\n", json!({ "type": "warning", "message": message }))
+            json_line(&json!({ "type": "warning", "message": message }))
         } else {
             printable(&format!("vmfile: warning: {message}\n"))
         };
@@ -127,7 +126,7 @@ impl Printer {
                 "message": failure.message,
                 "hint": failure.hint,
             });
-            format!("{object}\n")
+            json_line(&object)
         } else {
             let mut text = format!("vmfile: {}\n", failure.message);
             if let Some(hint) = &failure.hint {
@@ -138,6 +137,26 @@ impl Printer {
         // If standard error is closed, nothing else can report it.
         let _ = io::stderr().lock().write_all(text.as_bytes());
     }
+}
+
+/// Returns JSON in one line.
+pub(crate) fn json_line(value: &Value) -> String {
+    plain_json(&format!("{value}\n"))
+}
+
+/// Escapes what a terminal would obey, as JSON escapes it: such characters are only within strings.
+fn plain_json(text: &str) -> String {
+    let mut escaped = String::with_capacity(text.len());
+    for character in text.chars() {
+        if character != '\n' && is_obeyed(character) {
+            for unit in character.encode_utf16(&mut [0; 2]) {
+                let _ = write!(escaped, "\\u{unit:04x}");
+            }
+        } else {
+            escaped.push(character);
+        }
+    }
+    escaped
 }
 
 /// Escapes characters that a terminal would obey: a name in a file may come from anybody.
@@ -180,6 +199,15 @@ mod tests {
         assert_eq!(printable("a\u{1b}[2Jb\r\n"), "a\\u{1b}[2Jb\\r\n");
         assert_eq!(printable("gnp.\u{202e}exe"), "gnp.\\u{202e}exe");
         assert_eq!(printable("B\u{fc}rgeramt"), "B\u{fc}rgeramt");
+    }
+
+    #[test]
+    fn json_does_not_tell_a_terminal_what_to_do_and_means_the_same() {
+        let value = json!({ "name": "a\u{9b}2J\u{202e}\u{e0041}\u{1b}\n\u{fc}" });
+        let line = json_line(&value);
+        assert!(line.contains(r"\u009b2J\u202e\udb40\udc41"), "{line}");
+        assert!(!line.trim_end().chars().any(is_obeyed), "{line}");
+        assert_eq!(serde_json::from_str::<Value>(&line).unwrap(), value);
     }
 
     #[test]

@@ -22,8 +22,8 @@ use crate::cursor::Cursor;
 use crate::error::{FormatError, FormatErrorKind};
 use crate::limits::MANIFEST_LEN_MAX;
 
-/// The carriage return and line feed show a file that was copied as text.
-const MAGIC: &[u8; 8] = b"vmfile\r\n";
+/// The first bytes of a footer. The carriage return and line feed show a file that was copied as text.
+pub const FOOTER_MAGIC: &[u8; 8] = b"vmfile\r\n";
 
 /// The newest version that this crate reads. It writes version 2 only if a reader of version 1
 /// would misread the file, and version 1 otherwise.
@@ -64,11 +64,11 @@ impl Footer {
     /// Returns [`FormatError`] if they are a footer that is damaged or of a newer version.
     pub fn decode(bytes: &[u8], file_len: u64) -> Result<Option<Footer>, FormatError> {
         let Some(start) = file_len.checked_sub(FOOTER_LEN) else { return Ok(None) };
-        if bytes.len() as u64 != FOOTER_LEN || !bytes.starts_with(MAGIC) {
+        if bytes.len() as u64 != FOOTER_LEN || !bytes.starts_with(FOOTER_MAGIC) {
             return Ok(None);
         }
         let mut cursor = Cursor::new(bytes, start);
-        cursor.bytes("footer magic", MAGIC.len())?;
+        cursor.bytes("footer magic", FOOTER_MAGIC.len())?;
         let version = cursor.be32("footer version")?;
         // This comes before the version, so that a damaged footer is not taken for a newer one. All
         // versions have the hash in this place.
@@ -116,7 +116,7 @@ impl Footer {
     /// Encodes the footer.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
-        let mut bytes = Vec::from(*MAGIC);
+        let mut bytes = Vec::from(*FOOTER_MAGIC);
         bytes.extend_from_slice(&self.version.to_be_bytes());
         bytes.extend_from_slice(&64_u32.to_be_bytes());
         bytes.extend_from_slice(&self.stream_end.to_be_bytes());

@@ -25,7 +25,7 @@ mod page_hashes;
 pub use base::{BASE_PAGES, BaseMeta, SnapshotId, decode_base_pages, encode_base_pages};
 pub use disks::{DiskMeta, EmptyDriveMeta, FileMeta, ImageMeta, IoLimitsMeta};
 pub use features::Features;
-pub use footer::{FOOTER_LEN, Footer};
+pub use footer::{FOOTER_LEN, FOOTER_MAGIC, Footer};
 pub use machine::{
     ChangeMeta, CpuMeta, CpuSectionMeta, DeviceMeta, MemoryDeviceMeta, MemoryRangeMeta, PartsMeta,
     PinMeta,

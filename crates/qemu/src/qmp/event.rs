@@ -11,6 +11,9 @@ use serde_json::Value;
 /// bounded.
 pub const EVENT_COUNT_MAX: usize = 256;
 
+/// Most bytes of events kept for the caller, about: a single event may have megabytes.
+pub(super) const EVENT_BYTES_MAX: usize = 4 << 20;
+
 /// The event that QEMU sends when the guest starts to run.
 const RESUME: &str = "RESUME";
 
@@ -45,7 +48,8 @@ impl Event {
 /// The events that the caller has not taken yet, oldest first.
 #[derive(Debug, Default)]
 pub(super) struct EventQueue {
-    events: VecDeque<Event>,
+    /// Each with its size.
+    events: VecDeque<(Event, usize)>,
     dropped: u64,
     resumes: u64,
 }
@@ -55,21 +59,25 @@ impl EventQueue {
         if event.name == RESUME {
             self.resumes = self.resumes.saturating_add(1);
         }
-        if self.events.len() == EVENT_COUNT_MAX {
-            self.events.pop_front();
+        let size = event.name.len() + size_of(&event.data);
+        self.events.push_back((event, size));
+        let mut bytes: usize = self.events.iter().map(|(_, size)| size).sum();
+        while self.events.len() > EVENT_COUNT_MAX || bytes > EVENT_BYTES_MAX {
+            let Some((_, size)) = self.events.pop_front() else { break };
+            bytes -= size;
             self.dropped = self.dropped.saturating_add(1);
         }
-        self.events.push_back(event);
     }
 
     /// Removes the oldest event that has one of `names`.
     pub(super) fn take_named(&mut self, names: &[&str]) -> Option<Event> {
-        let index = self.events.iter().position(|event| names.contains(&event.name.as_str()))?;
-        self.events.remove(index)
+        let is_named = |(event, _): &(Event, usize)| names.contains(&event.name.as_str());
+        let index = self.events.iter().position(is_named)?;
+        self.events.remove(index).map(|(event, _)| event)
     }
 
     pub(super) fn take_all(&mut self) -> Vec<Event> {
-        self.events.drain(..).collect()
+        self.events.drain(..).map(|(event, _)| event).collect()
     }
 
     pub(super) fn dropped(&self) -> u64 {
@@ -79,6 +87,19 @@ impl EventQueue {
     /// Returns the number of `RESUME` events so far, including those that were dropped or taken.
     pub(super) fn resumes(&self) -> u64 {
         self.resumes
+    }
+}
+
+/// Returns about how many bytes a value takes in memory.
+fn size_of(value: &Value) -> usize {
+    let own = size_of_val(value);
+    own + match value {
+        Value::Null | Value::Bool(_) | Value::Number(_) => 0,
+        Value::String(text) => text.len(),
+        Value::Array(values) => values.iter().map(size_of).sum(),
+        Value::Object(values) => {
+            values.iter().map(|(name, value)| name.len() + size_of(value)).sum()
+        }
     }
 }
 
@@ -120,6 +141,21 @@ mod tests {
         assert_eq!(queue.dropped(), 1);
         assert_eq!(queue.take_named(&["FIRST"]), None);
         assert_eq!(queue.take_all().len(), EVENT_COUNT_MAX);
+    }
+
+    /// 256 events of 4 MiB took 1.1 GiB.
+    #[test]
+    fn large_events_are_dropped_sooner() {
+        let mut queue = EventQueue::default();
+        let large = Event { data: json!(["x".repeat(EVENT_BYTES_MAX / 3)]), ..event("LARGE") };
+        for _ in 0..5 {
+            queue.push(large.clone());
+        }
+        queue.push(event("STOP"));
+        assert_eq!(queue.take_named(&["STOP"]), Some(event("STOP")));
+        assert_eq!((queue.dropped(), queue.take_all().len()), (3, 2));
+        queue.push(Event { data: json!("x".repeat(EVENT_BYTES_MAX)), ..event("TOO_LARGE") });
+        assert!(queue.take_all().is_empty());
     }
 
     #[test]
