@@ -44,6 +44,13 @@ impl Bench<'_> {
         self.directory.path().join(name)
     }
 
+    /// Whether the way with this name is to be measured.
+    pub(crate) fn measures(&self, name: &str) -> bool {
+        let chosen = &self.options.ways;
+        let name = name.to_lowercase();
+        chosen.is_empty() || chosen.iter().any(|part| name.contains(&part.to_lowercase()))
+    }
+
     /// Removes `file` and waits until the file system is synced, so that no way pays for the file
     /// of another.
     pub(crate) fn remove_and_sync(&self, file: &Path) -> Result<(), BenchError> {

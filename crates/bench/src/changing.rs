@@ -67,14 +67,15 @@ impl Writer<'_> {
     }
 }
 
-/// Measures both.
+/// Measures both, and adds each to `sweeps` when it is complete.
 pub(crate) fn measure(
     bench: &Bench<'_>,
     progress: &Progress<'_>,
-) -> Result<Vec<Sweep>, BenchError> {
-    let mut sweeps = vec![by_changed(bench, progress)?];
+    sweeps: &mut Vec<Sweep>,
+) -> Result<(), BenchError> {
+    sweeps.push(by_changed(bench, progress)?);
     sweeps.extend(by_written(bench, progress)?);
-    Ok(sweeps)
+    Ok(())
 }
 
 fn by_changed(bench: &Bench<'_>, progress: &Progress<'_>) -> Result<Sweep, BenchError> {

@@ -73,19 +73,27 @@ pub(crate) fn compare(
     let guests = Guests { private: start(Backing::Private)?, shared: start(Backing::Shared)? };
     let mut pairs: Vec<(Task, Vec<[f64; 2]>)> =
         Task::ALL.into_iter().map(|task| (task, Vec::new())).collect();
-    for round in 0..=options.rounds.get() {
-        for (index, (task, pairs)) in pairs.iter_mut().enumerate() {
-            progress.step(round, options.rounds.get(), &task.name());
-            // Alternates by round and by task, so that neither build is always first in a task.
-            let first = (round as usize + index) % 2;
-            let mut seconds = [0.0; 2];
-            for build in [first, 1 - first] {
-                seconds[build] = once(&builds[build], *task, &guests)?;
-            }
-            if round > 0 {
-                pairs.push(seconds);
+    let mut measure = || -> Result<(), BenchError> {
+        for round in 0..=options.rounds.get() {
+            for (index, (task, pairs)) in pairs.iter_mut().enumerate() {
+                progress.step(round, options.rounds.get(), &task.name());
+                // Alternates by round and by task, so that neither build is always first in a task.
+                let first = (round as usize + index) % 2;
+                let mut seconds = [0.0; 2];
+                for build in [first, 1 - first] {
+                    seconds[build] = once(&builds[build], *task, &guests)?;
+                }
+                if round > 0 {
+                    pairs.push(seconds);
+                }
             }
         }
+        Ok(())
+    };
+    match measure() {
+        // The pairs that were measured count.
+        Err(BenchError::Stopped) if pairs.iter().any(|(_, pairs)| !pairs.is_empty()) => {}
+        measured => measured?,
     }
     Ok(pairs.into_iter().filter_map(|(task, pairs)| comparison(task.name(), &pairs)).collect())
 }

@@ -58,6 +58,12 @@ pub enum BenchError {
         /// Bytes that are free.
         available_bytes: u64,
     },
+    /// No way has such a name.
+    #[error("no way has a name with {}: a run without --ways names all", .ways.join(" or "))]
+    NoWay {
+        /// Parts of names.
+        ways: Vec<String>,
+    },
     /// Something took too long.
     #[error("{what} has not ended in {seconds} s")]
     TimedOut {

@@ -83,6 +83,9 @@ fn check_room(bench: &Bench<'_>, data_bytes: u64) -> Result<(), BenchError> {
 /// Starts libvirt if it is installed and the host has memory for its guest.
 fn libvirt(bench: &mut Bench<'_>, subject: &Subject) -> Option<Libvirt> {
     const WHAT: &str = "virsh save";
+    if !VirshWay::ALL.iter().any(|way| bench.measures(&SaveWay::Virsh(*way).name())) {
+        return None;
+    }
     let Some(machine) = subject.machine() else {
         bench.note(WHAT, "the VM is not libvirt's");
         return None;
@@ -145,7 +148,8 @@ fn tuned(
 ) -> Vec<SaveWay> {
     let file = bench.file("tuned");
     for (direct_io, feature) in [(false, Feature::MappedRam), (true, Feature::MigrationDirectIo)] {
-        if !version.has(feature) {
+        let any = QemuWay::Multifd { channels: 1, direct_io };
+        if !version.has(feature) || !bench.measures(&any.name()) {
             continue;
         }
         let mut best: Option<(f64, QemuWay)> = None;

@@ -54,6 +54,9 @@ pub struct BenchOptions {
     pub program: PathBuf,
     /// Another build of vmfile: measure only `program` and this build, in turns.
     pub against: Option<PathBuf>,
+    /// Parts of the names of the ways to measure, such as `vmfile save` or `exec`; all ways if empty. A
+    /// restore can be measured only with the save that makes its file.
+    pub ways: Vec<String>,
     /// Also measure restores, `check` and `info`.
     pub restores: bool,
     /// Also measure the sweeps: how times grow with one quantity.

@@ -28,7 +28,7 @@ impl<W> Entry<W> {
     }
 }
 
-/// Measures all ways round by round, and compares them. A way that fails is left out of the later
+/// Measures those ways that are chosen round by round, and compares them. A way that fails is left out of the later
 /// rounds, and the report says why. A stop ends the measurement, and the unfinished round does not
 /// count.
 pub(crate) fn measure<W: Measured>(
@@ -38,6 +38,7 @@ pub(crate) fn measure<W: Measured>(
     once: impl Fn(&Bench<'_>, &Entry<W>) -> Result<Run, BenchError>,
 ) -> Vec<Way> {
     let rounds = bench.options.rounds.get();
+    entries.retain(|entry| bench.measures(&entry.way.name()));
     'rounds: for round in 0..=rounds {
         let mut failed = Vec::new();
         for index in 0..entries.len() {

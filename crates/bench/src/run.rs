@@ -16,7 +16,7 @@ use crate::host::describe;
 use crate::one_guest;
 use crate::options::{Backing, BenchOptions};
 use crate::progress::Progress;
-use crate::report::{BenchReport, GuestShape};
+use crate::report::{BenchReport, GuestResults, GuestShape};
 use crate::saving::gib;
 use crate::sweep;
 
@@ -86,13 +86,20 @@ pub fn run(
         }
         bench.note("what was still to be measured", "stopped by a signal");
     }
-    let sweeps = if options.sweep && !is_stopped {
-        let mut sweeps = sweep::measure(&mut bench, &progress)?;
-        sweeps.extend(changing::measure(&bench, &progress)?);
-        sweeps
-    } else {
-        Vec::new()
-    };
+    let is_empty = |guest: &GuestResults| guest.saves.is_empty() && guest.reads.is_empty();
+    if !options.ways.is_empty() && guests.iter().all(is_empty) {
+        return Err(BenchError::NoWay { ways: options.ways.clone() });
+    }
+    let mut sweeps = Vec::new();
+    if options.sweep && !is_stopped {
+        let measured = sweep::measure(&mut bench, &progress, &mut sweeps);
+        match measured.and_then(|()| changing::measure(&bench, &progress, &mut sweeps)) {
+            Err(BenchError::Stopped) => {
+                bench.note("the sweeps that were still to be measured", "stopped by a signal");
+            }
+            measured => measured?,
+        }
+    }
     let total_seconds = started.elapsed().as_secs_f64();
     let not_measured = bench.not_measured;
     Ok(BenchReport { guests, sweeps, not_measured, total_seconds, ..BenchReport::of_host(host) })
@@ -104,7 +111,7 @@ fn guest(
     shape: GuestShape,
     version: QemuVersion,
     progress: &Progress<'_>,
-) -> Result<crate::report::GuestResults, BenchError> {
+) -> Result<GuestResults, BenchError> {
     // For the guest, and for the one that is restored beside it.
     let (needed_bytes, available_bytes) = (machine.ram_bytes * 2, available_memory());
     if needed_bytes > available_bytes {

@@ -45,22 +45,22 @@ const ROUNDS: usize = 5;
 /// The values measured at a point: one list for each line of the plot.
 type Values = Vec<Vec<f64>>;
 
-/// Measures all sweeps.
+/// Measures all sweeps, and adds each to `sweeps` when it is complete.
 pub(crate) fn measure(
     bench: &mut Bench<'_>,
     progress: &Progress<'_>,
-) -> Result<Vec<Sweep>, BenchError> {
-    let mut sweeps = vec![by_size(bench, progress)?, by_share(bench, progress)?];
+    sweeps: &mut Vec<Sweep>,
+) -> Result<(), BenchError> {
+    sweeps.push(by_size(bench, progress)?);
+    sweeps.push(by_share(bench, progress)?);
     sweeps.push(by_jobs(bench, progress)?);
     sweeps.extend(by_clones(bench, progress)?);
-    sweeps.extend([
-        by_empty_size(bench, progress)?,
-        by_untouched(bench, progress)?,
-        live(bench, progress)?,
-    ]);
+    sweeps.push(by_empty_size(bench, progress)?);
+    sweeps.push(by_untouched(bench, progress)?);
+    sweeps.push(live(bench, progress)?);
     let why = "they are constants of this build: `cargo xtask bench --compare` compares builds";
     bench.note("sweep of queue depth and request size", why);
-    Ok(sweeps)
+    Ok(())
 }
 
 fn machine(bench: &Bench<'_>, mebibytes: u64) -> Machine {

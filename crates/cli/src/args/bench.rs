@@ -31,6 +31,10 @@ pub(crate) struct BenchArguments {
     /// QEMU's program
     #[arg(long, value_name = "PROGRAM", default_value = "qemu-system-x86_64")]
     pub(crate) qemu: PathBuf,
+    /// Measure only the ways whose names have one of these parts, such as "vmfile,fio"; a restore only with
+    /// the save that makes its file
+    #[arg(long, value_name = "NAME,...", value_delimiter = ',', conflicts_with = "against")]
+    pub(crate) ways: Vec<String>,
     /// Measure no restores, check or info
     #[arg(long)]
     pub(crate) saves_only: bool,

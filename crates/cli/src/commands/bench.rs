@@ -31,6 +31,7 @@ pub(crate) fn run(arguments: &BenchArguments, printer: &Printer) -> Result<ExitC
         qemu: arguments.qemu.clone(),
         program: program.map_err(|error| Failure::system("find this program", &error))?,
         against: arguments.against.clone(),
+        ways: arguments.ways.clone(),
         restores: !arguments.saves_only,
         sweep: arguments.sweep,
     };

@@ -232,3 +232,40 @@ fn a_signal_in_a_later_round_keeps_the_rounds_before() -> TestResult {
     assert_eq!(names_in(files.path()), Vec::<String>::new());
     wait_until("nothing is left", || processes_in(files.path()).is_empty())
 }
+
+/// One Ctrl-C in a sweep lost ten minutes of rounds.
+#[test]
+fn a_signal_in_a_sweep_keeps_what_was_measured_before() -> TestResult {
+    let qemu = requires!(qemu >= "9.1");
+    let files = directory()?;
+    let words = ["--size", "64M", "--runs", "2", "--saves-only", "--ram", "private", "--sweep"];
+    let (mut command, _programs) = bench(&qemu, &words, files.path())?;
+    command.args(["--ways", "vmfile save,exec", "--progress", "json"]);
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    let stderr = BufReader::new(child.stderr.take().ok_or("piped")?);
+    let mut lines = stderr.lines().map_while(Result::ok);
+    lines.find(|line| line.contains("sweep of RAM: 256")).ok_or("a sweep")?;
+    kill_process(pid(child.id()), Signal::INT)?;
+    drop(lines.last());
+    let said = Said::from(child.wait_with_output()?);
+    said.assert(130, &["the sweeps that were still to be measured", "stopped by a signal"]);
+    let report = said.json()?;
+    let saves = &report["scenes"][0]["saves"];
+    assert_eq!(way(saves, "vmfile save")?["runs"].as_array().map(Vec::len), Some(2));
+    let names: Vec<&str> =
+        saves.as_array().into_iter().flatten().filter_map(|way| way["name"].as_str()).collect();
+    let is_chosen = |name: &&str| name.contains("vmfile save") || name.contains("exec");
+    assert!(names.len() > 2 && names.iter().all(is_chosen), "{names:?}");
+    assert_eq!(names_in(files.path()), Vec::<String>::new());
+    wait_until("nothing is left", || processes_in(files.path()).is_empty())
+}
+
+#[test]
+fn a_way_that_there_is_not_is_said() -> TestResult {
+    let qemu = requires!(qemu >= "9.1");
+    let files = directory()?;
+    let words = ["--size", "64M", "--runs", "1", "--ram", "private", "--ways", "carrier pigeon"];
+    let (mut command, _programs) = bench(&qemu, &words, files.path())?;
+    Said::from(command.output()?).assert(2, &["no way has a name with carrier pigeon"]);
+    Ok(())
+}
