@@ -7,9 +7,17 @@ use std::process::Command;
 use crate::command::{output, run as run_command, say};
 use crate::workspace::Workspace;
 
-/// One target per decoder; `fuzz/README.md` says what each is.
-const TARGETS: [&str; 6] =
-    ["mapped_ram_file", "device_state", "manifest", "page_bitmap", "stream", "multifd"];
+/// One target for each decoder and parser; `fuzz/README.md` says what each is.
+const TARGETS: [&str; 8] = [
+    "mapped_ram_file",
+    "device_state",
+    "manifest",
+    "page_bitmap",
+    "stream",
+    "multifd",
+    "command_line",
+    "qmp",
+];
 
 /// How long each fuzzer runs. This is enough to check every seed; longer runs are for nights.
 const SECONDS: u32 = 5;
