@@ -13,6 +13,7 @@ use serde_json::json;
 use vmfile::restore::{Destination, Mode, ModeUsed, RestoreOptions};
 use vmfile::save::{After, SaveOptions};
 use vmfile::{Control, Snapshot, Vm};
+use vmfile_qemu::RunState;
 use vmfile_testing::{Guest, Qemu, Ram, Release, TestResult, requires};
 
 /// QEMU rounds the machine's RAM up to 8 KiB; no mode restored such a VM.
@@ -140,4 +141,90 @@ fn a_vm_comes_back_after_its_qemu_was_upgraded() -> TestResult {
         fs::remove_file(&file)?;
     }
     Ok(())
+}
+
+/// A boot sector that writes the second sector of its disk again and again.
+fn writer() -> Vec<u8> {
+    // mov ax, 0x0301; mov bx, 0x7c00; mov cx, 2; mov dx, 0x80; int 0x13; jmp to the start
+    let mut sector =
+        vec![0xb8, 1, 3, 0xbb, 0, 0x7c, 0xb9, 2, 0, 0xba, 0x80, 0, 0xcd, 0x13, 0xeb, 0xf0];
+    sector.resize(510, 0);
+    sector.extend([0x55, 0xaa]);
+    sector.resize(1 << 20, 0);
+    sector
+}
+
+/// A guest that waits on an I/O error was refused. The write that failed is repeated where it is restored.
+#[test]
+fn a_guest_that_waits_on_an_io_error_comes_back_and_repeats_the_write() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
+    let at = |name: &str| directory.path().join(name);
+    fs::write(at("disk.raw"), writer())?;
+    fs::write(
+        at("errors"),
+        "[inject-error]\nevent = \"pwritev\"\nerrno = \"28\"\nonce = \"on\"\n",
+    )?;
+    let socket = at("qmp");
+    let line = |drive: String| {
+        let qmp = format!("unix:{},server=on,wait=off", socket.display());
+        let words = ["-nodefaults", "-display", "none", "-m", "32M", "-accel", "tcg", "-qmp", &qmp];
+        let drive = format!("{drive},format=raw,if=ide,id=disk0");
+        words.map(str::to_owned).into_iter().chain(["-drive".to_owned(), drive]).collect::<Vec<_>>()
+    };
+    let failing = format!("file=blkdebug:{}:{}", at("errors").display(), at("disk.raw").display());
+    let running = Running(Command::new(qemu.program()).args(line(failing)).spawn()?);
+    let deadline = Instant::now() + Duration::from_secs(30);
+    let mut vm = loop {
+        match Vm::connect(&socket) {
+            Ok(vm) => break vm,
+            Err(error) if Instant::now() > deadline => return Err(error.into()),
+            Err(_) => thread::sleep(Duration::from_millis(20)),
+        }
+    };
+    while vm.run_state()? != RunState::IoError {
+        assert!(Instant::now() < deadline, "the guest writes: {:?}", vm.run_state()?);
+        thread::sleep(Duration::from_millis(20));
+    }
+    let (file, control) = (at("vm.vmf"), Control::none());
+    let options = SaveOptions::default().after(After::Quit).changed_ok(true);
+    vmfile::save::save(&mut vm, &file, &options, &control)?;
+    drop(running);
+
+    let snapshot = Snapshot::open(&file, 0)?;
+    let program = qemu.program().to_str().ok_or("UTF-8")?.to_owned();
+    let sound = line(format!("file={}", at("disk.raw").display()));
+    let options = RestoreOptions::default().disks_changed_ok(true);
+    for mode in [Mode::Map, Mode::Load, Mode::Stream] {
+        let words = std::iter::once(program.clone()).chain(sound.clone()).collect();
+        let destination = Destination::Command(words);
+        let options = options.clone().mode(mode);
+        let restored = vmfile::restore::restore(&snapshot, destination, &options, &control)?;
+        assert_eq!((restored.report.running, &*restored.report.run_state), (false, "io-error"));
+        let mut qemu = restored.qemu.ok_or("a QEMU was started")?;
+        qemu.vm().cont()?;
+        thread::sleep(Duration::from_millis(200));
+        assert_eq!(qemu.vm().run_state()?, RunState::Running, "the write succeeds now");
+    }
+    Ok(())
+}
+
+/// `qemu-img` pads a copy with zeros, and QEMU loads it.
+#[test]
+fn a_copy_that_was_padded_with_zeros_is_restored() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let mut guest = Guest::boot_sector(Ram::private(64)).seed(405).boot_to(&qemu, 1)?;
+    let saved = guest.save_and_end(&SaveOptions::default())?;
+    let disk = saved.directory.path().join("disk.qcow2");
+    for (from, to, format) in [(&saved.file, &disk, "qcow2"), (&disk, &saved.file, "raw")] {
+        let mut command = Command::new("qemu-img");
+        let source = if format == "raw" { "qcow2" } else { "raw" };
+        command.args(["convert", "-f", source, "-O", format]).arg(from).arg(to);
+        assert!(command.status()?.success());
+    }
+    let len = fs::metadata(&saved.file)?.len();
+    fs::File::options().write(true).open(&saved.file)?.set_len(len + (3 << 20))?;
+    vmfile_testing::verbs::check_is_clean(&saved.file)?;
+    let mut restored = saved.restore_saved(&RestoreOptions::default())?;
+    guest.counts_on_in(restored.qemu.as_mut().ok_or("a QEMU was started")?, 2)
 }

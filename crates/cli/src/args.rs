@@ -247,6 +247,10 @@ pub(crate) struct RestoreArguments {
     /// Compare mapped pages with their hashes before the guest runs; pages that are read always are
     #[arg(long)]
     pub(crate) verify: bool,
+    /// Run the command line in the file, and the program that it names, although another user may have
+    /// written it, or although the VM would run as root now and did not before
+    #[arg(long, conflicts_with_all = ["qmp", "command"])]
+    pub(crate) trust_command: bool,
     /// Leave the guest paused
     #[arg(long)]
     pub(crate) paused: bool,

@@ -25,6 +25,22 @@ pub(crate) struct Failure {
     pub(crate) hint: Option<String>,
 }
 
+/// How long a message may be, in bytes. What a file or QEMU says is quoted in it.
+const MESSAGE_LEN_MAX: usize = 16 << 10;
+
+/// Cuts a message that is too long, and says so.
+fn shortened(mut message: String) -> String {
+    if message.len() <= MESSAGE_LEN_MAX {
+        return message;
+    }
+    let mut ends = (MESSAGE_LEN_MAX - 3..=MESSAGE_LEN_MAX).rev();
+    let end = ends.find(|&end| message.is_char_boundary(end)).unwrap_or_default();
+    let left_out = message.len() - end;
+    message.truncate(end);
+    message.push_str(&format!("... ({left_out} bytes left out)"));
+    message
+}
+
 impl Failure {
     pub(crate) fn new(code: Code, kind: &'static str, error: &dyn Error) -> Failure {
         let mut message = error.to_string();
@@ -34,7 +50,7 @@ impl Failure {
             message.push_str(&error.to_string());
             source = error.source();
         }
-        Failure { code, kind, message, hint: None }
+        Failure { code, kind, message: shortened(message), hint: None }
     }
 
     pub(crate) fn usage(message: String) -> Failure {
@@ -112,6 +128,7 @@ impl From<&SnapshotError> for Failure {
             SnapshotError::ChainTooLong { .. } | SnapshotError::BaseLacksPages { .. } => {
                 Failure::new(Code::File, "base", error)
             }
+            SnapshotError::TooMuchRam { .. } => Failure::new(Code::System, "no_memory", error),
             _ => Failure::new(Code::System, "io", error),
         }
     }
@@ -398,6 +415,9 @@ impl From<&RestoreError> for Failure {
                 Failure::new(Code::Incompatible, "cannot_load", error)
                     .hint("--mode stream works with every file and every QEMU")
             }
+            RestoreError::Untrusted { .. } => Failure::new(Code::Usage, "untrusted", error).hint(
+                "`vmfile info -v FILE` shows it; give a command line after `--`, or say --trust-command",
+            ),
             RestoreError::NoSavedCommand => Failure::new(Code::Usage, "no_command", error)
                 .hint("give QEMU's command line after `--`"),
             RestoreError::CannotRecreate { .. } => {
@@ -479,6 +499,7 @@ impl From<&BenchError> for Failure {
             }
             BenchError::NoRoom { .. } => Failure::new(Code::System, "no_space", error)
                 .hint("--dir names another file system, --size asks for less"),
+            BenchError::NoWay { .. } => Failure::new(Code::Usage, "no_way", error),
             BenchError::Stopped => Failure::new(Code::Interrupted, "stopped", error),
             _ => Failure::new(Code::System, "io", error),
         }

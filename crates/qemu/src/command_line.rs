@@ -11,6 +11,8 @@ mod images;
 mod incoming;
 mod input_files;
 mod keys;
+mod lost;
+mod outside;
 mod sockets;
 
 use std::ffi::{OsStr, OsString};
@@ -26,6 +28,7 @@ pub use drives::{LineDrive, LineImage};
 pub use error::CommandLineError;
 pub use images::Medium;
 use keys::Keys;
+pub use outside::EmptiedFile;
 
 use crate::size::parse_size;
 
@@ -247,11 +250,23 @@ impl CommandLine {
         sockets::stop_waiting(self)
     }
 
+    /// Has QEMU append to log files instead of emptying them at its start, where it can; returns the files
+    /// that it empties all the same.
+    pub fn keep_logs(&mut self) -> Vec<EmptiedFile> {
+        outside::keep_logs(self)
+    }
+
+    /// Returns the options that use the terminal in which QEMU is started.
+    #[must_use]
+    pub fn on_terminal(&self) -> Vec<String> {
+        outside::on_terminal(self)
+    }
+
     /// Returns the properties of the machine's memory that are lost where the blocks `ram` are mapped
     /// from a file, by option and key.
     #[must_use]
     pub fn lost_by_mapping(&self, ram: &[MappedBlock]) -> Vec<String> {
-        incoming::lost_by_mapping(self, ram)
+        lost::lost_by_mapping(self, ram)
     }
 
     /// Returns the command line for a QEMU that waits for a stream, with the RAM blocks `ram`
@@ -364,7 +379,7 @@ impl CommandLine {
     /// ends: one sentence each, without values.
     #[must_use]
     pub fn what_cannot_be_recreated(&self) -> Vec<String> {
-        incoming::what_cannot_be_recreated(self)
+        lost::what_cannot_be_recreated(self)
     }
 
     /// Returns the values of the options of these names, in order.

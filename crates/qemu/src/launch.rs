@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -245,6 +245,21 @@ impl Launch {
         }
         command
     }
+}
+
+/// Runs a program to its end, with nothing to read, and returns what it wrote. It inherits no descriptor
+/// that is meant for a QEMU which is being started.
+///
+/// # Errors
+///
+/// The kernel's error.
+pub fn output_of(command: &mut Command) -> io::Result<Output> {
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let child = {
+        let _one_at_a_time = SPAWNING.lock().unwrap_or_else(PoisonError::into_inner);
+        command.spawn()?
+    };
+    child.wait_with_output()
 }
 
 /// Spawns `command` so that it has the descriptors `shared` under their numbers.

@@ -66,12 +66,15 @@ pub mod version;
 pub mod vm;
 
 pub use command_line::{
-    CommandLine, CommandLineError, LineDevice, LineDrive, LineImage, MappedBlock, Medium, Pin,
+    CommandLine, CommandLineError, EmptiedFile, LineDevice, LineDrive, LineImage, MappedBlock,
+    Medium, Pin,
 };
 pub use discover::{DiscoverError, Found, VmAddress, list, resolve};
 pub use files::{FileUse, FileUser, user_of_file};
 pub use identity::{Compared, Cpu, Device, Difference, MemoryDevice, Parts, Remedy};
-pub use launch::{Launch, LaunchError, LaunchedQemu, MonitorPair, find_program, high_descriptor};
+pub use launch::{
+    Launch, LaunchError, LaunchedQemu, MonitorPair, find_program, high_descriptor, output_of,
+};
 pub use migration::LoadError;
 pub use outgoing::{KeptFile, Outgoing, SentRam, StreamSettings};
 pub use proc::is_process_stopped;

@@ -41,6 +41,14 @@ pub(crate) fn executable(pid: u32) -> io::Result<PathBuf> {
     Ok(PathBuf::from(OsStr::from_bytes(stripped)))
 }
 
+/// Returns the user whose rights a process has: the effective one.
+pub(crate) fn user(pid: u32) -> io::Result<u32> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("Uid:"));
+    let effective = line.and_then(|line| line.split_whitespace().nth(1)?.parse().ok());
+    effective.ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
 /// Returns the directory to which a process's relative names refer: its current one.
 ///
 /// A QEMU that was started with `-daemonize` has left its directory for `/` (7.2 to 11.1). For such

@@ -1,9 +1,9 @@
 //! Finds out the version of a QEMU program on disk.
 
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
 
-use crate::launch::LaunchError;
+use crate::launch::{LaunchError, output_of};
 use crate::version::QemuVersion;
 
 /// Returns the version that `program --version` prints: "QEMU emulator version 10.0.2 (...)".
@@ -13,11 +13,7 @@ use crate::version::QemuVersion;
 /// [`LaunchError::Spawn`] if the program does not start, [`LaunchError::NoVersion`] if it prints
 /// something else.
 pub fn program_version(program: &Path) -> Result<QemuVersion, LaunchError> {
-    let output = Command::new(program)
-        .arg("--version")
-        .stdin(Stdio::null())
-        .stderr(Stdio::null())
-        .output()
+    let output = output_of(Command::new(program).arg("--version"))
         .map_err(|source| LaunchError::Spawn { program: program.to_owned(), source })?;
     let text = String::from_utf8_lossy(&output.stdout);
     let no_version = || LaunchError::NoVersion { program: program.to_owned() };

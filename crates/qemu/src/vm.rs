@@ -119,6 +119,20 @@ const RUN_STATES: [(RunState, &str); 15] = [
 ];
 
 impl RunState {
+    /// Tells whether the guest stands still and goes on from there with `cont`: it was stopped by a
+    /// command, a disk that failed, its own panic, its watchdog or a debugger.
+    #[must_use]
+    pub fn stands_still(&self) -> bool {
+        matches!(self, RunState::Paused | RunState::Debug) || self.is_kept()
+    }
+
+    /// Tells whether a restored VM has this state again, and not just that it is paused. QEMU aborts if
+    /// it restores a VM that a debugger had stopped (7.2 to 11.1).
+    #[must_use]
+    pub fn is_kept(&self) -> bool {
+        matches!(self, RunState::IoError | RunState::GuestPanicked | RunState::Watchdog)
+    }
+
     /// Reads QEMU's name of a state.
     #[must_use]
     pub fn from_name(name: &str) -> RunState {

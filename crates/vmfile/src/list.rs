@@ -131,7 +131,7 @@ fn ask(vm: &mut Vm, listed: &mut ListedVm) -> Result<(), String> {
     }
     listed.backing = backing;
     let state = vm.run_state().map_err(text)?;
-    if !matches!(state, RunState::Running | RunState::Paused) {
+    if state != RunState::Running && !state.stands_still() {
         return Err(format!("it is in run state {state}"));
     }
     let blockers = vm.why_not_saved().map_err(text)?;

@@ -53,6 +53,12 @@ pub enum RestoreError {
     /// The device state does not say whether the VM runs.
     #[error("the file's device state has no section \"globalstate\"")]
     NoRunState,
+    /// The command line in the file is not run.
+    #[error("the command line in the file is not run: {reason}")]
+    Untrusted {
+        /// Why not.
+        reason: String,
+    },
     /// The command line cannot be used.
     #[error(transparent)]
     CommandLine(#[from] CommandLineError),

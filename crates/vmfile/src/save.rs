@@ -230,7 +230,7 @@ impl<'a> Save<'a> {
         let state = vm.run_state()?;
         let was_running = match state {
             RunState::Running => true,
-            RunState::Paused => false,
+            ref still if still.stands_still() => false,
             other => return Err(SaveError::RunState { found: other.to_string() }),
         };
         let blockers = vm.why_not_saved()?;
@@ -239,7 +239,7 @@ impl<'a> Save<'a> {
         }
         warnings.extend(ending::with_activities(vm, options)?);
         let found = vm.drives()?;
-        let mut meta = describe_vm(vm, was_running, &found)?;
+        let mut meta = describe_vm(vm, &state, &found)?;
         warnings.extend(describe::warn_of_no_command_line(&meta));
         warnings.extend(images::look(vm, &mut meta, options, was_running)?);
         let known = changed::compare(vm, &mut meta, &found, options)?;
@@ -314,7 +314,7 @@ impl<'a> Save<'a> {
 
     /// From the pause to the durable file.
     fn write(&mut self, paused: &mut Paused<'_>) -> Result<(), SaveError> {
-        if *paused.state() != RunState::Paused {
+        if !paused.state().stands_still() {
             return Err(SaveError::RunState { found: paused.state().to_string() });
         }
         if paused.ran() != self.record.was_running {
@@ -355,7 +355,8 @@ impl<'a> Save<'a> {
     /// pause: the save must not let it run.
     fn note_that_it_ran(&mut self, paused: &mut Paused<'_>) -> Result<(), SaveError> {
         self.record.was_running = paused.ran();
-        describe::set_run_state(&mut self.meta, paused.ran());
+        let state = if paused.ran() { &RunState::Running } else { paused.state() };
+        describe::set_run_state(&mut self.meta, state);
         paused.vm().update_record(&self.record)?;
         self.watch(self.options.after == After::Pause)
     }

@@ -43,6 +43,7 @@ pub(crate) fn run(arguments: &RestoreArguments, printer: &Printer) -> Result<Exi
         .jobs(arguments.engine.jobs())
         .disks_changed_ok(arguments.disks_changed_ok)
         .verify(arguments.verify)
+        .trust_command(arguments.trust_command)
         .paused(arguments.paused)
         .foreground(arguments.foreground);
     let meter = Meter::new("restore", printer.progress, &signals.asked);

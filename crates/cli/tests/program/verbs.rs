@@ -109,7 +109,7 @@ fn restore_as_saved(qemu: &vmfile_testing::Qemu, seed: u32, mode: &str) -> TestR
     let saved = save(&guest, &[])?;
     saved.said.assert(0, &[]);
     guest.wait_for_exit()?;
-    let before = guest.counts().last().ok_or("a count")?.number;
+    let seen = guest.counts().len();
 
     let said = vmfile(words!["restore", "--json", "--mode", mode, saved.file]);
     said.assert(0, &[]);
@@ -118,9 +118,8 @@ fn restore_as_saved(qemu: &vmfile_testing::Qemu, seed: u32, mode: &str) -> TestR
     assert_eq!(report["mode"], mode);
     assert_eq!(report["running"], true);
     assert_eq!(report["qmp"], guest.qmp_path().display().to_string());
-    // The new QEMU truncated the serial log.
-    wait_until("two passes", || guest.counts().len() >= 2)?;
-    assert!(guest.counts().last().ok_or("a count")?.number > before);
+    // The new QEMU goes on with the serial log, where no pass is missing.
+    wait_until("two passes", || guest.counts().len() >= seen + 2)?;
     guest.judge_counts()?;
     let again = vmfile(words!["restore", saved.file]);
     again.assert(3, &["is in use", "the VM that was saved may still run"]);

@@ -76,6 +76,9 @@ pub struct VmMeta {
     pub run_state: String,
     /// The program, where it is known: a stream does not tell.
     pub executable: Option<String>,
+    /// The user whose rights it had, where that is known.
+    #[serde(default)]
+    pub user: Option<u32>,
     /// Its whole command line, the program's name first; empty where it is not known. It may hold
     /// secrets.
     pub command_line: Vec<String>,
@@ -109,6 +112,7 @@ impl VmMeta {
             qemu_version: None,
             run_state: String::from("paused"),
             executable: None,
+            user: None,
             command_line: Vec::new(),
             working_directory: None,
             disks: Vec::new(),
@@ -370,6 +374,7 @@ mod tests {
                 qemu_version: Some("10.0.2".into()),
                 run_state: "running".into(),
                 executable: Some("/usr/bin/qemu-system-x86_64".into()),
+                user: Some(107),
                 command_line: vec!["qemu-system-x86_64".into(), "-m".into(), "64M".into()],
                 working_directory: Some("/".into()),
                 disks: Vec::new(),

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::keys::{Keys, is_on, write};
+use super::keys::{Keys, write};
 use super::{Argument, CONTROL_ID, CommandLine, CommandLineError, MappedBlock, parse_json};
 use crate::size::parse_size;
 
@@ -10,7 +10,7 @@ use crate::size::parse_size;
 const STARTING_OPTIONS: [&str; 4] = ["incoming", "S", "daemonize", "loadvm"];
 
 /// Options that give memory to the machine's own RAM; QEMU refuses them beside `memory-backend`.
-const MACHINE_RAM_OPTIONS: [&str; 2] = ["mem-path", "mem-prealloc"];
+pub(super) const MACHINE_RAM_OPTIONS: [&str; 2] = ["mem-path", "mem-prealloc"];
 
 /// Properties of a memory backend that stay true when its bytes come from a file.
 const KEPT_PROPERTIES: [&str; 5] = ["merge", "dump", "policy", "host-nodes", WHOLE_PATH];
@@ -23,10 +23,6 @@ const WHOLE_PATH: &str = "x-use-canonical-path-for-ramblock-id";
 
 /// The smallest page of a host that QEMU runs on.
 const HOST_PAGE_LEN: u64 = 4096;
-
-/// Properties of a memory backend that say where its bytes are; a mapping has its own.
-const PLACE_PROPERTIES: [&str; 9] =
-    ["qom-type", "id", "size", "mem-path", "offset", "readonly", "rom", "reserve", "share"];
 
 /// Devices whose memory is more than the bytes in it: it persists, is shared, or is partly absent.
 const DEVICES_NOT_MAPPED: [&str; 4] = ["nvdimm", "virtio-pmem", "virtio-mem", "ivshmem"];
@@ -50,84 +46,6 @@ pub(super) fn for_incoming(
     Ok(line)
 }
 
-/// Returns what depends on the old QEMU's process, by option and key: values may be secret.
-pub(super) fn what_cannot_be_recreated(line: &CommandLine) -> Vec<String> {
-    line.arguments.iter().filter(|argument| is_kept(argument)).filter_map(lost_thing).collect()
-}
-
-pub(super) fn lost_by_mapping(line: &CommandLine, ram: &[MappedBlock]) -> Vec<String> {
-    let mut lost = Vec::new();
-    for block in ram {
-        match find_backend(&line.arguments, &block.block_name) {
-            Ok(Some((index, id))) => {
-                let value = line.arguments[index].value.as_deref().unwrap_or_default();
-                lost.extend(lost_properties(&id, value));
-            }
-            Ok(None) => lost.extend(
-                line.arguments
-                    .iter()
-                    .filter_map(Argument::name)
-                    .filter(|name| MACHINE_RAM_OPTIONS.contains(name))
-                    .map(|name| format!("-{name}")),
-            ),
-            // The line is refused for it elsewhere.
-            Err(_) => {}
-        }
-    }
-    lost
-}
-
-/// Returns what a backend says of its memory that a mapping does not have.
-fn lost_properties(id: &str, value: &str) -> Vec<String> {
-    let keys = Keys::parse(value, "qom-type");
-    if is_mapped(&keys) {
-        return Vec::new();
-    }
-    let is_lost = |key: &str, value: &str| match key {
-        "mem-path" => true,
-        // A file's and an anonymous backend's memory is private unless they say otherwise.
-        "share" => is_on(value),
-        _ => !PLACE_PROPERTIES.contains(&key) && !is_kept_property(key),
-    };
-    let lost = keys.iter().filter(|(key, value)| is_lost(key, value));
-    lost.map(|(key, _)| format!("-object {id}: {key}")).collect()
-}
-
-fn lost_thing(argument: &Argument) -> Option<String> {
-    let name = argument.name()?;
-    let value = argument.value.as_deref().unwrap_or_default();
-    let keys = Keys::parse(value, "");
-    let id = keys.get("id").map_or(String::new(), |id| format!(" {id}"));
-    let lost = |what: &str| Some(format!("-{name}{id}: {what}"));
-    if matches!(name, "snapshot") || name == "drive" && keys.is_on("snapshot") {
-        return lost("the guest's disk changes were in a temporary file");
-    }
-    if name == "preconfig" {
-        return lost("what was configured through the monitor before the machine was made");
-    }
-    if name == "tpmdev" && keys.iter().any(|(_, value)| value == "emulator") {
-        return lost("the TPM's state is in a process of its own");
-    }
-    let inherited = |(key, value): (&str, &str)| match key.rsplit('.').next().unwrap_or(key) {
-        "fd" | "fds" | "vhostfd" | "vhostfds" | "sockfd" => Some(key.to_owned()),
-        // The address of a socket: `addr.type=fd,addr.str=N`.
-        "type" if value == "fd" => Some(format!("{key}=fd")),
-        _ => None,
-    };
-    if let Some(key) = keys.iter().find_map(inherited) {
-        return lost(&format!("{key} is a descriptor that QEMU was started with"));
-    }
-    // A backend that an earlier restore mapped gets memory of its own or is mapped again.
-    if name == "object" && is_mapped(&keys) {
-        return None;
-    }
-    let opened = ["/dev/fdset/", "/proc/self/fd/", "/dev/fd/"];
-    if opened.iter().any(|prefix| value.contains(prefix)) {
-        return lost("it names a descriptor that QEMU was started with");
-    }
-    None
-}
-
 pub(super) fn check_mappable(line: &CommandLine, block_name: &str) -> Result<(), CommandLineError> {
     let block = || block_name.to_owned();
     let Some((_, id)) = find_backend(&line.arguments, block_name)? else {
@@ -147,7 +65,7 @@ pub(super) fn check_mappable(line: &CommandLine, block_name: &str) -> Result<(),
 }
 
 /// Tells whether an argument belongs to the VM rather than to how its QEMU was started.
-fn is_kept(argument: &Argument) -> bool {
+pub(super) fn is_kept(argument: &Argument) -> bool {
     let Some(name) = argument.name() else { return true };
     let value = argument.value.as_deref().unwrap_or_default();
     match name {
@@ -187,7 +105,7 @@ fn map_block(arguments: &mut Vec<Argument>, block: &MappedBlock) -> Result<(), C
 ///
 /// QEMU names the block after the backend's id, or its QOM path with machine types before 4.0, or
 /// puts the path of the device before it that uses the backend (`0000:00:03.0/m1`).
-fn find_backend(
+pub(super) fn find_backend(
     arguments: &[Argument],
     block_name: &str,
 ) -> Result<Option<(usize, String)>, CommandLineError> {
@@ -285,7 +203,7 @@ fn file_backend(
 }
 
 /// Tells whether an earlier restore mapped this memory backend from an inherited descriptor.
-fn is_mapped(keys: &Keys) -> bool {
+pub(super) fn is_mapped(keys: &Keys) -> bool {
     keys.get("mem-path").is_some_and(|path| path.starts_with("/proc/self/fd/"))
 }
 
@@ -334,7 +252,7 @@ fn kept_words(written: &str) -> Vec<String> {
 }
 
 /// A list may be written as `host-nodes=0` or `host-nodes.0=0`.
-fn is_kept_property(key: &str) -> bool {
+pub(super) fn is_kept_property(key: &str) -> bool {
     let name = key.split_once('.').map_or(key, |(name, _)| name);
     KEPT_PROPERTIES.contains(&name)
 }
@@ -357,10 +275,6 @@ mod tests {
     fn incoming(words: &[&str], ram: &[MappedBlock]) -> Result<Vec<String>, CommandLineError> {
         let line = CommandLine::new(words.iter().copied())?;
         line.for_incoming(ram).map(|line| line.to_arguments())
-    }
-
-    fn lost(words: &[&str]) -> Vec<String> {
-        CommandLine::new(words.iter().copied()).unwrap().what_cannot_be_recreated()
     }
 
     const PC_RAM_FILE: &str = "memory-backend-file,id=pc.ram,size=67108864,\
@@ -511,27 +425,6 @@ mod tests {
     }
 
     #[test]
-    fn what_a_mapping_does_not_have_is_named() {
-        let lost = |words: &[&str], name: &str| {
-            CommandLine::new(words.iter().copied()).unwrap().lost_by_mapping(&[block(name)])
-        };
-        let words = [
-            "-object",
-            "memory-backend-memfd,id=m1,size=64M,hugetlb=on,prealloc=on,share=on,host-nodes=0",
-        ];
-        let named = ["-object m1: hugetlb", "-object m1: prealloc", "-object m1: share"];
-        assert_eq!(lost(&words, "m1"), named);
-        assert!(
-            lost(&["-object", "memory-backend-ram,id=m1,size=64M,policy=bind"], "m1").is_empty()
-        );
-        let words = ["-m", "64M", "-mem-path", "/dev/hugepages", "-mem-prealloc"];
-        assert_eq!(lost(&words, "pc.ram"), ["-mem-path", "-mem-prealloc"]);
-        let once = incoming(&["-m", "64M"], &[block("pc.ram")]).unwrap();
-        let once: Vec<&str> = once.iter().map(String::as_str).collect();
-        assert!(lost(&once, "pc.ram").is_empty());
-    }
-
-    #[test]
     fn a_restored_vm_can_be_restored_again_mapped_or_not() {
         let once = incoming(&["-m", "64M"], &[block("pc.ram")]).unwrap();
         let once: Vec<&str> = once.iter().map(String::as_str).collect();
@@ -541,7 +434,8 @@ mod tests {
         let loaded = incoming(&once, &[]).unwrap();
         let own = format!("memory-backend-ram,id=pc.ram,size=67108864,{WHOLE_PATH}=off");
         assert!(loaded.contains(&own), "{loaded:?}");
-        assert!(lost(&once).is_empty());
+        let again = CommandLine::new(once).unwrap();
+        assert!(again.what_cannot_be_recreated().is_empty());
     }
 
     #[test]
@@ -554,48 +448,5 @@ mod tests {
     fn broken_json_is_refused_without_its_text() {
         let error = incoming(&["-object", r#"{"data":"hunter2""#], &[block("m1")]).unwrap_err();
         assert_eq!(error.to_string(), "the value of -object is not JSON");
-    }
-
-    #[test]
-    fn inherited_descriptors_are_named_without_values() {
-        let words = [
-            "-netdev",
-            "tap,id=net0,fd=27,vhost=on,vhostfd=28",
-            "-add-fd",
-            "set=2,fd=30",
-            "-blockdev",
-            r#"{"driver":"file","node-name":"f0","filename":"/dev/fdset/2"}"#,
-            "-chardev",
-            "socket,id=charmonitor,fd=24,server=on",
-            "-netdev",
-            "stream,id=net2,addr.type=fd,addr.str=31",
-            "-object",
-            "iommufd,id=i0,fd=32",
-            "-object",
-            "memory-backend-file,id=m0,size=64M,mem-path=/dev/fdset/3",
-            "-snapshot",
-            "-drive",
-            "file=a,snapshot=on,id=d0",
-            "-incoming",
-            "fd:5",
-            "-chardev",
-            "socket,id=vmfile-control,fd=9",
-            "-netdev",
-            "user,id=net1",
-        ];
-        assert_eq!(
-            lost(&words),
-            [
-                "-netdev net0: fd is a descriptor that QEMU was started with",
-                "-add-fd: fd is a descriptor that QEMU was started with",
-                "-blockdev: it names a descriptor that QEMU was started with",
-                "-chardev charmonitor: fd is a descriptor that QEMU was started with",
-                "-netdev net2: addr.type=fd is a descriptor that QEMU was started with",
-                "-object i0: fd is a descriptor that QEMU was started with",
-                "-object m0: it names a descriptor that QEMU was started with",
-                "-snapshot: the guest's disk changes were in a temporary file",
-                "-drive d0: the guest's disk changes were in a temporary file",
-            ]
-        );
     }
 }

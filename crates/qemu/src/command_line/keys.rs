@@ -72,6 +72,14 @@ pub(super) fn write(key: &str, value: &str) -> String {
     format!("{key}={}", value.replace(',', ",,"))
 }
 
+/// Adds a `key=value` to a list.
+pub(super) fn append(list: &str, word: &str) -> String {
+    let commas = list.len() - list.trim_end_matches(',').len();
+    // A single comma at the end begins a key; doubled ones belong to a value.
+    let comma = if commas % 2 == 1 { "" } else { "," };
+    format!("{list}{comma}{word}")
+}
+
 /// Takes a value up to a single comma; a doubled comma stands for one.
 fn take_value(text: &str) -> (String, &str) {
     let mut value = String::new();
@@ -167,6 +175,13 @@ mod tests {
         assert_eq!(keys.get("size"), Some("64"));
         assert!(keys.is_on("share"));
         assert_eq!(keys.get("f.a.0"), Some("1"));
+    }
+
+    #[test]
+    fn what_is_appended_is_a_key_whatever_stands_before_it() {
+        for list in ["a", "a,", "a,,", "a,b=c,,,"] {
+            assert_eq!(Keys::parse(&append(list, "x=y"), "type").get("x"), Some("y"), "{list}");
+        }
     }
 
     #[test]

@@ -3,12 +3,12 @@
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
-use super::keys::{Keys, is_on};
+use super::keys::{Keys, append, is_on};
 use super::{CommandLine, CommandLineError};
 use crate::{proc, unix_socket};
 
 /// Options whose value is a character device in the short form, e.g. `unix:PATH,server=on`.
-const SHORT_FORM_OPTIONS: [&str; 8] =
+pub(super) const SHORT_FORM_OPTIONS: [&str; 8] =
     ["qmp", "qmp-pretty", "monitor", "serial", "parallel", "debugcon", "gdb", "virtioconsole"];
 
 /// The monitor by which libvirt speaks to a QEMU of its own.
@@ -56,6 +56,10 @@ pub(super) fn stop_waiting(line: &mut CommandLine) -> Vec<String> {
         let (Some(name), Some(value)) = (argument.name(), argument.value.as_deref()) else {
             continue;
         };
+        // QEMU takes no JSON there (11.1).
+        if value.trim_start().starts_with('{') {
+            continue;
+        }
         let keys = match name {
             "chardev" => Keys::parse(value, "backend"),
             _ if SHORT_FORM_OPTIONS.contains(&name) && has_address(value) => {
@@ -67,7 +71,7 @@ pub(super) fn stop_waiting(line: &mut CommandLine) -> Vec<String> {
         if keys.is_on("server") && keys.get("wait").is_none_or(is_on) {
             waiting.push(format!("-{name}"));
             // The last of several values counts.
-            argument.value = Some(format!("{value},wait=off"));
+            argument.value = Some(append(value, "wait=off"));
         }
     }
     waiting

@@ -104,6 +104,7 @@ mod tests {
         ProcessInfo {
             pid: std::process::id(),
             executable: PathBuf::new(),
+            user: 0,
             arguments: Vec::new(),
             working_directory: env::current_dir().unwrap(),
         }

@@ -18,6 +18,8 @@ pub struct ProcessInfo {
     pub pid: u32,
     /// The program it runs. The file may have been replaced since it was started.
     pub executable: PathBuf,
+    /// The user whose rights it has.
+    pub user: u32,
     /// Its command line; the first argument is the name it was started under.
     pub arguments: Vec<OsString>,
     /// Its current directory, or the one that it left for `-daemonize`, as its environment names
@@ -100,6 +102,7 @@ fn info(pid: u32) -> Result<ProcessInfo, VmError> {
     Ok(ProcessInfo {
         pid,
         executable: proc::executable(pid).map_err(system("program"))?,
+        user: proc::user(pid).map_err(system("user"))?,
         arguments: proc::arguments(pid).map_err(system("command line"))?,
         working_directory: proc::working_directory(pid).map_err(system("directory"))?,
     })

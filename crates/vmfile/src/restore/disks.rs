@@ -5,14 +5,14 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use rustix::fs::{Access, access};
 use serde::Serialize;
 use vmfile_format::manifest::{DiskMeta, VmMeta};
 use vmfile_pages::snapshot::Snapshot;
 use vmfile_qemu::image_format::gives_format;
-use vmfile_qemu::{CommandLine, Drive, LineDrive, Medium};
+use vmfile_qemu::{CommandLine, Drive, LineDrive, Medium, output_of};
 
 use super::RestoreOptions;
 use super::changed_images;
@@ -296,8 +296,7 @@ fn make_overlay(start: Start<'_>, image: &Path, format: &str) -> Result<PathBuf,
     let program = if beside.is_file() { beside } else { PathBuf::from(QEMU_IMG) };
     let mut command = Command::new(program);
     command.args(["create", "-q", "-f", "qcow2", "-F", format, "-b"]).arg(image).arg(&overlay);
-    let output = command.stdin(Stdio::null()).output();
-    let made = output.and_then(|output| {
+    let made = output_of(&mut command).and_then(|output| {
         let words = String::from_utf8_lossy(&output.stderr).trim().to_owned();
         if output.status.success() { Ok(()) } else { Err(io::Error::other(words)) }
     });

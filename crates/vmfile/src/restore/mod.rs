@@ -19,6 +19,7 @@ mod parts;
 mod prepare;
 mod ram;
 mod stream;
+mod trust;
 
 use std::fmt;
 use std::path::PathBuf;
@@ -107,6 +108,9 @@ pub struct RestoreOptions {
     /// With `map`, read all pages and compare them with their hashes before the guest runs. `load`
     /// and `stream` always compare the pages.
     pub verify: bool,
+    /// Run the command line in the file even if another user may have written it, or if the VM ran as
+    /// another user and would run as root now.
+    pub trust_command: bool,
     /// Leave the guest paused, even if it ran when it was saved.
     pub paused: bool,
     /// Let QEMU share this process's standard streams and end with it.
@@ -122,6 +126,7 @@ impl Default for RestoreOptions {
             jobs: Jobs::default(),
             disks_changed_ok: false,
             verify: false,
+            trust_command: false,
             paused: false,
             foreground: false,
         }
@@ -143,6 +148,9 @@ pub struct RestoreReport {
     pub mode_reason: String,
     /// Whether the guest runs now.
     pub running: bool,
+    /// QEMU's name of its state: `running`, `paused`, or `io-error`, `guest-panicked` or `watchdog` if it
+    /// stood still for that reason when it was saved.
+    pub run_state: String,
     /// The disks whose images belong to the file, and the overlays to which the guest writes.
     pub disks: Vec<RestoredDisk>,
     /// Warnings for the user, such as images that have changed.
@@ -228,12 +236,14 @@ pub fn restore(
         let warning = |error| format!("`save --base auto` will not find this file: {error}");
         prepared.warnings.extend(noted.err().map(warning));
     }
+    let run_state = prepared.vm().run_state()?.to_string();
     let report = RestoreReport {
         pid: prepared.vm().pid().ok(),
         qmp,
         mode: brought.mode,
         mode_reason: brought.reason,
         running: is_to_run,
+        run_state,
         disks: prepared.overlays.keep(),
         warnings: prepared.warnings,
         direct_io: brought.direct_io.filter(|_| brought.bytes_read > 0),

@@ -11,13 +11,14 @@ use vmfile_pages::PagesError;
 use vmfile_pages::control::Control;
 use vmfile_pages::snapshot::Snapshot;
 use vmfile_qemu::{
-    CommandLine, Feature, Launch, LaunchedQemu, MappedBlock, MonitorPair, PUT_BACK_TIMEOUT,
-    QemuVersion, RunState, Vm, VmError, high_descriptor, program_version,
+    CommandLine, EmptiedFile, Feature, Launch, LaunchedQemu, MappedBlock, MonitorPair,
+    PUT_BACK_TIMEOUT, QemuVersion, RunState, Vm, VmError, high_descriptor, program_version,
 };
 
 use super::changed_images;
 use super::disks::{Images, NewOverlays, Start, place_given, place_saved, refuse_own};
 use super::parts::remake;
+use super::trust;
 use super::{Destination, Mode, RestoreOptions};
 use crate::guard::Guard;
 use crate::restore_error::{Mismatch, RestoreError};
@@ -129,7 +130,7 @@ pub(super) fn prepare(
             let executable = PathBuf::from(words.remove(0));
             (executable, CommandLine::new(words)?, None)
         }
-        Destination::Saved => saved_command(snapshot)?,
+        Destination::Saved => saved_command(snapshot, options)?,
     };
     let here = directory.as_deref().unwrap_or(Path::new("."));
     // A QEMU built without user networking refuses `-net user`, in words that say so.
@@ -156,6 +157,7 @@ pub(super) fn prepare(
         &command_line.lost_by_mapping(&blocks),
         "is not kept: RAM is mapped from the file",
     ));
+    warnings.extend(outside(&mut command_line, here, options));
     let waiting = command_line.stop_waiting();
     warnings.extend(said(&waiting, "waits for no client: QEMU would not start until one connects"));
     let qmp = command_line.qmp_sockets().into_iter().next();
@@ -189,6 +191,18 @@ pub(super) fn prepare(
     })
 }
 
+/// Returns warnings about files and a terminal that the new QEMU uses in another way than the old one.
+fn outside(line: &mut CommandLine, here: &Path, options: &RestoreOptions) -> Vec<String> {
+    let has_bytes = |path: &Path| here.join(path).metadata().is_ok_and(|file| file.len() > 0);
+    let emptied = line.keep_logs().into_iter().filter(|file| has_bytes(&file.path));
+    let words = |EmptiedFile { option, path }: EmptiedFile| {
+        format!("{option}: QEMU has emptied {}", path.display())
+    };
+    let terminal = if options.foreground { Vec::new() } else { line.on_terminal() };
+    let lost = "has no terminal: QEMU runs in the background, --foreground gives it this one";
+    emptied.map(words).chain(said(&terminal, lost)).collect()
+}
+
 /// Returns one warning for options of the command line; none if there are none.
 fn said(options: &[String], what: &str) -> Option<String> {
     (!options.is_empty()).then(|| format!("{} {what}", options.join(", ")))
@@ -198,12 +212,16 @@ fn said(options: &[String], what: &str) -> Option<String> {
 /// VM had when it was saved.
 fn saved_command(
     snapshot: &Snapshot,
+    options: &RestoreOptions,
 ) -> Result<(PathBuf, CommandLine, Option<PathBuf>), RestoreError> {
     let meta = snapshot.manifest().map(|manifest| &manifest.meta.vm);
     let meta = meta.ok_or(RestoreError::NoSavedCommand)?;
     let executable = meta.executable.as_ref().ok_or(RestoreError::NoSavedCommand)?;
     let words = meta.command_line.get(1..).unwrap_or_default().to_vec();
     let mut command_line = CommandLine::new(words)?;
+    if !options.trust_command {
+        trust::check(snapshot, meta, (Path::new(executable), &command_line))?;
+    }
     let lost = command_line.what_cannot_be_recreated();
     if !lost.is_empty() {
         return Err(RestoreError::CannotRecreate { what: lost });

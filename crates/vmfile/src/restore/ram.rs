@@ -12,7 +12,7 @@ use vmfile_pages::process_ram::{BlockAt, ProcessRam};
 use vmfile_pages::ram_loader::{load_changes, load_ram};
 use vmfile_pages::reading::{Verified, open_for_reading};
 use vmfile_pages::snapshot::Snapshot;
-use vmfile_qemu::{Feature, RamBlockInfo, Vm, VmError};
+use vmfile_qemu::{Feature, RamBlockInfo, RunState, Vm, VmError};
 use vmfile_stream::contents::{LARGE_BLOCK_LEN, Pages, StreamContents};
 use vmfile_stream::stream_writer::Source;
 
@@ -238,14 +238,17 @@ fn whole_stream(
     Ok(Brought { mode, reason, bytes_read, direct_io: Some(direct_io), verified })
 }
 
-/// Sets the run state to "paused", so that the guest waits for `cont` even in a QEMU that was
-/// started without -S.
+/// Sets the run state to "paused" if the guest ran, so that it waits for `cont` even in a QEMU that was
+/// started without -S. A guest that stood still for another reason stands still again.
 fn paused<'a>(
     snapshot: &Snapshot,
     mut contents: StreamContents<'a>,
 ) -> Result<StreamContents<'a>, RestoreError> {
     let state = &snapshot.structure().device_state;
-    if state.set_run_state(&mut contents.devices, "paused") {
+    let found = state.run_state(&contents.devices).map(RunState::from_name);
+    if found.is_some_and(|found| found.is_kept())
+        || state.set_run_state(&mut contents.devices, "paused")
+    {
         Ok(contents)
     } else {
         Err(RestoreError::NoRunState)

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::path::Path;
 
 use vmfile_format::manifest::{MemoryRangeMeta, VmMeta};
-use vmfile_qemu::{CommandLine, Drive, MemoryRange, ProcessInfo, Vm};
+use vmfile_qemu::{CommandLine, Drive, MemoryRange, ProcessInfo, RunState, Vm};
 
 use super::{Work, config_files, images};
 use crate::error::SaveError;
@@ -12,7 +12,7 @@ use crate::error::SaveError;
 /// Describes the VM; `drives` are its drives.
 pub(super) fn describe_vm(
     vm: &mut Vm,
-    was_running: bool,
+    state: &RunState,
     drives: &[Drive],
 ) -> Result<VmMeta, SaveError> {
     let process = match vm.process() {
@@ -36,8 +36,9 @@ pub(super) fn describe_vm(
         uuid: vm.uuid()?,
         machine: vm.machine_type()?,
         qemu_version: Some(vm.version()?.to_string()),
-        run_state: run_state(was_running),
+        run_state: run_state(state),
         executable: process.as_ref().map(|process| text(&process.executable)),
+        user: process.as_ref().map(|process| process.user),
         command_line,
         working_directory: process.as_ref().map(|process| text(&process.working_directory)),
     };
@@ -76,13 +77,14 @@ pub(super) fn warn_of_no_command_line(meta: &VmMeta) -> Option<String> {
     })
 }
 
-/// Records whether the guest ran until it was paused for the save.
-pub(super) fn set_run_state(meta: &mut VmMeta, ran: bool) {
-    meta.run_state = run_state(ran);
+/// Records the state that the VM had before it was paused for the save.
+pub(super) fn set_run_state(meta: &mut VmMeta, state: &RunState) {
+    meta.run_state = run_state(state);
 }
 
-fn run_state(ran: bool) -> String {
-    if ran { "running" } else { "paused" }.to_owned()
+fn run_state(state: &RunState) -> String {
+    let is_said = *state == RunState::Running || state.is_kept();
+    if is_said { state } else { &RunState::Paused }.to_string()
 }
 
 /// Returns the command line for the manifest. The options from configuration files are written out

@@ -1,0 +1,120 @@
+//! What a QEMU that is started anew does to files and terminals outside of the VM.
+
+use std::path::PathBuf;
+
+use super::CommandLine;
+use super::keys::{Keys, append};
+use super::sockets::SHORT_FORM_OPTIONS;
+
+/// A file that QEMU empties when it starts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EmptiedFile {
+    /// The option that names it.
+    pub option: String,
+    /// The file, as written.
+    pub path: PathBuf,
+}
+
+pub(super) fn keep_logs(line: &mut CommandLine) -> Vec<EmptiedFile> {
+    let mut emptied = Vec::new();
+    for argument in &mut line.arguments {
+        let (Some(name), Some(value)) = (argument.name(), argument.value.as_deref()) else {
+            continue;
+        };
+        let is_emptied = |path: &str| EmptiedFile { option: format!("-{name}"), path: path.into() };
+        match name {
+            "D" => emptied.push(is_emptied(value)),
+            // QEMU takes no JSON there (11.1).
+            "chardev" if !value.trim_start().starts_with('{') => {
+                let keys = Keys::parse(value, "backend");
+                let mut kept = value.to_owned();
+                if keys.get("backend") == Some("file") && keys.get("append").is_none() {
+                    kept = append(&kept, "append=on");
+                }
+                if keys.get("logfile").is_some() && keys.get("logappend").is_none() {
+                    kept = append(&kept, "logappend=on");
+                }
+                argument.value = Some(kept);
+            }
+            _ if SHORT_FORM_OPTIONS.contains(&name) => {
+                let device = value.strip_prefix("mon:").unwrap_or(value);
+                emptied.extend(device.strip_prefix("file:").map(is_emptied));
+            }
+            _ => {}
+        }
+    }
+    emptied
+}
+
+pub(super) fn on_terminal(line: &CommandLine) -> Vec<String> {
+    let mut options = Vec::new();
+    for argument in &line.arguments {
+        let value = argument.value.as_deref().unwrap_or_default();
+        let is_on_terminal = match argument.name() {
+            Some("nographic" | "curses") => true,
+            Some("display") => Keys::parse(value, "type").get("type") == Some("curses"),
+            Some("chardev") => Keys::parse(value, "backend").get("backend") == Some("stdio"),
+            Some(name) if SHORT_FORM_OPTIONS.contains(&name) => {
+                value.strip_prefix("mon:").unwrap_or(value) == "stdio"
+            }
+            _ => false,
+        };
+        options.extend(argument.name().filter(|_| is_on_terminal).map(|name| format!("-{name}")));
+    }
+    options
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A restore emptied the log of the VM that it brought back.
+    #[test]
+    fn logs_go_on_where_qemu_can_append() {
+        let words = [
+            "-chardev",
+            "file,id=a,path=/var/log/a",
+            "-chardev",
+            "file,id=b,path=/var/log/b,append=off",
+            "-chardev",
+            "socket,id=c,path=/run/c,logfile=/var/log/c",
+            "-serial",
+            "file:/var/log/serial",
+            "-serial",
+            "mon:stdio",
+            "-D",
+            "qemu.log",
+        ];
+        let mut line = CommandLine::new(words).unwrap();
+        let emptied = |option: &str, path: &str| EmptiedFile {
+            option: option.to_owned(),
+            path: PathBuf::from(path),
+        };
+        let expected = [emptied("-serial", "/var/log/serial"), emptied("-D", "qemu.log")];
+        assert_eq!(line.keep_logs(), expected);
+        let mut kept = words.map(str::to_owned);
+        kept[1].push_str(",append=on");
+        kept[5].push_str(",logappend=on");
+        assert_eq!(line.to_arguments(), kept);
+    }
+
+    #[test]
+    fn what_was_on_a_terminal_is_named() {
+        let words = [
+            "-nographic",
+            "-serial",
+            "mon:stdio",
+            "-serial",
+            "pty",
+            "-chardev",
+            "stdio,id=c,mux=on",
+            "-display",
+            "curses,charset=CP437",
+            "-qmp",
+            "stdio",
+        ];
+        let line = CommandLine::new(words).unwrap();
+        assert_eq!(line.on_terminal(), ["-nographic", "-serial", "-chardev", "-display", "-qmp"]);
+        assert!(CommandLine::new(["-display", "none"]).unwrap().on_terminal().is_empty());
+    }
+}
