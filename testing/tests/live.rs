@@ -186,9 +186,10 @@ fn a_guest_that_was_restored_by_map_is_saved_from_a_copy_of_what_it_wrote() -> T
         let mut clone = saved.restore(&qemu, Mode::Map)?;
         clone.wait_for_passes(1)?;
         let again = clone.save(&live())?;
-        let Some(LiveMethod::Aside { .. }) = &again.report.live_method else {
+        let Some(LiveMethod::Aside { reason }) = &again.report.live_method else {
             panic!("{:?}", again.report)
         };
+        assert!(reason.contains("mapped from a file"), "{reason}");
         let waits = again.report.guest_waits.ok_or("it says how much was copied")?;
         assert!(waits.aside_bytes < 120 << 20 && waits.count == 0, "{waits:?}");
         clone.runs_on(1)?;

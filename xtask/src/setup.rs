@@ -45,11 +45,35 @@ enum Suite {
     Backports(u32),
 }
 
-const PACKAGES: [Package; 13] = [
+const PACKAGES: [Package; 17] = [
     Package {
         name: "qemu-system-x86",
         provides: "qemu-system-x86_64",
         why: "the VMs that the tests save and restore",
+        suite: Suite::Backports(QEMU_MAJOR_MIN),
+    },
+    Package {
+        name: "qemu-system-arm",
+        provides: "qemu-system-aarch64",
+        why: "VMs of other targets",
+        suite: Suite::Backports(QEMU_MAJOR_MIN),
+    },
+    Package {
+        name: "qemu-system-misc",
+        provides: "qemu-system-riscv64",
+        why: "VMs of other targets",
+        suite: Suite::Backports(QEMU_MAJOR_MIN),
+    },
+    Package {
+        name: "qemu-system-ppc",
+        provides: "qemu-system-ppc64",
+        why: "VMs of other targets",
+        suite: Suite::Backports(QEMU_MAJOR_MIN),
+    },
+    Package {
+        name: "qemu-system-sparc",
+        provides: "qemu-system-sparc64",
+        why: "VMs of other targets",
         suite: Suite::Backports(QEMU_MAJOR_MIN),
     },
     Package {

@@ -264,6 +264,8 @@ fn of_options(error: &SaveError) -> Option<Failure> {
         SaveError::BaseNeedsMemory { .. } => Failure::new(Code::Vm, "base", error)
             .hint("without --base any route saves the whole VM"),
         SaveError::NoChannels => Failure::new(Code::Usage, "usage", error).hint(CHANNELS),
+        SaveError::NotDirect { .. } => Failure::new(Code::Vm, "not_direct", error)
+            .hint("--route stream saves it, and auto takes that route"),
         SaveError::NotLive => Failure::new(Code::Usage, "usage", error).hint(LIVE),
         SaveError::PathNotText { .. } => Failure::new(Code::Usage, "path", error)
             .hint("save under another name, in another directory"),
@@ -311,6 +313,10 @@ const CONT: &str = "the process vm-guardian lets the VM run on once QEMU answers
 fn received(error: &ReceiveError) -> Failure {
     let failure = Failure::from(error);
     match error {
+        ReceiveError::Stream(error) if error.to_string().starts_with("page size") => {
+            Failure { code: Code::Vm, ..failure }
+                .hint("--route native has QEMU write such pages (QEMU 9.1)")
+        }
         ReceiveError::Stream(_) | ReceiveError::Channel { .. } => Failure {
             code: Code::Vm,
             hint: Some("QEMU did not send what it should; --route direct needs no stream".into()),

@@ -382,6 +382,17 @@ impl Vm {
         Ok(name.map(str::to_owned).ok_or_else(|| unexpected("qom-get", "machine type"))?)
     }
 
+    /// Returns QEMU's name of the architecture that it emulates: `x86_64`, `aarch64` and so on.
+    ///
+    /// # Errors
+    ///
+    /// See [`Qmp::execute`].
+    pub fn target(&mut self) -> Result<String, VmError> {
+        let answer = self.execute("query-target", Value::Null)?;
+        let arch = answer.get("arch").and_then(Value::as_str).map(str::to_owned);
+        Ok(arch.ok_or_else(|| unexpected("query-target", "arch"))?)
+    }
+
     /// Returns the name given with `-name`.
     ///
     /// # Errors

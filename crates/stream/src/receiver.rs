@@ -12,7 +12,7 @@ use vmfile_format::stream::configuration::Configuration;
 use vmfile_format::stream::decoder::{Event, StreamDecoder};
 use vmfile_format::stream::device_state::DeviceState;
 use vmfile_format::stream::{multifd, xbzrle};
-use vmfile_format::{FormatError, PageBitmap, PageIndex, RamLayout};
+use vmfile_format::{FormatError, PageBitmap, PageIndex, PageSize, RamLayout};
 use vmfile_pages::control::Meter;
 use vmfile_pages::draft::{Draft, FileLayout, StreamTail};
 use vmfile_pages::lane::{Lane, Workers};
@@ -34,6 +34,8 @@ pub struct StreamReceiver<'a> {
     pub workers: Workers,
     /// How long to wait for the sender.
     pub limits: WaitLimits<'a>,
+    /// How large the sender's pages are if the stream does not say it: 4 KiB for most targets of QEMU.
+    pub page_size: PageSize,
 }
 
 /// What the stream contained; RAM is in the file already.
@@ -93,7 +95,7 @@ impl StreamReceiver<'_> {
         let Connections { stream, begun, channels, listener } = connections;
         let rounds = Rounds::new(self.limits, channels.len());
         let mut source = StreamSource::new(stream, &begun, self.limits, rounds.limits().1);
-        let mut decoder = StreamDecoder::new();
+        let mut decoder = StreamDecoder::with_page_size(self.page_size);
         let head = head(&mut source, &mut decoder)?;
         let (configuration, section_id) = (&head.configuration, head.section_id);
         let places =

@@ -205,6 +205,12 @@ pub enum SaveError {
     /// The caller chose a live save, and the route `native`, which pauses the guest.
     #[error("the route native cannot save a guest that runs")]
     NotLive,
+    /// The caller chose the route `direct`, which cannot save this guest.
+    #[error("the route direct cannot save this VM: {reason}")]
+    NotDirect {
+        /// Why not.
+        reason: String,
+    },
     /// The caller chose channels, and the route `direct`, which has none.
     #[error("the route direct has no channels")]
     NoChannels,

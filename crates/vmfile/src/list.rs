@@ -10,6 +10,7 @@ use vmfile_qemu::{DiscoverError, Feature, Found, RunState, Vm, VmError};
 
 use crate::error::with_sources;
 use crate::leftover::put_right_at_once;
+use crate::save::target::not_direct;
 
 /// A VM that runs on this host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -138,7 +139,8 @@ fn ask(vm: &mut Vm, listed: &mut ListedVm) -> Result<(), String> {
     if let Some(blocker) = blockers.first() {
         return Err(blocker.to_string());
     }
-    if blocks.iter().all(|block| block.host_address.is_some()) {
+    let is_known = not_direct(vm).map_err(text)?.is_none();
+    if is_known && blocks.iter().all(|block| block.host_address.is_some()) {
         listed.routes.push("direct".to_owned());
     }
     listed.routes.push("stream".to_owned());

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use derive_setters::Setters;
 use serde::Serialize;
 use vmfile_engine::{Backend, BackendInUse, DirectIo, DirectIoInUse, Existing};
+use vmfile_format::PageSize;
 use vmfile_format::manifest::VmMeta;
 use vmfile_pages::PagesError;
 use vmfile_pages::control::Control;
@@ -128,7 +129,8 @@ pub fn receive(
     let sender = vmfile_qemu::sender(&connections.stream);
     let width = (options.io, connections.channels.len() + 1);
     let workers = Workers::start(draft.file(), width).map_err(ReceiveError::write_ram)?;
-    let receiver = StreamReceiver { draft: &draft, workers, limits };
+    let page_size = PageSize::KIB_4;
+    let receiver = StreamReceiver { draft: &draft, workers, limits, page_size };
     let received = receiver.run(connections, || Ok::<_, ReceiveError>(()))?;
     let vm = describe_vm(&received, sender);
     let facts = SaveFacts {

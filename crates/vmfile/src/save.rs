@@ -30,6 +30,7 @@ mod route;
 mod sending;
 mod space;
 mod stream;
+pub(crate) mod target;
 mod userfault;
 
 use std::path::{Path, PathBuf};

@@ -138,8 +138,9 @@ pub(crate) fn restore(report: &RestoreReport) -> String {
         line(&mut text, "disk", &format!("{overlay} on top of {image}"));
     }
     line(&mut text, "verified", &report.verified);
+    let end = if report.running { "guest resumed" } else { "VM restored" };
     let took = format!(
-        "QEMU started in {}, guest resumed {} later",
+        "QEMU started in {}, {end} {} later",
         size::seconds(report.qemu_start_seconds),
         size::seconds(report.resume_seconds)
     );

@@ -170,10 +170,17 @@ impl StreamDecoder {
     /// Returns a decoder for the stream's first byte.
     #[must_use]
     pub fn new() -> StreamDecoder {
+        StreamDecoder::with_page_size(PageSize::KIB_4)
+    }
+
+    /// Returns a decoder for the stream of a QEMU whose pages have this size if the stream names none:
+    /// QEMU names it only for targets with pages of several sizes.
+    #[must_use]
+    pub fn with_page_size(page_size: PageSize) -> StreamDecoder {
         StreamDecoder {
             offset: 0,
             state: State::Head,
-            page_size: PageSize::KIB_4,
+            page_size,
             ram_id: 0,
             blocks: Vec::new(),
             places: BTreeMap::new(),

@@ -11,7 +11,7 @@ use vmfile_pages::PagesError;
 use vmfile_pages::control::Control;
 use vmfile_pages::snapshot::Snapshot;
 use vmfile_qemu::{
-    CommandLine, EmptiedFile, Feature, Launch, LaunchedQemu, MappedBlock, MonitorPair,
+    CommandLine, EmptiedFile, Feature, Launch, LaunchError, LaunchedQemu, MappedBlock, MonitorPair,
     PUT_BACK_TIMEOUT, QemuVersion, RunState, Vm, VmError, high_descriptor, program_version,
 };
 
@@ -117,6 +117,38 @@ pub(super) fn prepare(
     options: &RestoreOptions,
     control: &Control<'_>,
 ) -> Result<Prepared, RestoreError> {
+    let again = match &destination {
+        Destination::Saved => Some(Destination::Saved),
+        Destination::Command(words) => Some(Destination::Command(words.clone())),
+        Destination::Waiting(_) => None,
+    };
+    let started = start(snapshot, destination, options, control);
+    let Some(again) = again.filter(|_| options.mode == Mode::Auto) else { return started };
+    match started {
+        Err(RestoreError::Launch(LaunchError::Ended { stderr, .. })) if has_own_ram(&stderr) => {
+            let by_load = options.clone().mode(Mode::Load);
+            let started = start(snapshot, again, &by_load, control)?;
+            let reason =
+                "the machine makes its RAM by itself, and takes none from a file".to_owned();
+            Ok(Prepared { reason, may_stream: true, ..started })
+        }
+        started => started,
+    }
+}
+
+/// Tells whether QEMU ended because its machine takes no memory backend for its RAM, as `sun4u` (7.2 to
+/// 11.1).
+fn has_own_ram(stderr: &str) -> bool {
+    stderr.contains("RAMBlock") && stderr.contains("already registered")
+}
+
+/// Starts a QEMU for the VM, or takes the one that waits.
+fn start(
+    snapshot: &Snapshot,
+    destination: Destination,
+    options: &RestoreOptions,
+    control: &Control<'_>,
+) -> Result<Prepared, RestoreError> {
     let is_saved = matches!(destination, Destination::Saved);
     let (executable, mut command_line, directory) = match destination {
         Destination::Waiting(mut vm) => {
@@ -142,11 +174,11 @@ pub(super) fn prepare(
     compare_memory_size(snapshot, &command_line)?;
     let lowest = lowest(snapshot);
     let (mapped, mode, reason) = choose(snapshot, lowest, (&command_line, version), options.mode)?;
-    let start = Start { snapshot, executable: &executable, directory: here, options };
+    let beginning = Start { snapshot, executable: &executable, directory: here, options };
     let Images { overlays, mut warnings } = if is_saved {
-        place_saved(start, &mut command_line)?
+        place_saved(beginning, &mut command_line)?
     } else {
-        place_given(start, &mut command_line)?
+        place_given(beginning, &mut command_line)?
     };
     let inherited = high_descriptor(lowest.file()).map_err(RestoreError::File)?;
     // Uses the descriptor of the file that was checked: its path may lead to another file by now.
@@ -165,7 +197,7 @@ pub(super) fn prepare(
     let mut guard = Guard::of_monitor(monitor.as_fd())?;
     guard.add_files(overlays.files())?;
     guard.watch_start()?;
-    let start = Instant::now();
+    let started = Instant::now();
     let mut launch = Launch::new(executable, command_line.for_incoming(&blocks)?)
         .monitor(monitor)
         .foreground(options.foreground)
@@ -175,7 +207,7 @@ pub(super) fn prepare(
         launch = launch.working_directory(directory);
     }
     let qemu = launch.spawn(START_TIMEOUT)?;
-    let start_seconds = start.elapsed().as_secs_f64();
+    let start_seconds = started.elapsed().as_secs_f64();
     Ok(Prepared {
         qemu: Qemu::Launched(qemu),
         is_saved,

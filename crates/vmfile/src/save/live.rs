@@ -124,7 +124,11 @@ impl LiveRoute {
         match memory.map(|memory| memory.to_copy(self.live.pause_max)) {
             Ok(Ok(copied_bytes)) => {
                 self.unprotect(vm, &protected)?;
-                let method = LiveMethod::Aside { reason: reasons.remove(0) };
+                let reason = match memory.is_ok_and(LiveMemory::is_mapped) {
+                    true => "its RAM is mapped from a file, as after a restore by map".to_owned(),
+                    false => reasons.remove(0),
+                };
+                let method = LiveMethod::Aside { reason };
                 return Ok(Chosen { method, settings: self.before.clone(), copied_bytes });
             }
             Ok(Err(reason)) => reasons.push(reason),

@@ -3,6 +3,7 @@
 use std::io;
 
 use rustix::io::Errno;
+use vmfile_pages::PageSource as _;
 use vmfile_pages::draft::Draft;
 use vmfile_pages::plan::WINDOW_LEN;
 use vmfile_qemu::{RunState, Vm};
@@ -37,6 +38,13 @@ impl LiveMemory {
             borrowed.err().map(|error| format!("borrow a descriptor of QEMU's: {error}"))
         };
         Ok(LiveMemory { direct, not_by_userfault })
+    }
+
+    /// Tells whether a block is a private mapping of a file: the kernel does not write-protect it.
+    pub(super) fn is_mapped(&self) -> bool {
+        let process = &self.direct.process;
+        (0..self.direct.ram.blocks().len())
+            .any(|number| process.beneath(number).is_ok_and(|beneath| beneath.is_some()))
     }
 }
 

@@ -22,6 +22,7 @@ use vmfile_stream::receiver::{Received, StreamReceiver};
 
 use super::sending::{Peer, peer_process, wait_until_sent};
 use super::stream::written;
+use super::target::page_size_unnamed;
 use super::{Disks, LiveDone, LiveMethod, RouteUsed, Work, Written};
 use crate::error::SaveError;
 use crate::receive::ReceiveError;
@@ -44,6 +45,7 @@ pub(super) fn receive(
     let (ours, theirs) = UnixStream::pair().map_err(SaveError::Socket)?;
     let workers = Workers::start(work.draft.file(), (work.options.io, 1));
     let workers = workers.map_err(SaveError::Workers)?;
+    let page_size = page_size_unnamed(work.vm)?;
     // The stream must not end while QEMU (10.0.2) sets up a background snapshot: QEMU would
     // close its descriptor 0, which may be a monitor or a disk. If this process ends, the
     // guardian's copy keeps the stream open until QEMU was told to stop.
@@ -62,7 +64,7 @@ pub(super) fn receive(
     };
     // If the receiver fails, QEMU waits for room until this is read or closed.
     let end = ours.try_clone().map_err(SaveError::Socket)?;
-    let receiver = StreamReceiver { draft: work.draft, workers, limits };
+    let receiver = StreamReceiver { draft: work.draft, workers, limits, page_size };
     let has_failed = AtomicBool::new(false);
     let (vm, disks) = (&mut *work.vm, &mut *work.disks);
     let mut watch = Watch { vm, disks, method, stands, has_failed: &has_failed };

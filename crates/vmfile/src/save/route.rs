@@ -13,6 +13,7 @@ use super::live::LiveRoute;
 use super::live_memory::LiveMemory;
 use super::native::NativeRoute;
 use super::stream::StreamRoute;
+use super::target::not_direct;
 use super::{BaseFile, Live, Route, SaveOptions};
 use crate::error::{SaveError, with_sources};
 
@@ -103,8 +104,10 @@ pub(super) fn choose_live(
         // `Native` was refused by `SaveOptions::check`.
         Route::Stream | Route::Direct | Route::Native => "asked for",
     };
-    let memory = match options.route {
-        Route::Stream => Err("the route stream was asked for".to_owned()),
+    let other = not_direct(vm)?;
+    let memory = match (options.route, other) {
+        (Route::Stream, _) => Err("the route stream was asked for".to_owned()),
+        (_, Some(reason)) => Err(reason),
         _ => match LiveMemory::prepare(vm, from, options) {
             Ok(memory) => Ok(memory),
             Err(error) if options.route == Route::Auto && is_memory_out_of_reach(&error) => {
@@ -138,6 +141,12 @@ pub(super) fn choose_paused(
     if route == Route::Native {
         let route = ReadyRoute::Native(NativeRoute::prepare(vm, options, draft)?);
         return Ok(ChosenRoute { route, reason: "asked for".to_owned() });
+    }
+    if let Some(reason) = not_direct(vm)? {
+        return match route {
+            Route::Direct => Err(SaveError::NotDirect { reason }),
+            _ => stream(vm, format!("not direct: {reason}")),
+        };
     }
     match DirectRoute::prepare(vm, (draft, base), options) {
         Ok(direct) => {

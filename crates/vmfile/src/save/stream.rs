@@ -17,6 +17,7 @@ use vmfile_stream::listener::{Listener, SocketPlace};
 use vmfile_stream::receiver::{Received, StreamReceiver};
 
 use super::sending::{Peer, peer_process, wait_until_sent};
+use super::target::page_size_unnamed;
 use super::{SaveOptions, Work, Written};
 use crate::error::SaveError;
 
@@ -138,6 +139,7 @@ fn receive(
     workers: Workers,
 ) -> Result<Received, SaveError> {
     let process = peer_process(work.vm);
+    let page_size = page_size_unnamed(work.vm)?;
     let limits =
         WaitLimits { control: work.control, process, stall: Some(STALL_TIMEOUT), deadline: None };
     let mut peer = Peer::default();
@@ -152,7 +154,7 @@ fn receive(
     };
     let vm = &mut *work.vm;
     let received = connections.and_then(|connections| {
-        let receiver = StreamReceiver { draft: work.draft, workers, limits };
+        let receiver = StreamReceiver { draft: work.draft, workers, limits, page_size };
         receiver.run(connections, || wait_until_sent(vm))
     });
     received.map_err(|error| peer.give_up(work.vm, error))
