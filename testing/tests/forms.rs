@@ -13,7 +13,7 @@ use serde_json::json;
 use vmfile::restore::{Destination, Mode, ModeUsed, RestoreOptions};
 use vmfile::save::{After, SaveOptions};
 use vmfile::{Control, Snapshot, Vm};
-use vmfile_qemu::RunState;
+use vmfile_qemu::{RunState, VmAddress};
 use vmfile_testing::{Guest, Qemu, Ram, Release, TestResult, requires};
 
 /// QEMU rounds the machine's RAM up to 8 KiB; no mode restored such a VM.
@@ -227,4 +227,38 @@ fn a_copy_that_was_padded_with_zeros_is_restored() -> TestResult {
     vmfile_testing::verbs::check_is_clean(&saved.file)?;
     let mut restored = saved.restore_saved(&RestoreOptions::default())?;
     guest.counts_on_in(restored.qemu.as_mut().ok_or("a QEMU was started")?, 2)
+}
+
+/// QEMU 11.1 makes monitors by `-object monitor-qmp`: `list` and `save PID` did not find them.
+#[test]
+fn a_monitor_that_is_an_object_is_found_and_its_vm_comes_back() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Newest));
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
+    let socket = directory.path().join("qmp");
+    let tree = qemu.program().ancestors().nth(3).ok_or("a tree")?.canonicalize()?;
+    let mut command = Command::new(qemu.program());
+    command.args(["-nodefaults", "-display", "none", "-m", "32M", "-accel", "tcg"]);
+    for place in ["usr/share/qemu", "usr/share/seabios"] {
+        command.arg("-L").arg(tree.join(place));
+    }
+    let device = format!("socket,id=c,path={},server=on,wait=off", socket.display());
+    command.args(["-chardev", &device, "-object", "monitor-qmp,id=m,chardev=c"]);
+    let running = Running(command.spawn()?);
+    let deadline = Instant::now() + Duration::from_secs(30);
+    let address = VmAddress::Pid(running.0.id());
+    let mut vm = loop {
+        match vmfile_qemu::resolve(&address).map(|path| Vm::connect(&path)) {
+            Ok(Ok(vm)) => break vm,
+            found if Instant::now() > deadline => return Err(format!("{found:?}").into()),
+            _ => thread::sleep(Duration::from_millis(20)),
+        }
+    };
+    let (file, control) = (directory.path().join("vm.vmf"), Control::none());
+    vmfile::save::save(&mut vm, &file, &SaveOptions::default(), &control)?;
+    drop(running);
+    let snapshot = Snapshot::open(&file, 0)?;
+    let options = RestoreOptions::default();
+    let restored = vmfile::restore::restore(&snapshot, Destination::Saved, &options, &control)?;
+    assert_eq!(restored.report.qmp, Some(socket));
+    Ok(())
 }

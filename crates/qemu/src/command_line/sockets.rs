@@ -104,6 +104,13 @@ fn control_monitors(line: &CommandLine) -> Vec<Keys> {
             monitors.extend(keys.get("chardev").and_then(|id| character_device(line, id)));
         }
     }
+    // Since QEMU 11.1.
+    for value in line.values_of(&["object"]) {
+        let keys = Keys::parse(value, "qom-type");
+        if keys.get("qom-type") == Some("monitor-qmp") {
+            monitors.extend(keys.get("chardev").and_then(|id| character_device(line, id)));
+        }
+    }
     monitors
 }
 
@@ -162,6 +169,18 @@ mod tests {
             &["-chardev", "socket,id=c,path=/run/a,,b,server=on", "-mon", "c,mode=control"],
             &["-mon", "chardev=c,mode=control", "-chardev", "socket,path=/run/a,,b,id=c,server"],
             &["-chardev", "socket,id=c,path=/run/a,,b,server=on", "-qmp", "chardev:c"],
+            &[
+                "-chardev",
+                "socket,id=c,path=/run/a,,b,server=on",
+                "-object",
+                "monitor-qmp,id=m,chardev=c",
+            ],
+            &[
+                "-chardev",
+                "socket,id=c,path=/run/a,,b,server=on",
+                "-object",
+                r#"{"qom-type":"monitor-qmp","id":"m","chardev":"c"}"#,
+            ],
         ] {
             assert_eq!(qmp(words), [PathBuf::from("/run/a,b")], "{words:?}");
         }
