@@ -4,6 +4,7 @@ mod bench;
 
 use std::path::PathBuf;
 
+use clap::builder::{PathBufValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub(crate) use self::bench::{BenchArguments, RamMode};
@@ -160,11 +161,21 @@ pub(crate) enum Verb {
     List,
 }
 
+/// Reads the name of a file to write. `-` means standard output elsewhere, and a saved VM cannot go there: its
+/// pages have places.
+fn new_file() -> impl TypedValueParser<Value = PathBuf> {
+    PathBufValueParser::new().try_map(|path| match path.as_os_str() == "-" {
+        true => Err("a saved VM does not go into a pipe, `vmfile send` writes one there; ./- is a file"),
+        false => Ok(path),
+    })
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct SaveArguments {
     /// The VM: a QMP socket, a process id, or a name that `vmfile list` prints
     pub(crate) vm: String,
     /// The file to write, readable by its owner only
+    #[arg(value_parser = new_file())]
     pub(crate) file: PathBuf,
     /// What becomes of the VM once the file is durable [default: quit; with --live: resume]
     #[arg(long, value_name = "WHAT")]
@@ -304,6 +315,7 @@ pub(crate) struct SendArguments {
 #[derive(Debug, Args)]
 pub(crate) struct ReceiveArguments {
     /// The file to write, readable by its owner only
+    #[arg(value_parser = new_file())]
     pub(crate) file: PathBuf,
     /// Receive from the QEMU that connects to this Unix socket, unix:PATH
     #[arg(long, value_name = "ADDRESS", conflicts_with = "fd")]
@@ -342,6 +354,7 @@ pub(crate) struct ConvertArguments {
     /// The file to read: PATH, file:PATH or file:PATH,offset=N
     pub(crate) source: String,
     /// The file to write, readable by its owner only
+    #[arg(value_parser = new_file())]
     pub(crate) destination: PathBuf,
     /// What the new file is to be
     #[arg(long, value_name = "FORMAT")]

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use tempfile::{TempDir, tempdir};
 use vmfile_testing::TestResult;
 
-use crate::run::{command, names_in, start, vmfile};
+use crate::run::{Said, command, names_in, start, vmfile};
 use crate::words;
 
 /// Listens on a new socket, and calls `serve` with each connection.
@@ -223,5 +223,18 @@ fn a_destination_that_is_no_text_is_refused() -> TestResult {
     let said = vmfile(words!["save", socket, file, "--after", "resume"]);
     said.assert(2, &["is not UTF-8"]);
     assert_eq!(names_in(directory.path()), [""; 0]);
+    Ok(())
+}
+
+/// `save VM -` made a file of that name.
+#[test]
+fn standard_output_is_no_file_to_save_to() -> TestResult {
+    let directory = tempfile::tempdir()?;
+    for words in [&["save", "vm.qmp", "-"][..], &["receive", "-"], &["convert", "a", "-", "--to", "stream"]]
+    {
+        let said = Said::from(command().current_dir(&directory).args(words).output()?);
+        said.assert(2, &["does not go into a pipe", "./-"]);
+    }
+    assert_eq!(std::fs::read_dir(directory.path())?.count(), 0);
     Ok(())
 }
