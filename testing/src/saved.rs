@@ -83,8 +83,8 @@ impl Guest {
         self.counts_on(passes)
     }
 
-    /// Expects that `restored`, a VM restored from this guest after it ended, counts on. It writes
-    /// to the log of this guest.
+    /// Expects that `restored`, a VM restored from this guest after it ended, counts on. It goes on with
+    /// the log of this guest.
     ///
     /// # Errors
     ///

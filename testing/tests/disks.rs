@@ -205,6 +205,7 @@ fn a_vm_that_went_on_in_an_overlay_comes_back_with_its_saved_command_line() -> T
     // Without --with-disks: the VM no longer uses the image that the command line names.
     let third = guest.save_and_end(&SaveOptions::default())?;
     for (saved, expected) in [(&third, 0), (&second, 1), (&first, 1)] {
+        guest.forget_lines()?;
         let restored = saved.restore_saved(&RestoreOptions::default())?;
         assert_eq!(restored.report.disks.len(), expected, "{:?}", restored.report.disks);
         let mut qemu = restored.qemu.ok_or("a QEMU was started")?;

@@ -10,13 +10,11 @@ mod save_and_restore;
 fn a_vm_is_saved_and_restored_by_the_example() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
     let guest = Guest::boot_sector(Ram::private(64)).seed(131).boot(&qemu)?;
-    let before = guest.wait_for_count(1)?;
+    guest.wait_for_count(1)?;
     let directory = tempfile::tempdir()?;
     let file = directory.path().join("vm.vmf");
     let restored = save_and_restore::run(&guest.qmp_path(), &file);
     let mut restored = restored.map_err(|error| error.to_string())?;
-    guest.counts_on_in(&mut restored, 3)?;
-    let first = guest.counts().first().ok_or("a count")?.number;
-    assert!(first > before.number, "{first} after {}", before.number);
-    Ok(())
+    // No pass is missing, and none is there twice.
+    guest.counts_on_in(&mut restored, 3)
 }

@@ -528,6 +528,10 @@ fn read_padded(
         let starts = bytes.windows(FOOTER_MAGIC.len()).enumerate();
         for (start, _) in starts.filter(|(_, found)| *found == FOOTER_MAGIC) {
             let own_len = piece.start + start as u64 + FOOTER_LEN;
+            // The file was cut within its footer.
+            if own_len > len {
+                continue;
+            }
             match read_manifest(path, file, own_len) {
                 Ok(Some(manifest)) if is_zero_from(own_len)? => {
                     return Ok((Some(manifest), own_len));

@@ -413,6 +413,12 @@ fn zeros_behind_the_end_do_not_matter_and_other_bytes_do() {
     let error = Snapshot::open(&saved.path, 0).unwrap_err();
     assert!(matches!(error, SnapshotError::LostEnd { .. }), "{error}");
     saved.file().set_len(padded_len - 1).unwrap();
+    for cut in 1..64 {
+        saved.file().set_len(len - cut).unwrap();
+        let error = Snapshot::open(&saved.path, 0).unwrap_err();
+        assert!(matches!(error, SnapshotError::LostEnd { .. }), "{cut}: {error}");
+    }
+    saved.file().set_len(padded_len - 1).unwrap();
     // The end that is behind the zeros is not that of this file.
     saved.file().write_all_at(&[0; 64], len - 64).unwrap();
     let error = Snapshot::open(&saved.path, 0).unwrap_err();

@@ -151,6 +151,16 @@ impl Guest {
         self.lines().iter().filter_map(|line| Count::parse(line)).collect()
     }
 
+    /// Forgets all that the guest has printed, before it is restored from an earlier moment: a restored VM goes
+    /// on with the log.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's error.
+    pub fn forget_lines(&self) -> TestResult {
+        Ok(fs::File::options().write(true).open(self.prepared.serial_path())?.set_len(0)?)
+    }
+
     /// Waits for a line that `is_wanted` accepts, among all that this VM has printed.
     ///
     /// # Errors
