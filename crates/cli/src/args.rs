@@ -165,7 +165,9 @@ pub(crate) enum Verb {
 /// pages have places.
 fn new_file() -> impl TypedValueParser<Value = PathBuf> {
     PathBufValueParser::new().try_map(|path| match path.as_os_str() == "-" {
-        true => Err("a saved VM does not go into a pipe, `vmfile send` writes one there; ./- is a file"),
+        true => {
+            Err("a saved VM does not go into a pipe, `vmfile send` writes one there; ./- is a file")
+        }
         false => Ok(path),
     })
 }

@@ -229,12 +229,13 @@ fn a_destination_that_is_no_text_is_refused() -> TestResult {
 /// `save VM -` made a file of that name.
 #[test]
 fn standard_output_is_no_file_to_save_to() -> TestResult {
-    let directory = tempfile::tempdir()?;
-    for words in [&["save", "vm.qmp", "-"][..], &["receive", "-"], &["convert", "a", "-", "--to", "stream"]]
+    let directory = tempdir()?;
+    for words in
+        [&["save", "vm.qmp", "-"][..], &["receive", "-"], &["convert", "a", "-", "--to", "stream"]]
     {
         let said = Said::from(command().current_dir(&directory).args(words).output()?);
         said.assert(2, &["does not go into a pipe", "./-"]);
     }
-    assert_eq!(std::fs::read_dir(directory.path())?.count(), 0);
+    assert_eq!(fs::read_dir(directory.path())?.count(), 0);
     Ok(())
 }
