@@ -28,9 +28,9 @@ impl<W> Entry<W> {
     }
 }
 
-/// Measures those ways that are chosen round by round, and compares them. A way that fails is left out of the later
-/// rounds, and the report says why. A stop ends the measurement, and the unfinished round does not
-/// count.
+/// Measures the ways that are chosen, round by round, and compares them. A way that fails is left out
+/// of the later rounds, and the report says why. A stop ends the measurement, and the unfinished round
+/// does not count.
 pub(crate) fn measure<W: Measured>(
     bench: &mut Bench<'_>,
     mut entries: Vec<Entry<W>>,

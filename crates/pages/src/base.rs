@@ -172,7 +172,9 @@ fn sharing(base: &Snapshot, file: &DataFile, is_thin: bool) -> Result<(), String
     let range = placed.pages_offset..placed.pages_offset + 4096.min(placed.block.used_length());
     let shared = share_extents(base.file().as_fd(), range, file.as_fd(), 0);
     let emptied = file.buffered().set_len(0);
+    let no = |error| format!("the file system does not share pages: {error}");
+    shared.and(emptied).map_err(no)?;
     // Without it, and with another file system than XFS, the file only takes more room for a while.
     let _ = limit_cow_extents(file.buffered().as_fd(), 4096);
-    shared.and(emptied).map_err(|error| format!("the file system does not share pages: {error}"))
+    Ok(())
 }

@@ -331,8 +331,12 @@ impl Snapshot {
     pub(crate) fn check_bitmaps_fit(&self, copies: u64) -> Result<(), SnapshotError> {
         let blocks = &self.structure.blocks;
         let bitmaps = blocks.iter().fold(0_u64, |sum, one| sum.saturating_add(one.bitmap_len()));
-        let (needed, available) = (bitmaps.saturating_mul(copies), available_memory());
-        if needed <= available / 2 || needed <= SMALL_BITMAPS_LEN {
+        let needed = bitmaps.saturating_mul(copies);
+        if needed <= SMALL_BITMAPS_LEN {
+            return Ok(());
+        }
+        let available = available_memory();
+        if needed <= available / 2 {
             return Ok(());
         }
         let ram = blocks.iter().fold(0_u64, |sum, one| sum.saturating_add(one.block.used_length()));

@@ -244,8 +244,8 @@ impl CommandLine {
         sockets::in_use(self, directory)
     }
 
-    /// Keeps QEMU from waiting, at its start, until somebody connects to its sockets; returns the
-    /// options that say so. The clients of the VM that ran are not those of the one to come.
+    /// Has QEMU start without waiting for a client at any of its sockets; returns the options that made it
+    /// wait. The clients of the old VM are not those of the new one.
     pub fn stop_waiting(&mut self) -> Vec<String> {
         sockets::stop_waiting(self)
     }

@@ -48,6 +48,17 @@ fn qemu_path(qemu: &Qemu) -> TestResult<std::path::PathBuf> {
     Ok(found.find(|path| path.is_file()).ok_or("no QEMU in PATH")?)
 }
 
+/// Starts a benchmark, sends SIGINT when it says that it does `step`, and waits for its end.
+fn interrupted(command: &mut Command, step: &str) -> TestResult<Said> {
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    let stderr = BufReader::new(child.stderr.take().ok_or("piped")?);
+    let mut lines = stderr.lines().map_while(Result::ok);
+    lines.find(|line| line.contains(step)).ok_or_else(|| format!("it does not say {step:?}"))?;
+    kill_process(pid(child.id()), Signal::INT)?;
+    drop(lines.last());
+    Ok(child.wait_with_output()?.into())
+}
+
 fn way<'a>(ways: &'a Value, name: &str) -> TestResult<&'a Value> {
     let ways = ways.as_array().ok_or("no list of ways")?;
     let way = ways.iter().find(|way| way["name"].as_str().is_some_and(|n| n.starts_with(name)));
@@ -218,13 +229,7 @@ fn a_signal_in_a_later_round_keeps_the_rounds_before() -> TestResult {
     // Without fio, bench skips the search for the best settings of the disk, which takes minutes.
     let programs = only(&["sh", "cat", "sync", "touch", "findmnt"])?;
     command.env("PATH", programs.path());
-    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
-    let stderr = BufReader::new(child.stderr.take().ok_or("piped")?);
-    let mut lines = stderr.lines().map_while(Result::ok);
-    lines.find(|line| line.contains("round 2 of 50")).ok_or("a second round")?;
-    kill_process(pid(child.id()), Signal::INT)?;
-    drop(lines.last());
-    let said = Said::from(child.wait_with_output()?);
+    let said = interrupted(&mut command, "round 2 of 50")?;
     said.assert(130, &["stopped by a signal"]);
     let report = said.json()?;
     let ours = way(&report["scenes"][0]["saves"], "vmfile")?;
@@ -241,13 +246,7 @@ fn a_signal_in_a_sweep_keeps_what_was_measured_before() -> TestResult {
     let words = ["--size", "64M", "--runs", "2", "--saves-only", "--ram", "private", "--sweep"];
     let (mut command, _programs) = bench(&qemu, &words, files.path())?;
     command.args(["--ways", "vmfile save,exec", "--progress", "json"]);
-    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
-    let stderr = BufReader::new(child.stderr.take().ok_or("piped")?);
-    let mut lines = stderr.lines().map_while(Result::ok);
-    lines.find(|line| line.contains("sweep of RAM: 256")).ok_or("a sweep")?;
-    kill_process(pid(child.id()), Signal::INT)?;
-    drop(lines.last());
-    let said = Said::from(child.wait_with_output()?);
+    let said = interrupted(&mut command, "sweep of RAM: 256")?;
     said.assert(130, &["the sweeps that were still to be measured", "stopped by a signal"]);
     let report = said.json()?;
     let saves = &report["scenes"][0]["saves"];

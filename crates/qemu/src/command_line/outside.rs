@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use super::CommandLine;
 use super::keys::{Keys, append};
-use super::sockets::SHORT_FORM_OPTIONS;
+use super::sockets::{SHORT_FORM_OPTIONS, without_monitor};
 
 /// A file that QEMU empties when it starts.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,8 +37,7 @@ pub(super) fn keep_logs(line: &mut CommandLine) -> Vec<EmptiedFile> {
                 argument.value = Some(kept);
             }
             _ if SHORT_FORM_OPTIONS.contains(&name) => {
-                let device = value.strip_prefix("mon:").unwrap_or(value);
-                emptied.extend(device.strip_prefix("file:").map(is_emptied));
+                emptied.extend(without_monitor(value).strip_prefix("file:").map(is_emptied));
             }
             _ => {}
         }
@@ -54,9 +53,7 @@ pub(super) fn on_terminal(line: &CommandLine) -> Vec<String> {
             Some("nographic" | "curses") => true,
             Some("display") => Keys::parse(value, "type").get("type") == Some("curses"),
             Some("chardev") => Keys::parse(value, "backend").get("backend") == Some("stdio"),
-            Some(name) if SHORT_FORM_OPTIONS.contains(&name) => {
-                value.strip_prefix("mon:").unwrap_or(value) == "stdio"
-            }
+            Some(name) if SHORT_FORM_OPTIONS.contains(&name) => without_monitor(value) == "stdio",
             _ => false,
         };
         options.extend(argument.name().filter(|_| is_on_terminal).map(|name| format!("-{name}")));

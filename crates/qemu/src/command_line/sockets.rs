@@ -79,7 +79,7 @@ pub(super) fn stop_waiting(line: &mut CommandLine) -> Vec<String> {
 
 /// Tells whether the short form of a character device has the address of a socket.
 fn has_address(value: &str) -> bool {
-    let value = value.strip_prefix("mon:").unwrap_or(value);
+    let value = without_monitor(value);
     ["unix:", "tcp:", "telnet:", "tn3270:", "websocket:"].iter().any(|kind| value.starts_with(kind))
 }
 
@@ -98,19 +98,13 @@ fn control_monitors(line: &CommandLine) -> Vec<Keys> {
         .values_of(&["qmp", "qmp-pretty"])
         .filter_map(|value| short_form(line, value))
         .collect();
-    for value in line.values_of(&["mon"]) {
-        let keys = Keys::parse(value, "chardev");
-        if keys.get("mode") == Some("control") {
-            monitors.extend(keys.get("chardev").and_then(|id| character_device(line, id)));
-        }
-    }
+    let options = line.values_of(&["mon"]).map(|value| Keys::parse(value, "chardev"));
+    let options = options.filter(|keys| keys.get("mode") == Some("control"));
     // Since QEMU 11.1.
-    for value in line.values_of(&["object"]) {
-        let keys = Keys::parse(value, "qom-type");
-        if keys.get("qom-type") == Some("monitor-qmp") {
-            monitors.extend(keys.get("chardev").and_then(|id| character_device(line, id)));
-        }
-    }
+    let objects = line.values_of(&["object"]).map(|value| Keys::parse(value, "qom-type"));
+    let objects = objects.filter(|keys| keys.get("qom-type") == Some("monitor-qmp"));
+    let device = |keys: Keys| character_device(line, keys.get("chardev")?);
+    monitors.extend(options.chain(objects).filter_map(device));
     monitors
 }
 
@@ -129,12 +123,17 @@ fn server_paths(line: &CommandLine) -> Vec<PathBuf> {
         .collect()
 }
 
+/// Returns a character device in the short form without the word that lets a monitor share it.
+pub(super) fn without_monitor(value: &str) -> &str {
+    value.strip_prefix("mon:").unwrap_or(value)
+}
+
 /// Reads the short form of a character device: `unix:PATH,server=on,wait=off` or `chardev:ID`.
 fn short_form(line: &CommandLine, value: &str) -> Option<Keys> {
     if let Some(id) = value.strip_prefix("chardev:") {
         return character_device(line, id);
     }
-    let value = value.strip_prefix("mon:").unwrap_or(value);
+    let value = without_monitor(value);
     let keys = Keys::parse(value.strip_prefix("unix:")?, "path");
     Some(keys)
 }

@@ -1,4 +1,4 @@
-//! Whether the command line in a file may be run. Whoever wrote the file chose it, and the program.
+//! Whether the command line in a file may be run: the author of the file chose it, and the program.
 //!
 //! As git, ssh and sudo do: what another user could have written is not run.
 
