@@ -11,15 +11,18 @@ use vmfile_engine::{
     open_storage,
 };
 
-use crate::plan::{Units, WINDOW_LEN};
+use crate::plan::{Units, WINDOW_LEN, in_window};
 
 /// Length of the buffers of all lanes of one verb together: enough to keep a fast disk busy, and
 /// half of the 64 MiB of memory that vmfile may use. Each lane has one buffer on top.
 const BUFFERS_LEN: usize = 32 << 20;
 
-/// Length of each buffer: one window.
+/// Length of each buffer of a lane that writes: one window.
 const WINDOW: usize = 2 << 20;
 const _: () = assert!(WINDOW as u64 == WINDOW_LEN);
+
+/// The most buffers for small pieces that a lane has: they keep a disk as busy as [`DEPTH`] would.
+const SMALL_BUFFERS: usize = 16;
 
 /// Length of the buffers for page hashes, and how many each lane has: those of a unit fit into one.
 const TABLE: usize = 64 << 10;
@@ -33,7 +36,17 @@ const DEPTH: usize = 64;
 pub struct Lane {
     storage: Box<dyn Storage>,
     pool: BufferPool,
-    tables: BufferPool,
+    /// `None` in a lane that only reads.
+    tables: Option<BufferPool>,
+}
+
+/// Which buffers a lane has.
+#[derive(Clone, Copy, Debug)]
+enum Buffers {
+    /// Windows, and tables of page hashes.
+    ToWrite,
+    /// For pieces of at most so many bytes.
+    ToRead { len: usize },
 }
 
 /// Threads that wait for work, each with a lane of its own to a file.
@@ -53,12 +66,35 @@ impl Workers {
     /// # Errors
     ///
     /// Returns the kernel's error; the threads that were started have ended by then.
-    pub fn start(file: &DataFile, (backend, jobs): (Backend, usize)) -> io::Result<Workers> {
+    pub fn start(file: &DataFile, width: (Backend, usize)) -> io::Result<Workers> {
+        Workers::open(file, width, Buffers::ToWrite)
+    }
+
+    /// As [`Workers::start`], for work that only reads, `len` bytes at once at most: up to
+    /// [`WINDOW_LEN`]. Such lanes have less memory to touch, which is much of the time of a small
+    /// read.
+    ///
+    /// # Errors
+    ///
+    /// As [`Workers::start`].
+    pub fn start_reading(
+        file: &DataFile,
+        width: (Backend, usize),
+        len: u64,
+    ) -> io::Result<Workers> {
+        Workers::open(file, width, Buffers::ToRead { len: in_window(len) })
+    }
+
+    fn open(
+        file: &DataFile,
+        (backend, jobs): (Backend, usize),
+        buffers: Buffers,
+    ) -> io::Result<Workers> {
         let mut crew = Crew::start(jobs)?;
         // Each thread opens its own lane: touching the buffers takes a while.
         let opened: Vec<_> = (0..jobs).map(|_| Mutex::new(None)).collect();
         crew.run(&|number| {
-            let lane = Lane::open(file, backend, jobs);
+            let lane = Lane::open(file, (backend, jobs), buffers);
             *opened[number].lock().unwrap_or_else(PoisonError::into_inner) = Some(lane);
         })?;
         let lane = |opened: Mutex<Option<_>>| {
@@ -137,13 +173,21 @@ pub fn on_lanes<T: Send>(
 
 impl Lane {
     /// Opens one of `lanes` lanes to `file`, and takes the memory of its buffers.
-    fn open(file: &DataFile, backend: Backend, lanes: usize) -> io::Result<(Lane, BackendInUse)> {
-        let buffers = (BUFFERS_LEN / WINDOW / lanes.max(1)).max(1);
+    fn open(
+        file: &DataFile,
+        (backend, lanes): (Backend, usize),
+        buffers: Buffers,
+    ) -> io::Result<(Lane, BackendInUse)> {
+        let windows = (BUFFERS_LEN / WINDOW / lanes.max(1)).max(1);
+        let (count, len, tables) = match buffers {
+            Buffers::ToWrite => (windows, WINDOW, Some(BufferPool::new(TABLES, TABLE, 4096)?)),
+            Buffers::ToRead { len } if len < WINDOW => (SMALL_BUFFERS, len, None),
+            Buffers::ToRead { .. } => (windows, WINDOW, None),
+        };
         let opened = open_storage(file, backend, DEPTH)?;
         // Several transfers may share a buffer; one buffer is being filled while others are in
         // flight.
-        let pool = BufferPool::new(buffers + 1, WINDOW, 4096)?;
-        let tables = BufferPool::new(TABLES, TABLE, 4096)?;
+        let pool = BufferPool::new(count + 1, len, 4096)?;
         let lane = Lane { storage: opened.storage, pool, tables };
         Ok((lane, opened.backend))
     }
@@ -164,7 +208,7 @@ impl Lane {
 
     /// As [`Lane::buffer`], for the page hashes of a unit: 64 KiB.
     pub(crate) fn table(&mut self) -> io::Result<PooledBuffer> {
-        let tables = self.tables.clone();
+        let tables = self.tables.clone().expect("a lane that writes");
         self.buffer_of(&tables)
     }
 

@@ -18,6 +18,7 @@ use crate::jobs::Jobs;
 use crate::lane::Workers;
 use crate::layers::Layers;
 use crate::memory::{PageSink, PageSource};
+use crate::plan::WINDOW_LEN;
 use crate::ram_loader::load_ram;
 use crate::ram_writer::write_ram;
 use crate::reading::open_for_reading;
@@ -160,7 +161,8 @@ pub fn load(
     let layers = Layers::new(snapshot)?;
     let opened = open_for_reading(layers.main(), options.direct_io);
     let (file, _) = opened.map_err(PagesError::reading("the file once more"))?;
-    let workers = Workers::start(&file, (options.io, options.jobs.count()));
+    let width = (options.io, options.jobs.count());
+    let workers = Workers::start_reading(&file, width, WINDOW_LEN);
     let workers = workers.map_err(PagesError::reading("the file, by threads of its own"))?;
     let blocks: Vec<usize> = (0..snapshot.structure().blocks.len()).collect();
     Ok(load_ram((&layers, workers), &blocks, sink, control)?.0)

@@ -24,7 +24,7 @@ use crate::window_reader::{MorePlaces, Window, WindowReader};
 
 /// Loads all pages with data of `blocks` of the file of `layers` into `sink`, and writes zeros where
 /// `sink` has bytes and the file has none; returns how many bytes of data were read, and the back end.
-/// The lanes of `workers` lead to [`Layers::main`].
+/// The lanes of `workers` lead to [`Layers::main`] and can read [`WINDOW_LEN`] at once.
 ///
 /// # Errors
 ///
@@ -47,7 +47,8 @@ pub fn load_ram<'a>(
 
 /// Brings the pages of `blocks` that newer files of a chain changed into `sink`, which has the pages of
 /// the lowest file: it was mapped. `changes` is what [`Layers::changes`] returns; the lanes of `workers`
-/// lead to its [`Layers::main`]. Returns how many bytes of data were read.
+/// lead to its [`Layers::main`] and can read [`CHANGES_LEN`] at once. Returns how many bytes of data were
+/// read.
 ///
 /// # Errors
 ///
@@ -71,11 +72,11 @@ pub fn load_changes<'a>(
     }
     // Between the changes lies what is there already.
     let take = |block: &LoadedBlock<'_>, window: &Window, bytes: &[u8]| block.copy(window, bytes);
-    Ok(load.read((workers, CELL_LEN), None, take)?.0)
+    Ok(load.read((workers, CHANGES_LEN), None, take)?.0)
 }
 
 /// Of a chain's changes, at most so many bytes are read at once.
-const CELL_LEN: u64 = 64 << 10;
+pub const CHANGES_LEN: u64 = 64 << 10;
 
 /// A load at work.
 struct Load<'a, 'l> {

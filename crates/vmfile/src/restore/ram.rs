@@ -8,8 +8,9 @@ use vmfile_pages::check::{CheckOptions, verify_pages};
 use vmfile_pages::control::Control;
 use vmfile_pages::lane::Workers;
 use vmfile_pages::layers::Layers;
+use vmfile_pages::plan::WINDOW_LEN;
 use vmfile_pages::process_ram::{BlockAt, ProcessRam};
-use vmfile_pages::ram_loader::{load_changes, load_ram};
+use vmfile_pages::ram_loader::{CHANGES_LEN, load_changes, load_ram};
 use vmfile_pages::reading::{Verified, open_for_reading};
 use vmfile_pages::snapshot::Snapshot;
 use vmfile_qemu::{Feature, RamBlockInfo, RunState, Vm, VmError};
@@ -190,7 +191,8 @@ impl<'a> Loadable<'a> {
         let opened = open_for_reading(file, options.direct_io);
         let (file, direct_io) = opened.map_err(RestoreError::File)?;
         let width = (options.io, options.jobs.count());
-        let workers = Workers::start(&file, width).map_err(RestoreError::File)?;
+        let len = if changes.is_some() { CHANGES_LEN } else { WINDOW_LEN };
+        let workers = Workers::start_reading(&file, width, len).map_err(RestoreError::File)?;
         let bytes_read = match &changes {
             Some(changes) => load_changes((changes, workers), &blocks, process, control)?,
             None => load_ram((&layers, workers), &blocks, process, control)?.0,
