@@ -20,6 +20,18 @@ impl ProcessMemory {
         Ok(rustix::process::pidfd_getfd(self.pidfd(), number, flags)?)
     }
 
+    /// Returns a duplicate of the descriptor by which the process has the socket with this inode number
+    /// open.
+    ///
+    /// # Errors
+    ///
+    /// As [`ProcessMemory::descriptor`]; [`io::ErrorKind::NotFound`] if it has none.
+    pub fn socket(&self, inode: u64) -> io::Result<OwnedFd> {
+        let numbers = self.descriptors(format!("socket:[{inode}]").as_bytes())?;
+        let number = numbers.first().ok_or(io::ErrorKind::NotFound)?;
+        self.descriptor(*number)
+    }
+
     /// Returns the numbers of the descriptors whose link in `/proc/PID/fd` is `link`.
     pub(crate) fn descriptors(&self, link: &[u8]) -> io::Result<BTreeSet<i32>> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;

@@ -65,6 +65,7 @@ pub mod storage;
 mod threads;
 pub mod transfer;
 pub mod userfault;
+mod waiting;
 pub mod zero;
 
 pub use backend::{Backend, BackendInUse, OpenStorage, open_storage};

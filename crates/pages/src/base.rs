@@ -83,10 +83,11 @@ impl Base {
             ));
         }
         // Without symbolic links, which may lead to another file later.
-        let path = snapshot.path();
-        let path = path.canonicalize().or_else(|_| std::path::absolute(path));
-        let path = path.ok().and_then(|path| path.into_os_string().into_string().ok());
+        let path = snapshot.path().canonicalize().ok().filter(|path| snapshot.is_at(path));
         let Some(path) = path else {
+            return Err(no("another file has its name by now, or none has"));
+        };
+        let Ok(path) = path.into_os_string().into_string() else {
             return Err(no("its path is not UTF-8, and a thin file keeps it as text"));
         };
         let kept = match sharing(&snapshot, file, is_thin) {

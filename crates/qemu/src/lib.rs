@@ -83,7 +83,8 @@ pub use qmp::{Event, Qmp, QmpError};
 pub use raw_window::RawWindow;
 pub use version::{Feature, QemuVersion};
 pub use vm::{
-    Blocker, BlockerKind, DeviceName, Drive, FileId, Footprint, Holder, Image, IoLimits,
-    MemoryBackend, MemoryRange, Overlay, PUT_BACK_TIMEOUT, Paused, ProcessInfo, RamBlockInfo,
-    RunState, SaveRecord, UndoStep, Vm, VmError, sender, steps_to_end, steps_to_run, undo_steps,
+    Blocker, BlockerKind, DeviceName, DeviceStateFile, Drive, FileId, Footprint, Holder, Image,
+    IoLimits, MemoryBackend, MemoryRange, Overlay, PUT_BACK_TIMEOUT, Paused, ProcessInfo,
+    RamBlockInfo, RunState, SaveRecord, UndoStep, Vm, VmError, sender, steps_to_end, steps_to_run,
+    undo_steps,
 };

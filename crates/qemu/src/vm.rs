@@ -33,7 +33,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::{Value, json};
 
 pub use blockers::{Blocker, BlockerKind};
-pub use device_state::DEVICE_STATE_LEN_MAX;
+pub use device_state::{DEVICE_STATE_LEN_MAX, DeviceStateFile};
 pub use drives::{DeviceName, Drive, Image};
 pub(crate) use drives::{FILTERS, collect_files};
 pub use error::VmError;

@@ -33,8 +33,6 @@ const STOP_INTERVAL: Duration = Duration::from_millis(20);
 #[derive(Debug)]
 pub struct HeldStream {
     socket: OwnedFd,
-    /// The sender's end. It shows whether there is room for the sender.
-    theirs: OwnedFd,
     decoder: StreamDecoder,
     ram: Option<RamLayout>,
     /// Bytes that were taken from the socket with the first page, and not decoded then.
@@ -45,7 +43,8 @@ pub struct HeldStream {
 }
 
 impl HeldStream {
-    /// Makes a connection; returns our end and the sender's, which has as little room as possible.
+    /// Makes a connection; returns our end and the sender's, which has as little room as possible. The
+    /// stream ends when the last duplicate of the sender's end is closed.
     ///
     /// # Errors
     ///
@@ -55,7 +54,6 @@ impl HeldStream {
         sockopt::set_socket_send_buffer_size(&theirs, ROOM)?;
         let held = HeldStream {
             socket: ours.into(),
-            theirs: theirs.try_clone()?.into(),
             decoder: StreamDecoder::new(),
             ram: None,
             taken: Vec::new(),
@@ -91,30 +89,45 @@ impl HeldStream {
         self.ram.as_ref().ok_or(HeldError::NoPages)
     }
 
-    /// Waits until the socket is full, so that the sender waits for room. Returns the pages that have
-    /// come as a whole: the block's place in the block list, and the page. The socket has room for a
-    /// few of them only.
+    /// Waits until the socket is full, so that the sender waits for room; `theirs` is a duplicate of the
+    /// sender's end. Returns the pages that may have come as a whole: the block's place in the block
+    /// list, and the page. The socket has room for a few of them only.
     ///
     /// # Errors
     ///
     /// [`HeldError::NotFull`] if the sender does not fill the socket within five seconds; otherwise as
     /// for [`HeldStream::wait_for_page`].
-    pub fn wait_until_full(&mut self) -> Result<&BTreeSet<(usize, PageIndex)>, HeldError> {
+    pub fn wait_until_full(
+        &mut self,
+        theirs: BorrowedFd<'_>,
+        control: &Control<'_>,
+    ) -> Result<&BTreeSet<(usize, PageIndex)>, HeldError> {
         let deadline = Instant::now() + FILL_TIMEOUT;
-        while !self.is_full().map_err(HeldError::Read)? {
+        while !is_full(theirs).map_err(HeldError::Read)? {
+            if control.is_stopped() {
+                return Err(HeldError::Stopped);
+            }
             if Instant::now() >= deadline {
                 return Err(HeldError::NotFull(FILL_TIMEOUT));
             }
             thread::sleep(LOOK);
         }
         self.look()?;
+        // The kernel counts a piece before the piece can be read (Linux 6.18, `unix_stream_sendmsg`): it
+        // may be the end of one more page.
+        let next = self.pages.last().and_then(|&last| self.after(last));
+        self.pages.extend(next);
         Ok(&self.pages)
     }
 
-    /// Whether a sender has to wait before it can add a byte.
-    fn is_full(&self) -> io::Result<bool> {
-        let room = sockopt::socket_send_buffer_size(&self.theirs)?;
-        Ok(queued_len(self.theirs.as_fd())? >= room as u64)
+    /// Returns the page that QEMU sends after this one.
+    fn after(&self, (block, page): (usize, PageIndex)) -> Option<(usize, PageIndex)> {
+        let blocks = self.ram.as_ref()?.blocks();
+        if page.0 + 1 < blocks.get(block)?.page_count().0 {
+            Some((block, PageIndex(page.0 + 1)))
+        } else {
+            blocks.get(block + 1).map(|_| (block + 1, PageIndex(0)))
+        }
     }
 
     /// Looks whether further pages have come; returns whether there are any.
@@ -173,6 +186,12 @@ impl HeldStream {
     }
 }
 
+/// Whether a sender by this end has to wait before it can add a byte.
+fn is_full(theirs: BorrowedFd<'_>) -> io::Result<bool> {
+    let room = sockopt::socket_send_buffer_size(theirs)?;
+    Ok(queued_len(theirs)? >= room as u64)
+}
+
 impl AsFd for HeldStream {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
@@ -216,15 +235,28 @@ mod tests {
                 bytes.extend([7; 4096]);
             }
             let (mut held, theirs) = HeldStream::pair().unwrap();
+            let sent = theirs.try_clone().unwrap();
             let sender = thread::spawn(move || File::from(theirs).write_all(&bytes));
             let limit = Duration::from_secs(20);
             assert_eq!(*held.wait_for_page(limit, &Control::none()).unwrap(), ram);
-            let pages = held.wait_until_full().unwrap().len();
-            assert!((1..8).contains(&pages), "{pages} pages, {roms} ROMs");
+            let pages = held.wait_until_full(sent.as_fd(), &Control::none()).unwrap().len();
+            assert!((2..9).contains(&pages), "{pages} pages, {roms} ROMs");
             assert!(!held.has_more().unwrap());
             drop(held);
             assert!(sender.join().unwrap().is_err(), "the sender waited for room");
         }
+    }
+
+    /// vmfile kept a duplicate of the sender's end, and waited for ten minutes for a QEMU that had ended.
+    #[test]
+    fn a_sender_that_ends_before_its_first_page_is_noticed() {
+        let (mut held, theirs) = HeldStream::pair().unwrap();
+        let machine = "pc".to_owned();
+        let head = Configuration { machine, ..Configuration::default() }.encode();
+        File::from(theirs).write_all(&head).unwrap();
+        let limit = Duration::from_secs(20);
+        let error = held.wait_for_page(limit, &Control::none()).unwrap_err();
+        assert!(matches!(error, HeldError::Ended), "{error}");
     }
 
     /// A sender that did not get a processor for 300 us was taken to wait, and a live save failed when it
@@ -237,6 +269,7 @@ mod tests {
         let mut head = Configuration { machine, ..Configuration::default() }.encode();
         let mut section = RamSection::begin(&mut head, 1, &ram);
         let (mut held, theirs) = HeldStream::pair().unwrap();
+        let sent = theirs.try_clone().unwrap();
         let sender = thread::spawn(move || {
             let mut socket = File::from(theirs);
             socket.write_all(&head)?;
@@ -249,7 +282,7 @@ mod tests {
             io::Result::Ok(())
         });
         held.wait_for_page(Duration::from_secs(20), &Control::none()).unwrap();
-        held.wait_until_full().unwrap();
+        held.wait_until_full(sent.as_fd(), &Control::none()).unwrap();
         thread::sleep(Duration::from_millis(30));
         assert!(!held.has_more().unwrap());
         drop(held);

@@ -138,6 +138,9 @@ struct Work<'a> {
     warnings: &'a mut Vec<String>,
     /// When the guest was paused for the save; `None` while it runs.
     paused_at: Option<Instant>,
+    /// Whether a live save has let the guest run after its last stop: what stops it later is not this
+    /// save.
+    has_let_run: bool,
 }
 
 impl Work<'_> {
@@ -340,6 +343,7 @@ impl<'a> Save<'a> {
             meta: &mut self.meta,
             warnings: &mut self.warnings,
             paused_at: Some(paused_at),
+            has_let_run: false,
         };
         self.written = Some(match &mut self.route.route {
             ReadyRoute::Direct(route) => route.write(&mut work)?,
@@ -379,6 +383,7 @@ impl<'a> Save<'a> {
             meta: &mut self.meta,
             warnings: &mut self.warnings,
             paused_at: None,
+            has_let_run: false,
         };
         let written = route.write(&mut work)?;
         self.known.still_holds(vm)?;

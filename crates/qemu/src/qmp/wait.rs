@@ -154,7 +154,9 @@ impl Wait {
             }
             until = until.min(end);
         }
-        match self.process.filter(|&pid| is_process_stopped(pid)) {
+        // An answer that comes soon costs no look into /proc: the guest may stand still meanwhile.
+        let is_due = self.still_timeout < STILL_TIMEOUT || now >= self.started + STOP_INTERVAL;
+        match self.process.filter(|&pid| is_due && is_process_stopped(pid)) {
             Some(pid) if now >= *self.still_until.get_or_insert(now + self.still_timeout) => {
                 return Err(WaitEnd::ProcessStopped { pid });
             }

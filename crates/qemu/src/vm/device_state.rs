@@ -24,6 +24,12 @@ const SECTION_FULL: u8 = 0x04;
 /// The byte that ends a stream.
 const END_OF_STREAM: u8 = 0x00;
 
+/// Memory to which QEMU writes the device state.
+#[derive(Debug)]
+pub struct DeviceStateFile {
+    memory: File,
+}
+
 impl Vm {
     /// Returns the state of every device, as a stream without RAM; the VM must be stopped.
     ///
@@ -43,10 +49,24 @@ impl Vm {
         if state == RunState::Running || self.is_running()? {
             return Err(VmError::WrongState { found: state, expected: "a stopped VM" });
         }
-        let can_release = self.version()?.has(Feature::BlockdevSetActive);
-        if is_last && can_release {
-            self.release_disks()?;
-        }
+        let file = self.prepare_device_state()?;
+        let saved = self.write_device_state(&file, is_last);
+        let bytes = self.take_device_state(file);
+        saved?;
+        bytes
+    }
+
+    /// Gives QEMU memory to write the device state to. [`Vm::take_device_state`] takes it back, also
+    /// after an error.
+    ///
+    /// The guest may run: what this does need not be done while it stands still.
+    ///
+    /// # Errors
+    ///
+    /// See [`Qmp::execute`](crate::Qmp::execute).
+    pub fn prepare_device_state(&mut self) -> Result<DeviceStateFile, VmError> {
+        // Known before the guest stands still.
+        self.version()?;
         let memory = memfd_create("vmfile-device-state", MemfdFlags::CLOEXEC)
             .map_err(|errno| VmError::system("create memory for the device state", errno))?;
         // QEMU opens the fd set for writing only, and picks a descriptor with exactly that access
@@ -56,23 +76,44 @@ impl Vm {
             .open(format!("/proc/self/fd/{}", memory.as_raw_fd()))
             .map_err(|source| VmError::system("open memory for the device state", source))?;
         pass_fd::add_fd(&mut self.qmp, DEVICE_STATE_FDSET, for_qemu.as_fd())?;
-        drop(for_qemu);
-        let saved = self.save_device_state_into(DEVICE_STATE_FDSET, is_last && !can_release);
-        let removed = self.unstoppable(PUT_BACK_TIMEOUT, |vm| {
-            pass_fd::remove_fd(&mut vm.qmp, DEVICE_STATE_FDSET)
-        });
-        saved?;
-        removed?;
-        read_device_state(File::from(memory))
+        Ok(DeviceStateFile { memory: File::from(memory) })
     }
 
-    fn save_device_state_into(&mut self, fdset: u64, release: bool) -> Result<(), VmError> {
+    /// Has QEMU write the device state of a VM that the caller knows to be stopped: see
+    /// [`Vm::save_device_state`].
+    ///
+    /// # Errors
+    ///
+    /// See [`Qmp::execute`](crate::Qmp::execute).
+    pub fn write_device_state(
+        &mut self,
+        _: &DeviceStateFile,
+        is_last: bool,
+    ) -> Result<(), VmError> {
+        let can_release = self.version()?.has(Feature::BlockdevSetActive);
+        if is_last && can_release {
+            self.release_disks()?;
+        }
+        let release = is_last && !can_release;
         // `live` affects the disks, not the guest. With `true` and a stopped VM, QEMU releases the
         // disks, as Xen's tools want before the domain is destroyed: another QEMU may then open
         // them for writing, and only `cont` takes them back. With `false` the disks stay active and
         // locked. The bytes are the same either way. (Tried on 7.2, 10.0.2 and 11.1.)
-        let arguments = json!({ "filename": format!("/dev/fdset/{fdset}"), "live": release });
+        let filename = format!("/dev/fdset/{DEVICE_STATE_FDSET}");
+        let arguments = json!({ "filename": filename, "live": release });
         Ok(self.execute("xen-save-devices-state", arguments).map(drop)?)
+    }
+
+    /// Takes the memory from QEMU, and returns the device state that QEMU wrote there.
+    ///
+    /// # Errors
+    ///
+    /// [`VmError::DeviceState`] if QEMU wrote something else, or nothing.
+    pub fn take_device_state(&mut self, file: DeviceStateFile) -> Result<Vec<u8>, VmError> {
+        self.unstoppable(PUT_BACK_TIMEOUT, |vm| {
+            pass_fd::remove_fd(&mut vm.qmp, DEVICE_STATE_FDSET)
+        })?;
+        read_device_state(file.memory)
     }
 }
 

@@ -4,14 +4,14 @@
 //! that the guest has not written is the file's. Where memory cannot be write-protected, it is the way
 //! to save a guest without a stream.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vmfile_engine::available_memory;
 use vmfile_pages::copied_ram::{CopiedRam, Room, own_len};
 use vmfile_pages::ram_writer::write_ram;
 
-use super::direct::{Devices, DirectRoute};
-use super::live_memory::{LiveMemory, stop};
+use super::direct::DirectRoute;
+use super::live_memory::{LiveMemory, in_a_pause};
 use super::{GuestWaits, LiveDone, LiveMethod, Work, Written};
 use crate::error::{SaveError, UserfaultError};
 
@@ -48,17 +48,17 @@ impl LiveMemory {
         let jobs = work.options.jobs.count();
         let room = Room::new(bytes + SLACK, jobs).map_err(SaveError::Workers)?;
         let DirectRoute { ram: layout, process, data_bytes, found, workers } = &mut self.direct;
-        stop(work.vm)?;
-        let started = std::time::Instant::now();
-        let is_too_long = || started.elapsed() > pause_max || work.control.is_stopped();
-        let copied = CopiedRam::copy(process, room, is_too_long).map_err(UserfaultError::Kernel)?;
-        let Some(copied) = copied else { return Ok(None) };
-        work.disks.freeze(work.vm)?;
-        let devices = Devices::save(work)?;
-        if work.vm.ram_blocks()? != *found {
-            return Err(SaveError::ChangedMeanwhile { what: "a RAM block".to_owned() });
-        }
-        work.vm.cont()?;
+        let done = in_a_pause(work, |work| {
+            let started = Instant::now();
+            let is_too_long = || started.elapsed() > pause_max || work.control.is_stopped();
+            let copied = CopiedRam::copy(process, room, is_too_long);
+            let Some(copied) = copied.map_err(UserfaultError::Kernel)? else { return Ok(None) };
+            if work.vm.ram_blocks()? != *found {
+                return Err(SaveError::ChangedMeanwhile { what: "a RAM block".to_owned() });
+            }
+            Ok(Some(copied))
+        })?;
+        let Some((copied, devices)) = done else { return Ok(None) };
         let places = devices.places(work, layout)?;
         let workers = workers.take().expect("a copy is written once");
         let written = write_ram(workers, &places, &copied, *data_bytes, work.control)?;

@@ -98,7 +98,13 @@ pub(super) struct Devices {
 impl Devices {
     /// Has QEMU write the state of the devices of a stopped VM.
     pub(super) fn save(work: &mut Work<'_>) -> Result<Devices, SaveError> {
-        let (state, sections) = device_state(work)?;
+        let bytes = work.vm.save_device_state(work.is_last())?;
+        Devices::read(work, &bytes)
+    }
+
+    /// Reads what QEMU wrote.
+    pub(super) fn read(work: &Work<'_>, bytes: &[u8]) -> Result<Devices, SaveError> {
+        let (state, sections) = device_state(work, bytes)?;
         let mut description = Vec::new();
         encoder::vm_description(&mut description);
         Ok(Devices { state, sections, description })
@@ -154,12 +160,10 @@ fn find(vm: &mut Vm, found: &[RamBlockInfo]) -> Result<(RamLayout, ProcessRam), 
     Ok((ram, ProcessRam::open(vm.pid()?, &blocks, Access::Read)?))
 }
 
-/// Has QEMU write the device state. Returns where each section is, and the bytes from the first
-/// section to EOF.
-fn device_state(work: &mut Work<'_>) -> Result<(DeviceState, Vec<u8>), SaveError> {
+/// Returns where each section of a device state is, and the bytes from the first section to EOF.
+fn device_state(work: &Work<'_>, bytes: &[u8]) -> Result<(DeviceState, Vec<u8>), SaveError> {
     // QEMU writes magic and version, then the sections.
     const HEADER_LEN: usize = 8;
-    let bytes = work.vm.save_device_state(work.is_last())?;
     let mut sections = bytes.get(HEADER_LEN..).unwrap_or_default().to_vec();
     let state = DeviceState::locate(&sections, 0, 0).map_err(SaveError::DeviceState)?;
     // EOF must be QEMU's last byte, and the last section, which holds the run state, must be there:

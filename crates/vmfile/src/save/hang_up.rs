@@ -2,35 +2,48 @@
 //!
 //! QEMU's migration thread holds an RCU read lock while it waits for room in the socket. If another client
 //! sends a command that waits for RCU, QEMU's main loop waits for that thread, and every command after it:
-//! a `device_add` that fails (QEMU 10.0.2 and 11.1, `drain_call_rcu`).
+//! a `device_add` that fails (QEMU 10.0.2 and 11.1, `drain_call_rcu`). The main loop then waits for a
+//! thread; while it flushes a slow disk it does not.
 
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::net::{Shutdown, shutdown};
+use vmfile_engine::ProcessMemory;
 
 use crate::error::{SaveError, UserfaultError};
 
-/// How long QEMU may be kept waiting while it has commands of ours to carry out.
-const HOLD_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long QEMU's main loop may wait for a thread.
+const STUCK_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Runs `work`, whose commands QEMU carries out while it waits for room in a socket; `ours` is our end of
-/// that. If it takes longer than ten seconds, ends the stream: QEMU's migration fails, and QEMU goes on.
-pub(super) fn within_time<T>(
-    ours: BorrowedFd<'_>,
+/// How often its main loop is looked at.
+const LOOK_INTERVAL: Duration = Duration::from_millis(50);
+
+/// Runs `work` while QEMU, in `process`, waits for room in a socket; `ours` is our end of that. If QEMU's
+/// main loop waits for another thread for ten seconds, ends the stream: QEMU's migration fails, and QEMU
+/// goes on.
+pub(super) fn unless_stuck<T>(
+    (process, ours): (&ProcessMemory, BorrowedFd<'_>),
     work: impl FnOnce() -> Result<T, SaveError>,
 ) -> Result<T, SaveError> {
     let has_hung_up = AtomicBool::new(false);
     let (done, is_done) = channel::<()>();
     let hung_up = &has_hung_up;
     let watch = move || {
-        if is_done.recv_timeout(HOLD_TIMEOUT) == Err(RecvTimeoutError::Timeout) {
-            hung_up.store(true, Ordering::Relaxed);
-            // If it fails, QEMU has closed its end, and does not wait.
-            let _ = shutdown(ours, Shutdown::Both);
+        let mut waits_since = None;
+        while is_done.recv_timeout(LOOK_INTERVAL) == Err(RecvTimeoutError::Timeout) {
+            // Who may read the memory may look at this as well; if not, every command has its own limit.
+            if !process.main_thread_waits().unwrap_or(false) {
+                waits_since = None;
+            } else if waits_since.get_or_insert_with(Instant::now).elapsed() >= STUCK_TIMEOUT {
+                hung_up.store(true, Ordering::Relaxed);
+                // If it fails, QEMU has closed its end, and does not wait.
+                let _ = shutdown(ours, Shutdown::Both);
+                return;
+            }
         }
     };
     let result = thread::scope(|scope| {
@@ -40,7 +53,7 @@ pub(super) fn within_time<T>(
         result
     });
     if has_hung_up.into_inner() {
-        return Err(UserfaultError::Stuck { limit: HOLD_TIMEOUT }.into());
+        return Err(UserfaultError::Stuck { limit: STUCK_TIMEOUT }.into());
     }
     result
 }
@@ -56,7 +69,8 @@ mod tests {
     #[test]
     fn what_is_done_in_time_keeps_the_stream() {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
-        assert_eq!(within_time(ours.as_fd(), || Ok(7)).unwrap(), 7);
+        let process = ProcessMemory::open(std::process::id()).unwrap();
+        assert_eq!(unless_stuck((&process, ours.as_fd()), || Ok(7)).unwrap(), 7);
         theirs.write_all(b"more").unwrap();
     }
 }

@@ -83,7 +83,8 @@ impl LiveRoute {
                 received.map(Box::new).map(Copied::Stream)
             }
         };
-        let runs = work.vm.unstoppable(PUT_BACK_TIMEOUT, resume_unless_running);
+        let has_let_run = work.has_let_run;
+        let runs = work.vm.unstoppable(PUT_BACK_TIMEOUT, |vm| let_run(vm, has_let_run));
         let put_back = work.vm.unstoppable(PUT_BACK_TIMEOUT, |vm| {
             vm.put_back_stream_settings(settings, &self.before)
         });
@@ -188,10 +189,16 @@ impl LiveRoute {
     }
 }
 
-/// Resumes the guest unless it runs: QEMU resumes it by itself if the migration was cancelled in
-/// time.
-fn resume_unless_running(vm: &mut Vm) -> Result<(), VmError> {
-    if vm.run_state()? == RunState::Running { Ok(()) } else { vm.cont() }
+/// Resumes the guest if it stands still because of the save. QEMU resumes it by itself if the migration
+/// was cancelled in time. With `has_let_run`, it ran after the save's last stop, and another client or the
+/// guest itself has stopped it since.
+fn let_run(vm: &mut Vm, has_let_run: bool) -> Result<(), VmError> {
+    match vm.run_state()? {
+        RunState::Running => Ok(()),
+        RunState::FinishMigrate | RunState::PostMigrate => vm.cont(),
+        _ if has_let_run => Ok(()),
+        _ => vm.cont(),
+    }
 }
 
 /// What was copied while the guest ran.

@@ -6,11 +6,11 @@ use rustix::io::Errno;
 use vmfile_pages::PageSource as _;
 use vmfile_pages::draft::Draft;
 use vmfile_pages::plan::WINDOW_LEN;
-use vmfile_qemu::{RunState, Vm};
+use vmfile_qemu::{DeviceStateFile, RunState, Vm};
 
-use super::SaveOptions;
 use super::base::ChosenBase;
-use super::direct::DirectRoute;
+use super::direct::{Devices, DirectRoute};
+use super::{SaveOptions, Work};
 use crate::error::SaveError;
 
 /// What is set up while the guest runs, before the method is chosen.
@@ -48,13 +48,41 @@ impl LiveMemory {
     }
 }
 
-/// Stops the guest, and expects that nothing else has stopped it.
-pub(super) fn stop(vm: &mut Vm) -> Result<(), SaveError> {
-    vm.stop()?;
-    match vm.run_state()? {
-        RunState::Paused => Ok(()),
-        found => Err(SaveError::RunState { found: found.to_string() }),
+/// Stops the guest, runs `pause`, freezes the disks, has the devices saved, and lets the guest run on. If
+/// `pause` returns `None`, does nothing more, and leaves the guest stopped.
+pub(super) fn in_a_pause<T>(
+    work: &mut Work<'_>,
+    pause: impl FnOnce(&mut Work<'_>) -> Result<Option<T>, SaveError>,
+) -> Result<Option<(T, Devices)>, SaveError> {
+    let file = work.vm.prepare_device_state()?;
+    let done = stopped(work, &file, pause);
+    let bytes = work.vm.take_device_state(file);
+    let Some(done) = done? else { return Ok(None) };
+    Ok(Some((done, Devices::read(work, &bytes?)?)))
+}
+
+fn stopped<T>(
+    work: &mut Work<'_>,
+    file: &DeviceStateFile,
+    pause: impl FnOnce(&mut Work<'_>) -> Result<Option<T>, SaveError>,
+) -> Result<Option<T>, SaveError> {
+    work.vm.stop()?;
+    // Nothing else may have stopped the guest just before.
+    match work.vm.run_state()? {
+        RunState::Paused => {}
+        found => return Err(SaveError::RunState { found: found.to_string() }),
     }
+    let resumes = work.vm.resumes();
+    let Some(done) = pause(work)? else { return Ok(None) };
+    work.disks.freeze(work.vm)?;
+    work.vm.write_device_state(file, work.is_last())?;
+    if work.vm.resumes() != resumes {
+        let what = "the guest's run state: another client let it run in the pause".to_owned();
+        return Err(SaveError::ChangedMeanwhile { what });
+    }
+    work.vm.cont()?;
+    work.has_let_run = true;
+    Ok(Some(done))
 }
 
 /// The descriptor is closed: that is no matter of rights.

@@ -20,7 +20,7 @@ use vmfile_qemu::{Outgoing, Vm};
 use vmfile_stream::incoming::WaitLimits;
 use vmfile_stream::receiver::{Received, StreamReceiver};
 
-use super::sending::{Peer, peer_process, wait_until_sent};
+use super::sending::{Ended, Peer, peer_process, wait_until_sent};
 use super::stream::written;
 use super::target::page_size_unnamed;
 use super::{Disks, LiveDone, LiveMethod, RouteUsed, Work, Written};
@@ -32,9 +32,6 @@ const STALL_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// How long to wait between two queries of QEMU's progress: a stopped guest waits for it.
 const POLL_INTERVAL: Duration = Duration::from_millis(2);
-
-/// How long QEMU may take to stop sending.
-const CANCEL_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Has QEMU send the guest, by settings that are in place already, and receives it within `timeout`.
 pub(super) fn receive(
@@ -55,6 +52,7 @@ pub(super) fn receive(
         work.vm.stop()?;
         work.disks.freeze(work.vm)?;
     }
+    let end = ours.try_clone().map_err(SaveError::Socket)?;
     work.vm.send_stream(theirs.into())?;
     let limits = WaitLimits {
         control: work.control,
@@ -62,42 +60,58 @@ pub(super) fn receive(
         stall: Some(STALL_TIMEOUT),
         deadline: Some(Instant::now() + timeout),
     };
-    // If the receiver fails, QEMU waits for room until this is read or closed.
-    let end = ours.try_clone().map_err(SaveError::Socket)?;
     let receiver = StreamReceiver { draft: work.draft, workers, limits, page_size };
-    let has_failed = AtomicBool::new(false);
+    let (progress, is_over) = (Progress::default(), AtomicBool::new(false));
     let (vm, disks) = (&mut *work.vm, &mut *work.disks);
-    let mut watch = Watch { vm, disks, method, stands, has_failed: &has_failed };
+    let mut watch = Watch { vm, disks, method, stands, progress: &progress };
+    let spare = end.try_clone().map_err(SaveError::Socket);
     let receive = || {
         let received = receiver.run(ours.into(), || Ok::<_, SaveError>(()));
-        has_failed.store(received.is_err(), Ordering::Relaxed);
+        if received.is_ok() {
+            progress.has_all.store(true, Ordering::Relaxed);
+        } else {
+            progress.has_failed.store(true, Ordering::Relaxed);
+            // QEMU must not wait for room: in the last phase of pre-copy it holds the lock that its
+            // answers need.
+            Peer::of(end.into()).drain(&is_over);
+        }
         received
     };
     let both = beside(receive, |is_through| {
         let watched = watch.until(is_through);
-        if watched.is_err() {
-            // This ends the stream, and with it the receiver.
-            let _ = watch.vm.end_sending(CANCEL_TIMEOUT);
-        }
-        watched
+        let must_end = watched.is_err() || progress.has_failed.load(Ordering::Relaxed);
+        // This ends the stream, and with it the receiver.
+        let ended = must_end.then(|| Ended::now(watch.vm));
+        is_over.store(true, Ordering::Relaxed);
+        (watched, ended)
     });
-    let (received, watched) = match both {
+    let (received, (watched, ended)) = match both {
         Ok(both) => both,
         // The receiver could not start or panicked.
         Err(source) => {
-            return Err(Peer::of(end.into()).give_up(work.vm, SaveError::Workers(source)));
+            return Err(Peer::of(spare?.into()).give_up(work.vm, SaveError::Workers(source)));
         }
     };
-    if !watched? && received.is_ok() {
+    let error = match (watched, received) {
+        (Ok(true), Ok(received)) => return Ok(received),
         // The receiver has everything, but QEMU has not reported completion.
-        wait_until_sent(work.vm)?;
-    }
-    received.map_err(|error| match error {
-        SaveError::Receive(ReceiveError::TimedOut { .. }) => {
-            Peer::of(end.into()).give_up(work.vm, SaveError::NotConverged { timeout })
+        (Ok(false), Ok(received)) => return wait_until_sent(work.vm).map(|()| received),
+        (Err(error), _) => return Err(error),
+        (_, Err(SaveError::Receive(ReceiveError::TimedOut { .. }))) => {
+            SaveError::NotConverged { timeout }
         }
-        error => Peer::of(end.into()).give_up(work.vm, error),
-    })
+        (_, Err(error)) => error,
+    };
+    Err(ended.unwrap_or_else(|| Ended::now(work.vm)).reason(error))
+}
+
+/// How far the receiver is.
+#[derive(Debug, Default)]
+struct Progress {
+    /// It has received everything.
+    has_all: AtomicBool,
+    /// It has ended with an error, and discards what comes now.
+    has_failed: AtomicBool,
 }
 
 /// Controls QEMU while it sends.
@@ -107,8 +121,7 @@ struct Watch<'a> {
     method: &'a LiveMethod,
     /// Whether the guest is stopped, until QEMU has write-protected its memory.
     stands: bool,
-    /// Whether the receiver has ended with an error.
-    has_failed: &'a AtomicBool,
+    progress: &'a Progress,
 }
 
 impl Watch<'_> {
@@ -119,7 +132,8 @@ impl Watch<'_> {
             // Look at the receiver first, then ask QEMU: once all has arrived, QEMU is about to
             // complete.
             let finished = is_finished();
-            if finished && self.has_failed.load(Ordering::Relaxed) {
+            let has_all = self.progress.has_all.load(Ordering::Relaxed);
+            if self.progress.has_failed.load(Ordering::Relaxed) || (finished && !has_all) {
                 return Ok(false);
             }
             let (outgoing, ram) = self.vm.outgoing_ram()?;

@@ -73,7 +73,7 @@ impl Peer {
     }
 
     /// Accepts all connections, and reads and discards their data, until `is_over` is set.
-    fn drain(mut self, is_over: &AtomicBool) {
+    pub(super) fn drain(mut self, is_over: &AtomicBool) {
         let mut piece = vec![0; 1 << 20];
         while !is_over.load(Ordering::Relaxed) {
             while let Some(Ok(Some(new))) = self.listener.as_ref().map(Listener::accept_waiting) {
@@ -139,32 +139,56 @@ impl Peer {
     /// Ends the migration after `error`, and returns the error to report: QEMU's, if QEMU failed
     /// first.
     pub(super) fn give_up(self, vm: &mut Vm, error: SaveError) -> SaveError {
-        let is_cut = matches!(
-            &error,
-            SaveError::Receive(ReceiveError::Stream(_) | ReceiveError::Channel { .. })
-        );
-        let gave_up = match vm.unstoppable(END_TIMEOUT, Vm::outgoing) {
-            Ok(Outgoing::Failed(reason)) if is_cut => Some(SaveError::Migration { reason }),
-            Err(gone) if is_cut => Some(gone.into()),
-            _ => None,
-        };
-        // If QEMU fails by itself meanwhile, it has stopped sending as well.
-        match self.end(vm) {
-            Ok(Outgoing::Active | Outgoing::Held) => does_not_stop(),
-            _ => gave_up.unwrap_or(error),
-        }
+        self.drained(|| Ended::now(vm)).reason(error)
     }
 
     fn end(self, vm: &mut Vm) -> Result<Outgoing, VmError> {
+        self.drained(|| vm.end_sending(END_TIMEOUT))
+    }
+
+    /// Runs `ask` while the ends are read: otherwise QEMU may hold the lock that its answers need while
+    /// it waits for room.
+    fn drained<T>(self, ask: impl FnOnce() -> T) -> T {
         let is_over = AtomicBool::new(false);
         thread::scope(|scope| {
             // If no thread can be started, the ends close here.
             let drain = thread::Builder::new().spawn_scoped(scope, || self.drain(&is_over));
-            let ended = vm.end_sending(END_TIMEOUT);
+            let answer = ask();
             is_over.store(true, Ordering::Relaxed);
             drop(drain);
-            ended
+            answer
         })
+    }
+}
+
+/// How a migration was when a save gave it up, and how it ended then.
+#[derive(Debug)]
+pub(super) struct Ended {
+    before: Result<Outgoing, VmError>,
+    after: Result<Outgoing, VmError>,
+}
+
+impl Ended {
+    /// Ends the migration. Our ends of its connections are read meanwhile.
+    pub(super) fn now(vm: &mut Vm) -> Ended {
+        let before = vm.unstoppable(END_TIMEOUT, Vm::outgoing);
+        Ended { before, after: vm.end_sending(END_TIMEOUT) }
+    }
+
+    /// Returns the error to report, if the save gave the migration up because of `error`: QEMU's, if
+    /// QEMU failed first.
+    pub(super) fn reason(self, error: SaveError) -> SaveError {
+        let is_cut = matches!(
+            &error,
+            SaveError::Receive(ReceiveError::Stream(_) | ReceiveError::Channel { .. })
+        );
+        // If QEMU fails by itself after the first question, it has stopped sending as well.
+        match (self.before, self.after) {
+            (_, Ok(Outgoing::Active | Outgoing::Held)) => does_not_stop(),
+            (Ok(Outgoing::Failed(reason)), _) if is_cut => SaveError::Migration { reason },
+            (Err(gone), _) if is_cut => gone.into(),
+            _ => error,
+        }
     }
 }
 

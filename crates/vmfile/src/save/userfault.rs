@@ -27,11 +27,12 @@ use vmfile_engine::{BufferPool, Userfault, beside};
 use vmfile_pages::protected_ram::{ProtectedRam, aside_buffers};
 use vmfile_pages::ram_writer::write_protected_ram;
 use vmfile_pages::{PageIndex, RamBlock, RamLayout};
+use vmfile_qemu::Vm;
 use vmfile_stream::held::HeldStream;
 
-use super::direct::{Devices, DirectRoute};
-use super::hang_up::within_time;
-use super::live_memory::{LiveMemory, stop};
+use super::direct::DirectRoute;
+use super::hang_up::unless_stuck;
+use super::live_memory::{LiveMemory, in_a_pause};
 use super::sending::Peer;
 use super::{LiveDone, LiveMethod, Work, Written};
 use crate::error::{SaveError, UserfaultError};
@@ -51,21 +52,22 @@ impl LiveMemory {
         work.guard.keep_open(held.as_fd())?;
         let resumes = work.vm.resumes();
         match self.protect(work, (&mut held, theirs)) {
-            Ok((userfault, sent)) => self.copy(work, (held, &sent, resumes), (&userfault, buffers)),
+            Ok(protected) => self.copy(work, (held, resumes), (protected, buffers)),
             Err(error) => Peer::of(held.into()).cancel(work.vm, Err(error)),
         }
     }
 
-    /// Has QEMU write-protect the guest's memory. Returns the userfaultfd, and QEMU's RAM blocks in
-    /// the order of its stream.
+    /// Has QEMU write-protect the guest's memory.
     fn protect(
         &mut self,
         work: &mut Work<'_>,
         (held, theirs): (&mut HeldStream, OwnedFd),
-    ) -> Result<(Userfault, RamLayout), SaveError> {
+    ) -> Result<Protected, SaveError> {
         let timeout = work.options.live.unwrap_or_default().timeout;
         let process = self.direct.process.process();
         let before = Userfault::all_of(process).map_err(UserfaultError::Kernel)?;
+        // Only QEMU keeps this end, so that the stream ends if QEMU closes it.
+        let socket = rustix::fs::fstat(&theirs).map_err(|errno| SaveError::Socket(errno.into()))?;
         work.vm.send_stream(theirs)?;
         let sent = held.wait_for_page(timeout, work.control)?.clone();
         // QEMU plugs no memory while it migrates, but may have before.
@@ -75,17 +77,19 @@ impl LiveMemory {
         let after = Userfault::all_of(process).map_err(UserfaultError::Kernel)?;
         let number = after.difference(&before).next().ok_or(UserfaultError::Missing)?;
         let userfault = Userfault::borrow(process, *number).map_err(UserfaultError::Kernel)?;
+        let theirs = process.socket(socket.st_ino).map_err(UserfaultError::Kernel)?;
         self.direct.process.look_again()?;
-        Ok((userfault, sent))
+        Ok(Protected { userfault, theirs, sent })
     }
 
     /// Copies the memory, and cancels QEMU's migration.
     fn copy(
         &mut self,
         work: &mut Work<'_>,
-        (mut held, sent, resumes): (HeldStream, &RamLayout, u64),
-        (userfault, buffers): (&Userfault, BufferPool),
+        (mut held, resumes): (HeldStream, u64),
+        (protected, buffers): (Protected, BufferPool),
     ) -> Result<Written, SaveError> {
+        let Protected { userfault, theirs, sent } = protected;
         let ours = match held.as_fd().try_clone_to_owned() {
             Ok(ours) => ours,
             Err(error) => {
@@ -94,7 +98,7 @@ impl LiveMemory {
         };
         let workers = self.direct.workers.take().expect("a route writes once");
         let DirectRoute { ram: layout, process, data_bytes, .. } = &self.direct;
-        let protected = match ProtectedRam::new(process, userfault, buffers) {
+        let protected = match ProtectedRam::new(process, &userfault, buffers) {
             Ok(protected) => protected,
             Err(error) => {
                 let error = UserfaultError::Kernel(error).into();
@@ -103,14 +107,17 @@ impl LiveMemory {
         };
         let serve = || protected.serve();
         let both = beside(serve, |_| {
-            let begun = within_time(ours.as_fd(), || {
-                stop_once(work, resumes, || {
-                    let pages = held.wait_until_full()?;
-                    let lifted = pages.iter().map(|&page| place(page, sent, layout));
-                    Ok(protected.begin(lifted).map_err(UserfaultError::Kernel)?)
-                })
-            });
-            let written = begun.and_then(|devices| {
+            let written = unless_stuck((process.process(), ours.as_fd()), || {
+                wait_until_resumed(work.vm, resumes)?;
+                // Here the guest need not stand still for it.
+                held.wait_until_full(theirs.as_fd(), work.control)?;
+                let devices = in_a_pause(work, |work| {
+                    let pages = held.wait_until_full(theirs.as_fd(), work.control)?;
+                    let lifted = pages.iter().map(|&page| place(page, &sent, layout));
+                    Ok(Some(protected.begin(lifted).map_err(UserfaultError::Kernel)?))
+                })?;
+                let ((), devices) = devices.expect("a protection is never too much");
+                drop(theirs);
                 let places = devices.places(work, layout)?;
                 let control = work.control;
                 let written =
@@ -132,7 +139,7 @@ impl LiveMemory {
             // The thread could not start, or panicked. Our end of the stream is closed, but QEMU
             // may not have noticed.
             Err(source) => {
-                return Err(Peer::default().give_up(work.vm, SaveError::Workers(source)));
+                return Err(Peer::of(ours).give_up(work.vm, SaveError::Workers(source)));
             }
         };
         let (devices, places, written) = written?;
@@ -143,28 +150,27 @@ impl LiveMemory {
     }
 }
 
-/// Stops the guest, saves its devices, runs `begin`, and lets the guest run on.
-fn stop_once(
-    work: &mut Work<'_>,
-    resumes: u64,
-    begin: impl FnOnce() -> Result<(), SaveError>,
-) -> Result<Devices, SaveError> {
-    // QEMU stopped the guest as well, and lets it run when its memory is protected: a `stop` before
-    // that would be undone.
+/// Memory that QEMU has write-protected.
+struct Protected {
+    userfault: Userfault,
+    /// A duplicate of QEMU's end of its stream.
+    theirs: OwnedFd,
+    /// QEMU's RAM blocks in the order of its stream.
+    sent: RamLayout,
+}
+
+/// Waits until QEMU, which stopped the guest while it protected the memory, lets it run: a `stop` before
+/// that would be undone.
+fn wait_until_resumed(vm: &mut Vm, resumes: u64) -> Result<(), SaveError> {
     let deadline = Instant::now() + RESUME_TIMEOUT;
-    while work.vm.resumes() == resumes {
-        let found = work.vm.run_state()?;
+    while vm.resumes() == resumes {
+        let found = vm.run_state()?;
         if Instant::now() >= deadline {
             return Err(SaveError::RunState { found: found.to_string() });
         }
         thread::sleep(POLL_INTERVAL);
     }
-    stop(work.vm)?;
-    work.disks.freeze(work.vm)?;
-    let devices = Devices::save(work)?;
-    begin()?;
-    work.vm.cont()?;
-    Ok(devices)
+    Ok(())
 }
 
 /// Names a block that only one of the lists has, or that has another length there.
