@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -315,13 +316,54 @@ fn a_client_that_adds_devices_meanwhile_ends_a_live_save_at_most() -> TestResult
     Ok(())
 }
 
+/// vmfile let a guest run on that another client had stopped while its memory was copied.
+#[test]
+fn a_guest_that_another_client_stops_meanwhile_stays_stopped() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let mut guest = Guest::boot_sector(Ram::private(128)).seed(124).busy().boot_to(&qemu, 1)?;
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
+    let (file, socket) = (directory.path().join("vm.vmf"), guest.qmp_path());
+    let (copying, is_copying) = mpsc::sync_channel(0);
+    let (stopped, is_stopped) = mpsc::channel();
+    let is_stopped = Mutex::new(Some(is_stopped));
+    let progress = |_| {
+        let first = is_stopped.lock().expect("no panic").take();
+        if let Some(is_stopped) = first {
+            // The other side has gone only after an error of its own.
+            let _ = copying.send(());
+            let _ = is_stopped.recv();
+        }
+    };
+    let report = thread::scope(|scope| -> TestResult<_> {
+        let save = scope.spawn(|| -> TestResult<SaveReport> {
+            let flag = Arc::default();
+            let mut vm = Vm::connect(&socket)?;
+            Ok(vmfile::save::save(&mut vm, &file, &live(), &Control::new(&flag, &progress))?)
+        });
+        is_copying.recv()?;
+        guest.qmp("stop", json!({}))?;
+        stopped.send(())?;
+        save.join().expect("no panic")
+    })?;
+    assert_eq!(report.live_method, Some(LiveMethod::Userfault));
+    assert_eq!(guest.status()?, "paused");
+    guest.resume()?;
+    guest.runs_on(1)
+}
+
 /// vmfile waited a minute for a migration that could not go on, because it did not read the stream any
-/// more; the guest stood still at its next write.
+/// more; the guest stood still at its next write. 7.2 sends by pre-copy.
 #[test]
 fn a_disk_that_fills_up_while_qemu_sends_a_running_guest_does_not_stop_it() -> TestResult {
-    let qemu = requires!(Qemu::of(Release::Distribution));
+    for release in [Release::Distribution, Release::Oldest] {
+        fills_up_while_sent(&requires!(Qemu::of(release)))?;
+    }
+    Ok(())
+}
+
+fn fills_up_while_sent(qemu: &Qemu) -> TestResult {
     let disk = requires!(Mount::ext4(60));
-    let mut guest = Guest::boot_sector(Ram::private(128)).seed(123).busy().boot_to(&qemu, 1)?;
+    let mut guest = Guest::boot_sector(Ram::private(128)).seed(123).busy().boot_to(qemu, 1)?;
     let settings = guest.qmp("query-migrate-capabilities", json!({}))?;
     let file = disk.path().join("vm.vmf");
     let began = Instant::now();
