@@ -1,6 +1,6 @@
 //! Pieces of the machine that a test changes and puts back: mounts and huge pages.
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -57,6 +57,36 @@ impl Mount {
         Mount::on_loop_device(&["mkfs.xfs", "-q"], size_mib)
     }
 
+    /// Makes an ext4 of `len` bytes in a new image, in place of one that is there.
+    ///
+    /// # Errors
+    ///
+    /// Says what is missing.
+    pub fn make_ext4(image: &Path, len: u64) -> Result<(), Missing> {
+        let attempt = || -> TestResult {
+            File::create(image)?.set_len(len)?;
+            run(Command::new("mkfs.ext4").args(["-q", "-F"]).arg(image))
+        };
+        attempt().map_err(|error| Missing::new(format!("no ext4: {error}")))
+    }
+
+    /// Mounts the file system in an image.
+    ///
+    /// # Errors
+    ///
+    /// Says what is missing: root, a loop device, or the file system.
+    pub fn of_image(image: &Path) -> Result<Mount, Missing> {
+        root()?;
+        let attempt = || -> TestResult<Mount> {
+            let directory = mount_point()?;
+            run(Command::new("mount").args(["-o", "loop"]).args([image, directory.path()]))?;
+            Ok(Mount { directory, _image: None })
+        };
+        attempt().map_err(|error| {
+            Missing::beyond_setup(format!("no file system on a loop device: {error}"))
+        })
+    }
+
     /// Returns where the file system is mounted.
     #[must_use]
     pub fn path(&self) -> &Path {
@@ -79,7 +109,7 @@ impl Mount {
         let attempt = || -> TestResult<Mount> {
             let image_directory = mount_point()?;
             let image = image_directory.path().join("image");
-            let file = fs::File::options().create_new(true).write(true).open(&image)?;
+            let file = File::options().create_new(true).write(true).open(&image)?;
             file.set_len(size_mib << 20)?;
             let (program, arguments) = make.split_first().ok_or("no program")?;
             run(Command::new(program).args(arguments).arg(&image))?;

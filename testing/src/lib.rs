@@ -23,6 +23,7 @@ mod fixture;
 mod guest;
 mod image;
 mod lock;
+pub mod logged_disk;
 pub mod migration;
 mod qemu;
 mod qmp;

@@ -1,4 +1,5 @@
-//! `cargo xtask chaos`: ends programs at random moments, more often than a test run has time for.
+//! `cargo xtask chaos`: ends programs, or the disk's power, at random moments, more often than a test run
+//! has time for.
 
 use std::error::Error;
 use std::process::Command;
@@ -6,21 +7,25 @@ use std::process::Command;
 use crate::command::run as run_command;
 use crate::workspace::Workspace;
 
-/// The program that is ended, the test that does it, and the variable that says how often.
-const MODES: [(&str, &str, &str); 2] =
-    [("vmfile", "kills::", "VMFILE_KILLS"), ("qemu", "qemu_ends::", "VMFILE_MOMENTS")];
+/// What is ended, the test that does it in its package and program, and the variable that says how often.
+const MODES: [(&str, [&str; 3], &str); 3] = [
+    ("vmfile", ["vmfile-cli", "program", "kills::"], "VMFILE_KILLS"),
+    ("qemu", ["vmfile-cli", "program", "qemu_ends::"], "VMFILE_MOMENTS"),
+    ("power", ["vmfile-testing", "power", "any_moment"], "VMFILE_CUTS"),
+];
 
 /// How often the program is ended if the user does not say.
 const MOMENTS: &str = "300";
 
 /// Runs the test of a mode; its seed is printed and can be given again.
 pub(crate) fn run(workspace: &Workspace, rest: &[String]) -> Result<(), Box<dyn Error>> {
-    let usage = "usage: cargo xtask chaos vmfile|qemu [MOMENTS [SEED]]";
+    let usage = "usage: cargo xtask chaos vmfile|qemu|power [MOMENTS [SEED]]";
     let (mode, numbers) = rest.split_first().ok_or(usage)?;
-    let (_, test, variable) = MODES.iter().find(|(name, ..)| name == mode).ok_or(usage)?;
+    let (_, [package, program, test], variable) =
+        MODES.iter().find(|(name, ..)| name == mode).ok_or(usage)?;
     let mut command = Command::new("cargo");
     command.current_dir(workspace.root());
-    command.args(["test", "-p", "vmfile-cli", "--test", "program", "--", "--nocapture"]);
+    command.args(["test", "-p", package, "--test", program, "--", "--nocapture"]);
     command.args(["--test-threads=1", test]);
     command.env(variable, numbers.first().map_or(MOMENTS, String::as_str));
     if let Some(seed) = numbers.get(1) {
