@@ -31,6 +31,16 @@ impl Random {
         mixed ^ (mixed >> 31)
     }
 
+    /// Returns one of `items`.
+    ///
+    /// # Panics
+    ///
+    /// If there are none.
+    pub fn one_of<'a, T>(&mut self, items: &'a [T]) -> &'a T {
+        let number = self.next_number() % items.len() as u64;
+        &items[usize::try_from(number).expect("less than a length")]
+    }
+
     /// Returns the next fraction: at least 0, less than 1.
     pub fn next_fraction(&mut self) -> f64 {
         let number = u32::try_from(self.next_number() >> 32).unwrap_or_default();

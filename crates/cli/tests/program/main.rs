@@ -3,6 +3,7 @@
 
 mod bench;
 mod broken_monitor;
+mod calls;
 mod containers;
 mod damage;
 mod endings;
@@ -20,6 +21,7 @@ mod qemu_ends;
 mod run;
 mod send;
 mod streams;
+mod trial;
 mod verbs;
 mod verified;
 mod waits;
