@@ -64,7 +64,7 @@ impl Mount {
     /// Says what is missing.
     pub fn make_ext4(image: &Path, len: u64) -> Result<(), Missing> {
         let attempt = || -> TestResult {
-            File::create(image)?.set_len(len)?;
+            File::options().create(true).write(true).truncate(true).open(image)?.set_len(len)?;
             run(Command::new("mkfs.ext4").args(["-q", "-F"]).arg(image))
         };
         attempt().map_err(|error| Missing::new(format!("no ext4: {error}")))

@@ -11,7 +11,7 @@ use vmfile::Control;
 use vmfile::error::{SaveError, UserfaultError};
 use vmfile::restore::Mode;
 use vmfile::save::{After, Live, LiveMethod, Route, RouteUsed, SaveOptions, SaveReport};
-use vmfile_qemu::{Outgoing, Vm};
+use vmfile_qemu::{Outgoing, Vm, VmError};
 use vmfile_testing::migration::{set_capability, set_parameter};
 use vmfile_testing::verbs::save_with;
 use vmfile_testing::{
@@ -278,40 +278,100 @@ fn a_migration_that_waits_before_its_switchover_is_cancelled() -> TestResult {
 /// waiting: QEMU's main loop stood still, and with it the save, for minutes.
 #[test]
 fn a_client_that_adds_devices_meanwhile_ends_a_live_save_at_most() -> TestResult {
-    for release in [Release::Distribution, Release::Newest] {
+    let qemu = requires!(Qemu::of(Release::Newest));
+    let config = Guest::boot_sector(Ram::machine(128)).seed(122).vcpus(2).busy();
+    let mut guest = config.arguments(["-m", "128M,slots=4,maxmem=1G"]).boot_to(&qemu, 1)?;
+    let settings = guest.qmp("query-migrate-capabilities", json!({}))?;
+    // Too small for a DIMM: every attempt fails.
+    let memory = json!({ "qom-type": "memory-backend-ram", "id": "m", "size": 1 << 20 });
+    guest.qmp("object-add", memory)?;
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
+    let (file, socket) = (directory.path().join("vm.vmf"), guest.qmp_path());
+    let began = Instant::now();
+    let saved = thread::scope(|scope| -> TestResult<_> {
+        let save = scope.spawn(|| -> TestResult<SaveReport> {
+            let mut vm = Vm::connect(&socket)?;
+            Ok(vmfile::save::save(&mut vm, &file, &live(), &Control::none())?)
+        });
+        while !save.is_finished() {
+            let device = json!({ "driver": "pc-dimm", "memdev": "m", "id": "d" });
+            assert!(guest.qmp("device_add", device).is_err(), "it is too small");
+        }
+        Ok(save.join().expect("no panic"))
+    })?;
+    assert!(began.elapsed() < Duration::from_secs(40), "{:?}: {saved:?}", began.elapsed());
+    let stuck =
+        |error: &SaveError| matches!(error, SaveError::Userfault(UserfaultError::Stuck { .. }));
+    match saved {
+        Ok(report) => assert_eq!(report.live_method, Some(LiveMethod::Userfault)),
+        Err(error) => {
+            assert!(error.downcast_ref().is_some_and(stuck), "{error}");
+            assert!(!file.exists(), "{error}");
+        }
+    }
+    assert_eq!(guest.qmp("query-migrate-capabilities", json!({}))?, settings);
+    guest.runs_on(1)?;
+    Ok(())
+}
+
+/// vmfile let a guest run on that another client had stopped before the saved moment, and waited ten
+/// seconds for it by userfault.
+#[test]
+fn a_guest_that_another_client_stops_at_any_moment_stays_stopped() -> TestResult {
+    // How often the guest has been let run again once the saved moment is over. Pre-copy, of 7.2, ends
+    // with that.
+    for (release, route, resumes) in [
+        (Release::Distribution, Route::Auto, 2),
+        (Release::Newest, Route::Auto, 2),
+        (Release::Distribution, Route::Stream, 1),
+        (Release::Oldest, Route::Stream, u64::MAX),
+    ] {
         let qemu = requires!(Qemu::of(release));
-        let config = Guest::boot_sector(Ram::machine(128)).seed(122).vcpus(2).busy();
-        let mut guest = config.arguments(["-m", "128M,slots=4,maxmem=1G"]).boot_to(&qemu, 1)?;
-        let settings = guest.qmp("query-migrate-capabilities", json!({}))?;
-        // Too small for a DIMM: every attempt fails.
-        let memory = json!({ "qom-type": "memory-backend-ram", "id": "m", "size": 1 << 20 });
-        guest.qmp("object-add", memory)?;
         let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
-        let (file, socket) = (directory.path().join("vm.vmf"), guest.qmp_path());
-        let began = Instant::now();
-        let saved = thread::scope(|scope| -> TestResult<_> {
-            let save = scope.spawn(|| -> TestResult<SaveReport> {
-                let mut vm = Vm::connect(&socket)?;
-                Ok(vmfile::save::save(&mut vm, &file, &live(), &Control::none())?)
-            });
-            while !save.is_finished() {
-                let device = json!({ "driver": "pc-dimm", "memdev": "m", "id": "d" });
-                assert!(guest.qmp("device_add", device).is_err(), "it is too small");
+        let (file, other) = (directory.path().join("vm.vmf"), directory.path().join("other"));
+        let monitor = format!("unix:{},server=on,wait=off", other.display());
+        let config = Guest::boot_sector(Ram::private(128)).seed(125).arguments(["-qmp", &monitor]);
+        let mut guest = config.boot_to(&qemu, 1)?;
+        let settings = guest.qmp("query-migrate-capabilities", json!({}))?;
+        let (mut refused, mut after) = (0, 0);
+        for delay in (0..9).map(|number| Duration::from_millis(20 * number)) {
+            let began = Instant::now();
+            let mut other = Vm::connect(&other)?;
+            let socket = guest.qmp_path();
+            let (result, is_after) = thread::scope(|scope| -> TestResult<_> {
+                let save = scope.spawn(|| -> TestResult<Result<SaveReport, SaveError>> {
+                    let options = live().route(route);
+                    let mut vm = Vm::connect(&socket)?;
+                    Ok(vmfile::save::save(&mut vm, &file, &options, &Control::none()))
+                });
+                thread::sleep(delay);
+                let runs = other.is_running()?;
+                let is_after = runs && other.resumes() >= resumes;
+                other.stop()?;
+                Ok((save.join().expect("no panic")?, is_after))
+            })?;
+            let what = format!("{release:?} {route:?} {delay:?}: {result:?}");
+            assert!(began.elapsed() < Duration::from_secs(8), "{what}");
+            // If it came in a pause of the save's own, QEMU stopped the guest once.
+            let is_still = guest.status()? != "running";
+            match result {
+                Ok(_) => fs::remove_file(&file)?,
+                Err(SaveError::StoppedMeanwhile { .. }) => refused += 1,
+                Err(SaveError::Vm(VmError::NotStill { .. })) => {}
+                Err(_) => return Err(what.into()),
             }
-            Ok(save.join().expect("no panic"))
-        })?;
-        assert!(began.elapsed() < Duration::from_secs(40), "{:?}: {saved:?}", began.elapsed());
-        let stuck =
-            |error: &SaveError| matches!(error, SaveError::Userfault(UserfaultError::Stuck { .. }));
-        match saved {
-            Ok(report) => assert_eq!(report.live_method, Some(LiveMethod::Userfault)),
-            Err(error) => {
-                assert!(error.downcast_ref().is_some_and(stuck), "{error}");
-                assert!(!file.exists(), "{error}");
+            let is_refused = matches!(result, Err(SaveError::StoppedMeanwhile { .. }));
+            assert!(is_still || !is_refused && !is_after, "{what}");
+            after += u32::from(is_after);
+            assert!(!file.exists(), "{what}");
+            assert_eq!(guest.qmp("query-migrate-capabilities", json!({}))?, settings);
+            if is_still {
+                guest.resume()?;
             }
         }
-        assert_eq!(guest.qmp("query-migrate-capabilities", json!({}))?, settings);
         guest.runs_on(1)?;
+        println!("{release:?} {route:?}: {refused} before the moment, {after} after it");
+        assert!(refused + after > 0, "{release:?} {route:?}");
     }
     Ok(())
 }

@@ -126,7 +126,7 @@ fn left(disk: &Path, way: Way, (old, new): (SnapshotId, SnapshotId)) -> TestResu
     for entry in fs::read_dir(mount.path())? {
         let name = entry?.file_name();
         let is_known = [WHOLE, THIN, "lost+found"].iter().any(|known| name == *known);
-        assert!(is_known, "{} was left over", name.display());
+        assert!(is_known, "{name:?} was left over");
     }
     let file = mount.path().join(way.name());
     check_is_clean(&mount.path().join(WHOLE))?;

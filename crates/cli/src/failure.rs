@@ -179,7 +179,7 @@ impl From<&PublishError> for Failure {
 
 impl From<&SaveError> for Failure {
     fn from(error: &SaveError) -> Failure {
-        if let Some(failure) = of_options(error) {
+        if let Some(failure) = of_options(error).or_else(|| of_a_guest_that_runs(error)) {
             return failure;
         }
         match error {
@@ -203,11 +203,6 @@ impl From<&SaveError> for Failure {
             }
             SaveError::NoAddress { .. } => Failure::new(Code::Vm, "no_address", error).hint(
                 "--route direct needs a QEMU that prints addresses, 8.0 or later; stream none",
-            ),
-            SaveError::Userfault(_) => Failure::new(Code::Vm, "userfault", error).hint(BY_STREAM),
-            SaveError::NotConverged { .. } => Failure::new(Code::Vm, "not_converged", error).hint(
-                "--live-timeout waits longer, --max-pause allows a longer pause; \
-                 without --live the guest is paused",
             ),
             SaveError::QemuTooOld { .. } => Failure::new(Code::Vm, "qemu_too_old", error)
                 .hint("--route stream works with every QEMU"),
@@ -239,8 +234,6 @@ impl From<&SaveError> for Failure {
                 Failure::new(Code::Vm, "changed_meanwhile", error)
                     .hint("save again once nothing is plugged, and block jobs are done")
             }
-            SaveError::DisksGoOn { .. } => Failure::new(Code::Vm, "disks_go_on", error)
-                .hint("--with-disks keeps the disks of the saved moment; or save without --live"),
             SaveError::Release { .. } if !error.leaves_paused() => {
                 Failure::new(Code::Vm, "qemu_gone", error).hint("the file can be restored")
             }
@@ -251,6 +244,25 @@ impl From<&SaveError> for Failure {
             _ => Failure::new(Code::System, "io", error),
         }
     }
+}
+
+/// Returns the failure if the guest was to run while it is saved.
+fn of_a_guest_that_runs(error: &SaveError) -> Option<Failure> {
+    Some(match error {
+        SaveError::StoppedMeanwhile { .. } => Failure::new(Code::Vm, "stopped_meanwhile", error)
+            .hint(
+                "there is no file; save the VM once more: it is saved as it stands, and stays \
+                 stopped with --after resume",
+            ),
+        SaveError::Userfault(_) => Failure::new(Code::Vm, "userfault", error).hint(BY_STREAM),
+        SaveError::NotConverged { .. } => Failure::new(Code::Vm, "not_converged", error).hint(
+            "--live-timeout waits longer, --max-pause allows a longer pause; \
+             without --live the guest is paused",
+        ),
+        SaveError::DisksGoOn { .. } => Failure::new(Code::Vm, "disks_go_on", error)
+            .hint("--with-disks keeps the disks of the saved moment; or save without --live"),
+        _ => return None,
+    })
 }
 
 /// Returns the failure if it concerns the base, or options that exclude one another.
@@ -277,7 +289,7 @@ fn of_options(error: &SaveError) -> Option<Failure> {
 }
 
 /// The hint for a disk that is full.
-const NO_SPACE: &str = "free some space, or save to another file system";
+const NO_SPACE: &str = "free some space, or save to another file system; a save whose guest runs on needs room for all RAM";
 
 /// The hints for options that exclude one another.
 const LIVE: &str = "--live goes with --route auto, direct or stream";

@@ -219,10 +219,10 @@ fn guard(pipe: RawFd, socket: RawFd, mut workspace: Workspace) -> ! {
     let pipe = unsafe { BorrowedFd::borrow_raw(pipe) };
     // SAFETY: as above.
     let socket = unsafe { BorrowedFd::borrow_raw(socket) };
-    // If the other process has ended, the end of the pipe is seen next.
-    let _ = send(pipe, &[READY], SendFlags::NOSIGNAL);
-    let is_dismissed = workspace.wait_for_the_end(pipe);
-    if !is_dismissed {
+    // If this fails, the other process waits for it in vain, and has changed nothing yet: it sees the end
+    // of the pipe as soon as this process ends.
+    let is_ready = send(pipe, &[READY], SendFlags::NOSIGNAL).is_ok();
+    if is_ready && !workspace.wait_for_the_end(pipe) {
         workspace.carry_out(socket);
     }
     // No destructor runs, and no handler that the other process registered: `workspace` is never

@@ -331,13 +331,6 @@ impl Vm {
         Ok(self.execute("migrate", json!({ "uri": uri })).map(drop)?)
     }
 
-    /// Returns how many times QEMU has said by an event that the guest runs again, as far as its
-    /// messages were read.
-    #[must_use]
-    pub fn resumes(&self) -> u64 {
-        self.qmp.resumes()
-    }
-
     /// Returns how long the guest was stopped, from the events received so far, and discards them;
     /// `None` if no `RESUME` is among them.
     #[must_use]

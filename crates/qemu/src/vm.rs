@@ -253,6 +253,32 @@ impl Vm {
         Ok(self.execute("stop", Value::Null).map(drop)?)
     }
 
+    /// Stops the guest, and tells whether it ran: QEMU sends the event `STOP` before it answers (7.2 to
+    /// 11.1), and sends none if something else had stopped the guest.
+    ///
+    /// # Errors
+    ///
+    /// See [`Qmp::execute`].
+    pub fn stop_if_running(&mut self) -> Result<bool, VmError> {
+        let stops = self.qmp.stops();
+        self.stop()?;
+        Ok(self.qmp.stops() > stops)
+    }
+
+    /// Returns how many times QEMU has said by an event that the guest stands still, as far as its
+    /// messages were read.
+    #[must_use]
+    pub fn stops(&self) -> u64 {
+        self.qmp.stops()
+    }
+
+    /// Returns how many times QEMU has said by an event that the guest runs again, as far as its
+    /// messages were read.
+    #[must_use]
+    pub fn resumes(&self) -> u64 {
+        self.qmp.resumes()
+    }
+
     /// Resumes the guest. First waits until QEMU has finished cleaning up after an ended migration.
     ///
     /// # Errors

@@ -54,6 +54,15 @@ pub enum SaveError {
         /// QEMU's name for the state.
         found: String,
     },
+    /// A guest was to run while it is saved, and stood still before the moment that the file would hold.
+    #[error(
+        "another client of QEMU, or the guest itself, stopped the guest while it was being saved: it is \
+         {found}, and stays so"
+    )]
+    StoppedMeanwhile {
+        /// QEMU's name for the state.
+        found: String,
+    },
     /// Something in the VM forbids a save.
     #[error("this VM cannot be saved: {}", joined(blockers))]
     Blocked {

@@ -32,6 +32,7 @@ mod space;
 mod stream;
 pub(crate) mod target;
 mod userfault;
+mod work;
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -41,10 +42,9 @@ use vmfile_engine::{BackendInUse, DirectIoInUse};
 use vmfile_format::manifest::{SnapshotId, VmMeta};
 use vmfile_pages::PagesError;
 use vmfile_pages::control::Control;
-use vmfile_pages::draft::{Draft, Proven, SaveFacts};
+use vmfile_pages::draft::{Draft, Proven};
 use vmfile_qemu::{
-    FileId, Footprint, Holder, PUT_BACK_TIMEOUT, Paused, RamBlockInfo, RunState, SaveRecord, Vm,
-    VmError,
+    FileId, Footprint, Holder, PUT_BACK_TIMEOUT, Paused, RunState, SaveRecord, Vm, VmError,
 };
 
 pub use self::base::BaseUsed;
@@ -57,6 +57,7 @@ use self::disks::{Disks, deep_disks, saved_disks};
 pub use self::options::{After, BaseFile, Live, Route, SaveOptions};
 pub use self::report::{GuestWaits, LiveMethod, RouteUsed, SaveReport};
 use self::route::{ChosenRoute, ReadyRoute, choose_live, choose_paused};
+use self::work::Work;
 pub use crate::change::Change;
 use crate::error::SaveError;
 use crate::guard::Guard;
@@ -121,67 +122,6 @@ struct Save<'a> {
     written: Option<Written>,
     warnings: Vec<String>,
     pause_seconds: f64,
-}
-
-/// What a route works with.
-struct Work<'a> {
-    vm: &'a mut Vm,
-    guard: &'a Guard,
-    /// The RAM blocks as they are since the guest was stopped; empty while it runs.
-    blocks: &'a [RamBlockInfo],
-    draft: &'a Draft,
-    disks: &'a mut Disks,
-    options: &'a SaveOptions,
-    base: &'a mut ChosenBase,
-    control: &'a Control<'a>,
-    meta: &'a mut VmMeta,
-    warnings: &'a mut Vec<String>,
-    /// When the guest was paused for the save; `None` while it runs.
-    paused_at: Option<Instant>,
-    /// Whether a live save has let the guest run after its last stop: what stops it later is not this
-    /// save.
-    has_let_run: bool,
-}
-
-impl Work<'_> {
-    /// Returns what the manifest says of this save.
-    fn facts(&self, route: RouteUsed, pause_seconds: f64, live: bool) -> SaveFacts {
-        let vm = self.meta.clone();
-        let route = route.name();
-        SaveFacts {
-            route: route.to_owned(),
-            live: Some(live),
-            pause_seconds: Some(pause_seconds),
-            saved_at_unix_seconds: None,
-            vm,
-        }
-    }
-
-    fn seconds_paused(&self) -> f64 {
-        self.paused_at.map_or(0.0, |at| at.elapsed().as_secs_f64())
-    }
-
-    /// Whether the VM ends once the file is durable.
-    fn is_last(&self) -> bool {
-        self.options.after == After::Quit
-    }
-
-    /// Whether the guest stands still after the save, in a QEMU that lives on.
-    fn stays_paused(&self) -> bool {
-        match self.options.after {
-            After::Quit => false,
-            After::Pause => true,
-            After::Resume => self.meta.run_state != "running",
-        }
-    }
-
-    /// Notes that QEMU will be in a state from which it does not send the VM once more.
-    fn warn_of_postmigrate(&mut self, reason: &str) {
-        self.warnings.push(format!(
-            "the VM is paused in QEMU's state postmigrate and cannot be saved again before it has \
-             run; --route direct leaves it as it was ({reason})"
-        ));
-    }
 }
 
 /// What a route has written: everything but the name.
@@ -302,9 +242,8 @@ impl<'a> Save<'a> {
     /// has its name, because this process may be killed right before or right after it gives the
     /// name.
     fn watch(&self, stays_paused: bool) -> Result<(), SaveError> {
-        let writes_file = matches!(self.route.route, ReadyRoute::Native(_));
-        let (record, file) = (&self.record, (&*self.record.destination, self.file));
-        Ok(self.guard.watch_save(&Footprint { record, writes_file, file, stays_paused })?)
+        let footprint = footprint(&self.record, (self.file, &self.route.route), stays_paused);
+        Ok(self.guard.watch_save(&footprint)?)
     }
 
     /// Saves a VM that stands still, from the pause to the release.
@@ -331,6 +270,8 @@ impl<'a> Save<'a> {
         self.warnings.extend(ending::with_doubtful_disks(doubts, self.options)?);
         let blocks = paused.blocks().to_vec();
         let paused_at = paused.stopped_at();
+        let stays_paused = self.options.after == After::Pause;
+        let footprint = footprint(&self.record, (self.file, &self.route.route), stays_paused);
         let mut work = Work {
             vm: paused.vm(),
             guard: &self.guard,
@@ -343,7 +284,7 @@ impl<'a> Save<'a> {
             meta: &mut self.meta,
             warnings: &mut self.warnings,
             paused_at: Some(paused_at),
-            has_let_run: false,
+            footprint,
         };
         self.written = Some(match &mut self.route.route {
             ReadyRoute::Direct(route) => route.write(&mut work)?,
@@ -368,6 +309,8 @@ impl<'a> Save<'a> {
 
     /// Saves a VM whose guest runs meanwhile.
     fn live(&mut self, vm: &mut Vm) -> Result<(), SaveError> {
+        let stays_paused = self.options.after == After::Pause;
+        let footprint = footprint(&self.record, (self.file, &self.route.route), stays_paused);
         let ReadyRoute::Live(route) = &mut self.route.route else {
             unreachable!("chosen by `save`")
         };
@@ -383,7 +326,7 @@ impl<'a> Save<'a> {
             meta: &mut self.meta,
             warnings: &mut self.warnings,
             paused_at: None,
-            has_let_run: false,
+            footprint,
         };
         let written = route.write(&mut work)?;
         self.known.still_holds(vm)?;
@@ -544,6 +487,18 @@ impl<'a> Save<'a> {
             Err(source) => SaveError::LeftPaused { cause: Box::new(error), source },
         }
     }
+}
+
+/// Returns what a save may have changed, before it has stopped a guest that is to run meanwhile.
+fn footprint<'a>(
+    record: &'a SaveRecord,
+    (file, route): (FileId, &ReadyRoute),
+    stays_paused: bool,
+) -> Footprint<'a> {
+    let writes_file = matches!(route, ReadyRoute::Native(_));
+    let may_stand = !matches!(route, ReadyRoute::Live(_));
+    let file = (&*record.destination, file);
+    Footprint { record, writes_file, file, stays_paused, may_stand }
 }
 
 /// Returns a path as it goes into the record of the save: absolute, and text.

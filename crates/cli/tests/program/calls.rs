@@ -3,6 +3,7 @@
 //! `cargo xtask chaos calls` lets more calls fail than a test has time for.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::ffi::OsString;
 use std::fs;
 use std::path::Path;
@@ -15,7 +16,7 @@ use crate::trial::{Trial, WAYS};
 use crate::words;
 
 /// How many calls a test run lets fail.
-const FAULTS: u64 = 36;
+const FAULTS: u64 = 18;
 
 /// The calls that can fail, and how. `EINTR` and `EAGAIN` are no reason to give up.
 const ERRORS: [(&str, &[&str]); 34] = [
@@ -74,7 +75,9 @@ impl Fault {
     fn inject(&self, trial: &Trial, words: &[OsString]) -> TestResult<Said> {
         let Fault { call, error, number, .. } = self;
         let trace = trial.directory.path().join("trace");
-        let mut strace = Command::new("strace");
+        // A save that hangs is a fault as well.
+        let mut strace = Command::new("timeout");
+        strace.args(["--kill-after=5", "60", "strace"]);
         // Also in threads and in the guardian.
         strace.args(words!["-f", "-qq", "-o", trace, "-e", &format!("trace={call}")]);
         strace.args(["-e", &format!("inject={call}:error={error}:when={number}")]);
@@ -116,8 +119,8 @@ fn a_vm_whose_save_has_a_system_call_that_fails_is_as_it_was() -> TestResult {
         let way = usize::try_from(fault)? % WAYS.len();
         let file = trial.directory.path().join("call.vmf");
         let words = trial.words(way, &file);
-        if !counts.contains_key(&way) {
-            counts.insert(way, count_calls(&trial, &words)?);
+        if let Entry::Vacant(vacant) = counts.entry(way) {
+            vacant.insert(count_calls(&trial, &words)?);
             fs::remove_file(&file)?;
             trial.run_if_paused()?;
         }

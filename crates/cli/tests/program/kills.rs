@@ -10,13 +10,14 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Signal, kill_process};
 use serde_json::json;
+use vmfile::Vm;
 use vmfile_testing::{
     Guest, GuestConfig, Monitor, Qemu, Ram, Random, Release, TestResult, requires,
 };
 
-use crate::guests::{prepare, saved};
-use crate::run::{EndAllIn, Said, command, pid, processes_in, program, start, strace};
-use crate::trial::{Trial, WAYS};
+use crate::guests::{directory, prepare, saved};
+use crate::run::{EndAllIn, Said, command, pid, processes_in, program, start, strace, wait_until};
+use crate::trial::{State, Trial, WAYS};
 use crate::words;
 
 /// How many moments a test run tries.
@@ -222,4 +223,42 @@ fn a_restore_that_is_killed_leaves_no_qemu_or_a_vm_that_runs() -> TestResult {
     }
     println!("seed {seed}: {running} of 12 VMs run");
     Ok(())
+}
+
+/// The guardian let a guest run that another client had stopped while the save copied its memory.
+#[test]
+fn a_guest_that_another_client_stopped_stays_stopped_if_its_save_is_killed() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let directory = directory()?;
+    let (file, monitor) = (directory.path().join("vm.vmf"), directory.path().join("other"));
+    let socket = format!("unix:{},server=on,wait=off", monitor.display());
+    let config = Guest::boot_sector(Ram::private(256)).seed(141).busy();
+    let mut guest = config.arguments(["-qmp", &socket]).boot_to(&qemu, 1)?;
+    let before = State::of(&mut guest)?;
+    for _ in 0..20 {
+        let mut other = Vm::connect(&monitor)?;
+        let mut child = start(words!["save", guest.qmp_path(), file, "--live"])?;
+        // QEMU lets the guest run once it has protected the memory, and vmfile after the moment.
+        while child.try_wait()?.is_none() && other.resumes() < 2 {
+            other.run_state()?;
+        }
+        let is_after = other.resumes() == 2 && other.stop_if_running()?;
+        // The guardian knows of the moment as soon as the save can tell it.
+        thread::sleep(Duration::from_millis(20));
+        end(child, Signal::KILL)?;
+        drop(other);
+        wait_until("the guardian is through", || {
+            State::of(&mut guest).is_ok_and(|state| state == before)
+        })?;
+        let was_killed = !file.exists();
+        if is_after {
+            assert_eq!(guest.status()?, "paused");
+            guest.resume()?;
+        }
+        if is_after && was_killed {
+            return guest.counts_on(1);
+        }
+        fs::remove_file(&file)?;
+    }
+    Err("no save was killed while it copied".into())
 }

@@ -50,7 +50,7 @@ pub(crate) struct State {
 }
 
 impl State {
-    fn of(guest: &mut Guest) -> TestResult<State> {
+    pub(crate) fn of(guest: &mut Guest) -> TestResult<State> {
         let objects = guest.qmp("qom-list", json!({ "path": "/objects" }))?;
         let name = |object: &Value| object["name"].as_str().map(str::to_owned);
         // The note of the file that was saved last stays.

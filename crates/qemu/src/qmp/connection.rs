@@ -260,6 +260,11 @@ impl Qmp {
         self.events.dropped()
     }
 
+    /// Returns the number of `STOP` events so far, including those that were dropped or taken.
+    pub(crate) fn stops(&self) -> u64 {
+        self.events.stops()
+    }
+
     /// Returns the number of `RESUME` events so far, including those that were dropped or taken.
     pub(crate) fn resumes(&self) -> u64 {
         self.events.resumes()

@@ -17,6 +17,9 @@ pub(super) const EVENT_BYTES_MAX: usize = 4 << 20;
 /// The event that QEMU sends when the guest starts to run.
 const RESUME: &str = "RESUME";
 
+/// The event of a guest that stands still.
+const STOP: &str = "STOP";
+
 /// One event, as QEMU sent it.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
@@ -51,13 +54,16 @@ pub(super) struct EventQueue {
     /// Each with its size.
     events: VecDeque<(Event, usize)>,
     dropped: u64,
-    resumes: u64,
+    stops: u32,
+    resumes: u32,
 }
 
 impl EventQueue {
     pub(super) fn push(&mut self, event: Event) {
-        if event.name == RESUME {
-            self.resumes = self.resumes.saturating_add(1);
+        match event.name.as_str() {
+            STOP => self.stops = self.stops.saturating_add(1),
+            RESUME => self.resumes = self.resumes.saturating_add(1),
+            _ => {}
         }
         let size = event.name.len() + size_of(&event.data);
         self.events.push_back((event, size));
@@ -84,9 +90,14 @@ impl EventQueue {
         self.dropped
     }
 
+    /// Returns the number of `STOP` events so far, including those that were dropped or taken.
+    pub(super) fn stops(&self) -> u64 {
+        self.stops.into()
+    }
+
     /// Returns the number of `RESUME` events so far, including those that were dropped or taken.
     pub(super) fn resumes(&self) -> u64 {
-        self.resumes
+        self.resumes.into()
     }
 }
 

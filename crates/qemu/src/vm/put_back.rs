@@ -42,6 +42,8 @@ pub struct Footprint<'a> {
     pub file: (&'a Path, FileId),
     /// Whether a guest that ran before is to stay paused once the file has its name.
     pub stays_paused: bool,
+    /// Whether the save may have stopped the guest, and not let it run since.
+    pub may_stand: bool,
 }
 
 /// One step of the undo, for a process that cannot parse QEMU's answers: QEMU's answer to `line` is
@@ -133,7 +135,7 @@ pub fn undo_steps(footprint: &Footprint<'_>) -> Vec<UndoStep> {
     if record.settings.is_some() {
         steps.end_migration(footprint.writes_file);
     }
-    if record.was_running {
+    if record.was_running && footprint.may_stand {
         steps.unless(footprint.stays_paused.then_some(footprint.file), |steps| {
             let (command, arguments) = flush::taking(true);
             steps.ask(command, arguments, SHORT);

@@ -83,8 +83,8 @@ impl LiveRoute {
                 received.map(Box::new).map(Copied::Stream)
             }
         };
-        let has_let_run = work.has_let_run;
-        let runs = work.vm.unstoppable(PUT_BACK_TIMEOUT, |vm| let_run(vm, has_let_run));
+        let may_stand = work.footprint.may_stand;
+        let runs = work.vm.unstoppable(PUT_BACK_TIMEOUT, |vm| let_run(vm, may_stand));
         let put_back = work.vm.unstoppable(PUT_BACK_TIMEOUT, |vm| {
             vm.put_back_stream_settings(settings, &self.before)
         });
@@ -190,14 +190,13 @@ impl LiveRoute {
 }
 
 /// Resumes the guest if it stands still because of the save. QEMU resumes it by itself if the migration
-/// was cancelled in time. With `has_let_run`, it ran after the save's last stop, and another client or the
-/// guest itself has stopped it since.
-fn let_run(vm: &mut Vm, has_let_run: bool) -> Result<(), VmError> {
+/// was cancelled in time. Without `may_stand`, another client or the guest itself has stopped it.
+fn let_run(vm: &mut Vm, may_stand: bool) -> Result<(), VmError> {
     match vm.run_state()? {
         RunState::Running => Ok(()),
         RunState::FinishMigrate | RunState::PostMigrate => vm.cont(),
-        _ if has_let_run => Ok(()),
-        _ => vm.cont(),
+        _ if may_stand => vm.cont(),
+        _ => Ok(()),
     }
 }
 

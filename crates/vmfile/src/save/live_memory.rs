@@ -6,7 +6,7 @@ use rustix::io::Errno;
 use vmfile_pages::PageSource as _;
 use vmfile_pages::draft::Draft;
 use vmfile_pages::plan::WINDOW_LEN;
-use vmfile_qemu::{DeviceStateFile, RunState, Vm};
+use vmfile_qemu::{DeviceStateFile, RunState, Vm, VmError};
 
 use super::base::ChosenBase;
 use super::direct::{Devices, DirectRoute};
@@ -49,11 +49,13 @@ impl LiveMemory {
 }
 
 /// Stops the guest, runs `pause`, freezes the disks, has the devices saved, and lets the guest run on. If
-/// `pause` returns `None`, does nothing more, and leaves the guest stopped.
+/// `pause` returns `None`, does nothing more, and leaves the guest stopped. A guest that stands still by
+/// then was stopped by another client or by itself, and stays so.
 pub(super) fn in_a_pause<T>(
     work: &mut Work<'_>,
     pause: impl FnOnce(&mut Work<'_>) -> Result<Option<T>, SaveError>,
 ) -> Result<Option<(T, Devices)>, SaveError> {
+    work.set_may_stand(true)?;
     let file = work.vm.prepare_device_state()?;
     let done = stopped(work, &file, pause);
     let bytes = work.vm.take_device_state(file);
@@ -66,23 +68,29 @@ fn stopped<T>(
     file: &DeviceStateFile,
     pause: impl FnOnce(&mut Work<'_>) -> Result<Option<T>, SaveError>,
 ) -> Result<Option<T>, SaveError> {
-    work.vm.stop()?;
-    // Nothing else may have stopped the guest just before.
+    let has_stopped = work.vm.stop_if_running()?;
+    if !has_stopped {
+        work.set_may_stand(false)?;
+    }
     match work.vm.run_state()? {
-        RunState::Paused => {}
-        found => return Err(SaveError::RunState { found: found.to_string() }),
+        RunState::Paused if has_stopped => {}
+        RunState::Running => return Err(let_run_by_another()),
+        found => return Err(SaveError::StoppedMeanwhile { found: found.to_string() }),
     }
     let resumes = work.vm.resumes();
     let Some(done) = pause(work)? else { return Ok(None) };
     work.disks.freeze(work.vm)?;
     work.vm.write_device_state(file, work.is_last())?;
     if work.vm.resumes() != resumes {
-        let what = "the guest's run state: another client let it run in the pause".to_owned();
-        return Err(SaveError::ChangedMeanwhile { what });
+        return Err(let_run_by_another());
     }
     work.vm.cont()?;
-    work.has_let_run = true;
+    work.set_may_stand(false)?;
     Ok(Some(done))
+}
+
+fn let_run_by_another() -> SaveError {
+    VmError::NotStill { what: "another client of QEMU let the guest run".to_owned() }.into()
 }
 
 /// The descriptor is closed: that is no matter of rights.

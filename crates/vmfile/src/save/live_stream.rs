@@ -16,14 +16,14 @@ use std::time::{Duration, Instant};
 
 use vmfile_engine::beside;
 use vmfile_pages::lane::Workers;
-use vmfile_qemu::{Outgoing, Vm};
+use vmfile_qemu::{Outgoing, RunState};
 use vmfile_stream::incoming::WaitLimits;
 use vmfile_stream::receiver::{Received, StreamReceiver};
 
 use super::sending::{Ended, Peer, peer_process, wait_until_sent};
 use super::stream::written;
 use super::target::page_size_unnamed;
-use super::{Disks, LiveDone, LiveMethod, RouteUsed, Work, Written};
+use super::{LiveDone, LiveMethod, RouteUsed, Work, Written};
 use crate::error::SaveError;
 use crate::receive::ReceiveError;
 
@@ -48,9 +48,18 @@ pub(super) fn receive(
     // guardian's copy keeps the stream open until QEMU was told to stop.
     work.guard.keep_open(ours.as_fd())?;
     let stands = is_snapshot(method) && !work.disks.is_empty();
+    let is_snapshot = is_snapshot(method);
+    // QEMU stops the guest: for a background snapshot at the beginning, for pre-copy at the end.
+    work.set_may_stand(true)?;
     if stands {
-        work.vm.stop()?;
+        if !work.vm.stop_if_running()? {
+            return Err(stopped_meanwhile(work)?);
+        }
         work.disks.freeze(work.vm)?;
+    }
+    let (stops, resumes) = (work.vm.stops(), work.vm.resumes());
+    if !is_snapshot && work.vm.run_state()? != RunState::Running {
+        return Err(stopped_meanwhile(work)?);
     }
     let end = ours.try_clone().map_err(SaveError::Socket)?;
     work.vm.send_stream(theirs.into())?;
@@ -62,8 +71,9 @@ pub(super) fn receive(
     };
     let receiver = StreamReceiver { draft: work.draft, workers, limits, page_size };
     let (progress, is_over) = (Progress::default(), AtomicBool::new(false));
-    let (vm, disks) = (&mut *work.vm, &mut *work.disks);
-    let mut watch = Watch { vm, disks, method, stands, progress: &progress };
+    let progress = &progress;
+    let mut watch =
+        Watch { work: &mut *work, is_snapshot, stands, begun: (stops, resumes), progress };
     let spare = end.try_clone().map_err(SaveError::Socket);
     let receive = || {
         let received = receiver.run(ours.into(), || Ok::<_, SaveError>(()));
@@ -81,7 +91,7 @@ pub(super) fn receive(
         let watched = watch.until(is_through);
         let must_end = watched.is_err() || progress.has_failed.load(Ordering::Relaxed);
         // This ends the stream, and with it the receiver.
-        let ended = must_end.then(|| Ended::now(watch.vm));
+        let ended = must_end.then(|| Ended::now(watch.work.vm));
         is_over.store(true, Ordering::Relaxed);
         (watched, ended)
     });
@@ -115,16 +125,17 @@ struct Progress {
 }
 
 /// Controls QEMU while it sends.
-struct Watch<'a> {
-    vm: &'a mut Vm,
-    disks: &'a mut Disks,
-    method: &'a LiveMethod,
+struct Watch<'a, 'w> {
+    work: &'a mut Work<'w>,
+    is_snapshot: bool,
+    /// How often the guest had been stopped and let run when QEMU began.
+    begun: (u64, u64),
     /// Whether the guest is stopped, until QEMU has write-protected its memory.
     stands: bool,
     progress: &'a Progress,
 }
 
-impl Watch<'_> {
+impl Watch<'_, '_> {
     /// Runs until QEMU has sent everything or `is_finished` says that the receiver has ended;
     /// returns whether QEMU has sent everything.
     fn until(&mut self, is_finished: impl Fn() -> bool) -> Result<bool, SaveError> {
@@ -136,35 +147,65 @@ impl Watch<'_> {
             if self.progress.has_failed.load(Ordering::Relaxed) || (finished && !has_all) {
                 return Ok(false);
             }
-            let (outgoing, ram) = self.vm.outgoing_ram()?;
+            let (outgoing, ram) = self.work.vm.outgoing_ram()?;
             match outgoing {
-                Outgoing::Active if self.stands && ram.is_some_and(|ram| ram.pages > 0) => {
-                    // QEMU sends pages once they are protected. It then sets the run state that the
-                    // guest had before (10.0), which must not happen after `cont`.
-                    self.vm.run_state()?;
-                    self.vm.cont()?;
-                    self.stands = false;
+                Outgoing::Active if self.is_snapshot && ram.is_some_and(|ram| ram.pages > 0) => {
+                    self.protected()?;
+                }
+                Outgoing::Active | Outgoing::Held if self.is_stopped_by_another()? => {
+                    return Err(stopped_meanwhile(self.work)?);
                 }
                 Outgoing::Held if !finished => {
-                    self.disks.freeze(self.vm)?;
-                    self.vm.switch_over()?;
+                    self.work.disks.freeze(self.work.vm)?;
+                    self.work.vm.switch_over()?;
                 }
                 Outgoing::Active if !finished => {}
                 Outgoing::Completed => return self.completed(),
                 // All pages have arrived, but QEMU may not have reported completion yet: ask it
                 // once more.
-                Outgoing::Active if wait_until_sent(self.vm).is_ok() => return self.completed(),
+                Outgoing::Active if wait_until_sent(self.work.vm).is_ok() => {
+                    return self.completed();
+                }
                 _ => return Ok(false),
             }
             thread::sleep(POLL_INTERVAL);
         }
     }
 
+    /// QEMU has protected the memory and sends pages, and the guest can run.
+    fn protected(&mut self) -> Result<(), SaveError> {
+        if !self.work.footprint.may_stand {
+            return Ok(());
+        }
+        // QEMU first sets the run state that the guest had before (10.0), which must not happen after
+        // `cont`.
+        self.work.vm.run_state()?;
+        if std::mem::take(&mut self.stands) {
+            self.work.vm.cont()?;
+        }
+        self.work.set_may_stand(false)
+    }
+
+    /// Whether another client, or the guest itself, has stopped a guest that pre-copy sends. When QEMU
+    /// stops it, its run state is `finish-migrate`.
+    fn is_stopped_by_another(&mut self) -> Result<bool, SaveError> {
+        let (stops, resumes) = self.begun;
+        let stands = self.work.vm.stops() - stops > self.work.vm.resumes() - resumes;
+        if self.is_snapshot || !stands {
+            return Ok(false);
+        }
+        let state = self.work.vm.run_state()?;
+        Ok(!matches!(state, RunState::Running | RunState::FinishMigrate | RunState::PostMigrate))
+    }
+
     /// Resumes the guest if it is stopped: QEMU has sent everything, and the guest need not wait
     /// for the disk.
     fn completed(&mut self) -> Result<bool, SaveError> {
-        if self.stands || !is_snapshot(self.method) {
-            self.vm.cont()?;
+        if self.is_snapshot {
+            self.protected()?;
+        } else {
+            self.work.vm.cont()?;
+            self.work.set_may_stand(false)?;
         }
         Ok(true)
     }
@@ -184,6 +225,12 @@ pub(super) fn finish(
     let facts = work.facts(RouteUsed::Stream, live.pause_seconds, true);
     work.draft.finish(&received.places, (&received.bitmaps, &[]), received.tail(), facts)?;
     Ok(Written { live: Some(live), ..written(&received) })
+}
+
+/// Returns the error for a guest that something else has stopped, and leaves it so.
+fn stopped_meanwhile(work: &mut Work<'_>) -> Result<SaveError, SaveError> {
+    work.set_may_stand(false)?;
+    Ok(SaveError::StoppedMeanwhile { found: work.vm.run_state()?.to_string() })
 }
 
 fn is_snapshot(method: &LiveMethod) -> bool {

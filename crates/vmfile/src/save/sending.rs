@@ -185,6 +185,10 @@ impl Ended {
         // If QEMU fails by itself after the first question, it has stopped sending as well.
         match (self.before, self.after) {
             (_, Ok(Outgoing::Active | Outgoing::Held)) => does_not_stop(),
+            // Then nothing else that failed is the cause.
+            (Ok(Outgoing::Cancelled), _) if !error.is_stopped() => {
+                migration_error(Outgoing::Cancelled)
+            }
             (Ok(Outgoing::Failed(reason)), _) if is_cut => SaveError::Migration { reason },
             (Err(gone), _) if is_cut => gone.into(),
             _ => error,

@@ -27,7 +27,6 @@ use vmfile_engine::{BufferPool, Userfault, beside};
 use vmfile_pages::protected_ram::{ProtectedRam, aside_buffers};
 use vmfile_pages::ram_writer::write_protected_ram;
 use vmfile_pages::{PageIndex, RamBlock, RamLayout};
-use vmfile_qemu::Vm;
 use vmfile_stream::held::HeldStream;
 
 use super::direct::DirectRoute;
@@ -37,8 +36,9 @@ use super::sending::Peer;
 use super::{LiveDone, LiveMethod, Work, Written};
 use crate::error::{SaveError, UserfaultError};
 
-/// How long QEMU may take from the first page until it lets the guest run.
-const RESUME_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long QEMU may take from the first page until it lets the guest run: its main loop does that next,
+/// before it answers a command.
+const RESUME_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// How long to wait between two looks whether it has.
 const POLL_INTERVAL: Duration = Duration::from_micros(200);
@@ -67,6 +67,7 @@ impl LiveMemory {
         let process = self.direct.process.process();
         let before = Userfault::all_of(process).map_err(UserfaultError::Kernel)?;
         // Only QEMU keeps this end, so that the stream ends if QEMU closes it.
+        work.set_may_stand(true)?;
         let socket = rustix::fs::fstat(&theirs).map_err(|errno| SaveError::Socket(errno.into()))?;
         work.vm.send_stream(theirs)?;
         let sent = held.wait_for_page(timeout, work.control)?.clone();
@@ -108,7 +109,7 @@ impl LiveMemory {
         let serve = || protected.serve();
         let both = beside(serve, |_| {
             let written = unless_stuck((process.process(), ours.as_fd()), || {
-                wait_until_resumed(work.vm, resumes)?;
+                wait_until_resumed(work, resumes)?;
                 // Here the guest need not stand still for it.
                 held.wait_until_full(theirs.as_fd(), work.control)?;
                 let devices = in_a_pause(work, |work| {
@@ -160,17 +161,18 @@ struct Protected {
 }
 
 /// Waits until QEMU, which stopped the guest while it protected the memory, lets it run: a `stop` before
-/// that would be undone.
-fn wait_until_resumed(vm: &mut Vm, resumes: u64) -> Result<(), SaveError> {
+/// that would be undone. QEMU leaves a guest stopped that somebody else had stopped before.
+fn wait_until_resumed(work: &mut Work<'_>, resumes: u64) -> Result<(), SaveError> {
     let deadline = Instant::now() + RESUME_TIMEOUT;
-    while vm.resumes() == resumes {
-        let found = vm.run_state()?;
+    while work.vm.resumes() == resumes {
+        let found = work.vm.run_state()?;
         if Instant::now() >= deadline {
-            return Err(SaveError::RunState { found: found.to_string() });
+            work.set_may_stand(false)?;
+            return Err(SaveError::StoppedMeanwhile { found: found.to_string() });
         }
         thread::sleep(POLL_INTERVAL);
     }
-    Ok(())
+    work.set_may_stand(false)
 }
 
 /// Names a block that only one of the lists has, or that has another length there.
