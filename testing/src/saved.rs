@@ -129,11 +129,12 @@ impl Guest {
     ///
     /// The library's or QEMU's error.
     pub fn save_and_end(&mut self, options: &SaveOptions) -> TestResult<Saved> {
+        let pid = self.pid()?;
         let saved = self.save(options)?;
         if options.after != After::Quit {
             self.qmp("quit", json!({}))?;
         }
-        self.wait_for_exit()?;
+        Guest::wait_for_exit_of(pid)?;
         Ok(saved)
     }
 

@@ -29,7 +29,7 @@ usage: cargo xtask VERB
   bench [--quick]  measure vmfile beside the disk's limit and QEMU's own ways
   bench --compare BASE
                    measure vmfile as it is here beside the revision BASE, pair by pair
-  chaos vmfile|qemu|calls|power [MOMENTS [SEED]]
+  chaos vmfile|qemu|calls|power|rounds [MOMENTS [SEED]]
                    end one of them at random moments of saves and restores, 300 if not said
   tidy             check what no compiler checks: walls, words, links
 ";

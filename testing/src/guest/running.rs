@@ -222,23 +222,21 @@ impl Guest {
     ///
     /// When it still runs after two minutes.
     pub fn wait_for_exit(&mut self) -> TestResult {
+        let pid = self.pid()?;
+        Guest::wait_for_exit_of(pid)
+    }
+
+    /// As [`Guest::wait_for_exit`], for a QEMU whose process is known: when it ends by itself, it removes
+    /// the file that says so.
+    pub(crate) fn wait_for_exit_of(pid: u32) -> TestResult {
         let deadline = Instant::now() + PATIENCE;
-        while !self.has_ended()? {
+        while !has_ended(pid) {
             if Instant::now() > deadline {
                 return Err(TestError::from("QEMU still runs"));
             }
             thread::sleep(Duration::from_millis(10));
         }
         Ok(())
-    }
-
-    fn has_ended(&self) -> TestResult<bool> {
-        // A child of this process that has ended stays a zombie until it is waited for; the child
-        // of another process may be gone.
-        let pid = self.pid()?;
-        let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else { return Ok(true) };
-        let state = stat.rsplit_once(") ").and_then(|(_name, rest)| rest.chars().next());
-        Ok(matches!(state, Some('Z' | 'X') | None))
     }
 
     fn judge(&self, count: &Count) -> TestResult {
@@ -257,7 +255,7 @@ impl Guest {
     fn wait_for<T>(&self, timeout: Duration, look: impl Fn() -> Option<T>) -> TestResult<T> {
         let deadline = Instant::now() + timeout;
         loop {
-            let ended = self.has_ended()?;
+            let ended = self.pid().map_or(true, has_ended);
             if let Some(found) = look() {
                 return Ok(found);
             }
@@ -291,4 +289,12 @@ impl Drop for Guest {
             }
         }
     }
+}
+
+/// Whether a process has ended. A child of this process that has ended stays a zombie until it is waited
+/// for; the child of another process may be gone.
+fn has_ended(pid: u32) -> bool {
+    let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else { return true };
+    let state = stat.rsplit_once(") ").and_then(|(_name, rest)| rest.chars().next());
+    matches!(state, Some('Z' | 'X') | None)
 }

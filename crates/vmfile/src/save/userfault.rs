@@ -108,6 +108,7 @@ impl LiveMemory {
         };
         let serve = || protected.serve();
         let both = beside(serve, |_| {
+            let serving = Serving(&protected);
             let written = unless_stuck((process.process(), ours.as_fd()), || {
                 wait_until_resumed(work, resumes)?;
                 // Here the guest need not stand still for it.
@@ -132,7 +133,7 @@ impl LiveMemory {
             // The guest's faults are served up to here: what is zero is still protected, and QEMU
             // itself may wait for it.
             let written = Peer::of(held.into()).cancel(work.vm, written);
-            protected.end();
+            drop(serving);
             written
         });
         let (served, written) = match both {
@@ -148,6 +149,15 @@ impl LiveMemory {
         let waits = Some(protected.faults().into());
         let live = LiveDone::now(work.vm, LiveMethod::Userfault, waits);
         devices.finish(work, &places, written, Some(live))
+    }
+}
+
+/// Faults are served until this is dropped, also by a panic: the thread that serves them is waited for.
+struct Serving<'a, 'p>(&'a ProtectedRam<'p>);
+
+impl Drop for Serving<'_, '_> {
+    fn drop(&mut self) {
+        self.0.end();
     }
 }
 
