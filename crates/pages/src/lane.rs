@@ -85,6 +85,20 @@ impl Workers {
         Workers::open(file, width, Buffers::ToRead { len: in_window(len) })
     }
 
+    /// As [`Workers::start`], with a thread for each of `storages`: for a caller that has its own way to a
+    /// file, or lets transfers fail.
+    ///
+    /// # Errors
+    ///
+    /// Returns the kernel's error if it has no further thread or memory.
+    pub fn on(storages: Vec<Box<dyn Storage>>, backend: BackendInUse) -> io::Result<Workers> {
+        let crew = Crew::start(storages.len())?;
+        let count = storages.len();
+        let lane = |storage| Lane::on(storage, count, Buffers::ToWrite);
+        let lanes = storages.into_iter().map(lane).collect::<io::Result<Vec<_>>>()?;
+        Ok(Workers { crew, lanes, backend })
+    }
+
     fn open(
         file: &DataFile,
         (backend, jobs): (Backend, usize),
@@ -178,18 +192,22 @@ impl Lane {
         (backend, lanes): (Backend, usize),
         buffers: Buffers,
     ) -> io::Result<(Lane, BackendInUse)> {
+        let opened = open_storage(file, backend, DEPTH)?;
+        Ok((Lane::on(opened.storage, lanes, buffers)?, opened.backend))
+    }
+
+    /// Makes one of `lanes` lanes to `storage`, and takes the memory of its buffers.
+    fn on(storage: Box<dyn Storage>, lanes: usize, buffers: Buffers) -> io::Result<Lane> {
         let windows = (BUFFERS_LEN / WINDOW / lanes.max(1)).max(1);
         let (count, len, tables) = match buffers {
             Buffers::ToWrite => (windows, WINDOW, Some(BufferPool::new(TABLES, TABLE, 4096)?)),
             Buffers::ToRead { len } if len < WINDOW => (SMALL_BUFFERS, len, None),
             Buffers::ToRead { .. } => (windows, WINDOW, None),
         };
-        let opened = open_storage(file, backend, DEPTH)?;
         // Several transfers may share a buffer; one buffer is being filled while others are in
         // flight.
         let pool = BufferPool::new(count + 1, len, 4096)?;
-        let lane = Lane { storage: opened.storage, pool, tables };
-        Ok((lane, opened.backend))
+        Ok(Lane { storage, pool, tables })
     }
 
     /// Submits `transfer`; waits for another one first if the queue is full.
