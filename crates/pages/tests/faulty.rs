@@ -129,7 +129,8 @@ fn blocks() -> Vec<Vec<u8>> {
     let page = |number: usize| {
         let mut page = vec![0; 4096];
         if number % 7 != 0 {
-            page.chunks_exact_mut(8).for_each(|word| word.copy_from_slice(&number.to_le_bytes()));
+            page.chunks_exact_mut(8)
+                .for_each(|word| word.copy_from_slice(&(number as u64).to_le_bytes()));
         }
         page
     };
