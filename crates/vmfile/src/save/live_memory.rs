@@ -69,13 +69,13 @@ fn stopped<T>(
     pause: impl FnOnce(&mut Work<'_>) -> Result<Option<T>, SaveError>,
 ) -> Result<Option<T>, SaveError> {
     let has_stopped = work.vm.stop_if_running()?;
-    if !has_stopped {
-        work.set_may_stand(false)?;
-    }
     match work.vm.run_state()? {
         RunState::Paused if has_stopped => {}
         RunState::Running => return Err(let_run_by_another()),
-        found => return Err(SaveError::StoppedMeanwhile { found: found.to_string() }),
+        found => {
+            work.set_may_stand(false)?;
+            return Err(SaveError::StoppedMeanwhile { found: found.to_string() });
+        }
     }
     let resumes = work.vm.resumes();
     let Some(done) = pause(work)? else { return Ok(None) };

@@ -148,10 +148,12 @@ impl Watch<'_, '_> {
                 return Ok(false);
             }
             let (outgoing, ram) = self.work.vm.outgoing_ram()?;
+            let sends =
+                matches!(outgoing, Outgoing::Active) && ram.is_some_and(|ram| ram.pages > 0);
+            if self.is_snapshot && sends {
+                self.protected()?;
+            }
             match outgoing {
-                Outgoing::Active if self.is_snapshot && ram.is_some_and(|ram| ram.pages > 0) => {
-                    self.protected()?;
-                }
                 Outgoing::Active | Outgoing::Held if self.is_stopped_by_another()? => {
                     return Err(stopped_meanwhile(self.work)?);
                 }

@@ -27,6 +27,7 @@ use vmfile_engine::{BufferPool, Userfault, beside};
 use vmfile_pages::protected_ram::{ProtectedRam, aside_buffers};
 use vmfile_pages::ram_writer::write_protected_ram;
 use vmfile_pages::{PageIndex, RamBlock, RamLayout};
+use vmfile_qemu::RunState;
 use vmfile_stream::held::HeldStream;
 
 use super::direct::DirectRoute;
@@ -176,6 +177,9 @@ fn wait_until_resumed(work: &mut Work<'_>, resumes: u64) -> Result<(), SaveError
     let deadline = Instant::now() + RESUME_TIMEOUT;
     while work.vm.resumes() == resumes {
         let found = work.vm.run_state()?;
+        if Instant::now() >= deadline && found == RunState::Running {
+            break;
+        }
         if Instant::now() >= deadline {
             work.set_may_stand(false)?;
             return Err(SaveError::StoppedMeanwhile { found: found.to_string() });
