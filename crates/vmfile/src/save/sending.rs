@@ -217,3 +217,24 @@ pub(super) fn migration_error(outgoing: Outgoing) -> SaveError {
     };
     SaveError::Migration { reason }
 }
+
+#[cfg(test)]
+mod tests {
+    use vmfile_pages::PagesError;
+
+    use super::*;
+
+    /// The error of a live save whose migration another client had cancelled named a page that could not
+    /// be read.
+    #[test]
+    fn a_migration_that_another_client_cancelled_is_the_cause() {
+        let ended = || Ended { before: Ok(Outgoing::Cancelled), after: Ok(Outgoing::Cancelled) };
+        let reason = ended().reason(SaveError::NoRunState);
+        assert!(reason.to_string().contains("another client"), "{reason}");
+        // The caller stopped the save, whatever else happened.
+        let reason = ended().reason(SaveError::Pages(PagesError::Stopped));
+        assert!(reason.is_stopped(), "{reason}");
+        let failed = Ended { before: Ok(Outgoing::Active), after: Ok(Outgoing::Cancelled) };
+        assert!(matches!(failed.reason(SaveError::NoRunState), SaveError::NoRunState));
+    }
+}
