@@ -1,4 +1,6 @@
-//! Runs the example of the library that needs a VM.
+//! Runs what README shows with a VM: the library's example, and the demo.
+
+use std::process::Command;
 
 use vmfile_testing::{Guest, Qemu, Ram, Release, TestResult, requires};
 
@@ -17,4 +19,15 @@ fn a_vm_is_saved_and_restored_by_the_example() -> TestResult {
     let mut restored = restored.map_err(|error| error.to_string())?;
     // No pass is missing, and none is there twice.
     guest.counts_on_in(&mut restored, 3)
+}
+
+/// The demo expected that a restored VM begins a new log.
+#[test]
+fn the_demo_of_readme_ends_well() -> TestResult {
+    requires!(Qemu::at_least("9.0"));
+    let output = Command::new(env!("CARGO_BIN_EXE_demo")).output()?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    let failed = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}{failed}");
+    Ok(())
 }
