@@ -45,7 +45,7 @@ impl Mount {
     ///
     /// Says what is missing: root, a loop device, or the file system.
     pub fn ext4(size_mib: u64) -> Result<Mount, Missing> {
-        Mount::on_loop_device(&["mkfs.ext4", "-q", "-F"], size_mib)
+        Mount::on_loop_device(&EXT4, size_mib)
     }
 
     /// Makes an xfs of `size_mib`, at least 300, in a file and mounts it.
@@ -63,11 +63,8 @@ impl Mount {
     ///
     /// Says what is missing.
     pub fn make_ext4(image: &Path, len: u64) -> Result<(), Missing> {
-        let attempt = || -> TestResult {
-            File::options().create(true).write(true).truncate(true).open(image)?.set_len(len)?;
-            run(Command::new("mkfs.ext4").args(["-q", "-F"]).arg(image))
-        };
-        attempt().map_err(|error| Missing::new(format!("no ext4: {error}")))
+        let made = make_image(&EXT4, image, len);
+        made.map_err(|error| Missing::new(format!("no ext4: {error}")))
     }
 
     /// Mounts the file system in an image.
@@ -77,14 +74,7 @@ impl Mount {
     /// Says what is missing: root, a loop device, or the file system.
     pub fn of_image(image: &Path) -> Result<Mount, Missing> {
         root()?;
-        let attempt = || -> TestResult<Mount> {
-            let directory = mount_point()?;
-            run(Command::new("mount").args(["-o", "loop"]).args([image, directory.path()]))?;
-            Ok(Mount { directory, _image: None })
-        };
-        attempt().map_err(|error| {
-            Missing::beyond_setup(format!("no file system on a loop device: {error}"))
-        })
+        Mount::by_loop_device(image, None).map_err(|error| no_loop_device(&error))
     }
 
     /// Returns where the file system is mounted.
@@ -107,19 +97,19 @@ impl Mount {
     fn on_loop_device(make: &[&str], size_mib: u64) -> Result<Mount, Missing> {
         root()?;
         let attempt = || -> TestResult<Mount> {
-            let image_directory = mount_point()?;
-            let image = image_directory.path().join("image");
-            let file = File::options().create_new(true).write(true).open(&image)?;
-            file.set_len(size_mib << 20)?;
-            let (program, arguments) = make.split_first().ok_or("no program")?;
-            run(Command::new(program).args(arguments).arg(&image))?;
             let directory = mount_point()?;
-            run(Command::new("mount").args(["-o", "loop"]).args([&image, directory.path()]))?;
-            Ok(Mount { directory, _image: Some(image_directory) })
+            let image = directory.path().join("image");
+            make_image(make, &image, size_mib << 20)?;
+            Mount::by_loop_device(&image, Some(directory))
         };
-        attempt().map_err(|error| {
-            Missing::beyond_setup(format!("no file system on a loop device: {error}"))
-        })
+        attempt().map_err(|error| no_loop_device(&error))
+    }
+
+    /// Mounts the file system in `image`; `kept` is removed with the mount.
+    fn by_loop_device(image: &Path, kept: Option<TempDir>) -> TestResult<Mount> {
+        let directory = mount_point()?;
+        run(Command::new("mount").args(["-o", "loop"]).args([image, directory.path()]))?;
+        Ok(Mount { directory, _image: kept })
     }
 }
 
@@ -162,6 +152,20 @@ impl Drop for HugePages {
     fn drop(&mut self) {
         let _ = fs::write(HUGE_PAGES, self.count_before.to_string());
     }
+}
+
+/// The command that makes an ext4 in an image.
+const EXT4: [&str; 3] = ["mkfs.ext4", "-q", "-F"];
+
+/// Makes a file system by the command `make` in an image of `len` bytes, in place of one that is there.
+fn make_image(make: &[&str], image: &Path, len: u64) -> TestResult {
+    File::options().create(true).write(true).truncate(true).open(image)?.set_len(len)?;
+    let (program, arguments) = make.split_first().ok_or("no program")?;
+    run(Command::new(program).args(arguments).arg(image))
+}
+
+fn no_loop_device(error: &TestError) -> Missing {
+    Missing::beyond_setup(format!("no file system on a loop device: {error}"))
 }
 
 fn mount_point() -> std::io::Result<TempDir> {

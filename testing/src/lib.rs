@@ -43,7 +43,7 @@ pub use guest::running::Guest;
 pub use image::make_image;
 pub use qemu::{Qemu, Release, Version};
 pub use qmp::Monitor;
-pub use random::Random;
+pub use random::{Random, given};
 pub use require::{Missing, root};
 pub use saved::Saved;
 pub use slow_disk::SlowDisk;

@@ -1,5 +1,6 @@
 //! Pseudo-random numbers. A test prints its seed, so that a failure can be repeated.
 
+use std::env;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// A sequence of pseudo-random numbers.
@@ -46,6 +47,18 @@ impl Random {
         let number = u32::try_from(self.next_number() >> 32).unwrap_or_default();
         f64::from(number) / 4_294_967_296.0
     }
+}
+
+/// Returns the number that the user gave in a variable of the environment, such as how many moments a test
+/// tries.
+///
+/// # Panics
+///
+/// If it is no number.
+#[must_use]
+pub fn given(name: &str) -> Option<u64> {
+    let text = env::var(name).ok()?;
+    Some(text.parse().unwrap_or_else(|error| panic!("{name}={text}: {error}")))
 }
 
 #[cfg(test)]

@@ -11,7 +11,9 @@ use vmfile::restore::Mode;
 use vmfile::save::{After, BaseFile, BaseUsed, Live, LiveMethod, Route, SaveOptions, SaveReport};
 use vmfile::{Control, Existing, Snapshot};
 use vmfile_testing::verbs::restore;
-use vmfile_testing::{Guest, Machine, Mount, Qemu, Ram, Release, Saved, TestResult, requires};
+use vmfile_testing::{
+    Guest, Machine, Mount, Qemu, Ram, Release, Saved, TestResult, given, requires,
+};
 
 fn resumed() -> SaveOptions {
     SaveOptions::default().after(After::Resume)
@@ -211,7 +213,7 @@ fn auto_without_a_file_saves_all_and_says_why() -> TestResult {
 }
 
 /// How many checkpoints a test run makes; `VMFILE_CHECKPOINTS` says another number.
-const CHECKPOINTS: usize = 12;
+const CHECKPOINTS: u64 = 12;
 
 /// Each is on top of the one before, whole on a file system that shares extents; none takes more room than
 /// those before, and every tenth is restored.
@@ -219,8 +221,7 @@ const CHECKPOINTS: usize = 12;
 fn many_checkpoints_in_a_row_do_not_grow() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Newest));
     let xfs = requires!(Mount::xfs(8 << 10));
-    let number = std::env::var("VMFILE_CHECKPOINTS").ok().and_then(|text| text.parse().ok());
-    let checkpoints = number.unwrap_or(CHECKPOINTS);
+    let checkpoints = given("VMFILE_CHECKPOINTS").unwrap_or(CHECKPOINTS);
     let mut guest = Guest::boot_sector(Ram::private(64)).seed(308).busy().boot_to(&qemu, 2)?;
     let mut last = guest.save_below(xfs.path(), &live())?;
     let room = fs::metadata(&last.file)?.blocks();

@@ -9,7 +9,7 @@ use vmfile::{DirectIo, Existing, Snapshot};
 use vmfile_format::manifest::SnapshotId;
 use vmfile_testing::logged_disk::{Logged, LoggedDisk, around_flushes, cut_power};
 use vmfile_testing::verbs::{check_is_clean, save_with};
-use vmfile_testing::{Guest, Mount, Qemu, Ram, Random, Release, TestResult, requires};
+use vmfile_testing::{Guest, Mount, Qemu, Ram, Random, Release, TestResult, given, requires};
 
 /// How many power cuts each way to save sees, if the user does not say.
 const CUTS: usize = 8;
@@ -20,11 +20,6 @@ const THIN: &str = "thin.vmf";
 
 /// Bytes of the file system: room for the old file, a new one, and a thin one.
 const DISK_LEN: u64 = 96 << 20;
-
-/// A number that the user gave in a variable of the environment.
-fn given(name: &str) -> Option<u64> {
-    std::env::var(name).ok()?.parse().ok()
-}
 
 /// A way to save, and what a cut may leave of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

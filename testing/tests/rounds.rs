@@ -10,7 +10,7 @@ use std::time::Duration;
 use vmfile::Channels;
 use vmfile::restore::Mode;
 use vmfile::save::{After, BaseFile, Live, Route, SaveOptions};
-use vmfile_testing::{Guest, Qemu, Ram, Release, Saved, TestResult, requires};
+use vmfile_testing::{Guest, Qemu, Ram, Release, Saved, TestResult, given, requires};
 
 /// How many rounds a test makes.
 const ROUNDS: usize = 8;
@@ -70,8 +70,7 @@ fn own_memory() -> TestResult<u64> {
 #[test]
 fn a_guest_that_is_saved_and_restored_again_and_again_is_right_and_leaves_nothing() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
-    let rounds = std::env::var("VMFILE_ROUNDS").ok();
-    let rounds = rounds.map_or(Ok(ROUNDS), |rounds| rounds.parse())?;
+    let rounds = given("VMFILE_ROUNDS").map_or(Ok(ROUNDS), usize::try_from)?;
     let config = Guest::linux(Ram::private(192)).vcpus(2).disk(16);
     let mut guest = config.boot_to(&qemu, 2)?;
     let (mut whole, mut last): (Option<Saved>, Option<Saved>) = (None, None);

@@ -199,55 +199,61 @@ fn kernel_error(error: &PagesError) -> Option<i32> {
     None
 }
 
-#[test]
-fn a_write_that_fails_is_told_and_leaves_the_old_file() {
-    let blocks = blocks();
+/// Calls `test` for each back end with a file of `blocks`, the only one in its directory, and with how many
+/// transfers its save took.
+fn with_a_file(blocks: &[Vec<u8>], test: impl Fn(Backend, &Path, i64)) {
     for backend in [Backend::Threads, Backend::IoUring] {
         let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
         let path = directory.path().join("memory");
-        let transfers = save(&path, &blocks, backend, NEVER).unwrap();
+        let transfers = save(&path, blocks, backend, NEVER).unwrap();
+        test(backend, &path, transfers);
+    }
+}
+
+#[test]
+fn a_write_that_fails_is_told_and_leaves_the_old_file() {
+    let blocks = blocks();
+    with_a_file(&blocks, |backend, path, transfers| {
         assert!(transfers > 4, "{transfers}");
-        let old = fs::read(&path).unwrap();
+        let old = fs::read(path).unwrap();
         for at in 0..transfers {
             for fault in [Fault::Error(EIO), Fault::Error(ENOSPC), Fault::Torn(EIO)] {
-                let error = save(&path, &blocks, backend, (at, fault)).unwrap_err();
+                let error = save(path, &blocks, backend, (at, fault)).unwrap_err();
                 let (Fault::Error(number) | Fault::Torn(number)) = fault else { unreachable!() };
                 assert_eq!(kernel_error(&error), Some(number), "{at} {fault:?}: {error}");
-                assert_eq!(fs::read(&path).unwrap(), old, "{at} {fault:?}");
-                assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1, "{at} {fault:?}");
+                assert_eq!(fs::read(path).unwrap(), old, "{at} {fault:?}");
+                assert_eq!(
+                    fs::read_dir(path.parent().unwrap()).unwrap().count(),
+                    1,
+                    "{at} {fault:?}"
+                );
             }
         }
         println!("{backend:?}: {} writes that failed", transfers * 3);
-    }
+    });
 }
 
 #[test]
 fn a_transfer_that_comes_late_changes_nothing() {
     let blocks = blocks();
-    for backend in [Backend::Threads, Backend::IoUring] {
-        let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-        let path = directory.path().join("memory");
-        let transfers = save(&path, &blocks, backend, NEVER).unwrap();
+    with_a_file(&blocks, |backend, path, transfers| {
         for at in 0..transfers {
-            save(&path, &blocks, backend, (at, Fault::Late)).unwrap();
-            let snapshot = Snapshot::open(&path, 0).unwrap();
+            save(path, &blocks, backend, (at, Fault::Late)).unwrap();
+            let snapshot = Snapshot::open(path, 0).unwrap();
             let report = check(&snapshot, &CheckOptions::default(), &Control::none()).unwrap();
             assert_eq!(report.findings, [], "{at}");
-            assert_eq!(load(&path, backend, (at, Fault::Late)).unwrap(), blocks, "{at}");
+            assert_eq!(load(path, backend, (at, Fault::Late)).unwrap(), blocks, "{at}");
         }
-    }
+    });
 }
 
 #[test]
 fn a_read_that_fails_is_told() {
     let blocks = blocks();
-    for backend in [Backend::Threads, Backend::IoUring] {
-        let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-        let path = directory.path().join("memory");
-        save(&path, &blocks, backend, NEVER).unwrap();
+    with_a_file(&blocks, |backend, path, _| {
         let mut failed = 0;
         for at in 0.. {
-            match load(&path, backend, (at, Fault::Error(EIO))) {
+            match load(path, backend, (at, Fault::Error(EIO))) {
                 Ok(memory) => {
                     assert_eq!(memory, blocks);
                     break;
@@ -257,5 +263,5 @@ fn a_read_that_fails_is_told() {
             failed += 1;
         }
         assert!(failed > 2, "{failed}");
-    }
+    });
 }

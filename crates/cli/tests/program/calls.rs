@@ -9,7 +9,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use vmfile_testing::{Qemu, Random, Release, TestResult, requires};
+use vmfile_testing::{Qemu, Random, Release, TestResult, given, requires};
 
 use crate::run::{Said, program, strace};
 use crate::trial::{Trial, WAYS};
@@ -108,9 +108,8 @@ fn count_calls(trial: &Trial, words: &[OsString]) -> TestResult<BTreeMap<String,
 fn a_vm_whose_save_has_a_system_call_that_fails_is_as_it_was() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
     requires!(strace());
-    let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
-    let faults = number("VMFILE_FAULTS").unwrap_or(FAULTS);
-    let seed = number("VMFILE_SEED").unwrap_or_else(Random::seed_of_now);
+    let faults = given("VMFILE_FAULTS").unwrap_or(FAULTS);
+    let seed = given("VMFILE_SEED").unwrap_or_else(Random::seed_of_now);
     println!("{faults} calls that fail, seed {seed}");
     let mut trial = Trial::begin(&qemu, Random::new(seed))?;
     let mut counts: BTreeMap<usize, BTreeMap<String, u64>> = BTreeMap::new();

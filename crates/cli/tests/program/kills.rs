@@ -12,7 +12,7 @@ use rustix::process::{Signal, kill_process};
 use serde_json::json;
 use vmfile::Vm;
 use vmfile_testing::{
-    Guest, GuestConfig, Monitor, Qemu, Ram, Random, Release, TestResult, requires,
+    Guest, GuestConfig, Monitor, Qemu, Ram, Random, Release, TestResult, given, requires,
 };
 
 use crate::guests::{directory, prepare, saved};
@@ -87,9 +87,8 @@ fn end(mut child: Child, signal: Signal) -> TestResult<Said> {
 #[test]
 fn a_vm_whose_save_is_killed_at_any_moment_is_as_it_was() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
-    let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
-    let kills = number("VMFILE_KILLS").unwrap_or(KILLS);
-    let seed = number("VMFILE_SEED").unwrap_or_else(Random::seed_of_now);
+    let kills = given("VMFILE_KILLS").unwrap_or(KILLS);
+    let seed = given("VMFILE_SEED").unwrap_or_else(Random::seed_of_now);
     println!("{kills} kills, seed {seed}");
     let mut trial = Trial::begin(&qemu, Random::new(seed))?;
     for kill in 0..kills {

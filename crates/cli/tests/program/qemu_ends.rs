@@ -9,7 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Signal, kill_process};
-use vmfile_testing::{Guest, GuestConfig, Qemu, Ram, Random, TestResult, requires};
+use vmfile_testing::{Guest, GuestConfig, Qemu, Ram, Random, TestResult, given, requires};
 
 use crate::guests::{directory, prepare};
 use crate::run::{self, EndAllIn, Said, names_in, processes_in, start, vmfile, wait_until};
@@ -147,9 +147,8 @@ fn restore(qemu: &Qemu, file: &Path, number: u64, random: &mut Random) -> TestRe
 #[test]
 fn a_qemu_that_ends_or_stands_still_at_any_moment_is_said_to() -> TestResult {
     let qemu = requires!(qemu >= "9.1");
-    let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
-    let moments = number("VMFILE_MOMENTS").unwrap_or(MOMENTS);
-    let seed = number("VMFILE_SEED").unwrap_or_else(Random::seed_of_now);
+    let moments = given("VMFILE_MOMENTS").unwrap_or(MOMENTS);
+    let seed = given("VMFILE_SEED").unwrap_or_else(Random::seed_of_now);
     println!("{moments} moments, seed {seed}");
     let mut random = Random::new(seed);
     let mut guest = config().boot_to(&qemu, 1)?;

@@ -47,8 +47,8 @@ pub(super) fn receive(
     // close its descriptor 0, which may be a monitor or a disk. If this process ends, the
     // guardian's copy keeps the stream open until QEMU was told to stop.
     work.guard.keep_open(ours.as_fd())?;
-    let stands = is_snapshot(method) && !work.disks.is_empty();
-    let is_snapshot = is_snapshot(method);
+    let is_snapshot = matches!(method, LiveMethod::BackgroundSnapshot { .. });
+    let stands = is_snapshot && !work.disks.is_empty();
     // QEMU stops the guest: for a background snapshot at the beginning, for pre-copy at the end.
     work.set_may_stand(true)?;
     if stands {
@@ -233,8 +233,4 @@ pub(super) fn finish(
 fn stopped_meanwhile(work: &mut Work<'_>) -> Result<SaveError, SaveError> {
     work.set_may_stand(false)?;
     Ok(SaveError::StoppedMeanwhile { found: work.vm.run_state()?.to_string() })
-}
-
-fn is_snapshot(method: &LiveMethod) -> bool {
-    matches!(method, LiveMethod::BackgroundSnapshot { .. })
 }

@@ -172,15 +172,15 @@ struct Protected {
 }
 
 /// Waits until QEMU, which stopped the guest while it protected the memory, lets it run: a `stop` before
-/// that would be undone. QEMU leaves a guest stopped that somebody else had stopped before.
+/// that would be undone. If another client had stopped the guest before, QEMU leaves it stopped.
 fn wait_until_resumed(work: &mut Work<'_>, resumes: u64) -> Result<(), SaveError> {
     let deadline = Instant::now() + RESUME_TIMEOUT;
     while work.vm.resumes() == resumes {
         let found = work.vm.run_state()?;
-        if Instant::now() >= deadline && found == RunState::Running {
-            break;
-        }
         if Instant::now() >= deadline {
+            if found == RunState::Running {
+                break;
+            }
             work.set_may_stand(false)?;
             return Err(SaveError::StoppedMeanwhile { found: found.to_string() });
         }
