@@ -190,14 +190,14 @@ impl LiveRoute {
 }
 
 /// Resumes the guest if it stands still because of the save. QEMU resumes it by itself if the migration
-/// was cancelled in time. Without `may_stand`, another client or the guest itself has stopped it.
+/// was cancelled in time. Without `may_stand`, another client or the guest itself has stopped it, whatever
+/// its run state: while it stands still, pre-copy comes to its end, and QEMU says `finish-migrate` and
+/// `postmigrate` instead of `paused`.
 fn let_run(vm: &mut Vm, may_stand: bool) -> Result<(), VmError> {
-    match vm.run_state()? {
-        RunState::Running => Ok(()),
-        RunState::FinishMigrate | RunState::PostMigrate => vm.cont(),
-        _ if may_stand => vm.cont(),
-        _ => Ok(()),
+    if !may_stand || vm.run_state()? == RunState::Running {
+        return Ok(());
     }
+    vm.cont()
 }
 
 /// What was copied while the guest ran.
