@@ -101,6 +101,44 @@ fn a_live_save_whose_migration_another_client_cancels_leaves_no_file() -> TestRe
     Ok(())
 }
 
+/// A save that failed set each of QEMU's settings to its value before the save, also those that another
+/// client had changed meanwhile.
+#[test]
+fn a_setting_that_another_client_changes_while_a_save_fails_stays_changed() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let sockets = tempfile::tempdir()?;
+    let second = sockets.path().join("second");
+    let socket = format!("unix:{},server=on,wait=off", second.display());
+    let config = Guest::boot_sector(Ram::private(128)).seed(43);
+    let mut guest = config.arguments(["-qmp", &socket]).boot_to(&qemu, 1)?;
+    let directory = tempfile::tempdir()?;
+    let file = directory.path().join("vm.vmf");
+    let other = Mutex::new(Monitor::connect(&second, Duration::from_secs(10))?);
+    let changed = json!({ "max-bandwidth": 7_654_321, "downtime-limit": 999 });
+    let meddle = |stop: &AtomicBool| {
+        let mut other = other.lock().expect("no other thread panicked");
+        other.execute("migrate-set-parameters", changed.clone()).expect("QEMU changes them");
+        stop.store(true, Ordering::Relaxed);
+    };
+    let [_, live] = slow_and_live_options();
+    let still = slow_options().after(After::Resume);
+    for options in [live, still.clone().route(Route::Stream), still.route(Route::Native)] {
+        // Both are what `native` sets, and what it limits QEMU to while it cancels is neither.
+        let before = json!({ "max-bandwidth": 0, "downtime-limit": 0 });
+        guest.qmp("migrate-set-parameters", before)?;
+        let mut settings = guest.qmp("query-migrate-parameters", json!({}))?;
+        for (name, value) in changed.as_object().ok_or("an object")? {
+            settings[name] = value.clone();
+        }
+        let error = save_with_meddling(&guest, &file, &options, meddle)?;
+        assert!(error.is_stopped(), "{error}");
+        let found = guest.qmp("query-migrate-parameters", json!({}))?;
+        assert_eq!(found, settings, "{:?}", options);
+        nothing_happened(&mut guest, directory.path())?;
+    }
+    Ok(())
+}
+
 #[test]
 fn a_disk_that_fills_up_in_the_middle_harms_nobody() -> TestResult {
     let qemu = requires!(qemu >= "9.0");

@@ -61,6 +61,7 @@ pub mod program;
 pub mod qmp;
 mod raw_window;
 mod size;
+mod stream_settings;
 pub mod unix_socket;
 pub mod version;
 pub mod vm;
@@ -76,11 +77,12 @@ pub use launch::{
     Launch, LaunchError, LaunchedQemu, MonitorPair, find_program, high_descriptor, output_of,
 };
 pub use migration::LoadError;
-pub use outgoing::{KeptFile, Outgoing, SentRam, StreamSettings};
+pub use outgoing::{KeptFile, Outgoing, SentRam};
 pub use proc::is_process_stopped;
 pub use program::program_version;
 pub use qmp::{Event, Qmp, QmpError};
 pub use raw_window::RawWindow;
+pub use stream_settings::{SettingsChange, StreamSettings};
 pub use version::{Feature, QemuVersion};
 pub use vm::{
     Blocker, BlockerKind, DeviceName, DeviceStateFile, Drive, FileId, Footprint, Holder, Image,

@@ -466,11 +466,8 @@ impl<'a> Save<'a> {
     /// Puts QEMU's migration settings back, wherever the save was stopped: in the middle of changing them
     /// too.
     fn put_settings_back(&self, vm: &mut Vm) -> Result<(), VmError> {
-        let Some(before) = &self.record.settings else { return Ok(()) };
-        vm.unstoppable(PUT_BACK_TIMEOUT, |vm| {
-            let current = vm.stream_settings()?;
-            vm.change_stream_settings(&current, before)
-        })
+        let Some(change) = &self.record.settings else { return Ok(()) };
+        vm.unstoppable(PUT_BACK_TIMEOUT, |vm| vm.put_back_stream_settings(change))
     }
 
     /// As [`Save::give_up`], by a new connection to QEMU: it is not known which commands QEMU

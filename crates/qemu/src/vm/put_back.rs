@@ -8,9 +8,10 @@ use serde_json::{Value, json};
 
 use super::record::{inquiry, removal};
 use super::{FileId, Overlay, RunState, SaveRecord, Vm, VmError, flush};
-use crate::outgoing::{self, Outgoing, StreamSettings};
+use crate::outgoing::{self, Outgoing};
 use crate::pass_fd::{self, FDSETS};
 use crate::qmp::{QmpError, command_line};
+use crate::stream_settings::{TRICKLE, set_bandwidth};
 
 /// How long QEMU may take to end a migration, or to write an overlay into the image below it.
 const LONG: Duration = Duration::from_secs(60);
@@ -142,8 +143,8 @@ pub fn undo_steps(footprint: &Footprint<'_>) -> Vec<UndoStep> {
             steps.ask("cont", json!({}), PATIENT);
         });
     }
-    if let Some(before) = &record.settings {
-        for (command, arguments) in before.commands() {
+    if let Some(change) = &record.settings {
+        for (command, arguments) in change.commands() {
             steps.ask(command, arguments, SHORT);
         }
         steps.ask("closefd", json!({ "fdname": outgoing::STREAM_NAME }), SHORT);
@@ -237,7 +238,7 @@ impl Steps {
         self.until(("query-migrate", json!({})), connects, false, CONNECTING);
         if writes_file {
             // See `Vm::cancel_file`.
-            let (command, arguments) = outgoing::trickle();
+            let (command, arguments) = set_bandwidth(&TRICKLE.into());
             self.ask(command, arguments, SHORT);
             let (line, answer) = self.line("query-migrate", &json!({}));
             let (from, quiet, limit) = ("\"ram\"", outgoing::QUIET, RUNNING_DRY);
@@ -261,22 +262,6 @@ impl Steps {
         let nodes = ("query-named-block-nodes", json!({ "flat": true }));
         self.until(nodes, (&[], format!("\"{node}\"")), false, LONG);
         self.list.push(UndoStep::RemoveIfLast(overlay.file().to_owned()));
-    }
-}
-
-impl StreamSettings {
-    /// Returns the commands that set all of these settings, whatever QEMU's current ones are.
-    fn commands(&self) -> [(&'static str, Value); 2] {
-        let capability =
-            |(name, state): (&String, &bool)| json!({ "capability": name, "state": state });
-        let capabilities: Vec<Value> = self.capabilities().iter().map(capability).collect();
-        let parameters = Value::Object(self.parameters().clone());
-        // Capabilities first: while mapped-ram is on, QEMU refuses parameters that conflict with
-        // it.
-        [
-            ("migrate-set-capabilities", json!({ "capabilities": capabilities })),
-            ("migrate-set-parameters", parameters),
-        ]
     }
 }
 
@@ -326,9 +311,8 @@ impl Vm {
             self.take_back_disks()?;
             self.resume_and_check()?;
         }
-        if let Some(before) = &record.settings {
-            let current = self.stream_settings()?;
-            self.change_stream_settings(&current, before)?;
+        if let Some(change) = &record.settings {
+            self.put_back_stream_settings(change)?;
             match pass_fd::closefd(&mut self.qmp, outgoing::STREAM_NAME) {
                 // QEMU refuses if it has no descriptor of that name.
                 Ok(()) | Err(QmpError::Refused { .. }) => {}

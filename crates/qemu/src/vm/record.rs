@@ -12,9 +12,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{Overlay, Vm, VmError};
-use crate::outgoing::StreamSettings;
 use crate::proc;
 use crate::qmp::QmpError;
+use crate::stream_settings::SettingsChange;
 
 /// The id of the object. QEMU takes letters, digits and `-._`.
 pub(crate) const RECORD_ID: &str = "vmfile-save";
@@ -30,8 +30,8 @@ pub struct SaveRecord {
     pub destination: PathBuf,
     /// Whether the guest ran when the save began, and so is to be resumed.
     pub was_running: bool,
-    /// The migration settings before the save; `None` if the save does not change them.
-    pub settings: Option<StreamSettings>,
+    /// What the save may change in QEMU's migration settings; `None` if it sends nothing.
+    pub settings: Option<SettingsChange>,
     /// The overlays that the save puts on top of disks.
     pub overlays: Vec<Overlay>,
 }

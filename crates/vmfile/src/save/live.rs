@@ -3,18 +3,21 @@
 //! `userfault`: see `userfault.rs`; `aside`: `aside.rs`; `background-snapshot` and `pre-copy`:
 //! `live_stream.rs`.
 
-use vmfile_qemu::{Feature, PUT_BACK_TIMEOUT, RunState, StreamSettings, Vm, VmError};
+use vmfile_qemu::{
+    Feature, PUT_BACK_TIMEOUT, RunState, SettingsChange, StreamSettings, Vm, VmError,
+};
 use vmfile_stream::receiver::Received;
 
 use super::live_memory::LiveMemory;
 use super::live_stream::{finish, receive};
-use super::{Live, LiveMethod, Work, Written};
+use super::{Live, LiveMethod, SaveOptions, Work, Written};
 use crate::error::{SaveError, UserfaultError};
 
 /// QEMU's migration settings before the save, and the caller's options.
 #[derive(Debug)]
 pub(super) struct LiveRoute {
     before: StreamSettings,
+    change: SettingsChange,
     live: Live,
     /// `Err` says why the memory of QEMU's process is not used.
     memory: Result<LiveMemory, String>,
@@ -27,8 +30,6 @@ pub(super) struct LiveRoute {
 /// A method, and what it needs.
 struct Chosen {
     method: LiveMethod,
-    /// QEMU's settings for it.
-    settings: StreamSettings,
     /// How many bytes are to be copied aside.
     copied_bytes: u64,
 }
@@ -37,16 +38,20 @@ impl LiveRoute {
     /// Asks QEMU for its migration settings, which are put back later.
     pub(super) fn prepare(
         vm: &mut Vm,
+        options: &SaveOptions,
         live: Live,
         (memory, only_memory): (Result<LiveMemory, String>, bool),
     ) -> Result<LiveRoute, SaveError> {
         let (before, other_writer) = (vm.stream_settings()?, vm.other_writer()?);
-        Ok(LiveRoute { before, live, memory, only_memory, other_writer })
+        let pre_copy = before.pre_copy(live.pause_max, options.with_disks);
+        let all: Vec<_> = before.background_snapshot().into_iter().chain([pre_copy]).collect();
+        let change = SettingsChange::new(&before, &all);
+        Ok(LiveRoute { before, change, live, memory, only_memory, other_writer })
     }
 
-    /// Returns the migration settings that QEMU had before the save.
-    pub(super) fn settings(&self) -> &StreamSettings {
-        &self.before
+    /// Returns what the save may change in QEMU's migration settings.
+    pub(super) fn settings(&self) -> &SettingsChange {
+        &self.change
     }
 
     /// Saves the VM by the best method that is possible, and completes the file.
@@ -69,7 +74,7 @@ impl LiveRoute {
     /// afterwards, with QEMU's settings as they were.
     fn by(&mut self, work: &mut Work<'_>, chosen: &Chosen) -> Result<Option<Written>, SaveError> {
         let pause_max = self.live.pause_max;
-        let Chosen { method, settings, copied_bytes } = chosen;
+        let Chosen { method, copied_bytes } = chosen;
         let copied = match (&mut self.memory, method) {
             (Ok(memory), LiveMethod::Userfault) => memory.by_userfault(work).map(Copied::File),
             (Ok(memory), LiveMethod::Aside { .. }) => {
@@ -85,9 +90,8 @@ impl LiveRoute {
         };
         let may_stand = work.footprint.may_stand;
         let runs = work.vm.unstoppable(PUT_BACK_TIMEOUT, |vm| let_run(vm, may_stand));
-        let put_back = work.vm.unstoppable(PUT_BACK_TIMEOUT, |vm| {
-            vm.put_back_stream_settings(settings, &self.before)
-        });
+        let put_back =
+            work.vm.unstoppable(PUT_BACK_TIMEOUT, |vm| vm.put_back_stream_settings(&self.change));
         let copied = match (copied, runs) {
             (Ok(copied), Ok(())) => copied,
             (Err(error), Ok(())) => return Err(error),
@@ -114,11 +118,10 @@ impl LiveRoute {
         let memory = self.memory.as_ref();
         let mut reasons = Vec::new();
         match (&protected, memory.map(|memory| &memory.not_by_userfault)) {
-            (Ok(settings), Ok(None)) => {
-                let (method, settings) = (LiveMethod::Userfault, settings.clone());
-                return Ok(Chosen { method, settings, copied_bytes: 0 });
+            (Ok(()), Ok(None)) => {
+                return Ok(Chosen { method: LiveMethod::Userfault, copied_bytes: 0 });
             }
-            (Ok(_), Ok(Some(reason))) | (Ok(_), Err(reason)) | (Err(reason), _) => {
+            (Ok(()), Ok(Some(reason)) | Err(reason)) | (Err(reason), _) => {
                 reasons.push(reason.clone());
             }
         }
@@ -130,7 +133,7 @@ impl LiveRoute {
                     false => reasons.remove(0),
                 };
                 let method = LiveMethod::Aside { reason };
-                return Ok(Chosen { method, settings: self.before.clone(), copied_bytes });
+                return Ok(Chosen { method, copied_bytes });
             }
             Ok(Err(reason)) => reasons.push(reason),
             Err(_) => {}
@@ -141,17 +144,16 @@ impl LiveRoute {
                 self.unprotect(vm, &protected)?;
                 Err(UserfaultError::NotPossible { reason }.into())
             }
-            Ok(settings) => {
+            Ok(()) => {
                 let method = LiveMethod::BackgroundSnapshot { reason };
-                Ok(Chosen { method, settings, copied_bytes: 0 })
+                Ok(Chosen { method, copied_bytes: 0 })
             }
             Err(_) => self.pre_copy(vm, hold, reason),
         }
     }
 
-    /// Has QEMU switch on `background-snapshot`; returns its settings then, or why it cannot be
-    /// used.
-    fn protection(&self, vm: &mut Vm) -> Result<Result<StreamSettings, String>, SaveError> {
+    /// Has QEMU switch on `background-snapshot`, or says why it cannot be used.
+    fn protection(&self, vm: &mut Vm) -> Result<Result<(), String>, SaveError> {
         let version = vm.version()?;
         Ok(Err(match (&self.other_writer, self.before.background_snapshot()) {
             (Some(other), _) => format!("{other} writes to the guest's RAM from outside of QEMU"),
@@ -162,7 +164,7 @@ impl LiveRoute {
             }
             (None, None) => "this QEMU has no background-snapshot".to_owned(),
             (None, Some(ours)) => match vm.change_stream_settings(&self.before, &ours) {
-                Ok(()) => return Ok(Ok(ours)),
+                Ok(()) => return Ok(Ok(())),
                 Err(VmError::Qmp(error)) if error.is_refused() => error.to_string(),
                 Err(error) => return Err(error.into()),
             },
@@ -170,13 +172,8 @@ impl LiveRoute {
     }
 
     /// Puts back the settings that [`LiveRoute::protection`] has changed.
-    fn unprotect(
-        &self,
-        vm: &mut Vm,
-        protected: &Result<StreamSettings, String>,
-    ) -> Result<(), VmError> {
-        let changed = protected.as_ref().ok();
-        changed.map_or(Ok(()), |ours| vm.change_stream_settings(ours, &self.before))
+    fn unprotect(&self, vm: &mut Vm, protected: &Result<(), String>) -> Result<(), VmError> {
+        if protected.is_ok() { vm.put_back_stream_settings(&self.change) } else { Ok(()) }
     }
 
     fn pre_copy(&self, vm: &mut Vm, hold: bool, reason: String) -> Result<Chosen, SaveError> {
@@ -185,7 +182,7 @@ impl LiveRoute {
         }
         let settings = self.before.pre_copy(self.live.pause_max, hold);
         vm.change_stream_settings(&self.before, &settings)?;
-        Ok(Chosen { method: LiveMethod::PreCopy { reason }, settings, copied_bytes: 0 })
+        Ok(Chosen { method: LiveMethod::PreCopy { reason }, copied_bytes: 0 })
     }
 }
 

@@ -16,7 +16,9 @@ use vmfile_pages::PagesError;
 use vmfile_pages::control::Progress;
 use vmfile_pages::draft::Draft;
 use vmfile_pages::lane::Workers;
-use vmfile_qemu::{Feature, KeptFile, Outgoing, PUT_BACK_TIMEOUT, StreamSettings, Vm};
+use vmfile_qemu::{
+    Feature, KeptFile, Outgoing, PUT_BACK_TIMEOUT, SettingsChange, StreamSettings, Vm,
+};
 use vmfile_stream::Channels;
 
 use super::sending::{migration_error, wait_until_sent};
@@ -43,6 +45,7 @@ const PAGE_LEN: usize = 4096;
 pub(super) struct NativeRoute {
     before: StreamSettings,
     ours: StreamSettings,
+    change: SettingsChange,
     /// Whether QEMU writes past the page cache.
     direct_io: DirectIoInUse,
     /// Threads that read the pages again to hash them, started while the VM runs; `None` once they
@@ -74,12 +77,13 @@ impl NativeRoute {
         let ours = before.mapped_ram(options.channels.map_or(CHANNELS, Channels::count), is_direct);
         let width = (options.io, options.jobs.count());
         let workers = Some(Workers::start(draft.file(), width).map_err(SaveError::Workers)?);
-        Ok(NativeRoute { before, ours, direct_io, workers })
+        let change = SettingsChange::new(&before, &[ours.clone(), ours.trickle()]);
+        Ok(NativeRoute { before, ours, change, direct_io, workers })
     }
 
-    /// Returns the migration settings that QEMU had before the save.
-    pub(super) fn settings(&self) -> &StreamSettings {
-        &self.before
+    /// Returns what the save may change in QEMU's migration settings.
+    pub(super) fn settings(&self) -> &SettingsChange {
+        &self.change
     }
 
     /// Says whether QEMU writes past the page cache.
@@ -95,9 +99,8 @@ impl NativeRoute {
         let changed = work.vm.change_stream_settings(&self.before, &self.ours);
         let sent = changed.map_err(SaveError::from).and_then(|()| self.send(work));
         // Also after an error: some settings may have been changed.
-        let put_back = work.vm.unstoppable(PUT_BACK_TIMEOUT, |vm| {
-            vm.put_back_stream_settings(&self.ours, &self.before)
-        });
+        let put_back =
+            work.vm.unstoppable(PUT_BACK_TIMEOUT, |vm| vm.put_back_stream_settings(&self.change));
         let ram_bytes = sent?;
         put_back?;
         super::describe::record(work)?;

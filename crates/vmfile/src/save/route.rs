@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use vmfile_engine::DirectIoInUse;
 use vmfile_pages::draft::Draft;
-use vmfile_qemu::{StreamSettings, Vm};
+use vmfile_qemu::{SettingsChange, Vm};
 
 use super::base::ChosenBase;
 use super::direct::DirectRoute;
@@ -81,8 +81,8 @@ impl ReadyRoute {
         }
     }
 
-    /// Returns the migration settings that QEMU had before the save, if the route changes them.
-    pub(super) fn settings(&self) -> Option<&StreamSettings> {
+    /// Returns what the route may change in QEMU's migration settings, if it has QEMU send anything.
+    pub(super) fn settings(&self) -> Option<&SettingsChange> {
         match self {
             ReadyRoute::Direct(_) => None,
             ReadyRoute::Stream(route) => Some(route.settings()),
@@ -118,7 +118,7 @@ pub(super) fn choose_live(
     };
     // QEMU's stream has all pages, and a base that was named is used.
     let only = options.route == Route::Direct || matches!(options.base, Some(BaseFile::File(_)));
-    let route = ReadyRoute::Live(LiveRoute::prepare(vm, live, (memory, only))?);
+    let route = ReadyRoute::Live(LiveRoute::prepare(vm, options, live, (memory, only))?);
     Ok(ChosenRoute { route, reason: reason.to_owned() })
 }
 

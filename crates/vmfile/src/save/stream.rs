@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use vmfile_pages::draft::Draft;
 use vmfile_pages::lane::Workers;
-use vmfile_qemu::{Feature, PUT_BACK_TIMEOUT, StreamSettings, Vm, VmError};
+use vmfile_qemu::{Feature, PUT_BACK_TIMEOUT, SettingsChange, StreamSettings, Vm, VmError};
 use vmfile_stream::Channels;
 use vmfile_stream::incoming::WaitLimits;
 use vmfile_stream::listener::{Listener, SocketPlace};
@@ -28,6 +28,11 @@ const STALL_TIMEOUT: Duration = Duration::from_secs(120);
 #[derive(Debug)]
 pub(super) struct StreamRoute {
     before: StreamSettings,
+    /// The settings for a VM that need not be paused afterwards.
+    ours: StreamSettings,
+    /// The settings with which a VM stays paused, if QEMU has them.
+    snapshot: Option<StreamSettings>,
+    change: SettingsChange,
     /// How many connections carry pages beside the stream.
     channels: Option<Channels>,
     /// Where to make the socket for these connections; `None` once it exists, or without channels.
@@ -47,16 +52,23 @@ impl StreamRoute {
     ) -> Result<StreamRoute, SaveError> {
         let channels = options.channels;
         let before = vm.stream_settings()?;
+        let ours = match channels {
+            None => before.plain(),
+            Some(channels) => before.multifd(channels.count()),
+        };
+        let snapshot = before.background_snapshot();
+        let all: Vec<_> = snapshot.iter().chain([&ours]).cloned().collect();
+        let change = SettingsChange::new(&before, &all);
         let process = vm.pid().ok();
         let place = channels.map(|_| SocketPlace::new(process));
         let width = (options.io, usize::from(Channels::count_of(channels)) + 1);
         let workers = Some(Workers::start(draft.file(), width).map_err(SaveError::Workers)?);
-        Ok(StreamRoute { before, channels, place, listener: None, workers })
+        Ok(StreamRoute { before, ours, snapshot, change, channels, place, listener: None, workers })
     }
 
-    /// Returns the migration settings that QEMU had before the save.
-    pub(super) fn settings(&self) -> &StreamSettings {
-        &self.before
+    /// Returns what the save may change in QEMU's migration settings.
+    pub(super) fn settings(&self) -> &SettingsChange {
+        &self.change
     }
 
     /// Returns the paths of the socket that QEMU connects to, and of its directory.
@@ -72,16 +84,15 @@ impl StreamRoute {
 
     /// Has QEMU send the paused VM, writes it to the file, and completes the file.
     pub(super) fn write(&mut self, work: &mut Work<'_>) -> Result<Written, SaveError> {
-        let (ours, changed) = self.change_settings(work);
+        let changed = self.change_settings(work);
         let channels = self.channels.zip(self.listener.take());
         let received = changed.map_err(SaveError::from).and_then(|()| {
             let workers = self.workers.take().expect("a route writes once");
             receive(work, channels, workers)
         });
         // Also after an error: some settings may have been changed.
-        let put_back = work
-            .vm
-            .unstoppable(PUT_BACK_TIMEOUT, |vm| vm.put_back_stream_settings(&ours, &self.before));
+        let put_back =
+            work.vm.unstoppable(PUT_BACK_TIMEOUT, |vm| vm.put_back_stream_settings(&self.change));
         let mut received = received?;
         put_back?;
         // QEMU writes "paused": the VM was paused for the save.
@@ -96,28 +107,23 @@ impl StreamRoute {
 }
 
 impl StreamRoute {
-    /// Changes QEMU's settings; returns those that it may have now, even after an error.
+    /// Changes QEMU's settings.
     ///
     /// A VM that stays paused is sent as a background snapshot if QEMU can do that: it is then
     /// paused as before, and can be saved once more.
-    fn change_settings(&self, work: &mut Work<'_>) -> (StreamSettings, Result<(), VmError>) {
+    fn change_settings(&self, work: &mut Work<'_>) -> Result<(), VmError> {
         if work.stays_paused() {
             match self.change_for_a_snapshot(work.vm) {
-                Ok(ours) => return (ours, Ok(())),
+                Ok(()) => return Ok(()),
                 Err(reason) => work.warn_of_postmigrate(&reason),
             }
         }
-        let ours = match self.channels {
-            None => self.before.plain(),
-            Some(channels) => self.before.multifd(channels.count()),
-        };
-        let changed = work.vm.change_stream_settings(&self.before, &ours);
-        (ours, changed)
+        work.vm.change_stream_settings(&self.before, &self.ours)
     }
 
     /// Changes QEMU's settings to those of a background snapshot, or says why they were not
     /// changed.
-    fn change_for_a_snapshot(&self, vm: &mut Vm) -> Result<StreamSettings, String> {
+    fn change_for_a_snapshot(&self, vm: &mut Vm) -> Result<(), String> {
         let version = vm.version().map_err(|error| error.to_string())?;
         if !version.has(Feature::PausedSnapshot) {
             return Err(format!("QEMU {version} lets the guest run after a background snapshot"));
@@ -125,10 +131,9 @@ impl StreamRoute {
         if self.channels.is_some() {
             return Err("QEMU takes no background snapshot by channels".to_owned());
         }
-        let ours = self.before.background_snapshot();
+        let ours = self.snapshot.as_ref();
         let ours = ours.ok_or_else(|| "this QEMU has no background-snapshot".to_owned())?;
-        let changed = vm.change_stream_settings(&self.before, &ours);
-        changed.map(|()| ours).map_err(|error| error.to_string())
+        vm.change_stream_settings(&self.before, ours).map_err(|error| error.to_string())
     }
 }
 
