@@ -133,7 +133,7 @@ fn a_setting_that_another_client_changes_while_a_save_fails_stays_changed() -> T
         let error = save_with_meddling(&guest, &file, &options, meddle)?;
         assert!(error.is_stopped(), "{error}");
         let found = guest.qmp("query-migrate-parameters", json!({}))?;
-        assert_eq!(found, settings, "{:?}", options);
+        assert_eq!(found, settings, "{options:?}");
         nothing_happened(&mut guest, directory.path())?;
     }
     Ok(())

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use serde_json::json;
+use serde_json::{Value, json};
 use vmfile::Control;
 use vmfile::error::{SaveError, UserfaultError};
 use vmfile::restore::Mode;
@@ -311,6 +311,59 @@ fn a_client_that_adds_devices_meanwhile_ends_a_live_save_at_most() -> TestResult
     }
     assert_eq!(guest.qmp("query-migrate-capabilities", json!({}))?, settings);
     guest.runs_on(1)?;
+    Ok(())
+}
+
+/// QEMU stops the guest in a thread of its own, for the saved moment. If another client let the guest run
+/// just then, that thread waited for the CPUs until somebody stopped the guest again: vmfile waited for
+/// up to ten minutes, and QEMU could not be told to end the migration.
+#[test]
+fn a_client_that_lets_the_guest_run_again_and_again_ends_a_live_save_at_most() -> TestResult {
+    for (release, route) in [
+        (Release::Newest, Route::Auto),
+        (Release::Newest, Route::Stream),
+        (Release::Distribution, Route::Auto),
+        (Release::Distribution, Route::Stream),
+    ] {
+        let qemu = requires!(Qemu::of(release));
+        let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
+        let (file, other) = (directory.path().join("vm.vmf"), directory.path().join("other"));
+        let monitor = format!("unix:{},server=on,wait=off", other.display());
+        let config = Guest::boot_sector(Ram::private(128)).seed(127).vcpus(2);
+        let mut guest = config.arguments(["-qmp", &monitor]).boot_to(&qemu, 1)?;
+        let settings = guest.qmp("query-migrate-capabilities", json!({}))?;
+        let mut other = Vm::connect(&other)?;
+        let mut ended = 0;
+        for _ in 0..3 {
+            let began = Instant::now();
+            let socket = guest.qmp_path();
+            let saved = thread::scope(|scope| -> TestResult<_> {
+                let save = scope.spawn(|| -> TestResult<Result<SaveReport, SaveError>> {
+                    let options = live().route(route);
+                    let mut vm = Vm::connect(&socket)?;
+                    Ok(vmfile::save::save(&mut vm, &file, &options, &Control::none()))
+                });
+                while !save.is_finished() {
+                    // It does nothing to a guest that runs.
+                    other.execute("cont", Value::Null)?;
+                }
+                save.join().expect("no panic")
+            })?;
+            assert!(began.elapsed() < Duration::from_secs(9), "{:?}: {saved:?}", began.elapsed());
+            match saved {
+                Ok(_) => fs::remove_file(&file)?,
+                Err(SaveError::Vm(VmError::NotStill { .. } | VmError::WrongState { .. })) => {
+                    ended += 1;
+                }
+                Err(error) => return Err(error.into()),
+            }
+            assert!(!file.exists());
+            assert_eq!(guest.qmp("query-migrate-capabilities", json!({}))?, settings);
+            assert_eq!(guest.status()?, "running");
+        }
+        guest.runs_on(1)?;
+        println!("{release:?} {route:?}: {ended} of 3 saves ended");
+    }
     Ok(())
 }
 

@@ -20,7 +20,8 @@ impl ProcessMemory {
         // One line: the number of the system call and its arguments, or `running`.
         std::fs::File::from(file).take(256).read_to_string(&mut line)?;
         let number = line.split_whitespace().next().and_then(|word| word.parse().ok());
-        Ok(number == Some(libc::SYS_futex))
+        // -1: in no system call, for example in a page fault.
+        Ok(matches!(number, Some(libc::SYS_futex | -1)))
     }
 }
 

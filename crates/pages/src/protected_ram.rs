@@ -31,6 +31,9 @@ pub const ASIDE_LEN_MAX: u64 = 64 << 20;
 /// How long [`ProtectedRam::serve`] waits for a fault before it looks whether it is to end.
 const LOOK: Duration = Duration::from_millis(2);
 
+/// How often threads that wait are asked once more for which page, after the saved moment.
+const WAKE_INTERVAL: Duration = Duration::from_millis(50);
+
 /// How often the process had to wait, and for what.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Faults {
@@ -57,6 +60,8 @@ pub struct ProtectedRam<'a> {
     waiting: Mutex<Vec<(usize, u64, Instant)>>,
     faults: Mutex<Faults>,
     before: Mutex<Before>,
+    /// Why a fault could not be served: the first reason.
+    failure: Mutex<Option<String>>,
     is_over: AtomicBool,
     aside_bytes: AtomicU64,
 }
@@ -124,6 +129,7 @@ impl<'a> ProtectedRam<'a> {
             waiting: Mutex::default(),
             faults: Mutex::default(),
             before: Mutex::default(),
+            failure: Mutex::default(),
             is_over: AtomicBool::new(false),
             aside_bytes: AtomicU64::new(0),
         })
@@ -186,26 +192,36 @@ impl<'a> ProtectedRam<'a> {
     /// [`ProtectedRam::end`] is called. Run it in a thread of its own, as soon as the memory is
     /// protected.
     ///
-    /// # Errors
-    ///
-    /// Returns the kernel's error. The process then stands still at its next write, until its
-    /// protection is removed.
-    pub fn serve(&self) -> io::Result<()> {
+    /// If a fault cannot be served, the next [`PageSource::read`] fails, so that the save ends and the
+    /// process removes its protection.
+    pub fn serve(&self) {
+        let mut woken = Instant::now();
         while !self.is_over.load(Ordering::Acquire) {
-            let addresses = self.userfault.wait(LOOK)?;
-            if addresses.is_empty() && !lock(&self.before).is_over {
-                self.wake_all()?;
+            if let Err(error) = self.serve_some(&mut woken) {
+                lock(&self.failure).get_or_insert_with(|| error.to_string());
+                std::thread::sleep(LOOK);
             }
-            for address in addresses {
-                self.serve_one(address)?;
-            }
+        }
+    }
+
+    /// Serves the faults that come next; `woken` is when the threads were last asked once more.
+    fn serve_some(&self, woken: &mut Instant) -> io::Result<()> {
+        let addresses = self.userfault.wait(LOOK)?;
+        for &address in &addresses {
+            self.serve_one(address)?;
+        }
+        let is_before = !lock(&self.before).is_over;
+        let is_idle = || woken.elapsed() >= WAKE_INTERVAL && lock(&self.waiting).is_empty();
+        if addresses.is_empty() && (is_before || is_idle()) {
+            *woken = Instant::now();
+            self.wake_all()?;
         }
         Ok(())
     }
 
-    /// Has every thread that waits tell once more for which page. Up to the saved moment the
-    /// process reads its userfaultfd as well, and may have taken a fault that it does not serve:
-    /// QEMU (8.2 to 11.1) sends the page first, and waits for room in the socket.
+    /// Has every thread that waits tell once more for which page. The process reads its userfaultfd as
+    /// well, and may have taken a fault that it does not serve: QEMU (8.2 to 11.1) sends the page first,
+    /// and waits for room in the socket. It does so for one fault at most, also after the saved moment.
     fn wake_all(&self) -> io::Result<()> {
         let protected = self.blocks.iter().filter(|block| block.is_protected);
         protected
@@ -250,14 +266,14 @@ impl<'a> ProtectedRam<'a> {
         let holds = |block: &Block| block.addresses.contains(&address);
         let Some(number) = self.blocks.iter().position(holds) else {
             // A block that came later: the process protects only what it had.
-            return self.userfault.lift(&page(address));
+            return self.let_go(&page(address));
         };
         let offset = address - self.blocks[number].addresses.start;
         let start = offset - offset % WINDOW_LEN;
         let mut before = lock(&self.before);
         if !before.is_over {
             before.lifted.insert((number, start));
-            return self.userfault.lift(&self.blocks[number].range(start));
+            return self.let_go(&self.blocks[number].range(start));
         }
         drop(before);
         match self.lift(number, start)? {
@@ -294,9 +310,19 @@ impl<'a> ProtectedRam<'a> {
         }
         if block.is_protected {
             // Also if it was lifted before: the thread may have seen the protection just then.
-            self.userfault.lift(&block.range(start))?;
+            self.let_go(&block.range(start))?;
         }
         Ok(Lifted::Now)
+    }
+
+    /// Lifts the protection of addresses, and wakes the threads that wait there. If the process has
+    /// removed the protection itself, they wait all the same: the kernel (6.18) wakes them only once the
+    /// last duplicate of the userfaultfd is closed.
+    fn let_go(&self, addresses: &Range<u64>) -> io::Result<()> {
+        match self.userfault.lift(addresses) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => self.userfault.wake(addresses),
+            lifted => lifted,
+        }
     }
 
     /// Counts the faults that waited for a window.
@@ -334,6 +360,9 @@ impl PageSource for ProtectedRam<'_> {
     }
 
     fn read(&self, number: usize, range: &Range<u64>, into: &mut [u8]) -> io::Result<bool> {
+        if let Some(reason) = &*lock(&self.failure) {
+            return Err(io::Error::other(format!("serve the faults of the process: {reason}")));
+        }
         let block = &self.blocks[number];
         let mut window = self.window(number, range.start);
         match std::mem::replace(&mut *window, Window::Taken) {

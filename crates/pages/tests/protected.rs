@@ -114,7 +114,7 @@ fn what_is_written_meanwhile_is_not_in_the_file() {
         writers.into_iter().for_each(|writer| writer.join().unwrap());
         protected.verify().unwrap();
         protected.end();
-        served.join().unwrap().unwrap();
+        served.join().unwrap();
         target.assert_holds(&written, &words);
     });
     assert!(memory.words().iter().all(|word| word % 65536 == 3), "no write was lost");
@@ -147,7 +147,7 @@ fn a_writer_waits_when_no_more_can_be_kept_aside() {
         let written = target.write(&protected).unwrap();
         writer.join().unwrap();
         protected.end();
-        served.join().unwrap().unwrap();
+        served.join().unwrap();
         target.assert_holds(&written, &words);
     });
     assert_eq!(protected.faults().count, windows as u64);
@@ -181,7 +181,7 @@ fn a_fault_that_another_reader_took_is_served() {
         let served = scope.spawn(|| protected.serve());
         writer.join().unwrap();
         protected.end();
-        served.join().unwrap().unwrap();
+        served.join().unwrap();
     });
     assert_eq!(memory.words()[1] % 65536, 2);
 }
@@ -209,7 +209,7 @@ fn a_page_that_the_process_lets_go_is_copied_at_the_moment() {
         (0..2).for_each(|page| memory.put(page, 3));
         let written = target.write(&protected).unwrap();
         protected.end();
-        served.join().unwrap().unwrap();
+        served.join().unwrap();
         target.assert_holds(&written, &words);
     });
 }

@@ -17,6 +17,13 @@ pub(crate) const STREAM_NAME: &str = "vmfile-outgoing";
 /// How often the state of the migration is polled.
 const POLL_INTERVAL: Duration = Duration::from_millis(2);
 
+/// How long QEMU may take to end a migration that was cancelled, before its thread is set free: see
+/// [`Vm::wait_cancelled`].
+pub(crate) const FREE_AFTER: Duration = Duration::from_millis(500);
+
+/// How often the guest is stopped for that.
+const FREE_INTERVAL: Duration = Duration::from_millis(50);
+
 /// QEMU's threads count as idle when QEMU has given them no pages for this long. It is less than
 /// the time between two portions of a trickle, and long enough for a thread on a busy host to have
 /// marked its pages. A fixed wait of 200 ms, which may end just after a portion, killed 2 VMs in
@@ -229,7 +236,7 @@ impl Vm {
             let deadline = Instant::now() + timeout;
             vm.wait_connected(deadline)?;
             vm.execute("migrate_cancel", Value::Null)?;
-            vm.wait_sent(deadline.saturating_duration_since(Instant::now()))
+            vm.wait_cancelled(deadline)
         })
     }
 
@@ -294,8 +301,31 @@ impl Vm {
     ///
     /// See [`Qmp::execute`](crate::Qmp::execute).
     pub fn cancel_sending(&mut self, timeout: Duration) -> Result<Outgoing, VmError> {
+        let deadline = Instant::now() + timeout;
         self.execute("migrate_cancel", Value::Null)?;
-        self.wait_sent(timeout)
+        self.wait_cancelled(deadline)
+    }
+
+    /// Waits until a migration that was cancelled has ended, at most until `deadline`, and returns its
+    /// state.
+    ///
+    /// QEMU (7.2 to 11.1) stops the guest in the migration's thread, which waits until all CPUs stand
+    /// still. If another client's `cont` comes meanwhile, the CPUs run on, and that thread waits until
+    /// somebody stops the guest again.
+    fn wait_cancelled(&mut self, deadline: Instant) -> Result<Outgoing, VmError> {
+        let left = || deadline.saturating_duration_since(Instant::now());
+        let goes_on = |outgoing: &Outgoing| matches!(outgoing, Outgoing::Active | Outgoing::Held);
+        let mut outgoing = self.wait_sent(FREE_AFTER.min(left()))?;
+        let mut has_stopped = false;
+        // More than once: that client may go on with it.
+        while goes_on(&outgoing) && !left().is_zero() {
+            has_stopped |= self.is_running()? && self.stop_if_running()?;
+            outgoing = self.wait_sent(FREE_INTERVAL.min(left()))?;
+        }
+        if has_stopped {
+            self.cont()?;
+        }
+        Ok(outgoing)
     }
 }
 

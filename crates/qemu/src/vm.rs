@@ -291,8 +291,8 @@ impl Vm {
 
     /// Resumes the guest, takes back its disks if they were released, and checks that it runs.
     ///
-    /// A guest that stops again at once by itself, for example because of a disk error, counts as
-    /// resumed.
+    /// A guest that stops again at once, by itself because of a disk error or by another client, counts
+    /// as resumed.
     ///
     /// # Errors
     ///
@@ -302,13 +302,16 @@ impl Vm {
         if self.has_released_disks {
             self.take_back_disks()?;
         }
+        let resumes = self.resumes();
         self.cont()?;
         let found = self.run_state()?;
         match found {
             RunState::Paused
             | RunState::Prelaunch
             | RunState::PostMigrate
-            | RunState::FinishMigrate => {
+            | RunState::FinishMigrate
+                if self.resumes() == resumes =>
+            {
                 Err(VmError::WrongState { found, expected: "running, after `cont`" })
             }
             _ => Ok(()),

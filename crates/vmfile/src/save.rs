@@ -54,6 +54,7 @@ use self::describe::describe_vm;
 pub use self::disks::SavedDisk;
 pub(crate) use self::disks::overlay_names;
 use self::disks::{Disks, deep_disks, saved_disks};
+use self::live_memory::let_run_by_another;
 pub use self::options::{After, BaseFile, Live, Route, SaveOptions};
 pub use self::report::{GuestWaits, LiveMethod, RouteUsed, SaveReport};
 use self::route::{ChosenRoute, ReadyRoute, choose_live, choose_paused};
@@ -257,6 +258,9 @@ impl<'a> Save<'a> {
 
     /// From the pause to the durable file.
     fn write(&mut self, paused: &mut Paused<'_>) -> Result<(), SaveError> {
+        if *paused.state() == RunState::Running {
+            return Err(let_run_by_another());
+        }
         if !paused.state().stands_still() {
             return Err(SaveError::RunState { found: paused.state().to_string() });
         }

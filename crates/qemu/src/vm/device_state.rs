@@ -45,9 +45,9 @@ impl Vm {
     /// [`VmError::WrongState`] when the guest runs, [`VmError::DeviceState`] when QEMU hands over
     /// something else.
     pub fn save_device_state(&mut self, is_last: bool) -> Result<Vec<u8>, VmError> {
-        let state = self.run_state()?;
-        if state == RunState::Running || self.is_running()? {
-            return Err(VmError::WrongState { found: state, expected: "a stopped VM" });
+        if self.is_running()? {
+            let found = RunState::Running;
+            return Err(VmError::WrongState { found, expected: "a stopped VM" });
         }
         let file = self.prepare_device_state()?;
         let saved = self.write_device_state(&file, is_last);

@@ -114,14 +114,16 @@ pub enum UndoStep {
 }
 
 /// The states of a migration that is under way (QEMU 7.2 to 11.1).
-const UNDER_WAY: [&str; 8] = [
+const UNDER_WAY: [&str; 10] = [
     "\"setup\"",
     "\"active\"",
     "\"device\"",
     "\"cancelling\"",
+    "\"failing\"",
     "\"pre-switchover\"",
     "\"wait-unplug\"",
     "\"postcopy-active\"",
+    "\"postcopy-device\"",
     "\"colo\"",
 ];
 
@@ -134,7 +136,7 @@ pub fn undo_steps(footprint: &Footprint<'_>) -> Vec<UndoStep> {
     let record = footprint.record;
     steps.only_if_held(record);
     if record.settings.is_some() {
-        steps.end_migration(footprint.writes_file);
+        steps.end_migration(footprint);
     }
     if record.was_running && footprint.may_stand {
         steps.unless(footprint.stays_paused.then_some(footprint.file), |steps| {
@@ -231,12 +233,12 @@ impl Steps {
     /// Cancels the migration: the process that received it is gone. QEMU reports the end of the
     /// migration some moments before it accepts `cont` again ("Migration is not finalized yet", 7.2
     /// to 11.1), so the last step waits for that.
-    fn end_migration(&mut self, writes_file: bool) {
-        let over = (&UNDER_WAY[..], String::new());
+    fn end_migration(&mut self, footprint: &Footprint<'_>) {
+        let over = || (&UNDER_WAY[..], String::new());
         // QEMU 10.0.2 may abort if the migration is cancelled while it connects.
         let connects = (&["\"setup\""][..], String::new());
         self.until(("query-migrate", json!({})), connects, false, CONNECTING);
-        if writes_file {
+        if footprint.writes_file {
             // See `Vm::cancel_file`.
             let (command, arguments) = set_bandwidth(&TRICKLE.into());
             self.ask(command, arguments, SHORT);
@@ -245,7 +247,12 @@ impl Steps {
             self.list.push(UndoStep::UntilStill { line, answer, from, quiet, limit });
         }
         self.ask("migrate_cancel", json!({}), SHORT);
-        self.until(("query-migrate", json!({})), over, false, LONG);
+        if footprint.record.was_running && footprint.may_stand {
+            // See `Vm::wait_cancelled`. A later step lets the guest run.
+            self.until(("query-migrate", json!({})), over(), false, outgoing::FREE_AFTER);
+            self.ask("stop", json!({}), SHORT);
+        }
+        self.until(("query-migrate", json!({})), over(), false, LONG);
         let finishes = (&["\"finish-migrate\""][..], String::new());
         self.until(("query-status", json!({})), finishes, false, LONG);
     }

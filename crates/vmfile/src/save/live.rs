@@ -181,7 +181,9 @@ impl LiveRoute {
             return Err(UserfaultError::NotPossible { reason }.into());
         }
         let settings = self.before.pre_copy(self.live.pause_max, hold);
-        vm.change_stream_settings(&self.before, &settings)?;
+        // Another client may have changed some since.
+        let current = vm.stream_settings()?;
+        vm.change_stream_settings(&current, &settings)?;
         Ok(Chosen { method: LiveMethod::PreCopy { reason }, copied_bytes: 0 })
     }
 }

@@ -20,6 +20,7 @@ use vmfile_qemu::{Outgoing, RunState};
 use vmfile_stream::incoming::WaitLimits;
 use vmfile_stream::receiver::{Received, StreamReceiver};
 
+use super::live_memory::refuse_if_overtaken;
 use super::sending::{Ended, Peer, peer_process, wait_until_sent};
 use super::stream::written;
 use super::target::page_size_unnamed;
@@ -51,13 +52,13 @@ pub(super) fn receive(
     let stands = is_snapshot && !work.disks.is_empty();
     // QEMU stops the guest: for a background snapshot at the beginning, for pre-copy at the end.
     work.set_may_stand(true)?;
+    let begun = (work.vm.stops(), work.vm.resumes());
     if stands {
         if !work.vm.stop_if_running()? {
             return Err(stopped_meanwhile(work)?);
         }
         work.disks.freeze(work.vm)?;
     }
-    let (stops, resumes) = (work.vm.stops(), work.vm.resumes());
     if !is_snapshot && work.vm.run_state()? != RunState::Running {
         return Err(stopped_meanwhile(work)?);
     }
@@ -72,8 +73,7 @@ pub(super) fn receive(
     let receiver = StreamReceiver { draft: work.draft, workers, limits, page_size };
     let (progress, is_over) = (Progress::default(), AtomicBool::new(false));
     let progress = &progress;
-    let mut watch =
-        Watch { work: &mut *work, is_snapshot, stands, begun: (stops, resumes), progress };
+    let mut watch = Watch { work: &mut *work, is_snapshot, stands, begun, progress };
     let spare = end.try_clone().map_err(SaveError::Socket);
     let receive = || {
         let received = receiver.run(ours.into(), || Ok::<_, SaveError>(()));
@@ -148,6 +148,7 @@ impl Watch<'_, '_> {
                 return Ok(false);
             }
             let (outgoing, ram) = self.work.vm.outgoing_ram()?;
+            refuse_if_overtaken(self.work.vm, self.begun)?;
             let sends =
                 matches!(outgoing, Outgoing::Active) && ram.is_some_and(|ram| ram.pages > 0);
             if self.is_snapshot && sends {

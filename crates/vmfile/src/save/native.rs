@@ -21,7 +21,7 @@ use vmfile_qemu::{
 };
 use vmfile_stream::Channels;
 
-use super::sending::{migration_error, wait_until_sent};
+use super::sending::{is_refused, migration_error, wait_until_sent};
 use super::space::refuse_without_space;
 use super::{SaveOptions, Work, Written, native_file};
 use crate::error::SaveError;
@@ -161,7 +161,12 @@ fn reopen(file: &File, flags: OFlags) -> Result<OwnedFd, SaveError> {
 
 /// Has QEMU write the VM and waits until it is done; returns the length of all RAM in bytes.
 fn send_to(work: &mut Work<'_>, kept: &KeptFile) -> Result<u64, SaveError> {
-    work.vm.send_to_file(kept).map_err(|error| cancel(work.vm, error.into()))?;
+    match work.vm.send_to_file(kept) {
+        Ok(()) => {}
+        // A migration that is under way is another client's.
+        Err(error) if is_refused(&error) => return Err(error.into()),
+        Err(error) => return Err(cancel(work.vm, error.into())),
+    }
     let mut ram_bytes = 0;
     loop {
         let asked = work.vm.outgoing_ram();

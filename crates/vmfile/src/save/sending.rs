@@ -10,11 +10,12 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, recv};
 use vmfile_qemu::{Outgoing, Vm, VmError, is_process_stopped};
 use vmfile_stream::Channels;
+use vmfile_stream::error::HeldError;
 use vmfile_stream::incoming::{PeerProcess, WaitLimits};
 use vmfile_stream::listener::Listener;
 use vmfile_stream::multifd::Connections;
 
-use crate::error::SaveError;
+use crate::error::{SaveError, UserfaultError};
 use crate::guard::Guard;
 use crate::receive::ReceiveError;
 
@@ -53,12 +54,26 @@ pub(super) fn peer_process(vm: &mut Vm) -> Option<PeerProcess> {
 pub(super) struct Peer {
     listener: Option<Listener>,
     held: Vec<OwnedFd>,
+    /// QEMU has refused to send: a migration that is under way is another client's.
+    is_refused: bool,
 }
 
 impl Peer {
     /// Takes the only end of a stream.
     pub(super) fn of(end: OwnedFd) -> Peer {
-        Peer { listener: None, held: vec![end] }
+        Peer { listener: None, held: vec![end], is_refused: false }
+    }
+
+    /// Notes that QEMU has refused to send, if it has: then there is no migration to end.
+    pub(super) fn unless_refused(self, error: &VmError) -> Peer {
+        Peer { is_refused: is_refused(error), ..self }
+    }
+
+    /// Has QEMU send the VM into `stream`.
+    pub(super) fn begin(&mut self, vm: &mut Vm, stream: OwnedFd) -> Result<(), SaveError> {
+        let sent = vm.send_stream(stream);
+        self.is_refused = sent.as_ref().is_err_and(is_refused);
+        Ok(sent?)
     }
 
     /// Cancels a migration that is not to complete. Returns `done`, or the error to report.
@@ -105,7 +120,9 @@ impl Peer {
         let channels = channels.count().get();
         let listener = &*self.listener.insert(listener);
         guard.keep_listening(listener.as_fd())?;
-        vm.send_to_socket(listener.path_of_sender())?;
+        let sent = vm.send_to_socket(listener.path_of_sender());
+        self.is_refused = sent.as_ref().is_err_and(is_refused);
+        sent?;
         let deadline = Instant::now() + CONNECT_TIMEOUT;
         let mut accepted = Vec::new();
         while accepted.len() <= usize::from(channels) {
@@ -139,6 +156,9 @@ impl Peer {
     /// Ends the migration after `error`, and returns the error to report: QEMU's, if QEMU failed
     /// first.
     pub(super) fn give_up(self, vm: &mut Vm, error: SaveError) -> SaveError {
+        if self.is_refused {
+            return error;
+        }
         self.drained(|| Ended::now(vm)).reason(error)
     }
 
@@ -181,6 +201,7 @@ impl Ended {
         let is_cut = matches!(
             &error,
             SaveError::Receive(ReceiveError::Stream(_) | ReceiveError::Channel { .. })
+                | SaveError::Userfault(UserfaultError::Held(HeldError::Ended | HeldError::Read(_)))
         );
         // If QEMU fails by itself after the first question, it has stopped sending as well.
         match (self.before, self.after) {
@@ -189,7 +210,9 @@ impl Ended {
             (Ok(Outgoing::Cancelled), _) if !error.is_stopped() => {
                 migration_error(Outgoing::Cancelled)
             }
-            (Ok(Outgoing::Failed(reason)), _) if is_cut => SaveError::Migration { reason },
+            (Ok(Outgoing::Failed(reason)), _) | (_, Ok(Outgoing::Failed(reason))) if is_cut => {
+                SaveError::Migration { reason }
+            }
             (Err(gone), _) if is_cut => gone.into(),
             _ => error,
         }
@@ -202,6 +225,11 @@ pub(super) fn wait_until_sent(vm: &mut Vm) -> Result<(), SaveError> {
         Outgoing::Completed => Ok(()),
         other => Err(migration_error(other)),
     }
+}
+
+/// Tells whether QEMU has refused a command.
+pub(super) fn is_refused(error: &VmError) -> bool {
+    matches!(error, VmError::Qmp(error) if error.is_refused())
 }
 
 fn does_not_stop() -> SaveError {

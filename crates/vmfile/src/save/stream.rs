@@ -151,7 +151,7 @@ fn receive(
     let connections = match channels {
         None => {
             let (ours, theirs) = UnixStream::pair().map_err(SaveError::Socket)?;
-            work.vm.send_stream(theirs.into()).map(|()| ours.into()).map_err(SaveError::from)
+            peer.begin(work.vm, theirs.into()).map(|()| ours.into())
         }
         Some((channels, listener)) => {
             peer.connect((work.vm, work.guard), (listener, channels), &limits)

@@ -19,6 +19,7 @@
 //! If this process dies, its end of the socket closes or the guardian cancels the migration: QEMU
 //! then removes the protection, and the guest runs.
 
+use std::collections::BTreeSet;
 use std::os::fd::{AsFd, OwnedFd};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -27,12 +28,13 @@ use vmfile_engine::{BufferPool, Userfault, beside};
 use vmfile_pages::protected_ram::{ProtectedRam, aside_buffers};
 use vmfile_pages::ram_writer::write_protected_ram;
 use vmfile_pages::{PageIndex, RamBlock, RamLayout};
-use vmfile_qemu::RunState;
+use vmfile_qemu::{QmpError, RunState, VmError};
+use vmfile_stream::error::HeldError;
 use vmfile_stream::held::HeldStream;
 
 use super::direct::DirectRoute;
 use super::hang_up::unless_stuck;
-use super::live_memory::{LiveMemory, in_a_pause};
+use super::live_memory::{LiveMemory, in_a_pause, refuse_if_overtaken};
 use super::sending::Peer;
 use super::{LiveDone, LiveMethod, Work, Written};
 use crate::error::{SaveError, UserfaultError};
@@ -44,6 +46,9 @@ const RESUME_TIMEOUT: Duration = Duration::from_millis(500);
 /// How long to wait between two looks whether it has.
 const POLL_INTERVAL: Duration = Duration::from_micros(200);
 
+/// How often QEMU is asked, while no page has come, whether the guest stands still.
+const ASK_INTERVAL: Duration = Duration::from_millis(200);
+
 impl LiveMemory {
     /// Saves the guest, with the capability `background-snapshot` on. Whatever this returns, QEMU
     /// sends no more, and the guest may be stopped.
@@ -51,35 +56,41 @@ impl LiveMemory {
         let buffers = aside_buffers().map_err(SaveError::Workers)?;
         let (mut held, theirs) = HeldStream::pair().map_err(SaveError::Socket)?;
         work.guard.keep_open(held.as_fd())?;
-        let resumes = work.vm.resumes();
-        match self.protect(work, (&mut held, theirs)) {
-            Ok(protected) => self.copy(work, (held, resumes), (protected, buffers)),
+        let process = self.direct.process.process();
+        let before = Userfault::all_of(process).map_err(UserfaultError::Kernel)?;
+        let socket = rustix::fs::fstat(&theirs).map_err(|errno| SaveError::Socket(errno.into()))?;
+        let begun = (work.vm.stops(), work.vm.resumes());
+        work.set_may_stand(true)?;
+        // Only QEMU keeps this end, so that the stream ends if QEMU closes it.
+        if let Err(error) = work.vm.send_stream(theirs) {
+            let peer = Peer::of(held.into()).unless_refused(&error);
+            return peer.cancel(work.vm, Err(error.into()));
+        }
+        match self.protect(work, &mut held, (&before, socket.st_ino, begun)) {
+            Ok(protected) => self.copy(work, (held, begun.1), (protected, buffers)),
             Err(error) => Peer::of(held.into()).cancel(work.vm, Err(error)),
         }
     }
 
-    /// Has QEMU write-protect the guest's memory.
+    /// Waits until QEMU has write-protected the guest's memory. `before` are the userfaultfds that QEMU had
+    /// before, `socket` is the inode of its end of the stream, and `begun` how often the guest had been
+    /// stopped and let run.
     fn protect(
         &mut self,
         work: &mut Work<'_>,
-        (held, theirs): (&mut HeldStream, OwnedFd),
+        held: &mut HeldStream,
+        (before, socket, begun): (&BTreeSet<i32>, u64, (u64, u64)),
     ) -> Result<Protected, SaveError> {
-        let timeout = work.options.live.unwrap_or_default().timeout;
+        let sent = first_page(work, held, begun)?;
         let process = self.direct.process.process();
-        let before = Userfault::all_of(process).map_err(UserfaultError::Kernel)?;
-        // Only QEMU keeps this end, so that the stream ends if QEMU closes it.
-        work.set_may_stand(true)?;
-        let socket = rustix::fs::fstat(&theirs).map_err(|errno| SaveError::Socket(errno.into()))?;
-        work.vm.send_stream(theirs)?;
-        let sent = held.wait_for_page(timeout, work.control)?.clone();
         // QEMU plugs no memory while it migrates, but may have before.
         if let Some(what) = differing_block(&sent, &self.direct.ram) {
             return Err(SaveError::ChangedMeanwhile { what });
         }
         let after = Userfault::all_of(process).map_err(UserfaultError::Kernel)?;
-        let number = after.difference(&before).next().ok_or(UserfaultError::Missing)?;
+        let number = after.difference(before).next().ok_or(UserfaultError::Missing)?;
         let userfault = Userfault::borrow(process, *number).map_err(UserfaultError::Kernel)?;
-        let theirs = process.socket(socket.st_ino).map_err(UserfaultError::Kernel)?;
+        let theirs = process.socket(socket).map_err(UserfaultError::Kernel)?;
         self.direct.process.look_again()?;
         Ok(Protected { userfault, theirs, sent })
     }
@@ -137,7 +148,7 @@ impl LiveMemory {
             drop(serving);
             written
         });
-        let (served, written) = match both {
+        let ((), written) = match both {
             Ok(both) => both,
             // The thread could not start, or panicked. Our end of the stream is closed, but QEMU
             // may not have noticed.
@@ -146,7 +157,6 @@ impl LiveMemory {
             }
         };
         let (devices, places, written) = written?;
-        served.map_err(UserfaultError::Kernel)?;
         let waits = Some(protected.faults().into());
         let live = LiveDone::now(work.vm, LiveMethod::Userfault, waits);
         devices.finish(work, &places, written, Some(live))
@@ -169,6 +179,30 @@ struct Protected {
     theirs: OwnedFd,
     /// QEMU's RAM blocks in the order of its stream.
     sent: RamLayout,
+}
+
+/// Waits for the first page; returns QEMU's RAM blocks. QEMU looks at all memory before it sends one.
+fn first_page(
+    work: &mut Work<'_>,
+    held: &mut HeldStream,
+    begun: (u64, u64),
+) -> Result<RamLayout, SaveError> {
+    let timeout = work.options.live.unwrap_or_default().timeout;
+    let deadline = Instant::now() + timeout;
+    loop {
+        match held.wait_for_page(ASK_INTERVAL, work.control) {
+            Ok(ram) => return Ok(ram.clone()),
+            Err(HeldError::TimedOut(_)) if Instant::now() < deadline => {}
+            Err(HeldError::TimedOut(_)) => return Err(HeldError::TimedOut(timeout).into()),
+            Err(error) => return Err(error.into()),
+        }
+        match work.vm.run_state() {
+            // QEMU may not answer while it protects much memory.
+            Err(VmError::Qmp(QmpError::Timeout { .. })) => {}
+            asked => drop(asked?),
+        }
+        refuse_if_overtaken(work.vm, begun)?;
+    }
 }
 
 /// Waits until QEMU, which stopped the guest while it protected the memory, lets it run: a `stop` before
