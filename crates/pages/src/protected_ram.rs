@@ -60,7 +60,7 @@ pub struct ProtectedRam<'a> {
     waiting: Mutex<Vec<(usize, u64, Instant)>>,
     faults: Mutex<Faults>,
     before: Mutex<Before>,
-    /// Why a fault could not be served: the first reason.
+    /// Why nothing is to be read any more: the first reason.
     failure: Mutex<Option<String>>,
     is_over: AtomicBool,
     aside_bytes: AtomicU64,
@@ -198,10 +198,16 @@ impl<'a> ProtectedRam<'a> {
         let mut woken = Instant::now();
         while !self.is_over.load(Ordering::Acquire) {
             if let Err(error) = self.serve_some(&mut woken) {
-                lock(&self.failure).get_or_insert_with(|| error.to_string());
+                self.fail(&format!("serve the faults of the process: {error}"));
                 std::thread::sleep(LOOK);
             }
         }
+    }
+
+    /// Has the next [`PageSource::read`] fail for this reason: what is read after that is not of the saved
+    /// moment.
+    pub fn fail(&self, reason: &str) {
+        lock(&self.failure).get_or_insert_with(|| reason.to_owned());
     }
 
     /// Serves the faults that come next; `woken` is when the threads were last asked once more.
@@ -241,9 +247,10 @@ impl<'a> ProtectedRam<'a> {
         Faults { aside_bytes, ..*lock(&self.faults) }
     }
 
-    /// Checks that every protected block is still registered with the userfaultfd. Call it once
+    /// Checks that every protected block is still registered with a userfaultfd. Call it once
     /// everything was read: if the process removed the protection meanwhile, what was read is not
-    /// of one moment.
+    /// of one moment. The kernel (6.18) does not say with which userfaultfd: that the process has not
+    /// protected the memory anew must be known otherwise.
     ///
     /// # Errors
     ///
@@ -361,7 +368,7 @@ impl PageSource for ProtectedRam<'_> {
 
     fn read(&self, number: usize, range: &Range<u64>, into: &mut [u8]) -> io::Result<bool> {
         if let Some(reason) = &*lock(&self.failure) {
-            return Err(io::Error::other(format!("serve the faults of the process: {reason}")));
+            return Err(io::Error::other(reason.clone()));
         }
         let block = &self.blocks[number];
         let mut window = self.window(number, range.start);

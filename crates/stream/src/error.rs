@@ -29,6 +29,9 @@ pub enum HeldError {
     /// Pages came, but the sender does not wait for room.
     #[error("the sender did not fill the socket within {0:?}")]
     NotFull(Duration),
+    /// The sender ended the stream although it had not sent everything.
+    #[error("QEMU ended its migration before everything was copied")]
+    Cut,
     /// The kernel returned an error.
     #[error("read the stream")]
     Read(#[source] io::Error),

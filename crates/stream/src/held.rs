@@ -141,6 +141,19 @@ impl HeldStream {
         Ok(self.pages.len() > before)
     }
 
+    /// Tells whether the sender has ended the stream. A QEMU whose migration ends, for whatever reason,
+    /// does that before it changes anything else; the bytes that lie in the socket stay there.
+    ///
+    /// # Errors
+    ///
+    /// [`HeldError::Cut`] if it has; or the kernel's error.
+    pub fn still_held(&self) -> Result<(), HeldError> {
+        if has_ended(self.socket.as_fd()).map_err(HeldError::Read)? {
+            return Err(HeldError::Cut);
+        }
+        Ok(())
+    }
+
     /// Waits for a byte that has not been decoded, if none lies in the socket.
     fn wait(&self) -> Result<(), HeldError> {
         let interval = Timespec::try_from(STOP_INTERVAL).expect("a short time");
@@ -183,6 +196,21 @@ impl HeldStream {
             (self.taken, self.decoded) = (bytes, 0);
         }
         Ok(())
+    }
+}
+
+/// Tells whether the other end of a connection was shut down or closed.
+///
+/// # Errors
+///
+/// Returns the kernel's error.
+pub fn has_ended(ours: BorrowedFd<'_>) -> io::Result<bool> {
+    let at_once = Timespec::default();
+    let mut ends = [PollFd::new(&ours, PollFlags::RDHUP)];
+    match poll(&mut ends, Some(&at_once)) {
+        Ok(_) => Ok(!ends[0].revents().is_empty()),
+        Err(Errno::INTR) => Ok(false),
+        Err(errno) => Err(errno.into()),
     }
 }
 

@@ -201,8 +201,11 @@ impl Ended {
         let is_cut = matches!(
             &error,
             SaveError::Receive(ReceiveError::Stream(_) | ReceiveError::Channel { .. })
-                | SaveError::Userfault(UserfaultError::Held(HeldError::Ended | HeldError::Read(_)))
+                | SaveError::Userfault(UserfaultError::Held(
+                    HeldError::Ended | HeldError::Cut | HeldError::Read(_)
+                ))
         );
+        let is_ended = matches!(&error, SaveError::Userfault(UserfaultError::Held(HeldError::Cut)));
         // If QEMU fails by itself after the first question, it has stopped sending as well.
         match (self.before, self.after) {
             (_, Ok(Outgoing::Active | Outgoing::Held)) => does_not_stop(),
@@ -212,6 +215,10 @@ impl Ended {
             }
             (Ok(Outgoing::Failed(reason)), _) | (_, Ok(Outgoing::Failed(reason))) if is_cut => {
                 SaveError::Migration { reason }
+            }
+            // What is under way now is a migration of that client.
+            (Ok(Outgoing::Active | Outgoing::Held), _) if is_ended => {
+                migration_error(Outgoing::Cancelled)
             }
             (Err(gone), _) if is_cut => gone.into(),
             _ => error,

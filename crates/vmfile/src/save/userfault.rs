@@ -32,7 +32,7 @@ use vmfile_qemu::{QmpError, RunState, VmError};
 use vmfile_stream::error::HeldError;
 use vmfile_stream::held::HeldStream;
 
-use super::direct::DirectRoute;
+use super::direct::{Devices, DirectRoute};
 use super::hang_up::unless_stuck;
 use super::live_memory::{LiveMemory, in_a_pause, refuse_if_overtaken};
 use super::sending::Peer;
@@ -121,26 +121,26 @@ impl LiveMemory {
         let serve = || protected.serve();
         let both = beside(serve, |_| {
             let serving = Serving(&protected);
-            let written = unless_stuck((process.process(), ours.as_fd()), || {
+            let ended = || protected.fail("QEMU ended its migration");
+            let written = unless_stuck((process.process(), ours.as_fd()), ended, || {
                 wait_until_resumed(work, resumes)?;
-                // Here the guest need not stand still for it.
-                held.wait_until_full(theirs.as_fd(), work.control)?;
-                let devices = in_a_pause(work, |work| {
-                    let pages = held.wait_until_full(theirs.as_fd(), work.control)?;
-                    let lifted = pages.iter().map(|&page| place(page, &sent, layout));
-                    Ok(Some(protected.begin(lifted).map_err(UserfaultError::Kernel)?))
-                })?;
-                let ((), devices) = devices.expect("a protection is never too much");
-                drop(theirs);
+                let devices = begin(work, &mut held, (theirs, &sent), (&protected, layout))?;
                 let places = devices.places(work, layout)?;
                 let control = work.control;
                 let written =
                     write_protected_ram(workers, &places, &protected, *data_bytes, control)?;
                 protected.verify().map_err(UserfaultError::Kernel)?;
-                if held.has_more()? {
-                    return Err(UserfaultError::Overtaken.into());
-                }
                 Ok((devices, places, written))
+            });
+            // QEMU ends the stream before it removes the protection. If another client has ended the
+            // migration and started one of its own, the memory is protected anew, for that one.
+            let written = match written {
+                Err(error) if !is_of_memory(&error) => Err(error),
+                written => held.still_held().map_err(SaveError::from).and(written),
+            };
+            let written = written.and_then(|written| match held.has_more()? {
+                true => Err(UserfaultError::Overtaken.into()),
+                false => Ok(written),
             });
             // The guest's faults are served up to here: what is zero is still protected, and QEMU
             // itself may wait for it.
@@ -161,6 +161,31 @@ impl LiveMemory {
         let live = LiveDone::now(work.vm, LiveMethod::Userfault, waits);
         devices.finish(work, &places, written, Some(live))
     }
+}
+
+/// Stops the guest for the saved moment, and has its devices saved. Drops QEMU's end of the stream.
+fn begin(
+    work: &mut Work<'_>,
+    held: &mut HeldStream,
+    (theirs, sent): (OwnedFd, &RamLayout),
+    (protected, layout): (&ProtectedRam<'_>, &RamLayout),
+) -> Result<Devices, SaveError> {
+    // Here the guest need not stand still for it.
+    held.wait_until_full(theirs.as_fd(), work.control)?;
+    let devices = in_a_pause(work, |work| {
+        let pages = held.wait_until_full(theirs.as_fd(), work.control)?;
+        let lifted = pages.iter().map(|&page| place(page, sent, layout));
+        Ok(Some(protected.begin(lifted).map_err(UserfaultError::Kernel)?))
+    })?;
+    let ((), devices) = devices.expect("a protection is never too much");
+    Ok(devices)
+}
+
+/// Tells whether an error may have come because QEMU has removed the protection of its memory.
+fn is_of_memory(error: &SaveError) -> bool {
+    let kinds =
+        matches!(error, SaveError::Pages(_) | SaveError::Userfault(UserfaultError::Kernel(_)));
+    kinds && !error.is_stopped()
 }
 
 /// Faults are served until this is dropped, also by a panic: the thread that serves them is waited for.
