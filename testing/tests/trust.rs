@@ -1,13 +1,13 @@
-//! Whose command line a restore runs.
+//! Whose command line a restore runs, and which secrets of it a file holds.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::{PermissionsExt as _, chown};
 
 use vmfile::RestoreError;
 use vmfile::restore::RestoreOptions;
-use vmfile::save::SaveOptions;
+use vmfile::save::{After, SaveOptions};
 use vmfile_testing::verbs::rewrite_manifest;
-use vmfile_testing::{Guest, Qemu, Ram, Release, Saved, TestResult, requires, root};
+use vmfile_testing::{Guest, Qemu, Ram, Release, Saved, TestResult, make_image, requires, root};
 
 /// Somebody who is neither root nor the user of the tests.
 const STRANGER: u32 = 54_321;
@@ -56,4 +56,54 @@ fn a_command_line_that_another_user_may_have_written_is_not_run() -> TestResult 
         vm.user = Some(STRANGER);
     })?;
     is_refused(&saved, "would run as root now")
+}
+
+/// A file held every secret of the command line, in the clear.
+#[test]
+fn a_file_holds_secrets_of_the_command_line_only_if_asked() -> TestResult {
+    const SECRET: &str = "correct-horse-battery";
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let directory = tempfile::tempdir()?;
+    let image = directory.path().join("disk.luks");
+    let object = format!("secret,id=s0,data={SECRET}");
+    make_image(
+        &image,
+        &["-f", "luks", "--object", &object, "-o", "key-secret=s0,iter-time=10"],
+        1,
+    )?;
+    let node = format!(
+        "driver=luks,node-name=n0,key-secret=s0,file.driver=file,file.filename={}",
+        image.display()
+    );
+    let config = Guest::boot_sector(Ram::private(64)).seed(412);
+    let config = config.arguments(["-object", &object, "-blockdev", &node]);
+    let mut guest = config.arguments(["-device", "virtio-blk-pci,drive=n0"]).boot_to(&qemu, 1)?;
+    let options = SaveOptions::default();
+    let with = guest.save(&options.clone().with_secrets(true).after(After::Pause))?;
+    let holds = |saved: &Saved| -> TestResult<bool> {
+        let bytes = fs::read(&saved.file)?;
+        Ok(bytes.windows(SECRET.len()).any(|window| window == SECRET.as_bytes()))
+    };
+    assert!(with.report.warnings.is_empty() && holds(&with)?, "{:?}", with.report.warnings);
+    let without = guest.save_and_end(&options)?;
+    assert!(!holds(&without)?);
+    let [warning] = &without.report.warnings[..] else { panic!("{:?}", without.report.warnings) };
+    assert!(warning.contains("-object s0: data") && !warning.contains(SECRET), "{warning}");
+
+    let given = |id: &str, text: &str| -> TestResult<RestoreOptions> {
+        let file = directory.path().join("secret");
+        fs::write(&file, text)?;
+        Ok(RestoreOptions::default().secrets(vec![(id.to_owned(), file)]))
+    };
+    let refused = |options: &RestoreOptions| without.restore_saved(options).expect_err("refused");
+    let error = refused(&RestoreOptions::default());
+    assert!(error.to_string().ends_with("-object s0: data"), "{error}");
+    let error = refused(&given("s1", SECRET)?);
+    assert!(matches!(&error, RestoreError::NoSuchSecret { id } if id == "s1"), "{error}");
+    // QEMU opens the image with what it is given.
+    let error = refused(&given("s0", "another")?);
+    assert!(error.to_string().contains("Invalid password"), "{error}");
+    drop(without.restore_saved(&given("s0", SECRET)?)?);
+    drop(with.restore_saved(&RestoreOptions::default())?);
+    Ok(())
 }

@@ -186,7 +186,7 @@ pub(crate) struct SaveArguments {
     #[arg(long)]
     pub(crate) live: bool,
     /// With --live: give up after so long, if the guest writes faster than it is saved
-    #[arg(long, value_name = "SECONDS", default_value_t = 600, requires = "live")]
+    #[arg(long, value_name = "SECONDS", default_value_t = 600, requires = "live", value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) live_timeout: u64,
     /// With --live: how long the guest should stand still at most while memory is copied, or for the last
     /// part. A lower number makes vmfile take pre-copy sooner, which cannot have a --base
@@ -195,6 +195,9 @@ pub(crate) struct SaveArguments {
     /// Keep the disks of the saved moment: the guest then writes to overlays on top of them
     #[arg(long)]
     pub(crate) with_disks: bool,
+    /// Store the secrets on QEMU's command line, such as passwords of disks; otherwise a restore needs them
+    #[arg(long)]
+    pub(crate) with_secrets: bool,
     /// Keep the pages of this file that have not changed; auto: the file that the VM was last saved to or
     /// restored from. The new file is whole on XFS and btrfs; elsewhere it is thin, and needs this one and all
     /// files below it, unchanged
@@ -264,6 +267,10 @@ pub(crate) struct RestoreArguments {
     /// written it, or although the VM would run as root now and did not before
     #[arg(long, conflicts_with_all = ["qmp", "command"])]
     pub(crate) trust_command: bool,
+    /// Give QEMU's secret object ID the value in this file: a file holds no secrets of the command line,
+    /// unless it was saved with them
+    #[arg(long, value_name = "ID=FILE", value_parser = secret, conflicts_with_all = ["qmp", "command"])]
+    pub(crate) secret: Vec<(String, PathBuf)>,
     /// Leave the guest paused
     #[arg(long)]
     pub(crate) paused: bool,
@@ -337,6 +344,9 @@ pub(crate) struct ReceiveArguments {
     /// Replace an existing file
     #[arg(long)]
     pub(crate) force: bool,
+    /// Store the secrets on the command line of a QEMU that sends; otherwise a restore needs them
+    #[arg(long)]
+    pub(crate) with_secrets: bool,
     /// Give up if the sender sends nothing for so long; 0: never
     #[arg(long, value_name = "SECONDS", default_value_t = 300)]
     pub(crate) stall_timeout: u64,
@@ -489,6 +499,12 @@ impl FileName {
             .ok_or_else(|| format!("offset {offset:?} is no size such as 4096, 0x1000 or 1M"))?;
         Ok(FileName { path: path.into(), offset })
     }
+}
+
+/// Parses `ID=FILE`.
+fn secret(text: &str) -> Result<(String, PathBuf), String> {
+    let (id, file) = text.split_once('=').ok_or("expected ID=FILE, for example s0=/root/s0.key")?;
+    Ok((id.to_owned(), PathBuf::from(file)))
 }
 
 /// Parses a size as QEMU does: decimal or hexadecimal, with a suffix that counts in 1024.

@@ -300,6 +300,10 @@ const CHANNELS: &str = "--channels goes with --route stream or native";
 /// The hint for a command line that is not text.
 const TEXT: &str = "the file holds the command line as text: start the VM with UTF-8 only";
 
+/// The hint for a file without the secrets of its command line.
+const SECRETS: &str = "--secret ID=FILE gives the value of a secret object; for any other secret, give a \
+                       whole command line after `--`. `vmfile save --with-secrets` stores them";
+
 /// The hint if the memory of QEMU's process cannot be read.
 const TRACE: &str = "reading another process's memory needs its user and the right to trace it, or \
                      root; --route stream needs neither";
@@ -438,6 +442,10 @@ impl From<&RestoreError> for Failure {
             ),
             RestoreError::NoSavedCommand => Failure::new(Code::Usage, "no_command", error)
                 .hint("give QEMU's command line after `--`"),
+            RestoreError::NoCommand | RestoreError::NoSuchSecret { .. } => {
+                Failure::new(Code::Usage, "command_line", error)
+            }
+            RestoreError::SecretsLeftOut { .. } => Failure::new(Code::Usage, "secrets", error).hint(SECRETS),
             RestoreError::CannotRecreate { .. } => {
                 Failure::new(Code::Usage, "cannot_recreate", error)
                     .hint("give a whole command line after `--`")
@@ -469,7 +477,6 @@ impl From<&RestoreError> for Failure {
             RestoreError::NoQemuImg => Failure::new(Code::System, "no_qemu_img", error)
                 .hint("Debian has it in the package qemu-utils"),
             RestoreError::Overlay { .. } => Failure::new(Code::System, "overlay", error),
-            RestoreError::NoCommand => Failure::new(Code::Usage, "command_line", error),
             RestoreError::SocketInUse { .. } => Failure::new(Code::Vm, "socket_in_use", error)
                 .hint("the VM that was saved may still run; give other sockets after `--`"),
             RestoreError::NotWaiting { .. } => Failure::new(Code::Vm, "run_state", error)

@@ -13,6 +13,7 @@ mod input_files;
 mod keys;
 mod lost;
 mod outside;
+mod secrets;
 mod sockets;
 
 use std::ffi::{OsStr, OsString};
@@ -29,6 +30,8 @@ pub use error::CommandLineError;
 pub use images::Medium;
 use keys::Keys;
 pub use outside::EmptiedFile;
+pub(crate) use secrets::REDACTED;
+pub use secrets::redact_image;
 
 use crate::size::parse_size;
 
@@ -380,6 +383,32 @@ impl CommandLine {
     #[must_use]
     pub fn what_cannot_be_recreated(&self) -> Vec<String> {
         lost::what_cannot_be_recreated(self)
+    }
+
+    /// Replaces the secrets of the host by a mark: the values of secret objects, and passwords and the like
+    /// for disks, SPICE and iSCSI. Returns where they were, by option and key.
+    ///
+    /// What the guest can read is no secret of the host: its memory holds it anyway.
+    pub fn redact(&mut self) -> Vec<String> {
+        secrets::redact(self)
+    }
+
+    /// Returns where [`CommandLine::redact`] has replaced secrets, by option and key.
+    #[must_use]
+    pub fn redacted(&self) -> Vec<String> {
+        secrets::redacted(self)
+    }
+
+    /// Returns the secrets that [`CommandLine::redact`] would replace.
+    #[must_use]
+    pub fn secrets(&self) -> Vec<String> {
+        secrets::secrets(self)
+    }
+
+    /// Has the secret object `id` read its value from a file; returns whether the command line has such an
+    /// object.
+    pub fn give_secret(&mut self, id: &str, file: &Path) -> bool {
+        secrets::give(self, id, file)
     }
 
     /// Returns the values of the options of these names, in order.

@@ -214,7 +214,7 @@ impl Launch {
             let pipe_failed = |error| system("make a pipe for QEMU's errors")(error);
             let (read, write) =
                 pipe_with(PipeFlags::CLOEXEC).map_err(|errno| pipe_failed(errno.into()))?;
-            stderr = StderrTail::keep(read).map_err(pipe_failed)?;
+            stderr = StderrTail::keep(read, self.line.secrets()).map_err(pipe_failed)?;
             command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(write).process_group(0);
         }
         let mut shared: Vec<BorrowedFd<'_>> = self.inherited.iter().map(AsFd::as_fd).collect();

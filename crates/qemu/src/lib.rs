@@ -68,7 +68,7 @@ pub mod vm;
 
 pub use command_line::{
     CommandLine, CommandLineError, EmptiedFile, LineDevice, LineDrive, LineImage, MappedBlock,
-    Medium, Pin,
+    Medium, Pin, redact_image,
 };
 pub use discover::{DiscoverError, Found, VmAddress, list, resolve};
 pub use files::{FileUse, FileUser, user_of_file};

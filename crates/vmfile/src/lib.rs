@@ -81,6 +81,7 @@ pub mod receive;
 pub mod restore;
 mod restore_error;
 pub mod save;
+mod secrets;
 pub mod send;
 mod whole;
 

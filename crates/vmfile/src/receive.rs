@@ -32,6 +32,7 @@ use vmfile_stream::receiver::{Received, StreamReceiver};
 pub use vmfile_stream::error::ReceiveError;
 
 use crate::new_file::new_file;
+use crate::secrets;
 
 /// Where a stream comes from.
 #[derive(Debug)]
@@ -59,6 +60,9 @@ pub struct ReceiveOptions {
     pub stall_timeout: Option<Duration>,
     /// How long the whole stream may take; `None`: no limit.
     pub timeout: Option<Duration>,
+    /// Store the secrets on the command line of a QEMU that sends. Otherwise they are left out, and a
+    /// restore needs them.
+    pub with_secrets: bool,
 }
 
 impl Default for ReceiveOptions {
@@ -70,6 +74,7 @@ impl Default for ReceiveOptions {
             channels: None,
             stall_timeout: Some(Duration::from_secs(300)),
             timeout: None,
+            with_secrets: false,
         }
     }
 }
@@ -98,6 +103,8 @@ pub struct ReceiveReport {
     pub bytes_written: u64,
     /// Bytes of pages that were written again.
     pub bytes_rewritten: u64,
+    /// What the user should know.
+    pub warnings: Vec<String>,
     /// Length of the stream and of its channels, in bytes.
     pub stream_bytes: u64,
     /// How long the receive took, in seconds.
@@ -132,7 +139,12 @@ pub fn receive(
     let page_size = PageSize::KIB_4;
     let receiver = StreamReceiver { draft: &draft, workers, limits, page_size };
     let received = receiver.run(connections, || Ok::<_, ReceiveError>(()))?;
-    let vm = describe_vm(&received, sender);
+    let mut vm = describe_vm(&received, sender);
+    let warnings = if options.with_secrets {
+        Vec::new()
+    } else {
+        secrets::warning(&secrets::leave_out(&mut vm)).into_iter().collect()
+    };
     let facts = SaveFacts {
         route: "stream".to_owned(),
         live: None,
@@ -159,6 +171,7 @@ pub fn receive(
         bytes_written: received.counts.written_bytes,
         bytes_rewritten: received.counts.rewritten_bytes,
         stream_bytes: received.stream_bytes,
+        warnings,
         total_seconds: started.elapsed().as_secs_f64(),
     })
 }

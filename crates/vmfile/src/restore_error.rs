@@ -71,6 +71,18 @@ pub enum RestoreError {
     /// The file holds no command line: for example, because QEMU itself wrote the file.
     #[error("the file holds no command line")]
     NoSavedCommand,
+    /// The file does not hold the secrets of the command line.
+    #[error("the file does not hold secrets of the command line: {}", missing.join(", "))]
+    SecretsLeftOut {
+        /// Where they were, by option and key.
+        missing: Vec<String>,
+    },
+    /// A secret was given for an object that the saved command line does not have.
+    #[error("the saved command line has no secret object {id:?}")]
+    NoSuchSecret {
+        /// The id that was given.
+        id: String,
+    },
     /// The saved command line has parts that belonged to the process that started the VM.
     #[error("the saved command line cannot be started again: {}", what.join("; "))]
     CannotRecreate {

@@ -185,7 +185,7 @@ impl<'a> Save<'a> {
         warnings.extend(ending::with_activities(vm, options)?);
         let found = vm.drives()?;
         let mut meta = describe_vm(vm, &state, &found)?;
-        warnings.extend(describe::warn_of_no_command_line(&meta));
+        warnings.extend(describe::warn_of_command_line(&meta, options));
         warnings.extend(images::look(vm, &mut meta, options, was_running)?);
         let known = changed::compare(vm, &mut meta, &found, options)?;
         warnings.extend(known.notes.iter().cloned());

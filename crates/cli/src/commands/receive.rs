@@ -23,6 +23,7 @@ pub(crate) fn run(arguments: &ReceiveArguments, printer: &Printer) -> Result<Exi
         .io(arguments.io.into())
         .existing(if arguments.force { Existing::Replace } else { Existing::Refuse })
         .channels(Channels::new(arguments.channels))
+        .with_secrets(arguments.with_secrets)
         .stall_timeout((!stall.is_zero()).then_some(stall))
         .timeout(arguments.timeout.map(Duration::from_secs));
     let meter = Meter::new("receive", printer.progress, &signals.asked);
@@ -33,6 +34,7 @@ pub(crate) fn run(arguments: &ReceiveArguments, printer: &Printer) -> Result<Exi
     let report = result.map_err(|error| {
         signals.explain(Failure::from(&error), "there is no file, and the sender runs on")
     })?;
+    printer.warnings(&report.warnings);
     printer.report(&report, human::receive);
     Ok(ExitCode::SUCCESS)
 }

@@ -44,6 +44,7 @@ pub(crate) fn run(arguments: &RestoreArguments, printer: &Printer) -> Result<Exi
         .disks_changed_ok(arguments.disks_changed_ok)
         .verify(arguments.verify)
         .trust_command(arguments.trust_command)
+        .secrets(arguments.secret.clone())
         .paused(arguments.paused)
         .foreground(arguments.foreground);
     let meter = Meter::new("restore", printer.progress, &signals.asked);

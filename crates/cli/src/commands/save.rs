@@ -56,6 +56,7 @@ fn options(arguments: &SaveArguments) -> SaveOptions {
                 .pause_max(Duration::from_millis(arguments.max_pause))
         }))
         .with_disks(arguments.with_disks)
+        .with_secrets(arguments.with_secrets)
         .base(arguments.base.clone().map(|base| match base.to_str() {
             Some("auto") => BaseFile::Auto,
             _ => BaseFile::File(base),

@@ -62,9 +62,80 @@ impl Keys {
     }
 }
 
+/// Replaces those values for which `change` returns another one; all else stays as it is written. JSON is
+/// written anew, if one of its texts changes.
+pub(super) fn map_values(
+    text: &str,
+    implied: &str,
+    change: &mut dyn FnMut(&str, &str) -> Option<String>,
+) -> String {
+    if text.trim_start().starts_with('{') {
+        let mut changes = 0_usize;
+        let tree = serde_json::from_str(text).ok();
+        let tree = tree.map(|tree| map_texts(tree, "", &mut changes, change));
+        return tree.filter(|_| changes > 0).map_or(text.to_owned(), |tree| tree.to_string());
+    }
+    let (mut mapped, mut rest) = (String::new(), text);
+    while !rest.is_empty() {
+        let end_of_key = rest.find([',', '=']).filter(|at| rest[*at..].starts_with('='));
+        let is_first = rest.len() == text.len();
+        let start = end_of_key.map_or(0, |at| at + 1);
+        let (value, after) = take_value(&rest[start..]);
+        let key = end_of_key.map(|at| &rest[..at]).or(is_first.then_some(implied));
+        let written = &rest[..rest.len() - after.len()];
+        match key.and_then(|key| change(key, &value)) {
+            Some(changed) => {
+                mapped.push_str(&rest[..start]);
+                mapped.push_str(&changed.replace(',', ",,"));
+                let had_comma = written.len() > start + value.replace(',', ",,").len();
+                mapped.push_str(if had_comma { "," } else { "" });
+            }
+            None => mapped.push_str(written),
+        }
+        rest = after;
+    }
+    mapped
+}
+
+/// Replaces texts in a tree, and counts them.
+fn map_texts(
+    tree: Value,
+    key: &str,
+    changes: &mut usize,
+    change: &mut dyn FnMut(&str, &str) -> Option<String>,
+) -> Value {
+    match tree {
+        Value::String(text) => match change(key, &text) {
+            Some(changed) => {
+                *changes += 1;
+                Value::String(changed)
+            }
+            None => Value::String(text),
+        },
+        Value::Array(values) => {
+            let values = values.into_iter().map(|value| map_texts(value, key, changes, change));
+            Value::Array(values.collect())
+        }
+        Value::Object(values) => {
+            let mut mapped = serde_json::Map::new();
+            for (name, value) in values {
+                let value = map_texts(value, &name, changes, change);
+                mapped.insert(name, value);
+            }
+            Value::Object(mapped)
+        }
+        other => other,
+    }
+}
+
 /// Tells whether a value is one of those that QEMU takes for on.
 pub(super) fn is_on(value: &str) -> bool {
     matches!(value, "on" | "yes" | "true" | "y")
+}
+
+/// Tells whether a value is one of those that QEMU takes for on or off.
+pub(super) fn is_switch(value: &str) -> bool {
+    is_on(value) || matches!(value, "off" | "no" | "false" | "n")
 }
 
 /// Writes one `key=value`, with the commas doubled.

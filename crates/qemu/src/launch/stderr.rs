@@ -8,6 +8,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::command_line::REDACTED;
+
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 
@@ -29,16 +31,18 @@ pub(super) struct StderrTail(Arc<Mutex<Tail>>);
 #[derive(Default)]
 struct Tail {
     bytes: Vec<u8>,
+    /// Texts that are not shown.
+    secrets: Vec<String>,
     /// Does not block; `None` once all was read.
     pipe: Option<File>,
 }
 
 impl StderrTail {
-    /// Keeps the end of what comes by `pipe`.
-    pub(super) fn keep(pipe: OwnedFd) -> io::Result<StderrTail> {
+    /// Keeps the end of what comes by `pipe`; `secrets` are replaced in it.
+    pub(super) fn keep(pipe: OwnedFd, secrets: Vec<String>) -> io::Result<StderrTail> {
         fcntl_setfl(&pipe, fcntl_getfl(&pipe)? | OFlags::NONBLOCK)?;
         let watched = pipe.try_clone()?;
-        let tail = Tail { bytes: Vec::new(), pipe: Some(File::from(pipe)) };
+        let tail = Tail { bytes: Vec::new(), secrets, pipe: Some(File::from(pipe)) };
         let kept = StderrTail(Arc::new(Mutex::new(tail)));
         let reader = kept.clone();
         thread::Builder::new().spawn(move || {
@@ -54,7 +58,9 @@ impl StderrTail {
     pub(super) fn text(&self) -> String {
         let mut tail = self.lock();
         tail.read();
-        String::from_utf8_lossy(&tail.bytes).into_owned()
+        let text = String::from_utf8_lossy(&tail.bytes).into_owned();
+        // QEMU repeats an option that it refuses.
+        tail.secrets.iter().fold(text, |text, secret| text.replace(secret, REDACTED))
     }
 
     /// Returns the text once all of it has arrived, or after a short while.
@@ -134,8 +140,10 @@ mod tests {
     #[test]
     fn what_was_written_is_there_at_once() {
         let (read, write) = pipe_with(PipeFlags::CLOEXEC).unwrap();
-        let tail = StderrTail::keep(read).unwrap();
+        let tail = StderrTail::keep(read, vec!["hunter2".to_owned()]).unwrap();
         let mut write = File::from(write);
+        writeln!(write, "-object secret,data=hunter2: refused").unwrap();
+        assert_eq!(tail.text(), "-object secret,data=<redacted>: refused\n");
         for number in 0..1000 {
             writeln!(write, "{number}").unwrap();
             assert!(tail.text().ends_with(&format!("{number}\n")));

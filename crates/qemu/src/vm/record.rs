@@ -145,7 +145,11 @@ impl Vm {
     ///
     /// See [`Qmp::execute`](crate::Qmp::execute).
     pub fn remove_record(&mut self) -> Result<(), VmError> {
-        Ok(self.execute("object-del", json!({ "id": RECORD_ID })).map(drop)?)
+        match self.execute("object-del", json!({ "id": RECORD_ID })) {
+            // Another client has removed it ("object 'vmfile-save' not found", QEMU 7.2 to 11.1).
+            Err(error) if error.is_refused() && error.to_string().contains("not found") => Ok(()),
+            removed => Ok(removed.map(drop)?),
+        }
     }
 }
 

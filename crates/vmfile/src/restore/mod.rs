@@ -111,6 +111,9 @@ pub struct RestoreOptions {
     /// Run the command line in the file even if another user may have written it, or if the VM ran as
     /// another user and would run as root now.
     pub trust_command: bool,
+    /// Files with the values of secret objects, by the ids of these: the file has none, unless it was saved
+    /// with them. A path is relative to this process's directory.
+    pub secrets: Vec<(String, PathBuf)>,
     /// Leave the guest paused, even if it ran when it was saved.
     pub paused: bool,
     /// Let QEMU share this process's standard streams and end with it.
@@ -127,6 +130,7 @@ impl Default for RestoreOptions {
             disks_changed_ok: false,
             verify: false,
             trust_command: false,
+            secrets: Vec::new(),
             paused: false,
             foreground: false,
         }

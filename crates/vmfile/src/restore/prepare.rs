@@ -254,6 +254,7 @@ fn saved_command(
     if !options.trust_command {
         trust::check(snapshot, meta, (Path::new(executable), &command_line))?;
     }
+    give_secrets(&mut command_line, options)?;
     let lost = command_line.what_cannot_be_recreated();
     if !lost.is_empty() {
         return Err(RestoreError::CannotRecreate { what: lost });
@@ -265,6 +266,19 @@ fn saved_command(
     command_line.push("-machine", Some(&format!("type={machine}")));
     let directory = meta.working_directory.as_ref().map(PathBuf::from);
     Ok((PathBuf::from(executable), command_line, directory))
+}
+
+/// Has secret objects read their values from the files that were given for them.
+fn give_secrets(line: &mut CommandLine, options: &RestoreOptions) -> Result<(), RestoreError> {
+    for (id, file) in &options.secrets {
+        // QEMU starts in another directory.
+        let file = std::path::absolute(file).map_err(RestoreError::File)?;
+        if !line.give_secret(id, &file) {
+            return Err(RestoreError::NoSuchSecret { id: id.clone() });
+        }
+    }
+    let missing = line.redacted();
+    if missing.is_empty() { Ok(()) } else { Err(RestoreError::SecretsLeftOut { missing }) }
 }
 
 fn prepare_waiting(

@@ -6,8 +6,9 @@ use std::path::Path;
 use vmfile_format::manifest::{MemoryRangeMeta, VmMeta};
 use vmfile_qemu::{CommandLine, Drive, MemoryRange, ProcessInfo, RunState, Vm};
 
-use super::{Work, config_files, images};
+use super::{SaveOptions, Work, config_files, images};
 use crate::error::SaveError;
+use crate::secrets;
 
 /// Describes the VM; `drives` are its drives.
 pub(super) fn describe_vm(
@@ -68,13 +69,18 @@ fn memory_map(vm: &mut Vm) -> Result<Option<Vec<MemoryRangeMeta>>, SaveError> {
     Ok(vm.memory_map()?.map(|map| map.into_iter().map(range).collect()))
 }
 
-/// Returns a warning if the file will hold no command line.
-pub(super) fn warn_of_no_command_line(meta: &VmMeta) -> Option<String> {
-    meta.command_line.is_empty().then(|| {
-        "the file holds no command line, because QEMU's process is not known or cannot be read: a \
-         restore needs one after `--`, and this save could not compare the VM with one"
-            .to_owned()
-    })
+/// Returns a warning if the file will hold no command line, or one without its secrets.
+pub(super) fn warn_of_command_line(meta: &VmMeta, options: &SaveOptions) -> Option<String> {
+    if meta.command_line.is_empty() {
+        let reason = "the file holds no command line, because QEMU's process is not known or cannot \
+                      be read: a restore needs one after `--`, and this save could not compare the VM \
+                      with one";
+        return Some(reason.to_owned());
+    }
+    if options.with_secrets {
+        return None;
+    }
+    secrets::warning(&secrets::leave_out(&mut meta.clone()))
 }
 
 /// Records the state that the VM had before it was paused for the save.

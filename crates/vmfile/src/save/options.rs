@@ -73,6 +73,9 @@ pub struct SaveOptions {
     /// Put an overlay on top of every disk that the guest can write, at the saved moment: the
     /// images below stay as they were then, and belong to the file.
     pub with_disks: bool,
+    /// Store the secrets on QEMU's command line, such as the data of a secret object. Otherwise they are
+    /// left out, and a restore needs them.
+    pub with_secrets: bool,
     /// Keep the pages of another file that have not changed: they are neither read from it nor written.
     /// Where the file system shares extents (XFS, btrfs), the new file is whole all the same; elsewhere
     /// it is thin, and needs the other one.
@@ -127,6 +130,7 @@ impl Default for SaveOptions {
         SaveOptions {
             live: None,
             with_disks: false,
+            with_secrets: false,
             base: None,
             thin: false,
             route: Route::default(),

@@ -13,6 +13,7 @@ use super::options::{After, SaveOptions};
 use super::report::RouteUsed;
 use crate::error::SaveError;
 use crate::guard::Guard;
+use crate::secrets;
 
 /// What a route works with.
 pub(super) struct Work<'a> {
@@ -37,7 +38,10 @@ pub(super) struct Work<'a> {
 impl Work<'_> {
     /// Returns what the manifest says of this save.
     pub(super) fn facts(&self, route: RouteUsed, pause_seconds: f64, live: bool) -> SaveFacts {
-        let vm = self.meta.clone();
+        let mut vm = self.meta.clone();
+        if !self.options.with_secrets {
+            secrets::leave_out(&mut vm);
+        }
         let route = route.name();
         SaveFacts {
             route: route.to_owned(),
