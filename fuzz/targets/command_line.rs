@@ -27,6 +27,11 @@ fuzz_target!(|input: &str| {
     let _ = (line.qmp_sockets(), line.qmp_descriptors(), line.has_libvirt_monitor());
     let _ = (line.drives(), line.devices(), line.config_files(), line.input_files());
     let _ = (line.what_cannot_be_recreated(), line.on_terminal(), line.needs_shared_ram());
+    let mut redacted = line.clone();
+    let places = redacted.redact();
+    assert_eq!(places.len(), line.secrets().len());
+    assert!(redacted.redact().is_empty(), "no secret is left");
+    assert!(redacted.redacted().len() >= places.len(), "each is missed");
     let _ = line.expand_config(true, |_: &Path| Ok(config.to_owned()));
     assert!(line.stop_waiting().len() <= line.to_arguments().len());
     assert!(line.stop_waiting().is_empty(), "nothing waits any more");

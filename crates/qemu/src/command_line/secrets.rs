@@ -2,6 +2,7 @@
 //!
 //! What the guest can read (`-append`, `-fw_cfg`, `-smbios`) is none of them: its memory holds it anyway.
 
+use std::ops::Range;
 use std::path::Path;
 
 use serde_json::Value;
@@ -119,7 +120,7 @@ impl Found {
                 _ => false,
             };
             if is_secret_key && !value.is_empty() && value != REDACTED {
-                return Some(self.replaced(argument, key, (value, value)));
+                return Some(self.replaced(argument, key, (value, 0..value.len())));
             }
             if is_image { self.in_image(argument, key, value) } else { None }
         });
@@ -132,7 +133,7 @@ impl Found {
         if let Some(json) = name.strip_prefix("json:") {
             let mut change = |key: &str, value: &str| match key.rsplit('.').next() {
                 Some("password" | "cookie") if !value.is_empty() && value != REDACTED => {
-                    Some(self.replaced(argument, key, (value, value)))
+                    Some(self.replaced(argument, key, (value, 0..value.len())))
                 }
                 _ => self.in_image(argument, key, value),
             };
@@ -140,7 +141,7 @@ impl Found {
             return (redacted != json).then(|| format!("json:{redacted}"));
         }
         let secret = in_rbd(name).or_else(|| in_url(name))?;
-        (secret != REDACTED).then(|| self.replaced(argument, key, (name, secret)))
+        (&name[secret.clone()] != REDACTED).then(|| self.replaced(argument, key, (name, secret)))
     }
 
     /// Notes the secret in a value, and returns the value without it.
@@ -148,32 +149,33 @@ impl Found {
         &mut self,
         argument: &Argument,
         key: &str,
-        (value, secret): (&str, &str),
+        (value, secret): (&str, Range<usize>),
     ) -> String {
         self.places.push(place(argument, key));
-        self.secrets.push(secret.to_owned());
-        value.replace(secret, REDACTED)
+        self.secrets.push(value[secret.clone()].to_owned());
+        format!("{}{REDACTED}{}", &value[..secret.start], &value[secret.end..])
     }
 }
 
-/// Returns the password of a URL; for iSCSI, it follows a `%`.
-fn in_url(url: &str) -> Option<&str> {
-    let (scheme, rest) = url.split_once("://")?;
-    let authority = rest.split(['/', '?', '#']).next()?;
-    let (user, _) = authority.rsplit_once('@')?;
-    let is_iscsi = scheme.ends_with("iscsi") || scheme.ends_with("iser");
-    let (_, password) = user.split_once(if is_iscsi { '%' } else { ':' })?;
-    Some(password).filter(|password| !password.is_empty())
+/// Returns where the password of a URL is; for iSCSI, it follows a `%`.
+fn in_url(url: &str) -> Option<Range<usize>> {
+    let scheme = url.find("://")?;
+    let host = scheme + "://".len();
+    let authority = url[host..].split(['/', '?', '#']).next()?;
+    let end = authority.rfind('@')?;
+    let is_iscsi = url[..scheme].ends_with("iscsi") || url[..scheme].ends_with("iser");
+    let start = authority[..end].find(if is_iscsi { '%' } else { ':' })? + 1;
+    (start < end).then_some(host + start..host + end)
 }
 
-/// Returns the key in the name of an RBD image: up to the next colon that has no backslash before it.
-fn in_rbd(name: &str) -> Option<&str> {
-    let options = name.strip_prefix("rbd:")?;
-    let start = options.find(":key=")? + ":key=".len();
-    let key = &options[start..];
+/// Returns where the key is in the name of an RBD image: it ends with a colon that has no backslash before
+/// it.
+fn in_rbd(name: &str) -> Option<Range<usize>> {
+    let start = name.strip_prefix("rbd:").and(name.find(":key="))? + ":key=".len();
+    let key = &name[start..];
     let is_end = |(at, _): &(usize, &str)| !key[..*at].ends_with('\\');
     let end = key.match_indices(':').find(is_end).map_or(key.len(), |(at, _)| at);
-    Some(&key[..end]).filter(|key| !key.is_empty())
+    (end > 0).then_some(start..start + end)
 }
 
 /// Tells whether an argument makes an object that holds a secret.
