@@ -7,6 +7,7 @@
 
 mod args;
 mod commands;
+mod confine;
 mod exit_code;
 mod failure;
 mod hints;

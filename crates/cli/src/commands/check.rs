@@ -14,6 +14,7 @@ use crate::signals::Signals;
 
 pub(crate) fn run(arguments: &CheckArguments, printer: &Printer) -> Result<ExitCode, Failure> {
     let signals = Signals::listen().map_err(|error| Failure::system("signals", &error))?;
+    super::confine()?;
     let snapshot = super::open(&arguments.file)?;
     let options = CheckOptions::default()
         .direct_io(arguments.engine.direct_io())

@@ -17,6 +17,7 @@ struct Answer {
 }
 
 pub(crate) fn run(arguments: &InfoArguments, printer: &Printer) -> Result<ExitCode, Failure> {
+    super::confine()?;
     // A thin file is described without its base.
     let snapshot = super::open_alone(&arguments.file)?;
     let info = vmfile::info::info(&snapshot).map_err(|error| Failure::from(&error))?;

@@ -29,6 +29,14 @@ fn open_alone(name: &str) -> Result<Snapshot, Failure> {
     Snapshot::open_alone(&name.path, name.offset).map_err(|error| Failure::from(&error))
 }
 
+/// Leaves this process only the right to read files: the file may be made to break what reads it.
+fn confine() -> Result<(), Failure> {
+    let confined = crate::confine::to_reading();
+    confined
+        .map(drop)
+        .map_err(|error| Failure::system("take rights away from this process", &error))
+}
+
 /// Reads `unix:PATH`, or a path.
 pub(crate) fn socket_path(address: &str) -> Result<PathBuf, Failure> {
     let path = address.strip_prefix("unix:").unwrap_or(address);
