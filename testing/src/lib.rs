@@ -19,6 +19,7 @@
 //! CI never skips a test unnoticed.
 
 mod build_directory;
+mod control_group;
 mod fixture;
 mod guest;
 mod image;
@@ -33,6 +34,7 @@ mod saved;
 mod slow_disk;
 pub mod verbs;
 
+pub use control_group::ControlGroup;
 pub use fixture::{HugePages, Mount};
 pub use guest::boot_sector::BootSector;
 pub use guest::config::{Firmware, GuestConfig, Machine};

@@ -14,6 +14,7 @@ mod help;
 mod hints;
 mod in_use;
 mod kills;
+mod limits;
 mod matrix;
 mod one_moment;
 mod paused;
