@@ -319,11 +319,13 @@ fn a_client_that_adds_devices_meanwhile_ends_a_live_save_at_most() -> TestResult
 /// up to ten minutes, and QEMU could not be told to end the migration.
 #[test]
 fn a_client_that_lets_the_guest_run_again_and_again_ends_a_live_save_at_most() -> TestResult {
-    for (release, route) in [
-        (Release::Newest, Route::Auto),
-        (Release::Newest, Route::Stream),
-        (Release::Distribution, Route::Auto),
-        (Release::Distribution, Route::Stream),
+    let mut all = 0;
+    for (release, route, with_disks) in [
+        (Release::Newest, Route::Auto, false),
+        (Release::Newest, Route::Stream, false),
+        (Release::Distribution, Route::Auto, false),
+        (Release::Distribution, Route::Stream, false),
+        (Release::Distribution, Route::Stream, true),
     ] {
         let qemu = requires!(Qemu::of(release));
         let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
@@ -334,12 +336,12 @@ fn a_client_that_lets_the_guest_run_again_and_again_ends_a_live_save_at_most() -
         let settings = guest.qmp("query-migrate-capabilities", json!({}))?;
         let mut other = Vm::connect(&other)?;
         let mut ended = 0;
-        for _ in 0..3 {
+        for _ in 0..2 {
             let began = Instant::now();
             let socket = guest.qmp_path();
             let saved = thread::scope(|scope| -> TestResult<_> {
                 let save = scope.spawn(|| -> TestResult<Result<SaveReport, SaveError>> {
-                    let options = live().route(route);
+                    let options = live().route(route).with_disks(with_disks);
                     let mut vm = Vm::connect(&socket)?;
                     Ok(vmfile::save::save(&mut vm, &file, &options, &Control::none()))
                 });
@@ -351,6 +353,8 @@ fn a_client_that_lets_the_guest_run_again_and_again_ends_a_live_save_at_most() -
             })?;
             assert!(began.elapsed() < Duration::from_secs(9), "{:?}: {saved:?}", began.elapsed());
             match saved {
+                // Then the guest ran on after its disks were frozen.
+                Ok(_) if with_disks => return Err("memory and disks are not of one moment".into()),
                 Ok(_) => fs::remove_file(&file)?,
                 Err(SaveError::Vm(VmError::NotStill { .. } | VmError::WrongState { .. })) => {
                     ended += 1;
@@ -362,8 +366,10 @@ fn a_client_that_lets_the_guest_run_again_and_again_ends_a_live_save_at_most() -
             assert_eq!(guest.status()?, "running");
         }
         guest.runs_on(1)?;
-        println!("{release:?} {route:?}: {ended} of 3 saves ended");
+        println!("{release:?} {route:?}: {ended} of 2 saves ended");
+        all += ended;
     }
+    assert!(all > 0, "no client was quick enough");
     Ok(())
 }
 
@@ -378,7 +384,7 @@ fn a_guest_that_another_client_stops_at_any_moment_stays_stopped() -> TestResult
         (Release::Distribution, Route::Auto, 2, moments.to_vec()),
         (Release::Newest, Route::Auto, 2, moments.to_vec()),
         (Release::Distribution, Route::Stream, 1, moments.to_vec()),
-        (Release::Oldest, Route::Stream, u64::MAX, (95..130).collect()),
+        (Release::Oldest, Route::Stream, u64::MAX, (0..180).step_by(5).collect()),
     ] {
         let qemu = requires!(Qemu::of(release));
         let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;

@@ -267,8 +267,8 @@ pub(crate) struct RestoreArguments {
     /// written it, or although the VM would run as root now and did not before
     #[arg(long, conflicts_with_all = ["qmp", "command"])]
     pub(crate) trust_command: bool,
-    /// Give QEMU's secret object ID the value in this file: a file holds no secrets of the command line,
-    /// unless it was saved with them
+    /// Give QEMU's secret object ID the value in this file, in the format that the object has (raw if it says
+    /// none; a line feed counts): a saved VM has no secrets of the command line, unless it was saved with them
     #[arg(long, value_name = "ID=FILE", value_parser = secret, conflicts_with_all = ["qmp", "command"])]
     pub(crate) secret: Vec<(String, PathBuf)>,
     /// Leave the guest paused

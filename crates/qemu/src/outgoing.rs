@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::pass_fd::{self, FILE_FDSET};
 use crate::stream_settings::TRICKLE;
-use crate::vm::{RunState, Vm, VmError};
+use crate::vm::{PUT_BACK_TIMEOUT, RunState, Vm, VmError};
 
 /// The name under which QEMU keeps the stream's descriptor until it writes to it.
 pub(crate) const STREAM_NAME: &str = "vmfile-outgoing";
@@ -18,8 +18,11 @@ pub(crate) const STREAM_NAME: &str = "vmfile-outgoing";
 const POLL_INTERVAL: Duration = Duration::from_millis(2);
 
 /// How long QEMU may take to end a migration that was cancelled, before its thread is set free: see
-/// [`Vm::wait_cancelled`].
-pub(crate) const FREE_AFTER: Duration = Duration::from_millis(500);
+/// [`Vm::wait_cancelled`]. It takes away the write protection of all memory first.
+pub(crate) const FREE_AFTER: Duration = Duration::from_secs(5);
+
+/// The same where it is known that the thread waits for the CPUs.
+const FREE_OVERTAKEN_AFTER: Duration = Duration::from_millis(200);
 
 /// How often the guest is stopped for that.
 const FREE_INTERVAL: Duration = Duration::from_millis(50);
@@ -77,6 +80,7 @@ impl Vm {
     pub fn send_stream(&mut self, stream: OwnedFd) -> Result<(), VmError> {
         pass_fd::getfd(&mut self.qmp, STREAM_NAME, stream.as_fd())?;
         drop(stream);
+        self.note_that_it_sends();
         let uri = format!("fd:{STREAM_NAME}");
         if let Err(error) = self.execute("migrate", json!({ "uri": uri })) {
             // Return the reason for the refusal, even if QEMU cannot close the descriptor.
@@ -314,18 +318,32 @@ impl Vm {
     /// somebody stops the guest again.
     fn wait_cancelled(&mut self, deadline: Instant) -> Result<Outgoing, VmError> {
         let left = || deadline.saturating_duration_since(Instant::now());
-        let goes_on = |outgoing: &Outgoing| matches!(outgoing, Outgoing::Active | Outgoing::Held);
-        let mut outgoing = self.wait_sent(FREE_AFTER.min(left()))?;
+        let first = if self.is_overtaken() { FREE_OVERTAKEN_AFTER } else { FREE_AFTER };
+        let mut outgoing = self.wait_sent(first.min(left()))?;
         let mut has_stopped = false;
-        // More than once: that client may go on with it.
-        while goes_on(&outgoing) && !left().is_zero() {
-            has_stopped |= self.is_running()? && self.stop_if_running()?;
-            outgoing = self.wait_sent(FREE_INTERVAL.min(left()))?;
-        }
+        let freed = self.set_free(&mut outgoing, &mut has_stopped, deadline);
         if has_stopped {
-            self.cont()?;
+            self.unstoppable(PUT_BACK_TIMEOUT, Vm::cont)?;
         }
-        Ok(outgoing)
+        freed.map(|()| outgoing)
+    }
+
+    /// Stops the guest until the migration has ended: more than once, because the other client may go on.
+    fn set_free(
+        &mut self,
+        outgoing: &mut Outgoing,
+        has_stopped: &mut bool,
+        deadline: Instant,
+    ) -> Result<(), VmError> {
+        while matches!(outgoing, Outgoing::Active | Outgoing::Held) && Instant::now() < deadline {
+            if self.is_running()? {
+                // Also if `stop` fails: QEMU may carry it out all the same.
+                *has_stopped = true;
+                self.stop()?;
+            }
+            *outgoing = self.wait_sent(FREE_INTERVAL)?;
+        }
+        Ok(())
     }
 }
 

@@ -118,8 +118,7 @@ impl StreamSettings {
     }
 
     /// Returns these settings with the bandwidth limit under which [`Vm::cancel_file`] waits.
-    #[must_use]
-    pub fn trickle(&self) -> StreamSettings {
+    fn trickle(&self) -> StreamSettings {
         let mut trickle = self.clone();
         trickle.set(BANDWIDTH, TRICKLE.into());
         trickle
@@ -161,13 +160,16 @@ impl SettingsChange {
     /// Compares QEMU's settings before the save with all settings that the save may set.
     #[must_use]
     pub fn new(before: &StreamSettings, ours: &[StreamSettings]) -> SettingsChange {
+        // Whoever puts the VM back may set this limit too.
+        let trickle = before.trickle();
+        let ours = || ours.iter().chain([&trickle]);
         let is_changed = |(name, state): &(&String, &bool)| {
-            ours.iter().any(|ours| ours.capabilities.get(*name).is_some_and(|ours| ours != *state))
+            ours().any(|ours| ours.capabilities.get(*name).is_some_and(|ours| ours != *state))
         };
         let capabilities = before.capabilities.iter().filter(is_changed);
         let capabilities = capabilities.map(|(name, state)| (name.clone(), *state)).collect();
         let change = |(name, before): (&String, &Value)| {
-            let ours = ours.iter().filter_map(|ours| ours.parameters.get(name));
+            let ours = ours().filter_map(|ours| ours.parameters.get(name));
             let ours: Vec<Value> = ours.filter(|ours| *ours != before).cloned().collect();
             let is_changed = !ours.is_empty();
             is_changed.then(|| (name.clone(), ParameterChange { before: before.clone(), ours }))
@@ -263,6 +265,28 @@ impl Vm {
             self.change_capabilities(current, wanted)?;
             self.change_parameters(current, wanted)
         }
+    }
+
+    /// Makes those changes that lead from `before` to `wanted`, whatever another client has changed since: all
+    /// capabilities, because they must go together, and the parameters that differ.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Vm::change_stream_settings`].
+    pub fn apply_stream_settings(
+        &mut self,
+        before: &StreamSettings,
+        wanted: &StreamSettings,
+    ) -> Result<(), VmError> {
+        let current = self.stream_settings()?;
+        let mut wanted = wanted.clone();
+        for (name, value) in &mut wanted.parameters {
+            let is_kept = before.parameters.get(name) == Some(value);
+            if let Some(current) = current.parameters.get(name).filter(|_| is_kept) {
+                value.clone_from(current);
+            }
+        }
+        self.change_stream_settings(&current, &wanted)
     }
 
     /// Puts back what a save has changed. What another client has changed since stays as that client wants

@@ -164,12 +164,15 @@ impl fmt::Display for RunState {
 #[derive(Debug)]
 pub struct Vm {
     pub(crate) qmp: Qmp,
-    socket: Option<PathBuf>,
+    socket: Option<Box<Path>>,
     /// Known when we started this QEMU, or found by [`Vm::pid`].
     pid: Option<u32>,
     /// Whether [`Vm::release_disks`] was called and [`Vm::take_back_disks`] has not succeeded
     /// since.
     has_released_disks: bool,
+    /// How many more times QEMU had said `RESUME` than `STOP` when it began to send, or when this client
+    /// last let the guest run since.
+    surplus: Option<i32>,
 }
 
 impl Vm {
@@ -200,14 +203,14 @@ impl Vm {
     pub fn connect_within(socket: &Path, timeout: Duration) -> Result<Vm, VmError> {
         let mut qmp = Qmp::connect(socket, timeout)?;
         qmp.set_timeout(COMMAND_TIMEOUT);
-        Ok(Vm { qmp, socket: Some(socket.to_owned()), pid: None, has_released_disks: false })
+        Ok(Vm::connected(qmp, Some(socket.to_owned()), None))
     }
 
     fn connect_with(socket: &Path, stop: Option<Arc<AtomicBool>>) -> Result<Vm, VmError> {
         // The short timeout applies to the greeting only, not to later commands.
         let mut qmp = Qmp::connect_until(socket, GREETING_TIMEOUT, stop)?;
         qmp.set_timeout(COMMAND_TIMEOUT);
-        Ok(Vm { qmp, socket: Some(socket.to_owned()), pid: None, has_released_disks: false })
+        Ok(Vm::connected(qmp, Some(socket.to_owned()), None))
     }
 
     /// Makes every wait for QEMU end soon after `stop` is set, as [`Qmp::set_stop`] does.
@@ -241,7 +244,12 @@ impl Vm {
         if let Some(pid) = pid {
             qmp.set_process(pid);
         }
-        Vm { qmp, socket: None, pid, has_released_disks: false }
+        Vm::connected(qmp, None, pid)
+    }
+
+    fn connected(qmp: Qmp, socket: Option<PathBuf>, pid: Option<u32>) -> Vm {
+        let socket = socket.map(PathBuf::into_boxed_path);
+        Vm { qmp, socket, pid, has_released_disks: false, surplus: None }
     }
 
     /// Stops the guest; it can be continued. Disks are drained and flushed when this returns.
@@ -269,14 +277,14 @@ impl Vm {
     /// messages were read.
     #[must_use]
     pub fn stops(&self) -> u64 {
-        self.qmp.stops()
+        self.qmp.stops().into()
     }
 
     /// Returns how many times QEMU has said by an event that the guest runs again, as far as its
     /// messages were read.
     #[must_use]
     pub fn resumes(&self) -> u64 {
-        self.qmp.resumes()
+        self.qmp.resumes().into()
     }
 
     /// Resumes the guest. First waits until QEMU has finished cleaning up after an ended migration.
@@ -286,7 +294,41 @@ impl Vm {
     /// See [`Qmp::execute`].
     pub fn cont(&mut self) -> Result<(), VmError> {
         self.settle(Instant::now() + PUT_BACK_TIMEOUT)?;
-        Ok(self.execute("cont", Value::Null).map(drop)?)
+        self.execute("cont", Value::Null)?;
+        if self.surplus.is_some() {
+            self.note_that_it_sends();
+        }
+        Ok(())
+    }
+
+    /// Reads the events that QEMU has sent, for at most `limit`: QEMU may not answer for a while.
+    ///
+    /// # Errors
+    ///
+    /// See [`Qmp::execute`].
+    pub fn hear(&mut self, limit: Duration) -> Result<(), VmError> {
+        match self.qmp.execute_within("query-status", Value::Null, limit) {
+            Err(QmpError::Timeout { .. }) => Ok(()),
+            asked => Ok(asked.map(drop)?),
+        }
+    }
+
+    /// Notes that QEMU begins to send the VM.
+    pub(crate) fn note_that_it_sends(&mut self) {
+        self.surplus = Some(self.surplus_of_resumes());
+    }
+
+    /// Tells whether another client has let the guest run while QEMU stopped it to send it. QEMU says
+    /// `RESUME` without a `STOP` then, and its migration waits for the CPUs until the guest is stopped once
+    /// more (7.2 to 11.1).
+    #[must_use]
+    pub fn is_overtaken(&self) -> bool {
+        self.surplus.is_some_and(|before| self.surplus_of_resumes() > before)
+    }
+
+    fn surplus_of_resumes(&self) -> i32 {
+        let surplus = i64::from(self.qmp.resumes()) - i64::from(self.qmp.stops());
+        i32::try_from(surplus).unwrap_or_default()
     }
 
     /// Resumes the guest, takes back its disks if they were released, and checks that it runs.

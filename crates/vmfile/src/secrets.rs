@@ -13,11 +13,7 @@ pub(crate) fn leave_out(meta: &mut VmMeta) -> Vec<String> {
     for disk in &mut meta.disks {
         let below = disk.backing_files.iter_mut();
         let images = disk.images.iter_mut().map(|image| &mut image.path);
-        for name in below.chain(images).chain([&mut disk.path]) {
-            if let Some(redacted) = redact_image(name) {
-                *name = redacted;
-            }
-        }
+        below.chain(images).chain([&mut disk.path]).for_each(in_text);
     }
     places
 }
@@ -32,9 +28,17 @@ pub(crate) fn warning(places: &[String]) -> Option<String> {
     })
 }
 
-/// Replaces secrets in options. QEMU refuses a last option without its value: there is none here.
+fn in_text(text: &mut String) {
+    *text = redact_image(text).into_owned();
+}
+
+/// Replaces secrets in options. The last word may be an option that vmfile takes for one with a value.
 fn in_options(words: &mut [String]) -> Vec<String> {
-    let Ok(mut line) = CommandLine::new(words.iter().cloned()) else { return Vec::new() };
+    let line = CommandLine::new(words.iter().cloned()).or_else(|_| {
+        let but_last = words.split_last().map_or(&[][..], |(_, before)| before);
+        CommandLine::new(but_last.iter().cloned())
+    });
+    let Ok(mut line) = line else { return Vec::new() };
     let places = line.redact();
     for (word, redacted) in words.iter_mut().zip(line.to_arguments()) {
         *word = redacted;

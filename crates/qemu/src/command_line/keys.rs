@@ -14,7 +14,7 @@ impl Keys {
     /// those of nested objects by keys joined with dots.
     pub(super) fn parse(text: &str, implied: &str) -> Keys {
         if text.trim_start().starts_with('{') {
-            return serde_json::from_str(text).map_or(Keys(Vec::new()), |value| Keys::of(&value));
+            return parse_tree(text).map_or(Keys(Vec::new()), |value| Keys::of(&value));
         }
         let mut keys = Vec::new();
         let mut rest = text;
@@ -62,6 +62,17 @@ impl Keys {
     }
 }
 
+/// Reads JSON; QEMU takes single quotes too.
+fn parse_tree(text: &str) -> Option<Value> {
+    let tree = serde_json::from_str(text);
+    let is_single = !text.contains(['"', '\\']);
+    tree.or_else(|error| match is_single {
+        true => serde_json::from_str(&text.replace('\'', "\"")),
+        false => Err(error),
+    })
+    .ok()
+}
+
 /// Replaces those values for which `change` returns another one; all else stays as it is written. JSON is
 /// written anew, if one of its texts changes.
 pub(super) fn map_values(
@@ -71,7 +82,7 @@ pub(super) fn map_values(
 ) -> String {
     if text.trim_start().starts_with('{') {
         let mut changes = 0_usize;
-        let tree = serde_json::from_str(text).ok();
+        let tree = parse_tree(text);
         let tree = tree.map(|tree| map_texts(tree, "", &mut changes, change));
         return tree.filter(|_| changes > 0).map_or(text.to_owned(), |tree| tree.to_string());
     }

@@ -2,6 +2,7 @@
 //!
 //! What the guest can read (`-append`, `-fw_cfg`, `-smbios`) is none of them: its memory holds it anyway.
 
+use std::borrow::Cow;
 use std::ops::Range;
 use std::path::Path;
 
@@ -13,11 +14,12 @@ use super::{Argument, CommandLine};
 /// What takes the place of a secret.
 pub(crate) const REDACTED: &str = "<redacted>";
 
-/// The options that name images. An image without an option is an image, too.
-const IMAGES: [&str; 13] = [
-    "blockdev", "cdrom", "drive", "fda", "fdb", "hda", "hdb", "hdc", "hdd", "mtdblock", "pflash",
-    "sd", "snapshot",
-];
+/// The options whose keys describe images.
+const IMAGES: [&str; 2] = ["blockdev", "drive"];
+
+/// The options whose whole value is the name of an image.
+const NAMES: [&str; 10] =
+    ["cdrom", "fda", "fdb", "hda", "hdb", "hdc", "hdd", "mtdblock", "pflash", "sd"];
 
 /// The secrets that were found in a command line.
 #[derive(Default)]
@@ -25,6 +27,8 @@ struct Found {
     /// Where: one option and key each, without values.
     places: Vec<String>,
     secrets: Vec<String>,
+    /// Where secrets were replaced already.
+    replaced: Vec<String>,
 }
 
 /// Replaces the secrets, and says where they were.
@@ -38,37 +42,27 @@ pub(super) fn redact(line: &mut CommandLine) -> Vec<String> {
 
 /// Returns the secrets.
 pub(super) fn secrets(line: &CommandLine) -> Vec<String> {
-    let mut found = Found::default();
-    for argument in &line.arguments {
-        found.in_argument(argument);
-    }
-    found.secrets
-}
-
-/// Replaces the password in the name of an image: in a URL, the name of an RBD image, and JSON. Returns
-/// `None` if there is none.
-#[must_use]
-pub fn redact_image(name: &str) -> Option<String> {
-    let argument = Argument { written: name.to_owned(), value: None };
-    Found::default().in_image(&argument, "file", name)
+    in_all(line).secrets
 }
 
 /// Says where secrets were replaced.
 pub(super) fn redacted(line: &CommandLine) -> Vec<String> {
-    let mut places = Vec::new();
+    in_all(line).replaced
+}
+
+fn in_all(line: &CommandLine) -> Found {
+    let mut found = Found::default();
     for argument in &line.arguments {
-        let mut look = |key: &str, value: &str| {
-            if value.contains(REDACTED) {
-                places.push(place(argument, key));
-            }
-            None
-        };
-        match &argument.value {
-            Some(value) => drop(map_values(value, implied(argument), &mut look)),
-            None => drop(look("file", &argument.written)),
-        }
+        found.in_argument(argument);
     }
-    places
+    found
+}
+
+/// Replaces the passwords in the names of images, wherever they are in a text: in URLs
+/// (`https://user:SECRET@host/`) and names of RBD images (`rbd:pool/image:key=SECRET`).
+#[must_use]
+pub fn redact_image(text: &str) -> Cow<'_, str> {
+    Found::default().in_text("", text).map_or(Cow::Borrowed(text), Cow::Owned)
 }
 
 /// Has the secret object `id` read its value from a file; returns whether there is such an object.
@@ -103,76 +97,101 @@ pub(super) fn give(line: &mut CommandLine, id: &str, file: &Path) -> bool {
 impl Found {
     fn in_argument(&mut self, argument: &Argument) -> Argument {
         let Argument { written, value } = argument;
+        let is = |names: &[&str]| argument.name().is_some_and(|name| names.contains(&name));
         let Some(value) = value else {
-            let image = argument.name().is_none().then(|| self.in_image(argument, "file", written));
-            return Argument { written: image.flatten().unwrap_or(written.clone()), value: None };
+            let is_image = argument.name().is_none();
+            let image = is_image.then(|| self.in_text("an image", written)).flatten();
+            return Argument { written: image.unwrap_or(written.clone()), value: None };
         };
+        if is(&NAMES) {
+            let image = self.in_text(&place(argument, "file"), value);
+            return Argument { written: written.clone(), value: image.or(Some(value.clone())) };
+        }
         let keys = Keys::parse(value, implied(argument));
         // A value that is encrypted by another secret is none.
         let is_secret = is_secret_object(argument) && keys.get("keyid").is_none();
-        let is_image = argument.name().is_some_and(|name| IMAGES.contains(&name));
-        let has_password = is_image || matches!(argument.name(), Some("spice" | "iscsi"));
+        let is_image = is(&IMAGES);
+        let has_password = is_image || is(&["spice", "iscsi"]);
         let redacted = map_values(value, implied(argument), &mut |key, value| {
-            let is_secret_key = match key.rsplit('.').next().unwrap_or(key) {
+            let is_secret = match key.rsplit('.').next().unwrap_or(key) {
                 "data" => is_secret,
                 "password" => has_password && !is_switch(value),
                 "cookie" => is_image,
                 _ => false,
             };
-            if is_secret_key && !value.is_empty() && value != REDACTED {
-                return Some(self.replaced(argument, key, (value, 0..value.len())));
+            let place = place(argument, key);
+            match value {
+                "" => None,
+                _ if is_secret => self.replace(&place, value, 0..value.len()),
+                _ if is_image => self.in_text(&place, value),
+                _ => None,
             }
-            if is_image { self.in_image(argument, key, value) } else { None }
         });
         Argument { written: written.clone(), value: Some(redacted) }
     }
 
-    /// Replaces the secrets in the name of an image: in a URL (`https://user:SECRET@host/`), in the name
-    /// of an RBD image (`rbd:pool/image:key=SECRET`), and in JSON.
-    fn in_image(&mut self, argument: &Argument, key: &str, name: &str) -> Option<String> {
-        if let Some(json) = name.strip_prefix("json:") {
-            let mut change = |key: &str, value: &str| match key.rsplit('.').next() {
-                Some("password" | "cookie") if !value.is_empty() && value != REDACTED => {
-                    Some(self.replaced(argument, key, (value, 0..value.len())))
+    /// Replaces the secrets in a text that names images, or is one of QEMU's descriptions in JSON.
+    fn in_text(&mut self, place: &str, text: &str) -> Option<String> {
+        if let Some(json) = text.strip_prefix("json:") {
+            let redacted = map_values(json, "", &mut |key, value| match key {
+                "password" | "cookie" if !value.is_empty() => {
+                    self.replace(place, value, 0..value.len())
                 }
-                _ => self.in_image(argument, key, value),
-            };
-            let redacted = map_values(json, "", &mut change);
+                _ => self.in_text(place, value),
+            });
             return (redacted != json).then(|| format!("json:{redacted}"));
         }
-        let secret = in_rbd(name).or_else(|| in_url(name))?;
-        (&name[secret.clone()] != REDACTED).then(|| self.replaced(argument, key, (name, secret)))
+        let mut redacted: Option<String> = None;
+        let mut from = 0;
+        loop {
+            let now = redacted.as_deref().unwrap_or(text);
+            let Some(secret) = next_secret(now, from) else { return redacted };
+            let end = now.len() - secret.end;
+            let replaced = self.replace(place, now, secret);
+            redacted = replaced.or(redacted);
+            from = redacted.as_deref().unwrap_or(text).len() - end;
+        }
     }
 
-    /// Notes the secret in a value, and returns the value without it.
-    fn replaced(
-        &mut self,
-        argument: &Argument,
-        key: &str,
-        (value, secret): (&str, Range<usize>),
-    ) -> String {
-        self.places.push(place(argument, key));
-        self.secrets.push(value[secret.clone()].to_owned());
-        format!("{}{REDACTED}{}", &value[..secret.start], &value[secret.end..])
+    /// Notes a secret, and returns the text without it; `None` if it was replaced already.
+    fn replace(&mut self, place: &str, text: &str, secret: Range<usize>) -> Option<String> {
+        if &text[secret.clone()] == REDACTED {
+            self.replaced.push(place.to_owned());
+            return None;
+        }
+        self.places.push(place.to_owned());
+        self.secrets.push(text[secret.clone()].to_owned());
+        Some(format!("{}{REDACTED}{}", &text[..secret.start], &text[secret.end..]))
     }
 }
 
-/// Returns where the password of a URL is; for iSCSI, it follows a `%`.
-fn in_url(url: &str) -> Option<Range<usize>> {
-    let scheme = url.find("://")?;
-    let host = scheme + "://".len();
-    let authority = url[host..].split(['/', '?', '#']).next()?;
-    let end = authority.rfind('@')?;
-    let is_iscsi = url[..scheme].ends_with("iscsi") || url[..scheme].ends_with("iser");
-    let start = authority[..end].find(if is_iscsi { '%' } else { ':' })? + 1;
-    (start < end).then_some(host + start..host + end)
+/// Returns where the next secret of an image is in a text, from `from` on.
+fn next_secret(text: &str, from: usize) -> Option<Range<usize>> {
+    let of = |secret: Range<usize>| secret.start + from..secret.end + from;
+    let (url, rbd) = (in_url(&text[from..]), in_rbd(&text[from..]));
+    let first = [url, rbd].into_iter().flatten().min_by_key(|secret| secret.start);
+    first.map(of)
 }
 
-/// Returns where the key is in the name of an RBD image: it ends with a colon that has no backslash before
-/// it.
-fn in_rbd(name: &str) -> Option<Range<usize>> {
-    let start = name.strip_prefix("rbd:").and(name.find(":key="))? + ":key=".len();
-    let key = &name[start..];
+/// Returns where the password of the first URL with one is; for iSCSI, it follows a `%`.
+fn in_url(text: &str) -> Option<Range<usize>> {
+    text.match_indices("://").find_map(|(scheme, mark)| {
+        let host = scheme + mark.len();
+        let is_end = |letter: char| letter.is_whitespace() || "/?#\"'".contains(letter);
+        let authority = text[host..].split(is_end).next()?;
+        let end = authority.rfind('@')?;
+        let is_iscsi = text[..scheme].ends_with("iscsi") || text[..scheme].ends_with("iser");
+        let start = authority[..end].find(if is_iscsi { '%' } else { ':' })? + 1;
+        (start < end).then_some(host + start..host + end)
+    })
+}
+
+/// Returns where the key of the first RBD image with one is: it ends with a colon that has no backslash
+/// before it.
+fn in_rbd(text: &str) -> Option<Range<usize>> {
+    let image = text.find("rbd:")?;
+    let start = image + text[image..].find(":key=")? + ":key=".len();
+    let key = text[start..].split(char::is_whitespace).next()?;
     let is_end = |(at, _): &(usize, &str)| !key[..*at].ends_with('\\');
     let end = key.match_indices(':').find(is_end).map_or(key.len(), |(at, _)| at);
     (end > 0).then_some(start..start + end)
@@ -217,7 +236,9 @@ mod tests {
             ("--spice", "port=5900,password=hun,,ter2", "-spice: password"),
             ("-iscsi", "user=me,password=hun,,ter2", "-iscsi: password"),
             ("-drive", "file=https://me:hun,,ter2@host/a?b=c@d,id=d0", "-drive d0: file"),
-            ("-cdrom", "iscsi://me%hun,,ter2@host/iqn/0", "-cdrom: file"),
+            ("-cdrom", "iscsi://me%hun,ter2@host/iqn/0?a=b", "-cdrom: file"),
+            ("-hda", r"rbd:pool/i:id=x:key=hun,ter2:mon_host=a\:1", "-hda: file"),
+            ("-object", "{'qom-type':'secret','id':'s2','data':'hun,ter2'}", "-object s2: data"),
             (
                 "-blockdev",
                 r#"{"driver":"https","node-name":"n0","cookie":"hun,ter2","url":"https://h/"}"#,
@@ -227,7 +248,7 @@ mod tests {
             (
                 "-drive",
                 r#"file=json:{"driver":"ftp",,"url":"ftp://u:hun,,ter2@h/"}"#,
-                "-drive: url",
+                "-drive: file",
             ),
         ];
         for (option, value, expected) in rows {
@@ -244,8 +265,14 @@ mod tests {
             let same = |text: &str| text.replace(",,", ",").replace('\'', "");
             let before = CommandLine::new([option, value, "-S"]).unwrap().to_shell();
             let is_json = value.starts_with('{');
+            let back = if value.contains(",,") { back } else { back.replace("hun,,", "hun,") };
             assert!(is_json || same(&back) == same(&before), "{back} {before}");
         }
+        let text = "found http://a:b@c/d on rbd:p/i:key=e:f and nbd://g:h@i";
+        let redacted =
+            "found http://a:<redacted>@c/d on rbd:p/i:key=<redacted>:f and nbd://g:<redacted>@i";
+        assert_eq!(redact_image(text), redacted);
+        assert_eq!(redact_image(redacted), redacted);
         let mut image = line(&["http://me:hunter2@host/a.img"]);
         assert_eq!(image.redact(), ["an image"]);
         assert_eq!(image.to_arguments(), ["http://me:<redacted>@host/a.img"]);
@@ -267,7 +294,7 @@ mod tests {
             "-drive",
             "if=none,nowait,,file=/a:b@c",
             "-append",
-            "password=guest",
+            "password=guest <redacted>",
             "-fw_cfg",
             "name=opt/a,string=http://u:p@h/",
             "-object",
@@ -276,6 +303,7 @@ mod tests {
         let mut line = line(&words);
         assert!(line.redact().is_empty());
         assert_eq!(line.to_arguments(), words);
+        assert!(line.redacted().is_empty(), "the guest's words are its own");
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! A part of a VM that is not what its command line would make, and how to change the command line.
 
+use crate::command_line::redact_image;
 use std::fmt;
 
 use crate::command_line::Pin;
@@ -36,10 +37,11 @@ pub enum Remedy {
 
 impl Difference {
     /// Describes what the VM has (`found`) where the command line would make something else
-    /// (`expected`).
+    /// (`expected`); passwords in the names of images are left out.
     #[must_use]
     pub fn new(what: String, found: &str, expected: &str, remedy: Remedy) -> Difference {
-        Difference { what, found: found.to_owned(), expected: expected.to_owned(), remedy }
+        let [found, expected] = [found, expected].map(|text| redact_image(text).into_owned());
+        Difference { what, found, expected, remedy }
     }
 }
 

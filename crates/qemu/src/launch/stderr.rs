@@ -40,6 +40,11 @@ struct Tail {
 impl StderrTail {
     /// Keeps the end of what comes by `pipe`; `secrets` are replaced in it.
     pub(super) fn keep(pipe: OwnedFd, secrets: Vec<String>) -> io::Result<StderrTail> {
+        // QEMU repeats an option that it refuses, as it was written: with doubled commas.
+        let written = secrets.iter().map(|secret| secret.replace(',', ",,"));
+        let mut secrets: Vec<String> = written.chain(secrets.iter().cloned()).collect();
+        // One may be a part of another.
+        secrets.sort_by_key(|secret| std::cmp::Reverse(secret.len()));
         fcntl_setfl(&pipe, fcntl_getfl(&pipe)? | OFlags::NONBLOCK)?;
         let watched = pipe.try_clone()?;
         let tail = Tail { bytes: Vec::new(), secrets, pipe: Some(File::from(pipe)) };
@@ -59,7 +64,6 @@ impl StderrTail {
         let mut tail = self.lock();
         tail.read();
         let text = String::from_utf8_lossy(&tail.bytes).into_owned();
-        // QEMU repeats an option that it refuses.
         tail.secrets.iter().fold(text, |text, secret| text.replace(secret, REDACTED))
     }
 

@@ -261,12 +261,12 @@ impl Qmp {
     }
 
     /// Returns the number of `STOP` events so far, including those that were dropped or taken.
-    pub(crate) fn stops(&self) -> u64 {
+    pub(crate) fn stops(&self) -> u32 {
         self.events.stops()
     }
 
     /// Returns the number of `RESUME` events so far, including those that were dropped or taken.
-    pub(crate) fn resumes(&self) -> u64 {
+    pub(crate) fn resumes(&self) -> u32 {
         self.events.resumes()
     }
 

@@ -91,13 +91,13 @@ impl EventQueue {
     }
 
     /// Returns the number of `STOP` events so far, including those that were dropped or taken.
-    pub(super) fn stops(&self) -> u64 {
-        self.stops.into()
+    pub(super) fn stops(&self) -> u32 {
+        self.stops
     }
 
     /// Returns the number of `RESUME` events so far, including those that were dropped or taken.
-    pub(super) fn resumes(&self) -> u64 {
-        self.resumes.into()
+    pub(super) fn resumes(&self) -> u32 {
+        self.resumes
     }
 }
 

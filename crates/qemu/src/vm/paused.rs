@@ -18,7 +18,7 @@ pub struct Paused<'vm> {
     blocks: Vec<RamBlockInfo>,
     stopped_at: Instant,
     /// How many `RESUME` events QEMU had sent when the guest was stopped.
-    resumes: u64,
+    resumes: u32,
     is_over: bool,
 }
 

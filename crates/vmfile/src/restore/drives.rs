@@ -4,7 +4,7 @@ use std::path::Path;
 
 use vmfile_format::manifest::{DiskMeta, VmMeta};
 use vmfile_qemu::image_format::is_same_format;
-use vmfile_qemu::{Drive, Image, IoLimits, Vm, VmError};
+use vmfile_qemu::{Drive, Image, IoLimits, Vm, VmError, redact_image};
 
 use super::RestoredDisk;
 use crate::image_path::{is_file, is_same_file};
@@ -120,7 +120,8 @@ fn images_of(drive: &Drive) -> String {
 
 fn on_top_of_each_other<'a>(images: impl Iterator<Item = (&'a str, &'a str)>) -> String {
     let named = |(path, format): (&str, &str)| {
-        if format.is_empty() { path.to_owned() } else { format!("{path} ({format})") }
+        let path = redact_image(path);
+        if format.is_empty() { path.into_owned() } else { format!("{path} ({format})") }
     };
     images.map(named).collect::<Vec<_>>().join(" on ")
 }
@@ -131,8 +132,8 @@ fn is_chain(drive: &Drive, directory: &Path, expected: &[Expected]) -> bool {
         let has_path = if is_file {
             is_same_file(&directory.join(&found.path), &directory.join(&expected.path))
         } else {
-            // A URL, or something that has no path.
-            found.path == expected.path
+            // A URL, or something that has no path. The file may not have its password.
+            redact_image(&found.path) == redact_image(&expected.path)
         };
         let format = expected.format.as_ref();
         has_path && format.is_none_or(|format| is_same_format(format, &found.format))

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use vmfile_format::manifest::{
     DiskMeta, EmptyDriveMeta, FileMeta, ImageMeta, IoLimitsMeta, VmMeta,
 };
-use vmfile_qemu::{Drive, FileId, Image, IoLimits, ProcessInfo, Vm};
+use vmfile_qemu::{Drive, FileId, Image, IoLimits, ProcessInfo, Vm, redact_image};
 
 use super::{After, SaveOptions};
 use crate::error::SaveError;
@@ -151,8 +151,8 @@ pub(super) fn record(vm: &mut Vm, meta: &mut VmMeta) -> Result<(), SaveError> {
         if found != expected {
             return Err(SaveError::DiskChanged {
                 device: disk.device.clone(),
-                found: found.join(", "),
-                expected: expected.join(", "),
+                found: redact_image(&found.join(", ")).into_owned(),
+                expected: redact_image(&expected.join(", ")).into_owned(),
             });
         }
         disk.io_limits = drive.map(|drive| io_limits(&drive.limits));
@@ -178,7 +178,9 @@ pub(super) fn record(vm: &mut Vm, meta: &mut VmMeta) -> Result<(), SaveError> {
         if !meta.disks.iter().any(|disk| disk.device == drive.name()) {
             return Err(SaveError::DiskChanged {
                 device: drive.name().to_owned(),
-                found: drive.image().map_or_else(String::new, |image| image.path.clone()),
+                found: drive
+                    .image()
+                    .map_or_else(String::new, |image| redact_image(&image.path).into_owned()),
                 expected: String::new(),
             });
         }

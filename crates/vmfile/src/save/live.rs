@@ -181,9 +181,7 @@ impl LiveRoute {
             return Err(UserfaultError::NotPossible { reason }.into());
         }
         let settings = self.before.pre_copy(self.live.pause_max, hold);
-        // Another client may have changed some since.
-        let current = vm.stream_settings()?;
-        vm.change_stream_settings(&current, &settings)?;
+        vm.apply_stream_settings(&self.before, &settings)?;
         Ok(Chosen { method: LiveMethod::PreCopy { reason }, copied_bytes: 0 })
     }
 }

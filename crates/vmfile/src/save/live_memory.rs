@@ -89,12 +89,10 @@ fn stopped<T>(
     Ok(Some(done))
 }
 
-/// Refuses a guest that another client has let run while QEMU stopped it: QEMU's migration waits for the
-/// CPUs then, until somebody stops the guest again (7.2 to 11.1). QEMU says `RESUME` without a `STOP`;
-/// `begun` is how often it had said each before.
-pub(super) fn refuse_if_overtaken(vm: &Vm, (stops, resumes): (u64, u64)) -> Result<(), SaveError> {
-    let is_overtaken = vm.resumes() - resumes > vm.stops() - stops;
-    if is_overtaken { Err(let_run_by_another()) } else { Ok(()) }
+/// Refuses a guest that another client has let run while QEMU stopped it: QEMU's migration may wait for
+/// ever.
+pub(super) fn refuse_if_overtaken(vm: &Vm) -> Result<(), SaveError> {
+    if vm.is_overtaken() { Err(let_run_by_another()) } else { Ok(()) }
 }
 
 /// Returns the error for a guest that another client let run while the save needed it to stand still.

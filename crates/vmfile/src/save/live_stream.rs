@@ -20,7 +20,7 @@ use vmfile_qemu::{Outgoing, RunState};
 use vmfile_stream::incoming::WaitLimits;
 use vmfile_stream::receiver::{Received, StreamReceiver};
 
-use super::live_memory::refuse_if_overtaken;
+use super::live_memory::{let_run_by_another, refuse_if_overtaken};
 use super::sending::{Ended, Peer, peer_process, wait_until_sent};
 use super::stream::written;
 use super::target::page_size_unnamed;
@@ -52,13 +52,13 @@ pub(super) fn receive(
     let stands = is_snapshot && !work.disks.is_empty();
     // QEMU stops the guest: for a background snapshot at the beginning, for pre-copy at the end.
     work.set_may_stand(true)?;
-    let begun = (work.vm.stops(), work.vm.resumes());
     if stands {
         if !work.vm.stop_if_running()? {
             return Err(stopped_meanwhile(work)?);
         }
         work.disks.freeze(work.vm)?;
     }
+    let begun = (work.vm.stops(), work.vm.resumes());
     if !is_snapshot && work.vm.run_state()? != RunState::Running {
         return Err(stopped_meanwhile(work)?);
     }
@@ -148,7 +148,7 @@ impl Watch<'_, '_> {
                 return Ok(false);
             }
             let (outgoing, ram) = self.work.vm.outgoing_ram()?;
-            refuse_if_overtaken(self.work.vm, self.begun)?;
+            refuse_if_overtaken(self.work.vm)?;
             let sends =
                 matches!(outgoing, Outgoing::Active) && ram.is_some_and(|ram| ram.pages > 0);
             if self.is_snapshot && sends {
@@ -184,6 +184,11 @@ impl Watch<'_, '_> {
         // `cont`.
         self.work.vm.run_state()?;
         if std::mem::take(&mut self.stands) {
+            // The disks are of the moment at which vmfile stopped the guest: QEMU lets a guest that was
+            // stopped before stand still.
+            if self.work.vm.resumes() != self.begun.1 {
+                return Err(let_run_by_another());
+            }
             self.work.vm.cont()?;
         }
         self.work.set_may_stand(false)

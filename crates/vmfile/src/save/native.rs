@@ -77,7 +77,7 @@ impl NativeRoute {
         let ours = before.mapped_ram(options.channels.map_or(CHANNELS, Channels::count), is_direct);
         let width = (options.io, options.jobs.count());
         let workers = Some(Workers::start(draft.file(), width).map_err(SaveError::Workers)?);
-        let change = SettingsChange::new(&before, &[ours.clone(), ours.trickle()]);
+        let change = SettingsChange::new(&before, std::slice::from_ref(&ours));
         Ok(NativeRoute { before, ours, change, direct_io, workers })
     }
 

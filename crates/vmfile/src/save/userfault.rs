@@ -28,7 +28,7 @@ use vmfile_engine::{BufferPool, Userfault, beside};
 use vmfile_pages::protected_ram::{ProtectedRam, aside_buffers};
 use vmfile_pages::ram_writer::write_protected_ram;
 use vmfile_pages::{PageIndex, RamBlock, RamLayout};
-use vmfile_qemu::{QmpError, RunState, VmError};
+use vmfile_qemu::RunState;
 use vmfile_stream::error::HeldError;
 use vmfile_stream::held::HeldStream;
 
@@ -59,29 +59,28 @@ impl LiveMemory {
         let process = self.direct.process.process();
         let before = Userfault::all_of(process).map_err(UserfaultError::Kernel)?;
         let socket = rustix::fs::fstat(&theirs).map_err(|errno| SaveError::Socket(errno.into()))?;
-        let begun = (work.vm.stops(), work.vm.resumes());
+        let resumes = work.vm.resumes();
         work.set_may_stand(true)?;
         // Only QEMU keeps this end, so that the stream ends if QEMU closes it.
         if let Err(error) = work.vm.send_stream(theirs) {
             let peer = Peer::of(held.into()).unless_refused(&error);
             return peer.cancel(work.vm, Err(error.into()));
         }
-        match self.protect(work, &mut held, (&before, socket.st_ino, begun)) {
-            Ok(protected) => self.copy(work, (held, begun.1), (protected, buffers)),
+        match self.protect(work, &mut held, (&before, socket.st_ino)) {
+            Ok(protected) => self.copy(work, (held, resumes), (protected, buffers)),
             Err(error) => Peer::of(held.into()).cancel(work.vm, Err(error)),
         }
     }
 
     /// Waits until QEMU has write-protected the guest's memory. `before` are the userfaultfds that QEMU had
-    /// before, `socket` is the inode of its end of the stream, and `begun` how often the guest had been
-    /// stopped and let run.
+    /// before, and `socket` is the inode of its end of the stream.
     fn protect(
         &mut self,
         work: &mut Work<'_>,
         held: &mut HeldStream,
-        (before, socket, begun): (&BTreeSet<i32>, u64, (u64, u64)),
+        (before, socket): (&BTreeSet<i32>, u64),
     ) -> Result<Protected, SaveError> {
-        let sent = first_page(work, held, begun)?;
+        let sent = first_page(work, held)?;
         let process = self.direct.process.process();
         // QEMU plugs no memory while it migrates, but may have before.
         if let Some(what) = differing_block(&sent, &self.direct.ram) {
@@ -207,11 +206,7 @@ struct Protected {
 }
 
 /// Waits for the first page; returns QEMU's RAM blocks. QEMU looks at all memory before it sends one.
-fn first_page(
-    work: &mut Work<'_>,
-    held: &mut HeldStream,
-    begun: (u64, u64),
-) -> Result<RamLayout, SaveError> {
+fn first_page(work: &mut Work<'_>, held: &mut HeldStream) -> Result<RamLayout, SaveError> {
     let timeout = work.options.live.unwrap_or_default().timeout;
     let deadline = Instant::now() + timeout;
     loop {
@@ -221,12 +216,9 @@ fn first_page(
             Err(HeldError::TimedOut(_)) => return Err(HeldError::TimedOut(timeout).into()),
             Err(error) => return Err(error.into()),
         }
-        match work.vm.run_state() {
-            // QEMU may not answer while it protects much memory.
-            Err(VmError::Qmp(QmpError::Timeout { .. })) => {}
-            asked => drop(asked?),
-        }
-        refuse_if_overtaken(work.vm, begun)?;
+        // Not for long: once memory is protected, the main loop may wait for a page before it answers.
+        work.vm.hear(ASK_INTERVAL)?;
+        refuse_if_overtaken(work.vm)?;
     }
 }
 
