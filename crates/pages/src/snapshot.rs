@@ -301,10 +301,12 @@ impl Snapshot {
     fn count_bits(&self, offset: u64, pages: PageCount) -> Result<u64, SnapshotError> {
         /// A length in bytes, of whole words.
         const PIECE_LEN: usize = 1 << 20;
-        let failed =
-            |source| SnapshotError::Read { path: self.path.clone(), offset, len: 0, source };
-        let seeker = DataSeeker::open(self.file.as_fd()).map_err(failed)?;
         let len = encoded_len(pages);
+        let failed = |source| {
+            let len = usize::try_from(len).unwrap_or(usize::MAX);
+            SnapshotError::Read { path: self.path.clone(), offset, len, source }
+        };
+        let seeker = DataSeeker::open(self.file.as_fd()).map_err(failed)?;
         let mut count = 0;
         let mut rest = offset..offset + len;
         while let Some(data) = seeker.next(&rest).map_err(failed)? {

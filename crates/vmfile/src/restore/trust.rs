@@ -13,9 +13,6 @@ use vmfile_qemu::CommandLine;
 
 use crate::restore_error::RestoreError;
 
-/// Options by which a QEMU that root started becomes another user's.
-const USER_OPTIONS: [&str; 2] = ["-runas", "-run-with"];
-
 /// Refuses to run the command line in `snapshot` if another user may have written the file or the
 /// program, or if the VM would have rights that it did not have.
 ///
@@ -37,12 +34,12 @@ pub(super) fn check(
     if let Some(reason) = program.metadata().ok().and_then(|file| written_by_others(&file, user)) {
         return untrusted(format!("the program {} {reason}", program.display()));
     }
-    let words = line.to_arguments();
-    let drops_rights = words.iter().any(|word| USER_OPTIONS.contains(&word.as_str()));
     match meta.user {
-        Some(ran_as) if user == 0 && ran_as != 0 && !drops_rights => untrusted(format!(
-            "the VM ran as user {ran_as}, and would run as root now: run vmfile as that user"
-        )),
+        Some(ran_as) if user == 0 && ran_as != 0 && !line.becomes_another_user() => {
+            untrusted(format!(
+                "the VM ran as user {ran_as}, and would run as root now: run vmfile as that user"
+            ))
+        }
         _ => Ok(()),
     }
 }
