@@ -44,7 +44,9 @@ impl ControlGroup {
             let group = Path::new(controller).join(&name);
             fs::create_dir(&group).ok()?;
             let made = ControlGroup { group };
-            fs::write(made.group.join(file), limit).ok().map(|()| made)
+            // Where there is no such controller, this is a directory like any other.
+            let is_group = made.group.join("cgroup.procs").exists();
+            (is_group && fs::write(made.group.join(file), limit).is_ok()).then_some(made)
         })
     }
 

@@ -337,9 +337,8 @@ impl Vm {
     ) -> Result<(), VmError> {
         while matches!(outgoing, Outgoing::Active | Outgoing::Held) && Instant::now() < deadline {
             if self.is_running()? {
-                // Also if `stop` fails: QEMU may carry it out all the same.
-                *has_stopped = true;
-                self.stop()?;
+                // If `stop` fails, QEMU may carry it out all the same.
+                *has_stopped |= *self.stop_if_running().as_ref().unwrap_or(&true);
             }
             *outgoing = self.wait_sent(FREE_INTERVAL)?;
         }

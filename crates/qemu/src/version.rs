@@ -179,7 +179,8 @@ const TABLE: [Row; 18] = [
     Row::new(Feature::BlockdevSetActive, (10, 0), "`blockdev-set-active`",
         "`save --after quit`: disks are released before their images are recorded"),
     Row::new(Feature::PausedSnapshot, (10, 0), "`background-snapshot` of a paused VM",
-        "`save --route stream` of a VM that stays paused"),
+        "`save --route stream` of a VM that stays paused; `save --live --with-disks` by QEMU's \
+         stream, which takes `pre-copy` without it"),
     Row::new(Feature::SwitchoverStart, (10, 0), "SWITCHOVER_START, by machine type",
         "reading a stream"),
     Row::new(Feature::MultifdDeviceState, (10, 0), "multifd packets of device state",

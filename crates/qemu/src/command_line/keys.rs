@@ -62,6 +62,11 @@ impl Keys {
     }
 }
 
+/// Tells whether a text is JSON.
+pub(super) fn is_tree(text: &str) -> bool {
+    parse_tree(text).is_some()
+}
+
 /// Reads JSON; QEMU takes single quotes too.
 fn parse_tree(text: &str) -> Option<Value> {
     let tree = serde_json::from_str(text);

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::keys::{Keys, is_switch, map_values, write};
+use super::keys::{Keys, is_switch, is_tree, map_values, write};
 use super::{Argument, CommandLine};
 
 /// What takes the place of a secret.
@@ -132,7 +132,7 @@ impl Found {
 
     /// Replaces the secrets in a text that names images, or is one of QEMU's descriptions in JSON.
     fn in_text(&mut self, place: &str, text: &str) -> Option<String> {
-        if let Some(json) = text.strip_prefix("json:") {
+        if let Some(json) = text.strip_prefix("json:").filter(|json| is_tree(json)) {
             let redacted = map_values(json, "", &mut |key, value| match key {
                 "password" | "cookie" if !value.is_empty() => {
                     self.replace(place, value, 0..value.len())
@@ -177,8 +177,7 @@ fn next_secret(text: &str, from: usize) -> Option<Range<usize>> {
 fn in_url(text: &str) -> Option<Range<usize>> {
     text.match_indices("://").find_map(|(scheme, mark)| {
         let host = scheme + mark.len();
-        let is_end = |letter: char| letter.is_whitespace() || "/?#\"'".contains(letter);
-        let authority = text[host..].split(is_end).next()?;
+        let authority = text[host..].split(['/', '?', '#']).next()?;
         let end = authority.rfind('@')?;
         let is_iscsi = text[..scheme].ends_with("iscsi") || text[..scheme].ends_with("iser");
         let start = authority[..end].find(if is_iscsi { '%' } else { ':' })? + 1;
@@ -216,7 +215,7 @@ fn implied(argument: &Argument) -> &'static str {
 fn place(argument: &Argument, key: &str) -> String {
     let Some(name) = argument.name() else { return "an image".to_owned() };
     let keys = Keys::parse(argument.value.as_deref().unwrap_or_default(), implied(argument));
-    let id = keys.get("id").or(keys.get("node-name"));
+    let id = keys.get("id").or(keys.get("node-name")).filter(|_| !NAMES.contains(&name));
     format!("-{name}{}: {key}", id.map_or(String::new(), |id| format!(" {id}")))
 }
 
@@ -273,6 +272,9 @@ mod tests {
             "found http://a:<redacted>@c/d on rbd:p/i:key=<redacted>:f and nbd://g:<redacted>@i";
         assert_eq!(redact_image(text), redacted);
         assert_eq!(redact_image(redacted), redacted);
+        assert_eq!(redact_image("https://o'neil:it's@h/"), "https://o'neil:<redacted>@h/");
+        let joined = r#"json:{"url":"http://a:b@c/d"}, /base.img"#;
+        assert_eq!(redact_image(joined), r#"json:{"url":"http://a:<redacted>@c/d"}, /base.img"#);
         let mut image = line(&["http://me:hunter2@host/a.img"]);
         assert_eq!(image.redact(), ["an image"]);
         assert_eq!(image.to_arguments(), ["http://me:<redacted>@host/a.img"]);

@@ -149,11 +149,11 @@ pub(super) fn record(vm: &mut Vm, meta: &mut VmMeta) -> Result<(), SaveError> {
         let below = disk.images.iter().filter(|image| !image.is_data_file);
         let expected: Vec<&str> = below.map(|image| image.path.as_str()).collect();
         if found != expected {
-            return Err(SaveError::DiskChanged {
-                device: disk.device.clone(),
-                found: redact_image(&found.join(", ")).into_owned(),
-                expected: redact_image(&expected.join(", ")).into_owned(),
+            let [found, expected] = [found, expected].map(|paths| {
+                let paths: Vec<_> = paths.into_iter().map(redact_image).collect();
+                paths.join(", ")
             });
+            return Err(SaveError::DiskChanged { device: disk.device.clone(), found, expected });
         }
         disk.io_limits = drive.map(|drive| io_limits(&drive.limits));
         let Some(process) = &process else { continue };

@@ -114,7 +114,7 @@ impl LiveRoute {
     /// Chooses the method by trying: QEMU refuses the capability if the guest's memory does not
     /// allow it.
     fn choose(&self, vm: &mut Vm, hold: bool) -> Result<Chosen, SaveError> {
-        let protected = self.protection(vm)?;
+        let (version, protected) = (vm.version()?, self.protection(vm)?);
         let memory = self.memory.as_ref();
         let mut reasons = Vec::new();
         match (&protected, memory.map(|memory| &memory.not_by_userfault)) {
@@ -143,6 +143,13 @@ impl LiveRoute {
             _ if self.only_memory => {
                 self.unprotect(vm, &protected)?;
                 Err(UserfaultError::NotPossible { reason }.into())
+            }
+            // Up to 8.2, QEMU lets the guest run as soon as its memory is protected, also one that vmfile
+            // has stopped: that looks like another client's `cont` after the disks were frozen.
+            Ok(()) if hold && !version.has(Feature::PausedSnapshot) => {
+                self.unprotect(vm, &protected)?;
+                let other = format!("QEMU {version} lets the guest run in a background snapshot");
+                self.pre_copy(vm, hold, format!("{reason}; {other}"))
             }
             Ok(()) => {
                 let method = LiveMethod::BackgroundSnapshot { reason };

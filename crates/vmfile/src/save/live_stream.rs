@@ -52,13 +52,14 @@ pub(super) fn receive(
     let stands = is_snapshot && !work.disks.is_empty();
     // QEMU stops the guest: for a background snapshot at the beginning, for pre-copy at the end.
     work.set_may_stand(true)?;
+    let mut begun = (work.vm.stops(), work.vm.resumes());
     if stands {
         if !work.vm.stop_if_running()? {
             return Err(stopped_meanwhile(work)?);
         }
+        begun = (work.vm.stops(), work.vm.resumes());
         work.disks.freeze(work.vm)?;
     }
-    let begun = (work.vm.stops(), work.vm.resumes());
     if !is_snapshot && work.vm.run_state()? != RunState::Running {
         return Err(stopped_meanwhile(work)?);
     }
