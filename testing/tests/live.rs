@@ -315,7 +315,7 @@ fn a_client_that_adds_devices_meanwhile_ends_a_live_save_at_most() -> TestResult
 }
 
 /// QEMU stops the guest in a thread of its own, for the saved moment. If another client let the guest run
-/// just then, that thread waited for the CPUs until somebody stopped the guest again: vmfile waited for
+/// just then, that thread waited for the CPUs until a client stopped the guest again: vmfile waited for
 /// up to ten minutes, and QEMU could not be told to end the migration.
 #[test]
 fn a_client_that_lets_the_guest_run_again_and_again_ends_a_live_save_at_most() -> TestResult {

@@ -199,6 +199,7 @@ impl<'a> ProtectedRam<'a> {
         while !self.is_over.load(Ordering::Acquire) {
             if let Err(error) = self.serve_some(&mut woken) {
                 self.fail(&format!("serve the faults of the process: {error}"));
+                // An error that lasts must not take a whole processor until `end` is called.
                 std::thread::sleep(LOOK);
             }
         }

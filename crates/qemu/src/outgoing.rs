@@ -315,7 +315,7 @@ impl Vm {
     ///
     /// QEMU (7.2 to 11.1) stops the guest in the migration's thread, which waits until all CPUs stand
     /// still. If another client's `cont` comes meanwhile, the CPUs run on, and that thread waits until
-    /// somebody stops the guest again.
+    /// a client stops the guest again.
     fn wait_cancelled(&mut self, deadline: Instant) -> Result<Outgoing, VmError> {
         let left = || deadline.saturating_duration_since(Instant::now());
         let first = if self.is_overtaken() { FREE_OVERTAKEN_AFTER } else { FREE_AFTER };

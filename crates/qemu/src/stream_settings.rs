@@ -160,7 +160,7 @@ impl SettingsChange {
     /// Compares QEMU's settings before the save with all settings that the save may set.
     #[must_use]
     pub fn new(before: &StreamSettings, ours: &[StreamSettings]) -> SettingsChange {
-        // Whoever puts the VM back may set this limit too.
+        // The save, its guardian and the next vmfile set this limit before they cancel a migration.
         let trickle = before.trickle();
         let ours = || ours.iter().chain([&trickle]);
         let is_changed = |(name, state): &(&String, &bool)| {

@@ -29,7 +29,7 @@ fn open_alone(name: &str) -> Result<Snapshot, Failure> {
     Snapshot::open_alone(&name.path, name.offset).map_err(|error| Failure::from(&error))
 }
 
-/// Leaves this process only the right to read files: the file may be made to break what reads it.
+/// Gives up the rights to write files and to run programs: a file may be made to take over what reads it.
 fn confine() -> Result<(), Failure> {
     let confined = crate::confine::to_reading();
     confined
