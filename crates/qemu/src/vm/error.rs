@@ -107,6 +107,12 @@ impl VmError {
         matches!(self, VmError::Qmp(error) if error.is_closed())
     }
 
+    /// Whether QEMU has refused a command.
+    #[must_use]
+    pub fn is_refused(&self) -> bool {
+        matches!(self, VmError::Qmp(error) if error.is_refused())
+    }
+
     /// Returns what the user could try, where we know it.
     #[must_use]
     pub fn hint(&self) -> Option<&'static str> {

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use vmfile_format::manifest::{DiskMeta, VmMeta};
 use vmfile_qemu::image_format::is_same_format;
-use vmfile_qemu::{Drive, Image, IoLimits, Vm, VmError, redact_image};
+use vmfile_qemu::{Drive, Image, IoLimits, Vm, redact_image};
 
 use super::RestoredDisk;
 use crate::image_path::{is_file, is_same_file};
@@ -74,7 +74,7 @@ pub(super) fn limit_drives(
     let mut warnings = Vec::new();
     for (drive, limits) in limits {
         match vm.limit_drive(drive, limits) {
-            Err(VmError::Qmp(error)) if error.is_refused() => {
+            Err(error) if error.is_refused() => {
                 let name = drive.name();
                 warnings.push(format!("drive {name:?} has not the I/O limits it had: {error}"));
             }

@@ -87,7 +87,7 @@ impl Disks {
     pub(super) fn freeze(&mut self, vm: &mut Vm) -> Result<(), VmError> {
         if !self.overlays.is_empty() {
             if let Err(error) = vm.take_overlays(&self.overlays) {
-                if matches!(&error, VmError::Qmp(error) if error.is_refused()) {
+                if error.is_refused() {
                     self.remove_files();
                 }
                 return Err(error);

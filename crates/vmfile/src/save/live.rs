@@ -172,7 +172,7 @@ impl LiveRoute {
             (None, None) => "this QEMU has no background-snapshot".to_owned(),
             (None, Some(ours)) => match vm.change_stream_settings(&self.before, &ours) {
                 Ok(()) => return Ok(Ok(())),
-                Err(VmError::Qmp(error)) if error.is_refused() => error.to_string(),
+                Err(error) if error.is_refused() => error.to_string(),
                 Err(error) => return Err(error.into()),
             },
         }))

@@ -21,7 +21,7 @@ use vmfile_qemu::{
 };
 use vmfile_stream::Channels;
 
-use super::sending::{is_refused, migration_error, wait_until_sent};
+use super::sending::{migration_error, wait_until_sent};
 use super::space::refuse_without_space;
 use super::{SaveOptions, Work, Written, native_file};
 use crate::error::SaveError;
@@ -164,7 +164,7 @@ fn send_to(work: &mut Work<'_>, kept: &KeptFile) -> Result<u64, SaveError> {
     match work.vm.send_to_file(kept) {
         Ok(()) => {}
         // A migration that is under way is another client's.
-        Err(error) if is_refused(&error) => return Err(error.into()),
+        Err(error) if error.is_refused() => return Err(error.into()),
         Err(error) => return Err(cancel(work.vm, error.into())),
     }
     let mut ram_bytes = 0;

@@ -66,13 +66,13 @@ impl Peer {
 
     /// Notes that QEMU has refused to send, if it has: then there is no migration to end.
     pub(super) fn unless_refused(self, error: &VmError) -> Peer {
-        Peer { is_refused: is_refused(error), ..self }
+        Peer { is_refused: error.is_refused(), ..self }
     }
 
     /// Has QEMU send the VM into `stream`.
     pub(super) fn begin(&mut self, vm: &mut Vm, stream: OwnedFd) -> Result<(), SaveError> {
         let sent = vm.send_stream(stream);
-        self.is_refused = sent.as_ref().is_err_and(is_refused);
+        self.is_refused = sent.as_ref().is_err_and(VmError::is_refused);
         Ok(sent?)
     }
 
@@ -121,7 +121,7 @@ impl Peer {
         let listener = &*self.listener.insert(listener);
         guard.keep_listening(listener.as_fd())?;
         let sent = vm.send_to_socket(listener.path_of_sender());
-        self.is_refused = sent.as_ref().is_err_and(is_refused);
+        self.is_refused = sent.as_ref().is_err_and(VmError::is_refused);
         sent?;
         let deadline = Instant::now() + CONNECT_TIMEOUT;
         let mut accepted = Vec::new();
@@ -232,11 +232,6 @@ pub(super) fn wait_until_sent(vm: &mut Vm) -> Result<(), SaveError> {
         Outgoing::Completed => Ok(()),
         other => Err(migration_error(other)),
     }
-}
-
-/// Tells whether QEMU has refused a command.
-pub(super) fn is_refused(error: &VmError) -> bool {
-    matches!(error, VmError::Qmp(error) if error.is_refused())
 }
 
 fn does_not_stop() -> SaveError {
