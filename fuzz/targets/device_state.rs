@@ -43,7 +43,15 @@ fuzz_target!(|input: &[u8]| {
     let unused = state.unused_id();
     assert!(state.sections.iter().all(|section| section.id != unused));
 
-    let mut changed = bytes[at(state.start)..].to_vec();
+    // What the other sections with parts hold comes before the devices, and not into one another.
+    let mut end_of_parts = OFFSET;
+    for &(offset, len) in &state.parts {
+        assert!(offset >= end_of_parts && len > 0);
+        end_of_parts = offset + len;
+    }
+    assert!(end_of_parts <= state.start);
+
+    let mut changed = bytes[at(state.start)..at(state.end)].to_vec();
     let before = changed.clone();
     let _ = state.run_state(&changed);
     if state.set_run_state(&mut changed, "paused") {
@@ -59,7 +67,7 @@ fuzz_target!(|input: &[u8]| {
     } else {
         assert_eq!(changed, before);
     }
-    // Bytes that do not begin with the first section are refused, not indexed.
+    // Too few bytes are refused, not indexed.
     assert_eq!(state.run_state(&[]), None);
     assert!(!state.set_run_state(&mut [], "paused"));
     assert!(!state.set_run_state(&mut changed, "a name that does not fit into 32 bytes"));

@@ -46,6 +46,14 @@ impl<'a> Cursor<'a> {
         Ok(taken)
     }
 
+    /// Takes as many of `len` bytes, more than none, as there are; returns how many.
+    pub(crate) fn skip_up_to(&mut self, len: u64) -> Result<u64, FormatError> {
+        let field = "contents of a section with parts";
+        let here = self.rest.len().max(1);
+        let len = usize::try_from(len).map_or(here, |len| len.min(here));
+        Ok(self.bytes(field, len)?.len() as u64)
+    }
+
     fn array<const N: usize>(&mut self, field: &'static str) -> Result<[u8; N], FormatError> {
         let bytes = self.bytes(field, N)?;
         Ok(<[u8; N]>::try_from(bytes).expect("`bytes` returned N bytes"))

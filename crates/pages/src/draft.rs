@@ -75,7 +75,7 @@ pub struct HashTables {
 /// What follows RAM.
 #[derive(Clone, Copy, Debug)]
 pub struct StreamTail<'a> {
-    /// The device sections, from the first to EOF.
+    /// The parts of sections other than "ram" where there are any, and the device sections to EOF.
     pub sections: &'a [u8],
     /// What follows them in the stream: the VM description, or nothing.
     pub description: &'a [u8],
@@ -207,7 +207,7 @@ impl Draft {
             put("bitmap", placed.bitmap_offset, &bitmap.encode())?;
         }
         let start = places.layout.device_state_offset();
-        let find = |state| CpuSectionMeta::find(state, start);
+        let find = |state: &DeviceState| CpuSectionMeta::find(state, start + state.parts_len());
         let cpu_sections = tail.state.map(find).unwrap_or_default();
         let (offset, mut sections) = places.layout.encode_end();
         sections.extend_from_slice(tail.sections);

@@ -345,14 +345,18 @@ impl Snapshot {
         Err(SnapshotError::TooMuchRam { path: self.path.clone(), ram, needed, available })
     }
 
-    /// Reads the device sections from the first to EOF.
+    /// Reads what is no RAM: the parts of sections other than "ram", and the device sections to EOF.
     ///
     /// # Errors
     ///
     /// Returns [`SnapshotError::Read`] if the kernel refuses.
     pub fn device_state(&self) -> Result<Vec<u8>, SnapshotError> {
         let state = &self.structure.device_state;
-        self.read(state.start, state.end - state.start)
+        let mut bytes = Vec::new();
+        for &(offset, len) in state.parts.iter().chain([&(state.start, state.end - state.start)]) {
+            bytes.extend(self.read(offset, len)?);
+        }
+        Ok(bytes)
     }
 
     /// Compares every part of the file and of those below it that has a checksum, which is everything

@@ -69,7 +69,23 @@ pub enum Outgoing {
     Cancelled,
 }
 
+/// Machine types that send more in parts than RAM: pseries its page table (`spapr/htab`), and s390 its storage
+/// attributes (QEMU 2.4 to 11.1).
+const MACHINES_WITH_OTHER_PARTS: [&str; 2] = ["pseries", "s390-ccw-virtio"];
+
 impl Vm {
+    /// Returns the machine type if its QEMU sends other state in parts, as it does RAM. The last part comes
+    /// when the guest stands still, and `background-snapshot` leaves it out.
+    ///
+    /// # Errors
+    ///
+    /// See [`Qmp::execute`](crate::Qmp::execute).
+    pub fn machine_with_other_parts(&mut self) -> Result<Option<String>, VmError> {
+        let machine = self.machine_type()?;
+        let sends = MACHINES_WITH_OTHER_PARTS.iter().any(|prefix| machine.starts_with(prefix));
+        Ok(sends.then_some(machine))
+    }
+
     /// Makes QEMU send the VM into `stream`; returns as soon as it has begun.
     ///
     /// The descriptor is closed here once QEMU has it, so that QEMU's end is the only one.

@@ -54,21 +54,28 @@ pub struct Received {
     /// The length of the stream and its channels, in bytes.
     pub stream_bytes: u64,
     state: DeviceState,
-    /// From the first device section to the end of the stream.
+    /// The parts of sections other than "ram", and everything from the first device section to the end of
+    /// the stream.
     devices: Vec<u8>,
 }
 
 impl Received {
-    /// Returns what follows RAM in the stream, unchanged.
+    /// Returns what is no RAM in the stream, unchanged.
     pub fn tail(&self) -> StreamTail<'_> {
-        let len = usize::try_from(self.state.end - self.state.start).expect("it is in memory");
-        let (sections, description) = self.devices.split_at(len);
+        let (sections, description) = self.devices.split_at(self.sections_len());
         StreamTail { sections, description, state: Some(&self.state) }
     }
 
     /// Sets the run state in which the VM comes back; returns whether there is room for its name.
     pub fn set_run_state(&mut self, state: &str) -> bool {
-        self.state.set_run_state(&mut self.devices, state)
+        let len = self.sections_len();
+        self.state.set_run_state(&mut self.devices[..len], state)
+    }
+
+    /// Returns the length of all sections that are not RAM, to EOF.
+    fn sections_len(&self) -> usize {
+        let len = self.state.parts_len() + self.state.end - self.state.start;
+        usize::try_from(len).expect("they are in memory")
     }
 
     /// Returns the run state in which the VM comes back: `running`, `paused`, ...
@@ -218,12 +225,12 @@ struct StreamWork<'a> {
     meter: &'a Meter<'a>,
     /// Where all channels have connected once the first part of "ram" has ended.
     listener: Option<Listener>,
-    /// What follows RAM.
+    /// What is no RAM.
     devices: Vec<u8>,
 }
 
 impl StreamWork<'_> {
-    /// Takes pages until the stream ends; returns what follows them, and what was written.
+    /// Takes pages until the stream ends; returns what is no RAM, and what was written.
     fn receive(
         mut self,
         source: &mut StreamSource<'_>,

@@ -83,7 +83,7 @@ pub struct CpuSectionMeta {
 }
 
 impl CpuSectionMeta {
-    /// Finds the CPUs among the sections of `state`, the first of which lies at file offset
+    /// Finds the CPUs among the device sections of `state`, the first of which lies at file offset
     /// `start`.
     ///
     /// QEMU (2.4 to 11.1) calls the section `cpu`; its instance is the number of the CPU.

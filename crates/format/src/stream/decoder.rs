@@ -4,11 +4,13 @@
 //! header, configuration
 //! 01 START "ram"  MEM_SIZE word, block list, EOS word, footer
 //! 02 PART, 03 END of "ram"  words of pages, EOS word, footer      any number, END may be absent
+//! 01, 02, 03 of others      state of pseries and s390x            between those of "ram", or after them
 //! 08 COMMAND                                                      between sections
 //! device sections, EOF, description                               as they are, to the end
 //! ```
 //!
-//! The decoder keeps the block list and which block was named last, and no byte of its input.
+//! The decoder keeps the block list, which block was named last and which other sections have begun, and no
+//! byte of its input.
 
 use alloc::collections::BTreeMap;
 use alloc::format;
@@ -16,6 +18,7 @@ use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
 use super::configuration::Configuration;
+use super::parts::{Part, PartSections};
 use super::ram_word::{self, PageForm, RamWord};
 use super::{RAM_SECTION_VERSION, command, ram_flag, section};
 use crate::cursor::Cursor;
@@ -109,8 +112,9 @@ pub enum Event<'a> {
         /// What it carries.
         payload: &'a [u8],
     },
-    /// The next bytes of what follows RAM, from the first device section on. They come in pieces,
-    /// as the input does, and to its end.
+    /// The next bytes of what is no RAM: of other sections with parts, each between two parts of "ram" or
+    /// after them, and of all that follows from the first device section on. They come in pieces, as the
+    /// input does.
     DeviceState(&'a [u8]),
 }
 
@@ -129,6 +133,10 @@ pub struct StreamDecoder {
     places: BTreeMap<String, usize>,
     /// The block that was named last; it stays named in the next section.
     named: Option<usize>,
+    /// Other sections that come in parts.
+    others: PartSections,
+    /// How many more bytes of device state are accepted.
+    left: u64,
     /// The error of the last piece that was not whole, and the `offset` for which it holds.
     missing: Option<(u64, FormatError)>,
     /// The error that ended the decoding.
@@ -150,10 +158,10 @@ enum State {
     Words(Ram),
     /// The footer of such a part.
     Footer(Ram),
-    /// What follows RAM, and how much of it is still accepted.
-    Devices {
-        left: u64,
-    },
+    /// A part of another section.
+    Part(Part, Ram),
+    /// What follows RAM.
+    Devices,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -185,6 +193,8 @@ impl StreamDecoder {
             blocks: Vec::new(),
             places: BTreeMap::new(),
             named: None,
+            others: PartSections::default(),
+            left: DEVICE_STATE_LEN_MAX,
             missing: None,
             refused: None,
         }
@@ -211,6 +221,9 @@ impl StreamDecoder {
                     self.state = state;
                     self.offset = self.offset.saturating_add(len as u64);
                     rest = rest.get(len..).unwrap_or_default();
+                    if let Some(Event::DeviceState(piece)) = event {
+                        self.left = self.left.saturating_sub(piece.len() as u64);
+                    }
                     if event.is_some() {
                         break event;
                     }
@@ -248,13 +261,14 @@ impl StreamDecoder {
             return Err(error.clone());
         }
         let field = match self.state {
-            State::Devices { .. } => return Ok(()),
+            State::Devices => return Ok(()),
             State::Head => "header of the stream",
             State::Boundary(Ram::Awaited) => "section \"ram\"",
             State::Boundary(_) => "section",
             State::BlockList { .. } => "block list",
             State::Words(_) => "RAM word",
             State::Footer(_) => "footer",
+            State::Part(..) => "part of a section",
         };
         match &self.missing {
             Some((offset, error)) if *offset == self.offset => Err(error.clone()),
@@ -273,7 +287,8 @@ impl StreamDecoder {
             State::Head => self.head(bytes),
             State::Boundary(ram) => self.boundary(bytes, ram),
             State::BlockList { total, rest } => self.block_list(bytes, total, rest),
-            State::Devices { left } => self.device_state(bytes, left),
+            State::Part(part, ram) => self.piece(bytes, part, ram),
+            State::Devices => self.device_state(bytes),
         }
     }
 
@@ -308,29 +323,35 @@ impl StreamDecoder {
     fn boundary<'a>(&mut self, bytes: &'a [u8], ram: Ram) -> Result<Taken<'a>, FormatError> {
         let mut cursor = Cursor::new(bytes, self.offset);
         match (cursor.u8("section type")?, ram) {
-            (section::START, _) => self.start(cursor, ram),
-            (section::PART, Ram::Started) => self.part(cursor, Ram::Started),
-            (section::END, Ram::Started) => self.part(cursor, Ram::Ended),
-            (section::PART | section::END, _) => {
-                let id = cursor.be32("section id")?;
-                Err(self.not_started(id))
-            }
+            (section::START, _) => self.start((bytes, cursor), ram),
+            (kind @ (section::PART | section::END), _) => self.part((bytes, cursor), kind, ram),
             (section::COMMAND, _) => self.command(cursor, ram),
             (section::FULL, _) => self.first_device(cursor, ram),
             (section::EOF, Ram::Started | Ram::Ended) => {
-                Ok((0, None, State::Devices { left: DEVICE_STATE_LEN_MAX }))
+                Ok((0, None, State::Devices))
             }
             (found, _) => Err(self.refuse("section type", format!("{found:#04x}"))),
         }
     }
 
-    /// Takes the header of the section "ram" and the word that announces the block list.
-    fn start<'a>(&mut self, mut cursor: Cursor<'a>, ram: Ram) -> Result<Taken<'a>, FormatError> {
+    /// Takes the header of a section with parts; of "ram" also the word that announces the block list.
+    fn start<'a>(
+        &mut self,
+        (bytes, mut cursor): (&'a [u8], Cursor<'a>),
+        ram: Ram,
+    ) -> Result<Taken<'a>, FormatError> {
         let section_id = cursor.be32("section id")?;
+        let after_id = cursor.clone();
         let name = cursor.counted_text("section name")?;
-        if name != "ram" || ram != Ram::Awaited {
-            let what = if name == "ram" { "second section" } else { "section with parts" };
-            return Err(self.refuse(what, name));
+        match (name.as_str(), ram) {
+            ("ram", Ram::Awaited) => {}
+            ("ram", _) => return Err(self.refuse("second section", name)),
+            (_, Ram::Awaited) => return Err(self.refuse("section before \"ram\"", name)),
+            _ => {
+                cursor = after_id;
+                let part = self.others.start(section_id, &mut cursor)?;
+                return self.device_piece(bytes, &cursor, State::Part(part, ram));
+            }
         }
         cursor.expect_be32("instance of the RAM section", 0)?;
         cursor.expect_be32("version of the RAM section", RAM_SECTION_VERSION)?;
@@ -382,16 +403,46 @@ impl StreamDecoder {
         Ok((self.taken(&cursor), None, State::BlockList { total, rest }))
     }
 
-    fn part<'a>(&mut self, mut cursor: Cursor<'a>, after: Ram) -> Result<Taken<'a>, FormatError> {
+    /// Takes the header of a PART or END.
+    fn part<'a>(
+        &mut self,
+        (bytes, mut cursor): (&'a [u8], Cursor<'a>),
+        kind: u8,
+        ram: Ram,
+    ) -> Result<Taken<'a>, FormatError> {
         let id = cursor.be32("section id")?;
-        if id != self.ram_id {
-            return Err(self.not_started(id));
+        let is_last = kind == section::END;
+        if id == self.ram_id && ram == Ram::Started {
+            let after = if is_last { Ram::Ended } else { Ram::Started };
+            return Ok((self.taken(&cursor), None, State::Words(after)));
         }
-        Ok((self.taken(&cursor), None, State::Words(after)))
+        match self.others.part(id, is_last) {
+            Some(part) => self.device_piece(bytes, &cursor, State::Part(part, ram)),
+            None => Err(self.refuse("part of unknown section", id.to_string())),
+        }
     }
 
-    fn not_started(&self, id: u32) -> FormatError {
-        self.refuse("part of unknown section", id.to_string())
+    /// Takes the next piece of another section's part.
+    fn piece<'a>(&self, bytes: &'a [u8], part: Part, ram: Ram) -> Result<Taken<'a>, FormatError> {
+        let mut cursor = Cursor::new(bytes, self.offset);
+        let rest = part.advance(&mut cursor)?;
+        let state = rest.map_or(State::Boundary(ram), |part| State::Part(part, ram));
+        self.device_piece(bytes, &cursor, state)
+    }
+
+    /// Returns what `cursor` has taken of `bytes` as device state.
+    fn device_piece<'a>(
+        &self,
+        bytes: &'a [u8],
+        cursor: &Cursor<'_>,
+        state: State,
+    ) -> Result<Taken<'a>, FormatError> {
+        let len = self.taken(cursor);
+        if len as u64 > self.left {
+            return Err(self.too_much_device_state());
+        }
+        let piece = bytes.get(..len).unwrap_or_default();
+        Ok((len, Some(Event::DeviceState(piece)), state))
     }
 
     fn command<'a>(&self, mut cursor: Cursor<'a>, ram: Ram) -> Result<Taken<'a>, FormatError> {
@@ -429,7 +480,7 @@ impl StreamDecoder {
         if early || ram == Ram::Awaited {
             return Err(self.refuse("early device section", name));
         }
-        Ok((0, None, State::Devices { left: DEVICE_STATE_LEN_MAX }))
+        Ok((0, None, State::Devices))
     }
 
     fn word<'a>(&mut self, bytes: &'a [u8], ram: Ram) -> Result<Taken<'a>, FormatError> {
@@ -507,20 +558,22 @@ impl StreamDecoder {
         }
     }
 
-    fn device_state<'a>(&self, bytes: &'a [u8], left: u64) -> Result<Taken<'a>, FormatError> {
+    fn device_state<'a>(&self, bytes: &'a [u8]) -> Result<Taken<'a>, FormatError> {
         if bytes.is_empty() {
             let kind = FormatErrorKind::Ends { field: "device state", needed: 1, found: 0 };
             return Err(FormatError::new(self.offset, kind));
         }
-        if left == 0 {
-            let max = DEVICE_STATE_LEN_MAX;
-            let (field, found) = ("length of the device state", max.saturating_add(1));
-            let kind = FormatErrorKind::TooLarge { field, found, max };
-            return Err(FormatError::new(self.offset, kind));
+        if self.left == 0 {
+            return Err(self.too_much_device_state());
         }
-        let piece = bytes.get(..usize::try_from(left).unwrap_or(usize::MAX)).unwrap_or(bytes);
-        let left = left.saturating_sub(piece.len() as u64);
-        Ok((piece.len(), Some(Event::DeviceState(piece)), State::Devices { left }))
+        let piece = bytes.get(..usize::try_from(self.left).unwrap_or(usize::MAX)).unwrap_or(bytes);
+        Ok((piece.len(), Some(Event::DeviceState(piece)), State::Devices))
+    }
+
+    fn too_much_device_state(&self) -> FormatError {
+        let max = DEVICE_STATE_LEN_MAX;
+        let (field, found) = ("length of the device state", max.saturating_add(1));
+        FormatError::new(self.offset, FormatErrorKind::TooLarge { field, found, max })
     }
 
     fn refuse(&self, what: &'static str, name: impl Into<String>) -> FormatError {

@@ -1,12 +1,14 @@
-//! Everything saved that is not RAM: one FULL section after another, up to EOF.
+//! Everything saved that is not RAM: the sections that come in parts, then one FULL section after another,
+//! up to EOF.
 //!
 //! ```text
+//! 01, 02, 03  be32 id  contents  7e be32 id
 //! 04  be32 id  u8-counted name  be32 instance  be32 version  payload...  7e be32 id
 //! ...
 //! 00  [06 be32 len JSON]
 //! ```
 //!
-//! The stream does not say how long a payload is. If QEMU's description follows, the lengths come
+//! The stream does not say how long a device's payload is. If QEMU's description follows, the lengths come
 //! from there. If not, sections are found by their footers: the bytes `7e id` end a section if a
 //! plausible header, or the end, follows, and the chain of sections must end exactly at EOF. A
 //! chance match needs nine right bytes in a row; if one leads to a dead end, the search goes back
@@ -17,7 +19,8 @@ use alloc::vec::Vec;
 use core::ops::Range;
 
 use super::description::VmDescription;
-use super::{ram_flag, section};
+use super::parts::before_devices;
+use super::section;
 use crate::cursor::Cursor;
 use crate::error::{FormatError, FormatErrorKind};
 use crate::limits::{BLOCK_NAME_LEN_MAX, DEVICE_SECTIONS_MAX};
@@ -61,7 +64,13 @@ impl DeviceSection {
 /// What follows the "ram" section's START: device sections, EOF and the description.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceState {
-    /// The sections, in the order of the stream.
+    /// File offset and length in bytes of what the sections with parts hold, "ram" apart, which come before
+    /// [`DeviceState::start`]: the page table of pseries, the storage attributes of s390x. Neighbors are
+    /// joined.
+    pub parts: Vec<(u64, u64)>,
+    /// The ids of these sections.
+    part_ids: Vec<u32>,
+    /// The device sections, in the order of the stream.
     pub sections: Vec<DeviceSection>,
     /// File offset of the first FULL section.
     pub start: u64,
@@ -82,43 +91,11 @@ impl DeviceState {
     ///
     /// # Errors
     ///
-    /// Returns [`FormatError`] if another section with parts begins, or if the sections do not
-    /// follow one another to EOF.
+    /// Returns [`FormatError`] if a section with parts is not known or has no end, or if the device
+    /// sections do not follow one another to EOF.
     pub fn locate(bytes: &[u8], offset: u64, ram_id: u32) -> Result<DeviceState, FormatError> {
         let mut cursor = Cursor::new(bytes, offset);
-        loop {
-            match cursor.peek() {
-                Some(section::PART | section::END) => {
-                    cursor.u8("section type")?;
-                    cursor.expect_be32("section id", ram_id)?;
-                    let at = cursor.offset();
-                    let found = cursor.be64("RAM word")?;
-                    if found != ram_flag::EOS {
-                        let field = "RAM word after the block list";
-                        let expected = ram_flag::EOS;
-                        let kind = FormatErrorKind::Differs { field, found, expected };
-                        return Err(FormatError::new(at, kind));
-                    }
-                    cursor.expect_u8("footer", section::FOOTER)?;
-                    cursor.expect_be32("section id in the footer", ram_id)?;
-                }
-                Some(section::COMMAND) => {
-                    cursor.u8("section type")?;
-                    cursor.be16("command")?;
-                    let len = cursor.be16("length of a command")?;
-                    cursor.bytes("command", usize::from(len))?;
-                }
-                Some(section::START) => {
-                    let at = cursor.offset();
-                    cursor.u8("section type")?;
-                    cursor.be32("section id")?;
-                    let name = cursor.counted_text("section name")?;
-                    let what = "section with parts";
-                    return Err(FormatError::new(at, FormatErrorKind::Unsupported { what, name }));
-                }
-                _ => break,
-            }
-        }
+        let (parts, part_ids) = before_devices(&mut cursor, ram_id)?;
         let start = cursor.offset();
         let skipped = usize::try_from(start.saturating_sub(offset)).unwrap_or(usize::MAX);
         let rest = bytes.get(skipped..).unwrap_or_default();
@@ -128,33 +105,44 @@ impl DeviceState {
         let end = start.saturating_add(eof as u64).saturating_add(1);
         let tail = rest.get(eof.saturating_add(1)..).unwrap_or_default();
         let (vm_description, stream_end) = describe(tail, end)?;
-        Ok(DeviceState { sections, start, end, vm_description, stream_end })
+        Ok(DeviceState { parts, part_ids, sections, start, end, vm_description, stream_end })
     }
 
     /// Returns an id that no section has.
     #[must_use]
     pub fn unused_id(&self) -> u32 {
-        (1..).find(|id| self.sections.iter().all(|section| section.id != *id)).unwrap_or(u32::MAX)
+        let is_used = |id| self.sections.iter().any(|section| section.id == id);
+        (1..).find(|id| !is_used(*id) && !self.part_ids.contains(id)).unwrap_or(u32::MAX)
     }
 
-    /// Returns the payload of the first section named `name`. `bytes` are those from
-    /// [`DeviceState::start`] on.
+    /// Returns the length of [`DeviceState::parts`] in bytes.
+    #[must_use]
+    pub fn parts_len(&self) -> u64 {
+        self.parts.iter().map(|&(_, len)| len).sum()
+    }
+
+    /// Returns the payload of the first device section named `name`. `bytes` are those up to
+    /// [`DeviceState::end`], from [`DeviceState::start`] on or with others before them.
     #[must_use]
     pub fn payload<'a>(&self, name: &str, bytes: &'a [u8]) -> Option<&'a [u8]> {
         let section = self.sections.iter().find(|section| section.name == name)?;
         let (start, len) = section.payload();
-        let first = section.offset.checked_sub(self.start)?.checked_add(start)?;
-        let first = usize::try_from(first).ok()?;
+        let first = self.place(section.offset.checked_add(start)?, bytes)?;
         bytes.get(first..first.checked_add(usize::try_from(len).ok()?)?)
     }
 
+    /// Returns the index of a file offset in `bytes`, which end at [`DeviceState::end`].
+    fn place(&self, offset: u64, bytes: &[u8]) -> Option<usize> {
+        bytes.len().checked_sub(usize::try_from(self.end.checked_sub(offset)?).ok()?)
+    }
+
     /// Returns the run state in the section `globalstate`, which decides whether the restored VM
-    /// runs: `running`, `paused`, ... `bytes` are those from [`DeviceState::start`] on.
+    /// runs: `running`, `paused`, ... `bytes` are as for [`DeviceState::payload`].
     ///
     /// `None` if there is no such section; every QEMU since 2.4 writes one.
     #[must_use]
     pub fn run_state<'a>(&self, bytes: &'a [u8]) -> Option<&'a str> {
-        let name = bytes.get(self.run_state_range()?)?;
+        let name = bytes.get(self.run_state_range(bytes)?)?;
         let len = name.iter().position(|&byte| byte == 0)?;
         core::str::from_utf8(name.get(..len)?).ok()
     }
@@ -162,7 +150,7 @@ impl DeviceState {
     /// Writes `state` where [`DeviceState::run_state`] reads it; returns whether there is room.
     #[must_use]
     pub fn set_run_state(&self, bytes: &mut [u8], state: &str) -> bool {
-        let Some(range) = self.run_state_range() else { return false };
+        let Some(range) = self.run_state_range(bytes) else { return false };
         let Some(field) = bytes.get_mut(range).filter(|field| state.len() < field.len()) else {
             return false;
         };
@@ -173,8 +161,8 @@ impl DeviceState {
         true
     }
 
-    /// Returns where the name of the run state lies, counted from [`DeviceState::start`].
-    fn run_state_range(&self) -> Option<Range<usize>> {
+    /// Returns where the name of the run state lies in `bytes`.
+    fn run_state_range(&self, bytes: &[u8]) -> Option<Range<usize>> {
         // be32 size, then the name in 32 bytes, NUL-padded.
         const NAME_OFFSET: u64 = 4;
         const NAME_LEN: u64 = 32;
@@ -183,8 +171,8 @@ impl DeviceState {
         if len < NAME_OFFSET.saturating_add(NAME_LEN) {
             return None;
         }
-        let first = section.offset.checked_sub(self.start)?.checked_add(payload)?;
-        let first = usize::try_from(first.checked_add(NAME_OFFSET)?).ok()?;
+        let name = section.offset.checked_add(payload)?.checked_add(NAME_OFFSET)?;
+        let first = self.place(name, bytes)?;
         Some(first..first.checked_add(32)?)
     }
 }

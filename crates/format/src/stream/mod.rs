@@ -12,7 +12,7 @@
 //! ```
 //!
 //! All integers are big-endian. Payloads have no length of their own: [`decoder`] knows that of
-//! "ram", and [`device_state`] finds those of the devices.
+//! "ram" and of the other sections with parts, and [`device_state`] finds those of the devices.
 
 pub mod configuration;
 pub mod decoder;
@@ -21,6 +21,7 @@ pub mod device_state;
 pub mod encoder;
 pub mod multifd;
 pub mod own_state;
+mod parts;
 mod ram_word;
 pub mod xbzrle;
 

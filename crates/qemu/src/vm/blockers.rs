@@ -24,8 +24,6 @@ pub enum BlockerKind {
     Migration,
     /// The guest is recorded or replayed.
     Replay,
-    /// This architecture keeps state besides RAM that only a migration collects.
-    Architecture,
 }
 
 impl BlockerKind {
@@ -41,7 +39,6 @@ impl BlockerKind {
             }
             BlockerKind::Migration => "wait for the migration to end, or cancel it",
             BlockerKind::Replay => "start the VM without record and replay",
-            BlockerKind::Architecture => "save it by QEMU's own migration to a file",
         }
     }
 }
@@ -74,12 +71,6 @@ impl fmt::Display for Blocker {
     }
 }
 
-/// Machine types whose architecture sends more than RAM and device sections.
-///
-/// pseries sends its page table (`spapr/htab`), and s390 its storage keys and attributes, as
-/// iterable sections of their own, and a save of the device state leaves those out.
-const MACHINES_WITH_MORE: [&str; 2] = ["pseries", "s390-ccw-virtio"];
-
 /// Where QEMU's object tree has the devices that options and `device_add` made.
 pub(super) const DEVICE_CONTAINERS: [&str; 2] = ["/machine/peripheral", "/machine/peripheral-anon"];
 
@@ -108,11 +99,6 @@ impl Vm {
         for drive in self.drives()?.into_iter().filter(|drive| drive.temporary) {
             let reason = format!("disk {} keeps its changes in a temporary file", drive.name());
             blockers.push(Blocker::new(BlockerKind::TemporaryDisk, reason));
-        }
-        let machine = self.machine_type()?;
-        if MACHINES_WITH_MORE.iter().any(|prefix| machine.starts_with(prefix)) {
-            let reason = format!("machine {machine} has state besides RAM and devices");
-            blockers.push(Blocker::new(BlockerKind::Architecture, reason));
         }
         Ok(blockers)
     }

@@ -24,7 +24,8 @@ pub(super) struct LiveRoute {
     /// Whether no other method may be used than those that read this memory.
     only_memory: bool,
     /// Who writes to the guest's RAM and is not stopped by a write protection.
-    other_writer: Option<String>,
+    /// Why QEMU's protection of memory is not enough, if it is not.
+    unprotected: Option<String>,
 }
 
 /// A method, and what it needs.
@@ -42,11 +43,11 @@ impl LiveRoute {
         live: Live,
         (memory, only_memory): (Result<LiveMemory, String>, bool),
     ) -> Result<LiveRoute, SaveError> {
-        let (before, other_writer) = (vm.stream_settings()?, vm.other_writer()?);
+        let (before, unprotected) = (vm.stream_settings()?, unprotected(vm)?);
         let pre_copy = before.pre_copy(live.pause_max, options.with_disks);
         let all: Vec<_> = before.background_snapshot().into_iter().chain([pre_copy]).collect();
         let change = SettingsChange::new(&before, &all);
-        Ok(LiveRoute { before, change, live, memory, only_memory, other_writer })
+        Ok(LiveRoute { before, change, live, memory, only_memory, unprotected })
     }
 
     /// Returns what the save may change in QEMU's migration settings.
@@ -162,8 +163,8 @@ impl LiveRoute {
     /// Has QEMU switch on `background-snapshot`, or says why it cannot be used.
     fn protection(&self, vm: &mut Vm) -> Result<Result<(), String>, SaveError> {
         let version = vm.version()?;
-        Ok(Err(match (&self.other_writer, self.before.background_snapshot()) {
-            (Some(other), _) => format!("{other} writes to the guest's RAM from outside of QEMU"),
+        Ok(Err(match (&self.unprotected, self.before.background_snapshot()) {
+            (Some(reason), _) => reason.clone(),
             _ if !version.has(Feature::StoppableSnapshot) => {
                 format!(
                     "QEMU {version} leaves the guest stopped if a background-snapshot ends early"
@@ -191,6 +192,17 @@ impl LiveRoute {
         vm.apply_stream_settings(&self.before, &settings)?;
         Ok(Chosen { method: LiveMethod::PreCopy { reason }, copied_bytes: 0 })
     }
+}
+
+/// Says why QEMU's write protection does not give the VM as it was in one moment, if it does not.
+fn unprotected(vm: &mut Vm) -> Result<Option<String>, VmError> {
+    if let Some(other) = vm.other_writer()? {
+        return Ok(Some(format!("{other} writes to the guest's RAM from outside of QEMU")));
+    }
+    let machine = vm.machine_with_other_parts()?;
+    Ok(machine.map(|machine| {
+        format!("QEMU does not protect what it sends of machine {machine} besides RAM")
+    }))
 }
 
 /// Resumes the guest if it stands still because of the save. QEMU resumes it by itself if the migration

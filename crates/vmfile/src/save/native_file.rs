@@ -78,7 +78,7 @@ pub(super) fn complete(
 
 /// Everything that follows RAM in the stream.
 struct Tail {
-    /// The end of the section "ram" and the device sections, to EOF.
+    /// The end of the section "ram" and all other sections, to EOF.
     device_state: Vec<u8>,
     vm_description: Vec<u8>,
 }
@@ -92,7 +92,7 @@ fn tail(work: &Work<'_>, snapshot: &Snapshot) -> Result<Tail, SaveError> {
     let mut device_state = read.map_err(SaveError::Written)?;
     let in_tail = |file_offset: u64| usize::try_from(file_offset - offset).expect("in memory");
     let vm_description = device_state.split_off(in_tail(state.end));
-    if !state.set_run_state(&mut device_state[in_tail(state.start)..], &work.meta.run_state) {
+    if !state.set_run_state(&mut device_state, &work.meta.run_state) {
         return Err(SaveError::NoRunState);
     }
     work.draft.put("device_state", offset, &device_state)?;
