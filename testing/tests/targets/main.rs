@@ -1,5 +1,7 @@
 //! VMs of other architectures than x86: their memory comes back, or the save says why it is refused.
 
+mod page_table;
+
 use std::error::Error as _;
 use std::fs;
 use std::os::unix::fs::FileExt as _;
@@ -23,15 +25,17 @@ const FILLED_AT: u64 = 64 << 20;
 struct Target {
     program: &'static str,
     machine: &'static [&'static str],
+    memory: &'static str,
     /// Where the guest sees its RAM.
     ram: u64,
     page_len: u64,
 }
 
-const TARGETS: [Target; 5] = [
+const TARGETS: [Target; 7] = [
     Target {
         program: "qemu-system-aarch64",
         machine: &["-machine", "virt", "-cpu", "cortex-a57"],
+        memory: "128M",
         ram: 0x4000_0000,
         page_len: 4096,
     },
@@ -45,24 +49,44 @@ const TARGETS: [Target; 5] = [
             "-audiodev",
             "none,id=a",
         ],
+        memory: "128M",
         ram: 0,
         page_len: 1024,
     },
     Target {
         program: "qemu-system-riscv64",
         machine: &["-machine", "virt", "-bios", "none"],
+        memory: "128M",
         ram: 0x8000_0000,
         page_len: 4096,
     },
     Target {
         program: "qemu-system-ppc64",
         machine: &["-machine", "mac99"],
+        memory: "128M",
+        ram: 0,
+        page_len: 4096,
+    },
+    Target {
+        program: "qemu-system-ppc64",
+        machine: &["-machine", "pseries"],
+        // A multiple of 256 MiB.
+        memory: "256M",
+        ram: 0,
+        page_len: 4096,
+    },
+    Target {
+        program: "qemu-system-s390x",
+        // Its firmware panics without a disk.
+        machine: &["-machine", "s390-ccw-virtio", "-action", "panic=none"],
+        memory: "128M",
         ram: 0,
         page_len: 4096,
     },
     Target {
         program: "qemu-system-sparc64",
         machine: &["-machine", "sun4u"],
+        memory: "128M",
         ram: 0,
         page_len: 8192,
     },
@@ -87,6 +111,17 @@ impl Drop for Running {
     }
 }
 
+/// Starts a QEMU with two monitors in `directory`, `qmp` and `oracle`; returns its command line as well.
+fn run(mut line: Vec<String>, directory: &Path) -> TestResult<(Running, Vec<String>)> {
+    line.extend(["-display", "none", "-nodefaults", "-accel", "tcg"].map(str::to_owned));
+    for name in ["qmp", "oracle"] {
+        let socket = directory.join(name);
+        line.extend(["-qmp".to_owned(), format!("unix:{},server=on,wait=off", socket.display())]);
+    }
+    let child = Command::new(&line[0]).args(&line[1..]).spawn()?;
+    Ok((Running(child), line))
+}
+
 /// A VM whose memory is filled, in a directory.
 struct Filled {
     _running: Running,
@@ -101,19 +136,12 @@ impl Filled {
         let mut random = Random::new(target.ram);
         let bytes: Vec<u8> =
             (0..FILLED_LEN / 8).flat_map(|_| random.next_number().to_le_bytes()).collect();
-        let at = |name: &str| directory.join(name).display().to_string();
         let mut line: Vec<String> = vec![target.program.to_owned()];
         line.extend(target.machine.iter().map(|&word| word.to_owned()));
-        line.extend(
-            ["-m", "128M", "-display", "none", "-nodefaults", "-accel", "tcg"].map(str::to_owned),
-        );
-        for name in ["qmp", "oracle"] {
-            line.extend(["-qmp".to_owned(), format!("unix:{},server=on,wait=off", at(name))]);
-        }
-        let child = Command::new(&line[0]).args(&line[1..]).spawn()?;
-        let pid = child.id();
-        let filled =
-            Filled { _running: Running(child), directory: directory.to_path_buf(), line, bytes };
+        line.extend(["-m".to_owned(), target.memory.to_owned()]);
+        let (running, line) = run(line, directory)?;
+        let pid = running.0.id();
+        let filled = Filled { _running: running, directory: directory.to_path_buf(), line, bytes };
         filled.oracle("qmp")?.execute("stop", json!({}))?;
         let blocks = Vm::connect(&directory.join("qmp"))?.ram_blocks()?;
         let ram = blocks.iter().max_by_key(|block| block.used_length).ok_or("RAM")?;
