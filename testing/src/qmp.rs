@@ -3,12 +3,15 @@
 //! It does as little as possible and shares no code with `vmfile-qemu`: an oracle that shares code
 //! with what it judges shares its mistakes.
 
-use std::io::{BufRead as _, BufReader, Write as _};
+use std::io::{BufRead as _, BufReader, IoSlice, Write as _};
+use std::mem::MaybeUninit;
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::{Value, json};
 
 use crate::{TestError, TestResult};
@@ -68,6 +71,24 @@ impl Monitor {
                 return Ok(message["return"].take());
             }
         }
+    }
+
+    /// Gives QEMU a descriptor, which it keeps under `name`.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's error, or QEMU's message when it refuses.
+    pub fn give_descriptor(&mut self, name: &str, fd: BorrowedFd<'_>) -> TestResult {
+        let fds = [fd];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        if !control.push(SendAncillaryMessage::ScmRights(&fds)) {
+            return Err("no room for a descriptor".into());
+        }
+        // QEMU keeps what comes with white space before the command as well.
+        let space = [IoSlice::new(b" ")];
+        sendmsg(self.stream.get_ref(), &space, &mut control, SendFlags::NOSIGNAL)?;
+        self.execute("getfd", json!({ "fdname": name })).map(drop)
     }
 
     /// Returns the events that have come so far with the answers to commands.

@@ -1,6 +1,7 @@
 //! A running guest, and the operations of a test on it.
 
 use std::fs;
+use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::process::Child;
 use std::thread;
@@ -94,6 +95,15 @@ impl Guest {
             Some(Ok(Some(status))) => self.explain(&format!("{error}: QEMU ended: {status}")),
             _ => error,
         })
+    }
+
+    /// Gives QEMU a descriptor, which it keeps under `name`.
+    ///
+    /// # Errors
+    ///
+    /// With QEMU's message when it refuses.
+    pub fn give_descriptor(&mut self, name: &str, fd: BorrowedFd<'_>) -> TestResult {
+        self.monitor.give_descriptor(name, fd)
     }
 
     /// Pauses the guest.

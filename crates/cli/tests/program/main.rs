@@ -18,6 +18,7 @@ mod limits;
 mod matrix;
 mod one_moment;
 mod paused;
+mod proxy;
 mod qemu_ends;
 mod run;
 mod send;

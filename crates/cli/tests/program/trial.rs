@@ -135,7 +135,7 @@ impl Trial {
     pub(crate) fn end_a_save(
         &mut self,
         (what, way, file): (&str, usize, &Path),
-        save: impl FnOnce(&Trial) -> TestResult<(Said, u32)>,
+        save: impl FnOnce(&mut Trial) -> TestResult<(Said, u32)>,
     ) -> TestResult {
         let image = self.image()?;
         let images = self.images()?;
