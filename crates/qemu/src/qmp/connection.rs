@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use rustix::event::PollFlags;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, recv};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::command::{decode_answer, encode, timeout_for};
 use super::connect::{connect_within, process_of};
@@ -43,6 +43,8 @@ pub struct Qmp {
     received: Vec<u8>,
     /// How much of `received` is known to hold no line end.
     scanned: usize,
+    /// Whether what comes up to the next line end belongs to a line that was too long.
+    is_within_long_line: bool,
     events: EventQueue,
     greeting: Value,
     timeout: Duration,
@@ -117,6 +119,7 @@ impl Qmp {
             stream,
             received: Vec::new(),
             scanned: 0,
+            is_within_long_line: false,
             events: EventQueue::default(),
             greeting: Value::Null,
             timeout,
@@ -411,8 +414,8 @@ impl Qmp {
             if line.iter().all(u8::is_ascii_whitespace) {
                 continue;
             }
-            return serde_json::from_slice(&line)
-                .map(Some)
+            return serde_json::from_slice::<Map<String, Value>>(&line)
+                .map(|object| Some(Value::Object(object)))
                 .map_err(|source| QmpError::NotJson { during: during.to_owned(), source });
         }
     }
@@ -428,6 +431,9 @@ impl Qmp {
         let Some(position) = unscanned.iter().position(|&byte| byte == b'\n') else {
             self.scanned = self.received.len();
             if self.scanned > LINE_LEN_MAX {
+                // The VM may have to be put back by this connection: the next line counts again.
+                (self.received, self.scanned) = (Vec::new(), 0);
+                self.is_within_long_line = true;
                 let during = during.to_owned();
                 return Err(QmpError::LineTooLong { limit: LINE_LEN_MAX, during });
             }
@@ -444,7 +450,13 @@ impl Qmp {
         match recv(&self.stream, &mut piece[..], RecvFlags::DONTWAIT) {
             Ok((_, 0)) => Err(QmpError::Closed { during: during.to_owned() }),
             Ok((_, len)) => {
-                self.received.extend(piece.iter().take(len));
+                let mut received = piece.get(..len).unwrap_or_default();
+                if self.is_within_long_line {
+                    let end = received.iter().position(|&byte| byte == b'\n');
+                    received = end.and_then(|end| received.get(end + 1..)).unwrap_or_default();
+                    self.is_within_long_line = end.is_none();
+                }
+                self.received.extend(received);
                 Ok(())
             }
             Err(Errno::AGAIN | Errno::INTR) => Ok(()),
