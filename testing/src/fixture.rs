@@ -3,12 +3,18 @@
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use tempfile::TempDir;
 
 use crate::require::{Missing, root};
 use crate::{TestError, TestResult};
+
+/// How long something may use a file system that is to be unmounted.
+const UNMOUNT_TIMEOUT: Duration = Duration::from_secs(20);
 
 const HUGE_PAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
 
@@ -48,13 +54,40 @@ impl Mount {
         Mount::on_loop_device(&EXT4, size_mib)
     }
 
+    /// Makes an xfs of `len` bytes, at least 300 MiB, in a new image.
+    ///
+    /// # Errors
+    ///
+    /// Says what is missing.
+    pub fn make_xfs(image: &Path, len: u64) -> Result<(), Missing> {
+        let made = make_image(&XFS, image, len);
+        made.map_err(|error| Missing::new(format!("no xfs: {error}")))
+    }
+
+    /// Unmounts the file system as soon as nothing uses it, and mounts the one in `image` in its
+    /// place.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's error, also if something uses it for too long.
+    pub fn again(&mut self, image: &Path) -> TestResult {
+        let deadline = Instant::now() + UNMOUNT_TIMEOUT;
+        while let Err(errno) = unmount(self.path(), UnmountFlags::empty()) {
+            if errno != Errno::BUSY || Instant::now() > deadline {
+                return Err(format!("unmount {}: {errno}", self.path().display()).into());
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+        run(Command::new("mount").args(["-o", "loop"]).args([image, self.path()]))
+    }
+
     /// Makes an xfs of `size_mib`, at least 300, in a file and mounts it.
     ///
     /// # Errors
     ///
     /// Says what is missing: root, a loop device, or the file system.
     pub fn xfs(size_mib: u64) -> Result<Mount, Missing> {
-        Mount::on_loop_device(&["mkfs.xfs", "-q"], size_mib)
+        Mount::on_loop_device(&XFS, size_mib)
     }
 
     /// Makes an ext4 of `len` bytes in a new image, in place of one that is there.
@@ -156,6 +189,9 @@ impl Drop for HugePages {
 
 /// The command that makes an ext4 in an image.
 const EXT4: [&str; 3] = ["mkfs.ext4", "-q", "-F"];
+
+/// The command that makes an xfs in an image.
+const XFS: [&str; 2] = ["mkfs.xfs", "-q"];
 
 /// Makes a file system by the command `make` in an image of `len` bytes, in place of one that is there.
 fn make_image(make: &[&str], image: &Path, len: u64) -> TestResult {

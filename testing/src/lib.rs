@@ -20,6 +20,7 @@
 
 mod build_directory;
 mod control_group;
+mod failing_file;
 mod fixture;
 mod guest;
 mod image;
@@ -35,6 +36,7 @@ mod slow_disk;
 pub mod verbs;
 
 pub use control_group::ControlGroup;
+pub use failing_file::FailingFile;
 pub use fixture::{HugePages, Mount};
 pub use guest::boot_sector::BootSector;
 pub use guest::config::{Firmware, GuestConfig, Machine};

@@ -45,7 +45,7 @@ enum Suite {
     Backports(u32),
 }
 
-const PACKAGES: [Package; 17] = [
+const PACKAGES: [Package; 19] = [
     Package {
         name: "qemu-system-x86",
         provides: "qemu-system-x86_64",
@@ -111,6 +111,18 @@ const PACKAGES: [Package; 17] = [
         name: "strace",
         provides: "strace",
         why: "makes system calls fail on purpose",
+        suite: Suite::Own,
+    },
+    Package {
+        name: "nbdkit",
+        provides: "nbdkit",
+        why: "a disk whose reads and writes fail on purpose",
+        suite: Suite::Own,
+    },
+    Package {
+        name: "libnbd-bin",
+        provides: "nbdfuse",
+        why: "shows that disk as a file",
         suite: Suite::Own,
     },
     Package {

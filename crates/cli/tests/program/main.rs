@@ -7,6 +7,7 @@ mod calls;
 mod containers;
 mod damage;
 mod endings;
+mod failing_disk;
 mod guests;
 mod guide;
 mod hard_times;
