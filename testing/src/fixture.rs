@@ -16,6 +16,8 @@ use crate::{TestError, TestResult};
 /// How long something may use a file system that is to be unmounted.
 const UNMOUNT_TIMEOUT: Duration = Duration::from_secs(20);
 
+const USERFAULT: &str = "/proc/sys/vm/unprivileged_userfaultfd";
+
 const HUGE_PAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
 
 /// A file system for one test; dropping it unmounts it.
@@ -184,6 +186,35 @@ impl HugePages {
 impl Drop for HugePages {
     fn drop(&mut self) {
         let _ = fs::write(HUGE_PAGES, self.count_before.to_string());
+    }
+}
+
+/// What users who are not root may do; dropping it puts back what was so before.
+#[derive(Debug)]
+pub struct Unprivileged {
+    before: String,
+}
+
+impl Unprivileged {
+    /// Chooses whether they may make a userfaultfd for faults of the kernel, as QEMU does.
+    ///
+    /// # Errors
+    ///
+    /// Says what is missing: root, or this setting, which Linux has since 5.2.
+    pub fn userfault(is_allowed: bool) -> Result<Unprivileged, Missing> {
+        root()?;
+        let missing =
+            |error: std::io::Error| Missing::beyond_setup(format!("{USERFAULT}: {error}"));
+        let before = fs::read_to_string(USERFAULT).map_err(missing)?;
+        let setting = Unprivileged { before };
+        fs::write(USERFAULT, u8::from(is_allowed).to_string()).map_err(missing)?;
+        Ok(setting)
+    }
+}
+
+impl Drop for Unprivileged {
+    fn drop(&mut self) {
+        let _ = fs::write(USERFAULT, &self.before);
     }
 }
 

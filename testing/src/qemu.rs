@@ -126,6 +126,12 @@ impl Qemu {
         &self.program
     }
 
+    /// Returns the same QEMU, whose program lies elsewhere.
+    #[must_use]
+    pub fn as_program(&self, program: &Path) -> Qemu {
+        Qemu { program: program.to_path_buf(), ..self.clone() }
+    }
+
     /// Returns the file of the program.
     ///
     /// # Errors

@@ -9,6 +9,7 @@ use tempfile::TempDir;
 
 use super::config::GuestConfig;
 use crate::TestResult;
+use crate::ordinary_user::OrdinaryUser;
 use crate::qemu::Qemu;
 
 /// A VM whose files and command line are ready.
@@ -47,9 +48,21 @@ impl Prepared {
         self.directory.path().join("qmp")
     }
 
-    pub(super) fn spawn(&self, more: &[&str]) -> TestResult<Child> {
+    /// Makes all files of this VM the user's, so that its QEMU can run as that user.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's error.
+    pub fn belongs_to(&self, user: &OrdinaryUser) -> TestResult {
+        user.take(self.directory())?;
+        user.take(self.config.files.path())?;
+        self.ram_files.as_ref().map_or(Ok(()), |files| user.take(files.directory.path()))
+    }
+
+    /// Starts QEMU by `command`, which runs its program; `more` are arguments.
+    pub(super) fn spawn(&self, mut command: Command, more: &[&str]) -> TestResult<Child> {
         let errors = File::options().create_new(true).append(true).open(self.stderr_path())?;
-        Command::new(self.qemu.program())
+        command
             .args(&self.arguments)
             .args(more)
             .stdin(Stdio::null())

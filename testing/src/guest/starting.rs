@@ -1,5 +1,6 @@
 //! Starts a guest from its description.
 
+use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::boot_sector::BootSector;
@@ -9,6 +10,7 @@ use super::prepared::{Prepared, RamFiles};
 use super::ram::{Ram, RamKind};
 use super::running::Guest;
 use crate::TestResult;
+use crate::ordinary_user::OrdinaryUser;
 use crate::qemu::Qemu;
 
 impl Guest {
@@ -91,8 +93,22 @@ impl Prepared {
     ///
     /// When QEMU does not start, with what it says.
     pub fn start(self, more: &[&str]) -> TestResult<Guest> {
-        let child = self.spawn(more)?;
+        let child = self.spawn(Command::new(self.qemu.program()), more)?;
         Guest::connect(self, Some(child))
+    }
+
+    /// Starts QEMU as `user`, to whom all files of this VM then belong, and waits until the guest has
+    /// reported a pass.
+    ///
+    /// # Errors
+    ///
+    /// When QEMU does not start, with what it says.
+    pub fn start_as(self, user: &OrdinaryUser) -> TestResult<Guest> {
+        self.belongs_to(user)?;
+        let child = self.spawn(user.command(self.qemu.program()), &[])?;
+        let guest = Guest::connect(self, Some(child))?;
+        guest.wait_for_count(1)?;
+        Ok(guest)
     }
 
     /// Takes charge of a QEMU that another program started with [`Prepared::command_line`].

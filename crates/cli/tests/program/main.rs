@@ -18,6 +18,7 @@ mod kills;
 mod limits;
 mod matrix;
 mod one_moment;
+mod ordinary_user;
 mod paused;
 mod proxy;
 mod qemu_ends;
