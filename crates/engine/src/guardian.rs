@@ -73,9 +73,11 @@ impl Guardian {
         if child == 0 {
             guard(theirs.as_raw_fd(), socket.as_raw_fd(), workspace);
         }
+        // Read before another call changes it.
+        let refused = io::Error::last_os_error();
         drop(blocked);
-        let child = Pid::from_raw(child).filter(|_| child > 0);
-        let child = child.ok_or_else(io::Error::last_os_error)?;
+        // -1 says that the kernel refused; `Pid::from_raw` must not get it.
+        let child = Pid::from_raw(child.max(0)).ok_or(refused)?;
         // Only the child may have this end: otherwise this process could not notice that the child
         // has ended.
         drop(theirs);
