@@ -45,12 +45,14 @@ impl Failure {
     pub(crate) fn new(code: Code, kind: &'static str, error: &dyn Error) -> Failure {
         let mut message = error.to_string();
         let mut source = error.source();
+        let mut hint = None;
         while let Some(error) = source {
             message.push_str(": ");
             message.push_str(&error.to_string());
+            hint = error.downcast_ref().and_then(hints::limit).or(hint);
             source = error.source();
         }
-        Failure { code, kind, message: shortened(message), hint: None }
+        Failure { code, kind, message: shortened(message), hint: hint.map(str::to_owned) }
     }
 
     pub(crate) fn usage(message: String) -> Failure {
@@ -66,8 +68,11 @@ impl Failure {
         Failure::usage(words.join(" ")).hint("--help says more")
     }
 
+    /// Gives the failure this hint, unless its cause is known to be another one.
     pub(crate) fn hint(mut self, hint: &str) -> Failure {
-        self.hint = Some(hint.to_owned());
+        if !self.hint.as_deref().is_some_and(hints::is_certain) {
+            self.hint = Some(hint.to_owned());
+        }
         self
     }
 
@@ -127,6 +132,9 @@ impl From<&SnapshotError> for Failure {
                 .hint("put the base where it was, or into the directory of the thin file under its name there"),
             SnapshotError::ChainTooLong { .. } | SnapshotError::BaseLacksPages { .. } => {
                 Failure::new(Code::File, "base", error)
+            }
+            SnapshotError::Open { source, .. } if source.kind() == ErrorKind::PermissionDenied => {
+                Failure::new(Code::System, "io", error).hint(OWNER)
             }
             SnapshotError::TooMuchRam { .. } => Failure::new(Code::System, "no_memory", error),
             _ => Failure::new(Code::System, "io", error),
@@ -308,6 +316,18 @@ const SECRETS: &str = "--secret ID=FILE gives the value of a secret object; for 
 const TRACE: &str = "reading another process's memory needs its user and the right to trace it, or \
                      root; --route stream needs neither";
 
+/// The hint for a file that this user may not read.
+const OWNER: &str =
+    "vmfile makes files that only their owner may read: run as that user, or as root";
+
+/// The hints for a socket to which nothing can be sent.
+const SOCKET: &str = "run as the user of the QEMU that listens there, or as root";
+const INCOMING: &str = "start a QEMU with -incoming unix:PATH first";
+
+/// The hints for a socket that cannot be made.
+const PLACE: &str = "name a socket in a directory where this user may make files";
+const LEFT_OVER: &str = "nothing may be there yet, not even a socket that was left over";
+
 /// The hint if the connection to a monitor broke.
 const CUT_OFF: &str =
     "there is no file; find out what closes connections between vmfile and QEMU's monitor";
@@ -372,8 +392,11 @@ impl From<&ReceiveError> for Failure {
             ReceiveError::TimedOut { .. } => Failure::new(Code::Vm, "timed_out", error).hint(
                 "--timeout waits longer; a guest that writes faster than it is sent never ends",
             ),
-            ReceiveError::Listen { .. } => Failure::new(Code::System, "listen", error)
-                .hint("nothing may be there yet, not even a socket that was left over"),
+            ReceiveError::Listen { source, .. } => {
+                let is_denied = source.kind() == ErrorKind::PermissionDenied;
+                let hint = if is_denied { PLACE } else { LEFT_OVER };
+                Failure::new(Code::System, "listen", error).hint(hint)
+            }
             ReceiveError::Pages(error) => Failure::from(error),
             _ => Failure::new(Code::System, "io", error),
         }
@@ -496,8 +519,11 @@ impl From<&SendError> for Failure {
     fn from(error: &SendError) -> Failure {
         match error {
             SendError::Pages(error) => Failure::from(error),
-            SendError::Connect { .. } => Failure::new(Code::Vm, "connect", error)
-                .hint("start a QEMU with -incoming unix:PATH first"),
+            SendError::Connect { source, .. } => {
+                let is_denied = source.kind() == ErrorKind::PermissionDenied;
+                let hint = if is_denied { SOCKET } else { INCOMING };
+                Failure::new(Code::Vm, "connect", error).hint(hint)
+            }
             SendError::PeerClosed { .. } => Failure::new(Code::Vm, "peer_closed", error)
                 .hint("QEMU says on its stderr why it refused the stream"),
             SendError::NoSocket => Failure::new(Code::Usage, "usage", error),

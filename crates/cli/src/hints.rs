@@ -1,6 +1,28 @@
 //! What the user can do, where that hangs on what was found or on what the user gave.
 
+use std::io;
+
+use rustix::io::Errno;
 use vmfile::{LaunchError, Mismatch, RestoreError};
+
+/// The hints for limits of a process.
+const FILES: &str = "`ulimit -n` says how many files this process may have open";
+const PROCESSES: &str = "if a thread or a process could not be started: `ulimit -u` says how many this \
+                         user may have";
+
+/// Returns what to look at if the kernel's error may come from a limit of this process or user.
+pub(crate) fn limit(error: &io::Error) -> Option<&'static str> {
+    match error.raw_os_error().map(Errno::from_raw_os_error) {
+        Some(Errno::MFILE) => Some(FILES),
+        Some(Errno::AGAIN) => Some(PROCESSES),
+        _ => None,
+    }
+}
+
+/// Whether a hint says more than one that fits other causes of the same failure.
+pub(crate) fn is_certain(hint: &str) -> bool {
+    hint == FILES
+}
 
 /// What the user gave a restore to make the VM with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -324,8 +324,9 @@ impl<'a> PageCheck<'a> {
         let width = (self.options.io, self.options.jobs.count());
         let blocks = &self.snapshot.structure().blocks;
         let workers = Workers::start_reading(&self.file, width, WINDOW_LEN);
-        let workers = workers
-            .map_err(PagesError::reading("the file, with the back end that was asked for"))?;
+        let workers = workers.map_err(PagesError::reading(
+            "the file: take threads, memory and the back end that was asked for",
+        ))?;
         let (bitmaps, control) = (&self.bitmaps[..], self.control);
         WindowReader {
             blocks,

@@ -125,8 +125,9 @@ impl SocketPlace {
             listener.path_of_sender = Path::new("/tmp").join(&self.name).join(SOCKET);
             listener.directory = Some((parent.into(), self.name));
             if let Some(uid) = self.sender.and_then(find_user) {
-                hand_over(&path, uid).map_err(error)?;
-                hand_over(&directory, uid).map_err(error)?;
+                for path in [&path, &directory] {
+                    hand_over(path, uid).map_err(|source| error(not_handed_over(uid, &source)))?;
+                }
             }
             Ok(listener)
         });
@@ -172,4 +173,9 @@ fn find_user(pid: u32) -> Option<u32> {
 /// Gives a file to a user, unless that is this process's own user.
 fn hand_over(path: &Path, uid: u32) -> io::Result<()> {
     if uid == rustix::process::geteuid().as_raw() { Ok(()) } else { chown(path, Some(uid), None) }
+}
+
+/// Says what a kernel's error of [`hand_over`] was about: only root may give a file away.
+fn not_handed_over(uid: u32, error: &io::Error) -> io::Error {
+    io::Error::new(error.kind(), format!("give it to user {uid}, who runs QEMU: {error}"))
 }

@@ -12,7 +12,7 @@ use vmfile_format::manifest::{
 use vmfile_qemu::{Drive, FileId, Image, IoLimits, ProcessInfo, Vm, redact_image};
 
 use super::{After, SaveOptions};
-use crate::error::SaveError;
+use crate::error::{SaveError, with_sources};
 use crate::image_facts::{self, Use};
 use crate::image_path::is_file;
 
@@ -85,6 +85,7 @@ pub(super) fn look(
         Ok(process) => process,
         Err(error) if error.is_out_of_reach() => {
             if meta.disks.iter().any(|disk| disk.images.iter().any(|image| is_file(&image.path))) {
+                let error = with_sources(&error);
                 warnings.push(format!("disk images could not be looked at: {error}"));
             }
             return Ok(warnings);

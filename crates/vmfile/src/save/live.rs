@@ -173,7 +173,7 @@ impl LiveRoute {
             (None, None) => "this QEMU has no background-snapshot".to_owned(),
             (None, Some(ours)) => match vm.change_stream_settings(&self.before, &ours) {
                 Ok(()) => return Ok(Ok(())),
-                Err(error) if error.is_refused() => error.to_string(),
+                Err(error) if error.is_refused() => with_what_qemu_needs(error.to_string()),
                 Err(error) => return Err(error.into()),
             },
         }))
@@ -214,6 +214,18 @@ fn let_run(vm: &mut Vm, may_stand: bool) -> Result<(), VmError> {
         return Ok(());
     }
     vm.cont()
+}
+
+/// Adds what QEMU did not say: it calls the kernel too old also if QEMU's user may not use userfaultfd. QEMU 8.0
+/// and later try `/dev/userfaultfd` first, which Linux has since 6.1.
+fn with_what_qemu_needs(refusal: String) -> String {
+    if !refusal.contains("not supported by host kernel") {
+        return refusal;
+    }
+    format!(
+        "{refusal}: QEMU needs Linux 5.7, and to be root, to have CAP_SYS_PTRACE, to be allowed to open \
+         /dev/userfaultfd, or vm.unprivileged_userfaultfd=1"
+    )
 }
 
 /// What was copied while the guest ran.
