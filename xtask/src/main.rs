@@ -8,6 +8,7 @@ mod chaos;
 mod command;
 mod demo;
 mod guest;
+mod memory;
 mod qemus;
 mod setup;
 mod test;
@@ -31,6 +32,8 @@ usage: cargo xtask VERB
                    measure vmfile as it is here beside the revision BASE, pair by pair
   chaos vmfile|qemu|calls|power|rounds [MOMENTS [SEED]]
                    end one of them at random moments of saves and restores, 300 if not said
+  memory [miri] [memcheck]
+                   look for wrong uses of memory, by Miri and by valgrind
   tidy             check what no compiler checks: walls, words, links
 ";
 
@@ -56,6 +59,7 @@ fn run(verb: &str, rest: &[String]) -> Result<(), Box<dyn Error>> {
         "test" => test::run(&workspace, rest),
         "demo" => demo::run(&workspace),
         "chaos" => chaos::run(&workspace, rest),
+        "memory" => memory::run(&workspace, rest),
         "bench" => bench::run(&workspace, rest),
         "tidy" => tidy::run(&workspace),
         "help" | "-h" | "--help" => {

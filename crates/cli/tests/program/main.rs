@@ -17,6 +17,7 @@ mod in_use;
 mod kills;
 mod limits;
 mod matrix;
+mod memcheck;
 mod one_moment;
 mod ordinary_user;
 mod paused;
