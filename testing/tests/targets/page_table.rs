@@ -17,23 +17,23 @@ use super::{installed, run};
 const ENTRY: usize = 0x100;
 
 /// How many entries the guest makes.
-const ENTRIES: u64 = 1000;
+const ENTRIES: u16 = 1000;
 
 /// What the guest runs instead of firmware, in the instructions of a POWER: it asks QEMU for page table
 /// entries (the hypercall H_ENTER), one in each group of eight, and stands at `DONE` then.
 const GUEST: [u32; 12] = [
-    0x3900_0001, // li    r8, 1
-    0x3860_0008, // li    r3, H_ENTER
-    0x3880_0000, // li    r4, 0
-    0x7905_1f24, // sldi  r5, r8, 3     the group
-    0x7906_64e4, // sldi  r6, r8, 12    which page the entry is for
-    0x60c6_0001, // ori   r6, r6, 1     valid
-    0x38e0_0010, // li    r7, 0x10      the page at address 0
-    0x4400_0022, // sc    1
-    0x3908_0001, // addi  r8, r8, 1
+    0x3900_0001,                      // li    r8, 1
+    0x3860_0008,                      // li    r3, H_ENTER
+    0x3880_0000,                      // li    r4, 0
+    0x7905_1f24,                      // sldi  r5, r8, 3     the group
+    0x7906_64e4,                      // sldi  r6, r8, 12    which page the entry is for
+    0x60c6_0001,                      // ori   r6, r6, 1     valid
+    0x38e0_0010,                      // li    r7, 0x10      the page at address 0
+    0x4400_0022,                      // sc    1
+    0x3908_0001,                      // addi  r8, r8, 1
     0x2c28_0000 + ENTRIES as u32 + 1, // cmpdi r8, ENTRIES + 1
-    0x4180_ffdc, // blt   the second instruction
-    0x4800_0000, // b     here
+    0x4180_ffdc,                      // blt   the second instruction
+    0x4800_0000,                      // b     here
 ];
 
 /// The last instruction.
@@ -90,16 +90,19 @@ fn table(file: &Path) -> TestResult<Table> {
             take(8);
         }
         let head = number(take(4));
-        while head == 0 {
-            let (index, valid, invalid) = (number(take(4)), number(take(2)), number(take(2)));
-            if (index, valid, invalid) == (0, 0, 0) {
-                break;
-            }
-            for place in index..index + valid {
-                table.insert(place, take(16).to_vec());
-            }
-            for place in index + valid..index + valid + invalid {
-                table.remove(&place);
+        // Any other head means that no group follows.
+        if head == 0 {
+            loop {
+                let (index, valid, invalid) = (number(take(4)), number(take(2)), number(take(2)));
+                if (index, valid, invalid) == (0, 0, 0) {
+                    break;
+                }
+                for place in index..index + valid {
+                    table.insert(place, take(16).to_vec());
+                }
+                for place in index + valid..index + valid + invalid {
+                    table.remove(&place);
+                }
             }
         }
         assert_eq!(take(1), [0x7e]);
@@ -135,7 +138,7 @@ fn the_page_table_of_pseries_comes_back() -> TestResult {
     }
     drop((vm, running));
     let mut expected = Table::new();
-    for entry in 1..=ENTRIES {
+    for entry in 1..=u64::from(ENTRIES) {
         let words = [entry << 12 | 1, 0x10];
         let bytes = words.iter().flat_map(|word| word.to_be_bytes()).collect();
         expected.insert(entry * 8, bytes);

@@ -125,7 +125,7 @@ fn a_user_saves_a_vm_in_every_way_and_has_it_back_in_every_mode() -> TestResult 
         let file = user.path(&format!("{number}.vmf"));
         let report = user.saves(&mut guest, &file, way)?;
         assert_eq!(report["route"], route, "{way:?}: {report}");
-        assert_eq!(report["warnings"].to_string().contains("denied"), false, "{report}");
+        assert!(!report["warnings"].to_string().contains("denied"), "{report}");
         user.vmfile(&words!["info", file])?.assert(0, &["cli-461"]);
     }
     for (file, mode) in [("0", "map"), ("2", "load"), ("3", "stream"), ("5", "map"), ("7", "load")]

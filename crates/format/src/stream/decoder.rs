@@ -327,9 +327,7 @@ impl StreamDecoder {
             (kind @ (section::PART | section::END), _) => self.part((bytes, cursor), kind, ram),
             (section::COMMAND, _) => self.command(cursor, ram),
             (section::FULL, _) => self.first_device(cursor, ram),
-            (section::EOF, Ram::Started | Ram::Ended) => {
-                Ok((0, None, State::Devices))
-            }
+            (section::EOF, Ram::Started | Ram::Ended) => Ok((0, None, State::Devices)),
             (found, _) => Err(self.refuse("section type", format!("{found:#04x}"))),
         }
     }

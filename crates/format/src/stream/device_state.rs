@@ -19,7 +19,7 @@ use alloc::vec::Vec;
 use core::ops::Range;
 
 use super::description::VmDescription;
-use super::parts::before_devices;
+use super::parts::{OtherParts, before_devices};
 use super::section;
 use crate::cursor::Cursor;
 use crate::error::{FormatError, FormatErrorKind};
@@ -95,7 +95,7 @@ impl DeviceState {
     /// sections do not follow one another to EOF.
     pub fn locate(bytes: &[u8], offset: u64, ram_id: u32) -> Result<DeviceState, FormatError> {
         let mut cursor = Cursor::new(bytes, offset);
-        let (parts, part_ids) = before_devices(&mut cursor, ram_id)?;
+        let OtherParts { places: parts, ids: part_ids } = before_devices(&mut cursor, ram_id)?;
         let start = cursor.offset();
         let skipped = usize::try_from(start.saturating_sub(offset)).unwrap_or(usize::MAX);
         let rest = bytes.get(skipped..).unwrap_or_default();

@@ -80,9 +80,8 @@ impl PartSections {
         let name = cursor.counted_text("section name")?;
         cursor.be32("instance of a section with parts")?;
         cursor.be32("version of a section with parts")?;
-        let refuse = |what, name| {
-            Err(FormatError::new(offset, FormatErrorKind::Unsupported { what, name }))
-        };
+        let refuse =
+            |what, name| Err(FormatError::new(offset, FormatErrorKind::Unsupported { what, name }));
         let contents = match name.as_str() {
             "spapr/htab" => Contents::PageTable,
             "s390-storage_attributes" => Contents::StorageAttributes,
@@ -115,11 +114,6 @@ impl PartSections {
                 Err(FormatError::new(offset, FormatErrorKind::Unsupported { what, name }))
             }
         }
-    }
-
-    /// Returns the ids of the sections.
-    pub(super) fn ids(&self) -> Vec<u32> {
-        self.begun.iter().map(|section| section.id).collect()
     }
 }
 
@@ -188,12 +182,20 @@ fn data(left: u64) -> Next {
     if left == 0 { Next::Record } else { Next::Data(left) }
 }
 
+/// The parts of all sections but "ram".
+pub(super) struct OtherParts {
+    /// File offset and length in bytes; neighbors are joined.
+    pub(super) places: Vec<(u64, u64)>,
+    /// The ids of the sections.
+    pub(super) ids: Vec<u32>,
+}
+
 /// Takes what stands before the first device section: parts of sections, commands, and empty parts of the
-/// section "ram", whose id is `ram_id`. Returns where the parts of other sections are, and their ids.
+/// section "ram", whose id is `ram_id`.
 pub(super) fn before_devices(
     cursor: &mut Cursor<'_>,
     ram_id: u32,
-) -> Result<(Vec<(u64, u64)>, Vec<u32>), FormatError> {
+) -> Result<OtherParts, FormatError> {
     let mut sections = PartSections::default();
     let mut places: Vec<(u64, u64)> = Vec::new();
     loop {
@@ -240,7 +242,8 @@ pub(super) fn before_devices(
         places.push((offset, len));
     }
     sections.have_ended(cursor.offset())?;
-    Ok((places, sections.ids()))
+    let ids = sections.begun.iter().map(|section| section.id).collect();
+    Ok(OtherParts { places, ids })
 }
 
 /// Takes a part of "ram" after the id that was found, if it has no page.
