@@ -305,3 +305,15 @@ fn what_puts_back_has_a_limit_of_its_own() {
     assert!(matches!(error, QmpError::Timeout { .. }), "{error}");
     assert!(started.elapsed() < SHORT * 3, "{:?}", started.elapsed());
 }
+
+/// A save that a monitor left without an answer waited for ten seconds in each of its steps back, and for a minute
+/// in all.
+#[test]
+fn what_puts_back_waits_once_for_a_peer_that_is_silent() {
+    let mut qmp = connect(LONG, |stream| hold(greet(stream))).unwrap();
+    let (started, limit) = (Instant::now(), SHORT * 5);
+    for command in ["cont", "migrate-set-parameters", "object-del"] {
+        qmp.unstoppable(limit, |qmp| qmp.execute(command, Value::Null)).unwrap_err();
+    }
+    assert!(started.elapsed() < limit * 2, "{:?}", started.elapsed());
+}

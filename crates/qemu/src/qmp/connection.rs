@@ -20,7 +20,7 @@ use super::connect::{connect_within, process_of};
 use super::error::QmpError;
 use super::event::{Event, EventQueue};
 use super::holders::Holders;
-use super::wait::{Limits, Wait, WaitEnd};
+use super::wait::{LastWait, Limits, Wait, WaitEnd};
 use crate::pass_fd;
 use crate::proc::is_process_stopped;
 
@@ -296,7 +296,11 @@ impl Qmp {
         self.send(command, &encode(command, arguments, id), fd, &mut wait)?;
         loop {
             let message = self.read_message(command, &when, &mut wait);
-            self.limits.set_still(matches!(message, Err(QmpError::ProcessStopped { .. })));
+            self.limits.note(match &message {
+                Err(QmpError::ProcessStopped { .. }) => LastWait::ProcessStopped,
+                Ok(None) if self.limits.is_putting_back() => LastWait::SilentPutBack,
+                _ => LastWait::Answered,
+            });
             let message = message.map_err(|error| match error {
                 QmpError::Stopped { when, .. } => QmpError::Stopped { when, is_sent: true },
                 error => error,

@@ -32,15 +32,26 @@ pub(super) struct Limits {
     stop: Option<Arc<AtomicBool>>,
     /// QEMU's process, if it is known.
     process: Option<u32>,
-    /// Whether the last wait for an answer found the process stopped; the next one is shorter then.
-    was_still: bool,
+    /// How the last wait for an answer ended; the next one may be shorter.
+    last: LastWait,
     /// Set while things are put back: the stop flag is ignored, and the waits end at this instant.
     put_back_until: Option<Instant>,
 }
 
+/// How a wait for an answer has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum LastWait {
+    /// With an answer, or with an error that says nothing about the next wait.
+    Answered,
+    /// QEMU's process was stopped.
+    ProcessStopped,
+    /// QEMU did not answer within the limit of what was put back.
+    SilentPutBack,
+}
+
 impl Limits {
     pub(super) fn new(stop: Option<Arc<AtomicBool>>) -> Limits {
-        Limits { stop, process: None, was_still: false, put_back_until: None }
+        Limits { stop, process: None, last: LastWait::Answered, put_back_until: None }
     }
 
     /// Makes every wait end when `stop` is set.
@@ -58,9 +69,9 @@ impl Limits {
         self.process
     }
 
-    /// Notes whether QEMU's process was found stopped, or has answered.
-    pub(super) fn set_still(&mut self, is_still: bool) {
-        self.was_still = is_still;
+    /// Notes how a wait for an answer has ended.
+    pub(super) fn note(&mut self, last: LastWait) {
+        self.last = last;
     }
 
     /// Ignores the stop flag from now on, for `limit` in all; returns the value for
@@ -76,6 +87,11 @@ impl Limits {
     /// Ends what [`Limits::ignore_stop`] began.
     pub(super) fn leave(&mut self, before: Option<Instant>) {
         self.put_back_until = before;
+    }
+
+    /// Tells whether things are put back.
+    pub(super) fn is_putting_back(&self) -> bool {
+        self.put_back_until.is_some()
     }
 
     /// Tells whether the stop flag is set and is not ignored.
@@ -105,7 +121,11 @@ impl Limits {
 
     /// Begins a wait for the answer to a command.
     pub(super) fn wait_for_answer(&self, timeout: Duration) -> Wait {
-        let still_timeout = if self.was_still { LAST_CHANCE } else { STILL_TIMEOUT };
+        let was_still = self.last == LastWait::ProcessStopped;
+        let still_timeout = if was_still { LAST_CHANCE } else { STILL_TIMEOUT };
+        // What is put back waits for its limit once, and not for each of its commands.
+        let is_silent = self.put_back_until.is_some() && self.last == LastWait::SilentPutBack;
+        let timeout = if is_silent { LAST_CHANCE } else { timeout };
         let process = self.process;
         Wait { grace: ANSWER_GRACE, process, still_timeout, ..self.wait(timeout) }
     }
