@@ -76,6 +76,8 @@ fn own_memory() -> TestResult<u64> {
 fn a_guest_that_is_saved_and_restored_again_and_again_is_right_and_leaves_nothing() -> TestResult {
     let (name, value) = RETURN_TO_KERNEL;
     if std::env::var_os(name).is_some_and(|given| given == value) {
+        // The first line follows the name of the test.
+        println!("with {name}={value}");
         let qemu = requires!(Qemu::of(Release::Distribution));
         println!("{}", rounds(&qemu)?);
         return Ok(());
@@ -83,8 +85,15 @@ fn a_guest_that_is_saved_and_restored_again_and_again_is_right_and_leaves_nothin
     // The allocator reads its settings when a process starts.
     let mut again = Command::new(std::env::current_exe()?);
     let again = again.args(std::env::args_os().skip(1)).env(name, value);
-    let status = again.env("RUST_TEST_NOCAPTURE", "1").status()?;
-    if status.success() { Ok(()) } else { Err(format!("the rounds: {status}").into()) }
+    let output = again.env("RUST_TEST_NOCAPTURE", "1").output()?;
+    let (said, errors) = (String::from_utf8(output.stdout)?, String::from_utf8(output.stderr)?);
+    // Its other lines would be counted as those of one more test.
+    let is_read = |line: &&str| line.starts_with("skipped: ");
+    said.lines().filter(is_read).for_each(|line| println!("{line}"));
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(format!("the rounds: {}\n{said}{errors}", output.status).into())
 }
 
 /// Makes the rounds, and says what this process held and used.
