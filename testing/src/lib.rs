@@ -17,8 +17,13 @@
 //! A test that cannot run here prints `skipped: ` and the reason on a separate line, and passes.
 //! `cargo xtask test` counts and lists those lines. With `CI=true` the test fails instead, so that
 //! CI never skips a test unnoticed.
+//!
+//! A test that tries cases calls [`cases`] with the number that it has tried: `cargo xtask test` adds them
+//! up, and docs/reliability.md shows them.
 
 mod build_directory;
+mod case;
+mod cases;
 mod control_group;
 mod failing_file;
 mod fixture;
@@ -36,6 +41,8 @@ mod saved;
 mod slow_disk;
 pub mod verbs;
 
+pub use case::Case;
+pub use cases::cases;
 pub use control_group::ControlGroup;
 pub use failing_file::FailingFile;
 pub use fixture::{HugePages, Mount, Unprivileged};

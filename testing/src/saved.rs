@@ -28,7 +28,7 @@ use vmfile::{Control, LaunchedQemu, RestoreError, Snapshot};
 
 use crate::build_directory::target_directory;
 use crate::verbs::{check_is_clean, restore, restore_into, save_with};
-use crate::{Guest, GuestConfig, Qemu, TestResult};
+use crate::{Case, Guest, GuestConfig, Qemu, TestResult, cases};
 
 /// A file with a saved guest, in its own directory, which is removed when this is dropped.
 #[derive(Debug)]
@@ -275,6 +275,7 @@ impl<R> Saved<R> {
         let (begun, ended) = self.passes;
         let may_be_first = begun + 1..=ended + 2;
         assert!(may_be_first.contains(&first), "pass {first} comes first, of {may_be_first:?}");
+        cases(1, Case::Restore);
         Ok(())
     }
 }

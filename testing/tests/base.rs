@@ -12,7 +12,7 @@ use vmfile::save::{After, BaseFile, BaseUsed, Live, LiveMethod, Route, SaveOptio
 use vmfile::{Control, Existing, Snapshot};
 use vmfile_testing::verbs::restore;
 use vmfile_testing::{
-    Guest, Machine, Mount, Qemu, Ram, Release, Saved, TestResult, given, requires,
+    Case, Guest, Machine, Mount, Qemu, Ram, Release, Saved, TestResult, cases, given, requires,
 };
 
 fn resumed() -> SaveOptions {
@@ -139,6 +139,7 @@ fn a_base_that_cannot_be_one_is_refused_and_the_guest_runs_on() -> TestResult {
         let error = guest.save_fails(&resumed().base(on(base)))?;
         let words = format!("{error}: {:?}", std::error::Error::source(&error));
         assert!(words.contains(word), "{words}, expected {word:?}");
+        cases(1, Case::WrongInput);
         Ok(())
     };
     // Of another machine, and of another size.

@@ -14,7 +14,9 @@ use vmfile::error::SaveError;
 use vmfile::save::{After, Live, Route, SaveOptions};
 use vmfile::{Backend, Control, DirectIo, Jobs, Progress, Snapshot, SnapshotError, Vm};
 use vmfile_testing::verbs::check_is_clean;
-use vmfile_testing::{Guest, Monitor, Mount, Qemu, Ram, Release, TestResult, requires};
+use vmfile_testing::{
+    Case, Guest, Monitor, Mount, Qemu, Ram, Release, TestResult, cases, requires,
+};
 
 fn boot(qemu: &Qemu) -> TestResult<Guest> {
     let guest = Guest::boot_sector(Ram::private(128)).seed(41).boot_to(qemu, 1)?;
@@ -109,6 +111,7 @@ fn a_live_save_whose_migration_another_client_cancels_leaves_no_file() -> TestRe
         assert!(matches!(&error, SaveError::Migration { reason } if by_another(reason)), "{error}");
         nothing_happened(&mut guest, directory.path())?;
         assert_eq!(guest.qmp("query-migrate-capabilities", json!({}))?, settings);
+        cases(1, Case::Interference);
     }
     Ok(())
 }
@@ -147,6 +150,7 @@ fn a_setting_that_another_client_changes_while_a_save_fails_stays_changed() -> T
         let found = guest.qmp("query-migrate-parameters", json!({}))?;
         assert_eq!(found, settings, "{options:?}");
         nothing_happened(&mut guest, directory.path())?;
+        cases(1, Case::Interference);
     }
     Ok(())
 }
@@ -180,6 +184,7 @@ fn a_disk_that_fills_up_in_the_middle_harms_nobody() -> TestResult {
             "{error}"
         );
         nothing_happened(&mut guest, &inside)?;
+        cases(1, Case::Shortage);
         fs::remove_file(&other)?;
     }
     Ok(())
@@ -197,6 +202,7 @@ fn a_disk_that_is_too_small_is_refused_before_the_vm_is_paused() -> TestResult {
     assert!(matches!(error, SaveError::NoSpace { .. }), "{error}");
     let stopped = guest.qmp("query-status", json!({}))?;
     assert_eq!(stopped["status"], "running");
+    cases(1, Case::Shortage);
     nothing_happened(&mut guest, mount.path())
 }
 
@@ -236,6 +242,7 @@ fn a_qemu_that_dies(guest: &Guest, options: SaveOptions) -> TestResult {
     if !matches!(error, SaveError::Release { .. }) {
         assert_eq!(fs::read_dir(directory.path())?.count(), 0, "{error}");
     }
+    cases(1, Case::QemuEnd);
     Ok(())
 }
 
@@ -255,6 +262,7 @@ fn every_changed_byte_is_found() -> TestResult {
     let places = (0..64).map(|i| i * 7).chain(everywhere).chain((end - 40..end).step_by(5));
     let places = places.chain((len - 64..len).step_by(3)).chain((len - 900..len - 64).step_by(97));
     drop(structure);
+    let mut found = 0;
     for offset in places {
         let mut byte = [0];
         file.read_exact_at(&mut byte, offset)?;
@@ -269,7 +277,9 @@ fn every_changed_byte_is_found() -> TestResult {
             }
         }
         file.write_all_at(&byte, offset)?;
+        found += 1;
     }
+    cases(found, Case::Flip);
     check_is_clean(path)
 }
 
@@ -287,12 +297,15 @@ fn a_file_that_is_cut_anywhere_is_refused() -> TestResult {
     lengths.extend(len - 70..len);
     lengths.extend(end - 70..end + 70);
     lengths.sort_unstable();
+    let mut cuts = 0;
     // From the longest to the shortest: each cut makes the file shorter.
     for &length in lengths.iter().rev() {
         file.set_len(length)?;
         let error = Snapshot::open(path, 0).expect_err("a cut file");
         let refused = matches!(error, SnapshotError::Format { .. } | SnapshotError::LostEnd { .. });
         assert!(refused, "{length} of {len} bytes: {error}");
+        cuts += 1;
     }
+    cases(cuts, Case::Truncation);
     Ok(())
 }

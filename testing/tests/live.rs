@@ -15,8 +15,8 @@ use vmfile_qemu::{Outgoing, Vm, VmError};
 use vmfile_testing::migration::{set_capability, set_parameter};
 use vmfile_testing::verbs::save_with;
 use vmfile_testing::{
-    Guest, GuestConfig, HugePages, Machine, Missing, Mount, Qemu, Ram, Release, TestResult,
-    requires,
+    Case, Guest, GuestConfig, HugePages, Machine, Missing, Mount, Qemu, Ram, Release, TestResult,
+    cases, requires,
 };
 
 fn live() -> SaveOptions {
@@ -310,8 +310,8 @@ fn a_client_that_adds_devices_meanwhile_ends_a_live_save_at_most() -> TestResult
         }
     }
     assert_eq!(guest.qmp("query-migrate-capabilities", json!({}))?, settings);
-    guest.runs_on(1)?;
-    Ok(())
+    cases(1, Case::Interference);
+    guest.runs_on(1)
 }
 
 /// QEMU stops the guest in a thread of its own, for the saved moment. If another client let the guest run
@@ -364,6 +364,7 @@ fn a_client_that_lets_the_guest_run_again_and_again_ends_a_live_save_at_most() -
             assert!(!file.exists());
             assert_eq!(guest.qmp("query-migrate-capabilities", json!({}))?, settings);
             assert_eq!(guest.status()?, "running");
+            cases(1, Case::Interference);
         }
         guest.runs_on(1)?;
         println!("{release:?} {route:?}: {ended} of 2 saves ended");
@@ -428,6 +429,7 @@ fn a_guest_that_another_client_stops_at_any_moment_stays_stopped() -> TestResult
             if is_still {
                 guest.resume()?;
             }
+            cases(1, Case::Interference);
         }
         guest.runs_on(1)?;
         println!("{release:?} {route:?}: {refused} before the moment, {after} after it");
@@ -467,6 +469,7 @@ fn a_guest_that_another_client_stops_meanwhile_stays_stopped() -> TestResult {
     })?;
     assert_eq!(report.live_method, Some(LiveMethod::Userfault));
     assert_eq!(guest.status()?, "paused");
+    cases(1, Case::Interference);
     guest.resume()?;
     guest.runs_on(1)
 }
@@ -492,5 +495,6 @@ fn fills_up_while_sent(qemu: &Qemu) -> TestResult {
     assert!(format!("{error}: {:?}", error.source()).contains("No space left"), "{error}");
     assert!(!file.exists());
     assert_eq!(guest.qmp("query-migrate-capabilities", json!({}))?, settings);
+    cases(1, Case::Shortage);
     guest.runs_on(1)
 }

@@ -16,7 +16,7 @@ use vmfile_format::stream::encoder::RamSection;
 use vmfile_format::stream::multifd::{Compression, Init, Packet, PacketPages};
 use vmfile_format::{PageIndex, PageSize, RamBlock, RamLayout};
 use vmfile_testing::migration::{Outcome, received, send_to, set_capability, set_parameter};
-use vmfile_testing::{Guest, GuestConfig, Qemu, Ram, Release, TestResult, requires};
+use vmfile_testing::{Case, Guest, GuestConfig, Qemu, Ram, Release, TestResult, cases, requires};
 
 fn channels(count: u8) -> ReceiveOptions {
     ReceiveOptions::default().channels(Channels::new(count))
@@ -222,6 +222,7 @@ impl Receiving {
             source = error.source();
         }
         assert_eq!(fs::read_dir(self.directory.path())?.count(), 0, "{text}");
+        cases(1, Case::WrongInput);
         Ok(text)
     }
 }

@@ -9,7 +9,9 @@ use vmfile::{DirectIo, Existing, Snapshot};
 use vmfile_format::manifest::SnapshotId;
 use vmfile_testing::logged_disk::{Logged, LoggedDisk, around_flushes, cut_power};
 use vmfile_testing::verbs::{check_is_clean, save_with};
-use vmfile_testing::{Guest, Mount, Qemu, Ram, Random, Release, TestResult, given, requires};
+use vmfile_testing::{
+    Case, Guest, Mount, Qemu, Ram, Random, Release, TestResult, cases, given, requires,
+};
 
 /// How many power cuts each way to save sees, if the user does not say.
 const CUTS: usize = 8;
@@ -83,7 +85,9 @@ fn a_power_cut_at_any_moment_leaves_a_whole_file() -> TestResult {
         let log = logged.log()?;
         drop(logged);
 
-        let cut = |moment, chance: Option<&mut Random>| -> TestResult<bool> {
+        let mut cuts = 0;
+        let mut cut = |moment, chance: Option<&mut Random>| -> TestResult<bool> {
+            cuts += 1;
             fs::copy(&before, &disk)?;
             cut_power(&disk, (&log, moment), chance)?;
             let left = left(&disk, way, (old, new));
@@ -94,10 +98,10 @@ fn a_power_cut_at_any_moment_leaves_a_whole_file() -> TestResult {
         for &moment in &moments {
             with_new += usize::from(cut(moment, Some(&mut random))?);
         }
-        let count = moments.len();
-        println!("{way:?}: {count} power cuts, the new file had its name in {with_new}");
         // The save has returned: what was not flushed may be lost.
         assert!(cut(log.len(), None)?, "{way:?}: the file was not durable when the save returned");
+        println!("{way:?}: the new file had its name in {with_new} of {}", moments.len());
+        cases(cuts, Case::PowerCut);
     }
     guest.runs_on(1)
 }

@@ -11,7 +11,7 @@ use std::time::Duration;
 use vmfile::Channels;
 use vmfile::restore::Mode;
 use vmfile::save::{After, BaseFile, Live, Route, SaveOptions};
-use vmfile_testing::{Guest, Qemu, Ram, Release, Saved, TestResult, given, requires};
+use vmfile_testing::{Case, Guest, Qemu, Ram, Release, Saved, TestResult, cases, given, requires};
 
 /// How many rounds a test makes.
 const ROUNDS: usize = 8;
@@ -88,7 +88,7 @@ fn a_guest_that_is_saved_and_restored_again_and_again_is_right_and_leaves_nothin
     let output = again.env("RUST_TEST_NOCAPTURE", "1").output()?;
     let (said, errors) = (String::from_utf8(output.stdout)?, String::from_utf8(output.stderr)?);
     // Its other lines would be counted as those of one more test.
-    let is_read = |line: &&str| line.starts_with("skipped: ");
+    let is_read = |line: &&str| ["cases: ", "skipped: "].iter().any(|head| line.starts_with(head));
     said.lines().filter(is_read).for_each(|line| println!("{line}"));
     if output.status.success() {
         return Ok(());
@@ -102,7 +102,7 @@ fn rounds(qemu: &Qemu) -> TestResult<String> {
     let config = Guest::linux(Ram::private(192)).vcpus(2).disk(16);
     let mut guest = config.boot_to(qemu, 2)?;
     let (mut whole, mut last): (Option<Saved>, Option<Saved>) = (None, None);
-    let mut first = None;
+    let (mut first, mut done) = (None, 0);
     for round in 0..rounds {
         let (options, mode) = way(round, whole.as_ref().map(|saved| saved.file.as_path()));
         let saved = guest.save_and_end(&options).map_err(|error| format!("{round}: {error}"))?;
@@ -117,6 +117,7 @@ fn rounds(qemu: &Qemu) -> TestResult<String> {
         if round + 1 == FIRST {
             first = Some((Held::now()?, own_memory()?));
         }
+        done += 1;
     }
     let (held, memory) = first.ok_or("more rounds than that")?;
     let (held_now, memory_now) = (Held::now()?, own_memory()?);
@@ -124,5 +125,6 @@ fn rounds(qemu: &Qemu) -> TestResult<String> {
     assert_eq!(held_now, held);
     assert!(memory_now < memory + GROWTH_KIB, "{said}");
     drop((guest, whole, last));
+    cases(done, Case::Round);
     Ok(said)
 }

@@ -16,7 +16,8 @@ use vmfile::{Channels, Control, Progress, Vm};
 use vmfile_testing::migration::{set_capability, set_parameter};
 use vmfile_testing::verbs::{check_is_clean, pages};
 use vmfile_testing::{
-    Guest, GuestConfig, Machine, Mount, Qemu, Ram, Release, Saved, TestResult, requires,
+    Case, Guest, GuestConfig, Machine, Mount, Qemu, Ram, Release, Saved, TestResult, cases,
+    requires,
 };
 
 fn by_stream(after: After) -> SaveOptions {
@@ -137,6 +138,7 @@ fn harms_nobody(
     assert_eq!(guest.qmp("query-migrate-parameters", json!({}))?, parameters);
     guest.counts_on(2)?;
     assert_eq!(fs::read_dir(directory)?.count(), 0, "{error}");
+    cases(1, if stop { Case::Signal } else { Case::Shortage });
     Ok(error)
 }
 

@@ -7,7 +7,9 @@ use vmfile::RestoreError;
 use vmfile::restore::RestoreOptions;
 use vmfile::save::{After, SaveOptions};
 use vmfile_testing::verbs::rewrite_manifest;
-use vmfile_testing::{Guest, Qemu, Ram, Release, Saved, TestResult, make_image, requires, root};
+use vmfile_testing::{
+    Case, Guest, Qemu, Ram, Release, Saved, TestResult, cases, make_image, requires, root,
+};
 
 /// Somebody who is neither root nor the user of the tests.
 const STRANGER: u32 = 54_321;
@@ -20,6 +22,7 @@ fn is_refused(saved: &Saved, word: &str) -> TestResult {
     assert!(reason.contains(word), "{reason}");
     let trusted = saved.restore_saved(&RestoreOptions::default().trust_command(true))?;
     assert!(trusted.report.running && trusted.qemu.is_some());
+    cases(1, Case::WrongInput);
     Ok(())
 }
 

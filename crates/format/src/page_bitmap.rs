@@ -299,6 +299,7 @@ mod tests {
             prop_assert_eq!(from_gaps, naive);
             let decoded = PageBitmap::decode(&bitmap.encode(), bitmap.page_count());
             prop_assert_eq!(decoded.as_ref(), Some(&bitmap));
+            std::println!("cases: 1 mutations");
         }
 
         #[test]
@@ -315,6 +316,7 @@ mod tests {
             let odd: Vec<u64> = (0..naive.len() as u64).filter(|n| n % 2 == 1).collect();
             let expected: Vec<PageIndex> = naive.into_iter().skip(1).step_by(2).collect();
             prop_assert_eq!(bitmap.nth_data(&odd), expected);
+            std::println!("cases: 1 mutations");
         }
 
         #[test]
@@ -324,6 +326,7 @@ mod tests {
             let set: u64 = words.iter().map(|word| u64::from(word.count_ones())).sum();
             prop_assert_eq!(bitmap.data_count(), PageCount(set));
             prop_assert_eq!(bitmap.contains(PageIndex(128)), words[0] & 1 == 1);
+            std::println!("cases: 1 mutations");
         }
     }
 }

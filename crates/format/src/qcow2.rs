@@ -236,6 +236,7 @@ mod tests {
             bytes.truncate(8);
             bytes.extend_from_slice(&tail);
             let _ = Qcow2Header::decode(&bytes);
+            std::println!("cases: 1 mutations");
         }
     }
 }

@@ -230,6 +230,7 @@ proptest! {
         let mut cuts = cuts.iter().cycle();
         let decoded = decode(&bytes, || *cuts.next().expect("a cycle"));
         prop_assert_eq!(decoded, (events, Ok(())));
+        println!("cases: 1 mutations");
     }
 
     #[test]
@@ -243,6 +244,7 @@ proptest! {
         let at = at.index(bytes.len());
         bytes[at] = value;
         prop_assert_eq!(decode(&bytes, || cut), decode_whole(&bytes));
+        println!("cases: 1 mutations");
     }
 }
 
@@ -314,12 +316,15 @@ fn pages_have_the_size_that_the_configuration_says() {
 fn a_stream_may_end_only_after_its_device_state_has_begun() {
     let (bytes, _) = stream_of(&[Item::Page(0, 1, 2)]);
     let first_device = bytes.len() - DEVICES.len();
+    let mut cuts = 0;
     for len in 0..bytes.len() {
         let (_, end) = decode_whole(&bytes[..len]);
         // An incomplete header may be one of another kind: it is not recognized as a device
         // section.
         assert_eq!(end.is_ok(), len >= first_device + 11, "cut at {len}");
+        cuts += 1;
     }
+    println!("cases: {cuts} truncations");
     let (_, end) = decode_whole(&between_sections());
     let text = format!(
         "at offset {:#x}: section type needs 1 bytes, 0 are left",

@@ -178,6 +178,7 @@ mod tests {
                 places.range(..len).map(move |&place| (block, place))
             });
             prop_assert_eq!(found, places.collect::<Vec<_>>());
+            println!("cases: 1 mutations");
         }
     }
 

@@ -129,7 +129,9 @@ proptest! {
             prop_assert!(&loaded(&path(number), memory).unwrap() == memory, "file {}", number);
             prop_assert_eq!(findings(&path(number)), vec![]);
             prop_assert!(&read(&path(number), memory) == memory, "file {} by layers", number);
+            println!("cases: 2 restores");
         }
+        println!("cases: 1 mutations");
     }
 }
 
@@ -244,6 +246,7 @@ fn a_page_that_changed_in_the_base_is_found_and_the_base_named() {
     };
     assert_eq!((path, page), (base.clone(), 77));
     assert_eq!(findings(&thin), [FindingKind::PageHash]);
+    println!("cases: 2 flips");
 }
 
 /// A page that the thin file has itself may change in the base.
@@ -268,6 +271,7 @@ fn a_chain_has_a_limit() {
         save_on(&path(number), Some(&path(number - 1)), &memory).unwrap();
     }
     assert_eq!(loaded(&path(CHAIN_LEN_MAX), &memory).unwrap(), memory);
+    println!("cases: 1 restores");
     let error = save_on(&path(100), Some(&path(CHAIN_LEN_MAX)), &memory).unwrap_err();
     assert!(matches!(error, PagesError::Base(BaseError::ChainTooLong { .. })), "{error}");
     assert!(!path(100).exists());

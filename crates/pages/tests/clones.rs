@@ -92,6 +92,7 @@ fn only_what_a_clone_wrote_is_read() {
     let data = expected.chunks(PAGE).filter(|page| page.iter().any(|&byte| byte != 0)).count();
     assert_eq!((saved.pages_data, saved.pages_of_base), (data as u64, data as u64 - 4));
     assert!(loaded(&path("one")) == expected);
+    println!("cases: 1 restores");
 
     // On top of the thin file, of which the process has mapped the base.
     put(&clone, 300, 4);
@@ -103,6 +104,7 @@ fn only_what_a_clone_wrote_is_read() {
     let saved = save_on(&path("two"), Some(&path("one")), &copied);
     assert_eq!(saved.pages_of_base, saved.pages_data - 1);
     assert!(loaded(&path("two")) == expected);
+    println!("cases: 1 restores");
 }
 
 /// A file that is mapped and is not the base says nothing of the base's pages.
@@ -120,4 +122,5 @@ fn a_clone_of_another_file_is_read() {
     assert_eq!(saved.pages_of_base, saved.pages_data - 1);
     assert!(saved.bytes_read > LEN as u64 / 2, "{saved:?}");
     assert!(loaded(&path("one")) == expected);
+    println!("cases: 1 restores");
 }

@@ -77,6 +77,7 @@ fn only_what_was_written_over_a_file_is_copied() {
         put(&mapped, page, 6);
     }
     assert_eq!(bytes(&copied), before);
+    println!("cases: 1 saves");
     assert_eq!([before[0], before[1], before[2], before[700], before[8194]], [9, 5, 0, 5, 5]);
 }
 
@@ -94,6 +95,7 @@ fn what_was_written_to_many_places_is_copied() {
     let copied = CopiedRam::copy(&ram, Room::new(LEN, 2).unwrap(), || false).unwrap().unwrap();
     (0..LEN / PAGE).for_each(|page| put(&mapped, page, 252));
     assert!(bytes(&copied) == before);
+    println!("cases: 1 saves");
 }
 
 #[test]
@@ -112,6 +114,7 @@ fn all_data_of_other_memory_is_copied() {
         (0..LEN / PAGE).step_by(3).for_each(|page| put(mapped, page, 6));
         assert_eq!(bytes(&copied), before);
         assert_eq!(before[4400], 5);
+        println!("cases: 1 saves");
     }
 }
 

@@ -179,6 +179,7 @@ fn a_page_that_changed_is_named_by_its_block_its_number_and_its_place() {
         assert_eq!(damaged_page(saved.verify_pages().unwrap_err()), expected);
         assert_eq!(damaged_page(saved.loaded().unwrap_err()), expected);
         saved.flip(offset + byte);
+        println!("cases: 3 flips");
     }
     saved.loads();
 }
@@ -196,6 +197,7 @@ fn a_hash_that_changed_is_found_at_its_page() {
         let error = damaged_page(saved.verify_pages().unwrap_err());
         assert_eq!((&*error.0, error.1, error.2), (&*name, page, offset));
         saved.flip(hash + 15);
+        println!("cases: 2 flips");
     }
 }
 
@@ -211,6 +213,7 @@ fn bytes_in_the_place_of_a_zero_page_are_found() {
         // A load still puts zeros there.
         saved.loads();
         saved.file().write_all_at(&[0], offset + byte).unwrap();
+        println!("cases: 3 flips");
     }
 }
 
@@ -225,6 +228,7 @@ fn a_hash_of_a_zero_page_is_found() {
         assert_eq!(pages_of(&saved.check()), [(FindingKind::StrayHash, &*name, page, offset)]);
         assert_eq!(damaged_page(saved.verify_pages().unwrap_err()), (name, page, offset));
         saved.flip(hash);
+        println!("cases: 2 flips");
     }
 }
 
@@ -245,6 +249,7 @@ fn bytes_in_the_middle_of_a_large_zero_page_are_found() {
         let expected = [(FindingKind::StrayHash, "block0", page, offset)];
         assert_eq!(pages_of(&saved.check()), expected);
         saved.flip(hash);
+        println!("cases: 2 flips");
     }
 }
 
@@ -260,6 +265,7 @@ fn bytes_in_a_block_without_data_are_found() {
         // A zero byte that is allocated is no damage.
         saved.flip(offset + byte);
         assert_eq!(pages_of(&saved.check()), []);
+        println!("cases: 1 flips");
     }
     // All of these places have allocated data now; a stale byte after them is still found.
     let offset = pages_offset + 100 * 65536;
@@ -294,6 +300,7 @@ fn bytes_that_belong_to_nothing_are_found_where_they_lie() {
         );
         saved.verify_pages().unwrap();
         saved.flip(offset);
+        println!("cases: 1 flips");
     }
 }
 
@@ -417,6 +424,7 @@ fn zeros_behind_the_end_do_not_matter_and_other_bytes_do() {
         saved.file().set_len(len - cut).unwrap();
         let error = Snapshot::open(&saved.path, 0).unwrap_err();
         assert!(matches!(error, SnapshotError::LostEnd { .. }), "{cut}: {error}");
+        println!("cases: 1 truncations");
     }
     saved.file().set_len(padded_len - 1).unwrap();
     // The end that is behind the zeros is not that of this file.

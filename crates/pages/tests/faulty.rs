@@ -216,6 +216,7 @@ fn a_write_that_fails_is_told_and_leaves_the_old_file() {
     with_a_file(&blocks, |backend, path, transfers| {
         assert!(transfers > 4, "{transfers}");
         let old = fs::read(path).unwrap();
+        let mut faults = 0;
         for at in 0..transfers {
             for fault in [Fault::Error(EIO), Fault::Error(ENOSPC), Fault::Torn(EIO)] {
                 let error = save(path, &blocks, backend, (at, fault)).unwrap_err();
@@ -227,9 +228,10 @@ fn a_write_that_fails_is_told_and_leaves_the_old_file() {
                     1,
                     "{at} {fault:?}"
                 );
+                faults += 1;
             }
         }
-        println!("{backend:?}: {} writes that failed", transfers * 3);
+        println!("cases: {faults} faults");
     });
 }
 
@@ -237,13 +239,17 @@ fn a_write_that_fails_is_told_and_leaves_the_old_file() {
 fn a_transfer_that_comes_late_changes_nothing() {
     let blocks = blocks();
     with_a_file(&blocks, |backend, path, transfers| {
+        let mut late = 0;
         for at in 0..transfers {
             save(path, &blocks, backend, (at, Fault::Late)).unwrap();
             let snapshot = Snapshot::open(path, 0).unwrap();
             let report = check(&snapshot, &CheckOptions::default(), &Control::none()).unwrap();
             assert_eq!(report.findings, [], "{at}");
             assert_eq!(load(path, backend, (at, Fault::Late)).unwrap(), blocks, "{at}");
+            // One among the writes, and one among the reads.
+            late += 2;
         }
+        println!("cases: {late} faults");
     });
 }
 
@@ -263,5 +269,6 @@ fn a_read_that_fails_is_told() {
             failed += 1;
         }
         assert!(failed > 2, "{failed}");
+        println!("cases: {failed} faults");
     });
 }

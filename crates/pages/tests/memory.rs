@@ -104,6 +104,7 @@ proptest! {
         for io in [Backend::Auto, Backend::Threads] {
             prop_assert!(loaded(&path, &blocks, io).unwrap() == blocks);
         }
+        println!("cases: 1 mutations");
     }
 }
 

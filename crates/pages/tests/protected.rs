@@ -117,6 +117,7 @@ fn what_is_written_meanwhile_is_not_in_the_file() {
         served.join().unwrap();
         target.assert_holds(&written, &words);
     });
+    println!("cases: 1 saves");
     assert!(memory.words().iter().all(|word| word % 65536 == 3), "no write was lost");
     assert!(protected.faults().count > 0);
 }
@@ -150,6 +151,7 @@ fn a_writer_waits_when_no_more_can_be_kept_aside() {
         served.join().unwrap();
         target.assert_holds(&written, &words);
     });
+    println!("cases: 1 saves");
     assert_eq!(protected.faults().count, windows as u64);
 }
 
@@ -212,4 +214,5 @@ fn a_page_that_the_process_lets_go_is_copied_at_the_moment() {
         served.join().unwrap();
         target.assert_holds(&written, &words);
     });
+    println!("cases: 1 saves");
 }

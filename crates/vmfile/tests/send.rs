@@ -165,6 +165,7 @@ proptest! {
         let sent = decoded.blocks.iter().flatten().flatten();
         let zero = sent.clone().filter(|&&page| page == 0).count() as u64;
         prop_assert_eq!((report.pages_data, report.pages_zero), (sent.count() as u64 - zero, zero));
+        println!("cases: 1 mutations");
     }
 }
 
@@ -270,5 +271,6 @@ proptest! {
         let expected: Vec<Vec<_>> =
             blocks.iter().map(|pages| pages.iter().copied().map(Some).collect()).collect();
         prop_assert_eq!(decoded.blocks, expected);
+        println!("cases: 1 mutations");
     }
 }

@@ -15,7 +15,7 @@ use vmfile::error::SaveError;
 use vmfile::restore::{Destination, Mode, RestoreOptions};
 use vmfile::save::{After, Live, Route, RouteUsed, SaveOptions};
 use vmfile::{Control, Snapshot, Vm};
-use vmfile_testing::{Missing, Monitor, Random, TestResult, requires};
+use vmfile_testing::{Case, Missing, Monitor, Random, TestResult, cases, requires};
 
 /// How much of the guest's memory is filled, and where in its RAM: firmware does not get there.
 const FILLED_LEN: usize = 8 << 20;
@@ -220,6 +220,7 @@ fn comes_back(target: &Target) -> TestResult {
                 bytes: bytes.clone(),
             };
             again.has_its_memory(target, &format!("{mode:?} of {}", file.display()))?;
+            cases(1, Case::Restore);
             drop(restored);
             let deadline = Instant::now() + Duration::from_secs(10);
             while Vm::connect(&place.join("qmp")).is_ok() && Instant::now() < deadline {

@@ -12,7 +12,9 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Signal, kill_process};
 use serde_json::json;
-use vmfile_testing::{Guest, Qemu, Ram, Random, Release, TestResult, given, requires};
+use vmfile_testing::{
+    Case, Guest, Qemu, Ram, Random, Release, TestResult, cases, given, requires,
+};
 
 use crate::guests::directory;
 use crate::proxy::{Fault, Nonsense, Plan, Proxy};
@@ -97,6 +99,7 @@ fn a_vm_whose_monitor_is_cut_off_is_put_back_by_a_new_connection() -> TestResult
         assert_eq!(guest.status()?, "running", "{last}");
         assert_eq!(guest.qmp("query-migrate-parameters", json!({}))?, settings, "{last}");
         guest.counts_on(1)?;
+        cases(1, Case::Cut);
     }
     let file = directory()?;
     let file = file.path().join("vm.vmf");

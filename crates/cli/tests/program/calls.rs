@@ -9,7 +9,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use vmfile_testing::{Qemu, Random, Release, TestResult, given, requires};
+use vmfile_testing::{Case, Qemu, Random, Release, TestResult, cases, given, requires};
 
 use crate::run::{Said, program, strace};
 use crate::trial::{Trial, WAYS};
@@ -71,8 +71,8 @@ impl Fault {
         format!("{:?}: {call} number {number} fails with {error}", WAYS[*way])
     }
 
-    /// Runs a save in which it fails.
-    fn inject(&self, trial: &Trial, words: &[OsString]) -> TestResult<Said> {
+    /// Runs a save in which it fails. Returns whether the save made the call.
+    fn inject(&self, trial: &Trial, words: &[OsString]) -> TestResult<(Said, bool)> {
         let Fault { call, error, number, .. } = self;
         let trace = trial.directory.path().join("trace");
         // A save that hangs is a fault as well.
@@ -82,8 +82,9 @@ impl Fault {
         strace.args(words!["-f", "-qq", "-o", trace, "-e", &format!("trace={call}")]);
         strace.args(["-e", &format!("inject={call}:error={error}:when={number}")]);
         let said = strace.arg(program()).args(words).output()?;
+        let is_injected = fs::read_to_string(&trace)?.contains("(INJECTED)");
         fs::remove_file(&trace)?;
-        Ok(said.into())
+        Ok((said.into(), is_injected))
     }
 }
 
@@ -113,7 +114,7 @@ fn a_vm_whose_save_has_a_system_call_that_fails_is_as_it_was() -> TestResult {
     println!("{faults} calls that fail, seed {seed}");
     let mut trial = Trial::begin(&qemu, Random::new(seed))?;
     let mut counts: BTreeMap<usize, BTreeMap<String, u64>> = BTreeMap::new();
-    let mut failed = 0;
+    let (mut injected, mut failed) = (0, 0);
     for fault in 0..faults {
         let way = usize::try_from(fault)? % WAYS.len();
         let file = trial.directory.path().join("call.vmf");
@@ -129,19 +130,23 @@ fn a_vm_whose_save_has_a_system_call_that_fails_is_as_it_was() -> TestResult {
         let error = *trial.random.one_of(errors);
         let number = 1 + trial.random.next_number() % counts[&way][call];
         let fault = Fault { way, call, error, number };
-        failed += u64::from(save_with_fault(&mut trial, &fault, &file)?);
+        let (is_injected, has_failed) = save_with_fault(&mut trial, &fault, &file)?;
+        injected += u64::from(is_injected);
+        failed += u64::from(has_failed);
     }
     trial.next_save_is_right()?;
     println!("{failed} of {faults} saves failed; slowest {:?}", trial.slowest);
+    cases(injected, Case::Fault);
     Ok(())
 }
 
-/// Returns whether the save failed.
-fn save_with_fault(trial: &mut Trial, fault: &Fault, file: &Path) -> TestResult<bool> {
+/// Returns whether the save made the call, and whether it failed.
+fn save_with_fault(trial: &mut Trial, fault: &Fault, file: &Path) -> TestResult<(bool, bool)> {
     let what = fault.what();
-    let mut has_failed = false;
+    let (mut is_injected, mut has_failed) = (false, false);
     trial.end_a_save((&what, fault.way, file), |trial| {
-        let said = fault.inject(trial, &trial.words(fault.way, file))?;
+        let said;
+        (said, is_injected) = fault.inject(trial, &trial.words(fault.way, file))?;
         has_failed = said.code != Some(0);
         // Without memory for a thread or a buffer, a program ends; otherwise it says what failed.
         let is_fatal = fault.call == "mmap";
@@ -149,5 +154,5 @@ fn save_with_fault(trial: &mut Trial, fault: &Fault, file: &Path) -> TestResult<
         assert!(!has_failed || is_said || is_fatal, "{what}: {said:?}");
         Ok((said, 0))
     })?;
-    Ok(has_failed)
+    Ok((is_injected, has_failed))
 }

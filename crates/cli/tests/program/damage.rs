@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
 use vmfile::Snapshot;
-use vmfile_testing::{Guest, Ram, TestResult, requires};
+use vmfile_testing::{Case, Guest, Ram, TestResult, cases, requires};
 
 use crate::guests::saved;
 use crate::run::vmfile;
@@ -56,6 +56,7 @@ fn a_file_that_was_cut_anywhere_is_refused_with_path_and_offset() -> TestResult 
     assert!(cuts.len() > 100, "{} places", cuts.len());
     let name = saved.file.display().to_string();
     let file = File::options().write(true).open(&saved.file)?;
+    let mut refused = 0;
     // From the longest to the shortest: each cut shortens the file further.
     for len in cuts.into_iter().rev() {
         file.set_len(len)?;
@@ -63,8 +64,10 @@ fn a_file_that_was_cut_anywhere_is_refused_with_path_and_offset() -> TestResult 
             let said = vmfile(words![verb, saved.file]);
             assert_eq!(said.code, Some(4), "{verb} of {len:#x} bytes: {said:?}");
             said.assert(4, &[&name, "offset 0x", "hint: "]);
+            refused += 1;
         }
     }
+    cases(refused, Case::Truncation);
     Ok(())
 }
 
@@ -80,6 +83,7 @@ fn a_changed_byte_is_found_wherever_it_is() -> TestResult {
         .collect();
     let name = saved.file.display().to_string();
     let file = File::options().read(true).write(true).open(&saved.file)?;
+    let mut found = 0;
     for offset in places {
         let mut byte = [0];
         file.read_exact_at(&mut byte, offset)?;
@@ -91,7 +95,9 @@ fn a_changed_byte_is_found_wherever_it_is() -> TestResult {
             Some(4) => said.assert(4, &[&name, "0x"]),
             _ => return Err(format!("byte {offset:#x}: {said:?}").into()),
         }
+        found += 1;
     }
+    cases(found, Case::Flip);
     vmfile(words!["check", saved.file]).assert(0, &["ok: ", "0 findings"]);
     Ok(())
 }

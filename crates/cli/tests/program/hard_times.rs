@@ -8,7 +8,9 @@ use rustix::process::{Signal, kill_process};
 use serde_json::{Value, json};
 use vmfile::restore::Mode;
 use vmfile_testing::verbs::restore;
-use vmfile_testing::{Guest, Monitor, Mount, Qemu, Ram, SlowDisk, TestResult, requires};
+use vmfile_testing::{
+    Case, Guest, Monitor, Mount, Qemu, Ram, SlowDisk, TestResult, cases, requires,
+};
 
 use crate::guests::{begin_to_save, directory, large, prepare, save};
 use crate::run::{
@@ -33,6 +35,7 @@ fn a_signal_in_the_middle_of_a_save_leaves_the_vm_running_and_no_file() -> TestR
         assert_eq!(error["hint"], "the VM is as it was, and there is no file");
         assert_eq!(guest.status()?, "running");
         assert_eq!(names_in(directory.path()), [""; 0]);
+        cases(1, Case::Signal);
     }
     guest.counts_on(1)
 }
@@ -80,7 +83,9 @@ fn a_signal_in_the_middle_of_a_restore_leaves_no_qemu() -> TestResult {
     assert_eq!(restore.progress["verb"], "restore", "{}", restore.progress);
     kill_process(pid(restore.id()), Signal::TERM)?;
     restore.finish()?.assert(143, &[]);
-    wait_until("QEMU is gone", || processes_in(&end.0).is_empty())
+    wait_until("QEMU is gone", || processes_in(&end.0).is_empty())?;
+    cases(1, Case::Signal);
+    Ok(())
 }
 
 #[test]
@@ -94,17 +99,19 @@ fn a_qemu_that_ends_in_the_middle_of_a_save_is_an_error_and_no_file() -> TestRes
     assert!(matches!(said.code, Some(3 | 5)), "{said:?}");
     assert!(!said.stderr.contains("panicked"), "{said:?}");
     assert_eq!(names_in(directory.path()), [""; 0]);
+    cases(1, Case::QemuEnd);
     Ok(())
 }
 
 /// The output of a failed save, and how often it paused the VM.
 type Failed = (Said, usize);
 
-/// Runs `save`, which must fail, on a small guest. Expects that the guest runs on, that no file is
-/// left, and that a later save succeeds.
+/// Runs `save`, which must fail for a reason of this kind, on a small guest. Expects that the guest runs
+/// on, that no file is left, and that a later save succeeds.
 fn fails(
     qemu: &Qemu,
     directory: &Path,
+    case: Case,
     save: impl FnOnce(&Path, &Path) -> TestResult<Said>,
 ) -> TestResult<Failed> {
     let sockets = tempfile::tempdir()?;
@@ -123,6 +130,7 @@ fn fails(
     // A save without the fault succeeds.
     let elsewhere = guest.directory().join("vm.vmf");
     vmfile(words!["save", guest.qmp_path(), elsewhere]).assert(0, &["saved"]);
+    cases(1, case);
     Ok((said, stops))
 }
 
@@ -130,8 +138,9 @@ fn fails(
 fn too_small_a_disk_is_refused_before_the_vm_stops() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
     let mount = requires!(Mount::tmpfs(8));
-    let (said, stops) =
-        fails(&qemu, mount.path(), |qmp, file| Ok(vmfile(words!["save", "--json", qmp, file])))?;
+    let (said, stops) = fails(&qemu, mount.path(), Case::Shortage, |qmp, file| {
+        Ok(vmfile(words!["save", "--json", qmp, file]))
+    })?;
     assert_eq!(stops, 0, "{said:?}");
     said.assert(5, &["\"kind\":\"no_space\"", "free some space"]);
     Ok(())
@@ -141,7 +150,7 @@ fn too_small_a_disk_is_refused_before_the_vm_stops() -> TestResult {
 fn a_limit_on_file_sizes_leaves_the_vm_running() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
     let directory = directory()?;
-    let (said, stops) = fails(&qemu, directory.path(), |qmp, file| {
+    let (said, stops) = fails(&qemu, directory.path(), Case::Shortage, |qmp, file| {
         let script = "ulimit -f 2048; exec \"$@\"";
         let arguments = words!["-c", script, "sh", program(), "save", qmp, file];
         Ok(Command::new("sh").args(arguments).output()?.into())
@@ -159,7 +168,7 @@ fn a_write_that_only_was_claimed_is_found_before_the_vm_ends() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
     requires!(strace());
     let directory = directory()?;
-    let (said, stops) = fails(&qemu, directory.path(), |qmp, file| {
+    let (said, stops) = fails(&qemu, directory.path(), Case::Fault, |qmp, file| {
         let mut strace = Command::new("strace");
         strace.args(["-f", "-qq", "-o", "/dev/null", "-e", "trace=pwrite64"]);
         strace.args(["-e", "inject=pwrite64:retval=64:when=1"]);
@@ -200,7 +209,7 @@ fn a_thread_that_cannot_be_started_is_refused_before_the_vm_stops() -> TestResul
     let path = directory.path();
     for number in ["when=1", "when=2"] {
         for io in ["auto", "threads"] {
-            let (said, stops) = fails(&qemu, path, |qmp, file| {
+            let (said, stops) = fails(&qemu, path, Case::Fault, |qmp, file| {
                 let fault = format!("inject=clone3:error=EAGAIN:{number}");
                 let mut strace = Command::new("strace");
                 strace.args(["-f", "-qq", "-o", "/dev/null", "-e", "trace=clone3", "-e", &fault]);
@@ -219,7 +228,7 @@ fn a_thread_that_cannot_be_started_is_refused_before_the_vm_stops() -> TestResul
 fn memory_that_is_not_there_is_refused_before_the_vm_stops() -> TestResult {
     let qemu = requires!(qemu >= "9.0");
     let directory = directory()?;
-    let (said, stops) = fails(&qemu, directory.path(), |qmp, file| {
+    let (said, stops) = fails(&qemu, directory.path(), Case::Shortage, |qmp, file| {
         let limited = "ulimit -v 40000 && exec \"$@\"";
         let mut shell = Command::new("sh");
         shell.args(["-c", limited, "sh"]).arg(program()).args(["save", "--jobs", "2"]);
@@ -236,7 +245,8 @@ fn a_disk_that_fails_to_sync_leaves_the_vm_running_and_no_file() -> TestResult {
     requires!(strace());
     let directory = directory()?;
     let path = directory.path();
-    let (said, stops) = fails(&qemu, path, |qmp, file| with_fault(qmp, file, "fsync", "EIO"))?;
+    let (said, stops) =
+        fails(&qemu, path, Case::Fault, |qmp, file| with_fault(qmp, file, "fsync", "EIO"))?;
     assert_eq!(stops, 1, "{said:?}");
     said.assert(5, &["sync", "Input/output error"]);
     Ok(())
@@ -257,6 +267,7 @@ fn a_directory_that_fails_to_sync_leaves_the_vm_running_and_a_whole_file() -> Te
     said.assert(5, &["vm.vmf is whole, but its directory cannot be synced", "Input/output error"]);
     assert_eq!(guest.status()?, "running");
     vmfile(words!["check", file]).assert(0, &["ok: "]);
+    cases(1, Case::Fault);
     guest.counts_on(1)
 }
 
@@ -267,7 +278,7 @@ fn a_disk_that_fills_up_meanwhile_leaves_the_vm_running_and_no_file() -> TestRes
     let directory = directory()?;
     let path = directory.path();
     let (said, stops) =
-        fails(&qemu, path, |qmp, file| with_fault(qmp, file, "ftruncate", "ENOSPC"))?;
+        fails(&qemu, path, Case::Fault, |qmp, file| with_fault(qmp, file, "ftruncate", "ENOSPC"))?;
     assert_eq!(stops, 1, "{said:?}");
     said.assert(5, &["the length of the file", "No space left on device"]);
     Ok(())
@@ -304,7 +315,8 @@ fn a_name_that_is_taken_meanwhile_is_not_replaced() -> TestResult {
     requires!(strace());
     let directory = directory()?;
     let path = directory.path();
-    let (said, stops) = fails(&qemu, path, |qmp, file| with_fault(qmp, file, "linkat", "EEXIST"))?;
+    let (said, stops) =
+        fails(&qemu, path, Case::Fault, |qmp, file| with_fault(qmp, file, "linkat", "EEXIST"))?;
     assert_eq!(stops, 1, "{said:?}");
     said.assert(5, &["exists", "--force replaces it"]);
     Ok(())

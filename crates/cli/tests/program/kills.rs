@@ -12,7 +12,8 @@ use rustix::process::{Signal, kill_process};
 use serde_json::json;
 use vmfile::Vm;
 use vmfile_testing::{
-    Guest, GuestConfig, Monitor, Qemu, Ram, Random, Release, TestResult, given, requires,
+    Case, Guest, GuestConfig, Monitor, Qemu, Ram, Random, Release, TestResult, cases, given,
+    requires,
 };
 
 use crate::guests::{directory, prepare, saved};
@@ -100,6 +101,7 @@ fn a_vm_whose_save_is_killed_at_any_moment_is_as_it_was() -> TestResult {
     }
     trial.next_save_is_right()?;
     println!("{} of {kills} saves had their file; slowest {:?}", trial.finished, trial.slowest);
+    cases(trial.ended, Case::Kill);
     Ok(())
 }
 
@@ -123,6 +125,7 @@ fn a_vm_whose_save_is_killed_before_any_of_its_words_is_as_it_was() -> TestResul
         assert!(number > 3, "{:?} uses {call}", WAYS[way]);
         println!("{:?}: killed before each of {} {call}", WAYS[way], number - 1);
     }
+    cases(trial.ended, Case::Kill);
     trial.next_save_is_right()
 }
 
@@ -138,6 +141,7 @@ fn a_vm_whose_live_save_is_stopped_before_any_of_its_words_is_as_it_was() -> Tes
         number += 1;
     }
     assert!(number > 10, "{number} messages");
+    cases(trial.ended, Case::Signal);
     trial.next_save_is_right()
 }
 
@@ -152,6 +156,7 @@ fn a_vm_whose_save_is_killed_before_the_file_has_its_name_is_as_it_was() -> Test
     for (way, words) in WAYS.iter().enumerate() {
         assert!(trial.kill_at_call(way, "linkat", 1)?, "{words:?} names a file by `linkat`");
     }
+    cases(trial.ended, Case::Kill);
     trial.next_save_is_right()
 }
 
@@ -167,21 +172,22 @@ fn a_live_save_by_the_oldest_qemu_that_is_killed_leaves_the_guest_running() -> T
     for number in 32..46 {
         assert!(trial.kill_at_call(live, "sendmsg", number)?, "a live save has {number} words");
     }
+    cases(trial.ended, Case::Kill);
     trial.next_save_is_right()
 }
 
-/// Kills a restore with SIGKILL after `moment`; returns whether its VM runs.
+/// Kills a restore with SIGKILL after `moment`; returns whether it had not ended, and whether its VM runs.
 fn kill_a_restore(
     (qemu, config, file): (&Qemu, &GuestConfig, &Path),
     mode: &str,
     moment: Duration,
-) -> TestResult<bool> {
+) -> TestResult<(bool, bool)> {
     let (prepared, EndAllIn(directory)) = &prepare(config, qemu)?;
     let mut command = command();
     command.args(words!["restore", file, "--mode", mode, "--"]).args(prepared.command_line());
     let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
     thread::sleep(moment);
-    end(child, Signal::KILL)?;
+    let was_killed = end(child, Signal::KILL)?.code.is_none();
     let deadline = Instant::now() + Duration::from_secs(20);
     loop {
         let processes = processes_in(directory);
@@ -192,12 +198,12 @@ fn kill_a_restore(
         };
         let left: Vec<i32> = processes.into_iter().filter(|pid| !is_guardian(pid)).collect();
         if left.is_empty() {
-            return Ok(false);
+            return Ok((was_killed, false));
         }
         let oracle = Monitor::connect(&directory.join("oracle"), Duration::from_millis(200));
         let state = oracle.and_then(|mut oracle| oracle.execute("query-status", json!({})));
         if state.is_ok_and(|state| state["status"] == "running") {
-            return Ok(true);
+            return Ok((was_killed, true));
         }
         if Instant::now() > deadline {
             return Err(format!("{mode}, killed after {moment:?}: {left:?} is left").into());
@@ -214,13 +220,15 @@ fn a_restore_that_is_killed_leaves_no_qemu_or_a_vm_that_runs() -> TestResult {
     let saved = saved(&qemu, &config)?;
     let seed = Random::seed_of_now();
     let mut random = Random::new(seed);
-    let mut running = 0;
+    let (mut killed, mut running) = (0, 0);
     for mode in ["map", "load", "stream"].into_iter().cycle().take(12) {
         let moment = Duration::from_secs_f64(0.6 * random.next_fraction());
-        let runs = kill_a_restore((&qemu, &config, &saved.file), mode, moment)?;
+        let (was_killed, runs) = kill_a_restore((&qemu, &config, &saved.file), mode, moment)?;
+        killed += u32::from(was_killed);
         running += u32::from(runs);
     }
     println!("seed {seed}: {running} of 12 VMs run");
+    cases(killed, Case::Kill);
     Ok(())
 }
 
@@ -254,6 +262,8 @@ fn a_guest_that_another_client_stopped_stays_stopped_if_its_save_is_killed() -> 
             assert_eq!(guest.status()?, "paused");
             guest.resume()?;
         }
+        cases(u32::from(was_killed), Case::Kill);
+        cases(u32::from(is_after), Case::Interference);
         if is_after && was_killed {
             return guest.counts_on(1);
         }

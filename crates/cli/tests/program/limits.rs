@@ -1,6 +1,6 @@
 //! If a save comes to a limit of the host, the VM runs on as before.
 
-use vmfile_testing::{ControlGroup, Qemu, Random, Release, TestResult, requires};
+use vmfile_testing::{Case, ControlGroup, Qemu, Random, Release, TestResult, cases, requires};
 
 use crate::run::{Said, program};
 use crate::trial::{Trial, WAYS};
@@ -33,5 +33,6 @@ fn a_save_that_is_killed_because_memory_runs_out_harms_nobody() -> TestResult {
             assert!(mib < 192, "{what} fails");
         }
     }
+    cases(trial.ended, Case::Shortage);
     trial.next_save_is_right()
 }

@@ -9,7 +9,7 @@ use rustix::process::{Signal, kill_process};
 use serde_json::Value;
 use vmfile::Snapshot;
 use vmfile_format::PageIndex;
-use vmfile_testing::{Guest, HugePages, Qemu, Ram, Release, TestResult, requires};
+use vmfile_testing::{Case, Guest, HugePages, Qemu, Ram, Release, TestResult, cases, requires};
 
 use crate::guests::directory;
 use crate::run::{Said, pid, start, vmfile};
@@ -128,6 +128,6 @@ fn fifty_live_saves_in_a_row_have_the_memory_of_the_moment_they_stopped_the_gues
     let mut clone = prepared.attach()?;
     clone.wait_for_passes(1)?;
     compared += compare_saves(&mut clone, SAVES - compared, ("aside", &[]))?;
-    println!("{compared} live saves compared with QEMU's view of the memory");
+    cases(compared, Case::Save);
     Ok(())
 }

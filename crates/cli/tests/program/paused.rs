@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
-use vmfile_testing::{Guest, Monitor, Qemu, Ram, Release, TestResult, requires};
+use vmfile_testing::{Case, Guest, Monitor, Qemu, Ram, Release, TestResult, cases, requires};
 
 use crate::guests::{self, begin_to_save, directory};
 use crate::run::{Said, names_in, pid, start, strace, vmfile, wait_until};
@@ -34,6 +34,7 @@ fn a_guest_that_another_client_lets_run_is_not_saved() -> TestResult {
     let said = save.finish()?;
     said.assert(3, &["another client of QEMU let the guest run", "see to it that no other client"]);
     assert!(!file.exists());
+    cases(1, Case::Interference);
     guest.runs_on(1)
 }
 
@@ -87,6 +88,7 @@ fn memory_that_is_plugged_in_right_before_the_pause_is_noticed() -> TestResult {
         assert!(!file.exists());
         assert_eq!(guest.status()?, "running");
         guest.wait_for_passes(1)?;
+        cases(1, Case::Interference);
         return guest.judge_counts();
     }
     Err("40 saves, and none was met between its record and its pause".into())
@@ -128,6 +130,7 @@ fn disks_that_cannot_be_flushed(qemu: &Qemu) -> TestResult {
     strace.wait()?;
     said.assert(3, &["disk \"d1\" could not be flushed", "look at the disk's file system"]);
     assert_eq!(names_in(directory.path()), ["disk.raw"]);
+    cases(1, Case::Fault);
     guest.runs_on(1)
 }
 
@@ -214,6 +217,7 @@ fn kill_with_guardian(mut save: Child) -> TestResult {
     kill_process(guardian_of(save.id())?, Signal::KILL)?;
     save.kill()?;
     save.wait()?;
+    cases(1, Case::Kill);
     Ok(())
 }
 
@@ -249,5 +253,6 @@ fn a_save_whose_guardian_is_ended_fails_and_the_vm_runs_on() -> TestResult {
     let mut monitor = Monitor::connect(&second, Duration::from_secs(10))?;
     let status: Value = monitor.execute("query-status", json!({}))?;
     assert_eq!(status["status"], "running");
+    cases(1, Case::Kill);
     Ok(())
 }

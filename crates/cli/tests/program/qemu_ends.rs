@@ -9,7 +9,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Signal, kill_process};
-use vmfile_testing::{Guest, GuestConfig, Qemu, Ram, Random, TestResult, given, requires};
+use vmfile_testing::{
+    Case, Guest, GuestConfig, Qemu, Ram, Random, TestResult, cases, given, requires,
+};
 
 use crate::guests::{directory, prepare};
 use crate::run::{self, EndAllIn, Said, names_in, processes_in, start, vmfile, wait_until};
@@ -54,8 +56,9 @@ fn end(child: Child, since: Instant, soon: Duration, what: &str) -> TestResult<S
     Ok(said)
 }
 
-/// Runs a save of `guest`, and sends `signal` to its QEMU in the middle of it.
-fn save(guest: &mut Guest, number: u64, random: &mut Random, signal: Signal) -> TestResult {
+/// Runs a save of `guest`, and sends `signal` to its QEMU in the middle of it. Returns whether the save had
+/// not ended.
+fn save(guest: &mut Guest, number: u64, random: &mut Random, signal: Signal) -> TestResult<bool> {
     let way = WAYS[usize::try_from(number)? % WAYS.len()];
     let directory = directory()?;
     let file = directory.path().join("vm.vmf");
@@ -95,7 +98,7 @@ fn save(guest: &mut Guest, number: u64, random: &mut Random, signal: Signal) -> 
     assert_eq!(left, expected, "{what}: {said:?}");
     let sockets = names_in(Path::new("/tmp")).into_iter().find(|name| name.starts_with(&sockets));
     assert_eq!(sockets, None, "{what}: {said:?}");
-    Ok(())
+    Ok(said.code != Some(0))
 }
 
 /// Returns the QEMU that a restore has started.
@@ -107,8 +110,9 @@ fn qemu_in(directory: &Path) -> Option<u32> {
     processes_in(directory).into_iter().find(is_qemu).and_then(|pid| u32::try_from(pid).ok())
 }
 
-/// Runs a restore, and kills or stops the QEMU that it started in the middle of it.
-fn restore(qemu: &Qemu, file: &Path, number: u64, random: &mut Random) -> TestResult {
+/// Runs a restore, and kills or stops the QEMU that it started in the middle of it. Returns whether the
+/// restore had not ended.
+fn restore(qemu: &Qemu, file: &Path, number: u64, random: &mut Random) -> TestResult<bool> {
     let signal = if number % 2 == 0 { Signal::KILL } else { Signal::STOP };
     let mode = MODES[usize::try_from(number)? % MODES.len()];
     let (prepared, EndAllIn(directory)) = &prepare(&config(), qemu)?;
@@ -139,7 +143,7 @@ fn restore(qemu: &Qemu, file: &Path, number: u64, random: &mut Random) -> TestRe
         assert!(words.iter().any(|word| said.stderr.contains(word)), "{what}: {said:?}");
         wait_until(&format!("{what}: QEMU is gone"), || qemu_in(directory).is_none())?;
     }
-    Ok(())
+    Ok(said.code != Some(0))
 }
 
 /// The message was "left paused, `cont` makes it run again", or "the file is damaged" with status
@@ -154,20 +158,22 @@ fn a_qemu_that_ends_or_stands_still_at_any_moment_is_said_to() -> TestResult {
     let mut guest = config().boot_to(&qemu, 1)?;
     let whole = crate::guests::save(&guest, &["--after", "resume"])?;
     whole.said.assert(0, &[]);
+    let mut ends = 0;
     for number in 0..moments {
         if number % 2 == 1 {
-            save(&mut guest, number / 2, &mut random, Signal::STOP)?;
+            ends += u32::from(save(&mut guest, number / 2, &mut random, Signal::STOP)?);
             continue;
         }
-        save(&mut guest, number / 2, &mut random, Signal::KILL)?;
+        ends += u32::from(save(&mut guest, number / 2, &mut random, Signal::KILL)?);
         if guest.status().is_err() {
             guest = config().boot(&qemu)?;
             guest.wait_for_count(1)?;
         }
     }
     for number in 0..moments / 3 {
-        restore(&qemu, &whole.file, number, &mut random)?;
+        ends += u32::from(restore(&qemu, &whole.file, number, &mut random)?);
     }
     vmfile(words!["check", whole.file]).assert(0, &[]);
+    cases(ends, Case::QemuEnd);
     Ok(())
 }

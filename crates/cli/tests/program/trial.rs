@@ -85,6 +85,8 @@ pub(crate) struct Trial {
     pub(crate) slowest: Duration,
     /// How many saves had their file all the same.
     pub(crate) finished: u64,
+    /// How many saves did not succeed: what was to end them came in time.
+    pub(crate) ended: u64,
 }
 
 impl Trial {
@@ -96,7 +98,17 @@ impl Trial {
         let (directory, base) = (directory()?, directory()?);
         let words = words!["save", guest.qmp_path(), base.path().join(BASE), "--after", "resume"];
         vmfile(words).assert(0, &["saved"]);
-        Ok(Trial { guest, directory, base, before, random, seconds, slowest, finished: 0 })
+        Ok(Trial {
+            guest,
+            directory,
+            base,
+            before,
+            random,
+            seconds,
+            slowest,
+            finished: 0,
+            ended: 0,
+        })
     }
 
     pub(crate) fn words(&self, way: usize, file: &Path) -> Vec<OsString> {
@@ -143,6 +155,7 @@ impl Trial {
         let killed_at = Instant::now();
         let is_there = file.exists();
         self.finished += u64::from(is_there);
+        self.ended += u64::from(said.code != Some(0));
         let asked_to_stand = WAYS[way].contains(&"pause") && is_there;
         let is_alive = |guest: &mut Guest| {
             guest

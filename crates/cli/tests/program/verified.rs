@@ -8,7 +8,7 @@ use std::path::Path;
 use serde_json::json;
 use vmfile::Snapshot;
 use vmfile_testing::migration::{qemu_writes, set_capability, set_parameter};
-use vmfile_testing::{Guest, GuestConfig, Qemu, Ram, Release, TestResult, requires};
+use vmfile_testing::{Case, Guest, GuestConfig, Qemu, Ram, Release, TestResult, cases, requires};
 
 use crate::guests::{Saved, prepare, saved};
 use crate::run::{EndAllIn, Said, command, processes_in, restore, vmfile, wait_until};
@@ -71,11 +71,12 @@ fn with_a_wrong_bit<T>(file: &Path, offset: u64, act: impl FnOnce() -> T) -> Tes
     Ok(result)
 }
 
-/// Asserts that the verb refused the file and named what is wrong with it.
+/// Asserts that the verb refused the file and named what is wrong with it: a case for each verb and each byte.
 fn assert_refused(said: &Said, file: &Path, place: &Place) {
     let name = file.display().to_string();
     let words: Vec<&str> = [&name].into_iter().chain(&place.words).map(String::as_str).collect();
     said.assert(4, &words);
+    cases(1, Case::Flip);
 }
 
 /// Restores in every mode; expects that QEMU is gone after a restore that failed.

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Signal, kill_process};
 use serde_json::json;
-use vmfile_testing::{Guest, Monitor, Qemu, Ram, TestError, TestResult, requires};
+use vmfile_testing::{Case, Guest, Monitor, Qemu, Ram, TestError, TestResult, cases, requires};
 
 use crate::guests::directory;
 use crate::run::{self, Said, names_in, pid, vmfile, wait_until, wait_until_it_catches};
@@ -61,6 +61,7 @@ fn end_by(child: Child, signal: Signal) -> TestResult<Said> {
     kill_process(pid(child.id()), signal)?;
     let said = Said::from(child.wait_with_output()?);
     assert!(sent.elapsed() < AT_ONCE, "{:?}: {said:?}", sent.elapsed());
+    cases(1, Case::Signal);
     Ok(said)
 }
 
@@ -136,6 +137,8 @@ fn a_qemu_that_stops_answering_before_the_pause_does_not_hold_a_save() -> TestRe
         assert_eq!(guest.status()?, "running", "{delay} ms: {said:?}");
         assert_eq!(names_in(directory.path()).len(), usize::from(file.exists()), "{said:?}");
         let _ = fs::remove_file(&file);
+        cases(1, Case::QemuEnd);
+        cases(u32::from(said.code == Some(143)), Case::Signal);
     }
     Ok(())
 }
@@ -158,6 +161,7 @@ fn sigtstp_waits_until_the_guest_runs() -> TestResult {
     assert!(file.exists(), "it has done its work");
     kill_process(pid(child.id()), Signal::CONT)?;
     Said::from(child.wait_with_output()?).assert(0, &["saved"]);
+    cases(1, Case::Signal);
     guest.judge_counts()
 }
 

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::{FileType, Mode, mknodat};
 use serde_json::{Value, json};
 use tempfile::{TempDir, tempdir};
-use vmfile_testing::TestResult;
+use vmfile_testing::{Case, TestResult, cases};
 
 use crate::run::{Said, command, names_in, start, vmfile};
 use crate::words;
@@ -61,6 +61,7 @@ fn options_that_exclude_one_another_are_refused_before_the_vm_is_asked() {
     ] {
         let words = ["save", "/nonexistent/vm.sock", "/tmp/never.vmf"];
         vmfile(words.iter().chain(options)).assert(2, &[said]);
+        cases(1, Case::WrongInput);
     }
 }
 
@@ -150,6 +151,7 @@ fn refused(path: &Path, code: i32, words: &[&str]) -> TestResult {
         assert_eq!(error["code"], code);
         assert!(error["message"].as_str().is_some_and(|text| text.contains(&name)), "{error}");
         assert!(error["kind"].is_string() && error.get("hint").is_some(), "{error}");
+        cases(1, Case::WrongInput);
     }
     Ok(())
 }
@@ -235,6 +237,7 @@ fn standard_output_is_no_file_to_save_to() -> TestResult {
     {
         let said = Said::from(command().current_dir(&directory).args(words).output()?);
         said.assert(2, &["does not go into a pipe", "./-"]);
+        cases(1, Case::WrongInput);
     }
     assert_eq!(fs::read_dir(directory.path())?.count(), 0);
     Ok(())

@@ -254,6 +254,7 @@ mod tests {
             let (offset, bytes) = layout.encode_end();
             prop_assert_eq!(offset, end);
             prop_assert_eq!(offset + bytes.len() as u64, layout.device_state_offset());
+            std::println!("cases: 1 mutations");
         }
     }
 }

@@ -486,6 +486,7 @@ mod tests {
             let packet = Packet { sync, compression, number, pages, data_len };
             let decoded = Packet::decode(&packet.encode(&ram()), 0, &ram());
             prop_assert_eq!(decoded, Ok(Some((packet, 1344))));
+            std::println!("cases: 1 mutations");
         }
     }
 }

@@ -163,11 +163,13 @@ mod tests {
             let mut page = old.clone();
             apply(&encode(&old, &new), &mut page).unwrap();
             prop_assert_eq!(page, new);
+            std::println!("cases: 1 mutations");
         }
 
         #[test]
         fn no_delta_makes_it_panic(delta in proptest::collection::vec(any::<u8>(), 0..60)) {
             let _ = apply(&delta, &mut [0; 200]);
+            std::println!("cases: 1 mutations");
         }
     }
 }
