@@ -18,7 +18,7 @@ use std::process::{Command, Stdio};
 use serde_json::Value;
 
 use self::figures::Figures;
-use crate::command::{output, run as run_command, say, shown};
+use crate::command::{run as run_command, say, shown};
 use crate::setup;
 use crate::workspace::Workspace;
 
@@ -50,7 +50,7 @@ pub(crate) fn run(workspace: &Workspace, rest: &[String]) -> Result<(), Box<dyn 
     println!("\n{}", targets::summary(&targets));
     if !is_quick {
         let path = workspace.root().join(PAGE);
-        fs::write(&path, page::page(&report, &targets, &commit(workspace)?))?;
+        fs::write(&path, page::page(&report, &targets, &workspace.commit(&["crates"])?))?;
         println!("wrote {}", path.display());
     }
     Ok(())
@@ -95,14 +95,4 @@ fn free_mib() -> Result<u64, Box<dyn Error>> {
     let line = list.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
     let kib = line.and_then(|rest| rest.trim().trim_end_matches(" kB").parse::<u64>().ok());
     Ok(kib.ok_or("the kernel does not say how much memory is free")? >> 10)
-}
-
-/// Returns the commit that was measured.
-fn commit(workspace: &Workspace) -> Result<String, Box<dyn Error>> {
-    let git =
-        |words: &[&str]| output(Command::new("git").current_dir(workspace.root()).args(words));
-    let commit = git(&["rev-parse", "--short=12", "HEAD"])?;
-    let is_changed = !git(&["status", "--porcelain", "--", "crates"])?.is_empty();
-    let changed = if is_changed { ", with changes in crates/" } else { "" };
-    Ok(format!("{}{changed}", commit.trim()))
 }

@@ -4,7 +4,10 @@
 use std::error::Error;
 use std::process::Command;
 
-use crate::command::run as run_command;
+use crate::reliability::add_to_record;
+use crate::reliability::record::CHAOS;
+use crate::test::outcome::Outcome;
+use crate::test::reader::Shown;
 use crate::workspace::Workspace;
 
 /// What is ended, the test that does it in its package and program, and the variable that says how often.
@@ -36,5 +39,11 @@ pub(crate) fn run(workspace: &Workspace, rest: &[String]) -> Result<(), Box<dyn 
     if let Some(seed) = numbers.get(1) {
         command.env("VMFILE_SEED", seed);
     }
-    run_command(&mut command)
+    let name = format!("{} {program}", package.trim_start_matches("vmfile-"));
+    let mut outcome = Outcome::default();
+    let result = outcome.run_shown(&name, &mut command, Shown::AtOnce);
+    outcome.print_cases_and_skipped();
+    let words = format!("{CHAOS}{}", rest.join(" "));
+    add_to_record(workspace, &words, outcome.tests, false)?;
+    result
 }

@@ -4,12 +4,16 @@
 
 mod apt;
 mod bench;
+#[path = "../../testing/src/case.rs"]
+#[expect(unreachable_pub, reason = "the tests use it as well")]
+mod case;
 mod chaos;
 mod command;
 mod demo;
 mod guest;
 mod memory;
 mod qemus;
+mod reliability;
 mod setup;
 mod test;
 mod tidy;
@@ -34,6 +38,7 @@ usage: cargo xtask VERB
                    end one of them at random moments of saves and restores, 300 if not said
   memory [miri] [memcheck]
                    look for wrong uses of memory, by Miri and by valgrind
+  reliability      write into docs/reliability.md what the tests have shown since the last whole run
   tidy             check what no compiler checks: walls, words, links
 ";
 
@@ -61,6 +66,7 @@ fn run(verb: &str, rest: &[String]) -> Result<(), Box<dyn Error>> {
         "chaos" => chaos::run(&workspace, rest),
         "memory" => memory::run(&workspace, rest),
         "bench" => bench::run(&workspace, rest),
+        "reliability" => reliability::run(&workspace),
         "tidy" => tidy::run(&workspace),
         "help" | "-h" | "--help" => {
             print!("{HELP}\nsteps of test: {}\n", test::step_names());

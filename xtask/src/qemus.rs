@@ -38,6 +38,9 @@ const LIBRARY_DIRECTORIES: [&str; 2] = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-
 /// loader.
 const LOADER: &str = "ld-linux-x86-64.so.2";
 
+/// The one that is installed.
+const PACKAGE_PROGRAM: &str = "qemu-system-x86_64";
+
 const PROGRAM: &str = "usr/bin/qemu-system-x86_64";
 
 /// Fetches the QEMUs that are missing or do not run.
@@ -197,6 +200,19 @@ impl PrivateApt {
         set("APT::Sandbox::User", "root");
         command
     }
+}
+
+/// Returns the versions of the QEMUs that the tests have, from the oldest to the newest.
+pub(crate) fn versions(workspace: &Workspace) -> Vec<String> {
+    let fetched =
+        FETCHED.map(|qemu| workspace.target().join("qemu").join(qemu.suite).join(PROGRAM));
+    let programs = std::iter::once(PathBuf::from(PACKAGE_PROGRAM)).chain(fetched);
+    let mut versions: Vec<String> = programs.filter_map(|path| qemu_version(&path)).collect();
+    let numbers = |version: &str| -> Vec<u32> {
+        version.split('.').map(|number| number.parse().unwrap_or_default()).collect()
+    };
+    versions.sort_by_key(|version| numbers(version));
+    versions
 }
 
 /// Returns the version that a QEMU program says it has, such as `10.0.2`, if it runs.

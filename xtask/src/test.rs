@@ -7,16 +7,21 @@
 mod api;
 mod fuzz;
 mod loops;
-mod outcome;
+pub(crate) mod outcome;
 mod programs;
+pub(crate) mod reader;
 
+use std::collections::BTreeMap;
 use std::error::Error;
+use std::fs;
+use std::mem;
 use std::process::Command;
 use std::time::Instant;
 
 use self::outcome::Outcome;
 use self::programs::{Kind, TestPrograms};
 use crate::command::{run as run_command, say};
+use crate::reliability::{add_to_record, names};
 use crate::workspace::Workspace;
 use crate::{setup, tidy};
 
@@ -51,7 +56,7 @@ const STEPS: [Step; 11] = [
         shows: "the hot loops take as many instructions as they did",
         run: loops::run,
     },
-    Step { name: "fuzz", shows: "no decoder breaks its contract", run: |w, _| fuzz::run(w) },
+    Step { name: "fuzz", shows: "no decoder breaks its contract", run: fuzz::run },
     Step { name: "vm", shows: "guests find their RAM as they left it", run: vm },
 ];
 
@@ -67,22 +72,32 @@ pub(crate) fn run(workspace: &Workspace, names: &[String]) -> StepResult {
     }
     let mut outcome = Outcome::default();
     let start = Instant::now();
+    let result = run_steps(workspace, names, &mut outcome);
+    // What has failed is recorded as well.
+    let command = ["cargo xtask test"].into_iter().chain(names.iter().map(String::as_str));
+    let command = command.collect::<Vec<_>>().join(" ");
+    add_to_record(workspace, &command, mem::take(&mut outcome.tests), names.is_empty())?;
+    result?;
+    say(&format!("all steps: {:.1} s", start.elapsed().as_secs_f64()));
+    println!("{outcome}");
+    Ok(())
+}
+
+fn run_steps(workspace: &Workspace, names: &[String], outcome: &mut Outcome) -> StepResult {
     for step in &STEPS {
         if !names.is_empty() && !names.iter().any(|name| name == step.name) {
             continue;
         }
         say(&format!("{}: {}", step.name, step.shows));
         let step_start = Instant::now();
-        let result = (step.run)(workspace, &mut outcome);
+        let result = (step.run)(workspace, outcome);
         say(&format!("{}: {:.1} s", step.name, step_start.elapsed().as_secs_f64()));
         if let Err(error) = result {
-            outcome.print_skipped();
+            outcome.print_cases_and_skipped();
             return Err(format!("step {} failed: {error}", step.name).into());
         }
     }
-    say(&format!("all steps: {:.1} s", start.elapsed().as_secs_f64()));
-    outcome.print_skipped();
-    println!("{outcome}");
+    outcome.print_cases_and_skipped();
     Ok(())
 }
 
@@ -111,15 +126,21 @@ fn vm(workspace: &Workspace, outcome: &mut Outcome) -> StepResult {
     test_programs(workspace, Kind::Vm, outcome)
 }
 
-/// Runs all test programs of one kind, and fails after the last if one has failed.
+/// Runs all test programs of one kind, and fails after the last if one has failed, or if docs/reliability.md
+/// names a test that they do not have.
 fn test_programs(workspace: &Workspace, kind: Kind, outcome: &mut Outcome) -> StepResult {
     let mut failed = Vec::new();
-    for program in TestPrograms::build(workspace)?.of_kind(kind) {
-        if outcome.run(&program.name, &mut program.command()).is_err() {
-            failed.push(program.name.clone());
+    let programs = TestPrograms::build(workspace)?;
+    for program in programs.of_kind(kind) {
+        if let Err(error) = outcome.run(&program.name, &mut program.command()) {
+            failed.push(error.to_string());
         }
     }
-    if failed.is_empty() { Ok(()) } else { Err(failed.join(", ").into()) }
+    let page = fs::read_to_string(workspace.root().join(names::PAGE))?;
+    let mut programs: BTreeMap<String, bool> = programs.names(kind).collect();
+    programs.extend(fuzz::TARGETS.map(|target| (fuzz::program(target), false)));
+    failed.extend(names::not_there(&page, &programs, &outcome.tests));
+    if failed.is_empty() { Ok(()) } else { Err(failed.join("; ").into()) }
 }
 
 fn cargo(workspace: &Workspace) -> Command {

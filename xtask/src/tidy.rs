@@ -15,6 +15,7 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
+use crate::reliability::names;
 use crate::workspace::Workspace;
 
 /// Directories that hold no sources of this project.
@@ -55,12 +56,26 @@ pub(crate) fn run(workspace: &Workspace) -> Result<(), Box<dyn Error>> {
     }
     let all: Vec<(&str, &str)> = texts.iter().map(|(path, text)| (*path, text.as_str())).collect();
     circles::circles(&all, &mut findings);
+    tests_of_promises(&all, &mut findings);
     for finding in &findings {
         println!("{finding}");
     }
     match findings.len() {
         0 => Ok(()),
         count => Err(format!("{count} findings in {} files", files.len()).into()),
+    }
+}
+
+/// Every test that docs/reliability.md names exists, as far as its name shows.
+fn tests_of_promises(files: &[(&str, &str)], findings: &mut Vec<Finding>) {
+    for (path, page) in files.iter().filter(|(path, _)| *path == names::PAGE) {
+        if names::rows(page).next().is_none() {
+            findings.push(Finding::new(path, 1, "no table of promises"));
+        }
+        for row in names::rows(page) {
+            let wrong = names::wrong_in(&row, files);
+            findings.extend(wrong.into_iter().map(|reason| Finding::new(path, row.line, reason)));
+        }
     }
 }
 

@@ -1,16 +1,17 @@
 //! Sums up the results of the test programs.
 //!
 //! A test that cannot run, or not as a whole, passes and prints `skipped: ` and the reason on a
-//! line of its own. The programs run with `--show-output`, which prints the output of passing tests
-//! after the last test. xtask reads the lines of skipped tests from there, and does not show the
-//! rest.
+//! line of its own. A test that tries cases prints `cases: `, how many, and of which kind.
 
+use std::collections::BTreeMap;
 use std::error::Error;
 use std::fmt;
 use std::io::{BufRead as _, BufReader};
 use std::process::{Command, Stdio};
 
+use super::reader::{Reader, Shown, Told};
 use crate::command::say;
+use crate::reliability::record::{Cases, End, Tried, add_up};
 
 /// The results of all tests so far.
 #[derive(Debug, Default)]
@@ -18,6 +19,8 @@ pub(crate) struct Outcome {
     passed: usize,
     failed: usize,
     skipped: Vec<Skipped>,
+    /// What each test has shown, as `testing guests a_dimm_comes_back`.
+    pub(crate) tests: BTreeMap<String, Tried>,
 }
 
 /// A test, or a step, that could not run, or not as a whole.
@@ -31,33 +34,41 @@ struct Skipped {
     reasons: Vec<String>,
 }
 
-/// The position in a program's output.
-#[derive(Debug, Default)]
-struct Reader {
-    in_successes: bool,
-    test: String,
-}
-
 impl Outcome {
-    /// Runs a test program, shows what it prints and counts its tests.
+    /// Runs a test program with `--show-output`, shows what it prints and counts its tests.
     pub(crate) fn run(
         &mut self,
         program: &str,
         command: &mut Command,
     ) -> Result<(), Box<dyn Error>> {
         say(&format!("run {program}"));
+        self.run_shown(program, command, Shown::AtTheEnd)
+    }
+
+    /// Runs a test program that shows its output in this way.
+    pub(crate) fn run_shown(
+        &mut self,
+        program: &str,
+        command: &mut Command,
+        shown: Shown,
+    ) -> Result<(), Box<dyn Error>> {
         let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
-        let mut reader = Reader::default();
+        let mut reader = Reader::new(shown);
+        let mut unknown = Vec::new();
         if let Some(stdout) = child.stdout.take() {
             for line in BufReader::new(stdout).split(b'\n') {
                 let line = String::from_utf8_lossy(&line?).into_owned();
-                if self.read_line(program, &mut reader, &line) {
+                unknown.extend(self.read_line(program, &mut reader, &line));
+                if reader.is_shown() {
                     println!("{line}");
                 }
             }
         }
         let status = child.wait()?;
-        if status.success() { Ok(()) } else { Err(format!("{program}: {status}").into()) }
+        if !status.success() {
+            return Err(format!("{program}: {status}").into());
+        }
+        if unknown.is_empty() { Ok(()) } else { Err(unknown.join("; ").into()) }
     }
 
     /// Records that a step could not be done.
@@ -77,37 +88,42 @@ impl Outcome {
         }
     }
 
-    /// Lists what could not run, with all reasons.
-    pub(crate) fn print_skipped(&self) {
+    /// Lists how many cases were tried, and what could not run, with all reasons.
+    pub(crate) fn print_cases_and_skipped(&self) {
+        let cases: Cases = add_up(self.tests.values());
+        if !cases.is_empty() {
+            println!("tried {cases}");
+        }
         for Skipped { what, reasons, .. } in &self.skipped {
             println!("skipped {what}: {}", reasons.join("; "));
         }
     }
 
-    /// Reads one line of a program's output; returns whether to show it.
-    fn read_line(&mut self, program: &str, reader: &mut Reader, line: &str) -> bool {
-        if let Some(summary) = line.strip_prefix("test result: ") {
-            reader.in_successes = false;
-            self.passed += number_before(summary, " passed");
-            self.failed += number_before(summary, " failed");
-            return true;
+    fn tried(&mut self, what: String) -> &mut Tried {
+        self.tests.entry(what).or_default()
+    }
+
+    /// Reads one line of a program's output; returns what is wrong with it.
+    fn read_line(&mut self, program: &str, reader: &mut Reader, line: &str) -> Option<String> {
+        let told = reader.read(line)?;
+        let what = format!("{program} {}", reader.test);
+        match told {
+            Told::Summary(passed, failed) => {
+                self.passed += passed;
+                self.failed += failed;
+            }
+            Told::Unknown(tried) => {
+                return Some(format!("{what}: a number of cases that nobody knows: {tried:?}"));
+            }
+            Told::Cases(number, case) => self.tried(what).cases.add(number, case),
+            Told::Passed => drop(self.tried(what)),
+            Told::Failed => *self.tried(what) = Tried { end: End::Failed, ..Tried::default() },
+            Told::Skipped(reason) => {
+                self.tried(what.clone()).end = End::Skipped;
+                self.skip(what, true, &reason);
+            }
         }
-        match line {
-            "successes:" => reader.in_successes = true,
-            "failures:" => reader.in_successes = false,
-            _ => {}
-        }
-        if !reader.in_successes {
-            return true;
-        }
-        let name = line.strip_prefix("---- ").and_then(|rest| rest.strip_suffix(" stdout ----"));
-        if let Some(name) = name {
-            name.clone_into(&mut reader.test);
-        }
-        if let Some(reason) = line.strip_prefix("skipped: ") {
-            self.skip(format!("{program} {}", reader.test), true, reason);
-        }
-        false
+        None
     }
 }
 
@@ -124,15 +140,10 @@ impl fmt::Display for Outcome {
     }
 }
 
-/// Reads the number before `what`, as in `ok. 12 passed; 0 failed`.
-fn number_before(summary: &str, what: &str) -> usize {
-    let before = summary.split(what).next().unwrap_or_default();
-    before.rsplit(' ').next().and_then(|number| number.parse().ok()).unwrap_or(0)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::case::Case;
 
     const OUTPUT: &str = "
 running 3 tests
@@ -141,6 +152,12 @@ test b ... ok
 test c ... FAILED
 
 successes:
+
+---- a stdout ----
+seed 7
+cases: 30 kills
+cases: 1 restores
+cases: 12 kills
 
 ---- b stdout ----
 some words
@@ -157,19 +174,54 @@ failures:
 
 ---- c stdout ----
 skipped: not this one, it failed
+cases: 5 kills
+
+
+failures:
+    c
 
 test result: FAILED. 2 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out
 ";
 
+    fn read(outcome: &mut Outcome, output: &str) -> (Vec<String>, Vec<String>) {
+        let mut reader = Reader::new(Shown::AtTheEnd);
+        let (mut shown, mut wrong) = (Vec::new(), Vec::new());
+        for line in output.lines() {
+            wrong.extend(outcome.read_line("p", &mut reader, line));
+            if reader.is_shown() {
+                shown.push(line.to_owned());
+            }
+        }
+        (shown, wrong)
+    }
+
     #[test]
     fn a_skipped_test_is_counted_once_and_not_as_passed() {
-        let (mut outcome, mut reader) = (Outcome::default(), Reader::default());
-        for line in OUTPUT.lines() {
-            outcome.read_line("p", &mut reader, line);
-        }
+        let mut outcome = Outcome::default();
+        read(&mut outcome, OUTPUT);
         assert_eq!(outcome.to_string(), "1 passed, 1 failed, 1 skipped");
         assert_eq!(outcome.skipped[0].what, "p b");
         assert_eq!(outcome.skipped[0].reasons, ["needs QEMU 99", "needs root"]);
+    }
+
+    #[test]
+    fn cases_of_tests_that_passed_are_added_up() {
+        let mut outcome = Outcome::default();
+        let (_, wrong) = read(&mut outcome, OUTPUT);
+        assert_eq!(wrong, [""; 0]);
+        let ends: Vec<_> =
+            outcome.tests.iter().map(|(name, tried)| (name.as_str(), tried.end)).collect();
+        assert_eq!(ends, [("p a", End::Passed), ("p b", End::Skipped), ("p c", End::Failed)]);
+        let cases = add_up(outcome.tests.values());
+        assert_eq!(cases.of(Case::Kill), 42);
+        assert_eq!(cases.to_string(), "42 kills, 1 restores");
+    }
+
+    #[test]
+    fn a_kind_of_case_that_nobody_knows_is_wrong() {
+        let output = OUTPUT.replace("12 kills", "12 kittens");
+        let (_, wrong) = read(&mut Outcome::default(), &output);
+        assert_eq!(wrong, ["p a: a number of cases that nobody knows: \"12 kittens\""]);
     }
 
     #[test]
@@ -182,12 +234,11 @@ test result: FAILED. 2 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out
 
     #[test]
     fn what_passing_tests_printed_is_not_shown() {
-        let (mut outcome, mut reader) = (Outcome::default(), Reader::default());
-        let shown: Vec<&str> =
-            OUTPUT.lines().filter(|line| outcome.read_line("p", &mut reader, line)).collect();
-        assert!(!shown.contains(&"some words"));
-        assert!(shown.contains(&"test a ... ok"));
-        assert!(shown.contains(&"---- c stdout ----"));
+        let (shown, _) = read(&mut Outcome::default(), OUTPUT);
+        let has = |line: &str| shown.iter().any(|shown| shown == line);
+        assert!(!has("some words"));
+        assert!(has("test a ... ok"));
+        assert!(has("---- c stdout ----"));
     }
 
     #[test]

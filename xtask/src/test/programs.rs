@@ -56,6 +56,11 @@ impl TestPrograms {
         Ok(TestPrograms { programs })
     }
 
+    /// Returns the names of all, each with whether it is of this kind.
+    pub(crate) fn names(&self, kind: Kind) -> impl Iterator<Item = (String, bool)> {
+        self.programs.iter().map(move |program| (program.name.clone(), program.kind == kind))
+    }
+
     pub(crate) fn of_kind(&self, kind: Kind) -> impl Iterator<Item = &TestProgram> {
         self.programs.iter().filter(move |program| program.kind == kind)
     }
