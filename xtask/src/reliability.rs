@@ -31,6 +31,11 @@ pub(crate) fn run(workspace: &Workspace) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
+/// Returns `Linux 6.18.44` of `Linux 6.18.44-1-amd64`: the rest is the host's affair.
+fn kernel(said: &str) -> String {
+    said.trim().split('-').next().unwrap_or_default().to_owned()
+}
+
 /// Adds what tests have shown to the record. With a run of all tests it begins anew, but for longer runs of
 /// the same commit.
 pub(crate) fn add_to_record(
@@ -47,7 +52,7 @@ pub(crate) fn add_to_record(
         command: command.to_owned(),
         day: output(Command::new("date").args(["-u", "+%F"]))?.trim().to_owned(),
         commit: workspace.commit(&["crates", "testing"])?,
-        kernel: output(Command::new("uname").arg("-sr"))?.trim().to_owned(),
+        kernel: kernel(&output(Command::new("uname").arg("-sr"))?),
         qemu: qemus::versions(workspace).join(", "),
     };
     if are_all {

@@ -38,24 +38,26 @@ fn filled(row: &Row<'_>, record: &Record) -> String {
     by.dedup();
     let by: Vec<String> = by.iter().map(|mode| format!("`chaos {mode}`")).collect();
     let cases = if by.is_empty() { cases } else { format!("{cases} ({})", by.join(", ")) };
-    let result = result(tests.iter().map(|(tried, _)| tried));
+    let is_run = |name: &&&str| record.tests.keys().any(|test| is_named(name, test));
+    let not_run = row.names.iter().filter(|name| !is_run(name)).count();
+    let result = result(tests.iter().map(|(tried, _)| tried), not_run);
     let [promise, how, .., names] = row.cells[..] else { return String::new() };
     let cells = [promise, how, &cases, &result, names];
     let cells = cells.map(|cell| if cell.is_empty() { String::new() } else { format!(" {cell}") });
     format!("|{} |", cells.join(" |"))
 }
 
-/// Says how tests ended: `passed` of one, `3 passed, 1 skipped` of more.
-fn result<'a>(tests: impl Iterator<Item = &'a Tried> + Clone) -> String {
+/// Says how tests ended: `passed` of one, `3 passed, 1 skipped` of more. Of `not_run` names no test has run.
+fn result<'a>(tests: impl Iterator<Item = &'a Tried> + Clone, not_run: usize) -> String {
     let ends = [(End::Passed, "passed"), (End::Skipped, "skipped"), (End::Failed, "FAILED")];
     let counts = ends.map(|(end, word)| (tests.clone().filter(|one| one.end == end).count(), word));
     let told: Vec<String> = counts
         .iter()
+        .chain(&[(not_run, "not run")])
         .filter(|(count, _)| *count > 0)
         .map(|(count, word)| format!("{count} {word}"))
         .collect();
     match &told[..] {
-        [] => "not run".to_owned(),
         [one] if one.starts_with("1 ") => one[2..].to_owned(),
         _ => told.join(", "),
     }
@@ -63,7 +65,7 @@ fn result<'a>(tests: impl Iterator<Item = &'a Tried> + Clone) -> String {
 
 fn totals(record: &Record) -> String {
     let tests = || record.tests.values().map(|(tried, _)| tried);
-    let mut text = format!("\n{} tests: {}.\n", tests().count(), result(tests()));
+    let mut text = format!("\n{} tests: {}.\n", tests().count(), result(tests(), 0));
     for (word, end) in [("Failed", End::Failed), ("Skipped", End::Skipped)] {
         let of_end = |(_, (tried, _)): &(&String, &(Tried, Run))| tried.end == end;
         let names: Vec<String> =
@@ -128,6 +130,7 @@ mod tests {
 | One | so | old | old | `cli program kills::*` |
 | Two | | | | `testing live c` |
 | Three | | | | `testing live d` |
+| Four | | | | `testing live c`, `testing live d` |
 
 <!-- What the tests have shown; `cargo xtask reliability` writes it. -->
 old
@@ -143,6 +146,7 @@ The rest.
             "| One | so | 312 kills (`chaos vmfile 300`) | 2 passed | `cli program kills::*` |\n",
             "| Two | | | skipped | `testing live c` |\n",
             "| Three | | | not run | `testing live d` |\n",
+            "| Four | | | 1 skipped, 1 not run | `testing live c`, `testing live d` |\n",
         ] {
             assert!(page.contains(row), "{page}");
         }

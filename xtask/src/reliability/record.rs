@@ -76,12 +76,22 @@ impl Cases {
     }
 }
 
-/// As `30 kills, 2 restores`.
+/// As `30 kills, 1 restore`.
 impl fmt::Display for Cases {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let shown: Vec<String> =
-            self.0.iter().map(|(case, number)| format!("{number} {case}")).collect();
-        f.write_str(&shown.join(", "))
+        let shown = self.0.iter().map(|(case, number)| match number {
+            1 => format!("1 {}", singular(case.name())),
+            number => format!("{number} {case}"),
+        });
+        f.write_str(&shown.collect::<Vec<String>>().join(", "))
+    }
+}
+
+/// Returns `power cut` of `power cuts`, and `end of QEMU` of `ends of QEMU`.
+fn singular(name: &str) -> String {
+    match name.split_once("s of ") {
+        Some((what, of)) => format!("{what} of {of}"),
+        None => name.trim_end_matches('s').to_owned(),
     }
 }
 
@@ -219,6 +229,13 @@ mod tests {
         assert_eq!(after(End::Failed, 0, "test", "1"), of("test", End::Failed, 0));
         assert_eq!(after(End::Passed, 300, "chaos", "1"), of("chaos", End::Passed, 300));
         assert_eq!(after(End::Passed, 30, "test", "2"), of("test", End::Passed, 30));
+    }
+
+    #[test]
+    fn one_case_is_told_as_one() {
+        let cases = Cases(BTreeMap::from([(Case::Kill, 2), (Case::PowerCut, 1)]));
+        assert_eq!(cases.to_string(), "2 kills, 1 power cut");
+        assert_eq!(Cases(BTreeMap::from([(Case::QemuEnd, 1)])).to_string(), "1 end of QEMU");
     }
 
     #[test]

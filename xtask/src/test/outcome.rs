@@ -214,7 +214,7 @@ test result: FAILED. 2 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out
         assert_eq!(ends, [("p a", End::Passed), ("p b", End::Skipped), ("p c", End::Failed)]);
         let cases = add_up(outcome.tests.values());
         assert_eq!(cases.of(Case::Kill), 42);
-        assert_eq!(cases.to_string(), "42 kills, 1 restores");
+        assert_eq!(cases.to_string(), "42 kills, 1 restore");
     }
 
     #[test]
