@@ -12,8 +12,8 @@ pub enum Case {
     Signal,
     /// QEMU ends or stops.
     QemuEnd,
-    /// The connection to QEMU's monitor breaks.
-    Cut,
+    /// The connection to QEMU's monitor breaks, or brings what QEMU does not say.
+    Monitor,
     /// Another client of QEMU acts in the middle.
     Interference,
     /// A system call or a transfer fails.
@@ -46,7 +46,7 @@ impl Case {
         Case::Kill,
         Case::Signal,
         Case::QemuEnd,
-        Case::Cut,
+        Case::Monitor,
         Case::Interference,
         Case::Fault,
         Case::Shortage,
@@ -68,7 +68,7 @@ impl Case {
             Case::Kill => "kills",
             Case::Signal => "signals",
             Case::QemuEnd => "ends of QEMU",
-            Case::Cut => "cut connections",
+            Case::Monitor => "disturbed monitors",
             Case::Interference => "interferences",
             Case::Fault => "faults",
             Case::Shortage => "shortages",
@@ -91,7 +91,9 @@ impl Case {
             Case::Kill => "vmfile or its guardian is killed in the middle of a save or a restore",
             Case::Signal => "vmfile gets a signal that it catches, and must obey it",
             Case::QemuEnd => "QEMU is killed or stopped while vmfile works with it",
-            Case::Cut => "the connection to QEMU's monitor breaks, and QEMU runs on",
+            Case::Monitor => {
+                "the connection to QEMU's monitor breaks, is late or silent, or brings what QEMU does not say"
+            }
             Case::Interference => "another client of QEMU acts in the middle of a save",
             Case::Fault => "a system call or a transfer fails, is torn or comes late",
             Case::Shortage => "there is no more room on the disk, memory or length of a file",

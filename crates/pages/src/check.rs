@@ -395,8 +395,8 @@ impl<'a> PageCheck<'a> {
         let mut bytes = vec![0; usize::try_from(page_len).expect("64 KiB at most")];
         for page in pieces(window.range.clone(), page_len) {
             let offset = placed.pages_offset + page.start;
-            if self.snapshot.file().read_exact_at(&mut bytes, offset).is_err() {
-                checked.found.page(FindingKind::Unreadable, placed, page.start / page_len);
+            if let Err(error) = self.snapshot.file().read_exact_at(&mut bytes, offset) {
+                checked.found.unreadable(placed, page.start / page_len, &error);
                 continue;
             }
             let window = Window { range: page, ..window.clone() };

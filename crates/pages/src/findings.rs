@@ -1,5 +1,6 @@
 //! What a check finds.
 
+use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -29,6 +30,18 @@ pub struct Finding {
     pub section: Option<String>,
     /// File offset of the first byte concerned.
     pub offset: u64,
+    /// The kernel's error, where it refused to read.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
+
+impl Finding {
+    fn of_page(kind: FindingKind, block: &PlacedBlock, page: u64) -> Finding {
+        let offset = block.page_offset(PageIndex(page)).unwrap_or(u64::MAX);
+        let block = Some(block.block.name().to_owned());
+        let (file, section, error) = (None, None, None);
+        Finding { kind, file, block, page: Some(page), section, offset, error }
+    }
 }
 
 /// What kind of thing is wrong.
@@ -73,13 +86,17 @@ impl Findings {
 
     pub(crate) fn section(&mut self, kind: FindingKind, section: &str, offset: u64) {
         let section = Some(section.to_owned());
-        self.push(Finding { kind, file: None, block: None, page: None, section, offset });
+        let (file, block, page, error) = (None, None, None, None);
+        self.push(Finding { kind, file, block, page, section, offset, error });
     }
 
     pub(crate) fn page(&mut self, kind: FindingKind, block: &PlacedBlock, page: u64) {
-        let offset = block.page_offset(PageIndex(page)).unwrap_or(u64::MAX);
-        let block = Some(block.block.name().to_owned());
-        self.push(Finding { kind, file: None, block, page: Some(page), section: None, offset });
+        self.push(Finding::of_page(kind, block, page));
+    }
+
+    pub(crate) fn unreadable(&mut self, block: &PlacedBlock, page: u64, error: &io::Error) {
+        let error = Some(error.to_string());
+        self.push(Finding { error, ..Finding::of_page(FindingKind::Unreadable, block, page) });
     }
 
     /// Adds what was found in a file below the one that is checked: those that name no file are in

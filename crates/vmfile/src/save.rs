@@ -453,7 +453,8 @@ impl<'a> Save<'a> {
         // The record stays while something is left to undo: the guardian acts only if it is there.
         let settings = self.put_settings_back(vm);
         let is_as_it_was = thawed.is_ok() && settings.is_ok() && !error.leaves_paused();
-        if is_as_it_was && vm.unstoppable(PUT_BACK_TIMEOUT, Vm::remove_record).is_ok() {
+        let remove = |vm: &mut Vm| vm.remove_descriptors().and_then(|()| vm.remove_record());
+        if is_as_it_was && vm.unstoppable(PUT_BACK_TIMEOUT, remove).is_ok() {
             self.guard.dismiss();
         } else {
             // The guardian tries once more, and may wait longer than the user wants to.

@@ -213,6 +213,9 @@ fn describe(finding: &Finding) -> String {
         let _ = write!(text, ", in {}", file.display());
     }
     let _ = write!(text, ", file offset {:#x}", finding.offset);
+    if let Some(error) = &finding.error {
+        let _ = write!(text, ": {error}");
+    }
     text
 }
 

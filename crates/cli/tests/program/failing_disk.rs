@@ -9,13 +9,15 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::process::{Signal, kill_process};
 use tempfile::TempDir;
 use vmfile_testing::{
-    FailingFile, Guest, Missing, Mount, Qemu, Ram, Random, Release, TestResult, given, requires,
+    Case, FailingFile, Guest, Missing, Mount, Qemu, Ram, Random, Release, TestResult, cases, given,
+    requires,
 };
 
 use crate::guests::{Saved, directory, prepare, saved};
-use crate::run::{EndAllIn, Said, command, names_in, processes_in, start, vmfile, wait_until};
+use crate::run::{EndAllIn, Said, command, names_in, pid, processes_in, start, vmfile, wait_until};
 use crate::trial::{Trial, WAYS};
 use crate::words;
 
@@ -127,17 +129,19 @@ fn succeeds(command: &mut Command) -> TestResult {
 }
 
 /// Waits for a verb, which must end in time.
-fn finish(mut child: Child, what: &str) -> TestResult<Said> {
+fn finish(child: Child, what: &str) -> TestResult<Said> {
+    let process = pid(child.id());
+    // What it says may be more than a pipe holds.
+    let reader = thread::spawn(move || child.wait_with_output());
     let deadline = Instant::now() + TIMEOUT;
-    while child.try_wait()?.is_none() {
+    while !reader.is_finished() {
         if Instant::now() > deadline {
-            child.kill()?;
-            let said = Said::from(child.wait_with_output()?);
-            return Err(format!("{what}: it does not end: {said:?}").into());
+            kill_process(process, Signal::KILL)?;
+            return Err(format!("{what}: it does not end").into());
         }
         thread::sleep(Duration::from_millis(5));
     }
-    Ok(child.wait_with_output()?.into())
+    Ok(reader.join().expect("it does not panic")?.into())
 }
 
 /// The name of the file of every save, and where the old one is that stays.
@@ -147,9 +151,9 @@ const KEPT: &str = "kept";
 #[test]
 fn a_vm_whose_file_system_fails_in_the_middle_of_its_save_is_as_it_was() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
-    let cases = given("VMFILE_CASES").unwrap_or(CASES);
+    let count = given("VMFILE_CASES").unwrap_or(CASES);
     let seed = given("VMFILE_SEED").unwrap_or_else(Random::seed_of_now);
-    println!("{cases} cases, VMFILE_SEED={seed}");
+    println!("{count} moments, VMFILE_SEED={seed}");
     let mut trial = Trial::begin(&qemu, Random::new(seed))?;
     for (number, failure) in (0_u64..).zip(Failure::ALL) {
         let mut disk = requires!(Disk::make(failure));
@@ -159,14 +163,15 @@ fn a_vm_whose_file_system_fails_in_the_middle_of_its_save_is_as_it_was() -> Test
         vmfile(words).assert(0, &["saved"]);
         // So that the old file is on the disk.
         disk.mount_again()?;
-        for case in (number..cases).step_by(Failure::ALL.len()) {
+        for case in (number..count).step_by(Failure::ALL.len()) {
             let way = usize::try_from(trial.random.next_number())? % WAYS.len();
             break_a_save(&mut trial, &mut disk, way, case % 2 == 0)?;
+            cases(1, Case::Fault);
         }
         vmfile(words!["check", disk.path().join(KEPT).join(NAME)]).assert(0, &["ok: "]);
     }
     trial.next_save_is_right()?;
-    println!("{} of {cases} saves had their file; slowest {:?}", trial.finished, trial.slowest);
+    println!("{} of {count} saves had their file; slowest {:?}", trial.finished, trial.slowest);
     Ok(())
 }
 
@@ -299,6 +304,7 @@ fn a_file_whose_reads_fail_is_told_by_every_verb() -> TestResult {
             command.stdout(if is_stream { Stdio::null() } else { Stdio::piped() });
             let what = format!("{reader:?}");
             let said = read_while_it_fails(&failing, (&what, command), moment())?;
+            cases(1, Case::Fault);
             assert_eq!(new.exists(), said.code == Some(0) && reader.contains(&"NEW"), "{what}");
             if new.exists() {
                 fs::remove_file(&new)?;
@@ -310,6 +316,7 @@ fn a_file_whose_reads_fail_is_told_by_every_verb() -> TestResult {
             command.args(words!["restore", source, "--mode", mode, "--"]);
             command.args(prepared.command_line()).stdout(Stdio::null());
             let said = read_while_it_fails(&failing, (mode, command), moment())?;
+            cases(1, Case::Fault);
             if said.code != Some(0) {
                 wait_until("QEMU is gone", || processes_in(of_vm).is_empty())?;
             }

@@ -384,6 +384,6 @@ fn limits_of_a_user_are_kept_or_told_and_the_vm_runs_on() -> TestResult {
     let own = user.path("own.vmf");
     user.saves(&mut guest, &own, &[])?;
     let said = user.under(&["prlimit", "--nproc=1"], &words!["check", own])?;
-    said.assert(5, &["take threads", "hint: `ulimit -u`"]);
+    said.assert(5, &["take threads", "`ulimit -u` says"]);
     Ok(())
 }

@@ -320,11 +320,21 @@ impl Vm {
         }
         if let Some(change) = &record.settings {
             self.put_back_stream_settings(change)?;
-            match pass_fd::closefd(&mut self.qmp, outgoing::STREAM_NAME) {
-                // QEMU refuses if it has no descriptor of that name.
-                Ok(()) | Err(QmpError::Refused { .. }) => {}
-                Err(error) => return Err(error.into()),
-            }
+        }
+        self.remove_descriptors()
+    }
+
+    /// Removes the descriptors that a save may have left in QEMU: those, too, of a command that QEMU has
+    /// carried out and whose answer has not come.
+    ///
+    /// # Errors
+    ///
+    /// See [`Qmp::execute`](crate::Qmp::execute).
+    pub fn remove_descriptors(&mut self) -> Result<(), VmError> {
+        match pass_fd::closefd(&mut self.qmp, outgoing::STREAM_NAME) {
+            // QEMU refuses if it has no descriptor of that name.
+            Ok(()) | Err(QmpError::Refused { .. }) => {}
+            Err(error) => return Err(error.into()),
         }
         Ok(pass_fd::remove_left(&mut self.qmp)?)
     }
