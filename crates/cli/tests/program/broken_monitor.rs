@@ -21,7 +21,7 @@ use crate::trial::{Trial, WAYS};
 use crate::words;
 
 /// How many cases a test run tries.
-const CASES: u64 = 34;
+const CASES: u64 = 17;
 
 /// How soon a save ends after a signal if its monitor is silent: it waits ten seconds for what it puts back,
 /// and a minute for QEMU to end if the file has its name.
