@@ -47,6 +47,15 @@ impl Mount {
         Mount::virtual_file_system("hugetlbfs", "pagesize=2M")
     }
 
+    /// Mounts the hierarchy of control groups, version 2.
+    ///
+    /// # Errors
+    ///
+    /// Says what is missing: root, or a kernel that has it.
+    pub fn control_groups() -> Result<Mount, Missing> {
+        Mount::virtual_file_system("cgroup2", "")
+    }
+
     /// Makes an ext4 of `size_mib` in a file and mounts it.
     ///
     /// # Errors

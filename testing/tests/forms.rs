@@ -9,12 +9,13 @@ use std::process::{Child, Command};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::json;
 use vmfile::restore::{Destination, Mode, ModeUsed, RestoreOptions};
 use vmfile::save::{After, SaveOptions};
 use vmfile::{Control, Snapshot, Vm};
 use vmfile_qemu::{RunState, VmAddress};
-use vmfile_testing::{Guest, Qemu, Ram, Release, TestResult, requires};
+use vmfile_testing::{Guest, Mount, Qemu, Ram, Release, TestResult, requires};
 
 /// QEMU rounds the machine's RAM up to 8 KiB; no mode restored such a VM.
 #[test]
@@ -120,10 +121,7 @@ fn a_vm_comes_back_after_its_qemu_was_upgraded() -> TestResult {
         command.args(["-L", "/usr/share/qemu", "-L", "/usr/share/seabios"]).args(machine);
         command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", socket.display()));
         let running = Running(command.spawn()?);
-        let deadline = Instant::now() + Duration::from_secs(30);
-        while !socket.exists() && Instant::now() < deadline {
-            thread::sleep(Duration::from_millis(10));
-        }
+        wait_for(&socket);
         let (mut vm, control) = (Vm::connect(&socket)?, Control::none());
         let options = SaveOptions::default().after(After::Quit);
         vmfile::save::save(&mut vm, &file, &options, &control)?;
@@ -140,6 +138,67 @@ fn a_vm_comes_back_after_its_qemu_was_upgraded() -> TestResult {
         drop(qemu);
         fs::remove_file(&file)?;
     }
+    Ok(())
+}
+
+/// Waits until a socket is there.
+fn wait_for(socket: &Path) {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while !socket.exists() && Instant::now() < deadline {
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// The control group, network, limits and environment of a restored VM are those of vmfile's process: that
+/// was not said.
+#[test]
+fn what_a_vm_had_from_those_who_started_it_is_said_if_it_has_that_no_more() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let groups = requires!(Mount::control_groups());
+    let directory = tempfile::tempdir()?;
+    let group = groups.path().join(format!("vmfile-test-{}", std::process::id()));
+    fs::create_dir(&group)?;
+    let (socket, file) = (directory.path().join("qmp"), directory.path().join("vm.vmf"));
+    let script = format!("echo $$ > {}/cgroup.procs; exec \"$@\"", group.display());
+    let mut command = Command::new("sh");
+    command.args(["-c", &script, "sh", "unshare", "--net"]);
+    command.args(["env", "TMPDIR=/var/tmp", "MALLOC_ARENA_MAX=2"]).arg(qemu.program());
+    command.args(["-nodefaults", "-display", "none", "-m", "64M", "-accel", "tcg"]);
+    command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", socket.display()));
+    let running = Running(command.spawn()?);
+    wait_for(&socket);
+    let limits = getrlimit(Resource::Nofile);
+    let had = limits.current.ok_or("a limit of open files")?;
+    setrlimit(Resource::Nofile, Rlimit { current: Some(had - 1), ..limits.clone() })?;
+    let (mut vm, control) = (Vm::connect(&socket)?, Control::none());
+    let options = SaveOptions::default().after(After::Quit);
+    vmfile::save::save(&mut vm, &file, &options, &control)?;
+    drop((vm, running));
+    fs::remove_dir(&group)?;
+
+    let snapshot = Snapshot::open(&file, 0)?;
+    let restore = |destination| {
+        vmfile::restore::restore(&snapshot, destination, &RestoreOptions::default(), &control)
+    };
+    let restored = restore(Destination::Saved)?;
+    setrlimit(Resource::Nofile, limits)?;
+    let said = restored.report.warnings.join("\n");
+    let limit = format!("Max open files {} (it was {had})", had - 1);
+    for expected in [
+        "ran in the control group /vmfile-test-",
+        "ran in the network namespace net:[",
+        limit.as_str(),
+        "other values of MALLOC_ARENA_MAX, TMPDIR in its environment",
+    ] {
+        assert!(said.contains(expected), "{expected}: {said}");
+    }
+    drop(restored);
+    // Where the user gives the command line, the rest is theirs as well.
+    let words = vec![qemu.program().display().to_string()];
+    let line = ["-nodefaults", "-display", "none", "-m", "64M", "-accel", "tcg"];
+    let words = words.into_iter().chain(line.map(str::to_owned)).collect();
+    let given = restore(Destination::Command(words))?;
+    assert_eq!(given.report.warnings, [""; 0]);
     Ok(())
 }
 

@@ -62,6 +62,7 @@ pub mod qmp;
 mod raw_window;
 mod size;
 mod stream_settings;
+mod surroundings;
 pub mod unix_socket;
 pub mod version;
 pub mod vm;
@@ -83,6 +84,7 @@ pub use program::program_version;
 pub use qmp::{Event, Qmp, QmpError};
 pub use raw_window::RawWindow;
 pub use stream_settings::{SettingsChange, StreamSettings};
+pub use surroundings::Surroundings;
 pub use version::{Feature, QemuVersion};
 pub use vm::{
     Blocker, BlockerKind, DeviceName, DeviceStateFile, Drive, FileId, Footprint, Holder, Image,

@@ -83,6 +83,7 @@ mod restore_error;
 pub mod save;
 mod secrets;
 pub mod send;
+mod surroundings;
 mod whole;
 
 pub use guard::GuardError;

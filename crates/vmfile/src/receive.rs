@@ -33,6 +33,7 @@ pub use vmfile_stream::error::ReceiveError;
 
 use crate::new_file::new_file;
 use crate::secrets;
+use crate::surroundings;
 
 /// Where a stream comes from.
 #[derive(Debug)]
@@ -200,6 +201,7 @@ fn describe_vm(received: &Received, sender: Option<ProcessInfo>) -> VmMeta {
         uuid: received.configuration.uuid.map(uuid_text),
         run_state: received.run_state().unwrap_or("running").to_owned(),
         executable: sender.as_ref().map(|sender| text(&sender.executable)),
+        surroundings: sender.as_ref().and_then(surroundings::of_process),
         command_line: words.unwrap_or_default(),
         working_directory: sender.as_ref().map(|sender| text(&sender.working_directory)),
         ..VmMeta::of_machine(&received.configuration.machine)

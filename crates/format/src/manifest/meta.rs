@@ -14,6 +14,7 @@ use super::features::{Features, PAGE_HASH_SEED, THIN};
 use super::footer::Footer;
 use super::machine::{ChangeMeta, CpuSectionMeta, MemoryRangeMeta, PartsMeta};
 use super::page_hashes::{TABLE_ALIGNMENT, table_len};
+use super::surroundings::SurroundingsMeta;
 use crate::checksum;
 use crate::error::{FormatError, FormatErrorKind};
 use crate::limits::{BLOCKS_MAX, FILE_LEN_MAX};
@@ -79,6 +80,9 @@ pub struct VmMeta {
     /// The user whose rights it had, where that is known.
     #[serde(default)]
     pub user: Option<u32>,
+    /// What its process had that the saving vmfile had not, where there was something.
+    #[serde(default)]
+    pub surroundings: Option<SurroundingsMeta>,
     /// Its whole command line, the program's name first; empty where it is not known. It may hold
     /// secrets.
     pub command_line: Vec<String>,
@@ -113,6 +117,7 @@ impl VmMeta {
             run_state: String::from("paused"),
             executable: None,
             user: None,
+            surroundings: None,
             command_line: Vec::new(),
             working_directory: None,
             disks: Vec::new(),
@@ -375,6 +380,7 @@ mod tests {
                 run_state: "running".into(),
                 executable: Some("/usr/bin/qemu-system-x86_64".into()),
                 user: Some(107),
+                surroundings: None,
                 command_line: vec!["qemu-system-x86_64".into(), "-m".into(), "64M".into()],
                 working_directory: Some("/".into()),
                 disks: Vec::new(),

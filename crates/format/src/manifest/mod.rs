@@ -21,6 +21,7 @@ mod footer;
 mod machine;
 mod meta;
 mod page_hashes;
+mod surroundings;
 
 pub use base::{BASE_PAGES, BaseMeta, SnapshotId, decode_base_pages, encode_base_pages};
 pub use disks::{DiskMeta, EmptyDriveMeta, FileMeta, ImageMeta, IoLimitsMeta};
@@ -34,3 +35,4 @@ pub use meta::{BlockMeta, ExtentMeta, Meta, VmMeta};
 pub use page_hashes::{
     HASH_LEN, TABLE_ALIGNMENT, decode_hash, encode_hash, place_tables, table_len,
 };
+pub use surroundings::SurroundingsMeta;

@@ -22,6 +22,7 @@ use super::trust;
 use super::{Destination, Mode, RestoreOptions};
 use crate::guard::Guard;
 use crate::restore_error::{Mismatch, RestoreError};
+use crate::surroundings;
 
 /// How long QEMU may take to start and answer: it opens disks and makes RAM meanwhile.
 const START_TIMEOUT: Duration = Duration::from_secs(60);
@@ -190,6 +191,9 @@ fn start(
         "is not kept: RAM is mapped from the file",
     ));
     warnings.extend(outside(&mut command_line, here, options));
+    let saved = snapshot.manifest().filter(|_| is_saved);
+    let surroundings = saved.and_then(|manifest| manifest.meta.vm.surroundings.as_ref());
+    warnings.extend(surroundings.map(surroundings::lost).unwrap_or_default());
     let waiting = command_line.stop_waiting();
     warnings.extend(said(&waiting, "waits for no client: QEMU would not start until one connects"));
     let qmp = command_line.qmp_sockets().into_iter().next();

@@ -8,7 +8,7 @@ use vmfile_qemu::{CommandLine, Drive, MemoryRange, ProcessInfo, RunState, Vm};
 
 use super::{SaveOptions, Work, config_files, images};
 use crate::error::SaveError;
-use crate::secrets;
+use crate::{secrets, surroundings};
 
 /// Describes the VM; `drives` are its drives.
 pub(super) fn describe_vm(
@@ -40,6 +40,7 @@ pub(super) fn describe_vm(
         run_state: run_state(state),
         executable: process.as_ref().map(|process| text(&process.executable)),
         user: process.as_ref().map(|process| process.user),
+        surroundings: process.as_ref().and_then(surroundings::of_process),
         command_line,
         working_directory: process.as_ref().map(|process| text(&process.working_directory)),
     };
