@@ -191,6 +191,7 @@ fn features_of(guest: &mut Guest) -> TestResult<Vec<(Feature, bool)>> {
         (Feature::RamBlockAddresses, blocks.to_string().contains("HVA")),
         (Feature::ExitOnError, names(&incoming["members"], "name").contains("exit-on-error")),
         (Feature::FileUri, file_uri.is_ok()),
+        (Feature::MonitorObject, schema.to_string().contains("\"monitor-qmp\"")),
     ])
 }
 

@@ -20,6 +20,7 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use self::stderr::StderrTail;
 use crate::command_line::{CONTROL_ID, CommandLine};
 use crate::qmp::{COMMAND_TIMEOUT, Qmp, QmpError};
+use crate::version::{Feature, QemuVersion};
 use crate::vm::Vm;
 
 /// How long a QEMU that has closed its monitor may take to end.
@@ -91,6 +92,7 @@ pub struct Launch {
     foreground: bool,
     stop: Option<Arc<AtomicBool>>,
     monitor: Option<MonitorPair>,
+    version: Option<QemuVersion>,
 }
 
 /// The two ends of the connection to the monitor of a QEMU that is to be started.
@@ -150,7 +152,15 @@ impl Launch {
             foreground: false,
             stop: None,
             monitor: None,
+            version: None,
         }
+    }
+
+    /// Says which version `program` is: from 11.1 on, its monitor is made in the way that is not deprecated.
+    #[must_use]
+    pub fn version(mut self, version: QemuVersion) -> Launch {
+        self.version = Some(version);
+        self
     }
 
     /// Sets the directory that relative paths in the options refer to.
@@ -239,7 +249,13 @@ impl Launch {
         let mut command = Command::new(&self.program);
         command.args(self.line.to_arguments());
         command.arg("-chardev").arg(format!("socket,id={CONTROL_ID},fd={control_fd}"));
-        command.arg("-mon").arg(format!("chardev={CONTROL_ID},mode=control"));
+        match self.version {
+            Some(version) if version.has(Feature::MonitorObject) => {
+                let object = format!("monitor-qmp,id={CONTROL_ID},chardev={CONTROL_ID}");
+                command.arg("-object").arg(object)
+            }
+            _ => command.arg("-mon").arg(format!("chardev={CONTROL_ID},mode=control")),
+        };
         if let Some(directory) = &self.working_directory {
             command.current_dir(directory);
         }

@@ -117,6 +117,8 @@ pub enum Feature {
     /// The capabilities `mapped-ram` and `x-ignore-shared` together, with records of blocks that
     /// have no pages.
     MappedRamIgnoreShared,
+    /// The object `monitor-qmp`, which takes the place of `-mon`.
+    MonitorObject,
 }
 
 /// A feature, the versions that have it, its name in QEMU's terms, and what it matters to.
@@ -149,7 +151,7 @@ impl Row {
 /// compares both with QEMUs (testing/tests/versions.rs).
 // Each row stays on two lines, however long they are.
 #[rustfmt::skip]
-const TABLE: [Row; 18] = [
+const TABLE: [Row; 19] = [
     Row::new(Feature::PlainFileDescriptor, (0, 0), "`fd:` with a plain file",
         "having QEMU write a stream").until((11, 0)),
     Row::new(Feature::CompressedPages, (2, 4), "capability `compress`",
@@ -187,6 +189,8 @@ const TABLE: [Row; 18] = [
         "reading a multifd stream of a VM with VFIO devices"),
     Row::new(Feature::MappedRamIgnoreShared, (11, 0), "`mapped-ram` with `x-ignore-shared`",
         "reading a file that QEMU wrote"),
+    Row::new(Feature::MonitorObject, (11, 1), "`-object monitor-qmp`",
+        "`restore`: the monitor of its own, for which `-mon` is deprecated"),
 ];
 
 impl Feature {

@@ -72,6 +72,7 @@ pub(super) fn is_kept(argument: &Argument) -> bool {
         // The monitor that an earlier restore of vmfile added.
         "chardev" => Keys::parse(value, "backend").get("id") != Some(CONTROL_ID),
         "mon" => Keys::parse(value, "chardev").get("chardev") != Some(CONTROL_ID),
+        "object" => Keys::parse(value, "qom-type").get("id") != Some(CONTROL_ID),
         _ => !STARTING_OPTIONS.contains(&name),
     }
 }
@@ -298,6 +299,8 @@ mod tests {
             "socket,id=vmfile-control,fd=9",
             "-mon",
             "chardev=vmfile-control,mode=control",
+            "-object",
+            "monitor-qmp,id=vmfile-control,chardev=vmfile-control",
         ];
         let expected = ["-m", "64M", "-pidfile", "p", "-incoming", "defer", "-S"];
         assert_eq!(incoming(&words, &[]).unwrap(), expected);

@@ -204,6 +204,7 @@ fn start(
     let started = Instant::now();
     let mut launch = Launch::new(executable, command_line.for_incoming(&blocks)?)
         .monitor(monitor)
+        .version(version)
         .foreground(options.foreground)
         .until(control.stop_flag())
         .inherit(inherited);
