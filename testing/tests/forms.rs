@@ -169,7 +169,7 @@ fn what_a_vm_had_from_those_who_started_it_is_said_if_it_has_that_no_more() -> T
     wait_for(&socket);
     let limits = getrlimit(Resource::Nofile);
     let had = limits.current.ok_or("a limit of open files")?;
-    setrlimit(Resource::Nofile, Rlimit { current: Some(had - 1), ..limits.clone() })?;
+    setrlimit(Resource::Nofile, Rlimit { current: Some(had - 1), ..limits })?;
     let (mut vm, control) = (Vm::connect(&socket)?, Control::none());
     let options = SaveOptions::default().after(After::Quit);
     vmfile::save::save(&mut vm, &file, &options, &control)?;

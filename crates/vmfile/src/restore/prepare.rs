@@ -190,12 +190,7 @@ fn start(
         &command_line.lost_by_mapping(&blocks),
         "is not kept: RAM is mapped from the file",
     ));
-    warnings.extend(outside(&mut command_line, here, options));
-    let saved = snapshot.manifest().filter(|_| is_saved);
-    let surroundings = saved.and_then(|manifest| manifest.meta.vm.surroundings.as_ref());
-    warnings.extend(surroundings.map(surroundings::lost).unwrap_or_default());
-    let waiting = command_line.stop_waiting();
-    warnings.extend(said(&waiting, "waits for no client: QEMU would not start until one connects"));
+    warnings.extend(outside(beginning, is_saved, &mut command_line));
     let qmp = command_line.qmp_sockets().into_iter().next();
     let monitor = MonitorPair::new()?;
     let mut guard = Guard::of_monitor(monitor.as_fd())?;
@@ -228,8 +223,10 @@ fn start(
     })
 }
 
-/// Returns warnings about files and a terminal that the new QEMU uses in another way than the old one.
-fn outside(line: &mut CommandLine, here: &Path, options: &RestoreOptions) -> Vec<String> {
+/// Returns warnings about what the new QEMU has or uses in another way than the old one: files, sockets, a
+/// terminal, and, if its command line is the saved one, what the old one had from those who started it.
+fn outside(beginning: Start<'_>, is_saved: bool, line: &mut CommandLine) -> Vec<String> {
+    let Start { snapshot, directory: here, options, .. } = beginning;
     let has_bytes = |path: &Path| here.join(path).metadata().is_ok_and(|file| file.len() > 0);
     let emptied = line.keep_logs().into_iter().filter(|file| has_bytes(&file.path));
     let words = |EmptiedFile { option, path }: EmptiedFile| {
@@ -237,7 +234,12 @@ fn outside(line: &mut CommandLine, here: &Path, options: &RestoreOptions) -> Vec
     };
     let terminal = if options.foreground { Vec::new() } else { line.on_terminal() };
     let lost = "has no terminal: QEMU runs in the background, --foreground gives it this one";
-    emptied.map(words).chain(said(&terminal, lost)).collect()
+    let saved = snapshot.manifest().filter(|_| is_saved);
+    let surroundings = saved.and_then(|manifest| manifest.meta.vm.surroundings.as_ref());
+    let had = surroundings.map(surroundings::lost).unwrap_or_default();
+    let waits = "waits for no client: QEMU would not start until one connects";
+    let waiting = said(&line.stop_waiting(), waits);
+    emptied.map(words).chain(said(&terminal, lost)).chain(waiting).chain(had).collect()
 }
 
 /// Returns one warning for options of the command line; none if there are none.
