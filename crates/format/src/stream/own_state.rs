@@ -73,9 +73,9 @@ mod tests {
         let found = DeviceState::locate(&bytes, 100, state.unused_id).unwrap();
         let names: Vec<&str> = found.sections.iter().map(|section| &*section.name).collect();
         assert_eq!(names, vec!["cpu", "bus", "none"]);
-        assert_eq!(found.payload("bus", &bytes), Some(&tricky[..]));
-        assert_eq!(found.payload("none", &bytes), Some(&[][..]));
-        assert_eq!(found.payload("disk", &bytes), None);
+        assert_eq!(found.payload("bus", &state.sections), Some(&tricky[..]));
+        assert_eq!(found.payload("none", &state.sections), Some(&[][..]));
+        assert_eq!(found.payload("disk", &state.sections), None);
         assert_eq!(found.stream_end, 100 + bytes.len() as u64);
     }
 }

@@ -76,10 +76,9 @@ impl PartSections {
     ///
     /// Returns [`FormatError`] if the contents of the section are not known, or if it has begun before.
     pub(super) fn start(&mut self, id: u32, cursor: &mut Cursor<'_>) -> Result<Part, FormatError> {
-        let offset = cursor.offset();
+        // That of the section's first byte: its type and its id have been taken.
+        let offset = cursor.offset().saturating_sub(5);
         let name = cursor.counted_text("section name")?;
-        cursor.be32("instance of a section with parts")?;
-        cursor.be32("version of a section with parts")?;
         let refuse =
             |what, name| Err(FormatError::new(offset, FormatErrorKind::Unsupported { what, name }));
         let contents = match name.as_str() {
@@ -90,6 +89,8 @@ impl PartSections {
         if self.begun.iter().any(|section| section.id == id || section.name == name) {
             return refuse("second section", name);
         }
+        cursor.be32("instance of a section with parts")?;
+        cursor.be32("version of a section with parts")?;
         self.begun.push(PartSection { id, name, contents, has_ended: false });
         Ok(Part::new(id, contents))
     }
