@@ -14,11 +14,22 @@ use crate::require::{Missing, root};
 use crate::{TestError, TestResult};
 
 /// How long something may use a file system that is to be unmounted.
-const UNMOUNT_TIMEOUT: Duration = Duration::from_secs(20);
+const UNMOUNT_TIMEOUT: Duration = Duration::from_secs(60);
 
 const USERFAULT: &str = "/proc/sys/vm/unprivileged_userfaultfd";
 
 const HUGE_PAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
+
+/// Returns the processes that have a file open in `directory`.
+fn processes_with_files_in(directory: &Path) -> Vec<String> {
+    let entries = |path: &Path| fs::read_dir(path).into_iter().flatten().flatten();
+    let is_user = |process: &Path| {
+        let links = entries(&process.join("fd")).filter_map(|fd| fs::read_link(fd.path()).ok());
+        links.into_iter().any(|file| file.starts_with(directory))
+    };
+    let users = entries(Path::new("/proc")).map(|entry| entry.path());
+    users.filter(|process| is_user(process)).map(|process| process.display().to_string()).collect()
+}
 
 /// A file system for one test; dropping it unmounts it.
 #[derive(Debug)]
@@ -85,7 +96,9 @@ impl Mount {
         let deadline = Instant::now() + UNMOUNT_TIMEOUT;
         while let Err(errno) = unmount(self.path(), UnmountFlags::empty()) {
             if errno != Errno::BUSY || Instant::now() > deadline {
-                return Err(format!("unmount {}: {errno}", self.path().display()).into());
+                let users = processes_with_files_in(self.path());
+                let path = self.path().display();
+                return Err(format!("unmount {path}: {errno}, used by {users:?}").into());
             }
             thread::sleep(Duration::from_millis(5));
         }

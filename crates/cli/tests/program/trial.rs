@@ -156,7 +156,9 @@ impl Trial {
         let is_there = file.exists();
         self.finished += u64::from(is_there);
         self.ended += u64::from(said.code != Some(0));
-        let asked_to_stand = WAYS[way].contains(&"pause") && is_there;
+        // A file that has its name and may not be durable is left, and the guest runs: the save has failed.
+        let has_failed = matches!(said.code, Some(3..=6));
+        let asked_to_stand = WAYS[way].contains(&"pause") && is_there && !has_failed;
         let is_alive = |guest: &mut Guest| {
             guest
                 .status()

@@ -95,7 +95,13 @@ impl LiveRoute {
             work.vm.unstoppable(PUT_BACK_TIMEOUT, |vm| vm.put_back_stream_settings(&self.change));
         let copied = match (copied, runs) {
             (Ok(copied), Ok(())) => copied,
-            (Err(error), Ok(())) => return Err(error),
+            // `let_run` asks QEMU nothing if the guest does not stand still because of the save.
+            (Err(error), Ok(())) => {
+                return Err(match put_back {
+                    Err(source) if source.is_closed() => error.with_qemu_gone(source),
+                    _ => error,
+                });
+            }
             (Ok(_), Err(source)) => return Err(source.into()),
             (Err(cause), Err(source)) if source.is_closed() => {
                 return Err(cause.with_qemu_gone(source));
