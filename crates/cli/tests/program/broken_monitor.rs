@@ -28,10 +28,10 @@ const CASES: u64 = 17;
 const OBEYS_WITHIN: Duration = Duration::from_secs(15);
 const NAMED_WITHIN: Duration = Duration::from_secs(65);
 
-/// How long a save may take that nobody stops.
+/// How long a save may take that gets no signal.
 const SAVE_TIMEOUT: Duration = Duration::from_secs(100);
 
-/// How much more memory a save may take than one that nobody disturbs, in KiB: QEMU's longest line,
+/// How much more memory a save may take than one by an undisturbed monitor, in KiB: QEMU's longest line,
 /// and what a parser makes of it.
 const MORE_MEMORY_KIB: u64 = 24 << 10;
 
@@ -155,7 +155,7 @@ fn save_through(trial: &Trial, proxy: &Proxy, way: usize, file: &Path) -> TestRe
     start(words)
 }
 
-/// How a save is if nobody disturbs it.
+/// What a save is like by an undisturbed monitor.
 #[derive(Clone, Copy)]
 struct Undisturbed {
     lines: u64,

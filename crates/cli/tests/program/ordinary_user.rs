@@ -83,7 +83,7 @@ impl User {
         said.json()
     }
 
-    /// Expects that a file belongs to the user, and that nobody else may read it.
+    /// Expects that a file belongs to the user, and that no other user may read it.
     #[track_caller]
     fn owns(&self, file: &Path) {
         assert_eq!(owner_and_mode(file), (self.user.id(), 0o600), "{}", file.display());
@@ -186,7 +186,7 @@ fn a_live_save_uses_userfault_if_the_user_may_and_says_what_is_missing_if_not() 
     Ok(())
 }
 
-/// Nobody but root may look into a process whose program its user may not read.
+/// Only root may look into a process whose program its user may not read.
 #[test]
 fn a_qemu_that_its_user_may_not_trace_is_saved_and_restored_by_its_stream() -> TestResult {
     let qemu = requires!(qemu >= "10.0");

@@ -47,18 +47,7 @@ pub(super) fn secrets(line: &CommandLine) -> Vec<String> {
 
 /// Says where secrets were replaced.
 pub(super) fn redacted(line: &CommandLine) -> Vec<String> {
-    let mut found = Found::default();
-    for argument in &line.arguments {
-        let before = found.replaced.len();
-        found.in_argument(argument);
-        let value = argument.value.as_deref().unwrap_or_default();
-        let is_image = argument.name().is_some_and(|name| IMAGES.contains(&name));
-        let count = if is_image { value.matches(REDACTED).count() } else { 0 };
-        // A text that was no JSON may be some without the secret, and have its place in a key.
-        let missed = count.saturating_sub(found.replaced.len() - before);
-        found.replaced.extend((0..missed).map(|_| place(argument, "file")));
-    }
-    found.replaced
+    in_all(line).replaced
 }
 
 fn in_all(line: &CommandLine) -> Found {
@@ -123,6 +112,7 @@ impl Found {
         let is_secret = is_secret_object(argument) && keys.get("keyid").is_none();
         let is_image = is(&IMAGES);
         let has_password = is_image || is(&["spice", "iscsi"]);
+        let before = self.replaced.len();
         let redacted = map_values(value, implied(argument), &mut |key, value| {
             let is_secret = match key.rsplit('.').next().unwrap_or(key) {
                 "data" => is_secret,
@@ -138,6 +128,10 @@ impl Found {
                 _ => None,
             }
         });
+        // A text that was no JSON may be some without the secret, and have its place in a key.
+        let count = if is_image { value.matches(REDACTED).count() } else { 0 };
+        let missed = count.saturating_sub(self.replaced.len() - before);
+        self.replaced.extend((0..missed).map(|_| place(argument, "file")));
         Argument { written: written.clone(), value: Some(redacted) }
     }
 
