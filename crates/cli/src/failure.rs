@@ -502,6 +502,8 @@ impl From<&RestoreError> for Failure {
             RestoreError::Overlay { .. } => Failure::new(Code::System, "overlay", error),
             RestoreError::SocketInUse { .. } => Failure::new(Code::Vm, "socket_in_use", error)
                 .hint("the VM that was saved may still run; give other sockets after `--`"),
+            RestoreError::Sleeps { .. } => Failure::new(Code::Incompatible, "sleeps", error)
+                .hint("restore it in a QEMU 9.0 or later, or wake the guest before it is saved"),
             RestoreError::NotWaiting { .. } => Failure::new(Code::Vm, "run_state", error)
                 .hint("start that QEMU with -incoming defer"),
             RestoreError::Launch(_) => Failure::new(Code::Vm, "launch", error),

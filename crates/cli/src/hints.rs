@@ -45,7 +45,9 @@ pub(crate) fn run_state(state: &str) -> &'static str {
             "a VM that was migrated cannot be saved; where the other end of the migration does not \
              run, `cont` makes it run again"
         }
-        "suspended" => "the guest sleeps: `system_wakeup` wakes it",
+        "suspended" => {
+            "the guest sleeps, and QEMU before 9.0 cannot stop it then: `system_wakeup` wakes it"
+        }
         "shutdown" => {
             "the guest has shut down: `quit` ends QEMU; `system_reset` and then `cont` start it anew"
         }

@@ -117,6 +117,8 @@ pub enum Feature {
     /// The capabilities `mapped-ram` and `x-ignore-shared` together, with records of blocks that
     /// have no pages.
     MappedRamIgnoreShared,
+    /// A guest that sleeps can be stopped, and its migration stream says that it slept.
+    StoppedSleep,
     /// The object `monitor-qmp`, which takes the place of `-mon`.
     MonitorObject,
 }
@@ -151,7 +153,7 @@ impl Row {
 /// compares both with QEMUs (testing/tests/versions.rs).
 // Each row stays on two lines, however long they are.
 #[rustfmt::skip]
-const TABLE: [Row; 19] = [
+const TABLE: [Row; 20] = [
     Row::new(Feature::PlainFileDescriptor, (0, 0), "`fd:` with a plain file",
         "having QEMU write a stream").until((11, 0)),
     Row::new(Feature::CompressedPages, (2, 4), "capability `compress`",
@@ -172,6 +174,8 @@ const TABLE: [Row; 19] = [
         "`save --live`, which takes `pre-copy` without it"),
     Row::new(Feature::MappedRam, (9, 0), "capability `mapped-ram`",
         "QEMU loading a vmfile by itself, and writing a file that vmfile reads"),
+    Row::new(Feature::StoppedSleep, (9, 0), "`stop` of a guest that sleeps (ACPI S3)",
+        "`save` and `restore` of a guest that sleeps"),
     Row::new(Feature::MultifdZeroPages, (9, 0), "zero pages in multifd packets, by machine type",
         "reading a multifd stream, and writing zeros into its short gaps"),
     Row::new(Feature::MigrationDirectIo, (9, 1), "migration parameter `direct-io`",

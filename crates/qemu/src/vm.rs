@@ -50,7 +50,7 @@ pub use ram::RamBlockInfo;
 pub use record::{Holder, SaveRecord};
 
 use crate::qmp::{COMMAND_TIMEOUT, Qmp, QmpError, is_missing_command, unexpected};
-use crate::version::QemuVersion;
+use crate::version::{Feature, QemuVersion};
 
 /// How long a monitor may take to greet us.
 ///
@@ -250,6 +250,20 @@ impl Vm {
     fn connected(qmp: Qmp, socket: Option<PathBuf>, pid: Option<u32>) -> Vm {
         let socket = socket.map(PathBuf::into_boxed_path);
         Vm { qmp, socket, pid, has_released_disks: false, surplus: None }
+    }
+
+    /// Tells whether [`Vm::stop`] stops a guest in this run state, and [`Vm::cont`] lets it go on: it
+    /// runs, or it sleeps. QEMU before 9.0 answers `stop`, and a guest that sleeps stays as it is.
+    ///
+    /// # Errors
+    ///
+    /// See [`Qmp::execute`].
+    pub fn runs_or_sleeps(&mut self, state: &RunState) -> Result<bool, VmError> {
+        Ok(match state {
+            RunState::Running => true,
+            RunState::Suspended => self.version()?.has(Feature::StoppedSleep),
+            _ => false,
+        })
     }
 
     /// Stops the guest; it can be continued. Disks are drained and flushed when this returns.

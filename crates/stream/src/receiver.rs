@@ -66,16 +66,15 @@ impl Received {
         StreamTail { sections, description, state: Some(&self.state) }
     }
 
-    /// Sets the run state in which the VM comes back; returns whether there is room for its name.
-    pub fn set_run_state(&mut self, state: &str) -> bool {
+    /// Returns the device state, and the bytes of its sections to be changed.
+    pub fn device_state_mut(&mut self) -> (&DeviceState, &mut [u8]) {
         let len = self.sections_len();
-        self.state.set_run_state(&mut self.devices[..len], state)
+        (&self.state, &mut self.devices[..len])
     }
 
     /// Returns the length of all sections that are not RAM, to EOF.
     fn sections_len(&self) -> usize {
-        let len = self.state.parts_len() + self.state.end - self.state.start;
-        usize::try_from(len).expect("they are in memory")
+        usize::try_from(self.state.sections_len()).expect("they are in memory")
     }
 
     /// Returns the run state in which the VM comes back: `running`, `paused`, ...

@@ -152,7 +152,7 @@ pub fn info(snapshot: &Snapshot) -> Result<Info, SnapshotError> {
         allocated_bytes: allocated(snapshot)?,
         blocks: blocks(snapshot)?,
         device_sections: device_sections.collect(),
-        device_state_bytes: state.parts_len() + state.end - state.start,
+        device_state_bytes: state.sections_len(),
         disks: meta.map(|meta| meta.vm.disks.clone()).unwrap_or_default(),
         memory_map: meta.and_then(|meta| meta.vm.memory_map.clone()),
         cpu_sections: meta.map(|meta| meta.cpu_sections.clone()).unwrap_or_default(),

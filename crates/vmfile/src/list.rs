@@ -6,7 +6,7 @@ use std::thread::{self, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
-use vmfile_qemu::{DiscoverError, Feature, Found, RunState, Vm, VmError};
+use vmfile_qemu::{DiscoverError, Feature, Found, Vm, VmError};
 
 use crate::error::with_sources;
 use crate::leftover::put_right_at_once;
@@ -132,7 +132,7 @@ fn ask(vm: &mut Vm, listed: &mut ListedVm) -> Result<(), String> {
     }
     listed.backing = backing;
     let state = vm.run_state().map_err(text)?;
-    if state != RunState::Running && !state.stands_still() {
+    if !vm.runs_or_sleeps(&state).map_err(text)? && !state.stands_still() {
         return Err(format!("it is in run state {state}"));
     }
     let blockers = vm.why_not_saved().map_err(text)?;

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use vmfile_pages::PagesError;
 use vmfile_pages::process_ram::ProcessRamError;
 use vmfile_pages::snapshot::SnapshotError;
-use vmfile_qemu::{CommandLineError, LaunchError, QmpError, VmError};
+use vmfile_qemu::{CommandLineError, LaunchError, QemuVersion, QmpError, VmError};
 
 use crate::guard::GuardError;
 use crate::send::SendError;
@@ -53,6 +53,12 @@ pub enum RestoreError {
     /// The device state does not say whether the VM runs.
     #[error("the file's device state has no section \"globalstate\"")]
     NoRunState,
+    /// QEMU before 9.0 cannot take a guest that sleeps.
+    #[error("the guest sleeps (ACPI S3), and QEMU {found} cannot take it: 9.0 and later can")]
+    Sleeps {
+        /// The version of the QEMU that was to take it.
+        found: QemuVersion,
+    },
     /// The command line in the file is not run.
     #[error("the command line in the file is not run: {reason}")]
     Untrusted {

@@ -173,11 +173,11 @@ impl<'a> Save<'a> {
         guard.add_files(unpublished.temporary_path())?;
         let mut warnings: Vec<String> = put_right(vm)?.into_iter().collect();
         let state = vm.run_state()?;
-        let was_running = match state {
-            RunState::Running => true,
-            ref still if still.stands_still() => false,
-            other => return Err(SaveError::RunState { found: other.to_string() }),
-        };
+        let was_running = vm.runs_or_sleeps(&state)?;
+        if !was_running && !state.stands_still() {
+            return Err(SaveError::RunState { found: state.to_string() });
+        }
+        let state = if was_running { RunState::Running } else { state };
         let blockers = vm.why_not_saved()?;
         if !blockers.is_empty() {
             return Err(SaveError::Blocked { blockers });

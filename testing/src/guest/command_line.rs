@@ -119,6 +119,7 @@ impl CommandLine<'_> {
                 let disk = u8::from(self.config.disk_mib.is_some());
                 let busy = u8::from(program.busy);
                 let moment = u8::from(self.config.one_moment);
+                let sleep = self.config.sleeps_after.map(|pass| format!(" vmfile.sleep={pass}"));
                 arguments.option("-kernel", self.qemu.parts().kernel.as_os_str());
                 arguments.option("-initrd", self.qemu.parts().initramfs.as_os_str());
                 arguments.option(
@@ -126,8 +127,11 @@ impl CommandLine<'_> {
                     format!(
                         "console=ttyS0 quiet loglevel=3 panic=-1 mitigations=off \
                          vmfile.seed={} vmfile.fill={} vmfile.data={} vmfile.busy={busy} \
-                         vmfile.disk={disk} vmfile.moment={moment}",
-                        program.seed, program.fill_mib, program.data_share
+                         vmfile.disk={disk} vmfile.moment={moment}{}",
+                        program.seed,
+                        program.fill_mib,
+                        program.data_share,
+                        sleep.unwrap_or_default()
                     ),
                 );
             }

@@ -27,6 +27,7 @@ pub struct GuestConfig {
     pub(crate) dimm_sizes_mib: Vec<u64>,
     pub(crate) disk_mib: Option<u64>,
     pub(crate) one_moment: bool,
+    pub(crate) sleeps_after: Option<u32>,
     pub(crate) default_devices: bool,
     pub(crate) virtio: bool,
     pub(crate) more_arguments: Vec<OsString>,
@@ -82,6 +83,7 @@ impl GuestConfig {
             dimm_sizes_mib: Vec::new(),
             disk_mib: None,
             one_moment: false,
+            sleeps_after: None,
             default_devices: false,
             virtio: false,
             more_arguments: Vec::new(),
@@ -185,6 +187,13 @@ impl GuestConfig {
     #[must_use]
     pub fn one_moment(mut self) -> GuestConfig {
         self.one_moment = true;
+        self
+    }
+
+    /// Makes the Linux guest sleep (ACPI S3) after this pass; `system_wakeup` wakes it.
+    #[must_use]
+    pub fn sleeps_after(mut self, pass: u32) -> GuestConfig {
+        self.sleeps_after = Some(pass);
         self
     }
 

@@ -16,7 +16,6 @@
 
 use alloc::string::String;
 use alloc::vec::Vec;
-use core::ops::Range;
 
 use super::description::VmDescription;
 use super::parts::{OtherParts, before_devices};
@@ -121,6 +120,13 @@ impl DeviceState {
         self.parts.iter().map(|&(_, len)| len).sum()
     }
 
+    /// Returns the length in bytes of all sections that are not RAM: the parts, and the device sections
+    /// with EOF.
+    #[must_use]
+    pub fn sections_len(&self) -> u64 {
+        self.parts_len().saturating_add(self.end.saturating_sub(self.start))
+    }
+
     /// Returns the payload of the first device section named `name`. `bytes` are those up to
     /// [`DeviceState::end`], from [`DeviceState::start`] on or with others before them.
     #[must_use]
@@ -132,48 +138,8 @@ impl DeviceState {
     }
 
     /// Returns the index of a file offset in `bytes`, which end at [`DeviceState::end`].
-    fn place(&self, offset: u64, bytes: &[u8]) -> Option<usize> {
+    pub(super) fn place(&self, offset: u64, bytes: &[u8]) -> Option<usize> {
         bytes.len().checked_sub(usize::try_from(self.end.checked_sub(offset)?).ok()?)
-    }
-
-    /// Returns the run state in the section `globalstate`, which decides whether the restored VM
-    /// runs: `running`, `paused`, ... `bytes` are as for [`DeviceState::payload`].
-    ///
-    /// `None` if there is no such section; every QEMU since 2.4 writes one.
-    #[must_use]
-    pub fn run_state<'a>(&self, bytes: &'a [u8]) -> Option<&'a str> {
-        let name = bytes.get(self.run_state_range(bytes)?)?;
-        let len = name.iter().position(|&byte| byte == 0)?;
-        core::str::from_utf8(name.get(..len)?).ok()
-    }
-
-    /// Writes `state` where [`DeviceState::run_state`] reads it; returns whether there is room.
-    #[must_use]
-    pub fn set_run_state(&self, bytes: &mut [u8], state: &str) -> bool {
-        let Some(range) = self.run_state_range(bytes) else { return false };
-        let Some(field) = bytes.get_mut(range).filter(|field| state.len() < field.len()) else {
-            return false;
-        };
-        field.fill(0);
-        for (target, source) in field.iter_mut().zip(state.bytes()) {
-            *target = source;
-        }
-        true
-    }
-
-    /// Returns where the name of the run state lies in `bytes`.
-    fn run_state_range(&self, bytes: &[u8]) -> Option<Range<usize>> {
-        // be32 size, then the name in 32 bytes, NUL-padded.
-        const NAME_OFFSET: u64 = 4;
-        const NAME_LEN: u64 = 32;
-        let section = self.sections.iter().find(|section| section.name == "globalstate")?;
-        let (payload, len) = section.payload();
-        if len < NAME_OFFSET.saturating_add(NAME_LEN) {
-            return None;
-        }
-        let name = section.offset.checked_add(payload)?.checked_add(NAME_OFFSET)?;
-        let first = self.place(name, bytes)?;
-        Some(first..first.checked_add(32)?)
     }
 }
 
@@ -512,34 +478,6 @@ mod tests {
         let error = DeviceState::locate(bytes, 0x10, 1).unwrap_err();
         let text = "at offset 0x10: section with parts \"dirty-bitmap\" is not supported";
         assert_eq!(error.to_string(), text);
-    }
-
-    #[test]
-    fn the_run_state_is_written_where_qemu_reads_it() {
-        let mut bytes = sample();
-        let state = DeviceState::locate(&bytes, 0x40, 1).unwrap();
-        assert!(state.set_run_state(&mut bytes, "paused"));
-        assert_eq!(state.run_state(&bytes), Some("paused"));
-        assert!(!state.set_run_state(&mut bytes, &"p".repeat(32)));
-        let section = &state.sections[1];
-        let payload = usize::try_from(section.offset - 0x40 + section.header_len).unwrap();
-        assert_eq!(&bytes[payload + 4..payload + 11], b"paused\0");
-        assert_eq!(bytes[payload + 36], 0x55);
-    }
-
-    #[test]
-    fn a_run_state_takes_36_bytes() {
-        let of = |payload: &[u8]| {
-            let mut bytes = Vec::new();
-            full(&mut bytes, 9, "globalstate", payload);
-            bytes.push(section::EOF);
-            let state = DeviceState::locate(&bytes, 0x40, 1).unwrap();
-            let written = state.set_run_state(&mut bytes, "paused");
-            (written, state.run_state(&bytes).map(String::from))
-        };
-        assert_eq!(of(&[0x55; 36]), (true, Some("paused".into())));
-        // What follows the payload is the footer, and no part of a name.
-        assert_eq!(of(&[0x55; 35]), (false, None));
     }
 
     /// One save in 256 of a guest lost all devices but the first: the low byte of a timer was 0x7e,

@@ -23,6 +23,7 @@ pub mod multifd;
 pub mod own_state;
 mod parts;
 mod ram_word;
+mod run_state;
 pub mod xbzrle;
 
 /// "QEVM", the first four bytes.

@@ -32,10 +32,11 @@ impl Vm {
     /// too.
     pub fn pause(&mut self) -> Result<Paused<'_>, VmError> {
         let before = self.run_state()?;
+        let ran = self.runs_or_sleeps(&before)?;
         let stopped_at = Instant::now();
         let mut paused = Paused {
             vm: self,
-            ran: before == RunState::Running,
+            ran,
             state: before,
             blocks: Vec::new(),
             stopped_at,
@@ -75,7 +76,7 @@ impl Paused<'_> {
         self.vm
     }
 
-    /// Tells whether the guest ran until it was stopped by this pause.
+    /// Tells whether the guest ran, or slept, until it was stopped by this pause.
     #[must_use]
     pub fn ran(&self) -> bool {
         self.ran

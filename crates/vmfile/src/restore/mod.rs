@@ -32,7 +32,7 @@ use vmfile_pages::control::Control;
 use vmfile_pages::jobs::Jobs;
 use vmfile_pages::reading::Verified;
 use vmfile_pages::snapshot::Snapshot;
-use vmfile_qemu::{LaunchedQemu, PUT_BACK_TIMEOUT, RunState, Vm, VmError};
+use vmfile_qemu::{Feature, LaunchedQemu, PUT_BACK_TIMEOUT, RunState, Vm, VmError};
 
 use self::compare::compare;
 pub use self::disks::RestoredDisk;
@@ -277,14 +277,26 @@ fn fill(
     let found = vm.ram_blocks()?;
     compare(snapshot, &vm.machine_type()?, &found)?;
     compare_parts(snapshot, vm)?;
+    refuse_sleep(snapshot, vm)?;
     bring(snapshot, prepared, &found, options, control)
 }
 
-/// Whether the guest is to run: it ran when it was saved, and the caller does not want it paused.
+/// Whether the guest is to run: it ran or slept when it was saved, and the caller does not want it paused.
 fn is_to_run(snapshot: &Snapshot, options: &RestoreOptions) -> Result<bool, RestoreError> {
     let state = &snapshot.structure().device_state;
-    let was_running = state.run_state(&snapshot.device_state()?) == Some("running");
-    Ok(was_running && !options.paused)
+    let devices = snapshot.device_state()?;
+    let found = state.run_state(&devices).map(RunState::from_name);
+    Ok(matches!(found, Some(RunState::Running | RunState::Suspended)) && !options.paused)
+}
+
+/// Refuses a guest that sleeps if this QEMU would wake it without its devices.
+fn refuse_sleep(snapshot: &Snapshot, vm: &mut Vm) -> Result<(), RestoreError> {
+    let sleeps = snapshot.structure().device_state.sleeps(&snapshot.device_state()?);
+    let found = vm.version()?;
+    if sleeps && !found.has(Feature::StoppedSleep) {
+        return Err(RestoreError::Sleeps { found });
+    }
+    Ok(())
 }
 
 /// Lets the guest run if it is to.
@@ -296,7 +308,7 @@ fn run(vm: &mut Vm, is_to_run: bool) -> Result<(), RestoreError> {
         Err(VmError::Qmp(source)) if source.may_run_later() => {
             let state = vm.unstoppable(PUT_BACK_TIMEOUT, Vm::run_state);
             match state {
-                Ok(RunState::Running) => Ok(()),
+                Ok(RunState::Running | RunState::Suspended) => Ok(()),
                 Ok(_) => Err(VmError::from(source).into()),
                 Err(_) => Err(RestoreError::Unanswered { pid: vm.pid().ok(), source }),
             }

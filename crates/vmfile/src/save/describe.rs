@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::path::Path;
 
 use vmfile_format::manifest::{MemoryRangeMeta, VmMeta};
+use vmfile_format::stream::device_state::DeviceState;
 use vmfile_qemu::{CommandLine, Drive, MemoryRange, ProcessInfo, RunState, Vm};
 
 use super::{SaveOptions, Work, config_files, images};
@@ -87,6 +88,22 @@ pub(super) fn warn_of_command_line(meta: &VmMeta, options: &SaveOptions) -> Opti
 /// Records the state that the VM had before it was paused for the save.
 pub(super) fn set_run_state(meta: &mut VmMeta, state: &RunState) {
     meta.run_state = run_state(state);
+}
+
+/// Writes the run state that the VM had before the save into its device state, where QEMU wrote that of
+/// a stopped VM, and notes whether the guest sleeps: while it is stopped, QEMU says so only there.
+pub(super) fn write_run_state(
+    work: &mut Work<'_>,
+    state: &DeviceState,
+    bytes: &mut [u8],
+) -> Result<(), SaveError> {
+    if !state.set_run_state(bytes, &work.meta.run_state) {
+        return Err(SaveError::NoRunState);
+    }
+    if RunState::from_name(&work.meta.run_state) == RunState::Running && state.sleeps(bytes) {
+        work.meta.run_state = RunState::Suspended.to_string();
+    }
+    Ok(())
 }
 
 fn run_state(state: &RunState) -> String {

@@ -1,6 +1,5 @@
 //! The route `direct`: RAM from the memory of QEMU's process, device state from its monitor.
 
-use super::RouteUsed;
 use vmfile_engine::Access;
 use vmfile_format::error::FormatErrorKind;
 use vmfile_format::stream::configuration::Configuration;
@@ -16,7 +15,7 @@ use vmfile_qemu::{RamBlockInfo, Vm};
 
 use super::base::ChosenBase;
 use super::space::refuse_without_space;
-use super::{LiveDone, SaveOptions, Work, Written};
+use super::{LiveDone, RouteUsed, SaveOptions, Work, Written, describe};
 use crate::error::SaveError;
 
 /// The RAM of a VM, found in the memory of its process.
@@ -103,7 +102,7 @@ impl Devices {
     }
 
     /// Reads what QEMU wrote.
-    pub(super) fn read(work: &Work<'_>, bytes: &[u8]) -> Result<Devices, SaveError> {
+    pub(super) fn read(work: &mut Work<'_>, bytes: &[u8]) -> Result<Devices, SaveError> {
         let (state, sections) = device_state(work, bytes)?;
         let mut description = Vec::new();
         encoder::vm_description(&mut description);
@@ -132,7 +131,7 @@ impl Devices {
         live: Option<LiveDone>,
     ) -> Result<Written, SaveError> {
         let pause = live.as_ref().map_or(work.seconds_paused(), |live| live.pause_seconds);
-        super::describe::record(work)?;
+        describe::record(work)?;
         let facts = work.facts(RouteUsed::Direct, pause, live.is_some());
         let tail = StreamTail {
             sections: &self.sections,
@@ -161,7 +160,7 @@ fn find(vm: &mut Vm, found: &[RamBlockInfo]) -> Result<(RamLayout, ProcessRam), 
 }
 
 /// Returns where each section of a device state is, and the bytes from the first section to EOF.
-fn device_state(work: &Work<'_>, bytes: &[u8]) -> Result<(DeviceState, Vec<u8>), SaveError> {
+fn device_state(work: &mut Work<'_>, bytes: &[u8]) -> Result<(DeviceState, Vec<u8>), SaveError> {
     // QEMU writes magic and version, then the sections.
     const HEADER_LEN: usize = 8;
     let mut sections = bytes.get(HEADER_LEN..).unwrap_or_default().to_vec();
@@ -174,9 +173,7 @@ fn device_state(work: &Work<'_>, bytes: &[u8]) -> Result<(DeviceState, Vec<u8>),
         return Err(SaveError::DeviceState(FormatError { offset, kind }));
     }
     // QEMU writes "running" even for a VM that was paused, which must come back paused.
-    if !state.set_run_state(&mut sections, &work.meta.run_state) {
-        return Err(SaveError::NoRunState);
-    }
+    describe::write_run_state(work, &state, &mut sections)?;
     Ok((state, sections))
 }
 

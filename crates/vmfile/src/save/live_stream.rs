@@ -226,9 +226,8 @@ pub(super) fn finish(
     mut received: Box<Received>,
     method: LiveMethod,
 ) -> Result<Written, SaveError> {
-    if !received.set_run_state(&work.meta.run_state) {
-        return Err(SaveError::NoRunState);
-    }
+    let (state, bytes) = received.device_state_mut();
+    super::describe::write_run_state(work, state, bytes)?;
     let live = LiveDone::now(work.vm, method, None);
     super::describe::record(work)?;
     let facts = work.facts(RouteUsed::Stream, live.pause_seconds, true);

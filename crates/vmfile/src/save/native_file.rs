@@ -25,12 +25,12 @@ use vmfile_pages::received_ram::empty;
 use vmfile_pages::snapshot::Snapshot;
 use vmfile_pages::window_reader::{Window, WindowReader};
 
-use super::{RouteUsed, Work, Written};
+use super::{RouteUsed, Work, Written, describe};
 use crate::error::SaveError;
 
 /// Completes the file that QEMU wrote, except for its name; `ram_bytes` is the length of all RAM.
 pub(super) fn complete(
-    work: &Work<'_>,
+    work: &mut Work<'_>,
     workers: Workers,
     ram_bytes: u64,
 ) -> Result<Written, SaveError> {
@@ -85,16 +85,14 @@ struct Tail {
 
 /// Reads what follows RAM, and corrects the run state in the file: QEMU recorded a pause, because
 /// the VM was paused for the save.
-fn tail(work: &Work<'_>, snapshot: &Snapshot) -> Result<Tail, SaveError> {
+fn tail(work: &mut Work<'_>, snapshot: &Snapshot) -> Result<Tail, SaveError> {
     let offset = snapshot.structure().ram_end_offset;
     let state = &snapshot.structure().device_state;
     let read = snapshot.read(offset, state.stream_end - offset);
     let mut device_state = read.map_err(SaveError::Written)?;
     let in_tail = |file_offset: u64| usize::try_from(file_offset - offset).expect("in memory");
     let vm_description = device_state.split_off(in_tail(state.end));
-    if !state.set_run_state(&mut device_state, &work.meta.run_state) {
-        return Err(SaveError::NoRunState);
-    }
+    describe::write_run_state(work, state, &mut device_state)?;
     work.draft.put("device_state", offset, &device_state)?;
     Ok(Tail { device_state, vm_description })
 }

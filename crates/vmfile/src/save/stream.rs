@@ -96,9 +96,8 @@ impl StreamRoute {
         let mut received = received?;
         put_back?;
         // QEMU writes "paused": the VM was paused for the save.
-        if !received.set_run_state(&work.meta.run_state) {
-            return Err(SaveError::NoRunState);
-        }
+        let (state, bytes) = received.device_state_mut();
+        super::describe::write_run_state(work, state, bytes)?;
         super::describe::record(work)?;
         let facts = work.facts(RouteUsed::Stream, work.seconds_paused(), false);
         work.draft.finish(&received.places, (&received.bitmaps, &[]), received.tail(), facts)?;

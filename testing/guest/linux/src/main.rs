@@ -12,8 +12,9 @@
 //!
 //! The kernel's command line chooses: `vmfile.seed=N`, `vmfile.fill=MIB`, `vmfile.data=N` (pages
 //! with random words, of 256), `vmfile.busy=1` (do not rest), `vmfile.disk=1` (write a block of
-//! `/dev/vda` in every pass, and read the last ones back) and `vmfile.moment=1` (check that the
-//! disk does not yet have the block of this pass: it would be from a later moment than the memory).
+//! `/dev/vda` in every pass, and read the last ones back), `vmfile.moment=1` (check that the
+//! disk does not yet have the block of this pass: it would be from a later moment than the memory) and
+//! `vmfile.sleep=N` (sleep, as ACPI S3, after pass N, until something wakes the machine).
 
 mod console;
 mod disk;
@@ -71,6 +72,9 @@ fn run() -> Result<(), Box<dyn Error>> {
         }
         console.line(&line)?;
         memory.change(count);
+        if options.sleep == Some(count) {
+            system::sleep()?;
+        }
         system::bring_memory_online()?;
         if !options.busy {
             thread::sleep(REST);

@@ -12,6 +12,7 @@ pub(crate) struct Options {
     pub(crate) busy: bool,
     pub(crate) disk: bool,
     pub(crate) moment: bool,
+    pub(crate) sleep: Option<u64>,
 }
 
 impl Options {
@@ -29,6 +30,7 @@ impl Options {
             busy: false,
             disk: false,
             moment: false,
+            sleep: None,
         };
         for word in command_line.split_ascii_whitespace() {
             let Some(parameter) = word.strip_prefix("vmfile.") else { continue };
@@ -40,6 +42,7 @@ impl Options {
                 "busy" => options.busy = value == "1",
                 "disk" => options.disk = value == "1",
                 "moment" => options.moment = value == "1",
+                "sleep" => options.sleep = Some(value.parse()?),
                 _ => return Err(format!("unknown parameter {word}").into()),
             }
         }
@@ -54,9 +57,9 @@ mod tests {
     #[test]
     fn parameters_of_others_are_left_alone() {
         let options = Options::parse("console=ttyS0 vmfile.fill=700 quiet vmfile.busy=1").unwrap();
-        let (disk, moment) = (false, false);
+        let (disk, moment, sleep) = (false, false, None);
         let expected =
-            Options { seed: 1, fill_mib: 700, data_share: 128, busy: true, disk, moment };
+            Options { seed: 1, fill_mib: 700, data_share: 128, busy: true, disk, moment, sleep };
         assert_eq!(options, expected);
     }
 

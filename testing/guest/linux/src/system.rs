@@ -33,6 +33,11 @@ pub(crate) fn load_modules() -> Result<Vec<String>, Box<dyn Error>> {
     Ok(names)
 }
 
+/// Lets the machine sleep (ACPI S3); returns once something has woken it.
+pub(crate) fn sleep() -> io::Result<()> {
+    fs::write("/sys/power/state", "mem")
+}
+
 /// Tells the kernel to use memory that was plugged in: the kernel leaves this to user space.
 pub(crate) fn bring_memory_online() -> io::Result<()> {
     let blocks = match fs::read_dir("/sys/devices/system/memory") {
