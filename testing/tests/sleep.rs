@@ -4,13 +4,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
-use vmfile::{RestoreError, Snapshot};
 use vmfile::error::SaveError;
 use vmfile::receive::ReceiveOptions;
 use vmfile::restore::{Mode, RestoreOptions};
-use vmfile::save::{After, Live, Route, SaveOptions};
+use vmfile::save::{After, Live, LiveMethod, Route, SaveOptions};
+use vmfile::{RestoreError, Snapshot};
 use vmfile_testing::migration::{qemu_reads, qemu_writes, received};
-use vmfile_testing::verbs::{check_is_clean, restore_into};
+use vmfile_testing::verbs::{check_is_clean, restore_into, save_with};
 use vmfile_testing::{
     Case, Guest, GuestConfig, Machine, Qemu, Ram, Release, Saved, TestResult, cases, requires,
 };
@@ -50,6 +50,12 @@ fn wakes(guest: &mut Guest) -> TestResult {
     let first = guest.counts().first().map(|count| count.number);
     assert!(first == Some(1) || first == Some(PASS + 1), "{first:?}");
     assert_eq!(guest.status()?, "running");
+    Ok(())
+}
+
+/// Restores a guest that sleeps, and wakes it.
+fn comes_back<R>(saved: &Saved<R>, qemu: &Qemu, mode: Mode) -> TestResult {
+    wakes(&mut saved.restore(qemu, mode)?)?;
     cases(1, Case::Restore);
     Ok(())
 }
@@ -65,8 +71,7 @@ fn round_trips(qemu: &Qemu, config: &GuestConfig) -> TestResult {
     let options = SaveOptions::default().after(After::Resume);
     let ways = [
         (options.clone(), Mode::Map),
-        (options.clone().route(Route::Stream), Mode::Load),
-        (options.clone().route(Route::Native), Mode::Stream),
+        (options.clone().route(Route::Stream), Mode::Stream),
         (options.clone().live(Some(Live::default())), Mode::Load),
         (options.route(Route::Stream).live(Some(Live::default())), Mode::Map),
     ];
@@ -75,9 +80,19 @@ fn round_trips(qemu: &Qemu, config: &GuestConfig) -> TestResult {
         assert_eq!(guest.status()?, "suspended", "{options:?}");
         assert_eq!(run_state(&saved)?, "suspended", "{options:?}");
         check_is_clean(&saved.file)?;
-        wakes(&mut saved.restore(qemu, mode)?)?;
+        comes_back(&saved, qemu, mode)?;
     }
+    // QEMU would end after a migration.
+    refused(&mut guest, &SaveOptions::default().route(Route::Native))?;
     wakes(&mut guest)
+}
+
+/// Expects that a guest that sleeps is not saved in a way, and sleeps on.
+fn refused(guest: &mut Guest, options: &SaveOptions) -> TestResult {
+    let error = guest.save_fails(options)?;
+    assert!(matches!(error, SaveError::Sleeps { .. }), "{error}");
+    assert_eq!(guest.status()?, "suspended");
+    Ok(())
 }
 
 #[test]
@@ -98,15 +113,19 @@ fn a_guest_that_was_paused_in_its_sleep_comes_back_paused() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
     let mut guest = asleep(&sleeper(603), &qemu)?;
     guest.stop()?;
-    let saved = guest.save(&SaveOptions::default())?;
-    assert_eq!(run_state(&saved)?, "paused");
-    for mode in [Mode::Map, Mode::Stream] {
+    let options = SaveOptions::default().after(After::Resume);
+    for (route, mode) in [(Route::Direct, Mode::Map), (Route::Stream, Mode::Stream)] {
+        let saved = guest.save(&options.clone().route(route))?;
+        assert_eq!(run_state(&saved)?, "paused");
         let mut guest = saved.restore(&qemu, mode)?;
         assert_eq!(guest.status()?, "paused");
         guest.resume()?;
         wakes(&mut guest)?;
     }
-    Ok(())
+    let error = guest.save_fails(&SaveOptions::default().route(Route::Native))?;
+    assert!(matches!(error, SaveError::Sleeps { .. }), "{error}");
+    guest.resume()?;
+    wakes(&mut guest)
 }
 
 /// The stream of a guest that QEMU sends while it sleeps names another run state than that of a guest
@@ -117,8 +136,8 @@ fn a_guest_that_qemu_sends_in_its_sleep_comes_back_asleep() -> TestResult {
     let config = sleeper(604);
     let mut guest = asleep(&config, &qemu)?;
     let saved = received(&mut guest, &ReceiveOptions::default())?;
-    wakes(&mut saved.restore(&qemu, Mode::Map)?)?;
-    wakes(&mut saved.restore(&qemu, Mode::Stream)?)?;
+    comes_back(&saved, &qemu, Mode::Map)?;
+    comes_back(&saved, &qemu, Mode::Stream)?;
     // QEMU has it back as well.
     wakes(&mut qemu_reads(&qemu, &config, &saved.file)?)?;
 
@@ -140,6 +159,43 @@ fn a_guest_that_qemu_sends_in_its_sleep_comes_back_asleep() -> TestResult {
     Ok(())
 }
 
+/// Saves by pre-copy a guest that falls asleep at several moments of it: it is saved, or the save says that
+/// it fell asleep. In either case QEMU lives, and the guest wakes.
+fn falls_asleep_in_pre_copy(qemu: &Qemu, config: &GuestConfig) -> TestResult {
+    let options = SaveOptions::default().route(Route::Stream).live(Some(Live::default()));
+    let options = options.after(After::Resume);
+    let mut refused = 0;
+    for later in [0, 100, 200] {
+        let mut guest = config.boot_to(qemu, PASS - 1)?;
+        thread::sleep(Duration::from_millis(later));
+        let directory = tempfile::tempdir()?;
+        let saved = save_with(&guest, &directory.path().join("vm.vmf"), &options);
+        reaches(&mut guest, "suspended")?;
+        match saved.map_err(|error| error.downcast::<SaveError>()) {
+            Ok(report) => assert!(matches!(report.live_method, Some(LiveMethod::PreCopy { .. }))),
+            Err(Ok(error)) if matches!(*error, SaveError::Sleeps { .. }) => refused += 1,
+            Err(other) => return Err(format!("{other:?}").into()),
+        }
+        wakes(&mut guest)?;
+    }
+    assert!(refused > 0);
+    Ok(())
+}
+
+#[test]
+fn a_guest_that_falls_asleep_in_pre_copy_wakes() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
+    let config = Guest::linux(Ram::file(256, directory.path())).seed(607).sleeps_after(PASS);
+    falls_asleep_in_pre_copy(&qemu, &config)
+}
+
+#[test]
+fn a_guest_of_the_oldest_that_falls_asleep_in_pre_copy_wakes() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Oldest));
+    falls_asleep_in_pre_copy(&qemu, &sleeper(608).machine_version("7.2"))
+}
+
 /// QEMU 7.2 does not stop a guest that sleeps, and one that it takes does not wake as it should.
 #[test]
 fn the_oldest_refuses_a_guest_that_sleeps() -> TestResult {
@@ -155,5 +211,5 @@ fn the_oldest_refuses_a_guest_that_sleeps() -> TestResult {
     let saved = asleep(&config, &newer)?.save(&SaveOptions::default())?;
     let error = saved.restore(&oldest, Mode::Auto).unwrap_err().downcast::<RestoreError>()?;
     assert!(matches!(*error, RestoreError::Sleeps { .. }), "{error}");
-    wakes(&mut saved.restore(&newer, Mode::Auto)?)
+    comes_back(&saved, &newer, Mode::Auto)
 }

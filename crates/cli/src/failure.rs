@@ -201,6 +201,8 @@ impl From<&SaveError> for Failure {
             SaveError::RunState { found } => {
                 Failure::new(Code::Vm, "run_state", error).hint(hints::run_state(found))
             }
+            SaveError::Sleeps { .. } => Failure::new(Code::Vm, "sleeps", error)
+                .hint("--route direct saves it, or `system_wakeup` wakes it first"),
             SaveError::Blocked { .. } => {
                 Failure::new(Code::Vm, "blocked", error).hint(&error.remedies().join("; "))
             }

@@ -61,15 +61,11 @@ impl StreamSettings {
     }
 
     /// Returns plain settings with which the guest runs while QEMU sends it, and is stopped for
-    /// about `pause_max` at the end.
-    ///
-    /// With `hold`, QEMU stops the guest before the last part and waits for [`Vm::switch_over`].
+    /// about `pause_max` at the end: QEMU then waits for [`Vm::switch_over`] before the last part.
     #[must_use]
-    pub fn pre_copy(&self, pause_max: Duration, hold: bool) -> StreamSettings {
+    pub fn pre_copy(&self, pause_max: Duration) -> StreamSettings {
         let mut settings = self.plain();
-        if hold {
-            settings.capabilities.insert("pause-before-switchover".to_owned(), true);
-        }
+        settings.capabilities.insert("pause-before-switchover".to_owned(), true);
         let milliseconds = u64::try_from(pause_max.as_millis()).unwrap_or(u64::MAX);
         settings.parameters.insert("downtime-limit".to_owned(), milliseconds.into());
         settings

@@ -301,6 +301,13 @@ impl Vm {
         self.qmp.resumes().into()
     }
 
+    /// Tells whether the guest has fallen asleep (ACPI S3) since this connection began, and was not woken,
+    /// as far as QEMU's messages were read. QEMU does not say it otherwise of one that it has stopped.
+    #[must_use]
+    pub fn has_fallen_asleep(&self) -> bool {
+        self.qmp.has_fallen_asleep()
+    }
+
     /// Resumes the guest. First waits until QEMU has finished cleaning up after an ended migration.
     ///
     /// # Errors

@@ -54,6 +54,12 @@ pub enum SaveError {
         /// QEMU's name for the state.
         found: String,
     },
+    /// The guest sleeps, or fell asleep while it was being saved, and this way to save would end QEMU.
+    #[error("the guest sleeps (ACPI S3), and cannot be saved in this way: {reason}")]
+    Sleeps {
+        /// Why not.
+        reason: String,
+    },
     /// A guest was to run while it is saved, and stood still before the moment that the file would hold.
     #[error(
         "another client of QEMU, or the guest itself, stopped the guest while it was being saved: it is \

@@ -28,6 +28,7 @@ mod options;
 mod report;
 mod route;
 mod sending;
+mod sleep;
 mod space;
 mod stream;
 pub(crate) mod target;

@@ -273,6 +273,11 @@ impl Qmp {
         self.events.resumes()
     }
 
+    /// Tells whether the guest has fallen asleep since this connection began, and was not woken.
+    pub(crate) fn has_fallen_asleep(&self) -> bool {
+        self.events.sleeps()
+    }
+
     /// Returns the greeting's `QMP` object: QEMU's version and abilities.
     #[must_use]
     pub fn greeting(&self) -> &Value {

@@ -20,6 +20,12 @@ const RESUME: &str = "RESUME";
 /// The event of a guest that stands still.
 const STOP: &str = "STOP";
 
+/// The event of a guest that falls asleep (ACPI S3).
+const SUSPEND: &str = "SUSPEND";
+
+/// The event of a guest that was woken.
+const WAKEUP: &str = "WAKEUP";
+
 /// One event, as QEMU sent it.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
@@ -56,6 +62,7 @@ pub(super) struct EventQueue {
     dropped: u64,
     stops: u32,
     resumes: u32,
+    sleeps: bool,
 }
 
 impl EventQueue {
@@ -63,6 +70,8 @@ impl EventQueue {
         match event.name.as_str() {
             STOP => self.stops = self.stops.saturating_add(1),
             RESUME => self.resumes = self.resumes.saturating_add(1),
+            SUSPEND => self.sleeps = true,
+            WAKEUP => self.sleeps = false,
             _ => {}
         }
         let size = event.name.len() + size_of(&event.data);
@@ -98,6 +107,11 @@ impl EventQueue {
     /// Returns the number of `RESUME` events so far, including those that were dropped or taken.
     pub(super) fn resumes(&self) -> u32 {
         self.resumes
+    }
+
+    /// Tells whether the guest has fallen asleep since, and was not woken.
+    pub(super) fn sleeps(&self) -> bool {
+        self.sleeps
     }
 }
 

@@ -103,7 +103,9 @@ impl Devices {
 
     /// Reads what QEMU wrote.
     pub(super) fn read(work: &mut Work<'_>, bytes: &[u8]) -> Result<Devices, SaveError> {
-        let (state, sections) = device_state(work, bytes)?;
+        let (state, mut sections) = device_state(bytes)?;
+        // QEMU writes "running" even for a VM that was paused, which must come back paused.
+        describe::write_run_state(work, &state, &mut sections)?;
         let mut description = Vec::new();
         encoder::vm_description(&mut description);
         Ok(Devices { state, sections, description })
@@ -160,10 +162,10 @@ fn find(vm: &mut Vm, found: &[RamBlockInfo]) -> Result<(RamLayout, ProcessRam), 
 }
 
 /// Returns where each section of a device state is, and the bytes from the first section to EOF.
-fn device_state(work: &mut Work<'_>, bytes: &[u8]) -> Result<(DeviceState, Vec<u8>), SaveError> {
+pub(super) fn device_state(bytes: &[u8]) -> Result<(DeviceState, Vec<u8>), SaveError> {
     // QEMU writes magic and version, then the sections.
     const HEADER_LEN: usize = 8;
-    let mut sections = bytes.get(HEADER_LEN..).unwrap_or_default().to_vec();
+    let sections = bytes.get(HEADER_LEN..).unwrap_or_default().to_vec();
     let state = DeviceState::locate(&sections, 0, 0).map_err(SaveError::DeviceState)?;
     // EOF must be QEMU's last byte, and the last section, which holds the run state, must be there:
     // then every section was found.
@@ -172,8 +174,6 @@ fn device_state(work: &mut Work<'_>, bytes: &[u8]) -> Result<(DeviceState, Vec<u
         let kind = FormatErrorKind::BrokenSections;
         return Err(SaveError::DeviceState(FormatError { offset, kind }));
     }
-    // QEMU writes "running" even for a VM that was paused, which must come back paused.
-    describe::write_run_state(work, &state, &mut sections)?;
     Ok((state, sections))
 }
 

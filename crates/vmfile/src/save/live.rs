@@ -10,7 +10,7 @@ use vmfile_stream::receiver::Received;
 
 use super::live_memory::LiveMemory;
 use super::live_stream::{finish, receive};
-use super::{Live, LiveMethod, SaveOptions, Work, Written};
+use super::{Live, LiveMethod, Work, Written};
 use crate::error::{SaveError, UserfaultError};
 
 /// QEMU's migration settings before the save, and the caller's options.
@@ -23,7 +23,6 @@ pub(super) struct LiveRoute {
     memory: Result<LiveMemory, String>,
     /// Whether no other method may be used than those that read this memory.
     only_memory: bool,
-    /// Who writes to the guest's RAM and is not stopped by a write protection.
     /// Why QEMU's protection of memory is not enough, if it is not.
     unprotected: Option<String>,
 }
@@ -39,12 +38,11 @@ impl LiveRoute {
     /// Asks QEMU for its migration settings, which are put back later.
     pub(super) fn prepare(
         vm: &mut Vm,
-        options: &SaveOptions,
         live: Live,
         (memory, only_memory): (Result<LiveMemory, String>, bool),
     ) -> Result<LiveRoute, SaveError> {
         let (before, unprotected) = (vm.stream_settings()?, unprotected(vm)?);
-        let pre_copy = before.pre_copy(live.pause_max, options.with_disks);
+        let pre_copy = before.pre_copy(live.pause_max);
         let all: Vec<_> = before.background_snapshot().into_iter().chain([pre_copy]).collect();
         let change = SettingsChange::new(&before, &all);
         Ok(LiveRoute { before, change, live, memory, only_memory, unprotected })
@@ -66,7 +64,7 @@ impl LiveRoute {
         }
         let pause_max = self.live.pause_max;
         let reason = format!("the guest's memory could not be copied aside within {pause_max:?}");
-        let chosen = self.pre_copy(work.vm, hold, reason)?;
+        let chosen = self.pre_copy(work.vm, reason)?;
         let written = self.by(work, &chosen)?;
         Ok(written.expect("only a copy aside can be too much"))
     }
@@ -156,13 +154,13 @@ impl LiveRoute {
             Ok(()) if hold && !version.has(Feature::PausedSnapshot) => {
                 self.unprotect(vm, &protected)?;
                 let other = format!("QEMU {version} lets the guest run in a background snapshot");
-                self.pre_copy(vm, hold, format!("{reason}; {other}"))
+                self.pre_copy(vm, format!("{reason}; {other}"))
             }
             Ok(()) => {
                 let method = LiveMethod::BackgroundSnapshot { reason };
                 Ok(Chosen { method, copied_bytes: 0 })
             }
-            Err(_) => self.pre_copy(vm, hold, reason),
+            Err(_) => self.pre_copy(vm, reason),
         }
     }
 
@@ -190,11 +188,11 @@ impl LiveRoute {
         if protected.is_ok() { vm.put_back_stream_settings(&self.change) } else { Ok(()) }
     }
 
-    fn pre_copy(&self, vm: &mut Vm, hold: bool, reason: String) -> Result<Chosen, SaveError> {
+    fn pre_copy(&self, vm: &mut Vm, reason: String) -> Result<Chosen, SaveError> {
         if self.only_memory {
             return Err(UserfaultError::NotPossible { reason }.into());
         }
-        let settings = self.before.pre_copy(self.live.pause_max, hold);
+        let settings = self.before.pre_copy(self.live.pause_max);
         vm.apply_stream_settings(&self.before, &settings)?;
         Ok(Chosen { method: LiveMethod::PreCopy { reason }, copied_bytes: 0 })
     }

@@ -6,7 +6,7 @@
 //!
 //! The disks are frozen while the guest stands still: for `background-snapshot`, vmfile stops the
 //! guest before QEMU sends; for `pre-copy`, QEMU stops it at the end and waits
-//! (`pause-before-switchover`).
+//! (`pause-before-switchover`). There vmfile also looks whether the guest has fallen asleep meanwhile.
 
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -22,6 +22,7 @@ use vmfile_stream::receiver::{Received, StreamReceiver};
 
 use super::live_memory::{let_run_by_another, refuse_if_overtaken};
 use super::sending::{Ended, Peer, peer_process, wait_until_sent};
+use super::sleep::would_end_qemu;
 use super::stream::written;
 use super::target::page_size_unnamed;
 use super::{LiveDone, LiveMethod, RouteUsed, Work, Written};
@@ -60,8 +61,12 @@ pub(super) fn receive(
         begun = (work.vm.stops(), work.vm.resumes());
         work.disks.freeze(work.vm)?;
     }
-    if !is_snapshot && work.vm.run_state()? != RunState::Running {
-        return Err(stopped_meanwhile(work)?);
+    if !is_snapshot {
+        match work.vm.run_state()? {
+            RunState::Running => {}
+            RunState::Suspended => return Err(would_end_qemu()),
+            _ => return Err(stopped_meanwhile(work)?),
+        }
     }
     let end = ours.try_clone().map_err(SaveError::Socket)?;
     work.vm.send_stream(theirs.into())?;
@@ -159,6 +164,10 @@ impl Watch<'_, '_> {
                 Outgoing::Active | Outgoing::Held if self.is_stopped_by_another()? => {
                     return Err(stopped_meanwhile(self.work)?);
                 }
+                // While QEMU holds the migration, the guest can no longer fall asleep.
+                Outgoing::Active | Outgoing::Held if self.has_fallen_asleep() => {
+                    return Err(would_end_qemu());
+                }
                 Outgoing::Held if !finished => {
                     self.work.disks.freeze(self.work.vm)?;
                     self.work.vm.switch_over()?;
@@ -205,6 +214,12 @@ impl Watch<'_, '_> {
         }
         let state = self.work.vm.run_state()?;
         Ok(!matches!(state, RunState::Running | RunState::FinishMigrate | RunState::PostMigrate))
+    }
+
+    /// Whether a guest that pre-copy sends has fallen asleep. QEMU's events of it come before the answer that
+    /// says where the migration is.
+    fn has_fallen_asleep(&self) -> bool {
+        !self.is_snapshot && self.work.vm.has_fallen_asleep()
     }
 
     /// Resumes the guest if it is stopped: QEMU has sent everything, and the guest need not wait

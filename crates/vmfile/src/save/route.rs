@@ -118,7 +118,7 @@ pub(super) fn choose_live(
     };
     // QEMU's stream has all pages, and a base that was named is used.
     let only = options.route == Route::Direct || matches!(options.base, Some(BaseFile::File(_)));
-    let route = ReadyRoute::Live(LiveRoute::prepare(vm, options, live, (memory, only))?);
+    let route = ReadyRoute::Live(LiveRoute::prepare(vm, live, (memory, only))?);
     Ok(ChosenRoute { route, reason: reason.to_owned() })
 }
 

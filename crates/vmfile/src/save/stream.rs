@@ -10,13 +10,14 @@ use std::time::Duration;
 
 use vmfile_pages::draft::Draft;
 use vmfile_pages::lane::Workers;
-use vmfile_qemu::{Feature, PUT_BACK_TIMEOUT, SettingsChange, StreamSettings, Vm, VmError};
+use vmfile_qemu::{Feature, PUT_BACK_TIMEOUT, SettingsChange, StreamSettings, Vm};
 use vmfile_stream::Channels;
 use vmfile_stream::incoming::WaitLimits;
 use vmfile_stream::listener::{Listener, SocketPlace};
 use vmfile_stream::receiver::{Received, StreamReceiver};
 
 use super::sending::{Peer, peer_process, wait_until_sent};
+use super::sleep::sleeps;
 use super::target::page_size_unnamed;
 use super::{SaveOptions, Work, Written};
 use crate::error::SaveError;
@@ -86,7 +87,7 @@ impl StreamRoute {
     pub(super) fn write(&mut self, work: &mut Work<'_>) -> Result<Written, SaveError> {
         let changed = self.change_settings(work);
         let channels = self.channels.zip(self.listener.take());
-        let received = changed.map_err(SaveError::from).and_then(|()| {
+        let received = changed.and_then(|()| {
             let workers = self.workers.take().expect("a route writes once");
             receive(work, channels, workers)
         });
@@ -109,15 +110,17 @@ impl StreamRoute {
     /// Changes QEMU's settings.
     ///
     /// A VM that stays paused is sent as a background snapshot if QEMU can do that: it is then
-    /// paused as before, and can be saved once more.
-    fn change_settings(&self, work: &mut Work<'_>) -> Result<(), VmError> {
-        if work.stays_paused() {
+    /// paused as before, and can be saved once more. One whose guest sleeps must be.
+    fn change_settings(&self, work: &mut Work<'_>) -> Result<(), SaveError> {
+        let sleeps = sleeps(work)?;
+        if sleeps || work.stays_paused() {
             match self.change_for_a_snapshot(work.vm) {
                 Ok(()) => return Ok(()),
+                Err(reason) if sleeps => return Err(SaveError::Sleeps { reason }),
                 Err(reason) => work.warn_of_postmigrate(&reason),
             }
         }
-        work.vm.change_stream_settings(&self.before, &self.ours)
+        Ok(work.vm.change_stream_settings(&self.before, &self.ours)?)
     }
 
     /// Changes QEMU's settings to those of a background snapshot, or says why they were not
