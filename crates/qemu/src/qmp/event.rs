@@ -59,7 +59,7 @@ impl Event {
 pub(super) struct EventQueue {
     /// Each with its size.
     events: VecDeque<(Event, usize)>,
-    dropped: u64,
+    dropped: u32,
     stops: u32,
     resumes: u32,
     sleeps: bool,
@@ -96,7 +96,7 @@ impl EventQueue {
     }
 
     pub(super) fn dropped(&self) -> u64 {
-        self.dropped
+        self.dropped.into()
     }
 
     /// Returns the number of `STOP` events so far, including those that were dropped or taken.
