@@ -1,5 +1,5 @@
-//! `cargo xtask chaos`: ends programs or the disk's power at random moments, lets system calls and disks fail, and disturbs monitors,
-//! more often than a test run has time for.
+//! `cargo xtask chaos`: ends programs or the disk's power at random moments, lets system calls and disks fail, disturbs monitors, or
+//! compares saves, more often than a test run has time for.
 
 use std::error::Error;
 use std::process::Command;
@@ -11,12 +11,13 @@ use crate::test::reader::Shown;
 use crate::workspace::Workspace;
 
 /// What is ended, the test that does it in its package and program, and the variable that says how often.
-const MODES: [(&str, [&str; 3], &str); 7] = [
+const MODES: [(&str, [&str; 3], &str); 8] = [
     ("vmfile", ["vmfile-cli", "program", "kills::"], "VMFILE_KILLS"),
     ("qemu", ["vmfile-cli", "program", "qemu_ends::"], "VMFILE_MOMENTS"),
     ("calls", ["vmfile-cli", "program", "calls::"], "VMFILE_FAULTS"),
     ("monitor", ["vmfile-cli", "program", "broken_monitor::"], "VMFILE_CASES"),
     ("storage", ["vmfile-cli", "program", "failing_disk::"], "VMFILE_CASES"),
+    ("saves", ["vmfile-cli", "program", "one_moment::"], "VMFILE_SAVES"),
     ("rounds", ["vmfile-testing", "rounds", "again_and_again"], "VMFILE_ROUNDS"),
     ("power", ["vmfile-testing", "power", "any_moment"], "VMFILE_CUTS"),
 ];
@@ -26,8 +27,7 @@ const MOMENTS: &str = "300";
 
 /// Runs the test of a mode; its seed is printed and can be given again.
 pub(crate) fn run(workspace: &Workspace, rest: &[String]) -> Result<(), Box<dyn Error>> {
-    let usage =
-        "usage: cargo xtask chaos vmfile|qemu|calls|monitor|storage|power|rounds [MOMENTS [SEED]]";
+    let usage = "usage: cargo xtask chaos vmfile|qemu|calls|monitor|storage|saves|power|rounds [MOMENTS [SEED]]";
     let (mode, numbers) = rest.split_first().ok_or(usage)?;
     let (_, [package, program, test], variable) =
         MODES.iter().find(|(name, ..)| name == mode).ok_or(usage)?;

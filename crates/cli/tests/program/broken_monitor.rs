@@ -12,7 +12,10 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Signal, kill_process};
 use serde_json::json;
-use vmfile_testing::{Case, Guest, Qemu, Ram, Random, Release, TestResult, cases, given, requires};
+use vmfile::save::SaveOptions;
+use vmfile_testing::{
+    Case, Guest, GuestConfig, Qemu, Ram, Random, Release, Saved, TestResult, cases, given, requires,
+};
 
 use crate::guests::directory;
 use crate::proxy::{Fault, Nonsense, Plan, Proxy};
@@ -246,4 +249,76 @@ fn disturb(
     let limit = if is_named { NAMED_WITHIN } else { OBEYS_WITHIN };
     assert!(after < limit, "{what}: it obeyed after {after:?}; {said:?}");
     Ok(run)
+}
+
+/// Restores into a QEMU that waits, while the connection to its monitor is disturbed; checks the guest in
+/// whatever state that QEMU is then.
+fn restore_disturbed(
+    (qemu, config, saved): (&Qemu, &GuestConfig, &Saved),
+    mode: &str,
+    (fault, at): (Fault, u64),
+) -> TestResult<u64> {
+    let what = format!("{mode}: {fault:?} from line {at}");
+    let mut waiting = config.incoming(qemu, "defer")?;
+    let sockets = directory()?;
+    let proxy = Proxy::start(&mut waiting, &sockets.path().join("proxy"))?;
+    let plan = proxy.disturb_next(fault, at);
+    let words = |socket: &Path| {
+        words!["restore", saved.file, "--disks-changed-ok", "--mode", mode, "--qmp", socket]
+    };
+    let child = start(words(proxy.socket()))?;
+    let run =
+        watch(child, &plan, fault.is_silence()).map_err(|error| format!("{what}: {error}"))?;
+    let said = &run.said;
+    assert!(!said.stderr.contains("panicked"), "{what}: {said:?}");
+    assert!(run.obeyed_after.unwrap_or_default() < OBEYS_WITHIN, "{what}: {said:?}");
+    if said.code == Some(0) {
+        saved.goes_on_in(&waiting).map_err(|error| format!("{what}: {error}: {said:?}"))?;
+        return Ok(plan.lines());
+    }
+    assert!(!fault.is_harmless(), "{what}: {said:?}");
+    assert!(matches!(said.code, Some(3 | 130)), "{what}: {said:?}");
+    assert!(said.stderr.contains("vmfile: "), "{what}: {said:?}");
+    // A QEMU that could not take the device state has ended.
+    let Ok(state) = waiting.status() else { return Ok(plan.lines()) };
+    match state.as_str() {
+        "running" => {}
+        "paused" => waiting.resume()?,
+        "inmigrate" => {
+            let again = vmfile(words(&waiting.qmp_path()));
+            if again.code != Some(0) {
+                again.assert(3, &["vmfile: "]);
+                return Ok(plan.lines());
+            }
+        }
+        other => return Err(format!("{what}: the VM is {other}: {said:?}").into()),
+    }
+    saved.goes_on_in(&waiting).map_err(|error| format!("{what}: {error}: {said:?}"))?;
+    Ok(plan.lines())
+}
+
+/// What a restore leaves in the QEMU that waits runs right, takes the VM once more, or has ended.
+#[test]
+fn a_restore_whose_monitor_is_slow_or_talks_nonsense_makes_no_wrong_guest() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let count = given("VMFILE_CASES").unwrap_or(CASES);
+    let seed = given("VMFILE_SEED").unwrap_or_else(Random::seed_of_now);
+    println!("{count} faults, VMFILE_SEED={seed}");
+    let mut random = Random::new(seed);
+    let config = Guest::boot_sector(Ram::private(64)).seed(33);
+    let saved = config.boot_to(&qemu, 1)?.save(&SaveOptions::default())?;
+    let mut lines = BTreeMap::new();
+    for case in 0..count {
+        let fault = FAULTS[usize::try_from(case)? % FAULTS.len()];
+        let mode = ["load", "stream"][usize::try_from(random.next_number() % 2)?];
+        let of = (&qemu, &config, &saved);
+        let most = match lines.get(mode) {
+            Some(&most) => most,
+            None => restore_disturbed(of, mode, (Fault::None, 0))?,
+        };
+        lines.insert(mode, most);
+        restore_disturbed(of, mode, (fault, 1 + random.next_number() % most))?;
+        cases(1, Case::Monitor);
+    }
+    Ok(())
 }

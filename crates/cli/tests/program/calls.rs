@@ -16,7 +16,7 @@ use crate::trial::{Trial, WAYS};
 use crate::words;
 
 /// How many calls a test run lets fail.
-const FAULTS: u64 = 18;
+const FAULTS: u64 = 12;
 
 /// The calls that can fail, and how. `EINTR` and `EAGAIN` are no reason to give up.
 const ERRORS: [(&str, &[&str]); 34] = [

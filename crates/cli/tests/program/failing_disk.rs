@@ -22,7 +22,7 @@ use crate::trial::{Trial, WAYS};
 use crate::words;
 
 /// How many moments a test run tries.
-const CASES: u64 = 20;
+const CASES: u64 = 12;
 
 /// How long a verb may take whose disk has failed.
 const TIMEOUT: Duration = Duration::from_secs(60);

@@ -22,7 +22,7 @@ use crate::trial::{State, Trial, WAYS};
 use crate::words;
 
 /// How many moments a test run tries.
-const KILLS: u64 = 30;
+const KILLS: u64 = 20;
 
 impl Trial {
     /// Kills a save with `signal` at a random moment, and checks the VM.

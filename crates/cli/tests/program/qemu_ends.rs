@@ -18,7 +18,7 @@ use crate::run::{self, EndAllIn, Said, names_in, processes_in, start, vmfile, wa
 use crate::words;
 
 /// How many moments of saves a test run tries; it tries a third as many of restores.
-const MOMENTS: u64 = 21;
+const MOMENTS: u64 = 12;
 
 /// How soon vmfile must report that QEMU is gone. An idle machine needs no time, but writes that
 /// were submitted to the disk must complete first.
