@@ -194,7 +194,8 @@ const TABLE: [Row; 20] = [
     Row::new(Feature::MappedRamIgnoreShared, (11, 0), "`mapped-ram` with `x-ignore-shared`",
         "reading a file that QEMU wrote"),
     Row::new(Feature::MonitorObject, (11, 1), "`-object monitor-qmp`",
-        "`restore`: the monitor of its own, for which `-mon` is deprecated"),
+        "a monitor of vmfile's own: `restore` adds it without `-mon`, which is deprecated, and `save` \
+         makes it, so that others can use the VM's monitor"),
 ];
 
 impl Feature {

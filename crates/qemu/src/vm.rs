@@ -13,6 +13,7 @@ mod memory_backends;
 mod memory_map;
 mod other_writers;
 mod overlays;
+mod own_monitor;
 mod paused;
 mod process;
 mod put_back;

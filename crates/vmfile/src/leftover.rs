@@ -37,6 +37,7 @@ pub(crate) fn put_right_at_once(vm: &mut Vm) -> Result<Option<String>, VmError> 
 
 /// Returns the record of a save whose process is gone.
 fn left_record(vm: &mut Vm) -> Result<Option<SaveRecord>, VmError> {
+    vm.remove_left_monitors()?;
     match vm.record()? {
         Some(record) if record.holder.is_alive() != Some(false) => {
             Err(VmError::Held { by: record.holder })

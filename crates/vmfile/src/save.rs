@@ -86,6 +86,7 @@ pub fn save(
 ) -> Result<SaveReport, SaveError> {
     options.check()?;
     vm.set_stop(control.stop_flag());
+    vm.take_own_monitor(control.stop_flag())?;
     let begun = Save::begin(vm, destination, options, control);
     let mut save = begun.map_err(|error| unless_qemu_is_gone(vm, error))?;
     let done = match save.route.route {

@@ -20,6 +20,7 @@ mod matrix;
 mod memcheck;
 mod one_moment;
 mod ordinary_user;
+mod own_monitor;
 mod paused;
 mod proxy;
 mod qemu_ends;
