@@ -94,6 +94,72 @@ fn memory_that_is_plugged_in_right_before_the_pause_is_noticed() -> TestResult {
     Err("40 saves, and none was met between its record and its pause".into())
 }
 
+/// A save looked once whether the guest runs, and QEMU aborts if it then sends a background snapshot of a
+/// guest that has panicked meanwhile.
+#[test]
+fn a_guest_that_panics_right_before_its_live_save_stays_as_it_is() -> TestResult {
+    let qemu = requires!(qemu >= "9.0");
+    for route in ["auto", "stream"] {
+        panics_before_it_is_sent(&qemu, route)?;
+    }
+    Ok(())
+}
+
+fn panics_before_it_is_sent(qemu: &Qemu, route: &str) -> TestResult {
+    let directory = directory()?;
+    let panics = ["-device", "pvpanic", "-action", "panic=pause"];
+    let config = Guest::boot_sector(Ram::private(64)).seed(67).arguments(panics);
+    for _ in 0..20 {
+        let mut guest = config.boot_to(qemu, 1)?;
+        let file = directory.path().join("vm.vmf");
+        let words = words!["save", guest.qmp_path(), file, "--live", "--route", route, "--force"];
+        let mut child = start(words)?;
+        while child.try_wait()?.is_none() && !has_record(&mut guest)? {}
+        let is_stopped = kill_process(pid(child.id()), Signal::STOP).is_ok();
+        let is_sent = guest.qmp("query-migrate", json!({}))?.get("status").is_some();
+        let is_met = is_stopped && !is_sent && has_record(&mut guest)?;
+        if is_met {
+            let panic = json!({ "command-line": "o /b 0x505 1" });
+            guest.qmp("human-monitor-command", panic)?;
+        }
+        kill_process(pid(child.id()), Signal::CONT).ok();
+        let said = Said::from(child.wait_with_output()?);
+        if is_met {
+            assert_eq!(said.code, Some(3), "{said:?}");
+            assert!(said.stderr.contains("it is guest-panicked, and stays so"), "{said:?}");
+            assert_eq!(guest.status()?, "guest-panicked");
+            return Ok(());
+        }
+    }
+    Err("20 saves, and none was met before QEMU sent the guest".into())
+}
+
+/// A client let a VM run that was paused, and QEMU stopped it at the end of the migration: it stood still for
+/// ever.
+#[test]
+fn a_paused_guest_that_another_client_lets_run_while_qemu_sends_it_runs_on() -> TestResult {
+    let qemu = requires!(qemu >= "9.1");
+    let mut guest = Guest::boot_sector(Ram::private(128)).seed(68).boot_to(&qemu, 1)?;
+    let directory = directory()?;
+    let file = directory.path().join("vm.vmf");
+    for way in [&["--route", "native"][..], &["--route", "stream", "--channels", "2"]].repeat(4) {
+        guest.stop()?;
+        let words = words!["save", guest.qmp_path(), file, "--after", "resume", "--force"];
+        let mut child = start(words.into_iter().chain(way.iter().map(Into::into)))?;
+        let under_way = ["setup", "active", "device"];
+        while child.try_wait()?.is_none()
+            && !under_way.contains(
+                &guest.qmp("query-migrate", json!({}))?["status"].as_str().unwrap_or_default(),
+            )
+        {}
+        guest.resume()?;
+        let said = Said::from(child.wait_with_output()?);
+        assert!(matches!(said.code, Some(0 | 3)), "{said:?}");
+        guest.runs_on(1).map_err(|error| format!("{error}: {said:?}"))?;
+    }
+    Ok(())
+}
+
 fn has_record(guest: &mut Guest) -> TestResult<bool> {
     let objects = guest.qmp("qom-list", json!({ "path": "/objects" }))?;
     Ok(objects.as_array().into_iter().flatten().any(|object| object["name"] == "vmfile-save"))

@@ -55,6 +55,15 @@ impl Vm {
             },
         }
     }
+
+    /// As [`Vm::resume_and_check`], if a migration has stopped the guest.
+    fn resume_after_migration(&mut self) -> Result<(), VmError> {
+        self.settle(Instant::now() + PUT_BACK_TIMEOUT)?;
+        match self.run_state()? {
+            RunState::PostMigrate | RunState::FinishMigrate => self.resume_and_check(),
+            _ => Ok(()),
+        }
+    }
 }
 
 impl Paused<'_> {
@@ -123,16 +132,19 @@ impl Paused<'_> {
         Ok(())
     }
 
-    /// Resumes the guest if it ran before; if not, only takes back its disks if they were released.
+    /// Resumes the guest if it ran before, or if another client has let it run since and a migration has
+    /// stopped it again; if not, only takes back its disks if they were released.
     ///
     /// # Errors
     ///
     /// QEMU's error; [`VmError::WrongState`] if QEMU accepts `cont` but the guest does not run.
     pub fn resume(&mut self) -> Result<(), VmError> {
         self.is_over = true;
+        let was_resumed = self.vm.qmp.resumes() > self.resumes;
         let vm = &mut *self.vm;
         match self.ran {
             true => vm.unstoppable(PUT_BACK_TIMEOUT, Vm::resume_and_check),
+            false if was_resumed => vm.unstoppable(PUT_BACK_TIMEOUT, Vm::resume_after_migration),
             false if vm.has_released_disks => vm.unstoppable(PUT_BACK_TIMEOUT, Vm::take_back_disks),
             false => Ok(()),
         }

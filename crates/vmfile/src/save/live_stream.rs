@@ -61,12 +61,11 @@ pub(super) fn receive(
         begun = (work.vm.stops(), work.vm.resumes());
         work.disks.freeze(work.vm)?;
     }
-    if !is_snapshot {
-        match work.vm.run_state()? {
-            RunState::Running => {}
-            RunState::Suspended => return Err(would_end_qemu()),
-            _ => return Err(stopped_meanwhile(work)?),
-        }
+    if !stands {
+        refuse_unless_it_runs(work)?;
+    }
+    if !is_snapshot && work.vm.run_state()? == RunState::Suspended {
+        return Err(would_end_qemu());
     }
     let end = ours.try_clone().map_err(SaveError::Socket)?;
     work.vm.send_stream(theirs.into())?;
@@ -248,6 +247,13 @@ pub(super) fn finish(
     let facts = work.facts(RouteUsed::Stream, live.pause_seconds, true);
     work.draft.finish(&received.places, (&received.bitmaps, &[]), received.tail(), facts)?;
     Ok(Written { live: Some(live), ..written(&received) })
+}
+
+/// Refuses a guest that something else has stopped: right before QEMU is told to send it, because QEMU aborts
+/// if it sends a background snapshot of a guest that has panicked, shut down or met an I/O error (10.0, 11.1).
+pub(super) fn refuse_unless_it_runs(work: &mut Work<'_>) -> Result<(), SaveError> {
+    let state = work.vm.run_state()?;
+    if work.vm.runs_or_sleeps(&state)? { Ok(()) } else { Err(stopped_meanwhile(work)?) }
 }
 
 /// Returns the error for a guest that something else has stopped, and leaves it so.

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use vmfile_pages::draft::Draft;
 use vmfile_pages::lane::Workers;
-use vmfile_qemu::{Feature, PUT_BACK_TIMEOUT, SettingsChange, StreamSettings, Vm};
+use vmfile_qemu::{Feature, PUT_BACK_TIMEOUT, RunState, SettingsChange, StreamSettings, Vm};
 use vmfile_stream::Channels;
 use vmfile_stream::incoming::WaitLimits;
 use vmfile_stream::listener::{Listener, SocketPlace};
@@ -129,6 +129,11 @@ impl StreamRoute {
         let version = vm.version().map_err(|error| error.to_string())?;
         if !version.has(Feature::PausedSnapshot) {
             return Err(format!("QEMU {version} lets the guest run after a background snapshot"));
+        }
+        // QEMU aborts (10.0, 11.1): a VM that has panicked, say, does not become one that is paused.
+        let state = vm.run_state().map_err(|error| error.to_string())?;
+        if state != RunState::Paused {
+            return Err(format!("QEMU takes no background snapshot of a VM that is {state}"));
         }
         if self.channels.is_some() {
             return Err("QEMU takes no background snapshot by channels".to_owned());

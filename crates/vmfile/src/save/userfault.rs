@@ -35,6 +35,7 @@ use vmfile_stream::held::HeldStream;
 use super::direct::{Devices, DirectRoute};
 use super::hang_up::unless_stuck;
 use super::live_memory::{LiveMemory, in_a_pause, refuse_if_overtaken};
+use super::live_stream::refuse_unless_it_runs;
 use super::sending::Peer;
 use super::{LiveDone, LiveMethod, Work, Written};
 use crate::error::{SaveError, UserfaultError};
@@ -61,6 +62,7 @@ impl LiveMemory {
         let socket = rustix::fs::fstat(&theirs).map_err(|errno| SaveError::Socket(errno.into()))?;
         let resumes = work.vm.resumes();
         work.set_may_stand(true)?;
+        refuse_unless_it_runs(work)?;
         // Only QEMU keeps this end, so that the stream ends if QEMU closes it.
         if let Err(error) = work.vm.send_stream(theirs) {
             let peer = Peer::of(held.into()).unless_refused(&error);
