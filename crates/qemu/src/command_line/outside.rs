@@ -27,22 +27,45 @@ pub(super) fn keep_logs(line: &mut CommandLine) -> Vec<EmptiedFile> {
             // QEMU takes no JSON there (11.1).
             "chardev" if !value.trim_start().starts_with('{') => {
                 let keys = Keys::parse(value, "backend");
-                let mut kept = value.to_owned();
-                if keys.get("backend") == Some("file") && keys.get("append").is_none() {
-                    kept = append(&kept, "append=on");
-                }
-                if keys.get("logfile").is_some() && keys.get("logappend").is_none() {
-                    kept = append(&kept, "logappend=on");
-                }
-                argument.value = Some(kept);
+                let is_file = keys.get("backend") == Some("file") && keys.get("append").is_none();
+                let kept = if is_file { append(value, "append=on") } else { value.to_owned() };
+                argument.value = with_kept_log(&kept);
             }
             _ if SHORT_FORM_OPTIONS.contains(&name) => {
-                emptied.extend(without_monitor(value).strip_prefix("file:").map(is_emptied));
+                match without_monitor(value).strip_prefix("file:") {
+                    // All of the rest is the path.
+                    Some(path) => emptied.push(is_emptied(path)),
+                    None => argument.value = with_kept_log(value),
+                }
             }
-            _ => {}
+            _ => emptied.extend(written_file(name, value).as_deref().map(is_emptied)),
         }
     }
     emptied
+}
+
+/// Returns a character device in which QEMU appends to its log.
+fn with_kept_log(value: &str) -> Option<String> {
+    let keys = Keys::parse(value, "backend");
+    let is_emptied = keys.get("logfile").is_some() && keys.get("logappend").is_none();
+    Some(if is_emptied { append(value, "logappend=on") } else { value.to_owned() })
+}
+
+/// Returns the file that QEMU makes anew for an option.
+fn written_file(option: &str, value: &str) -> Option<String> {
+    let keys = Keys::parse(value, if option == "object" { "qom-type" } else { "driver" });
+    let path = match option {
+        "audiodev" if keys.get("driver") == Some("wav") => {
+            // The path that QEMU takes if the option has none.
+            Some(keys.get("path").unwrap_or("qemu.wav"))
+        }
+        "object" if keys.get("qom-type") == Some("filter-dump") => keys.get("file"),
+        "trace" => keys.get("file"),
+        // What passes over USB.
+        "device" => keys.get("pcap"),
+        _ => None,
+    };
+    path.map(str::to_owned)
 }
 
 pub(super) fn on_terminal(line: &CommandLine) -> Vec<String> {
@@ -81,17 +104,35 @@ mod tests {
             "mon:stdio",
             "-D",
             "qemu.log",
+            "-monitor",
+            "unix:/run/m,server=on,wait=off,logfile=/var/log/m",
+            "-audiodev",
+            "wav,id=a0,path=/tmp/a.wav",
+            "-object",
+            "filter-dump,id=f0,netdev=n0,file=/tmp/n0",
+            "-trace",
+            "events=/tmp/e,file=/tmp/t",
+            "-device",
+            "usb-kbd,pcap=/tmp/usb",
         ];
         let mut line = CommandLine::new(words).unwrap();
         let emptied = |option: &str, path: &str| EmptiedFile {
             option: option.to_owned(),
             path: PathBuf::from(path),
         };
-        let expected = [emptied("-serial", "/var/log/serial"), emptied("-D", "qemu.log")];
+        let expected = [
+            emptied("-serial", "/var/log/serial"),
+            emptied("-D", "qemu.log"),
+            emptied("-audiodev", "/tmp/a.wav"),
+            emptied("-object", "/tmp/n0"),
+            emptied("-trace", "/tmp/t"),
+            emptied("-device", "/tmp/usb"),
+        ];
         assert_eq!(line.keep_logs(), expected);
         let mut kept = words.map(str::to_owned);
         kept[1].push_str(",append=on");
         kept[5].push_str(",logappend=on");
+        kept[13].push_str(",logappend=on");
         assert_eq!(line.to_arguments(), kept);
     }
 
