@@ -180,6 +180,8 @@ impl From<&PublishError> for Failure {
             PublishError::NoDirectory { .. } => {
                 Failure::new(Code::System, "no_directory", error).hint("create the directory first")
             }
+            PublishError::Moved { .. } => Failure::new(Code::System, "directory_moved", error)
+                .hint("there is no file; leave the directory where it is until it is written"),
             _ => Failure::new(Code::System, "publish", error),
         }
     }

@@ -57,6 +57,7 @@ mod pagemap;
 pub mod probe;
 pub mod process_memory;
 pub mod publish;
+mod publish_error;
 pub mod residency;
 mod ring;
 pub mod send_queue;

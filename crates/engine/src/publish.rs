@@ -4,7 +4,6 @@
 //! under the name `.NAME.XXXXXX.partial` beside its place. [`Unpublished::make_durable`] makes it
 //! durable; [`Durable::publish`] names it and makes the name durable.
 
-use std::error::Error;
 use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::fs::{self, File, Metadata};
@@ -18,6 +17,7 @@ use rustix::io::Errno;
 use rustix::rand::GetRandomFlags;
 
 use crate::locks::is_locked;
+pub use crate::publish_error::PublishError;
 
 /// Only the owner reads and writes: the file holds everything that was in memory.
 const MODE: Mode = Mode::RUSR.union(Mode::WUSR);
@@ -220,6 +220,7 @@ impl Durable {
         if let Some(find_user) = &unpublished.find_user {
             refuse_if_used(&path, find_user)?;
         }
+        refuse_if_moved(&unpublished.directory, &path)?;
         let named = match unpublished.existing {
             Existing::Refuse => unpublished.name_if_free(),
             Existing::Replace => unpublished.name_or_replace(),
@@ -279,11 +280,29 @@ enum CreateAs {
     Named,
 }
 
-fn open_directory(path: &Path) -> Result<OwnedFd, PublishError> {
-    let directory = match path.parent() {
+/// Returns the directory of a file.
+fn directory_of(path: &Path) -> &Path {
+    match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
-    };
+    }
+}
+
+/// Refuses if the path of the directory no longer leads to it, because it was renamed or removed: the file
+/// would get its name where nobody looks for it.
+fn refuse_if_moved(directory: &OwnedFd, path: &Path) -> Result<(), PublishError> {
+    let known = rustix::fs::fstat(directory);
+    let known =
+        known.map_err(|errno| PublishError::io(path, "look at the directory of", errno.into()))?;
+    let place = directory_of(path);
+    match rustix::fs::stat(place) {
+        Ok(found) if (found.st_dev, found.st_ino) == (known.st_dev, known.st_ino) => Ok(()),
+        _ => Err(PublishError::Moved { directory: place.into() }),
+    }
+}
+
+fn open_directory(path: &Path) -> Result<OwnedFd, PublishError> {
+    let directory = directory_of(path);
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     rustix::fs::open(directory, flags, Mode::empty()).map_err(|errno| match errno {
         Errno::NOENT => PublishError::NoDirectory { directory: directory.into() },
@@ -396,102 +415,6 @@ fn temporary_name(name: &OsStr) -> Result<OsString, Errno> {
     Ok(OsStr::from_bytes(&temporary).to_owned())
 }
 
-/// Why a file could not be created or published.
-#[derive(Debug)]
-#[non_exhaustive]
-pub enum PublishError {
-    /// The path does not end in a file name.
-    NoName {
-        /// The path.
-        path: PathBuf,
-    },
-    /// The directory of the file does not exist.
-    NoDirectory {
-        /// The directory.
-        directory: PathBuf,
-    },
-    /// The parent of the path is not a directory.
-    NotADirectory {
-        /// The path that should be one.
-        directory: PathBuf,
-    },
-    /// The name is taken and must not be replaced.
-    Exists {
-        /// The name.
-        path: PathBuf,
-    },
-    /// The name is taken by something that is not a file.
-    NotAFile {
-        /// The name.
-        path: PathBuf,
-    },
-    /// The name leads to a file that is in use.
-    InUse {
-        /// The name.
-        path: PathBuf,
-        /// What uses it.
-        user: String,
-    },
-    /// The file is whole and has its name, but a power failure may still take the name away.
-    NotDurable {
-        /// The name.
-        path: PathBuf,
-        /// What the kernel said of the directory.
-        source: io::Error,
-    },
-    /// The kernel returned an error.
-    Io {
-        /// The name that the file has or would have.
-        path: PathBuf,
-        /// What vmfile tried to do with it, as a verb.
-        step: &'static str,
-        /// What the kernel said.
-        source: io::Error,
-    },
-}
-
-impl PublishError {
-    fn io(path: &Path, step: &'static str, source: io::Error) -> PublishError {
-        PublishError::Io { path: path.into(), step, source }
-    }
-}
-
-impl fmt::Display for PublishError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            PublishError::NoName { path } => write!(f, "{} names no file", path.display()),
-            PublishError::NoDirectory { directory } => {
-                write!(f, "no directory {}", directory.display())
-            }
-            PublishError::NotADirectory { directory } => {
-                write!(f, "{} is not a directory", directory.display())
-            }
-            PublishError::Exists { path } => write!(f, "{} exists", path.display()),
-            PublishError::NotAFile { path } => {
-                write!(f, "{} exists and is not a regular file", path.display())
-            }
-            PublishError::InUse { path, user } => {
-                write!(f, "{} is in use: {user}", path.display())
-            }
-            PublishError::NotDurable { path, .. } => {
-                write!(f, "{} is whole, but its directory cannot be synced", path.display())
-            }
-            PublishError::Io { path, step, .. } => write!(f, "cannot {step} {}", path.display()),
-        }
-    }
-}
-
-impl Error for PublishError {
-    fn source(&self) -> Option<&(dyn Error + 'static)> {
-        match self {
-            PublishError::Io { source, .. } | PublishError::NotDurable { source, .. } => {
-                Some(source)
-            }
-            _ => None,
-        }
-    }
-}
-
 /// Returns how many bytes this process may still write to the file system of `file`.
 ///
 /// # Errors
@@ -567,32 +490,5 @@ mod tests {
         assert!(matches!(error, PublishError::Exists { .. }), "{error}");
         assert_eq!(names_in(directory.path()), ["file"]);
         assert_eq!(fs::read(&path).unwrap(), b"theirs");
-    }
-
-    #[test]
-    fn every_refusal_reads_well() {
-        let path = PathBuf::from("a/b");
-        let source = io::Error::from_raw_os_error(libc::EIO);
-        for (error, words) in [
-            (PublishError::NoName { path: path.clone() }, "a/b names no file"),
-            (PublishError::NoDirectory { directory: path.clone() }, "no directory a/b"),
-            (PublishError::NotADirectory { directory: path.clone() }, "a/b is not a directory"),
-            (PublishError::Exists { path: path.clone() }, "a/b exists"),
-            (
-                PublishError::InUse { path: path.clone(), user: "somebody reads it".to_owned() },
-                "a/b is in use: somebody reads it",
-            ),
-            (PublishError::NotAFile { path: path.clone() }, "a/b exists and is not a regular file"),
-            (
-                PublishError::NotDurable {
-                    path: path.clone(),
-                    source: io::Error::from_raw_os_error(libc::EIO),
-                },
-                "a/b is whole, but its directory cannot be synced",
-            ),
-            (PublishError::Io { path, step: "sync", source }, "cannot sync a/b"),
-        ] {
-            assert_eq!(error.to_string(), words);
-        }
     }
 }

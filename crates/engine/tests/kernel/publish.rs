@@ -140,6 +140,25 @@ fn a_file_that_is_in_use_is_refused_at_once_and_at_the_moment_of_naming() {
     assert_eq!(count_in(directory.path()), 2);
 }
 
+/// A save said that it had written the file, and ended the VM, and nothing was under the file's name.
+#[test]
+fn a_file_whose_directory_was_renamed_meanwhile_gets_no_name() {
+    let directory = host::directory();
+    let (place, moved) = (directory.path().join("place"), directory.path().join("moved"));
+    for is_made_anew in [false, true] {
+        fs::create_dir(&place).unwrap();
+        let file = create(&place.join("file"), Existing::Refuse);
+        fs::rename(&place, &moved).unwrap();
+        if is_made_anew {
+            fs::create_dir(&place).unwrap();
+        }
+        let error = file.publish().unwrap_err();
+        assert!(matches!(error, PublishError::Moved { .. }), "{error}");
+        assert_eq!(count_in(&moved), 0);
+        fs::remove_dir(&moved).unwrap();
+    }
+}
+
 #[test]
 fn what_is_not_a_file_is_never_replaced() {
     let directory = host::directory();
