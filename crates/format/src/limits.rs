@@ -49,6 +49,13 @@ pub const DEVICE_SECTIONS_MAX: usize = 16 << 10;
 /// make it a few KiB.
 pub const MANIFEST_LEN_MAX: u64 = 16 << 20;
 
+/// Most values in a manifest: words, numbers, names and whatever else stands before a comma. Each takes some
+/// fifty bytes of memory. A VM with 4096 processors and as many RAM blocks has a third of them.
+pub const MANIFEST_VALUES_MAX: u64 = 1 << 17;
+
+/// Most objects and lists in a manifest: an object of few bytes may take hundreds in memory.
+pub const MANIFEST_OBJECTS_MAX: u64 = 1 << 15;
+
 /// Largest length of a file, in bytes: the kernel's `loff_t` is signed.
 pub const FILE_LEN_MAX: u64 = i64::MAX as u64;
 

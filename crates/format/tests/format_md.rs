@@ -256,6 +256,8 @@ fn the_table_of_limits_is_that_of_the_code() {
         ("VM_DESCRIPTION_LEN_MAX", limits::VM_DESCRIPTION_LEN_MAX),
         ("DEVICE_SECTIONS_MAX", limits::DEVICE_SECTIONS_MAX as u64),
         ("CHAIN_LEN_MAX", limits::CHAIN_LEN_MAX as u64),
+        ("MANIFEST_VALUES_MAX", limits::MANIFEST_VALUES_MAX),
+        ("MANIFEST_OBJECTS_MAX", limits::MANIFEST_OBJECTS_MAX),
         ("MANIFEST_LEN_MAX", limits::MANIFEST_LEN_MAX),
         ("FILE_LEN_MAX", limits::FILE_LEN_MAX),
     ];

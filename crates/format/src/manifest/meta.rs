@@ -15,6 +15,7 @@ use super::footer::Footer;
 use super::machine::{ChangeMeta, CpuSectionMeta, MemoryRangeMeta, PartsMeta};
 use super::page_hashes::{TABLE_ALIGNMENT, table_len};
 use super::surroundings::SurroundingsMeta;
+use super::values;
 use crate::checksum;
 use crate::error::{FormatError, FormatErrorKind};
 use crate::limits::{BLOCKS_MAX, FILE_LEN_MAX};
@@ -218,6 +219,7 @@ impl Meta {
         let json = |cause: serde_json::Error| {
             error(FormatErrorKind::BadManifest { message: cause.to_string() })
         };
+        values::refuse_too_many(bytes).map_err(error)?;
         // The features are read first, by themselves: a feature may change the rest so that this
         // crate cannot read it.
         let FeaturesAlone { features } = serde_json::from_slice(bytes).map_err(json)?;

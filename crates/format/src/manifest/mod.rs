@@ -22,6 +22,7 @@ mod machine;
 mod meta;
 mod page_hashes;
 mod surroundings;
+mod values;
 
 pub use base::{BASE_PAGES, BaseMeta, SnapshotId, decode_base_pages, encode_base_pages};
 pub use disks::{DiskMeta, EmptyDriveMeta, FileMeta, ImageMeta, IoLimitsMeta};
