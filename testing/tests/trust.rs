@@ -6,6 +6,7 @@ use std::os::unix::fs::{PermissionsExt as _, chown};
 use vmfile::RestoreError;
 use vmfile::restore::RestoreOptions;
 use vmfile::save::{After, SaveOptions};
+use vmfile_format::manifest::{ChangeMeta, PinMeta};
 use vmfile_testing::verbs::rewrite_manifest;
 use vmfile_testing::{
     Case, Guest, Qemu, Ram, Release, Saved, TestResult, cases, make_image, requires, root,
@@ -108,5 +109,43 @@ fn a_file_holds_secrets_of_the_command_line_only_if_asked() -> TestResult {
     assert!(error.to_string().contains("Invalid password"), "{error}");
     drop(without.restore_saved(&given("s0", SECRET)?)?);
     drop(with.restore_saved(&RestoreOptions::default())?);
+    Ok(())
+}
+
+/// A change that the file's author had made up ended the restore by a panic, or was passed over.
+#[test]
+fn changes_in_a_file_that_fit_no_command_line_are_refused() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let mut guest = Guest::boot_sector(Ram::private(64)).seed(413).boot_to(&qemu, 1)?;
+    let saved = guest.save_and_end(&SaveOptions::default())?;
+    let change = |add: &[&str], leave_out: &[u64]| ChangeMeta {
+        what: "a device".to_owned(),
+        found: "one".to_owned(),
+        expected: "none".to_owned(),
+        leave_out: leave_out.to_vec(),
+        pins: Vec::new(),
+        add: add.iter().map(|&word| word.to_owned()).collect(),
+        obstacle: None,
+    };
+    let pin = |device, key: &str| ChangeMeta {
+        pins: vec![PinMeta { device, key: key.to_owned(), value: "1".to_owned() }],
+        ..change(&[], &[])
+    };
+    let rows = [
+        (change(&["x", "y"], &[]), "\"x\" is added"),
+        (change(&["", ""], &[]), "\"\" is added"),
+        (change(&["-S", "-S"], &[]), "\"-S\" is added"),
+        (change(&["-device"], &[]), "-device has no value"),
+        (change(&[], &[99_999]), "number 99999"),
+        (change(&[], &[u64::MAX]), "counted from 0"),
+        (pin(1 << 40, "addr"), "number 1099511627776"),
+    ];
+    for (change, said) in rows {
+        rewrite_manifest(&saved.file, |vm| vm.changes = vec![change])?;
+        let error = saved.restore_saved(&RestoreOptions::default()).expect_err("it fits none");
+        assert!(matches!(error, RestoreError::CommandLine(_)), "{error:?}");
+        assert!(error.to_string().contains(said), "{error}");
+        cases(1, Case::WrongInput);
+    }
     Ok(())
 }

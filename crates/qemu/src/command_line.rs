@@ -166,14 +166,25 @@ impl CommandLine {
         CommandLine::new(words)
     }
 
-    /// Adds an option and its value at the end, where QEMU lets the last one win.
-    pub fn push(&mut self, option: &str, value: Option<&str>) {
+    /// Adds an option of this program's own and its value at the end, where QEMU lets the last one win.
+    /// An option that was read from somewhere goes through [`CommandLine::add`].
+    pub fn push(&mut self, option: &'static str, value: Option<&str>) {
         let argument = Argument { written: option.to_owned(), value: value.map(str::to_owned) };
         assert!(
             argument.takes_value() == argument.value.is_some(),
             "{option} is an option, with a value where it takes one"
         );
         self.arguments.push(argument);
+    }
+
+    /// Adds options that are read from somewhere, each followed by its value.
+    ///
+    /// # Errors
+    ///
+    /// [`CommandLineError::NotAnOption`] and [`CommandLineError::MissingValue`]; then nothing was added.
+    pub fn add(&mut self, words: &[String]) -> Result<(), CommandLineError> {
+        self.arguments.extend(devices::pairs(words)?);
+        Ok(())
     }
 
     /// Returns the arguments as the operating system takes them.
@@ -346,15 +357,20 @@ impl CommandLine {
     ///
     /// # Errors
     ///
-    /// [`CommandLineError::NotJson`].
+    /// [`CommandLineError::NotJson`], [`CommandLineError::NoSuchDevice`] and
+    /// [`CommandLineError::NotAKey`].
     pub fn pin_devices(&mut self, pins: &[Pin]) -> Result<(), CommandLineError> {
         devices::pin(self, pins)
     }
 
     /// Leaves out the `-device` options of these numbers, counted from 0, and the back ends that
     /// nothing else uses.
-    pub fn leave_out_devices(&mut self, numbers: &[usize]) {
-        devices::leave_out(self, numbers);
+    ///
+    /// # Errors
+    ///
+    /// [`CommandLineError::NoSuchDevice`]; then nothing was left out.
+    pub fn leave_out_devices(&mut self, numbers: &[usize]) -> Result<(), CommandLineError> {
+        devices::leave_out(self, numbers)
     }
 
     /// Checks that a block of this name can be mapped from a file.

@@ -1,8 +1,10 @@
 //! The devices of a command line: which ones it makes, and the line without some of them.
 
+use std::collections::HashSet;
+
 use serde_json::{Value, json};
 
-use super::keys::{Keys, write};
+use super::keys::{Keys, append, write};
 use super::{Argument, CommandLine, CommandLineError, parse_json};
 
 /// Options that define something that a device can use, with the key that names it.
@@ -117,8 +119,43 @@ pub(super) fn defines(line: &CommandLine, id: &str) -> bool {
     line.arguments.iter().any(|argument| defined_id(argument).as_deref() == Some(id))
 }
 
+/// Reads options, each followed by its value.
+pub(super) fn pairs(words: &[String]) -> Result<Vec<Argument>, CommandLineError> {
+    let mut arguments = Vec::new();
+    let mut words = words.iter().cloned();
+    while let Some(written) = words.next() {
+        let argument = Argument { written, value: words.next() };
+        let is_named = argument.name().is_some_and(|name| !name.is_empty());
+        if !is_named || !argument.takes_value() {
+            return Err(CommandLineError::NotAnOption { word: argument.written });
+        }
+        if argument.value.is_none() {
+            return Err(CommandLineError::MissingValue { option: argument.written });
+        }
+        arguments.push(argument);
+    }
+    Ok(arguments)
+}
+
+/// Refuses numbers of `-device` options that are not there.
+fn check_numbers(
+    line: &CommandLine,
+    mut numbers: impl Iterator<Item = usize>,
+) -> Result<(), CommandLineError> {
+    let count = line.values_of(&["device"]).count();
+    match numbers.find(|number| *number >= count) {
+        Some(number) => Err(CommandLineError::NoSuchDevice { number, count }),
+        None => Ok(()),
+    }
+}
+
 /// Adds properties to devices.
 pub(super) fn pin(line: &mut CommandLine, pins: &[Pin]) -> Result<(), CommandLineError> {
+    check_numbers(line, pins.iter().map(|pin| pin.device))?;
+    let is_key = |key: &str| !key.is_empty() && !key.contains([',', '=']);
+    if let Some(pin) = pins.iter().find(|pin| !is_key(&pin.key)) {
+        return Err(CommandLineError::NotAKey { key: pin.key.clone() });
+    }
     let devices = line.arguments.iter_mut().filter(|argument| argument.name() == Some("device"));
     for (number, argument) in devices.enumerate() {
         for pin in pins.iter().filter(|pin| pin.device == number) {
@@ -128,7 +165,7 @@ pub(super) fn pin(line: &mut CommandLine, pins: &[Pin]) -> Result<(), CommandLin
                     device[pin.key.as_str()] = value_in_json(&pin.key, &pin.value);
                     device.to_string()
                 }
-                None => format!("{value},{}", write(&pin.key, &pin.value)),
+                None => append(&value, &write(&pin.key, &pin.value)),
             });
         }
     }
@@ -145,7 +182,9 @@ pub(crate) fn value_in_json(key: &str, value: &str) -> Value {
 }
 
 /// Leaves out the `-device` options of these numbers, and the back ends that nothing else uses.
-pub(super) fn leave_out(line: &mut CommandLine, numbers: &[usize]) {
+pub(super) fn leave_out(line: &mut CommandLine, numbers: &[usize]) -> Result<(), CommandLineError> {
+    check_numbers(line, numbers.iter().copied())?;
+    let numbers: HashSet<usize> = numbers.iter().copied().collect();
     let mut freed = Vec::new();
     let mut number = 0;
     line.arguments.retain(|argument| {
@@ -171,6 +210,7 @@ pub(super) fn leave_out(line: &mut CommandLine, numbers: &[usize]) {
             !is_freed
         });
     }
+    Ok(())
 }
 
 /// Tells whether an option uses what has this id. Every key with this value counts: an option too
@@ -253,7 +293,7 @@ mod tests {
             "virtio-net-pci,netdev=n0",
         ];
         let mut line = parse(&words);
-        line.leave_out_devices(&[0, 2]);
+        line.leave_out_devices(&[0, 2]).unwrap();
         let expected =
             ["-object", "iothread,id=io0", "-device", "virtio-blk-pci,drive=d1,iothread=io0"];
         assert_eq!(line.to_arguments(), expected);
@@ -271,5 +311,41 @@ mod tests {
         let words = line.to_arguments();
         assert_eq!(words[1], "e1000,id=n,addr=05.0");
         assert_eq!(words[3], r#"{"driver":"pc-dimm","slot":2}"#);
+    }
+
+    /// A file whose changes were made by hand ended a restore by a panic, or was restored as another VM.
+    #[test]
+    fn changes_that_fit_no_command_line_are_refused_and_change_nothing() {
+        let before = parse(&["-device", "e1000,id=n", "-S"]);
+        for (words, expected) in [
+            (&["x", "y"][..], r#""x" is added as an option with a value, and is none"#),
+            (&["", ""], r#""" is added as an option with a value, and is none"#),
+            (&["-", "-"], r#""-" is added as an option with a value, and is none"#),
+            (&["-S", "-S"], r#""-S" is added as an option with a value, and is none"#),
+            (
+                &["-device", "e1000", "--S", "a"],
+                r#""--S" is added as an option with a value, and is none"#,
+            ),
+            (&["-device"], "option -device has no value"),
+        ] {
+            let mut line = before.clone();
+            let words: Vec<String> = words.iter().map(|&word| word.to_owned()).collect();
+            assert_eq!(line.add(&words).unwrap_err().to_string(), expected);
+            assert!(line == before, "{words:?}");
+        }
+        let pin = |device, key: &str| Pin { device, key: key.to_owned(), value: "1".to_owned() };
+        let is_missing = "-device number 1, counted from 0, is to be changed, and there are 1";
+        let mut line = before.clone();
+        let refused =
+            [line.pin_devices(&[pin(0, "addr"), pin(1, "addr")]), line.leave_out_devices(&[0, 1])];
+        for refused in refused {
+            assert_eq!(refused.unwrap_err().to_string(), is_missing);
+        }
+        for key in ["", "a,b", "a=b"] {
+            let error = line.pin_devices(&[pin(0, key)]).unwrap_err().to_string();
+            let expected = "is added as a property of a device, and cannot be the name of one";
+            assert_eq!(error, format!("{key:?} {expected}"));
+        }
+        assert!(line == before);
     }
 }

@@ -19,6 +19,26 @@ pub enum CommandLineError {
         /// The option as written.
         option: String,
     },
+    /// A word stands where an option that takes a value is expected.
+    #[error("{word:?} is added as an option with a value, and is none")]
+    NotAnOption {
+        /// The word.
+        word: String,
+    },
+    /// A `-device` is to be changed that is not there.
+    #[error("-device number {number}, counted from 0, is to be changed, and there are {count}")]
+    NoSuchDevice {
+        /// Which one.
+        number: usize,
+        /// How many there are.
+        count: usize,
+    },
+    /// A property is to be added whose name cannot be one.
+    #[error("{key:?} is added as a property of a device, and cannot be the name of one")]
+    NotAKey {
+        /// The name.
+        key: String,
+    },
     /// An option's value cannot be parsed.
     #[error("the value of {option} is not JSON")]
     NotJson {

@@ -35,14 +35,12 @@ pub(super) fn remake(meta: &VmMeta, line: &mut CommandLine) -> Result<(), Restor
     line.pin_devices(&pins)?;
     // Adds devices before it leaves out others: that must not remove back ends which the new ones
     // use.
-    for pair in changes.iter().flat_map(|change| change.add.chunks_exact(2)) {
-        if let [option, value] = pair {
-            line.push(option, Some(value));
-        }
+    for change in changes {
+        line.add(&change.add)?;
     }
     let left_out: Vec<usize> =
         changes.iter().flat_map(|change| &change.leave_out).map(number).collect();
-    line.leave_out_devices(&left_out);
+    line.leave_out_devices(&left_out)?;
     Ok(())
 }
 
