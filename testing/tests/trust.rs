@@ -59,7 +59,15 @@ fn a_command_line_that_another_user_may_have_written_is_not_run() -> TestResult 
         assert_eq!(vm.user, Some(0));
         vm.user = Some(STRANGER);
     })?;
-    is_refused(&saved, "would run as root now")
+    is_refused(&saved, "would run as root now")?;
+
+    // Whoever wrote the command line could write that it drops root's rights, too.
+    for words in [["-runas", "nobody"], ["-run-with", "user=root"], ["-run-with", "user=nobody"]] {
+        rewrite_manifest(&saved.file, |vm| vm.command_line.extend(words.map(str::to_owned)))?;
+        let error = saved.restore_saved(&RestoreOptions::default()).expect_err("not trusted");
+        assert!(matches!(error, RestoreError::Untrusted { .. }), "{words:?}: {error}");
+    }
+    Ok(())
 }
 
 /// A file held every secret of the command line, in the clear.

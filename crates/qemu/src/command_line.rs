@@ -401,13 +401,6 @@ impl CommandLine {
         lost::what_cannot_be_recreated(self)
     }
 
-    /// Tells whether a QEMU that root starts becomes another user's: by `-runas`, or `-run-with user=`.
-    #[must_use]
-    pub fn becomes_another_user(&self) -> bool {
-        let has_user = |value| Keys::parse(value, "").get("user").is_some();
-        self.values_of(&["runas"]).next().is_some() || self.values_of(&["run-with"]).any(has_user)
-    }
-
     /// Replaces the secrets of the host by a mark: the values of secret objects, and passwords and the like
     /// for disks, SPICE and iSCSI. Returns where they were, by option and key.
     ///
@@ -541,17 +534,6 @@ mod tests {
         let line = parse(&["-name", "old", "-name", "guest=db2,debug-threads=on"]);
         assert_eq!(line.name().as_deref(), Some("db2"));
         assert_eq!(parse(&["-S"]).name(), None);
-    }
-
-    /// `-run-with async-teardown=on` was taken for one that gives up root's rights.
-    #[test]
-    fn a_qemu_that_becomes_another_user_is_told_from_one_that_stays_root() {
-        for words in [["-runas", "nobody"], ["--runas", "1:1"], ["-run-with", "user=vm"]] {
-            assert!(parse(&words).becomes_another_user(), "{words:?}");
-        }
-        for words in [["-run-with", "async-teardown=on"], ["-append", "-runas"]] {
-            assert!(!parse(&words).becomes_another_user(), "{words:?}");
-        }
     }
 
     #[test]

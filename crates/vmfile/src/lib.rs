@@ -84,6 +84,7 @@ pub mod save;
 mod secrets;
 pub mod send;
 mod surroundings;
+mod trust;
 mod whole;
 
 pub use guard::GuardError;

@@ -201,6 +201,7 @@ fn describe_vm(received: &Received, sender: Option<ProcessInfo>) -> VmMeta {
         uuid: received.configuration.uuid.map(uuid_text),
         run_state: received.run_state().unwrap_or("running").to_owned(),
         executable: sender.as_ref().map(|sender| text(&sender.executable)),
+        user: sender.as_ref().map(|sender| sender.user),
         surroundings: sender.as_ref().and_then(surroundings::of_process),
         command_line: words.unwrap_or_default(),
         working_directory: sender.as_ref().map(|sender| text(&sender.working_directory)),

@@ -19,7 +19,6 @@ mod parts;
 mod prepare;
 mod ram;
 mod stream;
-mod trust;
 
 use std::fmt;
 use std::path::PathBuf;

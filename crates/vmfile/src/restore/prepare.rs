@@ -18,11 +18,11 @@ use vmfile_qemu::{
 use super::changed_images;
 use super::disks::{Images, NewOverlays, Start, place_given, place_saved, refuse_own};
 use super::parts::remake;
-use super::trust;
 use super::{Destination, Mode, RestoreOptions};
 use crate::guard::Guard;
 use crate::restore_error::{Mismatch, RestoreError};
 use crate::surroundings;
+use crate::trust;
 
 /// How long QEMU may take to start and answer: it opens disks and makes RAM meanwhile.
 const START_TIMEOUT: Duration = Duration::from_secs(60);
@@ -190,6 +190,11 @@ fn start(
         &command_line.lost_by_mapping(&blocks),
         "is not kept: RAM is mapped from the file",
     ));
+    if mode == ModeUsed::Map && !options.trust_command {
+        let reason = trust::why_not_alone(lowest).map_err(RestoreError::File)?;
+        let now = "who can write it can change the guest's RAM while it runs";
+        warnings.extend(reason.map(|reason| format!("RAM is mapped from a file: {reason}; {now}")));
+    }
     warnings.extend(outside(beginning, is_saved, &mut command_line));
     let qmp = command_line.qmp_sockets().into_iter().next();
     let monitor = MonitorPair::new()?;
@@ -259,7 +264,7 @@ fn saved_command(
     let words = meta.command_line.get(1..).unwrap_or_default().to_vec();
     let mut command_line = CommandLine::new(words)?;
     if !options.trust_command {
-        trust::check(snapshot, meta, (Path::new(executable), &command_line))?;
+        trust::check(snapshot, meta, Path::new(executable))?;
     }
     give_secrets(&mut command_line, options)?;
     let lost = command_line.what_cannot_be_recreated();
