@@ -3,10 +3,11 @@
 use std::fs::{self, Permissions};
 use std::os::unix::fs::{PermissionsExt as _, chown};
 
-use vmfile::RestoreError;
-use vmfile::restore::RestoreOptions;
-use vmfile::save::{After, SaveOptions};
-use vmfile_format::manifest::{ChangeMeta, PinMeta};
+use vmfile::convert::{ConvertOptions, Format, convert};
+use vmfile::restore::{Destination, ModeUsed, RestoreOptions, restore};
+use vmfile::save::{After, BaseFile, SaveOptions};
+use vmfile::{Control, RestoreError, Snapshot};
+use vmfile_format::manifest::{ChangeMeta, PinMeta, VmMeta};
 use vmfile_testing::verbs::rewrite_manifest;
 use vmfile_testing::{
     Case, Guest, Qemu, Ram, Release, Saved, TestResult, cases, make_image, requires, root,
@@ -67,6 +68,51 @@ fn a_command_line_that_another_user_may_have_written_is_not_run() -> TestResult 
         let error = saved.restore_saved(&RestoreOptions::default()).expect_err("not trusted");
         assert!(matches!(error, RestoreError::Untrusted { .. }), "{words:?}: {error}");
     }
+    Ok(())
+}
+
+/// `convert` made root's file of a stranger's, and root then ran its command line; a base that a stranger
+/// could change was the RAM of root's guest.
+#[test]
+fn what_is_made_of_another_user_s_file_is_not_trusted_either() -> TestResult {
+    requires!(root());
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let mut guest = Guest::boot_sector(Ram::private(64)).seed(414).boot_to(&qemu, 1)?;
+    let base = guest.save(&SaveOptions::default().after(After::Resume))?;
+    let on = BaseFile::File(base.file.clone());
+    let options = SaveOptions::default().base(Some(on)).thin(true);
+    let thin = guest.save_and_end(&options)?;
+    let convert = |name: &str| -> TestResult<(VmMeta, Vec<String>)> {
+        let whole = thin.directory.path().join(name);
+        let options = ConvertOptions::default();
+        let to = Format::MappedRam;
+        let report = convert((&thin.file, 0), &whole, to, &options, &Control::none())?;
+        let snapshot = Snapshot::open(&whole, 0)?;
+        let manifest = snapshot.manifest().ok_or("a manifest")?;
+        Ok((manifest.meta.vm.clone(), report.warnings))
+    };
+    let (own, warnings) = convert("own")?;
+    assert!(!own.command_line.is_empty() && warnings.is_empty(), "{warnings:?}");
+
+    chown(&base.file, Some(STRANGER), None)?;
+    let (made, warnings) = convert("made")?;
+    let [warning] = &warnings[..] else { panic!("{warnings:?}") };
+    assert!(warning.contains("belongs to user 54321"), "{warning}");
+    assert!(made.command_line.is_empty() && made.executable.is_none() && made.changes.is_empty());
+    let snapshot = Snapshot::open(&thin.directory.path().join("made"), 0)?;
+    let (saved, options) = (Destination::Saved, RestoreOptions::default());
+    let error = restore(&snapshot, saved, &options, &Control::none()).expect_err("no command");
+    assert!(matches!(error, RestoreError::NoSavedCommand), "{error}");
+
+    let words = own.command_line.clone();
+    is_refused(&thin, "belongs to user 54321")?;
+    // A command line that the user gives needs no trust, but the stranger could change the RAM.
+    let snapshot = Snapshot::open(&thin.file, 0)?;
+    let given = Destination::Command(words);
+    let restored = restore(&snapshot, given, &options, &Control::none())?.report;
+    let is_said =
+        restored.warnings.iter().any(|warning| warning.contains("can change the guest's RAM"));
+    assert_eq!(is_said, restored.mode == ModeUsed::Map, "{:?}", restored.warnings);
     Ok(())
 }
 

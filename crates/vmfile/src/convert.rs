@@ -84,6 +84,8 @@ pub struct ConvertReport {
     pub pages_data: u64,
     /// Whether the source was compared with its checksums and each page with its hash; if not, why.
     pub verified: Verified,
+    /// What the user should know.
+    pub warnings: Vec<String>,
     /// How long it took, in seconds.
     pub total_seconds: f64,
 }
@@ -167,6 +169,9 @@ fn io(what: &'static str) -> impl Fn(std::io::Error) -> ConvertError {
 /// pages checked and without stale bytes. So can a thin file, which becomes one that needs no other, and
 /// one of an older version, whose page hashes get a key. Any other vmfile is one already.
 ///
+/// The new file belongs to the caller. It holds no command line if another user may have written that in
+/// the source: nothing would tell it from one that the caller has written.
+///
 /// # Errors
 ///
 /// Returns [`ConvertError`]; then there is no new file.
@@ -212,6 +217,7 @@ pub fn convert(
         pages_total: converted.pages_total,
         pages_data: converted.pages_data,
         verified: converted.verified,
+        warnings: converted.warnings,
         total_seconds: started.elapsed().as_secs_f64(),
     })
 }
@@ -250,6 +256,7 @@ struct Converted {
     pages_total: u64,
     pages_data: u64,
     verified: Verified,
+    warnings: Vec<String>,
 }
 
 /// Writes the VM as a stream.
@@ -265,7 +272,7 @@ fn to_stream(
     let sent = send(snapshot, SendTo::Descriptor(file.into()), &send_options(options), control)?;
     unpublished.publish()?;
     let SendReport { pages_total, pages_data, verified, .. } = sent;
-    Ok(Converted { pages_total, pages_data, verified })
+    Ok(Converted { pages_total, pages_data, verified, warnings: Vec::new() })
 }
 
 /// Writes a vmfile anew, with all pages of the files below it.
@@ -280,8 +287,15 @@ fn to_whole(
     let draft = Draft::new(unpublished, options.direct_io)?;
     let whole = write_whole(&draft, snapshot, options.io, control)?;
     draft.prove()?.publish()?;
-    let Whole { pages_total, pages_data } = whole;
-    Ok(Converted { pages_total, pages_data, verified: Verified::of(snapshot) })
+    let Whole { pages_total, pages_data, left_out } = whole;
+    let warning = left_out.map(|reason| {
+        format!(
+            "the new file holds no command line, because another user may have written that: {reason}; a \
+             restore needs one after `--`"
+        )
+    });
+    let (verified, warnings) = (Verified::of(snapshot), warning.into_iter().collect());
+    Ok(Converted { pages_total, pages_data, verified, warnings })
 }
 
 /// Writes a stream at fixed places.
@@ -297,6 +311,7 @@ fn from_stream(
         pages_total: received.pages_total,
         pages_data: received.pages_total - received.pages_zero,
         verified: Verified::Stream,
+        warnings: received.warnings,
     })
 }
 
@@ -326,6 +341,7 @@ fn to_vmfile(
             pages_total: received.pages_total,
             pages_data: received.pages_total - received.pages_zero,
             verified: sent.verified,
+            warnings: received.warnings,
         }),
     }
 }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use vmfile_engine::Backend;
 use vmfile_format::RamBlock;
+use vmfile_format::manifest::VmMeta;
 use vmfile_pages::PagesError;
 use vmfile_pages::base::{Base, KeptPages};
 use vmfile_pages::control::Control;
@@ -14,14 +15,19 @@ use vmfile_pages::layers::Layers;
 use vmfile_pages::ram_writer::write_ram;
 use vmfile_pages::snapshot::{Snapshot, SnapshotError};
 
+use crate::trust::why_not;
+
 /// What was written.
 pub(crate) struct Whole {
     pub(crate) pages_total: u64,
     pub(crate) pages_data: u64,
+    /// Why the new file holds no command line, if it was left out.
+    pub(crate) left_out: Option<String>,
 }
 
 /// Writes everything of `snapshot`, a vmfile, to `draft`. Every page is compared with its hash. Where the
-/// file system shares extents, those of the lowest file are shared.
+/// file system shares extents, those of the lowest file are shared. The command line is left out if another
+/// user may have written it.
 pub(crate) fn write_whole(
     draft: &Draft,
     snapshot: &Snapshot,
@@ -48,10 +54,12 @@ pub(crate) fn write_whole(
     let workers = Workers::start(draft.file(), (io, Jobs::default().count()));
     let workers = workers.map_err(PagesError::writing("the file, by threads of its own"))?;
     let written = write_ram(workers, &places, &layers, total_bytes, control)?;
+    let left_out = why_not(snapshot).map_err(PagesError::reading("the owner of a file"))?;
+    let facts = facts(snapshot, left_out.is_none())?;
     let tail = StreamTail { sections: &sections, description: &description, state: Some(state) };
-    draft.finish(&places, (&written.bitmaps, &written.of_base), tail, facts(snapshot)?)?;
+    draft.finish(&places, (&written.bitmaps, &written.of_base), tail, facts)?;
     let pages_data = written.bitmaps.iter().map(|bitmap| bitmap.data_count().0).sum();
-    Ok(Whole { pages_total: places.pages_total(), pages_data })
+    Ok(Whole { pages_total: places.pages_total(), pages_data, left_out })
 }
 
 /// Takes the lowest file as the base, if its pages can be shared.
@@ -67,14 +75,21 @@ fn lowest(layers: &Layers<'_>, draft: &Draft) -> Result<Option<Base>, PagesError
     Ok(base.map(|base| base.with_only(&layers.of_lowest())))
 }
 
-/// Returns what the manifest of the file says of its save.
-fn facts(snapshot: &Snapshot) -> Result<SaveFacts, PagesError> {
+/// Returns what the manifest of the file says of its save; without how the VM was started, if that is not
+/// `trusted`.
+fn facts(snapshot: &Snapshot, trusted: bool) -> Result<SaveFacts, PagesError> {
     let meta = &snapshot.manifest().ok_or(PagesError::NoManifest)?.meta;
+    let vm = meta.vm.clone();
+    let vm = if trusted {
+        vm
+    } else {
+        VmMeta { executable: None, command_line: Vec::new(), changes: Vec::new(), ..vm }
+    };
     Ok(SaveFacts {
         route: meta.route.clone(),
         live: meta.live,
         pause_seconds: meta.pause_seconds,
         saved_at_unix_seconds: Some(meta.saved_at_unix_seconds),
-        vm: meta.vm.clone(),
+        vm,
     })
 }

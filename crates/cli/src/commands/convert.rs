@@ -30,6 +30,7 @@ pub(crate) fn run(arguments: &ConvertArguments, printer: &Printer) -> Result<Exi
     drop(meter);
     let report =
         result.map_err(|error| signals.explain(Failure::from(&error), "there is no new file"))?;
+    printer.warnings(&report.warnings);
     printer.report(&report, human::convert);
     Ok(ExitCode::SUCCESS)
 }
