@@ -92,6 +92,10 @@ fn launch(error: &LaunchError, given: Given) -> Option<&'static str> {
                 "the command line after `--` begins with QEMU's program"
             })
         }
+        LaunchError::Directory { .. } => Some(
+            "the VM that was saved had it as its working directory: make it again, or give a whole command \
+             line after `--`",
+        ),
         LaunchError::Ended { .. } => Some(if given == Given::Nothing {
             "QEMU was started as for the VM that was saved: put back what it does not find, or \
              give a changed command line after `--`; `vmfile info -v` prints the saved one"

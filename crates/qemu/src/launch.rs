@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::fs::{Access, access};
 use rustix::io::{Errno, FdFlags, fcntl_dupfd_cloexec, fcntl_getfd, fcntl_setfd};
 use rustix::pipe::{PipeFlags, pipe_with};
 
@@ -45,6 +46,15 @@ pub enum LaunchError {
     Spawn {
         /// The program.
         program: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// The directory in which QEMU is to be started cannot be entered.
+    #[error("QEMU is to be started in {directory}, which cannot be entered", directory = directory.display())]
+    Directory {
+        /// The directory.
+        directory: PathBuf,
         /// What the kernel said.
         #[source]
         source: io::Error,
@@ -215,6 +225,7 @@ impl Launch {
     ///
     /// [`LaunchError::Ended`] with QEMU's error text, e.g. if it refuses an option.
     pub fn spawn(mut self, timeout: Duration) -> Result<LaunchedQemu, LaunchError> {
+        self.check_directory()?;
         let system = |what| move |source| LaunchError::System { what, source };
         let monitor = self.monitor.take().map_or_else(MonitorPair::new, Ok)?;
         let MonitorPair { ours, theirs } = monitor;
@@ -243,6 +254,16 @@ impl Launch {
             }
             Err(error) => Err(running.why_silent(error)),
         }
+    }
+
+    /// Refuses a directory that cannot be entered: the kernel's error would not tell it from the program.
+    fn check_directory(&self) -> Result<(), LaunchError> {
+        let Some(directory) = &self.working_directory else { return Ok(()) };
+        // With the dot at its end, the path leads to a directory or nowhere.
+        access(directory.join("."), Access::EXEC_OK).map_err(|error| LaunchError::Directory {
+            directory: directory.clone(),
+            source: error.into(),
+        })
     }
 
     fn command(&self, control_fd: i32) -> Command {

@@ -54,7 +54,7 @@ pub(crate) fn user(pid: u32) -> io::Result<u32> {
 /// A QEMU that was started with `-daemonize` has left its directory for `/` (7.2 to 11.1). For such
 /// a process this is the directory that its shell named in the environment.
 pub(crate) fn working_directory(pid: u32) -> io::Result<PathBuf> {
-    let directory = fs::read_link(format!("/proc/{pid}/cwd"))?;
+    let directory = current_directory(pid)?;
     let is_daemon = || {
         let arguments = arguments(pid).unwrap_or_default();
         arguments.iter().any(|word| word == "-daemonize" || word == "--daemonize")
@@ -64,6 +64,22 @@ pub(crate) fn working_directory(pid: u32) -> io::Result<PathBuf> {
     }
     let left = environment_of(pid, "PWD").map(PathBuf::from);
     Ok(left.filter(|left| left.is_absolute() && left.is_dir()).unwrap_or(directory))
+}
+
+/// Returns a process's current directory, by its last name if it was removed.
+pub(crate) fn current_directory(pid: u32) -> io::Result<PathBuf> {
+    let directory = fs::read_link(format!("/proc/{pid}/cwd"))?;
+    if !is_removed(pid, "cwd") {
+        return Ok(directory);
+    }
+    let name = directory.into_os_string().into_vec();
+    let stripped = name.strip_suffix(b" (deleted)").unwrap_or(&name);
+    Ok(PathBuf::from(OsStr::from_bytes(stripped)))
+}
+
+/// Tells whether what `/proc/PID` calls `cwd` or `exe` has no name any more.
+pub(crate) fn is_removed(pid: u32, what: &str) -> bool {
+    fs::metadata(format!("/proc/{pid}/{what}")).is_ok_and(|found| found.nlink() == 0)
 }
 
 /// Returns a variable of the environment with which a process was started.

@@ -4,14 +4,15 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::process::Command;
-use std::time::{Duration, SystemTime};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime};
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 use vmfile::error::SaveError;
-use vmfile::restore::{Destination, RestoreOptions};
-use vmfile::save::SaveOptions;
-use vmfile::{Control, Snapshot, Vm};
+use vmfile::restore::{Destination, RestoreOptions, restore};
+use vmfile::save::{SaveOptions, save};
+use vmfile::{Control, LaunchError, RestoreError, Snapshot, Vm};
 use vmfile_testing::{Guest, Qemu, Ram, Release, TestResult, requires};
 
 use super::{goes_on, names};
@@ -113,4 +114,57 @@ fn a_qemu_of_any_name_is_known_by_its_monitor() -> TestResult {
     symlink(&program, directory.path().join("vm"))?;
     let bios = ["-L", "/usr/share/qemu", "-L", "/usr/share/seabios"];
     comes_back(&directory.path().join("vm"), directory.path(), &bios)
+}
+
+/// The file named a directory that ended with ` (deleted)`, and the restore said that QEMU was not there.
+#[test]
+fn a_working_directory_that_is_gone_is_named_by_save_and_restore() -> TestResult {
+    let qemu = requires!(Qemu::of(Release::Distribution));
+    let directory = tempfile::tempdir()?;
+    let at = |name: &str| directory.path().join(name);
+    let (here, socket) = (at("here"), at("q.sock"));
+    fs::create_dir(&here)?;
+    let qmp = format!("unix:{},server=on,wait=off", socket.display());
+    let mut child = Command::new(qemu.program())
+        .args(["-m", "16", "-display", "none", "-nodefaults", "-qmp", &qmp])
+        .current_dir(&here)
+        .spawn()?;
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while !socket.exists() && Instant::now() < deadline {
+        thread::sleep(Duration::from_millis(20));
+    }
+    let options = SaveOptions::default();
+    let save = |name: &str, options: &SaveOptions| {
+        save(&mut Vm::connect(&socket).expect("a monitor"), &at(name), options, &Control::none())
+    };
+    let restore = |name: &str| -> TestResult<_> {
+        let snapshot = Snapshot::open(&at(name), 0)?;
+        let options = RestoreOptions::default();
+        Ok(restore(&snapshot, Destination::Saved, &options, &Control::none()))
+    };
+    let saved = save("vmf", &options);
+    if saved.is_err() {
+        child.kill()?;
+    }
+    child.wait()?;
+    saved?;
+
+    fs::remove_dir(&here)?;
+    let error = restore("vmf")?.expect_err("no directory");
+    assert!(matches!(error, RestoreError::Launch(LaunchError::Directory { .. })), "{error:?}");
+    assert!(error.to_string().contains(&here.display().to_string()), "{error}");
+    fs::create_dir(&here)?;
+    let restored = restore("vmf")??;
+
+    fs::remove_dir(&here)?;
+    let name = format!("working directory {}", here.display());
+    let error = save("none", &options).expect_err("it is gone");
+    let SaveError::Changed { changes } = &error else { return Err(error.into()) };
+    assert_eq!(names(changes), [name.clone()]);
+    save("without", &options.changed_ok(true))?;
+    drop(restored);
+    let error = restore("without")?.expect_err("no directory");
+    let RestoreError::CannotRemake { what } = &error else { return Err(error.into()) };
+    assert!(what.iter().any(|what| what.starts_with(&name)), "{what:?}");
+    Ok(())
 }

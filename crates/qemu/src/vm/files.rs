@@ -11,6 +11,7 @@ use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat, openat2};
 use rustix::io::Errno;
 
 use super::ProcessInfo;
+use crate::proc;
 
 /// Identifies a file on this host, while it exists.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -40,7 +41,7 @@ impl ProcessInfo {
         let flags = OFlags::PATH | OFlags::CLOEXEC;
         let Ok(inside) = path.strip_prefix("/") else {
             let current = format!("/proc/{}/cwd", self.pid);
-            if fs::read_link(&current).is_ok_and(|now| now != self.working_directory) {
+            if proc::current_directory(self.pid).is_ok_and(|now| now != self.working_directory) {
                 // A daemon has left the directory to which its relative paths refer.
                 return self.find(&Path::new("/").join(&self.working_directory).join(path));
             }
@@ -60,6 +61,24 @@ impl ProcessInfo {
             }
             Err(error) => Err(error.into()),
         }
+    }
+
+    /// Tells whether the directory was removed to which relative paths of this process refer.
+    #[must_use]
+    pub fn is_directory_gone(&self) -> bool {
+        let is_current =
+            proc::current_directory(self.pid).ok().as_ref() == Some(&self.working_directory);
+        is_current && proc::is_removed(self.pid, "cwd")
+    }
+
+    /// Tells whether the program that this process runs was removed, and none has taken its place.
+    #[must_use]
+    pub fn is_program_gone(&self) -> bool {
+        let is_gone = |error: io::Error| error.kind() == io::ErrorKind::NotFound;
+        // The process may have another root directory by now.
+        proc::is_removed(self.pid, "exe")
+            && !self.executable.exists()
+            && self.find(&self.executable).err().is_some_and(is_gone)
     }
 
     /// Opens what [`ProcessInfo::find`] found for reading, even if its path leads to another file
@@ -130,5 +149,29 @@ mod tests {
         let found = ourselves().find(Path::new("Cargo.toml")).unwrap().metadata().unwrap();
         assert_eq!(FileId::of(&found), FileId::of(&fs::metadata("Cargo.toml").unwrap()));
         assert!(ourselves().find(Path::new("/")).unwrap().metadata().unwrap().is_dir());
+    }
+
+    /// The kernel adds ` (deleted)` to the name of a directory that was removed, and a directory may be called
+    /// so.
+    #[test]
+    fn a_directory_that_was_removed_is_told_from_one_with_an_odd_name() {
+        let directory = tempfile::tempdir().unwrap();
+        for (name, is_removed) in [("here (deleted)", false), ("cw", true)] {
+            let path = directory.path().join(name);
+            fs::create_dir(&path).unwrap();
+            let mut command = std::process::Command::new("sleep");
+            let mut child = command.arg("60").current_dir(&path).spawn().unwrap();
+            if is_removed {
+                fs::remove_dir(&path).unwrap();
+                fs::create_dir(directory.path().join("cw (deleted)")).unwrap();
+            }
+            let found = proc::working_directory(child.id()).unwrap();
+            let process =
+                ProcessInfo { pid: child.id(), working_directory: found.clone(), ..ourselves() };
+            let is_gone = process.is_directory_gone();
+            child.kill().unwrap();
+            child.wait().unwrap();
+            assert_eq!((found, is_gone), (path, is_removed));
+        }
     }
 }

@@ -1,4 +1,5 @@
-//! The files that QEMU read when it was started: configuration files, kernels, and the like.
+//! The files that QEMU read when it was started: configuration files, kernels, and the like; its program,
+//! and the directory in which it was started.
 
 use std::io::{self, Read as _};
 use std::path::Path;
@@ -30,10 +31,11 @@ pub(super) fn read(process: &ProcessInfo, path: &Path) -> io::Result<String> {
 }
 
 /// Names the files that QEMU read at its start and that a restore would not find as they were:
-/// configuration files that were written since, and others that are gone.
+/// configuration files that were written since, and others that are gone. So are its program and its
+/// directory named if they are gone.
 pub(super) fn changed(process: &ProcessInfo) -> Vec<Difference> {
     let Ok(line) = CommandLine::from_process(&process.arguments) else { return Vec::new() };
-    let mut changes = Vec::new();
+    let mut changes: Vec<Difference> = gone(process).collect();
     for path in line.config_files() {
         if was_written_since(process, &path) {
             let what = format!("-readconfig {}", path.display());
@@ -53,6 +55,21 @@ pub(super) fn changed(process: &ProcessInfo) -> Vec<Difference> {
         }
     }
     changes
+}
+
+/// Names what was removed of that which a restore starts QEMU with: the program and the directory.
+fn gone(process: &ProcessInfo) -> impl Iterator<Item = Difference> {
+    let directory = process.is_directory_gone().then(|| {
+        let what = format!("working directory {}", process.working_directory.display());
+        let reason = "a restore starts QEMU in this directory".to_owned();
+        Difference::new(what, "removed", "a directory", Remedy::Missing(reason))
+    });
+    let program = process.is_program_gone().then(|| {
+        let what = format!("program {}", process.executable.display());
+        let reason = "a restore runs this program".to_owned();
+        Difference::new(what, "removed", "a program", Remedy::Missing(reason))
+    });
+    directory.into_iter().chain(program)
 }
 
 fn was_written_since(process: &ProcessInfo, path: &Path) -> bool {
