@@ -103,6 +103,10 @@ impl Found {
             let image = is_image.then(|| self.in_text("an image", written)).flatten();
             return Argument { written: image.unwrap_or(written.clone()), value: None };
         };
+        if is(&["set"]) {
+            let redacted = self.in_set(value);
+            return Argument { written: written.clone(), value: redacted.or(Some(value.clone())) };
+        }
         if is(&NAMES) {
             let image = self.in_text(&place(argument, "file"), value);
             return Argument { written: written.clone(), value: image.or(Some(value.clone())) };
@@ -111,15 +115,11 @@ impl Found {
         // A value that is encrypted by another secret is none.
         let is_secret = is_secret_object(argument) && keys.get("keyid").is_none();
         let is_image = is(&IMAGES);
-        let has_password = is_image || is(&["spice", "iscsi"]);
         let before = self.replaced.len();
         let redacted = map_values(value, implied(argument), &mut |key, value| {
-            let is_secret = match key.rsplit('.').next().unwrap_or(key) {
-                "data" => is_secret,
-                "password" => has_password && !is_switch(value),
-                "cookie" => is_image,
-                _ => false,
-            };
+            let group = argument.name().unwrap_or_default();
+            let is_secret =
+                if last_of(key) == "data" { is_secret } else { is_secret_of(group, key, value) };
             let place = place(argument, key);
             match value {
                 "" => None,
@@ -135,10 +135,29 @@ impl Found {
         Argument { written: written.clone(), value: Some(redacted) }
     }
 
+    /// Replaces the secret of a `-set GROUP.ID.KEY=VALUE`. The value is one, with every comma that it has.
+    fn in_set(&mut self, text: &str) -> Option<String> {
+        let (target, value) = text.split_once('=')?;
+        let mut parts = target.splitn(3, '.');
+        let (group, _, key) = (parts.next()?, parts.next()?, parts.next()?);
+        // Which object it is stands in another option, and may stand behind this one.
+        let is_data = group == "object" && key == "data";
+        let place = format!("-set: {target}");
+        let redacted = match value {
+            "" => None,
+            _ if is_data || is_secret_of(group, key, value) => {
+                self.replace(&place, value, 0..value.len())
+            }
+            _ if IMAGES.contains(&group) => self.in_text(&place, value),
+            _ => None,
+        };
+        Some(format!("{target}={}", redacted?))
+    }
+
     /// Replaces the secrets in a text that names images, or is one of QEMU's descriptions in JSON.
     fn in_text(&mut self, place: &str, text: &str) -> Option<String> {
         if let Some(json) = text.strip_prefix("json:").filter(|json| is_tree(json)) {
-            let redacted = map_values(json, "", &mut |key, value| match key {
+            let redacted = map_values(json, "", &mut |key, value| match last_of(key) {
                 "password" | "cookie" if !value.is_empty() => {
                     self.replace(place, value, 0..value.len())
                 }
@@ -167,6 +186,21 @@ impl Found {
         self.places.push(place.to_owned());
         self.secrets.push(text[secret.clone()].to_owned());
         Some(format!("{}{REDACTED}{}", &text[..secret.start], &text[secret.end..]))
+    }
+}
+
+/// Returns the last of the names that dots join to a key.
+fn last_of(key: &str) -> &str {
+    key.rsplit('.').next().unwrap_or(key)
+}
+
+/// Tells whether the value of a key is a secret in the options of this name.
+fn is_secret_of(group: &str, key: &str, value: &str) -> bool {
+    let is_image = IMAGES.contains(&group);
+    match last_of(key) {
+        "password" => (is_image || matches!(group, "spice" | "iscsi")) && !is_switch(value),
+        "cookie" => is_image,
+        _ => false,
     }
 }
 
@@ -251,6 +285,18 @@ mod tests {
             ("-cdrom", "iscsi://me%hun,ter2@host/iqn/0?a=b", "-cdrom: file"),
             ("-hda", r"rbd:pool/i:id=x:key=hun,ter2:mon_host=a\:1", "-hda: file"),
             ("-object", "{'qom-type':'secret','id':'s2','data':'hun,ter2'}", "-object s2: data"),
+            // Keys may be joined by dots in JSON too.
+            (
+                "-drive",
+                r#"file=json:{"file.cookie":"hun,,ter2",,"file.driver":"http"}"#,
+                "-drive: file",
+            ),
+            ("-hda", r#"json:{"file.cookie":"hun,ter2","file.driver":"http"}"#, "-hda: file"),
+            ("-pflash", r#"json:{"file.password":"hun,ter2","type":"ftp"}"#, "-pflash: file"),
+            ("-set", "drive.d0.file.cookie=hun,ter2", "-set: drive.d0.file.cookie"),
+            ("-set", "drive.d0.file=http://me:hun,ter2@h/", "-set: drive.d0.file"),
+            ("--set", "iscsi.x.password=hun,ter2", "-set: iscsi.x.password"),
+            ("-set", "object.s0.data=hun,ter2", "-set: object.s0.data"),
             (
                 "-blockdev",
                 r#"{"driver":"https","node-name":"n0","cookie":"hun,ter2","url":"https://h/"}"#,
@@ -308,6 +354,10 @@ mod tests {
             "file=https://me@host/a,b=,,id=,x",
             "-drive",
             "if=none,nowait,,file=/a:b@c",
+            "-set",
+            "device.d0.serial=http://u:p@h/",
+            "-set",
+            "drive.d0.password-secret=s0",
             "-append",
             "password=guest <redacted>",
             "-fw_cfg",
