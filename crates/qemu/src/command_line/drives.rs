@@ -4,6 +4,8 @@
 //! `file=`, `-hda` and its relatives, a bare image, and trees of `-blockdev` nodes in words or
 //! JSON. All are read into one tree of nodes, and a chain of images is followed in it.
 
+use std::collections::{HashMap, HashSet};
+
 use serde_json::{Map, Value};
 
 use super::keys::{self, Keys};
@@ -206,9 +208,11 @@ pub(super) fn blockdev_tree(value: &str) -> Value {
     Value::Object(tree)
 }
 
-/// Puts a value at a key with dots.
+/// Puts a value at a key with dots. One with more of them than any node is deep stays one key: a tree of it
+/// would be too deep for the stack.
 fn put(tree: &mut Map<String, Value>, key: &str, value: &str) {
-    let Some((first, rest)) = key.split_once('.') else {
+    let parts = key.split_once('.').filter(|_| key.matches('.').nth(DEPTH_MAX).is_none());
+    let Some((first, rest)) = parts else {
         tree.insert(key.to_owned(), Value::from(value));
         return;
     };
@@ -403,7 +407,9 @@ fn flash_chips(line: &CommandLine) -> Vec<Device> {
 struct Units {
     default_interface: &'static str,
     ide_units: usize,
-    taken: Vec<(String, usize, usize)>,
+    taken: HashSet<(String, usize, usize)>,
+    /// Where the search for a free place went on to, by interface and bus: those before are taken.
+    next: HashMap<(String, usize), (usize, usize)>,
 }
 
 impl Units {
@@ -419,7 +425,7 @@ impl Units {
             _ => "ide",
         };
         let ide_units = if machine.contains("q35") { 1 } else { 2 };
-        Units { default_interface, ide_units, taken: Vec::new() }
+        Units { default_interface, ide_units, taken: HashSet::new(), next: HashMap::new() }
     }
 
     /// Returns a drive's interface and its id.
@@ -437,16 +443,19 @@ impl Units {
             None => (number("bus").unwrap_or(0), number("unit")),
         };
         let unit = unit.unwrap_or_else(|| {
-            let mut unit = 0;
+            let first = (interface.clone(), bus);
+            let mut unit;
+            (bus, unit) = self.next.get(&first).copied().unwrap_or((bus, 0));
             while self.taken.contains(&(interface.clone(), bus, unit)) {
                 unit += 1;
                 if units > 0 && unit >= units {
                     (unit, bus) = (0, bus + 1);
                 }
             }
+            self.next.insert(first, (bus, unit));
             unit
         });
-        self.taken.push((interface.clone(), bus, unit));
+        self.taken.insert((interface.clone(), bus, unit));
         let medium = match (interface.as_str(), keys.get("media")) {
             ("ide" | "scsi", Some("cdrom")) => "-cd",
             ("ide" | "scsi", _) => "-hd",

@@ -108,7 +108,7 @@ impl Found {
             return Argument { written: written.clone(), value: redacted.or(Some(value.clone())) };
         }
         if is(&NAMES) {
-            let image = self.in_text(&place(argument, "file"), value);
+            let image = self.in_text(&format!("{}: file", option_of(argument, None)), value);
             return Argument { written: written.clone(), value: image.or(Some(value.clone())) };
         }
         let keys = Keys::parse(value, implied(argument));
@@ -116,14 +116,15 @@ impl Found {
         let is_secret = is_secret_object(argument) && keys.get("keyid").is_none();
         let is_image = is(&IMAGES);
         let before = self.replaced.len();
+        let option = option_of(argument, Some(&keys));
         let redacted = map_values(value, implied(argument), &mut |key, value| {
             let group = argument.name().unwrap_or_default();
             let is_secret =
                 if last_of(key) == "data" { is_secret } else { is_secret_of(group, key, value) };
-            let place = place(argument, key);
+            let place = format!("{option}: {key}");
             match value {
                 "" => None,
-                _ if is_secret => self.replace(&place, value, 0..value.len()),
+                _ if is_secret => self.whole(&place, value),
                 _ if is_image => self.in_text(&place, value),
                 _ => None,
             }
@@ -131,7 +132,7 @@ impl Found {
         // A text that was no JSON may be some without the secret, and have its place in a key.
         let count = if is_image { value.matches(REDACTED).count() } else { 0 };
         let missed = count.saturating_sub(self.replaced.len() - before);
-        self.replaced.extend((0..missed).map(|_| place(argument, "file")));
+        self.replaced.extend((0..missed).map(|_| format!("{option}: file")));
         Argument { written: written.clone(), value: Some(redacted) }
     }
 
@@ -145,9 +146,7 @@ impl Found {
         let place = format!("-set: {target}");
         let redacted = match value {
             "" => None,
-            _ if is_data || is_secret_of(group, key, value) => {
-                self.replace(&place, value, 0..value.len())
-            }
+            _ if is_data || is_secret_of(group, key, value) => self.whole(&place, value),
             _ if IMAGES.contains(&group) => self.in_text(&place, value),
             _ => None,
         };
@@ -158,34 +157,69 @@ impl Found {
     fn in_text(&mut self, place: &str, text: &str) -> Option<String> {
         if let Some(json) = text.strip_prefix("json:").filter(|json| is_tree(json)) {
             let redacted = map_values(json, "", &mut |key, value| match last_of(key) {
-                "password" | "cookie" if !value.is_empty() => {
-                    self.replace(place, value, 0..value.len())
-                }
+                "password" | "cookie" if !value.is_empty() => self.whole(place, value),
                 _ => self.in_text(place, value),
             });
             return (redacted != json).then(|| format!("json:{redacted}"));
         }
-        let mut redacted: Option<String> = None;
+        let (mut redacted, mut done) = (String::new(), 0);
+        let (mut in_urls, mut in_rbds) = (Next::new(in_url), Next::new(in_rbd));
         let mut from = 0;
         loop {
-            let now = redacted.as_deref().unwrap_or(text);
-            let Some(secret) = next_secret(now, from) else { return redacted };
-            let end = now.len() - secret.end;
-            let replaced = self.replace(place, now, secret);
-            redacted = replaced.or(redacted);
-            from = redacted.as_deref().unwrap_or(text).len() - end;
+            let found = [in_urls.from(text, from), in_rbds.from(text, from)];
+            let next = found.into_iter().flatten().min_by_key(|secret| secret.start);
+            let Some(secret) = next else { break };
+            from = secret.end;
+            if self.note(place, &text[secret.clone()]) {
+                redacted.push_str(&text[done..secret.start]);
+                redacted.push_str(REDACTED);
+                done = secret.end;
+            }
         }
+        (done > 0).then(|| redacted + &text[done..])
     }
 
-    /// Notes a secret, and returns the text without it; `None` if it was replaced already.
-    fn replace(&mut self, place: &str, text: &str, secret: Range<usize>) -> Option<String> {
-        if &text[secret.clone()] == REDACTED {
+    /// Replaces a text that is a secret; `None` if it was replaced already.
+    fn whole(&mut self, place: &str, secret: &str) -> Option<String> {
+        self.note(place, secret).then(|| REDACTED.to_owned())
+    }
+
+    /// Notes a secret; returns whether it is still there.
+    fn note(&mut self, place: &str, secret: &str) -> bool {
+        if secret == REDACTED {
             self.replaced.push(place.to_owned());
-            return None;
+            return false;
         }
         self.places.push(place.to_owned());
-        self.secrets.push(text[secret.clone()].to_owned());
-        Some(format!("{}{REDACTED}{}", &text[..secret.start], &text[secret.end..]))
+        self.secrets.push(secret.to_owned());
+        true
+    }
+}
+
+/// The next secret of one kind in a text. It is looked for again only from behind it, so that a text is read
+/// once.
+struct Next {
+    find: fn(&str) -> Option<Range<usize>>,
+    /// `None` if it is not known; then whether there is one.
+    found: Option<Option<Range<usize>>>,
+}
+
+impl Next {
+    fn new(find: fn(&str) -> Option<Range<usize>>) -> Next {
+        Next { find, found: None }
+    }
+
+    /// Returns the first secret that begins at `from` or later.
+    fn from(&mut self, text: &str, from: usize) -> Option<Range<usize>> {
+        let is_known = self
+            .found
+            .as_ref()
+            .is_some_and(|found| found.as_ref().is_none_or(|secret| secret.start >= from));
+        if !is_known {
+            let found = (self.find)(&text[from..]);
+            self.found = Some(found.map(|secret| secret.start + from..secret.end + from));
+        }
+        self.found.clone().flatten()
     }
 }
 
@@ -204,14 +238,6 @@ fn is_secret_of(group: &str, key: &str, value: &str) -> bool {
     }
 }
 
-/// Returns where the next secret of an image is in a text, from `from` on.
-fn next_secret(text: &str, from: usize) -> Option<Range<usize>> {
-    let of = |secret: Range<usize>| secret.start + from..secret.end + from;
-    let (url, rbd) = (in_url(&text[from..]), in_rbd(&text[from..]));
-    let first = [url, rbd].into_iter().flatten().min_by_key(|secret| secret.start);
-    first.map(of)
-}
-
 /// Returns where the password of the first URL with one is; for iSCSI, it follows a `%`.
 fn in_url(text: &str) -> Option<Range<usize>> {
     text.match_indices("://").find_map(|(scheme, mark)| {
@@ -227,12 +253,20 @@ fn in_url(text: &str) -> Option<Range<usize>> {
 /// Returns where the key of the first RBD image with one is: it ends with a colon that has no backslash
 /// before it.
 fn in_rbd(text: &str) -> Option<Range<usize>> {
-    let image = text.find("rbd:")?;
-    let start = image + text[image..].find(":key=")? + ":key=".len();
-    let key = text[start..].split(char::is_whitespace).next()?;
-    let is_end = |(at, _): &(usize, &str)| !key[..*at].ends_with('\\');
-    let end = key.match_indices(':').find(is_end).map_or(key.len(), |(at, _)| at);
-    (end > 0).then_some(start..start + end)
+    let mut from = text.find("rbd:")?;
+    loop {
+        let start = from + text[from..].find(":key=")? + ":key=".len();
+        let mut before = ' ';
+        let is_end = |now: char| {
+            let is_escaped = std::mem::replace(&mut before, now) == '\\';
+            now.is_whitespace() || now == ':' && !is_escaped
+        };
+        let end = text[start..].find(is_end).map_or(text.len(), |end| start + end);
+        if start < end {
+            return Some(start..end);
+        }
+        from = start;
+    }
 }
 
 /// Tells whether an argument makes an object that holds a secret.
@@ -250,16 +284,17 @@ fn implied(argument: &Argument) -> &'static str {
     }
 }
 
-/// Names a key of an option.
-fn place(argument: &Argument, key: &str) -> String {
-    let Some(name) = argument.name() else { return "an image".to_owned() };
-    let keys = Keys::parse(argument.value.as_deref().unwrap_or_default(), implied(argument));
-    let id = keys.get("id").or(keys.get("node-name")).filter(|_| !NAMES.contains(&name));
-    format!("-{name}{}: {key}", id.map_or(String::new(), |id| format!(" {id}")))
+/// Names an option, with the id in its keys.
+fn option_of(argument: &Argument, keys: Option<&Keys>) -> String {
+    let name = argument.name().unwrap_or_default();
+    let id = keys.and_then(|keys| keys.get("id").or(keys.get("node-name")));
+    format!("-{name}{}", id.map_or(String::new(), |id| format!(" {id}")))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, Instant};
+
     use super::*;
 
     fn line(words: &[&str]) -> CommandLine {
@@ -393,5 +428,20 @@ mod tests {
                 r#"{"file":"/a,b","id":"s1","qom-type":"secret"}"#,
             ]
         );
+    }
+
+    /// A line of 100000 bytes was read once for each of its keys, which took minutes.
+    #[test]
+    fn a_long_argument_is_read_once() {
+        let began = Instant::now();
+        let keys = "a,".repeat(200_000);
+        let urls = "file=http://a:b@,".repeat(50_000);
+        let rbd = "rbd:p/i:key=b:".repeat(100_000);
+        for (value, secrets) in [(&keys, 0), (&urls, 50_000), (&rbd, 100_000)] {
+            let mut line = line(&["-drive", &format!("file={value}")]);
+            assert_eq!(line.redact().len(), secrets);
+            assert_eq!(line.redacted().len(), secrets);
+        }
+        assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
     }
 }

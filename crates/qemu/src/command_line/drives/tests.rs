@@ -192,3 +192,16 @@ fn a_device_without_an_id_has_the_number_that_qemu_gives_it() {
     assert_eq!(found(&format!("{}/virtio-backend", path(4))), Some(Some("/x".to_owned())));
     assert_eq!(found(&path(0)), None);
 }
+
+/// The first took seconds for a few thousand drives; the second overflowed the stack.
+#[test]
+fn many_drives_and_a_key_of_many_dots_are_read_soon() {
+    let began = std::time::Instant::now();
+    let words: Vec<&str> = ["-drive", "if=virtio"].into_iter().cycle().take(20_000).collect();
+    let drives = CommandLine::new(words).unwrap().drives();
+    assert_eq!(drives.last().unwrap().id.as_deref(), Some("virtio9999"));
+    let dots = format!("{}=x", "a.".repeat(100_000));
+    let line = CommandLine::new(["-drive", dots.as_str(), "-blockdev", dots.as_str()]).unwrap();
+    assert_eq!(line.drives().len(), 1);
+    assert!(began.elapsed() < std::time::Duration::from_secs(10), "{:?}", began.elapsed());
+}
