@@ -264,7 +264,7 @@ pub(crate) struct RestoreArguments {
     #[arg(long)]
     pub(crate) verify: bool,
     /// Run the command line in the file, and the program that it names, although another user may have
-    /// written it, or although the VM would run as root now and did not before
+    /// written it: one who owns a file or the program, or as whom the VM ran
     #[arg(long, conflicts_with_all = ["qmp", "command"])]
     pub(crate) trust_command: bool,
     /// Give QEMU's secret object ID the value in this file, in the format that the object has (raw if it says

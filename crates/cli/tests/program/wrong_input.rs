@@ -4,7 +4,7 @@ use std::fs;
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use tempfile::{TempDir, tempdir};
 use vmfile_testing::{Case, TestResult, cases};
 
-use crate::run::{Said, command, names_in, start, vmfile};
+use crate::run::{Said, command, names_in, program, start, vmfile};
 use crate::words;
 
 /// Listens on a new socket, and calls `serve` with each connection.
@@ -212,6 +212,18 @@ fn a_full_standard_output_is_an_error() -> TestResult {
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(5));
     assert!(stderr.contains("stdout: No space left on device"), "{stderr}");
+    Ok(())
+}
+
+/// Rust's runtime puts /dev/null in the place of a closed descriptor; docs/cli.md says so.
+#[test]
+fn a_closed_standard_output_is_as_dev_null() -> TestResult {
+    for (verb, to) in [("list", ">&-"), ("list --json", ">&-"), ("list", ">/dev/null")] {
+        let shell = format!("exec \"$0\" {verb} {to}");
+        let output = Command::new("sh").args(words!["-c", shell, program()]).output()?;
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!((output.status.code(), stderr.as_ref()), (Some(0), ""), "{verb} {to}");
+    }
     Ok(())
 }
 

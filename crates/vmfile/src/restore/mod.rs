@@ -107,8 +107,8 @@ pub struct RestoreOptions {
     /// With `map`, read all pages and compare them with their hashes before the guest runs. `load`
     /// and `stream` always compare the pages.
     pub verify: bool,
-    /// Run the command line in the file even if another user may have written it, or if the VM ran as
-    /// another user and would run as root now.
+    /// Run the command line in the file even if another user may have written it: one who owns a file or the
+    /// program, or as whom the VM ran.
     pub trust_command: bool,
     /// Files with the values of secret objects, by the ids of these: the file has none, unless it was saved
     /// with them. A path is relative to this process's directory.
