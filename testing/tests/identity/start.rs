@@ -78,13 +78,13 @@ fn comes_back(program: &Path, directory: &Path, more: &[&str]) -> TestResult {
     let file = directory.join("vm.vmf");
     let control = Control::none();
     let mut vm = Vm::connect(&directory.join("q.sock"))?;
-    let report = vmfile::save::save(&mut vm, &file, &SaveOptions::default(), &control)?;
+    let report = save(&mut vm, &file, &SaveOptions::default(), &control)?;
     assert_eq!(report.warnings, [""; 0]);
     assert_eq!(report.changes, []);
     drop(daemon);
     let snapshot = Snapshot::open(&file, 0)?;
     let options = RestoreOptions::default();
-    let mut restored = vmfile::restore::restore(&snapshot, Destination::Saved, &options, &control)?;
+    let mut restored = restore(&snapshot, Destination::Saved, &options, &control)?;
     let qemu = restored.qemu.as_mut().ok_or("a QEMU was started")?;
     qemu.vm().execute("query-status", json!({}))?;
     assert!(directory.join("q.sock").exists(), "the monitor is where it was");
@@ -160,7 +160,7 @@ fn a_working_directory_that_is_gone_is_named_by_save_and_restore() -> TestResult
     let name = format!("working directory {}", here.display());
     let error = save("none", &options).expect_err("it is gone");
     let SaveError::Changed { changes } = &error else { return Err(error.into()) };
-    assert_eq!(names(changes), [name.clone()]);
+    assert_eq!(names(changes), [name.as_str()]);
     save("without", &options.changed_ok(true))?;
     drop(restored);
     let error = restore("without")?.expect_err("no directory");

@@ -186,15 +186,7 @@ fn start(
     let path = PathBuf::from(format!("/proc/self/fd/{}", inherited.as_raw_fd()));
     let blocks: Vec<MappedBlock> = mapped.iter().map(|placed| in_file(placed, &path)).collect();
     let names = blocks.iter().map(|block| block.block_name.clone()).collect();
-    warnings.extend(said(
-        &command_line.lost_by_mapping(&blocks),
-        "is not kept: RAM is mapped from the file",
-    ));
-    if mode == ModeUsed::Map && !options.trust_command {
-        let reason = trust::why_not_alone(lowest).map_err(RestoreError::File)?;
-        let now = "who can write it can change the guest's RAM while it runs";
-        warnings.extend(reason.map(|reason| format!("RAM is mapped from a file: {reason}; {now}")));
-    }
+    warnings.extend(of_mapping(lowest, &blocks, &command_line, options)?);
     warnings.extend(outside(beginning, is_saved, &mut command_line));
     let qmp = command_line.qmp_sockets().into_iter().next();
     let monitor = MonitorPair::new()?;
@@ -226,6 +218,22 @@ fn start(
         start_seconds,
         guard: Some(guard),
     })
+}
+
+/// Returns warnings about RAM that is mapped from the file `lowest`: what it lacks, and who can change it.
+fn of_mapping(
+    lowest: &Snapshot,
+    blocks: &[MappedBlock],
+    line: &CommandLine,
+    options: &RestoreOptions,
+) -> Result<Vec<String>, RestoreError> {
+    let is_asked = !blocks.is_empty() && !options.trust_command;
+    let reason = is_asked.then(|| trust::why_not_alone(lowest)).transpose();
+    let reason = reason.map_err(RestoreError::File)?.flatten();
+    let now = "who can write it can change the guest's RAM while it runs";
+    let owner = reason.map(|reason| format!("RAM is mapped from a file: {reason}; {now}"));
+    let lost = said(&line.lost_by_mapping(blocks), "is not kept: RAM is mapped from the file");
+    Ok(lost.into_iter().chain(owner).collect())
 }
 
 /// Returns warnings about what the new QEMU has or uses in another way than the old one: files, sockets, a
