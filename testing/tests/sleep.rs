@@ -173,13 +173,25 @@ fn falls_asleep_in_pre_copy(qemu: &Qemu, config: &GuestConfig) -> TestResult {
         reaches(&mut guest, "suspended")?;
         match saved.map_err(|error| error.downcast::<SaveError>()) {
             Ok(report) => assert!(matches!(report.live_method, Some(LiveMethod::PreCopy { .. }))),
-            Err(Ok(error)) if matches!(*error, SaveError::Sleeps { .. }) => refused += 1,
+            Err(Ok(error)) if is_of_sleep(&error) => refused += 1,
             Err(other) => return Err(format!("{other:?}").into()),
         }
         wakes(&mut guest)?;
     }
     assert!(refused > 0);
     Ok(())
+}
+
+/// Tells whether a save was refused because the guest sleeps. It may have slept before the first look already,
+/// which QEMU 7.2 shows as a state that cannot be saved.
+fn is_of_sleep(error: &SaveError) -> bool {
+    match error {
+        SaveError::Sleeps { .. } => true,
+        SaveError::RunState { found } | SaveError::StoppedMeanwhile { found } => {
+            found == "suspended"
+        }
+        _ => false,
+    }
 }
 
 #[test]

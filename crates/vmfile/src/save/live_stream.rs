@@ -22,7 +22,7 @@ use vmfile_stream::receiver::{Received, StreamReceiver};
 
 use super::live_memory::{let_run_by_another, refuse_if_overtaken};
 use super::sending::{Ended, Peer, peer_process, wait_until_sent};
-use super::sleep::would_end_qemu;
+use super::sleep::cannot_migrate;
 use super::stream::written;
 use super::target::page_size_unnamed;
 use super::{LiveDone, LiveMethod, RouteUsed, Work, Written};
@@ -61,11 +61,11 @@ pub(super) fn receive(
         begun = (work.vm.stops(), work.vm.resumes());
         work.disks.freeze(work.vm)?;
     }
+    if !is_snapshot && work.vm.run_state()? == RunState::Suspended {
+        return Err(cannot_migrate());
+    }
     if !stands {
         refuse_unless_it_runs(work)?;
-    }
-    if !is_snapshot && work.vm.run_state()? == RunState::Suspended {
-        return Err(would_end_qemu());
     }
     let end = ours.try_clone().map_err(SaveError::Socket)?;
     work.vm.send_stream(theirs.into())?;
@@ -165,7 +165,7 @@ impl Watch<'_, '_> {
                 }
                 // While QEMU holds the migration, the guest can no longer fall asleep.
                 Outgoing::Active | Outgoing::Held if self.has_fallen_asleep() => {
-                    return Err(would_end_qemu());
+                    return Err(cannot_migrate());
                 }
                 Outgoing::Held if !finished => {
                     self.work.disks.freeze(self.work.vm)?;

@@ -22,7 +22,7 @@ use vmfile_qemu::{
 use vmfile_stream::Channels;
 
 use super::sending::{migration_error, wait_until_sent};
-use super::sleep::{sleeps, would_end_qemu};
+use super::sleep::{cannot_migrate, sleeps};
 use super::space::refuse_without_space;
 use super::{SaveOptions, Work, Written, native_file};
 use crate::error::SaveError;
@@ -95,7 +95,7 @@ impl NativeRoute {
     /// Lets QEMU write the paused VM, and then makes the file a vmfile.
     pub(super) fn write(&mut self, work: &mut Work<'_>) -> Result<Written, SaveError> {
         if sleeps(work)? {
-            return Err(would_end_qemu());
+            return Err(cannot_migrate());
         }
         if work.stays_paused() {
             work.warn_of_postmigrate("QEMU wrote the file by a migration");

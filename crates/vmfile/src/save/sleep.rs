@@ -17,8 +17,9 @@ pub(super) fn sleeps(work: &mut Work<'_>) -> Result<bool, SaveError> {
     Ok(state.sleeps(&sections))
 }
 
-/// Returns the error for a guest that sleeps and would come to the end of a migration.
-pub(super) fn would_end_qemu() -> SaveError {
-    let reason = "QEMU would end when the guest goes on after the migration".to_owned();
+/// Returns the error for a guest that sleeps and would come to the end of a migration. With QEMU before 9.0 it
+/// would not wake.
+pub(super) fn cannot_migrate() -> SaveError {
+    let reason = "it could not go on after QEMU's migration".to_owned();
     SaveError::Sleeps { reason }
 }
