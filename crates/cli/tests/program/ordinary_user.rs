@@ -390,9 +390,12 @@ fn a_save_that_runs_out_of_descriptors_says_so_wherever_it_does() -> TestResult 
     let file = user.path("vm.vmf");
     let save = words!["save", guest.qmp_path(), file, "--after", "resume", "--json"];
     let (mut refused, mut by_stream) = (0, 0);
-    // With fewer than 6, the loader of programs cannot open its libraries.
-    for limit in 6.. {
+    for limit in 5.. {
         let said = user.under(&["prlimit", &format!("--nofile={limit}")], &save)?;
+        // The loader of programs cannot open its libraries.
+        if said.code == Some(127) {
+            continue;
+        }
         guest.runs_on(1)?;
         if said.code != Some(0) {
             assert!(matches!(said.code, Some(3 | 5)), "{limit}: {said:?}");
