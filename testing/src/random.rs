@@ -16,11 +16,19 @@ impl Random {
         Random { state: seed }
     }
 
-    /// Returns a seed that another run does not have.
+    /// Begins the sequence of the seed that the user gave in `VMFILE_SEED`, or of one that another run does
+    /// not have. Prints it, so that a failure can be repeated.
+    ///
+    /// # Panics
+    ///
+    /// If the user gave no number.
+    #[expect(clippy::print_stdout, reason = "the output of a test that failed is shown")]
     #[must_use]
-    pub fn seed_of_now() -> u64 {
+    pub fn of_this_run() -> Random {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        u64::from(now.subsec_nanos()) ^ now.as_secs()
+        let seed = given("VMFILE_SEED").unwrap_or(u64::from(now.subsec_nanos()) ^ now.as_secs());
+        println!("VMFILE_SEED={seed}");
+        Random::new(seed)
     }
 
     /// Returns the next number (`SplitMix64`).

@@ -62,9 +62,7 @@ impl Way {
 #[test]
 fn a_power_cut_at_any_moment_leaves_a_whole_file() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
-    let seed = given("VMFILE_SEED").unwrap_or_else(Random::seed_of_now);
-    println!("VMFILE_SEED={seed}");
-    let mut random = Random::new(seed);
+    let mut random = Random::of_this_run();
     let mut guest = Guest::boot_sector(Ram::private(16)).seed(140).boot_to(&qemu, 1)?;
     for way in Way::ALL {
         let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;

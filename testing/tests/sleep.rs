@@ -1,7 +1,7 @@
 //! A guest that sleeps (ACPI S3) is saved and comes back asleep, and wakes where it fell asleep.
 
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::json;
 use vmfile::error::SaveError;
@@ -25,20 +25,8 @@ fn sleeper(seed: u32) -> GuestConfig {
 /// Boots the guest, and waits until it sleeps.
 fn asleep(config: &GuestConfig, qemu: &Qemu) -> TestResult<Guest> {
     let mut guest = config.boot_to(qemu, PASS)?;
-    reaches(&mut guest, "suspended")?;
+    guest.wait_for_status("suspended")?;
     Ok(guest)
-}
-
-/// Waits for a run state.
-fn reaches(guest: &mut Guest, state: &str) -> TestResult {
-    let deadline = Instant::now() + Duration::from_secs(60);
-    while guest.status()? != state {
-        if Instant::now() > deadline {
-            return Err(format!("the guest is {}, expected {state}", guest.status()?).into());
-        }
-        thread::sleep(Duration::from_millis(10));
-    }
-    Ok(())
 }
 
 /// Wakes the guest, which goes on with the pass that follows.
@@ -170,7 +158,7 @@ fn falls_asleep_in_pre_copy(qemu: &Qemu, config: &GuestConfig) -> TestResult {
         thread::sleep(Duration::from_millis(later));
         let directory = tempfile::tempdir()?;
         let saved = save_with(&guest, &directory.path().join("vm.vmf"), &options);
-        reaches(&mut guest, "suspended")?;
+        guest.wait_for_status("suspended")?;
         match saved.map_err(|error| error.downcast::<SaveError>()) {
             Ok(report) => assert!(matches!(report.live_method, Some(LiveMethod::PreCopy { .. }))),
             Err(Ok(error)) if is_of_sleep(&error) => refused += 1,

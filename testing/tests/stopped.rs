@@ -1,8 +1,5 @@
 //! A guest that stands still for a reason of its own is saved by every route, and comes back so.
 
-use std::thread;
-use std::time::{Duration, Instant};
-
 use serde_json::json;
 use vmfile::Snapshot;
 use vmfile::restore::Mode;
@@ -35,11 +32,7 @@ fn stays_as_it_is(
     for &(route, live, modes) in ways {
         let mut guest = config.boot_to(qemu, 1)?;
         write_to_port(&mut guest, port)?;
-        let deadline = Instant::now() + Duration::from_secs(60);
-        while guest.status()? != state {
-            assert!(Instant::now() < deadline, "it does not become {state}");
-            thread::sleep(Duration::from_millis(10));
-        }
+        guest.wait_for_status(state)?;
         let live = live.then(Live::default);
         let options = SaveOptions::default().route(route).live(live).after(After::Resume);
         let saved = guest.save(&options)?;

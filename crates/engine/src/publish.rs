@@ -288,8 +288,8 @@ fn directory_of(path: &Path) -> &Path {
     }
 }
 
-/// Refuses if the path of the directory no longer leads to it, because it was renamed or removed: the file
-/// would get its name where nobody looks for it.
+/// Refuses if the path of the directory no longer leads to it, because it was renamed or removed: `path` would
+/// not lead to the file.
 fn refuse_if_moved(directory: &OwnedFd, path: &Path) -> Result<(), PublishError> {
     let known = rustix::fs::fstat(directory);
     let known =

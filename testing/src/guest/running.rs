@@ -19,6 +19,9 @@ use crate::{TestError, TestResult};
 /// cores; a machine of CI may be busy.
 const PATIENCE: Duration = Duration::from_secs(120);
 
+/// How long QEMU may take to reach a run state.
+const STATUS_PATIENCE: Duration = Duration::from_secs(60);
+
 const START_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A running VM. Dropping it ends its QEMU and removes its files.
@@ -132,6 +135,25 @@ impl Guest {
     pub fn status(&mut self) -> TestResult<String> {
         let status = self.qmp("query-status", json!({}))?;
         Ok(status["status"].as_str().unwrap_or_default().to_owned())
+    }
+
+    /// Waits until QEMU reports this run state.
+    ///
+    /// # Errors
+    ///
+    /// When QEMU does not answer, or reports another state for a minute.
+    pub fn wait_for_status(&mut self, state: &str) -> TestResult {
+        let deadline = Instant::now() + STATUS_PATIENCE;
+        loop {
+            let found = self.status()?;
+            if found == state {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                return Err(self.explain(&format!("the VM is {found}, expected {state}")));
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
     }
 
     /// Has QEMU write `len` bytes of guest physical memory at `address` to a file in this VM's

@@ -179,9 +179,8 @@ fn undisturbed(trial: &mut Trial, proxy: &Proxy, way: usize) -> TestResult<Undis
 fn a_vm_whose_monitor_is_slow_or_talks_nonsense_is_as_it_was() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
     let count = given("VMFILE_CASES").unwrap_or(CASES);
-    let seed = given("VMFILE_SEED").unwrap_or_else(Random::seed_of_now);
-    println!("{count} faults, VMFILE_SEED={seed}");
-    let mut trial = Trial::begin(&qemu, Random::new(seed))?;
+    println!("{count} faults");
+    let mut trial = Trial::begin(&qemu, Random::of_this_run())?;
     let sockets = directory()?;
     let proxy = Proxy::start(&mut trial.guest, &sockets.path().join("proxy"))?;
     let mut known: BTreeMap<usize, Undisturbed> = BTreeMap::new();
@@ -302,9 +301,8 @@ fn restore_disturbed(
 fn a_restore_whose_monitor_is_slow_or_talks_nonsense_makes_no_wrong_guest() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
     let count = given("VMFILE_CASES").unwrap_or(CASES);
-    let seed = given("VMFILE_SEED").unwrap_or_else(Random::seed_of_now);
-    println!("{count} faults, VMFILE_SEED={seed}");
-    let mut random = Random::new(seed);
+    println!("{count} faults");
+    let mut random = Random::of_this_run();
     let config = Guest::boot_sector(Ram::private(64)).seed(33);
     let saved = config.boot_to(&qemu, 1)?.save(&SaveOptions::default())?;
     let mut lines = BTreeMap::new();

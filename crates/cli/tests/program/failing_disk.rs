@@ -152,9 +152,8 @@ const KEPT: &str = "kept";
 fn a_vm_whose_file_system_fails_in_the_middle_of_its_save_is_as_it_was() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
     let count = given("VMFILE_CASES").unwrap_or(CASES);
-    let seed = given("VMFILE_SEED").unwrap_or_else(Random::seed_of_now);
-    println!("{count} moments, VMFILE_SEED={seed}");
-    let mut trial = Trial::begin(&qemu, Random::new(seed))?;
+    println!("{count} moments");
+    let mut trial = Trial::begin(&qemu, Random::of_this_run())?;
     for (number, failure) in (0_u64..).zip(Failure::ALL) {
         let mut disk = requires!(Disk::make(failure));
         let kept = disk.path().join(KEPT);
@@ -284,9 +283,7 @@ fn a_file_whose_reads_fail_is_told_by_every_verb() -> TestResult {
     let config = Guest::boot_sector(Ram::private(128)).seed(151).data_share(200);
     let Saved { file, directory, .. } = &saved(&qemu, &config)?;
     let failing = requires!(FailingFile::of(file, "EIO", "100%"));
-    let seed = given("VMFILE_SEED").unwrap_or_else(Random::seed_of_now);
-    println!("VMFILE_SEED={seed}");
-    let mut random = Random::new(seed);
+    let mut random = Random::of_this_run();
     let (source, new) = (failing.path(), directory.path().join("new"));
     for number in 0..4 {
         let mut moment = || {

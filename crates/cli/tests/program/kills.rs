@@ -89,9 +89,8 @@ fn end(mut child: Child, signal: Signal) -> TestResult<Said> {
 fn a_vm_whose_save_is_killed_at_any_moment_is_as_it_was() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
     let kills = given("VMFILE_KILLS").unwrap_or(KILLS);
-    let seed = given("VMFILE_SEED").unwrap_or_else(Random::seed_of_now);
-    println!("{kills} kills, seed {seed}");
-    let mut trial = Trial::begin(&qemu, Random::new(seed))?;
+    println!("{kills} kills");
+    let mut trial = Trial::begin(&qemu, Random::of_this_run())?;
     for kill in 0..kills {
         let signal = if kill % 3 == 2 { Signal::QUIT } else { Signal::KILL };
         trial.kill(kill, signal)?;
@@ -218,8 +217,7 @@ fn a_restore_that_is_killed_leaves_no_qemu_or_a_vm_that_runs() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Distribution));
     let config = Guest::boot_sector(Ram::private(600)).seed(54).data_share(200);
     let saved = saved(&qemu, &config)?;
-    let seed = Random::seed_of_now();
-    let mut random = Random::new(seed);
+    let mut random = Random::of_this_run();
     let (mut killed, mut running) = (0, 0);
     for mode in ["map", "load", "stream"].into_iter().cycle().take(12) {
         let moment = Duration::from_secs_f64(0.6 * random.next_fraction());
@@ -227,7 +225,7 @@ fn a_restore_that_is_killed_leaves_no_qemu_or_a_vm_that_runs() -> TestResult {
         killed += u32::from(was_killed);
         running += u32::from(runs);
     }
-    println!("seed {seed}: {running} of 12 VMs run");
+    println!("{running} of 12 VMs run");
     cases(killed, Case::Kill);
     Ok(())
 }

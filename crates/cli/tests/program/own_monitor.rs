@@ -62,9 +62,7 @@ fn another_client_uses_the_monitor_while_the_newest_is_saved() -> TestResult {
 fn a_killed_save_leaves_no_monitor_in_the_newest() -> TestResult {
     let qemu = requires!(Qemu::of(Release::Newest));
     let mut guest = Guest::boot_sector(Ram::private(64)).seed(641).boot_to(&qemu, 1)?;
-    let seed = given("VMFILE_SEED").unwrap_or_else(Random::seed_of_now);
-    println!("VMFILE_SEED={seed}");
-    let mut random = Random::new(seed);
+    let mut random = Random::of_this_run();
     let directory = directory()?;
     let file = directory.path().join("vm.vmf");
     let before = belongings(&mut guest)?;

@@ -152,9 +152,8 @@ fn restore(qemu: &Qemu, file: &Path, number: u64, random: &mut Random) -> TestRe
 fn a_qemu_that_ends_or_stands_still_at_any_moment_is_said_to() -> TestResult {
     let qemu = requires!(qemu >= "9.1");
     let moments = given("VMFILE_MOMENTS").unwrap_or(MOMENTS);
-    let seed = given("VMFILE_SEED").unwrap_or_else(Random::seed_of_now);
-    println!("{moments} moments, seed {seed}");
-    let mut random = Random::new(seed);
+    println!("{moments} moments");
+    let mut random = Random::of_this_run();
     let mut guest = config().boot_to(&qemu, 1)?;
     let whole = crate::guests::save(&guest, &["--after", "resume"])?;
     whole.said.assert(0, &[]);

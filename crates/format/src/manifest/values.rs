@@ -14,8 +14,8 @@ pub(super) fn refuse_too_many(json: &[u8]) -> Result<(), FormatErrorKind> {
     at_most("number of objects in the manifest", objects, MANIFEST_OBJECTS_MAX)
 }
 
-/// Counts the commas, and the beginnings of objects and lists, outside of strings. What is not JSON is refused
-/// by those who read it.
+/// Counts the commas, and the beginnings of objects and lists, outside of strings. The parser,
+/// which comes after this, refuses what is not JSON.
 fn count(json: &[u8]) -> (u64, u64) {
     let (mut values, mut objects): (u64, u64) = (1, 0);
     let mut bytes = json.iter();

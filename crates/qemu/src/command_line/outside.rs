@@ -29,13 +29,13 @@ pub(super) fn keep_logs(line: &mut CommandLine) -> Vec<EmptiedFile> {
                 let keys = Keys::parse(value, "backend");
                 let is_file = keys.get("backend") == Some("file") && keys.get("append").is_none();
                 let kept = if is_file { append(value, "append=on") } else { value.to_owned() };
-                argument.value = with_kept_log(&kept);
+                argument.value = Some(with_kept_log(&kept));
             }
             _ if SHORT_FORM_OPTIONS.contains(&name) => {
                 match without_monitor(value).strip_prefix("file:") {
                     // All of the rest is the path.
                     Some(path) => emptied.push(is_emptied(path)),
-                    None => argument.value = with_kept_log(value),
+                    None => argument.value = Some(with_kept_log(value)),
                 }
             }
             _ => emptied.extend(written_file(name, value).as_deref().map(is_emptied)),
@@ -45,10 +45,10 @@ pub(super) fn keep_logs(line: &mut CommandLine) -> Vec<EmptiedFile> {
 }
 
 /// Returns a character device in which QEMU appends to its log.
-fn with_kept_log(value: &str) -> Option<String> {
+fn with_kept_log(value: &str) -> String {
     let keys = Keys::parse(value, "backend");
     let is_emptied = keys.get("logfile").is_some() && keys.get("logappend").is_none();
-    Some(if is_emptied { append(value, "logappend=on") } else { value.to_owned() })
+    if is_emptied { append(value, "logappend=on") } else { value.to_owned() }
 }
 
 /// Returns the file that QEMU makes anew for an option.

@@ -288,7 +288,7 @@ fn is_to_run(snapshot: &Snapshot, options: &RestoreOptions) -> Result<bool, Rest
     Ok(matches!(found, Some(RunState::Running | RunState::Suspended)) && !options.paused)
 }
 
-/// Refuses a guest that sleeps if this QEMU would wake it without its devices.
+/// Refuses a guest that sleeps if this QEMU does not know a sleep in which the guest was stopped.
 fn refuse_sleep(snapshot: &Snapshot, vm: &mut Vm) -> Result<(), RestoreError> {
     let sleeps = snapshot.structure().device_state.sleeps(&snapshot.device_state()?);
     let found = vm.version()?;

@@ -61,11 +61,8 @@ pub(super) fn receive(
         begun = (work.vm.stops(), work.vm.resumes());
         work.disks.freeze(work.vm)?;
     }
-    if !is_snapshot && work.vm.run_state()? == RunState::Suspended {
-        return Err(cannot_migrate());
-    }
     if !stands {
-        refuse_unless_it_runs(work)?;
+        refuse_unless_it_runs(work, is_snapshot)?;
     }
     let end = ours.try_clone().map_err(SaveError::Socket)?;
     work.vm.send_stream(theirs.into())?;
@@ -251,8 +248,15 @@ pub(super) fn finish(
 
 /// Refuses a guest that something else has stopped: right before QEMU is told to send it, because QEMU aborts
 /// if it sends a background snapshot of a guest that has panicked, shut down or met an I/O error (10.0, 11.1).
-pub(super) fn refuse_unless_it_runs(work: &mut Work<'_>) -> Result<(), SaveError> {
+/// For anything but a background snapshot, the guest must not sleep either.
+pub(super) fn refuse_unless_it_runs(
+    work: &mut Work<'_>,
+    is_snapshot: bool,
+) -> Result<(), SaveError> {
     let state = work.vm.run_state()?;
+    if !is_snapshot && state == RunState::Suspended {
+        return Err(cannot_migrate());
+    }
     if work.vm.runs_or_sleeps(&state)? { Ok(()) } else { Err(stopped_meanwhile(work)?) }
 }
 

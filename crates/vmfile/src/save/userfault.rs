@@ -62,7 +62,7 @@ impl LiveMemory {
         let socket = rustix::fs::fstat(&theirs).map_err(|errno| SaveError::Socket(errno.into()))?;
         let resumes = work.vm.resumes();
         work.set_may_stand(true)?;
-        refuse_unless_it_runs(work)?;
+        refuse_unless_it_runs(work, true)?;
         // Only QEMU keeps this end, so that the stream ends if QEMU closes it.
         if let Err(error) = work.vm.send_stream(theirs) {
             let peer = Peer::of(held.into()).unless_refused(&error);
